@@ -1,0 +1,55 @@
+"""GPT-2 text generation on CPUs: a numpy engine, and a pool of worker processes that serve it from a Redis queue.
+
+    from fastgpt2 import Client, Engine
+
+`Client` enqueues jobs and reads their results; it imports neither numpy nor a tokenizer. `Engine` generates in
+this process, without a queue. Both are imported when first asked for, so that `import fastgpt2` costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from fastgpt2.api.client import Client, Job
+    from fastgpt2.engine.engine import Engine
+    from fastgpt2.engine.generation import GenerationRequest, GenerationResult, Timings, Usage
+    from fastgpt2.errors import FastGPT2Error
+
+_HOMES = {
+    "Client": "fastgpt2.api.client",
+    "Job": "fastgpt2.api.client",
+    "Engine": "fastgpt2.engine.engine",
+    "GenerationRequest": "fastgpt2.engine.generation",
+    "GenerationResult": "fastgpt2.engine.generation",
+    "Timings": "fastgpt2.engine.generation",
+    "Usage": "fastgpt2.engine.generation",
+    "FastGPT2Error": "fastgpt2.errors",
+}
+
+__all__ = [
+    "Client",
+    "Engine",
+    "FastGPT2Error",
+    "GenerationRequest",
+    "GenerationResult",
+    "Job",
+    "Timings",
+    "Usage",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used (PEP 562)."""
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'fastgpt2' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
