@@ -1,0 +1,1 @@
+"""Arrays in, tokens out. Nothing here knows of Redis, RQ or HTTP."""

@@ -1,0 +1,190 @@
+"""A model, loaded and ready: text in, text out."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, overload
+
+from fastgpt2.engine.blas import limit_threads
+from fastgpt2.engine.config import GPT2Config, read_config
+from fastgpt2.engine.files import CONFIG_FILE
+from fastgpt2.engine.generation import GenerationRequest, GenerationResult
+from fastgpt2.engine.hub import find_model
+from fastgpt2.engine.tokenizer import Tokenizer
+from fastgpt2.errors import BadRequest, TokenizerError
+
+if TYPE_CHECKING:
+    from fastgpt2.engine.decoder import Decoder, Sequence
+
+log = logging.getLogger("fastgpt2.engine")
+
+DEFAULT_MODEL = "gpt2"
+DEFAULT_MAX_BATCH = 8
+
+
+@dataclass(frozen=True, slots=True)
+class LoadTimes:
+    """Seconds from the start of `Engine.load` until each part was there. Tokenizer and weights load side by side."""
+
+    mapped: float
+    tokenizer: float
+    loaded: float
+
+
+class Engine:
+    """One model in this process.
+
+    Made by `Engine.load`. Not safe for use by several threads at once: a process has one decoder.
+    """
+
+    def __init__(self, model: str, decoder: Decoder, load_times: LoadTimes) -> None:
+        self.model = model
+        self.decoder = decoder
+        self.load_times = load_times
+
+    @property
+    def config(self) -> GPT2Config:
+        return self.decoder.model.config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.decoder.tokenizer
+
+    @classmethod
+    def load(
+        cls,
+        model: str | os.PathLike[str] = DEFAULT_MODEL,
+        *,
+        revision: str | None = None,
+        threads: int | None = None,
+        max_batch: int = DEFAULT_MAX_BATCH,
+    ) -> Engine:
+        """Load a model: `demo`, a folder, or a hub id.
+
+        Args:
+            model: see `fastgpt2.engine.hub.find_model`.
+            revision: of a hub repository.
+            threads: for BLAS; None leaves them as they are.
+            max_batch: how many sequences `generate` decodes side by side.
+
+        Raises:
+            ModelError: the model cannot be found, read or trusted; the message names the file and what is wrong.
+            BadRequest: `max_batch` is below 1.
+        """
+        started = perf_counter()
+        if max_batch < 1:
+            raise BadRequest(f"max_batch must be 1 or more, not {max_batch}")
+        if threads is not None:
+            limit_threads(threads)
+        model = os.fspath(model)
+        folder = find_model(model, revision)
+        # The tokenizer's parser releases the GIL: it reads beside the import of numpy and the mapping of the weights.
+        with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as pool:
+            future = pool.submit(_timed_tokenizer, folder, started)
+            config = read_config(folder / CONFIG_FILE)
+            from fastgpt2.engine.checkpoint import Checkpoint
+            from fastgpt2.engine.decoder import Decoder
+            from fastgpt2.engine.packing import shareable
+            from fastgpt2.engine.transformer import GPT2
+            from fastgpt2.engine.weights import read_weights
+
+            weights = read_weights(shareable(Checkpoint.open(folder), config, model), config)
+            mapped = perf_counter() - started
+            tokenizer, tokenizer_done = future.result()
+        if tokenizer.vocab_size > config.vocab_size:
+            raise TokenizerError(
+                f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model's vocabulary {config.vocab_size}"
+            )
+        decoder = Decoder(GPT2(config, weights), tokenizer, max_batch)
+        return cls(model, decoder, LoadTimes(mapped, tokenizer_done, perf_counter() - started))
+
+    @overload
+    def generate(
+        self,
+        prompts: str,
+        *,
+        max_new_tokens: int | None = ...,
+        stop: str | Iterable[str] = ...,
+        ignore_eos: bool = ...,
+    ) -> GenerationResult: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: list[str] | tuple[str, ...],
+        *,
+        max_new_tokens: int | None = ...,
+        stop: str | Iterable[str] = ...,
+        ignore_eos: bool = ...,
+    ) -> list[GenerationResult]: ...
+
+    def generate(
+        self,
+        prompts: str | list[str] | tuple[str, ...],
+        *,
+        max_new_tokens: int | None = None,
+        stop: str | Iterable[str] = (),
+        ignore_eos: bool = False,
+    ) -> GenerationResult | list[GenerationResult]:
+        """Continue a prompt, or several at once; see `GenerationRequest` for the options.
+
+        Returns:
+            One result for one string, a list in the order of the prompts for several.
+
+        Raises:
+            BadRequest: an option or a prompt cannot be served; nothing has been generated then.
+        """
+        if not isinstance(prompts, str | list | tuple):
+            raise BadRequest(f"prompts must be a string or a list of strings, not {type(prompts).__name__}")
+        if not isinstance(stop, str | list | tuple) and isinstance(stop, Iterable):
+            stop = tuple(stop)
+        many = [prompts] if isinstance(prompts, str) else prompts
+        # What `stop` is not, the request says.
+        requests = [GenerationRequest(prompt, max_new_tokens, stop, ignore_eos) for prompt in many]  # type: ignore[arg-type]
+        results = self.run(requests)
+        return results[0] if isinstance(prompts, str) else results
+
+    def run(
+        self, requests: Iterable[GenerationRequest], between_steps: Callable[[], None] | None = None
+    ) -> list[GenerationResult]:
+        """Decode requests side by side, as many as there are slots, and return their results in order.
+
+        `between_steps` is called after every step; what it raises ends the run, and the sequences in it are dropped.
+
+        Raises:
+            PromptTooLong: before anything is generated.
+        """
+        waiting = deque(enumerate([self.decoder.prepare(request) for request in requests]))
+        running: dict[int, Sequence] = {}
+        results: dict[int, GenerationResult] = {}
+        try:
+            while waiting or running:
+                while waiting and self.decoder.free_slots:
+                    index, prompt = waiting.popleft()
+                    running[index] = self.decoder.admit(prompt)
+                if not running:
+                    raise RuntimeError("no slot of the decoder is free; is it in use elsewhere?")
+                self.decoder.step()
+                if between_steps is not None:
+                    between_steps()
+                for index in [i for i, sequence in running.items() if sequence.finished]:
+                    results[index] = running.pop(index).result(self.model)
+        finally:
+            for sequence in running.values():
+                self.decoder.finish(sequence)
+        return [results[index] for index in sorted(results)]
+
+    def warm_up(self) -> None:
+        """Touch every weight once, so that the first prompt does not wait for the disk."""
+        self.run([GenerationRequest("", max_new_tokens=1)])
+
+
+def _timed_tokenizer(folder: Path, started: float) -> tuple[Tokenizer, float]:
+    return Tokenizer.from_folder(folder), perf_counter() - started
