@@ -1,17 +1,113 @@
-"""What the tests share."""
+"""What the tests share: a real Redis, real worker processes, the engine with the shipped model."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from redis import Redis
 
-from fastgpt2 import Engine
+from fastgpt2 import Client, Engine, settings
+from fastgpt2.system import System
+from fastgpt2.worker.connection import connect
+from fastgpt2.worker.redis_server import RedisServer
 
 GOLDEN = Path(__file__).parent / "golden"
+
+WaitFor = Callable[..., None]
+StartWorker = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A developer's own settings must not reach into the tests."""
+    for name in list(os.environ):
+        if name.startswith(("FASTGPT2_", "HF_")):
+            monkeypatch.delenv(name)
+
+
+def wait_until(condition: Callable[[], object], what: str, seconds: float = 20.0) -> None:
+    """Poll a condition up to a deadline; fails the test with `what` when it passes."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(f"waited {seconds} s for: {what}")
+        time.sleep(0.01)
 
 
 @pytest.fixture(scope="session")
 def engine() -> Engine:
     """The shipped model. Four slots, so that batches are mixed."""
     return Engine.load("demo", max_batch=4)
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[RedisServer]:
+    with RedisServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def redis(redis_server: RedisServer) -> Iterator[Redis]:
+    connection = connect(redis_server.url)
+    yield connection
+    connection.close()
+
+
+@pytest.fixture
+def queue_name() -> str:
+    """A queue of the test's own on the shared server."""
+    return f"test-{uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture
+def client(redis_server: RedisServer, queue_name: str) -> Iterator[Client]:
+    with Client(redis_server.url, queue_name) as made:
+        yield made
+
+
+@pytest.fixture
+def start_worker(redis_server: RedisServer, redis: Redis, queue_name: str, tmp_path: Path) -> Iterator[StartWorker]:
+    """Starts `fastgpt2 worker` as a process, its log in a file; waits until it is registered unless told not to."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(wait: bool = True, **environment: str) -> subprocess.Popen[str]:
+        log = (tmp_path / f"worker-{len(started)}.log").open("w")
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fastgpt2", "worker"],
+            env={
+                **os.environ,
+                "FASTGPT2_REDIS_URL": redis_server.url,
+                "FASTGPT2_QUEUE": queue_name,
+                "FASTGPT2_MODEL": "demo",
+                "FASTGPT2_THREADS": "1",
+                **environment,
+            },
+            stdout=log,
+            stderr=log,
+            text=True,
+        )
+        log.close()
+        started.append(process)
+        if wait:
+            wait_until(lambda: redis.scard(f"rq:workers:{queue_name}") == len(started), "the worker to register")
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="session")
+def system() -> Iterator[System]:
+    """The whole system, as `fastgpt2 up` runs it."""
+    values = settings.of_system(model="demo", workers="2", port="0", redis_port="0", log_level="warning")
+    with System(values) as running:
+        yield running

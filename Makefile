@@ -1,0 +1,31 @@
+# The two commands of the README. Both make a virtual environment in .venv the first time.
+
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+
+.PHONY: demo test clean
+
+demo: .venv/demo.stamp
+	@$(BIN)/python examples/demo.py
+
+test: .venv/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+.venv/demo.stamp: pyproject.toml | .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[server]'
+	@touch $@
+
+.venv/test.stamp: pyproject.toml | .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@ .venv/demo.stamp
+
+.venv:
+	@test -n '$(PYTHON)' || { echo 'fastgpt2 needs Python 3.11 or newer; name one: make PYTHON=/path/to/python' >&2; exit 1; }
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache

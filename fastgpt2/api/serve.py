@@ -1,0 +1,59 @@
+"""Running the HTTP endpoint on uvicorn."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from typing import Any
+
+from fastgpt2.errors import BadRequest
+
+# A backstop beyond the endpoint's own grace: uvicorn then cancels what is left.
+SHUTDOWN_SECONDS = 10
+
+
+def serve(values: dict[str, Any]) -> None:
+    """Serve until SIGINT or SIGTERM; `values` are the settings of `fastgpt2 api`.
+
+    Raises:
+        BadRequest: the address cannot be bound, or the Redis URL cannot be used.
+    """
+    import uvicorn
+
+    from fastgpt2.api.http import create_app, log
+    from fastgpt2.logs import set_up_logging
+
+    set_up_logging(values["log_level"])
+    app = create_app(values["redis_url"], values["queue"], values["timeout"], lambda: server.should_exit)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app, log_config=None, access_log=False, timeout_graceful_shutdown=SHUTDOWN_SECONDS, server_header=False
+        )
+    )
+    bound = bind(values["host"], values["port"])
+    log.info("endpoint on %s", url_of(bound))
+    # uvicorn raises the signal that stopped it once more when it is done, which would make a clean stop look like a
+    # death.
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda *_: None)
+    server.run(sockets=[bound])
+    log.info("endpoint has stopped")
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        BadRequest: the address is taken or not this machine's.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as reason:
+        raise BadRequest(f"cannot listen on {host} port {port} ({reason}); choose another --host or --port") from None
+
+
+def url_of(bound: socket.socket) -> str:
+    """The URL of a listening socket."""
+    host, port = bound.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"

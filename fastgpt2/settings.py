@@ -1,0 +1,171 @@
+"""Every setting once: its option, its environment variable, its default and how it is read.
+
+Precedence: option > environment > default. `max_new_tokens` is `--max-new-tokens` and `FASTGPT2_MAX_NEW_TOKENS`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from fastgpt2.errors import BadRequest
+
+T = TypeVar("T")
+
+_TRUE = {"1", "true", "yes", "on"}
+_FALSE = {"0", "false", "no", "off", ""}
+
+
+@dataclass(frozen=True)
+class Setting(Generic[T]):
+    """One setting. `shown` is how its default reads in `--help`."""
+
+    name: str
+    metavar: str
+    parse: Callable[[str], T]
+    default: T
+    help: str
+    shown: str = ""
+
+    @property
+    def option(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        return "FASTGPT2_" + self.name.upper()
+
+    @property
+    def is_flag(self) -> bool:
+        return isinstance(self.default, bool)
+
+    def resolve(self, given: str | None = None) -> T:
+        """The value: of the option if `given`, else of the environment, else the default.
+
+        Raises:
+            BadRequest: the text cannot be read; the message names where it came from.
+        """
+        text, source = given, self.option
+        if text is None:
+            text, source = os.environ.get(self.variable), self.variable
+        # An empty variable is what a compose file passes on for one that is not set.
+        if text is None or (text == "" and source == self.variable):
+            return self.default
+        if text == "":
+            raise BadRequest(f"{source} is empty; leave it out for the default")
+        try:
+            return self.parse(text)
+        except ValueError as reason:
+            # What is secret (the Redis URL) is read by `str`, which never fails, and checked where it is used.
+            raise BadRequest(f"{source}: {text!r} {reason}") from None
+
+
+def whole_number(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise ValueError("is not a whole number") from None
+        if not low <= value <= high:
+            raise ValueError(f"is not between {low} and {high}")
+        return value
+
+    return parse
+
+
+def seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError("is not a number of seconds") from None
+    if not 0 < value <= 1e6:
+        raise ValueError("is not between 0 and 1000000 seconds")
+    return value
+
+
+def yes_or_no(text: str) -> bool:
+    if text.lower() in _TRUE:
+        return True
+    if text.lower() in _FALSE:
+        return False
+    raise ValueError("is neither yes nor no")
+
+
+def word(text: str) -> str:
+    if not text or any(c.isspace() for c in text):
+        raise ValueError("must be one word")
+    return text
+
+
+def log_level(text: str) -> str:
+    if text.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+        raise ValueError("is not one of debug, info, warning, error")
+    return text.upper()
+
+
+MODEL = Setting("model", "ID|PATH", str, "gpt2", "hub id, folder, or 'demo' for the small model that comes along")
+REVISION: Setting[str | None] = Setting(
+    "revision", "REV", str, None, "branch, tag or commit of the hub's repository", "main"
+)
+REDIS_URL = Setting(
+    "redis_url", "URL", str, "redis://127.0.0.1:6379/0", "Redis to use; better set as a variable if it holds a password"
+)
+OWN_REDIS_URL: Setting[str | None] = Setting(
+    "redis_url", "URL", str, None, "Redis to use instead of an embedded one", "embedded"
+)
+QUEUE = Setting("queue", "NAME", word, "fastgpt2", "name of the RQ queue")
+WORKERS = Setting("workers", "N", whole_number(1, 1024), 2, "number of worker processes")
+THREADS: Setting[int | None] = Setting("threads", "N", whole_number(1, 1024), None, "BLAS threads", "all cores")
+POOL_THREADS: Setting[int | None] = Setting(
+    "threads", "N", whole_number(1, 1024), None, "BLAS threads a process", "cores / workers"
+)
+NAME: Setting[str | None] = Setting("name", "NAME", word, None, "name of the worker", "host and process id")
+HOST = Setting("host", "ADDRESS", str, "127.0.0.1", "address that the HTTP endpoint binds to")
+PORT = Setting("port", "PORT", whole_number(0, 65535), 8000, "port of the HTTP endpoint; 0 takes a free one")
+REDIS_PORT = Setting(
+    "redis_port", "PORT", whole_number(0, 65535), 6379, "port of the embedded Redis; a free one if taken"
+)
+REDIS_DIR: Setting[str | None] = Setting(
+    "redis_dir", "DIR", str, None, "where the embedded Redis keeps its append-only file", "temporary, gone at the end"
+)
+DRAIN_TIMEOUT = Setting(
+    "drain_timeout", "SECONDS", seconds, 30.0, "how long workers may finish their job when the pool stops"
+)
+MAX_NEW_TOKENS: Setting[int | None] = Setting(
+    "max_new_tokens", "N", whole_number(1, 1 << 20), None, "generate at most so many tokens", "20"
+)
+STOP: Setting[str | None] = Setting("stop", "TEXT", str, None, "end before this text", "none")
+IGNORE_EOS = Setting("ignore_eos", "", yes_or_no, False, "go on past the end-of-text token")
+TIMINGS = Setting("timings", "", yes_or_no, False, "show how long each part took, on standard error")
+JSON = Setting("json", "", yes_or_no, False, "print the whole result as JSON")
+WAIT = Setting("wait", "", yes_or_no, False, "wait for the result and print it")
+TIMEOUT = Setting("timeout", "SECONDS", seconds, 60.0, "how long to wait for a result")
+LOG_LEVEL = Setting("log_level", "LEVEL", log_level, "INFO", "debug, info, warning or error", "info")
+
+# What `fastgpt2 up` takes.
+SYSTEM: tuple[Setting[Any], ...] = (
+    MODEL,
+    REVISION,
+    POOL_THREADS,
+    WORKERS,
+    OWN_REDIS_URL,
+    QUEUE,
+    HOST,
+    PORT,
+    REDIS_PORT,
+    REDIS_DIR,
+    DRAIN_TIMEOUT,
+    TIMEOUT,
+    LOG_LEVEL,
+)
+
+
+def of_system(**given: str) -> dict[str, Any]:
+    """The settings of a whole system by name: those given, as text, before the environment's, before the defaults.
+
+    Raises:
+        BadRequest: one of them cannot be read.
+    """
+    return {setting.name: setting.resolve(given.get(setting.name)) for setting in SYSTEM}

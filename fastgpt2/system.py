@@ -1,0 +1,199 @@
+"""`fastgpt2 up`: Redis, a pool of workers and the HTTP endpoint, started in order, supervised, stopped in order."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+from fastgpt2 import settings
+from fastgpt2.api.serve import bind, url_of
+from fastgpt2.engine.blas import usable_cores
+from fastgpt2.engine.hub import find_model
+from fastgpt2.errors import FastGPT2Error, QueueUnavailable
+from fastgpt2.logs import set_up_logging
+from fastgpt2.worker.connection import connect, redis_errors, without_password
+from fastgpt2.worker.pool import Child, Pool
+from fastgpt2.worker.process import on_stop_signals, stop_signals_held
+from fastgpt2.worker.redis_server import RedisServer
+
+log = logging.getLogger("fastgpt2.system")
+
+CHECK_SECONDS = 0.1
+# Packing the weights of gpt2-xl for the first time, on a slow disk, is within it.
+READY_SECONDS = 600.0
+
+
+class System:
+    """The whole system on one machine, for `fastgpt2 up`, the demo and the tests.
+
+    Args:
+        values: what `settings.of_system` returns.
+
+    Use as a context manager: entered when everything is ready to serve, all stopped when left.
+    """
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values = values
+        self.redis: RedisServer | None = None
+        self.redis_url: str = values["redis_url"] or ""
+        self.http_url = ""
+        self.pool = Pool([])
+        self.ready = False
+        self.stopping = threading.Event()
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        try:
+            # In the foreground, once: a download shows its progress here, and a wrong name ends it all at once.
+            find_model(self.values["model"], self.values["revision"])
+            self._start_redis()
+            before = self._registered_workers()
+            self._start_children()
+            self._wait_until_ready(before)
+            self.ready = True
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Stop the endpoint, the workers and Redis, in this order. A stop signal meanwhile hurries it."""
+        with stop_signals_held():
+            self._stack.close()
+
+    def run(self) -> None:
+        """Supervise until `stopping` is set.
+
+        Raises:
+            FastGPT2Error: a process cannot be kept alive, or the embedded Redis has ended.
+        """
+        while not self.stopping.wait(CHECK_SECONDS):
+            self._check()
+
+    def _check(self) -> None:
+        self.pool.check(time.monotonic())
+        if self.redis is not None and self.redis.poll() is not None:
+            raise QueueUnavailable(f"the embedded Redis has ended with status {self.redis.poll()}")
+
+    def _start_redis(self) -> None:
+        if self.redis_url:
+            connection = connect(self.redis_url)
+            with redis_errors(self.redis_url):
+                connection.ping()
+            connection.close()
+            return
+        folder = self.values["redis_dir"]
+        self.redis = RedisServer(self.values["redis_port"], Path(folder).expanduser().absolute() if folder else None)
+        self._stack.callback(self.redis.stop)
+        self.redis.start()
+        self.redis_url = self.redis.url
+
+    def _start_children(self) -> None:
+        values = self.values
+        with bind(values["host"], values["port"]) as probe:
+            self.http_url = url_of(probe)
+        threads = values["threads"] or max(1, usable_cores() // values["workers"])
+        # By environment, not by argument: an argument list can be read by every user of the machine.
+        environment = {
+            "FASTGPT2_REDIS_URL": self.redis_url,
+            "FASTGPT2_QUEUE": values["queue"],
+            "FASTGPT2_MODEL": values["model"],
+            "FASTGPT2_REVISION": values["revision"] or "",
+            "FASTGPT2_THREADS": str(threads),
+            "FASTGPT2_HOST": values["host"],
+            "FASTGPT2_PORT": self.http_url.rpartition(":")[2],
+            "FASTGPT2_TIMEOUT": str(values["timeout"]),
+            "FASTGPT2_LOG_LEVEL": values["log_level"],
+            "FASTGPT2_NAME": "",
+            "FASTGPT2_SUPERVISOR_PID": str(os.getpid()),
+        }
+        # -P: else a file of the current folder could stand in for a module of the same name.
+        command = [sys.executable, "-P", "-m", "fastgpt2"]
+        workers = [Child(f"worker {n + 1}", [*command, "worker"], environment) for n in range(values["workers"])]
+        self.pool = Pool([*workers, Child("endpoint", [*command, "api"], environment, stops_first=True)])
+        self._stack.callback(self.pool.stop, values["drain_timeout"])
+        self.pool.start()
+
+    def _registered_workers(self) -> set[object]:
+        connection = connect(self.redis_url)
+        with redis_errors(self.redis_url):
+            names: set[object] = set(connection.smembers(f"rq:workers:{self.values['queue']}"))
+        connection.close()
+        return names
+
+    def _wait_until_ready(self, before: set[object]) -> None:
+        """Until every worker is registered and the endpoint answers; deaths on the way are handled as ever."""
+        import http.client
+        from urllib.parse import urlsplit
+
+        deadline = time.monotonic() + READY_SECONDS
+        host, port = urlsplit(self.http_url).hostname or "", urlsplit(self.http_url).port
+        answered = False
+        while True:
+            time.sleep(0.05)
+            self._check()
+            registered = len(self._registered_workers() - before)
+            if not answered:
+                try:
+                    probe = http.client.HTTPConnection(host, port, timeout=2)
+                    probe.request("GET", "/health")
+                    answered = probe.getresponse().status == 200
+                    probe.close()
+                except OSError:
+                    pass
+            if answered and registered >= self.values["workers"]:
+                break
+            if time.monotonic() > deadline:
+                raise FastGPT2Error(
+                    f"not ready after {READY_SECONDS:.0f} s: {registered} of {self.values['workers']} workers have "
+                    f"registered, the endpoint {'answers' if answered else 'does not answer'}"
+                )
+
+
+def run_system(values: dict[str, Any]) -> int:
+    """Run everything until SIGINT or SIGTERM, and say where to connect.
+
+    Raises:
+        KeyboardInterrupt: a signal came before everything was ready; what was started has been stopped.
+    """
+    set_up_logging(values["log_level"])
+    system = System(values)
+
+    def stop(_signum: int, _frame: FrameType | None) -> None:
+        if not system.ready:
+            raise KeyboardInterrupt
+        system.stopping.set()
+
+    on_stop_signals(stop)
+    with system:
+        print(_welcome(system), flush=True)
+        system.run()
+        print("stopping: workers finish what they have in hand; Ctrl-C again hurries them", flush=True)
+    return 0
+
+
+def _welcome(system: System) -> str:
+    values, embedded = system.values, system.redis is not None
+    variables = [f"FASTGPT2_REDIS_URL={system.redis_url}"] if embedded else []
+    if values["queue"] != settings.QUEUE.default:
+        variables.append(f"FASTGPT2_QUEUE={values['queue']}")
+    return "\n".join(
+        [
+            f"fastgpt2 is ready: model {values['model']}, {values['workers']} workers, queue {values['queue']}",
+            f"  endpoint  {system.http_url}/status",
+            f"  Redis     {system.redis_url + ' (embedded)' if embedded else without_password(system.redis_url)}",
+            f"  try       {' '.join([*variables, 'fastgpt2'])} enqueue --wait 'My name is'",
+            f'            curl -s {system.http_url}/ -d \'{{"inputs": "My name is"}}\'',
+            "Ctrl-C stops it.",
+        ]
+    )

@@ -1,0 +1,1 @@
+"""Jobs in, results out. Knows the engine through `Engine` and `Decoder` only; no array maths."""

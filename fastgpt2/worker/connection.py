@@ -1,0 +1,118 @@
+"""Connections to Redis, and its errors in words. No password appears in any message."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from fastgpt2.errors import BadRequest, FastGPT2Error, QueueUnavailable, RedisAccessDenied
+
+if TYPE_CHECKING:
+    from redis import Redis
+    from redis.asyncio import Redis as AsyncRedis
+
+CONNECT_SECONDS = 5.0
+# Longer than any blocking command here waits (workers block for a second, readers for two).
+SOCKET_SECONDS = 15.0
+# Whoever waits for a result holds a connection; redis-py's own limit is 100. Redis itself stops at 10,000.
+MAX_CONNECTIONS = 2000
+
+
+def connect(url: str) -> Redis:
+    """A lazy connection pool: nothing is sent yet.
+
+    No command is retried behind the caller's back: a repeated LMOVE or RPUSH takes or adds a job twice.
+
+    Raises:
+        BadRequest: not a Redis URL.
+    """
+    from redis import Redis
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+
+    with _url_errors():
+        client = Redis.from_url(url, retry=Retry(NoBackoff(), 0), **_options())
+        client.connection_pool.make_connection()
+    return client
+
+
+def connect_async(url: str) -> AsyncRedis:
+    """A connection pool for asyncio, for reading only: a command that fails is tried once more.
+
+    So that the first one after a restart of Redis, on a connection that is dead without knowing, succeeds.
+
+    Raises:
+        BadRequest: not a Redis URL.
+    """
+    from redis.asyncio import Redis
+    from redis.asyncio.retry import Retry
+    from redis.backoff import NoBackoff
+
+    with _url_errors():
+        client = Redis.from_url(url, retry=Retry(NoBackoff(), 1), **_options())
+        client.connection_pool.make_connection()  # type: ignore[no-untyped-call]
+    return client
+
+
+def _options() -> dict[str, Any]:
+    return {
+        "socket_connect_timeout": CONNECT_SECONDS,
+        "socket_timeout": SOCKET_SECONDS,
+        "health_check_interval": 30,
+        "max_connections": MAX_CONNECTIONS,
+    }
+
+
+@contextmanager
+def _url_errors() -> Iterator[None]:
+    """What the library says of a URL may quote the password in it, so its words are not passed on."""
+    try:
+        yield
+    except (ValueError, TypeError):
+        raise BadRequest(
+            "the Redis URL cannot be used; it reads redis://[user:password@]host:port/0, rediss://... or unix:///path, "
+            "with the characters / # ? @ [ ] of a password percent-encoded, and no options that redis-py does not know"
+        ) from None
+
+
+def without_password(url: str) -> str:
+    """The URL as it may be shown: without user, password and options."""
+    scheme, _, rest = url.partition("://")
+    user, at, place = rest.rpartition("@")
+    place = place.partition("?")[0]
+    return f"{scheme}://{'***@' if at and user else ''}{place}"
+
+
+@contextmanager
+def redis_errors(url: str) -> Iterator[None]:
+    """Turn what the redis library raises into a QueueUnavailable that names the server and the remedy."""
+    from redis.exceptions import RedisError
+
+    try:
+        yield
+    except FastGPT2Error:  # one of them, ResultTimeout, is an OSError too
+        raise
+    except (RedisError, OSError) as reason:
+        raise in_words(url, reason) from None
+
+
+def in_words(url: str, reason: Exception) -> QueueUnavailable:
+    """The error that a person should see for one of the redis library's: RedisAccessDenied when waiting cannot help."""
+    from redis.exceptions import AuthenticationError, AuthorizationError, NoPermissionError
+
+    where, text = f"Redis at {without_password(url)}", str(reason)
+    denied = isinstance(reason, AuthenticationError | AuthorizationError | NoPermissionError)
+    if denied or any(word in text for word in ("NOAUTH", "WRONGPASS", "Authentication required")):
+        return RedisAccessDenied(f"{where} denied access ({text}); check the user and password in FASTGPT2_REDIS_URL")
+    return QueueUnavailable(
+        f"{where} cannot be used ({type(reason).__name__}: {text}); start it, or mend FASTGPT2_REDIS_URL"
+    )
+
+
+def address_of(connection: Redis) -> str:
+    """Where a connection leads, as a URL without secrets."""
+    kwargs = connection.connection_pool.connection_kwargs
+    if "path" in kwargs:
+        return f"unix://{kwargs['path']}"
+    return f"redis://{kwargs.get('host', 'localhost')}:{kwargs.get('port', 6379)}/{kwargs.get('db', 0)}"

@@ -1,0 +1,142 @@
+"""N supervised processes: started by exec, restarted with back-off, stopped together."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fastgpt2.errors import BadRequest, FastGPT2Error, ModelError
+from fastgpt2.worker.process import set_up_child, stop_signal_came, stop_signals_held
+
+log = logging.getLogger("fastgpt2.pool")
+
+# A process that lived this long has shown that it can; its next death starts the back-off anew.
+HEALTHY_SECONDS = 30.0
+MAX_BACK_OFF_SECONDS = 30.0
+MAX_QUICK_DEATHS = 5
+# A process that says that its configuration or its model is at fault would only say so again.
+FATAL_EXIT_CODES = frozenset({BadRequest.exit_code, ModelError.exit_code})
+
+
+@dataclass(eq=False, slots=True)
+class Child:
+    """One supervised process.
+
+    Attributes:
+        name: for the log.
+        command: its argument list; secrets go into `environment`, which other users cannot read.
+        stops_first: told to stop before the others, which still serve it meanwhile.
+    """
+
+    name: str
+    command: Sequence[str]
+    environment: dict[str, str]
+    stops_first: bool = False
+    process: subprocess.Popen[bytes] | None = None
+    started_at: float = 0.0
+    quick_deaths: int = 0
+    restart_at: float = 0.0
+
+    def start(self, now: float) -> None:
+        # A session of its own: Ctrl-C in the terminal reaches the supervisor alone, which then stops all in order.
+        with stop_signals_held():
+            self.process = subprocess.Popen(
+                self.command,
+                env={**os.environ, **self.environment},
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                preexec_fn=set_up_child,
+            )
+        self.started_at = now
+
+    def signal(self, signum: int) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signum)
+
+    def wait(self, seconds: float) -> bool:
+        """Whether the process has ended within so many seconds."""
+        if self.process is None:
+            return True
+        try:
+            self.process.wait(max(0.0, seconds))
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+
+class ChildFailed(FastGPT2Error):
+    """A child ended for a reason that trying again does not mend; `exit_code` is its own."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Pool:
+    """Supervises children: `start`, then `check(now)` again and again, then `stop`."""
+
+    def __init__(self, children: Sequence[Child]) -> None:
+        self.children = list(children)
+
+    def start(self) -> None:
+        now = time.monotonic()
+        for child in self.children:
+            child.start(now)
+
+    def check(self, now: float) -> None:
+        """Restart whatever has died and waited long enough.
+
+        Raises:
+            FastGPT2Error: a child cannot be kept alive: it ended with a fatal status, or died too often too soon.
+        """
+        for child in self.children:
+            if child.process is None:
+                if now >= child.restart_at:
+                    child.start(now)
+                continue
+            status = child.process.poll()
+            if status is not None:
+                self._bury(child, status, now)
+
+    def _bury(self, child: Child, status: int, now: float) -> None:
+        child.process = None
+        how = f"was killed by {_signal_name(-status)}" if status < 0 else f"ended with status {status}"
+        if status in FATAL_EXIT_CODES:
+            raise ChildFailed(f"{child.name} {how}; its message above says why", status)
+        child.quick_deaths = 1 if now - child.started_at > HEALTHY_SECONDS else child.quick_deaths + 1
+        if child.quick_deaths > MAX_QUICK_DEATHS:
+            raise FastGPT2Error(f"{child.name} {how}, {child.quick_deaths} times in a row; giving up")
+        back_off = min(MAX_BACK_OFF_SECONDS, 0.5 * 2 ** (child.quick_deaths - 1))
+        child.restart_at = now + back_off
+        log.warning("%s %s; starting it again in %.1f s", child.name, how, back_off)
+
+    def stop(self, drain_seconds: float) -> None:
+        """Ask all to finish what they do, then insist, then kill.
+
+        A stop signal that is held back (see `stop_signals_held`) ends the patience of the stage that it comes in.
+        """
+        first = [child for child in self.children if child.stops_first]
+        self._signal_and_wait(first, signal.SIGTERM, drain_seconds)
+        for signum, seconds in ((signal.SIGTERM, drain_seconds), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
+            self._signal_and_wait(self.children, signum, seconds)
+
+    def _signal_and_wait(self, children: Sequence[Child], signum: int, seconds: float) -> None:
+        alive = [child for child in children if not child.wait(0)]
+        for child in alive:
+            child.signal(signum)
+        deadline = time.monotonic() + seconds
+        while alive and time.monotonic() < deadline and not stop_signal_came():
+            alive[0].wait(0.05)
+            alive = [child for child in alive if not child.wait(0)]
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"

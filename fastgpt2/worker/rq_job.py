@@ -1,0 +1,123 @@
+"""An RQ job that can be nothing but text generation, and a serializer that reads nothing but JSON."""
+
+from __future__ import annotations
+
+import json
+import time
+import traceback
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+from rq import Queue
+from rq.exceptions import DeserializationError
+from rq.job import Job, JobStatus
+from rq.results import Result
+
+from fastgpt2.engine.generation import MAX_PROMPT_BYTES, GenerationRequest
+from fastgpt2.errors import BadRequest
+from fastgpt2.worker.job import TASK, parse_request
+
+# A prompt of the longest kind, every character of it escaped.
+MAX_PAYLOAD_BYTES = 8 * MAX_PROMPT_BYTES
+MALFORMED_TTL_SECONDS = 24 * 3600
+
+
+class JSONOnlySerializer:
+    """Reads and writes JSON, of bounded size. RQ's own default would unpickle, which runs whatever a pickle says."""
+
+    @staticmethod
+    def dumps(value: Any) -> bytes:
+        return json.dumps(value).encode("utf-8")
+
+    @staticmethod
+    def loads(data: bytes) -> Any:
+        if len(data) > MAX_PAYLOAD_BYTES:
+            raise ValueError(f"{len(data)} bytes; the limit is {MAX_PAYLOAD_BYTES}")
+        try:
+            return json.loads(data.decode("utf-8"))
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
+
+
+class GenerationJob(Job):
+    """A job as a worker of this package sees it.
+
+    Whatever function, callback or webhook an entry in Redis names, none of it is imported, called or fetched: the name
+    of the function is compared with the one task, and `perform` does what the worker put into `run`.
+    """
+
+    run: Callable[[GenerationJob], Any] | None = None
+    too_large = False
+
+    def restore(self, raw_data: dict[Any, Any]) -> None:
+        """As RQ does, but data that would inflate beyond the limit is not inflated."""
+        inflater = zlib.decompressobj()
+        try:
+            inflater.decompress(raw_data.get(b"data", b""), MAX_PAYLOAD_BYTES)
+            self.too_large = bool(inflater.unconsumed_tail)
+        except zlib.error:  # not compressed; the serializer looks at its size
+            pass
+        super().restore({**raw_data, b"data": b"{}"} if self.too_large else raw_data)
+
+    @property
+    def func(self) -> None:
+        return None
+
+    @property
+    def success_callback(self) -> None:
+        return None
+
+    @property
+    def failure_callback(self) -> None:
+        return None
+
+    @property
+    def stopped_callback(self) -> None:
+        return None
+
+    def send_webhooks(self, *_args: Any, **_kwargs: Any) -> None:
+        return None
+
+    def perform(self) -> Any:
+        if self.run is None:
+            raise RuntimeError("the job was not taken up by a GenerationWorker")
+        return self.run(self)
+
+    def request(self) -> GenerationRequest:
+        """The validated request.
+
+        Raises:
+            BadRequest: the entry is not JSON, names another function, or its arguments are not a request.
+        """
+        try:
+            name = self.func_name
+        except DeserializationError as error:
+            raise self.unreadable(error) from None
+        if name != TASK:
+            raise BadRequest(f"the job names the function {str(name)[:200]!r}; only {TASK} is run here")
+        return parse_request(self.args, self.kwargs)
+
+    def unreadable(self, error: DeserializationError) -> BadRequest:
+        """What a job whose data cannot be read fails with."""
+        if self.too_large:
+            return BadRequest(f"the job's data has more than {MAX_PAYLOAD_BYTES} bytes")
+        cause = str(error.__cause__ or "unknown")[:200]
+        return BadRequest(
+            f"the job's data is not JSON of the right form ({cause}); enqueue with serializer=JSONSerializer"
+        )
+
+
+def fail_malformed(queue: Queue, job_id: str, reason: Exception, worker_name: str) -> BadRequest:
+    """Record the failure of an entry that RQ cannot turn into a Job, and so cannot fail itself. Returns the failure."""
+    error = BadRequest(f"the job's entry in Redis is malformed ({type(reason).__name__}: {str(reason)[:200]})")
+    job = GenerationJob(job_id, connection=queue.connection, serializer=JSONOnlySerializer)
+    text = "".join(traceback.format_exception(type(error), error, None))
+    with queue.connection.pipeline() as pipeline:
+        pipeline.lrem(queue.intermediate_queue_key, 1, job_id)
+        pipeline.hset(job.key, "status", JobStatus.FAILED.value)
+        pipeline.expire(job.key, MALFORMED_TTL_SECONDS)
+        pipeline.zadd(queue.failed_job_registry.key, {job_id: int(time.time()) + MALFORMED_TTL_SECONDS})
+        Result.create_failure(job, MALFORMED_TTL_SECONDS, text, worker_name, pipeline=pipeline)
+        pipeline.execute()
+    return error
