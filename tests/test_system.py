@@ -54,6 +54,8 @@ def start_up(tmp_path: Path) -> Iterator[StartUp]:
                 stdout=log,
                 stderr=log,
                 text=True,
+                # Under `nohup make test` it would come ignored, and be left so.
+                preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
             )
         started.append(process)
         return process, path

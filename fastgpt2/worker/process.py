@@ -17,9 +17,9 @@ _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def on_stop_signals(handler: Callable[[int, FrameType | None], None]) -> None:
-    """Handle the stop signals, but for those that whoever started this process had ignored, as nohup does SIGHUP."""
+    """Handle the stop signals; SIGHUP only if it is not ignored: nohup ignores it on a process's behalf."""
     for signum in STOP_SIGNALS:
-        if signal.getsignal(signum) is not signal.SIG_IGN:
+        if signum != signal.SIGHUP or signal.getsignal(signum) is not signal.SIG_IGN:
             signal.signal(signum, handler)
 
 
