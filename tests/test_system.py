@@ -377,9 +377,3 @@ class TestRedisServer:
         server.stop()
         server.stop()
         assert not folder.exists()
-
-
-def test_a_system_server_is_used_if_there_is_one() -> None:
-    if shutil.which("redis-server") is None:
-        pytest.skip("no redis-server on PATH; the bundled one is tested everywhere else")
-    assert find_server() == Path(str(shutil.which("redis-server")))
