@@ -86,6 +86,31 @@ def test_waiting_begins_before_the_worker(client: Client, start_worker: StartWor
     assert list(found[0].token_ids) == ENTRY["ids"][:3]
 
 
+def test_a_result_that_comes_between_two_reads_is_not_waited_for(
+    client: Client, redis: Redis, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be found only when the blocking read, of two seconds, has passed in vain."""
+    start_worker()
+    blocked: list[Any] = []
+    hget, xread = client.connection.hget, client.connection.xread
+
+    def hget_then_finish(key: str, field: str) -> Any:
+        status = hget(key, field)
+        # Read before the job ended, acted upon after.
+        wait_until(lambda: redis.exists(key.replace("rq:job:", "rq:results:")), "the job to end")
+        return status if status != b"finished" else b"started"
+
+    def recorded(streams: Any, **options: Any) -> Any:
+        blocked.append(xread(streams, **options))
+        return blocked[-1]
+
+    monkeypatch.setattr(client.connection, "hget", hget_then_finish)
+    monkeypatch.setattr(client.connection, "xread", recorded)
+    job = client.enqueue(ENTRY["prompt"], max_new_tokens=100, ignore_eos=True)
+    assert list(job.result(timeout=30).token_ids) == ENTRY["ids"]
+    assert all(blocked), "every blocking read brought an entry"
+
+
 def test_a_failure_is_raised_as_what_it_is(client: Client, start_worker: StartWorker, redis: Redis) -> None:
     start_worker()
     with pytest.raises(PromptTooLong, match=r"prompt tokens \d+, over the model's 512 positions"):

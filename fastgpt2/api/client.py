@@ -188,29 +188,26 @@ class Job:
         deadline = None if timeout is None else time.monotonic() + timeout
         with redis_errors(self._client.redis_url):
             while True:
-                done = self._poll()
+                done, after = self._poll()
                 if done is not None:
                     return done
                 left = WAIT_SLICE_SECONDS if deadline is None else min(WAIT_SLICE_SECONDS, deadline - time.monotonic())
                 if left <= 0:
                     raise ResultTimeout(self._timeout_message(timeout))
-                self._wait_for_entry(left)
+                # After what was read, not after what is there by now: that would be waited for in vain.
+                self._client.connection.xread({results_key(self.id): after}, block=max(1, int(left * 1000)), count=1)
 
-    def _poll(self) -> GenerationResult | None:
-        """The result, or None while there is none. Raises what the job failed with."""
+    def _poll(self) -> tuple[GenerationResult | None, bytes | str]:
+        """The result or None, and the entry after which to wait for one. Raises what the job failed with."""
         connection, key = self._client.connection, results_key(self.id)
-        found = outcome(self.id, connection.xrevrange(key, count=1))
+        entries = connection.xrevrange(key, count=1)
+        found = outcome(self.id, entries)
         if found is None and has_ended(self.id, connection.hget(job_key(self.id), "status")):
             # Between the two reads; or else its result was not kept.
             found = outcome(self.id, connection.xrevrange(key, count=1))
             if found is None:
                 raise JobNotFound(f"job {self.id} has ended, but its result has expired or was not kept")
-        return found
-
-    def _wait_for_entry(self, seconds: float) -> None:
-        connection, key = self._client.connection, results_key(self.id)
-        after = latest_entry_id(connection.xrevrange(key, count=1))
-        connection.xread({key: after}, block=max(1, int(seconds * 1000)), count=1)
+        return found, latest_entry_id(entries)
 
     def _timeout_message(self, timeout: float | None) -> str:
         workers = self._client.connection.scard(f"rq:workers:{self._client.queue_name}")
