@@ -254,6 +254,21 @@ def redis_field(job: Job, name: str) -> Any:
     return job.connection.hget(job.key, name)
 
 
+@pytest.mark.parametrize("field", ["created_at", "status", "timeout"])
+def test_a_mangled_entry_that_is_due_keeps_no_job_waiting(
+    queue: Queue, redis: Redis, start_worker: StartWorker, field: str
+) -> None:
+    """RQ's scheduler and its clean-up fetch what the registries name, and stumble over it."""
+    due = queue.enqueue_in(timedelta(days=1), TASK, "a")
+    redis.hset(due.key, field, "nonsense")
+    redis.zadd(f"rq:scheduled:{queue.name}", {due.id: 1})
+    redis.zadd(f"rq:wip:{queue.name}", {f"{due.id}:0": 1})
+    start_worker()
+    job = queue.enqueue(TASK, ENTRY["prompt"], max_new_tokens=3, ignore_eos=True)
+    wait_for_status(job, "finished")
+    assert value_of(job)["token_ids"] == ENTRY["ids"][:3]
+
+
 def test_a_result_is_kept_while_redis_is_away(tmp_path: Path, queue_name: str) -> None:
     folder = tmp_path / "redis"
     server = RedisServer(folder=folder).start()

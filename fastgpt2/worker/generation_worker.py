@@ -43,6 +43,7 @@ WORKER_TTL_SECONDS = 30
 # How long an idle worker may take to notice a signal or an orphaned life.
 CLAIM_SECONDS = 1
 MAX_RECONNECT_SECONDS = 10.0
+UPKEEP_PAUSE_SECONDS = 60.0
 # How often a job may be given back by workers that are told to stop at once.
 MAX_GIVE_BACKS = 1000
 
@@ -86,6 +87,7 @@ class GenerationWorker(SimpleWorker):
         self.stopping = threading.Event()
         self.stop_at_once = False
         self._last_heartbeat = 0.0
+        self._no_upkeep_before = 0.0
         super().__init__(
             [queue],
             name=name or default_name(),
@@ -184,13 +186,7 @@ class GenerationWorker(SimpleWorker):
 
     def _claim(self, burst: bool) -> tuple[Job, Queue] | None:
         """The next job, waiting for one for a second at most; a heartbeat and RQ's upkeep on the way."""
-        if time.monotonic() - self._last_heartbeat > HEARTBEAT_SECONDS:
-            self._announce()
-            self._scheduler.acquire_locks()
-            self._last_heartbeat = time.monotonic()
-        self._scheduler.enqueue_scheduled_jobs()
-        if self.should_run_maintenance_tasks:
-            self.run_maintenance_tasks()
+        self._keep_up()
         try:
             return Queue.dequeue_any(
                 self.queues,
@@ -210,6 +206,25 @@ class GenerationWorker(SimpleWorker):
             error = fail_malformed(self.queues[0], reason.job_id, reason, self.name)
             log.warning("%s: job %s failed: %s", self.name, reason.job_id, error)
             return None
+
+    def _keep_up(self) -> None:
+        """Heartbeat, jobs that are due, RQ's clean-up. An entry that breaks the latter must keep no job waiting."""
+        now = time.monotonic()
+        if now - self._last_heartbeat > HEARTBEAT_SECONDS:
+            self._announce()
+            self._last_heartbeat = now
+            self._scheduler.acquire_locks()
+        if now < self._no_upkeep_before:
+            return
+        try:
+            self._scheduler.enqueue_scheduled_jobs()
+            if self.should_run_maintenance_tasks:
+                self.run_maintenance_tasks()
+        except RedisError:
+            raise
+        except Exception:
+            log.exception("%s: upkeep failed; trying again in %.0f s", self.name, UPKEEP_PAUSE_SECONDS)
+            self._no_upkeep_before = now + UPKEEP_PAUSE_SECONDS
 
     def _announce(self) -> None:
         """A heartbeat, and an entry anew should Redis have lost its data since."""
