@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import threading
@@ -22,8 +21,6 @@ from fastgpt2.worker.connection import connect, redis_errors, without_password
 from fastgpt2.worker.pool import Child, Pool
 from fastgpt2.worker.process import on_stop_signals, stop_signals_held
 from fastgpt2.worker.redis_server import RedisServer
-
-log = logging.getLogger("fastgpt2.system")
 
 CHECK_SECONDS = 0.1
 # Packing the weights of gpt2-xl for the first time, on a slow disk, is within it.
