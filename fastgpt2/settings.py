@@ -99,6 +99,15 @@ def word(text: str) -> str:
     return text
 
 
+def one_of(*choices: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text.lower() not in choices:
+            raise ValueError(f"is not one of {', '.join(choices)}")
+        return text.lower()
+
+    return parse
+
+
 def log_level(text: str) -> str:
     if text.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
         raise ValueError("is not one of debug, info, warning, error")
@@ -117,9 +126,28 @@ OWN_REDIS_URL: Setting[str | None] = Setting(
 )
 QUEUE = Setting("queue", "NAME", word, "fastgpt2", "name of the RQ queue")
 WORKERS = Setting("workers", "N", whole_number(1, 1024), 2, "number of worker processes")
-THREADS: Setting[int | None] = Setting("threads", "N", whole_number(1, 1024), None, "BLAS threads", "all cores")
+THREADS: Setting[int | None] = Setting(
+    "threads",
+    "N",
+    whole_number(1, 1024),
+    None,
+    "cores to use, each by a process of its own",
+    "all cores, or one for a small model",
+)
 POOL_THREADS: Setting[int | None] = Setting(
-    "threads", "N", whole_number(1, 1024), None, "BLAS threads a process", "cores / workers"
+    "threads",
+    "N",
+    whole_number(1, 1024),
+    None,
+    "cores a worker uses, each by a process of its own",
+    "cores / workers, or one for a small model",
+)
+BLAS = Setting(
+    "blas",
+    "NAME",
+    one_of("auto", "openblas", "mkl"),
+    "auto",
+    "auto, openblas or mkl; auto measures what is installed and takes the faster",
 )
 NAME: Setting[str | None] = Setting("name", "NAME", word, None, "name of the worker", "host and process id")
 HOST = Setting("host", "ADDRESS", str, "127.0.0.1", "address that the HTTP endpoint binds to")
@@ -141,6 +169,13 @@ IGNORE_EOS = Setting("ignore_eos", "", yes_or_no, False, "go on past the end-of-
 TIMINGS = Setting("timings", "", yes_or_no, False, "show how long each part took, on standard error")
 JSON = Setting("json", "", yes_or_no, False, "print the whole result as JSON")
 WAIT = Setting("wait", "", yes_or_no, False, "wait for the result and print it")
+VERIFY = Setting(
+    "verify", "", yes_or_no, False, "check every byte of the packed file, and make it anew if one is wrong"
+)
+ALL = Setting(
+    "all", "", yes_or_no, False, "with prune: remove every packed file, and what was measured of this machine"
+)
+DRY_RUN = Setting("dry_run", "", yes_or_no, False, "with prune: say what would go, and remove nothing")
 TIMEOUT = Setting("timeout", "SECONDS", seconds, 60.0, "how long to wait for a result")
 LOG_LEVEL = Setting("log_level", "LEVEL", log_level, "INFO", "debug, info, warning or error", "info")
 
@@ -149,6 +184,7 @@ SYSTEM: tuple[Setting[Any], ...] = (
     MODEL,
     REVISION,
     POOL_THREADS,
+    BLAS,
     WORKERS,
     OWN_REDIS_URL,
     QUEUE,

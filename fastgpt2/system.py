@@ -13,7 +13,6 @@ from typing import Any, Self
 
 from fastgpt2 import settings
 from fastgpt2.api.serve import bind, url_of
-from fastgpt2.engine.blas import usable_cores
 from fastgpt2.engine.hub import find_model
 from fastgpt2.errors import FastGPT2Error, QueueUnavailable
 from fastgpt2.logs import set_up_logging
@@ -99,14 +98,15 @@ class System:
         values = self.values
         with bind(values["host"], values["port"]) as probe:
             self.http_url = url_of(probe)
-        threads = values["threads"] or max(1, usable_cores() // values["workers"])
         # By environment, not by argument: an argument list can be read by every user of the machine.
         environment = {
             "FASTGPT2_REDIS_URL": self.redis_url,
             "FASTGPT2_QUEUE": values["queue"],
             "FASTGPT2_MODEL": values["model"],
             "FASTGPT2_REVISION": values["revision"] or "",
-            "FASTGPT2_THREADS": str(threads),
+            "FASTGPT2_THREADS": str(values["threads"] or ""),
+            "FASTGPT2_POOL_WORKERS": str(values["workers"]),
+            "FASTGPT2_BLAS": values["blas"],
             "FASTGPT2_HOST": values["host"],
             "FASTGPT2_PORT": self.http_url.rpartition(":")[2],
             "FASTGPT2_TIMEOUT": str(values["timeout"]),

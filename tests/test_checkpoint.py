@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from fastgpt2.engine.checkpoint import MAX_HEADER_BYTES, Checkpoint
 from fastgpt2.engine.config import read_config
-from fastgpt2.engine.weights import expected_shapes, read_weights
+from fastgpt2.engine.weights import expected_shapes, match_names
 from fastgpt2.errors import CheckpointError
 
 CHECKPOINTS = GOLDEN / "checkpoints"
@@ -30,7 +30,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def open_weights(folder: Path) -> Any:
-    return read_weights(Checkpoint.open(folder), read_config(folder / "config.json"))
+    checkpoint = Checkpoint.open(folder)
+    names = match_names(checkpoint, read_config(folder / "config.json"))
+    return [checkpoint.float32(name) for name in names.values()]
 
 
 def rewrite_header(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -63,21 +65,21 @@ def test_views_hold_what_the_library_reads(case: str) -> None:
 def test_aligned_float32_is_never_copied() -> None:
     folder = CHECKPOINTS / "odd_heads"
     checkpoint = Checkpoint.open(folder)
-    weights = read_weights(checkpoint, read_config(folder / "config.json"))
     whole = np.frombuffer(checkpoint._maps[folder / "model.safetensors"], np.uint8)
-    for tensor in (weights.wte, weights.wpe, weights.blocks[0].c_attn.weight, weights.ln_f.bias):
-        assert np.shares_memory(tensor, whole)
-        assert not tensor.flags.writeable
-    assert weights.lm_head is weights.wte
+    for name in checkpoint.tensors:
+        for tensor in (checkpoint.float32(name), checkpoint.float32(name, slice(1, 3))):
+            assert np.shares_memory(tensor, whole)
+            assert not tensor.flags.writeable
 
 
-def test_a_misaligned_file_is_seen_as_such_and_aligned_once() -> None:
-    folder = CHECKPOINTS / "masks_misaligned"
-    checkpoint = Checkpoint.open(folder)
-    assert not checkpoint.view("wte.weight").flags.aligned
-    weights = read_weights(checkpoint, read_config(folder / "config.json"))
-    assert weights.wte.flags.aligned
-    np.testing.assert_array_equal(weights.wte, checkpoint.view("wte.weight"))
+def test_a_misaligned_file_is_seen_as_such_and_copied_aligned() -> None:
+    checkpoint = Checkpoint.open(CHECKPOINTS / "masks_misaligned")
+    view = checkpoint.view("wte.weight")
+    assert not view.flags.aligned
+    for where in (..., slice(3, 9), (slice(None), slice(2, 5))):
+        part = checkpoint.float32("wte.weight", where)
+        assert part.flags.aligned
+        np.testing.assert_array_equal(part, view[where])
 
 
 def test_a_view_outlives_its_checkpoint() -> None:

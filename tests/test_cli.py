@@ -9,13 +9,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
 from conftest import GOLDEN, StartWorker, wait_until
 
 from fastgpt2 import Client, settings
-from fastgpt2.cli import COMMANDS, build_parser
+from fastgpt2.cli import COMMANDS, Command, build_parser
+from fastgpt2.engine.engine import BLAS_CHOICES
 from fastgpt2.errors import BadRequest
 from fastgpt2.system import System
 from fastgpt2.worker.redis_server import RedisServer
@@ -112,7 +114,8 @@ class TestQueue:
         assert run("result", job_id, **where).stdout == json.loads(result.stdout)["text"] + "\n"
         text = run("status", **where).stdout
         assert f"queue {client.queue_name}: 0 waiting; jobs: 2 finished" in text
-        assert f"worker w-{client.queue_name}: idle, model demo, up " in text
+        assert f"worker w-{client.queue_name}: idle, model demo (openblas-" in text
+        assert ", 1 process), up " in text
         status = json.loads(run("status", "--json", **where).stdout)
         assert status["jobs"]["finished"] == 2
 
@@ -173,6 +176,7 @@ class TestSettings:
             (settings.TIMEOUT, "nan", "FASTGPT2_TIMEOUT: 'nan' is not between 0 and"),
             (settings.JSON, "maybe", "FASTGPT2_JSON: 'maybe' is neither yes nor no"),
             (settings.QUEUE, "two words", "FASTGPT2_QUEUE: 'two words' must be one word"),
+            (settings.BLAS, "atlas", "FASTGPT2_BLAS: 'atlas' is not one of auto, openblas, mkl"),
             (settings.LOG_LEVEL, "loud", "FASTGPT2_LOG_LEVEL: 'loud' is not one of debug, info, warning, error"),
         ],
     )
@@ -182,6 +186,42 @@ class TestSettings:
         monkeypatch.setenv(setting.variable, text)
         with pytest.raises(BadRequest, match=re.escape(message)):
             setting.resolve()
+
+    def test_the_choices_of_a_blas_are_those_of_the_engine(self) -> None:
+        assert [settings.BLAS.resolve(choice.upper()) for choice in BLAS_CHOICES] == list(BLAS_CHOICES)
+        assert settings.BLAS.resolve() == "auto"
+
+    def test_a_blas_reaches_the_engine(self) -> None:
+        """By option, by variable, and from `up` to its workers."""
+        done = run("generate", "--blas", "atlas", "a", FASTGPT2_MODEL="demo")
+        assert (done.returncode, "--blas: 'atlas' is not one of" in done.stderr) == (2, True)
+        code = """if True:
+            import sys
+            from fastgpt2 import Engine, settings, system
+            from fastgpt2.cli import main
+            Engine.load = lambda *_, **given: sys.exit(f"blas {given['blas']}, threads {given['threads']}")
+            if sys.argv[1] != "up":
+                main(sys.argv[1:])
+            system.Pool.start = lambda pool: None
+            started = system.System(settings.of_system(blas="mkl", port="0"))
+            started._start_children()
+            print([child.environment["FASTGPT2_BLAS"] for child in started.pool.children], file=sys.stderr)
+        """
+
+        def said(*arguments: str, **environment: str) -> str:
+            command = [sys.executable, "-c", code, *arguments]
+            done = subprocess.run(
+                command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60
+            )
+            return done.stderr.strip()
+
+        assert said("generate", "--blas", "openblas", "--threads", "2", "a") == "blas openblas, threads 2"
+        assert said("worker", "--log-level", "error", FASTGPT2_BLAS="mkl") == "blas mkl, threads None"
+        assert said("up") == "['mkl', 'mkl', 'mkl']"
+
+    @pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS.keys())
+    def test_what_a_command_runs_is_there(self, command: Command) -> None:
+        assert callable(resolve_name(command.runs))
 
     def test_top_level(self) -> None:
         assert run("--version").stdout == f"fastgpt2 {__import__('fastgpt2').__version__}\n"

@@ -11,9 +11,8 @@ from safetensors import safe_open
 from fastgpt2 import Engine
 from fastgpt2.engine.config import read_config
 from fastgpt2.engine.hub import DEMO_FOLDER, find_model
-from fastgpt2.engine.kv_cache import KVCache
+from fastgpt2.engine.step import Segment
 from fastgpt2.engine.tokenizer import Tokenizer
-from fastgpt2.engine.transformer import Segment
 
 # From "A Scandal in Bohemia", Project Gutenberg no. 1661.
 ENGLISH = (
@@ -42,7 +41,10 @@ def test_model_and_tokenizer_belong_together() -> None:
 
 def nats_a_token(engine: Engine, text: str) -> float:
     ids = [engine.config.bos_token_id or 0, *engine.tokenizer.encode(text)]
-    logits = engine.decoder.model.forward([Segment(0, ids, len(ids))], KVCache(engine.config, 1)).astype(np.float64)
+    model = engine.decoder.model
+    slot = model.cache.allot()
+    logits = model.forward([Segment(slot, ids, len(ids))]).astype(np.float64)
+    model.cache.release(slot)
     chances = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     return float(-np.mean([chances[i, ids[i + 1]] for i in range(len(ids) - 1)]))
 

@@ -230,7 +230,7 @@ def test_settings_reach_the_workers(start_up: StartUp, tmp_path: Path) -> None:
     )
     redis_url, http_url = ready(process, log)
     assert "3 workers, queue other" in log.read_text()
-    assert "1 threads" in log.read_text()
+    assert ", 1 process" in log.read_text()
     connection = connect(redis_url)
     assert connection.scard("rq:workers:other") == 3
     connection.set("kept", "yes")

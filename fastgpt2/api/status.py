@@ -67,6 +67,7 @@ def _worker(key: bytes, fields: dict[bytes, bytes], execution: bytes | None, now
         "host": text.get("hostname"),
         "pid": int(text["pid"]) if text.get("pid", "").isdigit() else None,
         "model": text.get("model"),
+        "computes_by": text.get("computes_by"),
         "version": text.get("fastgpt2_version"),
         # RQ keeps a worker's executions as "job id:execution id".
         "job": execution.decode().split(":")[0] if execution else None,

@@ -1,44 +1,82 @@
-"""How many threads BLAS may use: the one place that touches them. Imports neither numpy nor a BLAS."""
+"""Which BLAS, and how many threads: the one place that touches either. Imports neither numpy nor a BLAS."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import sys
+from pathlib import Path
 
 # Read by the libraries once, when numpy loads them.
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 
 def usable_cores() -> int:
-    """The cores that this process may run on: under taskset or a cpuset, fewer than the machine's.
-
-    A CPU quota, as `docker run --cpus` sets it, does not show here.
-    """
+    """The cores that this process may use: under taskset, a cpuset or a CPU quota, fewer than the machine's."""
+    cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
+    return max(1, min(cores, _quota() or cores))
 
 
-def limit_threads(threads: int) -> None:
-    """Hold BLAS to so many threads, in this process and in those that it starts.
+def fair_share_of_cores() -> int:
+    """The cores that are this process's to use, as one of so many workers that a supervisor has started here."""
+    workers = os.environ.get("FASTGPT2_POOL_WORKERS", "")
+    return max(1, usable_cores() // max(1, int(workers) if workers.isdecimal() else 1))
+
+
+def _quota() -> int | None:
+    """Whole cores that the control group's CPU quota pays for (`docker run --cpus`), None without a quota."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return None if quota == "max" else int(quota) // int(period)
+    except (OSError, ValueError):
+        return None
+
+
+def hold_to_one_thread() -> None:
+    """Hold BLAS to one thread, in this process and in those that it starts: the engine brings its own parallelism.
 
     Before numpy is imported this only sets variables; afterwards it asks the loaded library itself.
     """
     for variable in THREAD_VARIABLES:
-        os.environ[variable] = str(threads)
+        os.environ[variable] = "1"
     if "numpy" in sys.modules:
         import threadpoolctl
 
-        threadpoolctl.threadpool_limits(threads, user_api="blas")
+        threadpoolctl.threadpool_limits(1, user_api="blas")
 
 
-def describe() -> str:
-    """The BLAS in use and its threads, for the log: "openblas 0.3.30 (SkylakeX), 2 threads"."""
+def numpys_kernel() -> str:
+    """The BLAS that numpy brought and the kernels that it chose for this CPU: "openblas-SkylakeX".
+
+    Two processes of one name multiply alike: it is part of a packed file's name.
+    """
+    import numpy
+
+    # The wheels' OpenBLAS lies beside numpy; asking it directly takes a tenth of the time that threadpoolctl takes.
+    for path in (Path(numpy.__file__).parent.parent / "numpy.libs").glob("*openblas*"):
+        library = ctypes.CDLL(str(path))
+        for symbol in ("scipy_openblas_get_corename64_", "scipy_openblas_get_corename", "openblas_get_corename"):
+            if hasattr(library, symbol):
+                corename = getattr(library, symbol)
+                corename.restype = ctypes.c_char_p
+                return f"openblas-{(corename() or b'unknown').decode()}"
     import threadpoolctl
 
-    found = [lib for lib in threadpoolctl.threadpool_info() if lib["user_api"] == "blas"]
-    names = [
-        f"{lib['internal_api']} {lib['version'] or ''} ({lib.get('architecture', '?')}), {lib['num_threads']} threads"
-        for lib in found
-    ]
-    return "; ".join(names) or "an unknown BLAS"
+    for library_info in threadpoolctl.threadpool_info():
+        if library_info["user_api"] == "blas":
+            return f"{library_info['internal_api']}-{library_info.get('architecture') or platform.machine()}"
+    return f"blas-{platform.machine()}"
+
+
+def cpu_name() -> str:
+    """The CPU's model as the system tells it, for records of what was measured on it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("model name", "CPU part")):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

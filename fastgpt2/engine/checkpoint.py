@@ -6,6 +6,7 @@ taken, and the offsets are then read from the same header.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import struct
@@ -22,6 +23,9 @@ from fastgpt2.errors import CheckpointError
 
 # gpt2-xl's header has 60 KB. The library would accept 100 MB, which Python's JSON turns into gigabytes.
 MAX_HEADER_BYTES = 8 << 20
+
+# linux/mman.h; Python's mmap has no name for it.
+_MADV_POPULATE_READ = 22
 
 # BF16 has no numpy type: it is viewed as the upper half of a float32.
 _VIEW_TYPES: dict[str, type[np.generic]] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
@@ -89,14 +93,25 @@ class Checkpoint:
         flat = np.frombuffer(self._maps[info.file], view_type, count, info.start)
         return flat.reshape(info.shape)
 
-    def float32(self, name: str) -> NDArray[np.float32]:
-        """The tensor as aligned float32: the view itself where it is that already, else one converted copy.
+    def populate(self) -> None:
+        """Enter the pages of all files into this process's page table, reading what is not in memory yet.
 
-        BLAS reads aligned float32 only; given anything else, numpy would copy the weights again on every product.
+        Does nothing where the system has no such call (Linux 5.14).
         """
-        view = self.view(name)
+        for mapped in self._maps.values():
+            with contextlib.suppress(OSError, ValueError):
+                mapped.madvise(_MADV_POPULATE_READ)
+
+    def float32(self, name: str, where: Any = ...) -> NDArray[np.float32]:
+        """The tensor, or the part of it that an index tells, as aligned float32.
+
+        The view itself where it is that already, else a converted copy: BLAS reads aligned float32 only; given anything
+        else, numpy would copy the weights again on every product.
+        """
+        view: NDArray[Any] = self.view(name)[where]
         if self.tensors[name].dtype == "BF16":
-            return (view.astype(np.uint32) << 16).view(np.float32)
+            widened: NDArray[np.float32] = (view.astype(np.uint32) << 16).view(np.float32)
+            return widened
         if view.dtype == np.float32 and view.flags.aligned:
             return view
         return np.require(view, np.float32, ["A", "C"])
@@ -127,6 +142,19 @@ def map_file(path: Path) -> tuple[dict[str, TensorInfo], mmap.mmap]:
         start, stop = entry["data_offsets"]
         tensors[name] = TensorInfo(path, entry["dtype"], tuple(entry["shape"]), data_start + start, data_start + stop)
     return tensors, mapped
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The free-form texts in a safetensors file's header.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        metadata = _read_header(path)[0].get("__metadata__", {})
+    except OSError as reason:
+        raise CheckpointError(f"{path}: cannot be read ({reason.strerror or reason})") from None
+    return {str(key): str(value) for key, value in metadata.items()} if isinstance(metadata, dict) else {}
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:

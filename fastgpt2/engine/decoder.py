@@ -9,14 +9,13 @@ from time import perf_counter
 import numpy as np
 
 from fastgpt2.engine.generation import FinishReason, GenerationRequest, GenerationResult, Timings, Usage
-from fastgpt2.engine.kv_cache import KVCache
+from fastgpt2.engine.gpt2 import DEFAULT_MAX_ROWS, GPT2
+from fastgpt2.engine.step import Segment
 from fastgpt2.engine.tokenizer import IncrementalDetokenizer, Tokenizer
-from fastgpt2.engine.transformer import GPT2, Segment
 from fastgpt2.errors import CheckpointError, TokenizerError
 
-# Rows of prompts read in one step: bounds the memory of the attention scores ([n_head, rows, n_positions]) and the
-# time for which a prompt keeps the other sequences waiting.
-PREFILL_ROWS = 256
+# Rows of prompts read in one step: bounds the time for which a prompt keeps the other sequences waiting.
+PREFILL_ROWS = DEFAULT_MAX_ROWS
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,17 +77,16 @@ class Sequence:
 
 
 class Decoder:
-    """Decodes up to `max_batch` sequences side by side, each as if it were alone."""
+    """Decodes as many sequences side by side as the network has slots, each as if it were alone."""
 
-    def __init__(self, model: GPT2, tokenizer: Tokenizer, max_batch: int = 1) -> None:
+    def __init__(self, model: GPT2, tokenizer: Tokenizer) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.cache = KVCache(model.config, max_batch)
         self.running: list[Sequence] = []
 
     @property
     def free_slots(self) -> int:
-        return self.cache.free_slots
+        return self.model.cache.free_slots
 
     def prepare(self, request: GenerationRequest) -> Prompt:
         """Tokenize a request and see that it fits.
@@ -115,7 +113,7 @@ class Decoder:
             request=prompt.request,
             prompt_tokens=len(prompt.ids),
             max_new_tokens=prompt.max_new_tokens,
-            slot=self.cache.allot(),
+            slot=self.model.cache.allot(),
             pending=prompt.ids,
             detokenizer=IncrementalDetokenizer(self.tokenizer),
             admitted_at=perf_counter(),
@@ -135,7 +133,7 @@ class Decoder:
         segments, movers = self._next_segments()
         if not segments:
             return []
-        logits = self.model.forward(segments, self.cache)
+        logits = self.model.forward(segments)
         best = logits.argmax(axis=-1)  # of a NaN, if there is one
         if not np.isfinite(np.take_along_axis(logits, best[:, None], axis=-1)).all():
             raise CheckpointError(
@@ -157,7 +155,7 @@ class Decoder:
         """Drop a running sequence; what it has generated stays readable. Does nothing to one that ended."""
         if sequence.slot is None:
             return
-        self.cache.release(sequence.slot)
+        self.model.cache.release(sequence.slot)
         sequence.slot = None
         sequence.finished_at = perf_counter()
         self.running.remove(sequence)
@@ -165,7 +163,7 @@ class Decoder:
     def _next_segments(self) -> tuple[list[Segment], list[Sequence]]:
         segments, movers = [], []
         rows = PREFILL_ROWS
-        for sequence in sorted(self.running, key=lambda s: not s.token_ids):
+        for sequence in sorted(self.running, key=_order):
             assert sequence.slot is not None
             ids = sequence.pending[: max(rows, 0)] if not sequence.token_ids else sequence.pending
             if not ids:
@@ -214,3 +212,8 @@ class Decoder:
         """The token that an empty prompt starts from: the beginning of a text, which in GPT-2 is the end of another."""
         config = self.model.config
         return config.bos_token_id if config.bos_token_id is not None else (config.eos_token_ids or (0,))[0]
+
+
+def _order(sequence: Sequence) -> tuple[bool, int]:
+    """Those who decode go first, in the order of their slots: neighbours are attended together."""
+    return (not sequence.token_ids, (sequence.slot or 0) if sequence.token_ids else 0)

@@ -12,7 +12,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, overload
 
-from fastgpt2.engine.blas import limit_threads
+from fastgpt2.engine.blas import hold_to_one_thread
 from fastgpt2.engine.config import GPT2Config, read_config
 from fastgpt2.engine.files import CONFIG_FILE
 from fastgpt2.engine.generation import GenerationRequest, GenerationResult
@@ -27,6 +27,7 @@ log = logging.getLogger("fastgpt2.engine")
 
 DEFAULT_MODEL = "gpt2"
 DEFAULT_MAX_BATCH = 8
+BLAS_CHOICES = ("auto", "openblas", "mkl")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,10 @@ class Engine:
     def tokenizer(self) -> Tokenizer:
         return self.decoder.tokenizer
 
+    def describe(self) -> str:
+        """How it computes, for the log: "openblas-SkylakeX in panels of 64/32, 2 processes"."""
+        return self.decoder.model.describe()
+
     @classmethod
     def load(
         cls,
@@ -65,44 +70,47 @@ class Engine:
         revision: str | None = None,
         threads: int | None = None,
         max_batch: int = DEFAULT_MAX_BATCH,
+        blas: str = "auto",
     ) -> Engine:
         """Load a model: `demo`, a folder, or a hub id.
 
         Args:
             model: see `fastgpt2.engine.hub.find_model`.
             revision: of a hub repository.
-            threads: for BLAS; None leaves them as they are.
+            threads: cores to use, each by a process of its own (`team.py`); None for all, or one if the model is small.
+                BLAS itself is held to one thread in this process.
             max_batch: how many sequences `generate` decodes side by side.
+            blas: openblas (what numpy brought), mkl (the extra of that name), or auto for the faster here.
 
         Raises:
             ModelError: the model cannot be found, read or trusted; the message names the file and what is wrong.
-            BadRequest: `max_batch` is below 1.
+            BadRequest: `max_batch` or `threads` is below 1, or `blas` is none that is here.
         """
         started = perf_counter()
         if max_batch < 1:
             raise BadRequest(f"max_batch must be 1 or more, not {max_batch}")
-        if threads is not None:
-            limit_threads(threads)
+        if blas not in BLAS_CHOICES:
+            raise BadRequest(f"blas must be one of {', '.join(BLAS_CHOICES)}, not {blas!r}")
+        if threads is not None and threads < 1:
+            raise BadRequest(f"threads must be 1 or more, not {threads}")
+        hold_to_one_thread()
         model = os.fspath(model)
         folder = find_model(model, revision)
         # The tokenizer's parser releases the GIL: it reads beside the import of numpy and the mapping of the weights.
         with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as pool:
             future = pool.submit(_timed_tokenizer, folder, started)
             config = read_config(folder / CONFIG_FILE)
-            from fastgpt2.engine.checkpoint import Checkpoint
             from fastgpt2.engine.decoder import Decoder
-            from fastgpt2.engine.packing import shareable
-            from fastgpt2.engine.transformer import GPT2
-            from fastgpt2.engine.weights import read_weights
+            from fastgpt2.engine.loading import load_network
 
-            weights = read_weights(shareable(Checkpoint.open(folder), config, model), config)
+            network = load_network(folder, config, model, n_slots=max_batch, threads=threads, blas=blas)
             mapped = perf_counter() - started
             tokenizer, tokenizer_done = future.result()
         if tokenizer.vocab_size > config.vocab_size:
             raise TokenizerError(
                 f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model's vocabulary {config.vocab_size}"
             )
-        decoder = Decoder(GPT2(config, weights), tokenizer, max_batch)
+        decoder = Decoder(network, tokenizer)
         return cls(model, decoder, LoadTimes(mapped, tokenizer_done, perf_counter() - started))
 
     @overload
@@ -182,7 +190,8 @@ class Engine:
         return [results[index] for index in sorted(results)]
 
     def warm_up(self) -> None:
-        """Touch every weight once, so that the first prompt does not wait for the disk."""
+        """Wait for the helper processes and touch every weight once, so that the first prompt waits for neither."""
+        self.decoder.model.wait_until_ready()
         self.run([GenerationRequest("", max_new_tokens=1)])
 
 

@@ -1,4 +1,4 @@
-"""The pure functions that a GPT-2 is made of. float32 in, float32 out; shapes beside each signature.
+"""The small functions that a GPT-2 is made of, in place: float32, shapes beside each signature.
 
 Sources: Radford et al. 2019; `transformers/models/gpt2/modeling_gpt2.py` and `transformers/activations.py`.
 """
@@ -11,89 +11,89 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgpt2.engine.weights import LayerNorm, Linear
+from fastgpt2.engine.weights import LayerNorm
 
 Array = NDArray[np.float32]
 
 
-def linear(x: Array, layer: Linear) -> Array:  # [rows, n_in] -> [rows, n_out]
-    y: Array = x @ layer.weight
-    y += layer.bias
-    return y
+def layer_norm(x: Array, norm: LayerNorm, epsilon: np.float32, out: Array, scale: Array) -> None:
+    """Ba et al. 2016, with the biased variance, as torch.nn.LayerNorm.
+
+    x, out [rows, n_embd]; scale [rows, 1], overwritten.
+    """
+    share = np.float32(1.0 / x.shape[1])
+    np.add.reduce(x, axis=1, keepdims=True, out=scale)
+    scale *= share
+    np.subtract(x, scale, out=out)
+    np.vecdot(out, out, out=scale[:, 0])
+    scale *= share
+    scale += epsilon
+    np.sqrt(scale, out=scale)
+    out /= scale
+    out *= norm.weight
+    out += norm.bias
 
 
-def layer_norm(x: Array, norm: LayerNorm, epsilon: float) -> Array:  # [rows, n_embd] -> [rows, n_embd]
-    """Ba et al. 2016, with the biased variance, as torch.nn.LayerNorm."""
-    centred: Array = x - x.mean(axis=-1, keepdims=True)
-    variance = np.einsum("ij,ij->i", centred, centred)[:, None] / np.float32(x.shape[-1])
-    centred *= 1.0 / np.sqrt(variance + np.float32(epsilon))
-    centred *= norm.weight
-    centred += norm.bias
-    return centred
-
-
-def softmax_in_place(x: Array) -> None:  # over the last axis
-    x -= x.max(axis=-1, keepdims=True)
-    np.exp(x, out=x)
-    x /= x.sum(axis=-1, keepdims=True)
-
-
-def gelu_new(x: Array) -> Array:
+def gelu_new(x: Array, scratch: Array) -> None:
     """The tanh approximation of Hendrycks & Gimpel 2016: 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))."""
-    inner: Array = x * x
-    inner *= np.float32(0.044715)
-    inner += np.float32(1.0)
-    inner *= x
-    inner *= np.float32(math.sqrt(2.0 / math.pi))
-    np.tanh(inner, out=inner)
-    inner += np.float32(1.0)
-    inner *= x
-    inner *= np.float32(0.5)
-    return inner
+    np.multiply(x, x, out=scratch)
+    scratch *= np.float32(0.044715 * math.sqrt(2.0 / math.pi))
+    scratch += np.float32(math.sqrt(2.0 / math.pi))
+    scratch *= x
+    np.tanh(scratch, out=scratch)
+    scratch += np.float32(1.0)
+    x *= np.float32(0.5)
+    x *= scratch
 
 
-def gelu(x: Array) -> Array:
+def gelu(x: Array, scratch: Array) -> None:
     """x times the normal distribution function of x."""
-    result: Array = _erf(x * np.float32(math.sqrt(0.5)))
-    result += np.float32(1.0)
-    result *= x
-    result *= np.float32(0.5)
-    return result
+    np.multiply(x, np.float32(math.sqrt(0.5)), out=scratch)
+    scratch[...] = _erf(scratch)
+    scratch += np.float32(1.0)
+    x *= np.float32(0.5)
+    x *= scratch
 
 
-def _erf(x: Array) -> Array:
+def _erf(x: Array) -> NDArray[np.float64]:
     """Abramowitz & Stegun 7.1.26, of absolute error below 1.5e-7 (numpy has no erf); float64 inside."""
     magnitude = np.abs(x, dtype=np.float64)
     t = 1.0 / (1.0 + 0.3275911 * magnitude)
     poly = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
-    result: Array = np.copysign(1.0 - poly * np.exp(-magnitude * magnitude), x).astype(np.float32)
+    result: NDArray[np.float64] = np.copysign(1.0 - poly * np.exp(-magnitude * magnitude), x)
     return result
 
 
-def quick_gelu(x: Array) -> Array:
-    return x * _sigmoid(np.float32(1.702) * x)
+def quick_gelu(x: Array, scratch: Array) -> None:
+    np.multiply(x, np.float32(1.702), out=scratch)
+    _sigmoid(scratch)
+    x *= scratch
 
 
-def silu(x: Array) -> Array:
-    return x * _sigmoid(x)
+def silu(x: Array, scratch: Array) -> None:
+    scratch[...] = x
+    _sigmoid(scratch)
+    x *= scratch
 
 
-def _sigmoid(x: Array) -> Array:
+def _sigmoid(x: Array) -> None:
     # By way of tanh, which saturates where exp would overflow.
-    return np.float32(0.5) * (np.float32(1.0) + tanh(np.float32(0.5) * x))
+    x *= np.float32(0.5)
+    np.tanh(x, out=x)
+    x += np.float32(1.0)
+    x *= np.float32(0.5)
 
 
-def relu(x: Array) -> Array:
-    return np.maximum(x, np.float32(0.0))
+def relu(x: Array, scratch: Array) -> None:  # noqa: ARG001  (as the others)
+    np.maximum(x, np.float32(0.0), out=x)
 
 
-def tanh(x: Array) -> Array:
-    result: Array = np.tanh(x)
-    return result
+def tanh(x: Array, scratch: Array) -> None:  # noqa: ARG001
+    np.tanh(x, out=x)
 
 
-# gelu_fast, gelu_new and gelu_pytorch_tanh are one formula under the names of three implementations.
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+# In place, with scratch of x's shape. gelu_fast, gelu_new and gelu_pytorch_tanh are one formula under three names.
+ACTIVATIONS: dict[str, Callable[[Array, Array], None]] = {
     "gelu_new": gelu_new,
     "gelu_fast": gelu_new,
     "gelu_pytorch_tanh": gelu_new,

@@ -1,153 +1,202 @@
-"""A checkpoint that cannot be used as it lies -> one aligned float32 file, written once and mapped by every process.
-
-The public `gpt2` file begins its data at byte 14,291, so that none of its float32 tensors is aligned; others are
-float16. Converted in memory, N workers would hold N private copies.
-"""
+"""A packed file (`pack_plan.py`), written once by whichever process comes first and mapped by every other."""
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import json
+import errno
 import logging
 import os
+import shutil
 import struct
-from collections.abc import Iterator
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
-from fastgpt2.engine.checkpoint import Checkpoint, TensorInfo, map_file
+import numpy as np
+from numpy.typing import NDArray
+
+from fastgpt2.engine.arena import anonymous_file
+from fastgpt2.engine.cache import locked
+from fastgpt2.engine.checkpoint import Checkpoint, map_file, read_metadata
 from fastgpt2.engine.config import GPT2Config
-from fastgpt2.engine.weights import match_names
+from fastgpt2.engine.pack_plan import CHUNK_BYTES, FORMAT, Layout, Plan, identity
 from fastgpt2.errors import CheckpointError
 
 log = logging.getLogger("fastgpt2.engine")
 
-# In the file's name: a release that writes another form looks for another name.
-FORMAT = 1
-ALIGNMENT = 64
-# Below this, sharing saves less than a file in the cache costs.
-MIN_BYTES = 64 << 20
+Array = NDArray[np.float32]
+
+SUFFIX = f".v{FORMAT}.safetensors"
 
 
-def cache_folder() -> Path:
-    """`FASTGPT2_CACHE`, else `$XDG_CACHE_HOME/fastgpt2`, else `~/.cache/fastgpt2`."""
-    explicit = os.environ.get("FASTGPT2_CACHE")
-    if explicit:
-        return Path(explicit).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastgpt2"
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A packed file, mapped.
+
+    Attributes:
+        tensors: its tensors.
+        path: where it lies, None for memory of this process and its helpers only.
+        fd: an open descriptor, for a helper to inherit. Closed with this object.
+    """
+
+    tensors: Checkpoint
+    path: Path | None
+    fd: int
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+    def touch(self) -> None:
+        """Enter all pages into this process's page table at once, where the system can (Linux 5.14)."""
+        self.tensors.populate()
 
 
-def shareable(checkpoint: Checkpoint, config: GPT2Config, model: str) -> Checkpoint:
-    """The checkpoint itself if its weights can be mapped as they lie, or are small; else its packed file.
+def pack_path(folder: Path, checkpoint: Checkpoint, model: str, layout: Layout) -> Path:
+    """Where the packed file of a checkpoint is or belongs: another name for another source or layout.
 
-    The packed file is made if it is not there, by whichever process comes first; the others wait for it. Where the
-    cache cannot be written, the checkpoint is returned, with a warning of what that costs.
+    The model's name in it is for people: a file made under another name of the same source is the one.
+    """
+    end = f"-{identity(checkpoint)}-{layout.name}{SUFFIX}"
+    return next(folder.glob(f"*{end}"), folder / f"{_slug(model)}{end}")
+
+
+def packed_in_cache(
+    path: Path, checkpoint: Checkpoint, config: GPT2Config, model: str, layout: Layout, progress: bool = False
+) -> Packed:
+    """The packed file, made if it is not there by whichever process comes first; the others wait for it.
 
     Raises:
-        CheckpointError: a tensor is missing, surplus or misshapen.
+        CheckpointError: a tensor of the checkpoint is missing, surplus or misshapen.
+        OSError: the file can neither be read nor written.
     """
-    names = match_names(checkpoint, config)
-    used = [checkpoint.tensors[stored] for stored in names.values()]
-    size = sum(4 * _count(info) for info in used)
-    if size < MIN_BYTES or all(info.dtype == "F32" and info.start % 4 == 0 for info in used):
-        return checkpoint
-    path = cache_folder() / f"{_slug(model)}-{_identity(checkpoint)}.v{FORMAT}.safetensors"
-    try:
-        return _open(path) or _build_once(path, checkpoint, names)
-    except (OSError, RuntimeError) as reason:  # RuntimeError: no home folder
-        log.warning(
-            "%s: the packed weights cannot be kept there (%s); this process converts them into %.0f MB of memory of "
-            "its own, as every other will. Set FASTGPT2_CACHE to a folder that can be written",
-            path.parent,
-            reason,
-            size / 1e6,
-        )
-        return checkpoint
-
-
-def _open(path: Path) -> Checkpoint | None:
-    """The packed file, if it is there and whole."""
-    if not path.exists():
-        return None
-    try:
-        tensors, mapped = map_file(path)
-    except CheckpointError:
-        return None
-    return Checkpoint(tensors, {path: mapped})
-
-
-def _build_once(path: Path, checkpoint: Checkpoint, names: dict[str, str]) -> Checkpoint:
+    plan = Plan.of(checkpoint, config, layout)
+    found = _open(path, plan)
+    if found is not None:
+        return found
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path.with_suffix(".lock")):
+    with locked(path.with_suffix(".lock")):
         # Whoever held the lock before may have made it.
-        found = _open(path)
+        found = _open(path, plan)
         if found is None:
             if path.exists():
                 log.warning("%s is damaged; packing anew", path)
             started = perf_counter()
-            _write(path, checkpoint, names)
+            _write(path, plan, model, progress)
             log.info("packed %s in %.1f s", path, perf_counter() - started)
-            found = _open(path)
+            found = _open(path, plan)
     if found is None:
         raise OSError("the file written a moment ago cannot be read")
     return found
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """An exclusive lock among processes, given up by the kernel however its holder ends."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def packed_in_memory(checkpoint: Checkpoint, config: GPT2Config, model: str, layout: Layout) -> Packed:
+    """The same in memory of this process, which only its own helpers share.
 
-
-def _write(path: Path, checkpoint: Checkpoint, names: dict[str, str]) -> None:
-    """Stream the tensors, one at a time, into a file that gets its name when it is whole and on the disk."""
-    temporary = path.with_suffix(".tmp")
+    Raises:
+        CheckpointError: as `packed_in_cache`.
+        OSError: there is not so much memory.
+    """
+    plan = Plan.of(checkpoint, config, layout)
+    fd = anonymous_file("fastgpt2-weights")
     try:
-        with temporary.open("wb") as file:
-            file.write(_header(checkpoint, names))
-            for stored in names.values():
-                file.write(checkpoint.float32(stored).data)
+        with os.fdopen(os.dup(fd), "wb") as file:
+            plan.write(file, model, 0, lambda _count: None)
+        return open_packed(fd)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def open_packed(fd: int, path: Path | None = None) -> Packed:
+    """Map a packed file by its descriptor, which is the result's from now on.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    source = path or Path(f"/proc/self/fd/{fd}" if sys.platform == "linux" else f"/dev/fd/{fd}")
+    tensors, mapped = map_file(source)
+    return Packed(Checkpoint(tensors, {source: mapped}), path, fd)
+
+
+def _open(path: Path, plan: Plan) -> Packed | None:
+    """The packed file, if it is there, whole, and what the plan says."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        packed = open_packed(fd, path)
+    except CheckpointError:
+        os.close(fd)
+        return None
+    shapes = {name: info.shape for name, info in packed.tensors.tensors.items()}
+    metadata = read_metadata(path)
+    as_planned = shapes == plan.shapes and metadata.get("source_identity") == identity(plan.checkpoint)
+    return packed if as_planned and _unharmed(path, fd, metadata) else None
+
+
+def _unharmed(path: Path, fd: int, metadata: dict[str, str]) -> bool:
+    """Whether the bytes are those that were written.
+
+    The file's time of change is set to a whole second, noted in the file, when it is complete. Whatever writes to it
+    later, or copies it, leaves another time; then the checksum decides, and the time is set right.
+    """
+    sealed = int(metadata["sealed"]) if metadata.get("sealed", "").isdecimal() else -1
+    if os.fstat(fd).st_mtime_ns == sealed:
+        return True
+    if f"{checksum(fd):08x}" != metadata.get("crc32"):
+        return False
+    try:
+        os.utime(path, ns=(sealed, sealed))
+    except (OSError, OverflowError, ValueError):
+        log.info("%s was copied or touched; on a file system that can be written it need not be checked again", path)
+    return True
+
+
+def checksum(fd: int) -> int:
+    """CRC-32 of a packed file's tensors."""
+    crc = 0
+    with os.fdopen(os.dup(fd), "rb") as file:
+        file.seek(0)
+        (length,) = struct.unpack("<Q", file.read(8))
+        file.seek(8 + length)
+        while piece := file.read(CHUNK_BYTES):
+            crc = zlib.crc32(piece, crc)
+    return crc
+
+
+def _write(path: Path, plan: Plan, model: str, progress: bool) -> None:
+    """Stream the tensors into a file that gets its name when it is whole and on the disk."""
+    free = shutil.disk_usage(path.parent).free
+    if free < plan.data_bytes:
+        raise OSError(errno.ENOSPC, f"{plan.data_bytes / 1e6:.0f} MB are needed and {free / 1e6:.0f} MB are free")
+    temporary = path.with_suffix(".tmp")
+    sealed = int(time.time()) * 10**9
+    try:
+        with temporary.open("wb") as file, _bar(plan.data_bytes, model, progress) as advance:
+            plan.write(file, model, sealed, advance)
             file.flush()
+            os.utime(file.fileno(), ns=(sealed, sealed))
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _header(checkpoint: Checkpoint, names: dict[str, str]) -> bytes:
-    """Length and JSON, padded so that data begins at a multiple of `ALIGNMENT`."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt", "fastgpt2_format": str(FORMAT)}}
-    at = 0
-    for name, stored in names.items():
-        info = checkpoint.tensors[stored]
-        stop = at + 4 * _count(info)
-        header[name] = {"dtype": "F32", "shape": list(info.shape), "data_offsets": [at, stop]}
-        at = stop
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    return struct.pack("<Q", len(text)) + text
+@contextmanager
+def _bar(size: int, model: str, wanted: bool) -> Iterator[Callable[[int], object]]:
+    """A progress bar, where somebody looks."""
+    if not wanted:
+        yield lambda _count: None
+        return
+    from tqdm import tqdm
 
-
-def _count(info: TensorInfo) -> int:
-    count = 1
-    for size in info.shape:
-        count *= size
-    return count
-
-
-def _identity(checkpoint: Checkpoint) -> str:
-    """Changes whenever a source file does: sizes, times of change, and the place of every tensor."""
-    digest = hashlib.sha256()
-    for file in sorted({info.file for info in checkpoint.tensors.values()}):
-        status = file.stat()
-        digest.update(f"{file.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
-    for name, info in sorted(checkpoint.tensors.items()):
-        digest.update(f"{name} {info.dtype} {info.shape} {info.start}\n".encode())
-    return digest.hexdigest()[:16]
+    with tqdm(total=size, desc=f"packing {model}", unit="B", unit_scale=True, leave=False) as bar:
+        yield bar.update
 
 
 def _slug(model: str) -> str:

@@ -2,111 +2,215 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastgpt2.engine.arena import Arena, Spec
+from fastgpt2.engine.attention import Attention
+from fastgpt2.engine.calibration import Kernel
 from fastgpt2.engine.config import GPT2Config
 from fastgpt2.engine.kv_cache import KVCache
-from fastgpt2.engine.ops import ACTIVATIONS, layer_norm, linear, softmax_in_place
-from fastgpt2.engine.weights import Block, Weights
+from fastgpt2.engine.ops import ACTIVATIONS, layer_norm
+from fastgpt2.engine.panels import Panels
+from fastgpt2.engine.step import Step
+from fastgpt2.engine.weights import Linear, Weights
 
 Array = NDArray[np.float32]
 
+# Prepared views are kept for so many different numbers of rows.
+_MAX_REMEMBERED = 64
 
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """The next tokens of one sequence.
 
-    Attributes:
-        slot: the sequence's slot in the KV cache.
-        ids: the tokens that follow what the slot holds, at least one.
-        n_logits: for how many of the last of these tokens logits are wanted (0 in the midst of a prompt, else 1).
+def activation_specs(config: GPT2Config, weights: Weights, max_rows: int) -> dict[str, Spec]:
+    """What the processes of a team write for each other: a buffer an operation, rows by columns.
+
+    With room for rows that fill up a last chunk.
+    """
+    block, rows = weights.blocks[0], capacity(max_rows)
+    return {
+        "qkv": ((rows, block.c_attn.weight.columns), np.float32),
+        "attended": ((rows, config.n_embd), np.float32),
+        "projected": ((rows, block.attn_c_proj.weight.columns), np.float32),
+        "inner": ((rows, block.c_fc.weight.columns), np.float32),
+        "reduced": ((rows, block.mlp_c_proj.weight.columns), np.float32),
+        "logits": ((rows, weights.lm_head.columns), np.float32),
+    }
+
+
+def capacity(max_rows: int) -> int:
+    """Rows that a buffer needs: chunks are equal, so that fewer than one row a chunk is added, of chunks of two."""
+    return max_rows + max_rows // 2 + 64
+
+
+class Shard:
+    """One process's share of the network: of every matrix some panels, of the attention some heads.
+
+    What is cheap (layer norms, residuals) every process computes for itself. Holds no state between steps but views.
     """
 
-    slot: int
-    ids: Sequence[int]
-    n_logits: int = 1
-
-
-class GPT2:
-    """The network. Holds no state beside its weights; what was seen is in the KV cache."""
-
-    def __init__(self, config: GPT2Config, weights: Weights) -> None:
-        self.config = config
-        self.weights = weights
-        self._activation = ACTIVATIONS[config.activation_function]
-
-    def forward(self, segments: Sequence[Segment], cache: KVCache) -> Array:
-        """Run the segments' tokens, append their keys and values to the cache, and return logits.
-
-        Args:
-            segments: one a sequence; all their tokens run through the linear layers as one [rows, n_embd] array.
-            cache: holds what came before; a slot must have room for its segment's tokens.
-
-        Returns:
-            float32 [sum of n_logits, vocab_size], in the order of the segments.
-        """
-        weights, epsilon = self.weights, self.config.layer_norm_epsilon
-        starts = [cache.lengths[s.slot] for s in segments]
-        ids = np.concatenate([np.asarray(s.ids, np.intp) for s in segments])
-        positions = np.concatenate([np.arange(a, a + len(s.ids)) for a, s in zip(starts, segments, strict=True)])
-        masks = [_future(a, len(s.ids)) for a, s in zip(starts, segments, strict=True)]
-        x = weights.wte[ids] + weights.wpe[positions]  # [rows, n_embd]
-        for i, block in enumerate(weights.blocks):
-            qkv = linear(layer_norm(x, block.ln_1, epsilon), block.c_attn)  # [rows, 3 n_embd]
-            x += linear(self._attend(i, qkv, segments, masks, cache), block.attn_c_proj)
-            x += self._mlp(layer_norm(x, block.ln_2, epsilon), block)
-        for segment in segments:
-            cache.lengths[segment.slot] += len(segment.ids)
-        wanted = layer_norm(x[_rows_with_logits(segments)], weights.ln_f, epsilon)
-        return wanted @ weights.lm_head.T
-
-    def _mlp(self, x: Array, block: Block) -> Array:  # [rows, n_embd] -> [rows, n_embd]
-        return linear(self._activation(linear(x, block.c_fc)), block.mlp_c_proj)
-
-    def _attend(
+    def __init__(
         self,
-        layer: int,
-        qkv: Array,
-        segments: Sequence[Segment],
-        masks: Sequence[NDArray[np.bool_] | None],
+        config: GPT2Config,
+        weights: Weights,
         cache: KVCache,
-    ) -> Array:
-        """Causal multi-head attention, a sequence at a time: qkv [rows, 3 n_embd] -> [rows, n_embd]."""
-        n_head, head_dim = self.config.n_head, self.config.head_dim
-        scale = np.float32(self.config.attention_scale(layer))
-        out = np.empty((qkv.shape[0], n_head, head_dim), np.float32)
+        arena: Arena,
+        kernel: Kernel,
+        share: tuple[int, int],
+        meet: Callable[[], None],
+    ) -> None:
+        """
+        Args:
+            share: rank and number of the processes.
+            meet: returns when every process has called it.
+        """
+        rank, size = share
+        self._config, self._weights, self._arena, self._kernel, self._meet = config, weights, arena, kernel, meet
+        self._share = share
+        self._activation = ACTIVATIONS[config.activation_function]
+        self._epsilon = np.float32(config.layer_norm_epsilon)
+        heads = config.n_head * rank // size, config.n_head * (rank + 1) // size
+        chunking = kernel.attention_chunking(cache.values.shape[3], config.head_dim)
+        self._attention = Attention(config, cache, heads, arena["qkv"], arena["attended"], chunking)
+        rows = arena["qkv"].shape[0]
+        self._x = np.zeros((rows, config.n_embd), np.float32)
+        self._normed = np.zeros((rows, config.n_embd), np.float32)
+        self._last = np.zeros((rows, config.n_embd), np.float32)
+        self._scale = np.zeros((rows, 1), np.float32)
+        self._scratch = np.zeros((rows, arena["inner"].shape[1]), np.float32)
+        self._blocks = [
+            tuple(self._mine(linear) for linear in (b.c_attn, b.attn_c_proj, b.c_fc, b.mlp_c_proj))
+            for b in weights.blocks
+        ]
+        first, last = weights.lm_head.share(rank, size)
+        self._head = weights.lm_head.array[first:last]
+        self._views: dict[int, _Views] = {}
+        self._head_views: dict[int, _Product] = {}
+
+    @property
+    def exact(self) -> bool:
+        """Whether every product gives a row the same bits whatever stands beside it."""
+        block = self._weights.blocks[0]
+        weights = (block.c_attn, block.attn_c_proj, block.c_fc, block.mlp_c_proj)
+        panels = [*(linear.weight for linear in weights), self._weights.lm_head]
+        return all(self._kernel.chunking(p.n_in, p.width).exact for p in panels) and self._attention.exact
+
+    def _mine(self, linear: Linear) -> tuple[Array, Array]:
+        first, last = linear.weight.share(*self._share)
+        width = linear.weight.width
+        return linear.weight.array[first:last], linear.bias[first * width : last * width]
+
+    def run(self, step: Step) -> None:
+        """Carry out this share of a step; afterwards, the arena's "logits" hold the wanted rows in their first rows."""
+        weights, epsilon, product, meet = self._weights, self._epsilon, self._kernel.product, self._meet
+        v = self._views_for(step.rows)
+        self._embed(step, v.x)
+        self._attention.prepare(step)
+        for layer, (block, mine) in enumerate(zip(weights.blocks, self._blocks, strict=True)):
+            c_attn, attn_c_proj, c_fc, mlp_c_proj = mine
+            layer_norm(v.x, block.ln_1, epsilon, v.normed, v.scale)
+            product(v.qkv.x, c_attn[0], v.qkv.out)
+            np.add(v.qkv.mine, c_attn[1], out=v.qkv.mine)
+            meet()
+            self._attention.run(layer)
+            meet()
+            product(v.projected.x, attn_c_proj[0], v.projected.out)
+            np.add(v.projected.mine, attn_c_proj[1], out=v.projected.mine)
+            meet()
+            np.add(v.x, v.projected.all, out=v.x)
+            layer_norm(v.x, block.ln_2, epsilon, v.normed, v.scale)
+            product(v.inner.x, c_fc[0], v.inner.out)
+            np.add(v.inner.mine, c_fc[1], out=v.inner.mine)
+            self._activation(v.inner.mine, v.scratch)
+            meet()
+            product(v.reduced.x, mlp_c_proj[0], v.reduced.out)
+            np.add(v.reduced.mine, mlp_c_proj[1], out=v.reduced.mine)
+            meet()
+            np.add(v.x, v.reduced.all, out=v.x)
+        self._logits(step, v.x)
+        meet()
+
+    def _embed(self, step: Step, x: Array) -> None:
         row = 0
-        for segment, mask in zip(segments, masks, strict=True):
-            start, count = cache.lengths[segment.slot], len(segment.ids)
-            stop = start + count
-            # [count, 3, n_head, head_dim] -> three of [n_head, count, head_dim]
-            q, k, v = qkv[row : row + count].reshape(count, 3, n_head, head_dim).transpose(1, 2, 0, 3)
-            keys = cache.keys[layer, segment.slot, :, :stop]  # [n_head, stop, head_dim]
-            values = cache.values[layer, segment.slot, :, :stop]
-            keys[:, start:] = k
-            values[:, start:] = v
-            scores: Array = np.matmul(q * scale, keys.transpose(0, 2, 1), dtype=np.float32)  # [n_head, count, stop]
-            if mask is not None:
-                scores[:, mask] = -np.inf
-            softmax_in_place(scores)
-            out[row : row + count] = (scores @ values).transpose(1, 0, 2)
-            row += count
-        return out.reshape(qkv.shape[0], n_head * head_dim)
+        for segment, start in zip(step.segments, step.starts, strict=True):
+            for position, token_id in enumerate(segment.ids, start):
+                np.add(self._weights.embedding(token_id), self._weights.wpe[position], out=x[row])
+                row += 1
+
+    def _logits(self, step: Step, x: Array) -> None:
+        wanted = step.rows_with_logits()
+        if not wanted:
+            return
+        n = len(wanted)
+        for row, of in enumerate(wanted):
+            self._last[row] = x[of]
+        layer_norm(self._last[:n], self._weights.ln_f, self._epsilon, self._normed[:n], self._scale[:n])
+        view = self._head_views.get(n)
+        if view is None:
+            if len(self._head_views) >= _MAX_REMEMBERED:
+                self._head_views.clear()
+            lm_head = self._weights.lm_head
+            view = self._head_views[n] = self._view(self._normed, lm_head, self._arena["logits"], n)
+        self._kernel.product(view.x, self._head, view.out)
+
+    def _views_for(self, rows: int) -> _Views:
+        views = self._views.get(rows)
+        if views is None:
+            if len(self._views) >= _MAX_REMEMBERED:
+                self._views.clear()
+            views = self._views[rows] = self._make_views(rows)
+        return views
+
+    def _make_views(self, rows: int) -> _Views:
+        arena, block = self._arena, self._weights.blocks[0]
+        inner = self._view(self._normed, block.c_fc.weight, arena["inner"], rows)
+        width = inner.mine.shape[1]
+        return _Views(
+            x=self._x[:rows],
+            normed=self._normed[:rows],
+            scale=self._scale[:rows],
+            scratch=self._scratch.reshape(-1)[: rows * width].reshape(rows, width),
+            qkv=self._view(self._normed, block.c_attn.weight, arena["qkv"], rows),
+            projected=self._view(arena["attended"], block.attn_c_proj.weight, arena["projected"], rows),
+            inner=inner,
+            reduced=self._view(arena["inner"], block.mlp_c_proj.weight, arena["reduced"], rows),
+        )
+
+    def _view(self, x: Array, weight: Panels, out: Array, rows: int) -> _Product:
+        """Rows of `x` times a weight's panels into rows of `out`, as the kernel wants them."""
+        chunks, m = self._kernel.chunking(weight.n_in, weight.width).of(rows)
+        first, last = weight.share(*self._share)
+        width, n_in = weight.width, weight.n_in
+        in_chunks = out[: chunks * m].reshape(chunks, m, weight.columns // width, width)
+        return _Product(
+            x=x[: chunks * m].reshape(chunks, m, x.shape[1])[None, :, :, :n_in],
+            out=in_chunks.transpose(2, 0, 1, 3)[first:last],
+            mine=out[:rows, first * width : last * width],
+            all=out[:rows, : self._config.n_embd],
+        )
 
 
-def _future(start: int, count: int) -> NDArray[np.bool_] | None:
-    """[count, start + count], true where a position lies after the row's own, start + i; None where none does."""
-    return np.triu(np.ones((count, start + count), np.bool_), start + 1) if count > 1 else None
+@dataclass(frozen=True, slots=True)
+class _Product:
+    """x [1, C, m, K] and out [n, C, m, P] for the kernel; the columns of this share, and all of them up to n_embd."""
+
+    x: Array
+    out: Array
+    mine: Array
+    all: Array
 
 
-def _rows_with_logits(segments: Sequence[Segment]) -> NDArray[np.intp]:
-    rows: list[int] = []
-    stop = 0
-    for segment in segments:
-        stop += len(segment.ids)
-        rows.extend(range(stop - segment.n_logits, stop))
-    return np.array(rows, np.intp)
+@dataclass(frozen=True, slots=True)
+class _Views:
+    """What a step of so many rows works on."""
+
+    x: Array
+    normed: Array
+    scale: Array
+    scratch: Array
+    qkv: _Product
+    projected: _Product
+    inner: _Product
+    reduced: _Product

@@ -1,4 +1,4 @@
-"""The tensors of a GPT-2, checked against the configuration and converted to what the arithmetic wants."""
+"""The tensors of a GPT-2: what a checkpoint must hold, and what the arithmetic takes out of a packed file."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from fastgpt2.engine.checkpoint import Checkpoint
 from fastgpt2.engine.config import GPT2Config
+from fastgpt2.engine.panels import Panels
 from fastgpt2.errors import CheckpointError
 
 Array = NDArray[np.float32]
@@ -21,9 +22,9 @@ _PREFIX = "transformer."
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """y = x @ weight + bias; weight [n_in, n_out] (GPT-2's Conv1D), bias [n_out]."""
+    """y = x @ weight + bias; weight as panels, bias [weight.columns]."""
 
-    weight: Array
+    weight: Panels
     bias: Array
 
 
@@ -49,37 +50,43 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """wte [vocab_size, n_embd], wpe [n_positions, n_embd], lm_head [vocab_size, n_embd] (wte itself when tied)."""
+    """Views on a packed file.
 
-    wte: Array
+    Attributes:
+        wte: [vocab_size, n_embd] when the output has a table of its own; None when `lm_head` serves both.
+        wpe: [n_positions, n_embd].
+        lm_head: the token table as panels of its transpose, [n_embd, vocab_size].
+    """
+
+    wte: Array | None
     wpe: Array
     blocks: tuple[Block, ...]
     ln_f: LayerNorm
-    lm_head: Array
+    lm_head: Panels
+
+    def embedding(self, token_id: int) -> Array:  # [n_embd]
+        return self.lm_head.column(token_id) if self.wte is None else self.wte[token_id]
 
 
-def read_weights(checkpoint: Checkpoint, config: GPT2Config) -> Weights:
-    """Take a GPT-2's weights out of a checkpoint: zero-copy where the file is aligned float32.
+def packed_weights(packed: Checkpoint, config: GPT2Config) -> Weights:
+    """The views that the arithmetic works on, from a file that `packing` wrote for this configuration."""
 
-    Raises:
-        CheckpointError: a tensor is missing, surplus, misshapen or of a type that weights do not come in; the message
-            names file and tensor.
-    """
-    names = match_names(checkpoint, config)
-
-    def take(name: str) -> Array:
-        return checkpoint.float32(names[name])
+    def vector(name: str) -> Array:
+        return packed.float32(name)[: config.n_embd]
 
     def norm(name: str) -> LayerNorm:
-        return LayerNorm(take(f"{name}.weight"), take(f"{name}.bias"))
+        return LayerNorm(vector(f"{name}.weight"), vector(f"{name}.bias"))
+
+    def panels(name: str) -> Panels:
+        return Panels(packed.float32(name)[:, None])
 
     def linear(name: str) -> Linear:
-        return Linear(take(f"{name}.weight"), take(f"{name}.bias"))
+        return Linear(panels(f"{name}.weight"), packed.float32(f"{name}.bias"))
 
-    wte = take("wte.weight")
+    tied = config.tie_word_embeddings
     return Weights(
-        wte=wte,
-        wpe=take("wpe.weight"),
+        wte=None if tied else packed.float32("wte.weight")[: config.vocab_size],
+        wpe=packed.float32("wpe.weight")[: config.n_positions],
         blocks=tuple(
             Block(
                 ln_1=norm(f"h.{i}.ln_1"),
@@ -92,7 +99,7 @@ def read_weights(checkpoint: Checkpoint, config: GPT2Config) -> Weights:
             for i in range(config.n_layer)
         ),
         ln_f=norm("ln_f"),
-        lm_head=wte if config.tie_word_embeddings else take("lm_head.weight"),
+        lm_head=panels("wte.weight" if tied else "lm_head.weight"),
     )
 
 
@@ -128,7 +135,7 @@ def match_names(checkpoint: Checkpoint, config: GPT2Config) -> dict[str, str]:
     """Name without prefix -> name in the file, for the tensors that the model uses; every other one accounted for.
 
     Raises:
-        CheckpointError: as `read_weights`.
+        CheckpointError: a tensor is missing, surplus, misshapen or stored twice; the message names file and tensor.
     """
     shapes = expected_shapes(config)
     names: dict[str, str] = {}

@@ -108,6 +108,7 @@ class GenerationWorker(SimpleWorker):
         own = {
             "fastgpt2_version": __version__,
             "model": self.engine.model,
+            "computes_by": self.engine.describe(),
             "n_positions": config.n_positions,
             "longest_token_bytes": self._longest_token_bytes,
         }

@@ -57,4 +57,5 @@ def _engine() -> Engine:
         revision=settings.REVISION.resolve(),
         threads=settings.THREADS.resolve(),
         max_batch=1,
+        blas=settings.BLAS.resolve(),
     )

@@ -1,0 +1,62 @@
+"""What a person asks a running pool: `fastgpt2 status`, `fastgpt2 enqueue`, `fastgpt2 result`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from fastgpt2.commands.texts import print_result, request_of
+
+
+def status(values: dict[str, Any]) -> int:
+    import asyncio
+
+    from fastgpt2.api.status import read_status
+    from fastgpt2.worker.connection import connect_async, redis_errors
+
+    async def read() -> dict[str, Any]:
+        connection = connect_async(values["redis_url"])
+        try:
+            return await read_status(connection, values["queue"])
+        finally:
+            await connection.aclose()
+
+    with redis_errors(values["redis_url"]):
+        status = asyncio.run(read())
+    print(json.dumps(status, indent=2) if values["json"] else _status_text(status))
+    return 0
+
+
+def _status_text(status: dict[str, Any]) -> str:
+    jobs = ", ".join(f"{count} {state}" for state, count in status["jobs"].items() if count) or "none"
+    lines = [f"queue {status['queue']['name']}: {status['queue']['depth']} waiting; jobs: {jobs}"]
+    for worker in status["workers"]:
+        at_work = f" on job {worker['job']}" if worker["job"] else ""
+        lines.append(
+            f"worker {worker['name']}: {worker['state']}{at_work}, model {worker['model']} ({worker['computes_by']}), "
+            f"up {worker['age_seconds']} s, heard {worker['heartbeat_age_seconds']} s ago, "
+            f"{worker['jobs_finished']} finished, {worker['jobs_failed']} failed"
+        )
+    if not status["workers"]:
+        lines.append("no workers; start some with `fastgpt2 up` or `fastgpt2 worker`")
+    return "\n".join(lines)
+
+
+def enqueue(values: dict[str, Any]) -> int:
+    from fastgpt2.api.client import Client
+
+    with Client(values["redis_url"], values["queue"]) as client:
+        job = client.enqueue_request(request_of(values))
+        if not values["wait"]:
+            print(job.id)
+            return 0
+        print_result(job.result(values["timeout"]), values)
+    return 0
+
+
+def result(values: dict[str, Any]) -> int:
+    from fastgpt2.api.client import Client
+
+    with Client(values["redis_url"], values["queue"]) as client:
+        print_result(client.job(values["job"]).result(values["timeout"]), values)
+    return 0

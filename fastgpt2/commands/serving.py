@@ -1,0 +1,36 @@
+"""The processes of a pool one by one, each in the foreground: `fastgpt2 worker`, `fastgpt2 api`."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+
+def worker(values: dict[str, Any]) -> int:
+    """One worker process, in the foreground."""
+    from fastgpt2.engine.blas import hold_to_one_thread
+    from fastgpt2.engine.engine import Engine
+    from fastgpt2.logs import set_up_logging
+    from fastgpt2.worker.connection import connect
+    from fastgpt2.worker.generation_worker import GenerationWorker, log
+
+    set_up_logging(values["log_level"])
+    hold_to_one_thread()
+    connection = connect(values["redis_url"])
+    engine = Engine.load(
+        values["model"], revision=values["revision"], max_batch=1, threads=values["threads"], blas=values["blas"]
+    )
+    engine.warm_up()
+    log.info("loaded %s in %.0f ms; %s", engine.model, engine.load_times.loaded * 1e3, engine.describe())
+    supervisor = os.environ.get("FASTGPT2_SUPERVISOR_PID", "")
+    supervisor_pid = int(supervisor) if supervisor.isdigit() else None
+    GenerationWorker(engine, connection, values["queue"], values["name"], supervisor_pid).work()
+    return 0
+
+
+def api(values: dict[str, Any]) -> int:
+    """The HTTP endpoint, in the foreground."""
+    from fastgpt2.api.serve import serve
+
+    serve(values)
+    return 0

@@ -1,0 +1,198 @@
+"""A GPT-2, ready to run: packed weights, a KV cache, a kernel, and as many processes as there are threads to use."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import weakref
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastgpt2.engine.arena import Arena
+from fastgpt2.engine.blas import numpys_kernel
+from fastgpt2.engine.calibration import Kernel
+from fastgpt2.engine.config import GPT2Config
+from fastgpt2.engine.helper import Helpers, state_specs
+from fastgpt2.engine.kv_cache import KVCache
+from fastgpt2.engine.packing import Packed
+from fastgpt2.engine.step import Segment, Step
+from fastgpt2.engine.team import TeamBroken
+from fastgpt2.engine.transformer import Shard
+from fastgpt2.engine.weights import packed_weights
+from fastgpt2.errors import ModelError
+
+log = logging.getLogger("fastgpt2.engine")
+
+Array = NDArray[np.float32]
+
+# Rows of a step, beside those of sequences that decode.
+DEFAULT_MAX_ROWS = 256
+# Helpers are started anew after an interrupted step; when they keep ending, that is given up.
+MAX_RESTARTS = 100
+
+
+class GPT2:
+    """The network and the state of its sequences.
+
+    Attributes:
+        cache: keys and values of `n_slots` sequences; ask it for slots.
+        size: how many processes it is meant to run on; `ready` tells whether all of them are there yet.
+    """
+
+    def __init__(
+        self,
+        config: GPT2Config,
+        packed: Packed,
+        kernel: Kernel,
+        n_slots: int = 1,
+        max_rows: int = DEFAULT_MAX_ROWS,
+        size: int = 1,
+    ) -> None:
+        """
+        Args:
+            packed: stays mapped as long as this object lives.
+            max_rows: the most tokens that a step may run.
+            size: processes, this one included. The helpers start at once and join when they are ready.
+
+        Raises:
+            ModelError: the system does not give the address space for so many slots.
+        """
+        self.config, self.size, self.max_rows = config, size, max_rows
+        self._packed, self._kernel = packed, kernel
+        self._weights = packed_weights(packed.tensors, config)
+        self._n_slots = n_slots
+        self._restarts = MAX_RESTARTS
+        self._lost = False
+        self._set_up()
+        if size > 1:
+            self._start_helpers()
+        _networks.add(self)
+
+    def _set_up(self) -> None:
+        specs = state_specs(self.config, self._weights, self._n_slots, self.max_rows, self.size)
+        try:
+            self._arena = Arena(specs, shared=self.size > 1)
+        except (OSError, ValueError, OverflowError) as reason:
+            raise ModelError(
+                f"no memory for {self._n_slots} sequences of {self.config.n_positions} positions ({reason}); "
+                "set a smaller max_batch"
+            ) from None
+        self.cache = KVCache(self.config, self._n_slots, self._arena)
+        self._alone = self._shard(0, 1, lambda: None)
+        self._together: Shard | None = None
+        self._helpers: Helpers | None = None
+
+    def _shard(self, rank: int, size: int, meet: object) -> Shard:
+        return Shard(self.config, self._weights, self.cache, self._arena, self._kernel, (rank, size), meet)  # type: ignore[arg-type]
+
+    def describe(self) -> str:
+        """The BLAS, the panels' widths, the processes: "openblas-SkylakeX in panels of 64/32, 2 processes"."""
+        blas = "mkl" if self._kernel.product.name == "mkl" else numpys_kernel()
+        block = self._weights.blocks[0]
+        widths = dict.fromkeys(linear.weight.width for linear in (block.c_fc, block.mlp_c_proj))
+        processes = f"{self.size} process{'es' if self.size > 1 else ''}"
+        return f"{blas} in panels of {'/'.join(map(str, widths))}, {processes}"
+
+    @property
+    def exact(self) -> bool:
+        """Whether a sequence's logits have the same bits alone, in any batch, and with its prompt cut anywhere."""
+        return self._alone.exact
+
+    @property
+    def ready(self) -> bool:
+        """Whether every process has joined."""
+        return self._helpers is None or self._helpers.complete
+
+    def forward(self, segments: Sequence[Segment]) -> Array:
+        """Run the segments' tokens, append their keys and values to the cache, and return logits.
+
+        Args:
+            segments: one a sequence; a slot must have room for its segment's tokens. Together at most `max_rows`.
+
+        Returns:
+            float32 [sum of n_logits, vocab_size], in the order of the segments; valid until the next call.
+        """
+        if self._lost:
+            raise RuntimeError("the process was forked while sequences were running; load the model after forking")
+        step = Step(segments, [self.cache.lengths[segment.slot] for segment in segments])
+        if step.rows > self.max_rows:
+            raise ValueError(f"{step.rows} tokens in a step; this network takes {self.max_rows}")
+        try:
+            self._run(step)
+        except TeamBroken as reason:
+            # All state is here, and nothing counts as seen yet: the step is simply done again.
+            log.warning("a helper process of the engine has ended (%s); going on in one process", reason)
+            self._dismiss_helpers()
+            self._alone.run(step)
+        except BaseException:
+            # The helpers wait in the midst of a step that nobody will end.
+            self._dismiss_helpers()
+            raise
+        for segment in segments:
+            self.cache.lengths[segment.slot] += len(segment.ids)
+        wanted = sum(segment.n_logits for segment in segments)
+        logits: Array = self._arena["logits"][:wanted, : self.config.vocab_size]
+        return logits
+
+    def _run(self, step: Step) -> None:
+        if self.size > 1 and self._helpers is None and self._restarts > 0:
+            self._restarts -= 1
+            self._start_helpers()
+        helpers = self._helpers
+        if helpers is None or not helpers.complete:
+            self._alone.run(step)
+            return
+        if self._together is None:
+            self._together = self._shard(0, self.size, helpers.meeting.wait)
+        helpers.begin(step)
+        self._together.run(step)
+
+    def wait_until_ready(self, seconds: float = 30.0) -> bool:
+        """Wait for the helpers. Returns whether all have joined in time."""
+        deadline = time.monotonic() + seconds
+        while not self.ready and time.monotonic() < deadline:
+            if self._helpers is not None and self._helpers.ended() is not None:
+                return False
+            time.sleep(0.002)
+        return self.ready
+
+    def close(self) -> None:
+        """End the helpers. The network still runs, in one process."""
+        self._restarts = 0
+        self._dismiss_helpers()
+
+    def _start_helpers(self) -> None:
+        try:
+            self._helpers = Helpers(
+                self.config, self._packed, self._arena, self._kernel, self._n_slots, self.max_rows, self.size
+            )
+        except OSError as reason:
+            log.warning("no helper process can be started (%s); going on in one process", reason)
+            self._restarts = 0
+
+    def _dismiss_helpers(self) -> None:
+        if self._helpers is not None:
+            self._helpers.stop()
+        self._helpers = self._together = None
+
+    def after_fork(self) -> None:
+        """In a forked copy: leave the original's helpers, and the memory that it shares with them, alone."""
+        if self.size == 1:
+            return
+        if self._helpers is not None:
+            self._helpers.forget()
+        self._lost = self.cache.free_slots < self._n_slots
+        self._set_up()
+
+
+def _after_fork() -> None:
+    for network in list(_networks):
+        network.after_fork()
+
+
+_networks: weakref.WeakSet[GPT2] = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,231 @@
+"""The processes beside the first one: how they are started, and what they do.
+
+    python -m fastgpt2.engine.helper      started by `Helpers`, told by its standard input what to map
+
+A helper maps the packed weights and the state by inherited descriptors and then carries out its share of every step.
+It ends when the process that started it closes the pipe or dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from fastgpt2.engine.blas import hold_to_one_thread
+from fastgpt2.engine.config import GPT2Config
+
+if TYPE_CHECKING:
+    from fastgpt2.engine.arena import Arena, Spec
+    from fastgpt2.engine.calibration import Kernel
+    from fastgpt2.engine.packing import Packed
+    from fastgpt2.engine.step import Step
+    from fastgpt2.engine.weights import Weights
+
+# How often a sleeping helper looks whether its parent still lives, should the pipe not tell.
+_LOOK_AFTER_PARENT_MS = 1000
+
+
+def state_specs(config: GPT2Config, weights: Weights, n_slots: int, max_rows: int, size: int) -> dict[str, Spec]:
+    """The memory that the processes of a team share."""
+    from fastgpt2.engine.kv_cache import KVCache
+    from fastgpt2.engine.step import encoded_size
+    from fastgpt2.engine.team import control_spec
+    from fastgpt2.engine.transformer import activation_specs
+
+    return {
+        "control": control_spec(size, encoded_size(max_rows, max_rows)),
+        **activation_specs(config, weights, max_rows),
+        **KVCache.specs(config, n_slots),
+    }
+
+
+class Helpers:
+    """The helpers of one network, seen from the first process."""
+
+    def __init__(
+        self,
+        config: GPT2Config,
+        packed: Packed,
+        arena: Arena,
+        kernel: Kernel,
+        n_slots: int,
+        max_rows: int,
+        size: int,
+    ) -> None:
+        """
+        Raises:
+            OSError: no process can be started.
+        """
+        from fastgpt2.engine.team import Meeting
+
+        assert arena.fd is not None
+        control = arena["control"]
+        control[:] = 0
+        self.meeting = Meeting(control, 0, size, self._check)
+        self.meeting.join()
+        self._processes: list[subprocess.Popen[bytes]] = []
+        # Not `self`, which would live for ever then.
+        self.stop = weakref.finalize(self, _stop, self._processes)
+        for rank in range(1, size):
+            order = {
+                "config": dataclasses.asdict(config),
+                "weights": packed.fd,
+                "state": arena.fd,
+                "product": kernel.product.name,
+                "chunkings": kernel.known(),
+                "n_slots": n_slots,
+                "max_rows": max_rows,
+                "share": [rank, size],
+                "parent": os.getpid(),
+            }
+            self._processes.append(_start(order, (packed.fd, arena.fd)))
+
+    @property
+    def complete(self) -> bool:
+        """Whether all have joined."""
+        return self.meeting.complete
+
+    def begin(self, step: Step) -> None:
+        """Start a step in every helper."""
+        from fastgpt2.engine.team import WAKE_AFTER_SECONDS
+
+        # They have been idle since this process came to the last meeting, or later.
+        may_sleep = time.monotonic() - self.meeting.arrived_at > WAKE_AFTER_SECONDS
+        self.meeting.begin(step.encode())
+        if may_sleep:
+            for process in self._processes:
+                assert process.stdin is not None
+                # One that has ended is found out while waiting for it; one that did not sleep has not read the last.
+                with contextlib.suppress(OSError):
+                    os.write(process.stdin.fileno(), b"\0")
+
+    def ended(self) -> str | None:
+        """How one of them ended, None while all live."""
+        for process in self._processes:
+            status = process.poll()
+            if status is not None:
+                return f"by signal {-status}" if status < 0 else f"with status {status}"
+        return None
+
+    def forget(self) -> None:
+        """They are those of another process, from which this one was forked."""
+        self.stop.detach()
+        for process in self._processes:
+            if process.stdin is not None:
+                process.stdin.close()
+            process.returncode = 0  # not ours to wait for
+
+    def _check(self) -> None:
+        from fastgpt2.engine.team import TeamBroken
+
+        how = self.ended()
+        if how is not None:
+            raise TeamBroken(how)
+
+
+def _start(order: dict[str, Any], fds: tuple[int, ...]) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen(
+        # -P: else a file of the current folder could stand in for a module of the same name.
+        [sys.executable, "-P", "-m", "fastgpt2.engine.helper"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        pass_fds=fds,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        # Ctrl-C in the terminal is the first process's to answer.
+        start_new_session=True,
+    )
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.write(json.dumps(order).encode() + b"\n")
+        process.stdin.flush()
+    os.set_blocking(process.stdin.fileno(), False)
+    return process
+
+
+def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        # They hold nothing of their own, and may be in the midst of a step.
+        process.kill()
+        if process.stdin is not None:
+            with contextlib.suppress(OSError):
+                process.stdin.close()
+        process.wait()
+    processes.clear()
+
+
+def main() -> None:
+    hold_to_one_thread()
+    order = json.loads(_first_line())
+    parent = order["parent"]
+    from fastgpt2.engine.arena import Arena
+    from fastgpt2.engine.calibration import Kernel
+    from fastgpt2.engine.kv_cache import KVCache
+    from fastgpt2.engine.packing import open_packed
+    from fastgpt2.engine.products import product_named
+    from fastgpt2.engine.step import Step
+    from fastgpt2.engine.team import Meeting
+    from fastgpt2.engine.transformer import Shard
+    from fastgpt2.engine.weights import packed_weights
+
+    def check() -> None:
+        if os.getppid() != parent:
+            sys.exit(0)
+
+    fields = order["config"]
+    config = GPT2Config(**{**fields, "eos_token_ids": tuple(fields["eos_token_ids"])})
+    packed = open_packed(order["weights"])
+    weights = packed_weights(packed.tensors, config)
+    rank, size = order["share"]
+    arena = Arena(state_specs(config, weights, order["n_slots"], order["max_rows"], size), fd=order["state"])
+    kernel = Kernel(product_named(order["product"]), None, order["chunkings"])
+    meeting = Meeting(arena["control"], rank, size, check)
+    cache = KVCache(config, order["n_slots"], arena)
+    shard = Shard(config, weights, cache, arena, kernel, (rank, size), meeting.wait)
+    packed.touch()
+    meeting.join()
+    while _await_step(meeting, check):
+        shard.run(Step.decode(meeting.take_up()))
+
+
+def _first_line() -> bytes:
+    """What stands before the first newline of the standard input, and not a byte more: the rest is to wake."""
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        byte = os.read(sys.stdin.fileno(), 1)
+        if not byte:
+            sys.exit(0)
+        line += byte
+    return bytes(line)
+
+
+def _await_step(meeting: Any, check: Any) -> bool:
+    """Wait for the next step: looking for a moment, then asleep. False when there will be none."""
+    from fastgpt2.engine.team import SPIN_SECONDS
+
+    poll = select.poll()
+    poll.register(sys.stdin, select.POLLIN)
+    until = time.monotonic() + SPIN_SECONDS
+    while True:
+        # The clock first: a step begun so long before this moment that nobody sends a byte is seen below.
+        idle_too_long = time.monotonic() > until
+        for _ in range(100):
+            if meeting.begun():
+                return True
+        if not idle_too_long:
+            continue
+        if poll.poll(_LOOK_AFTER_PARENT_MS) and not os.read(sys.stdin.fileno(), 4096):
+            return False
+        check()
+        until = time.monotonic() + SPIN_SECONDS
+
+
+if __name__ == "__main__":
+    main()

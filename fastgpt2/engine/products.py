@@ -1,0 +1,43 @@
+"""The one product that everything is made of: a few rows by panels of weights."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float32]
+
+
+class Product(Protocol):
+    """Multiplies chunks of rows by panels, on the calling thread, with the GIL released."""
+
+    name: str
+
+    def __call__(self, x: Array, panels: Array, out: Array) -> None:
+        """out[n, c] = x[0, c] @ panels[n, 0]; x [1, C, m, K], panels [n, 1, K, P], out [n, C, m, P], a strided view.
+
+        The three arrays must be long-lived: a product may remember their addresses.
+        """
+
+
+class NumpyProduct:
+    """By the BLAS that numpy brought: OpenBLAS in the wheels of PyPI."""
+
+    name = "openblas"
+
+    def __call__(self, x: Array, panels: Array, out: Array) -> None:
+        np.matmul(x, panels, out=out)
+
+
+def product_named(name: str) -> Product:
+    """
+    Raises:
+        BadRequest: that BLAS is not here.
+    """
+    if name == "mkl":
+        from fastgpt2.engine.mkl import MKLProduct
+
+        return MKLProduct()
+    return NumpyProduct()

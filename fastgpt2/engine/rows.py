@@ -1,0 +1,31 @@
+"""How many rows the kernel takes at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Chunking:
+    """Rows go in equal chunks.
+
+    Attributes:
+        most: rows in a chunk; None for all at once.
+        least: a smaller chunk is filled up with rows that nobody looks at. One row alone would take BLAS's
+            matrix-vector kernel, which rounds differently; two take the same as many.
+    """
+
+    most: int | None
+    least: int
+
+    @property
+    def exact(self) -> bool:
+        """Whether a row's bits do not depend on its neighbours."""
+        return self.least > 1
+
+    def of(self, rows: int) -> tuple[int, int]:
+        """Number of chunks, and rows in each; together at least `rows`, and fewer than a chunk more."""
+        if self.most is None:
+            return 1, max(rows, self.least)
+        chunks = -(-rows // self.most)
+        return chunks, max(-(-rows // chunks), self.least)

