@@ -187,4 +187,22 @@ COMMANDS = {
         (*_MODEL, *_COMPUTE, *_REQUEST, settings.TIMINGS, settings.JSON),
         Positional("prompt", "the text to continue"),
     ),
+    "pack": Command(
+        "fastgpt2.commands.pack:run",
+        "make a model's packed file in the cache, and print its path and its size in bytes, a tab between",
+        (*_MODEL, settings.VERIFY),
+        Positional("model", "the same as --model", optional=True),
+        "A large model is packed when it is first loaded: this does it before, and for small ones too.",
+    ),
+    "cache": Command(
+        "fastgpt2.commands.cache:run",
+        "list what lies in the cache of packed files, or remove what is of no more use there",
+        (settings.ALL, settings.DRY_RUN, settings.JSON),
+        Positional("action", "list, the default, or prune", optional=True, choices=("list", "prune")),
+        "Prune removes the files whose source is gone or has changed, those of outdated formats, the damaged, and what "
+        "a killed process left. A file that is being packed is kept. Workers that run on a file which is removed go on "
+        "with it, as they have it mapped; its room on the disk is free when they end. The cache is the folder "
+        "FASTGPT2_CACHE, by default ~/.cache/fastgpt2. When a file was last used is known to the day, and where the "
+        "disk is mounted with noatime, not at all.",
+    ),
 }

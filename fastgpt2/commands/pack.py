@@ -1,0 +1,67 @@
+"""`fastgpt2 pack`: a model's packed file, made in the cache before the first worker needs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from fastgpt2.errors import ModelError
+
+if TYPE_CHECKING:
+    from fastgpt2.engine.packing import Packed
+
+
+def run(values: dict[str, Any]) -> int:
+    """
+    Raises:
+        ModelError: the model cannot be found or used, or the cache cannot be written.
+    """
+    # Before numpy is imported: what is measured for the layout is measured as a worker multiplies.
+    from fastgpt2.engine.blas import hold_to_one_thread
+
+    hold_to_one_thread()
+    packed = _pack(values)
+    if values["verify"] and not _intact(packed):
+        _discard(packed)
+        packed = _pack(values)
+        if not _intact(packed):
+            raise ModelError(f"{packed.path}: reads otherwise than it was written a moment ago; is the disk sound?")
+    print(packed.path, os.fstat(packed.fd).st_size, sep="\t")
+    return 0
+
+
+def _pack(values: dict[str, Any]) -> Packed:
+    from fastgpt2.engine.calibration import Kernel
+    from fastgpt2.engine.checkpoint import Checkpoint
+    from fastgpt2.engine.config import read_config
+    from fastgpt2.engine.files import CONFIG_FILE
+    from fastgpt2.engine.hub import find_model
+    from fastgpt2.engine.loading import measured_here, pack
+    from fastgpt2.engine.products import NumpyProduct
+
+    folder = find_model(values["model"], values["revision"])
+    config = read_config(folder / CONFIG_FILE)
+    calibration = measured_here(config)
+    kernel = Kernel(NumpyProduct(), calibration)
+    return pack(Checkpoint.open(folder), config, values["model"], kernel, calibration, always=True)
+
+
+def _intact(packed: Packed) -> bool:
+    from fastgpt2.engine.checkpoint import read_metadata
+    from fastgpt2.engine.packing import checksum
+
+    assert packed.path is not None
+    return f"{checksum(packed.fd):08x}" == read_metadata(packed.path).get("crc32")
+
+
+def _discard(packed: Packed) -> None:
+    from fastgpt2.engine.cache import locked
+
+    assert packed.path is not None
+    print(
+        f"{packed.path} is damaged; packing anew. Workers that run on it go on with it until they are restarted",
+        file=sys.stderr,
+    )
+    with locked(packed.path.with_suffix(".lock")):
+        packed.path.unlink(missing_ok=True)
