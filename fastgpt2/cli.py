@@ -187,6 +187,7 @@ COMMANDS = {
         (*_MODEL, *_COMPUTE, *_REQUEST, settings.TIMINGS, settings.JSON),
         Positional("prompt", "the text to continue"),
     ),
+    "bench": Command("fastgpt2.bench:run", "measure how fast a model runs here", (*_MODEL, *_COMPUTE, settings.JSON)),
     "pack": Command(
         "fastgpt2.commands.pack:run",
         "make a model's packed file in the cache, and print its path and its size in bytes, a tab between",

@@ -1,0 +1,202 @@
+#!/usr/bin/env python3
+"""What a user would take instead: transformers and CTranslate2, on the same checkpoint, from the same prompt ids.
+
+    python -m venv peers && peers/bin/pip install torch transformers ctranslate2
+    python benchmarks/bench_peers.py --model gpt2 --peer-python peers/bin/python
+
+Each turn is a process of its own (`peers/run.py`) that imports, loads, generates a first token unmeasured, and then, in
+the median of --repeats: --tokens tokens greedily from one prompt of 16 tokens (`ms/token`), the same from 8 and 16
+different prompts at once (`tokens/s`), and one token from a prompt of 512 (`first of 512`, the time to a first token).
+Reading the prompts is part of all of them. The peers take turns, each round beginning with another; the memory's
+bandwidth is read in between. Every peer has --threads threads, ours so many processes. All of them generate as many
+tokens as they are told to; the ids are compared. CTranslate2's models are converted once, to --workdir.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from common import (
+    PEERS,
+    Failed,
+    begin,
+    heading,
+    in_turns,
+    numbers,
+    parse,
+    parser,
+    peer_missing,
+    progress,
+    ratio,
+    run_json,
+    write,
+)
+
+from fastgpt2.bench import Values, median, readers, step_bytes, summary, table
+from fastgpt2.engine.blas import usable_cores
+from fastgpt2.engine.config import read_config
+from fastgpt2.engine.hub import find_model
+
+OURS = "fastgpt2"
+PEER_MODULES = {"transformers": "transformers", "ctranslate2-float32": "ctranslate2", "ctranslate2-int8": "ctranslate2"}
+PROMPT = 16
+
+
+def main() -> None:
+    arguments = parser(__doc__, rounds=5)
+    arguments.add_argument("--peer-python", help="of an environment with torch, transformers and ctranslate2")
+    arguments.add_argument("--peer", action="append", choices=PEER_MODULES, help="may be repeated; default: all")
+    arguments.add_argument("--threads", type=int, help="of each; default: all cores")
+    arguments.add_argument("--tokens", type=int, default=40, help="default: 40")
+    arguments.add_argument("--repeats", type=int, default=3, help="in a process; default: 3")
+    arguments.add_argument("--batches", type=numbers, default=[8, 16], help="default: 8,16")
+    arguments.add_argument("--prefill", type=int, default=512, help="default: 512")
+    arguments.add_argument("--workdir", type=Path, help="keeps converted models; default: a temporary folder")
+    asked = parse(arguments)
+    result = begin("peers", asked)
+    with ExitStack() as stack:
+        workdir = asked.workdir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        result["models"] = [measure(model, asked, workdir) for model in asked.model]
+    write(result, asked.output)
+
+
+def measure(model: str, asked: argparse.Namespace, workdir: Path) -> Values:
+    folder = find_model(model)
+    config = read_config(folder / "config.json")
+    threads = asked.threads or usable_cores()
+    job = {
+        **prompts(config.vocab_size, max(1, *asked.batches), min(asked.prefill, config.n_positions - 1)),
+        "tokens": asked.tokens,
+        "repeats": asked.repeats,
+        "batches": asked.batches,
+        "threads": threads,
+    }
+    skipped: dict[str, str] = {}
+    commands: dict[str, list[str | Path]] = {OURS: [sys.executable, PEERS / "run.py", OURS, folder, json.dumps(job)]}
+    for peer in asked.peer or PEER_MODULES:
+        reason = peer_missing(asked.peer_python, PEER_MODULES[peer])
+        place = folder
+        if reason is None and peer.startswith("ctranslate2"):
+            try:
+                place = converted(asked.peer_python, folder, peer.partition("-")[2], workdir)
+            except Failed as failure:
+                reason = f"the conversion failed: {failure}"
+        if reason is None:
+            commands[peer] = [asked.peer_python, PEERS / "run.py", peer, place, json.dumps(job)]
+        else:
+            skipped[peer] = reason
+
+    def turn(name: str) -> Callable[[], Values]:
+        return lambda: run_json(commands[name])[0]
+
+    rates: list[float] = []
+    progress(f"{model}: once unmeasured")
+    for name in commands:
+        turn(name)()
+    with readers(threads) as rate:
+        found = in_turns(
+            {name: turn(name) for name in commands}, asked.rounds, between=lambda: rates.append(rate(threads))
+        )
+    entry: Values = {
+        "model": model,
+        "folder": str(folder),
+        "threads": threads,
+        "step_mb": step_bytes(config) / 1e6,
+        "bandwidth_gb_per_s": summary(rates, 1e-9),
+        "prefill_tokens": len(job["long"]),
+        "skipped": skipped,
+        "peers": {name: summed_up(runs, found[OURS], asked) for name, runs in found.items()},
+    }
+    show(entry, asked)
+    return entry
+
+
+def prompts(vocab_size: int, count: int, long: int) -> Values:
+    """Token ids that are the same in every run."""
+    rng = random.Random(0)
+    return {
+        "prompts": [[rng.randrange(vocab_size) for _ in range(PROMPT)] for _ in range(count)],
+        "long": [rng.randrange(vocab_size) for _ in range(long)],
+    }
+
+
+def converted(python: str, folder: Path, kind: str, workdir: Path) -> Path:
+    """CTranslate2's form of the checkpoint, made unless it is there."""
+    out = workdir / f"{folder.resolve().name}.ct2-{kind}"
+    if not (out / "model.bin").exists():
+        progress(f"converting {folder.name} to CTranslate2, {kind}")
+        run_json([python, PEERS / "run.py", "convert", folder, out, kind])
+    return out
+
+
+def summed_up(runs: list[Values], ours: list[Values], asked: argparse.Namespace) -> Values:
+    """
+    Args:
+        ours: the runs of the same rounds that ratios are taken to.
+    """
+    alone, of_ours = ([median(run["alone"]) for run in which] for which in (runs, ours))
+    entry: Values = {
+        "version": runs[-1]["version"],
+        **{f"{part}_ms": summary([run[part] for run in runs], 1e3) for part in ("import", "load", "first_token")},
+        "ms_per_token": summary([seconds / asked.tokens for seconds in alone], 1e3),
+        "ratio": ratio(of_ours, alone),
+        "batches": {},
+    }
+    for batch in map(str, asked.batches):
+        seconds, of_ours = ([median(run["batches"][batch]) for run in which] for which in (runs, ours))
+        entry["batches"][batch] = {
+            "tokens_per_s": summary([int(batch) * asked.tokens / s for s in seconds]),
+            "ratio": ratio(of_ours, seconds),
+        }
+    seconds, of_ours = ([median(run["prefill"]) for run in which] for which in (runs, ours))
+    entry["prefill"] = {"ms": summary(seconds, 1e3), "ratio": ratio(of_ours, seconds)}
+    mine, theirs = (which[-1]["ids"] for which in (ours, runs))
+    sequences = [pair for key in mine for pair in zip(mine[key], theirs[key], strict=True)]
+    entry["same_ids"] = {"sequences": len(sequences), "equal": sum(a == b for a, b in sequences)}
+    entry["same_ids"] |= {
+        "tokens": sum(len(a) for a, _ in sequences),
+        "up_to": sum(same_start(a, b) for a, b in sequences),
+    }
+    return entry
+
+
+def same_start(a: list[int], b: list[int]) -> int:
+    """How many tokens are equal before the first that is not."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def show(entry: Values, asked: argparse.Namespace) -> None:
+    bandwidth = entry["bandwidth_gb_per_s"]["median"]
+    heading(f"{entry['model']}, {entry['threads']} threads; memory, read by so many processes: {bandwidth:.1f} GB/s")
+    rows = []
+    for name, e in entry["peers"].items():
+        batches = [e["batches"][str(batch)] for batch in asked.batches]
+        rows.append(
+            [
+                name,
+                f"{e['ms_per_token']['median']:.2f} ({e['ratio']:.2f})",
+                *(f"{batch['tokens_per_s']['median']:.0f} ({1 / batch['ratio']:.2f})" for batch in batches),
+                f"{e['prefill']['ms']['median']:.0f} ms ({e['prefill']['ratio']:.2f})",
+                *(f"{e[f'{part}_ms']['median']:.0f}" for part in ("import", "load")),
+                f"{e['same_ids']['equal']}/{e['same_ids']['sequences']}",
+            ]
+        )
+    headers = ["", "ms/token", *(f"tokens/s, {batch} at once" for batch in asked.batches)]
+    headers += [f"first of {entry['prefill_tokens']}", "import ms", "load ms", "sequences as ours"]
+    print(table(headers, rows))
+    print("\nin brackets: that by ours, the median of the rounds' ratios")
+    for name, reason in entry["skipped"].items():
+        print(f"{name} was skipped: {reason}")
+    for name, e in entry["peers"].items():
+        print(f"{name}: {e['version']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+#!/usr/bin/env python3
+# The peers' packages are in an environment of their own, not in the one that the checks run in.
+# mypy: disable-error-code="import-not-found,import-untyped,no-any-return,no-untyped-call"
+"""One peer, one process: load a checkpoint, generate from given ids, say how long it took. A child of `bench_peers.py`.
+
+    python run.py PEER FOLDER '{"prompts": [[ids], ...], "long": [ids], "tokens": 40, "batches": [8, 16], "repeats": 3,
+                                "threads": 2}'
+
+PEER: fastgpt2, transformers, ctranslate2-float32, ctranslate2-int8 (FOLDER is then the converted model's). Every one
+gets token ids and gives token ids, greedily, so many tokens whatever they are; text is nobody's business here, but for
+fastgpt2, whose decoder makes it as it goes. Also:
+
+    python run.py convert FOLDER OUT TYPE    # for CTranslate2; TYPE float32 or int8; FOLDER stays as it is
+
+Prints one line of JSON, seconds. Imports nothing of fastgpt2 but for itself: the peers' environments do not have it.
+"""
+
+from __future__ import annotations
+
+from time import perf_counter
+
+started = perf_counter()
+
+import json  # noqa: E402
+import sys  # noqa: E402
+import tempfile  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+Ids = list[list[int]]
+# Prompts of equal length and a number of tokens -> what follows each.
+Generate = Callable[[Ids, int], Ids]
+
+
+def fastgpt2(folder: str, job: dict[str, Any]) -> tuple[str, float, Generate]:
+    import fastgpt2
+    import fastgpt2.engine.decoder
+    import fastgpt2.engine.loading
+    from fastgpt2.engine.decoder import Prompt
+    from fastgpt2.engine.generation import GenerationRequest
+
+    imported = perf_counter()
+    most = max(1, *job["batches"])
+    engine = fastgpt2.Engine.load(folder, threads=job["threads"], max_batch=most)
+    engine.decoder.model.wait_until_ready()
+
+    def generate(prompts: Ids, tokens: int) -> Ids:
+        request = GenerationRequest("", max_new_tokens=tokens, ignore_eos=True)
+        sequences = [engine.decoder.admit(Prompt(request, ids, tokens)) for ids in prompts]
+        while not all(sequence.finished for sequence in sequences):
+            engine.decoder.step()
+        return [sequence.token_ids for sequence in sequences]
+
+    return f"fastgpt2 {fastgpt2.__version__}", imported, generate
+
+
+def transformers(folder: str, job: dict[str, Any]) -> tuple[str, float, Generate]:
+    import torch
+    import transformers
+    from transformers import GPT2LMHeadModel
+
+    imported = perf_counter()
+    torch.set_num_threads(job["threads"])
+    model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def generate(prompts: Ids, tokens: int) -> Ids:
+        ids = torch.tensor(prompts)
+        with torch.inference_mode():
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=tokens,
+                min_new_tokens=tokens,
+                do_sample=False,
+                pad_token_id=0,
+            )
+        return out[:, ids.shape[1] :].tolist()
+
+    return f"transformers {transformers.__version__}, torch {torch.__version__}", imported, generate
+
+
+def ctranslate2(folder: str, job: dict[str, Any], compute_type: str) -> tuple[str, float, Generate]:
+    import ctranslate2
+
+    imported = perf_counter()
+    model = ctranslate2.Generator(
+        folder, device="cpu", compute_type=compute_type, inter_threads=1, intra_threads=job["threads"]
+    )
+    vocabulary = json.loads(Path(folder, "vocabulary.json").read_text())
+
+    def generate(prompts: Ids, tokens: int) -> Ids:
+        results = model.generate_batch(
+            [[vocabulary[i] for i in ids] for ids in prompts],
+            max_length=tokens,
+            min_length=tokens,
+            beam_size=1,
+            sampling_topk=1,
+            include_prompt_in_result=False,
+        )
+        return [result.sequences_ids[0] for result in results]
+
+    return f"ctranslate2 {ctranslate2.__version__}", imported, generate
+
+
+def convert(folder: str, out: str, compute_type: str) -> None:
+    import ctranslate2.converters
+    from transformers import PreTrainedTokenizerFast
+
+    with tempfile.TemporaryDirectory() as temporary:
+        # The converter wants the files that AutoTokenizer reads; the checkpoint's folder is not ours to write to.
+        for path in Path(folder).resolve().iterdir():
+            Path(temporary, path.name).symlink_to(path.resolve())
+        if not Path(temporary, "tokenizer_config.json").exists():
+            end = "<|endoftext|>"
+            tokenizer = PreTrainedTokenizerFast(
+                tokenizer_file=str(Path(folder, "tokenizer.json")), bos_token=end, eos_token=end, unk_token=end
+            )
+            Path(temporary, "tokenizer.json").unlink()
+            tokenizer.save_pretrained(temporary)
+        ctranslate2.converters.TransformersConverter(temporary).convert(out, quantization=compute_type, force=True)
+
+
+def timed(function: Callable[[], Ids], repeats: int) -> tuple[list[float], Ids]:
+    seconds, ids = [], []
+    for _ in range(repeats):
+        began = perf_counter()
+        ids = function()
+        seconds.append(perf_counter() - began)
+    return seconds, ids
+
+
+def main() -> None:
+    peer, folder = sys.argv[1:3]
+    if peer == "convert":
+        convert(folder, sys.argv[3], sys.argv[4])
+        print("{}")
+        return
+    job = json.loads(sys.argv[3])
+    if peer == "fastgpt2":
+        version, imported, generate = fastgpt2(folder, job)
+    elif peer == "transformers":
+        version, imported, generate = transformers(folder, job)
+    else:
+        version, imported, generate = ctranslate2(folder, job, peer.partition("-")[2])
+    loaded = perf_counter()
+    prompts, tokens, repeats = job["prompts"], job["tokens"], job["repeats"]
+    generate(prompts[:1], 1)
+    first = perf_counter()
+    alone, ids = timed(lambda: generate(prompts[:1], tokens), repeats)
+    said: dict[str, Any] = {
+        "version": version,
+        "import": imported - started,
+        "load": loaded - imported,
+        "first_token": first - loaded,
+        "alone": alone,
+        "ids": {"1": ids},
+        "batches": {},
+    }
+    for batch in job["batches"]:
+        said["batches"][str(batch)], said["ids"][str(batch)] = timed(
+            lambda batch=batch: generate(prompts[:batch], tokens),  # type: ignore[misc]
+            repeats,
+        )
+    said["prefill"], said["ids"]["prefill"] = timed(lambda: generate([job["long"]], 1), repeats)
+    print(json.dumps(said))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,298 @@
+#!/usr/bin/env python3
+# matplotlib is for this script only, and not in the environment that the checks run in.
+# mypy: disable-error-code="import-not-found,import-untyped"
+"""Results -> docs/results.md and the pictures in docs/img/: from the JSON files that are there, and nothing else.
+
+    pip install matplotlib
+    python benchmarks/plot.py                                 # reads benchmarks/results/*.json
+
+A section for each file, naming its machine and date; of what was not measured, nothing is said. Run again after any of
+the other scripts. With --no-plots only the tables, without matplotlib.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from common import HERE, RESULTS
+
+from fastgpt2.bench import Values, machine_line
+
+DOCS = HERE.parent / "docs"
+COLORS = ("#1b6ca8", "#e07b39", "#4f9d69", "#8a5a9e", "#c23b4b", "#7f7f7f")
+# What numbers are of, in the order of the page.
+ORDER = ("engine", "profile", "cold_start", "memory", "peers")
+
+# Draws a picture of a name and gives the Markdown that shows it.
+Draw = Callable[[str, str, Callable[[Any], None]], str]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="default: benchmarks/results")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="default: docs")
+    parser.add_argument("--no-plots", action="store_true", help="tables only")
+    asked = parser.parse_args()
+    found = [(path.stem, json.loads(path.read_text("utf-8"))) for path in sorted(asked.results.glob("*.json"))]
+    found = [(stem, result) for stem, result in found if result.get("benchmark") in ORDER]
+    found.sort(key=lambda item: (ORDER.index(item[1]["benchmark"]), item[0]))
+    draw = no_drawing if asked.no_plots else drawing_into(asked.docs / "img")
+    page = asked.docs / "results.md"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(written(found, draw), "utf-8")
+    print(f"{page}: {len(found)} results")
+
+
+def written(found: Sequence[tuple[str, Values]], draw: Draw) -> str:
+    lines = [
+        "# Results",
+        "",
+        "Made by `benchmarks/plot.py` from the files in `benchmarks/results/`: do not edit. What is measured, and how,",
+        "is said at the head of each script; [benchmarks/README.md](../benchmarks/README.md) tells which to run.",
+        "Medians, with quartiles in brackets; what is compared took turns in one run, and ratios are of one run.",
+        "",
+    ]
+    if not found:
+        lines += ["Nothing has been measured yet.", ""]
+    for stem, result in found:
+        title, section = SECTIONS[result["benchmark"]]
+        suffix = stem.removeprefix(result["benchmark"]).strip("-_")
+        lines += [f"## {title}{f' ({suffix})' if suffix else ''}", ""]
+        lines += [f"{machine_line(result['machine'])}. Script: `bench_{result['benchmark']}.py`.", ""]
+        for entry in result["models"]:
+            entry["model"] = Path(entry["model"]).name  # where it lies is of no interest
+            lines += [f"### {entry['model']}", "", *section(f"{stem}-{slug(entry['model'])}", entry, draw)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def engine(name: str, entry: Values, draw: Draw) -> list[str]:
+    rates = ", ".join(f"{n}: {rate['median']:.1f}" for n, rate in entry["bandwidth_gb_per_s"].items())
+    lines = [
+        f"{entry['step_mb']:.1f} MB of weights a step. Memory, GB/s by number of processes that read: {rates}.",
+        "",
+    ]
+    plain = {e["rows"]: e for e in entry.get("plain", {}).get("decode", [])}
+    for e in entry["engines"]:
+        lines += [
+            f"{e['blas']}, panels {e['panels']}, processes {e['processes']}, batch-invariant {yes_no(e['exact'])}:",
+            "",
+        ]
+        headers = ["sequences together", "ms/step", "tokens/s", "GB/s", "of the bandwidth"]
+        headers += ["plain numpy's products / our step"] if plain else []
+        rows = []
+        for d in e["decode"]:
+            cells = [str(d["rows"]), spread(d["ms"]), f"{d['tokens_per_s']:.0f}", f"{d['gb_per_s']:.1f}"]
+            cells.append(f"{d['share']['median']:.0%}")
+            rows.append([*cells, *([f"{plain[d['rows']]['ratio'][e['asked']]:.2f}"] if plain else [])])
+        lines += [*markdown(headers, rows), ""]
+        rows = [[str(p["tokens"]), spread(p["ms"], 0), f"{p['tokens_per_s']:.0f}"] for p in e["prefill"]]
+        lines += [*markdown(["prompt, tokens", "ms", "tokens/s"], rows), ""]
+        for count, contexts in e.get("context", {}).items():
+            rows = [[str(c["positions"]), spread(c["ms"])] for c in contexts]
+            lines += [*markdown(["context, positions", f"ms/step, sequences: {count}"], rows), ""]
+
+    def tokens_by_rows(axes: Any) -> None:
+        for color, e in zip(COLORS, entry["engines"], strict=False):
+            rows = [d["rows"] for d in e["decode"]]
+            axes.plot(rows, [d["tokens_per_s"] for d in e["decode"]], "o-", color=color, label=f"fastgpt2, {e['blas']}")
+        if plain:
+            speeds = [n * 1e3 / e["ms"]["median"] for n, e in plain.items()]
+            axes.plot(list(plain), speeds, "s--", color=COLORS[-1], label="plain numpy, products only")
+        axes.set(xlabel="sequences decoded together", ylabel="tokens/s", ylim=(0, None), xlim=(0, None))
+        axes.legend()
+
+    def cost_by_context(axes: Any) -> None:
+        curves = [(e["blas"], n, found) for e in entry["engines"] for n, found in e.get("context", {}).items()]
+        for color, (blas, n, found) in zip(COLORS * 3, curves, strict=False):
+            x = [c["positions"] for c in found]
+            axes.plot(x, [c["ms"]["median"] for c in found], "o-", color=color, label=f"{blas}, sequences: {n}")
+            axes.fill_between(
+                x, [c["ms"]["q1"] for c in found], [c["ms"]["q3"] for c in found], color=color, alpha=0.2, linewidth=0
+            )
+        axes.set(xlabel="positions attended to", ylabel="ms a step", ylim=(0, None), xlim=(0, None))
+        axes.legend()
+
+    lines += [draw(f"{name}-rows", f"{entry['model']}: tokens a second by sequences together", tokens_by_rows), ""]
+    if any(e.get("context") for e in entry["engines"]):
+        lines += [draw(f"{name}-context", f"{entry['model']}: the cost of a step by context", cost_by_context), ""]
+    return lines
+
+
+def profile(_name: str, entry: Values, _draw: Draw) -> list[str]:
+    times = entry["time"]
+    rows = [
+        [part, *(f"{t['parts_ms'][part]['median']:.3f}" for t in times)]
+        for part in times[0]["parts_ms"]
+        if any(t["parts_ms"][part]["median"] for t in times)
+    ]
+    rows.append(["a step, undisturbed", *(spread(t["step_ms"], 3) for t in times)])
+    rows.append(["share of all but products", *(f"{1 - t['products_share']:.1%}" for t in times)])
+    lines = [*markdown(["ms, sequences together:", *(str(t["rows"]) for t in times)], rows), ""]
+    rows = [
+        [
+            str(m["rows"]),
+            f"{m['peak_bytes']:,.0f}",
+            f"{m['held_bytes_per_step']:,.0f}",
+            f"{m['held_numpy_bytes_per_step']:,.0f}",
+        ]
+        for m in entry["memory"]
+    ]
+    headers = ["sequences together", "bytes allocated in a step, peak", "held after it", "of it numpy's"]
+    return [*lines, *markdown(headers, rows), ""]
+
+
+def cold_start(name: str, entry: Values, draw: Draw) -> list[str]:
+    who = [peer for peer in ("fastgpt2", "transformers", "python") if peer in entry]
+    labels = {"python": "`python` that does nothing"}
+    keys = {"whole_process": "whole process", "imports": "imports", "ready": "ready", "first_token": "first token"}
+    keys |= {"token": "a further token", "total": "in the process"}
+    rows = [[text, *(spread(entry[w][k], 1) if k in entry[w] else "" for w in who)] for k, text in keys.items()]
+    lines = [*markdown(["ms", *(labels.get(w, w) for w in who)], rows), ""]
+    for peer, reason in entry["skipped"].items():
+        lines += [f"{peer} was not measured: {reason}.", ""]
+    if "ratio" in entry:
+        lines += [f"{entry['transformers']['version']} takes {entry['ratio']:.1f} times as long, whole process;"]
+        lines += [f"{'the same' if entry['same_text'] else 'another'} text.", ""]
+
+    def bars(axes: Any) -> None:
+        seconds = [entry[w]["whole_process"]["median"] / 1e3 for w in who]
+        drawn = axes.barh([labels.get(w, w).replace("`", "") for w in who], seconds, color=COLORS[: len(who)])
+        axes.bar_label(drawn, fmt="%.2f s", padding=3)
+        axes.invert_yaxis()
+        axes.set(xlabel="seconds from the command to its end", xlim=(0, max(seconds) * 1.15))
+
+    return [*lines, draw(name, f"{entry['model']}: a whole process, {entry['tokens']} tokens", bars), ""]
+
+
+def memory(name: str, entry: Values, draw: Draw) -> list[str]:
+    found = entry["engines"]
+    parts = {"weights": "weights", "state": "KV cache and activations", "rest": "the rest"}
+    rows = []
+    for e in found:
+        sizes = [f"{e[f'{part}_mb']:.0f}" for part in ("pss", *parts, "private")]
+        rows.append([str(e["engines"]), str(e["processes"]), *sizes, f"{e['of_copies']:.0%}"])
+    headers = [
+        "engines",
+        "processes",
+        "sum of PSS, MB",
+        *parts.values(),
+        "private",
+        "of what n copies of the weights take",
+    ]
+
+    def bars(axes: Any) -> None:
+        x = [str(e["engines"]) for e in found]
+        bottom = [0.0] * len(x)
+        for color, (part, label) in zip(COLORS, parts.items(), strict=False):
+            sizes = [e[f"{part}_mb"] for e in found]
+            axes.bar(x, sizes, bottom=bottom, color=color, label=label)
+            bottom = [a + b for a, b in zip(bottom, sizes, strict=True)]
+        axes.plot(x, [e["pss_mb"] / e["of_copies"] for e in found], "k_--", label="if each had its own weights")
+        axes.set(xlabel="engines", ylabel="MB, sum of PSS", ylim=(0, None))
+        axes.legend()
+
+    return [*markdown(headers, rows), "", draw(name, f"{entry['model']}: memory by engines", bars), ""]
+
+
+def peers(name: str, entry: Values, draw: Draw) -> list[str]:
+    found = entry["peers"]
+    batches = list(next(iter(found.values()))["batches"])
+    headers = ["", "ms/token alone", *(f"tokens/s, {batch} together" for batch in batches)]
+    headers += [f"ms to the first token of {entry['prefill_tokens']}", "import + load, ms", "sequences with our ids"]
+    rows = []
+    for peer, e in found.items():
+        cells = [f"{peer} ({e['version']})", f"{spread(e['ms_per_token'])}; {e['ratio']:.2f}"]
+        for batch in batches:
+            b = e["batches"][batch]
+            cells.append(f"{spread(b['tokens_per_s'], 0)}; {1 / b['ratio']:.2f}")
+        cells.append(f"{spread(e['prefill']['ms'], 0)}; {e['prefill']['ratio']:.2f}")
+        cells.append(f"{e['import_ms']['median'] + e['load_ms']['median']:.0f}")
+        rows.append([*cells, f"{e['same_ids']['equal']} of {e['same_ids']['sequences']}"])
+    lines = [*markdown(headers, rows), "", "After a semicolon: that by ours.", ""]
+    for peer, reason in entry["skipped"].items():
+        lines += [f"{peer} was not measured: {reason}.", ""]
+
+    def bars(figure: Any) -> None:
+        charts = [("ms a token, alone", [e["ms_per_token"]["median"] for e in found.values()])]
+        charts += [
+            (f"tokens/s, {batch} together", [e["batches"][batch]["tokens_per_s"]["median"] for e in found.values()])
+            for batch in batches
+        ]
+        charts.append(
+            (f"ms, prompt of {entry['prefill_tokens']}", [e["prefill"]["ms"]["median"] for e in found.values()])
+        )
+        for axes, (title, values) in zip(figure.subplots(1, len(charts)), charts, strict=True):
+            axes.bar(range(len(values)), values, color=COLORS[: len(values)], label=list(found))
+            axes.set_title(title, fontsize="small")
+            axes.set_xticks([])
+        figure.legend(
+            *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(found), fontsize="small"
+        )
+
+    return [*lines, draw(f"{name}-all", f"{entry['model']}: peers, {entry['threads']} threads", bars), ""]
+
+
+SECTIONS: dict[str, tuple[str, Callable[[str, Values, Draw], list[str]]]] = {
+    "engine": ("Speed of the engine", engine),
+    "profile": ("Where the time of a step goes", profile),
+    "cold_start": ("Cold start", cold_start),
+    "memory": ("Memory by workers", memory),
+    "peers": ("Peers", peers),
+}
+
+
+def drawing_into(folder: Path) -> Draw:
+    import matplotlib
+
+    matplotlib.use("svg")
+    # The same numbers give the same file.
+    matplotlib.rcParams["svg.hashsalt"] = "fastgpt2"
+    from matplotlib.figure import Figure
+
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def draw(name: str, title: str, fill: Callable[[Any], None]) -> str:
+        whole = name.endswith("-all")  # several charts in one picture: it takes the figure
+        figure = Figure(figsize=(10 if whole else 6.4, 3.6), layout="constrained")
+        figure.suptitle(title)
+        if whole:
+            fill(figure)
+        else:
+            axes = figure.subplots()
+            axes.grid(alpha=0.3)
+            axes.set_axisbelow(True)
+            fill(axes)
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+        return f"![{title}](img/{name}.svg)"
+
+    return draw
+
+
+def no_drawing(_name: str, _title: str, _fill: Callable[[Any], None]) -> str:
+    return ""
+
+
+def markdown(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [headers, ["---", *["--:"] * (len(headers) - 1)], *rows]
+    return ["| " + " | ".join(cells) + " |" for cells in lines]
+
+
+def spread(stat: dict[str, float], digits: int = 2) -> str:
+    return f"{stat['median']:.{digits}f} ({stat['q1']:.{digits}f}-{stat['q3']:.{digits}f})"
+
+
+def yes_no(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def slug(model: str) -> str:
+    """A model's name, or the last part of a folder's, as part of a file's."""
+    return "".join(c if c.isalnum() or c == "-" else "-" for c in Path(model).name)
+
+
+if __name__ == "__main__":
+    main()

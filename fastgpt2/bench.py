@@ -1,0 +1,246 @@
+"""`fastgpt2 bench`, and what the scripts in `benchmarks/` share with it. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from fastgpt2 import __version__
+
+if TYPE_CHECKING:
+    from fastgpt2.engine.config import GPT2Config
+    from fastgpt2.engine.engine import Engine
+    from fastgpt2.engine.gpt2 import GPT2
+
+Values = dict[str, Any]
+OPTIONS = ("model", "revision", "threads", "blas")
+# Sequences decoded together, the tokens that each has behind it, and the length of a prompt.
+ROWS, CONTEXT, PROMPT = (1, 2, 4, 8, 16), 64, 256
+# More than a last-level cache holds, and what may well stay in one.
+READ_BYTES, SMALL_MB = 512 << 20, 64
+# Rounds, the fewest that make a median, and when to be content with those.
+_ROUNDS, _FEWEST_ROUNDS, _ENOUGH_SECONDS = 7, 3, 10.0
+
+
+def quantile(samples: Sequence[float], q: float) -> float:
+    """With linear interpolation between neighbours, as numpy's."""
+    at = q * (len(samples) - 1)
+    below, above = (sorted(samples)[i] for i in (math.floor(at), math.ceil(at)))
+    return below + (above - below) * (at % 1)
+
+
+def median(samples: Sequence[float]) -> float:
+    return quantile(samples, 0.5)
+
+
+def summary(samples: Sequence[float], scale: float = 1.0) -> dict[str, float]:
+    """Median, quartiles and number of samples."""
+    q1, middle, q3 = (quantile(samples, q) * scale for q in (0.25, 0.5, 0.75))
+    return {"median": middle, "q1": q1, "q3": q3, "n": len(samples)}
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
+    sides = "<" + ">" * (len(widths) - 1)
+    cells = [[f"{c:{side}{w}}" for c, side, w in zip(line, sides, widths, strict=True)] for line in (headers, *rows)]
+    return "\n".join("  ".join(line).rstrip() for line in cells)
+
+
+def machine() -> Values:
+    """What a measurement is worth little without. Imports numpy: hold BLAS to one thread before."""
+    import numpy
+
+    from fastgpt2.engine.blas import cpu_name, numpys_kernel, usable_cores
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    system = f"{platform.system()} {platform.release()} {platform.machine()}"
+    hardware = {"cpu": cpu_name(), "cores": usable_cores(), "memory_gb": round(memory / 1e9, 1), "system": system}
+    software = {"python": platform.python_version(), "numpy": numpy.__version__, "blas": numpys_kernel()}
+    return {**hardware, **software, "fastgpt2": __version__, "date": time.strftime("%Y-%m-%d %H:%M %Z")}
+
+
+def machine_line(facts: Values) -> str:
+    line = "{cpu}, {cores} cores, {memory_gb} GB, {system}; Python {python}, numpy {numpy}, {blas}; {date}"
+    return line.format(**facts)
+
+
+@contextmanager
+def readers(count: int) -> Iterator[Callable[[int], float]]:
+    """Processes that read one mapping at the same time: what the machine's memory gives.
+
+    As the engine does: processes, not threads, and a file's shared pages. They sleep while they are not asked. What is
+    yielded gives the bytes a second that so many of them read together, in the median of three passes.
+    """
+    from fastgpt2.engine.arena import anonymous_file
+
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    ones, n, pipe = b"\0\0\x80\x3f" * (1 << 20), READ_BYTES // 4, subprocess.PIPE
+    with os.fdopen(anonymous_file("fastgpt2-bench"), "wb", buffering=0) as file, ExitStack() as stack:
+        file.writelines([ones] * (READ_BYTES // len(ones)))
+        fd, processes = file.fileno(), list[Any]()
+        for _ in range(count):
+            command = [sys.executable, "-c", f"from fastgpt2.bench import read_when_asked; read_when_asked({fd})"]
+            started = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, pass_fds=(fd,), env=environment)
+            processes.append(stack.enter_context(started))  # it ends with its input
+        for process in processes:
+            process.stdout.readline()
+
+        def one_pass(asked: list[Any]) -> float:
+            for rank, process in enumerate(asked):
+                print(n * rank // len(asked), n * (rank + 1) // len(asked), file=process.stdin, flush=True)
+            # One clock for all processes: from when the first began to when the last was done.
+            starts, stops = zip(*(map(float, process.stdout.readline().split()) for process in asked), strict=True)
+            return float(READ_BYTES / (max(stops) - min(starts)))
+
+        yield lambda asked: median([one_pass(processes[:asked]) for _ in range(3)])
+
+
+def read_when_asked(fd: int) -> None:
+    """What such a process does: for "first stop" on its input, add up the squares of those numbers of the mapping."""
+    from fastgpt2.engine.blas import hold_to_one_thread
+
+    hold_to_one_thread()
+    import numpy as np
+
+    numbers = np.frombuffer(mmap.mmap(fd, READ_BYTES, prot=mmap.PROT_READ), np.float32)
+    ask = f"0 {numbers.size}"  # the first time unasked, so that every page is mapped
+    while ask:
+        part = numbers[slice(*map(int, ask.split()))]
+        start = time.perf_counter()
+        np.dot(part, part)
+        print(start, time.perf_counter(), flush=True)
+        ask = sys.stdin.readline()
+
+
+class Timed:
+    """Steps of a loaded engine, timed from outside: `forward` and the choice of the likeliest token."""
+
+    def __init__(self, engine: Engine, rows: int, context: int = CONTEXT) -> None:
+        """For up to so many sequences of so many tokens each."""
+        self.model, self._room = engine.decoder.model, engine.config.n_positions - 1
+        self._slots = [self.model.cache.allot() for _ in range(rows)]
+        self.model.wait_until_ready()
+        for index in range(rows):
+            self.read(index, min(context, self._room))
+
+    def decode(self, rows: int, steps: int = 5, context: int = CONTEXT) -> list[float]:
+        """Seconds of each of some steps with a new token each for so many sequences, after one that is not counted."""
+        from fastgpt2.engine.step import Segment
+
+        seconds = []
+        for i in range(steps + 1):
+            segments = [Segment(slot, [i % self.model.config.vocab_size]) for slot in self._slots[:rows]]
+            for segment in segments:
+                self.model.cache.lengths[segment.slot] = min(context, self._room)
+            started = time.perf_counter()
+            self.model.forward(segments).argmax(axis=-1)
+            seconds.append(time.perf_counter() - started)
+        return seconds[1:]
+
+    def read(self, index: int, tokens: int) -> float:
+        """Seconds for a prompt of so many tokens, up to its first new one. It is that sequence's from now on."""
+        from fastgpt2.engine.step import Segment
+
+        started = time.perf_counter()
+        self.model.cache.lengths[slot := self._slots[index]] = 0
+        for at in range(0, tokens, self.model.max_rows):
+            stop = min(at + self.model.max_rows, tokens)
+            ids = [i % self.model.config.vocab_size for i in range(at, stop)]  # any will do
+            self.model.forward([Segment(slot, ids, int(stop == tokens))]).argmax(axis=-1)
+        return time.perf_counter() - started
+
+
+def settle() -> None:
+    """Wait until the engine's helpers sleep: after a step they look for another one, and keep a core busy."""
+    from fastgpt2.engine.team import SPIN_SECONDS
+
+    time.sleep(3 * SPIN_SECONDS)
+
+
+def step_bytes(config: GPT2Config) -> int:
+    """The weights that a decode step reads, whatever the layout: all but the embeddings, of which it reads rows."""
+    from fastgpt2.engine.weights import expected_shapes
+
+    shapes = expected_shapes(config).items()
+    return sum(4 * math.prod(shape) for name, shape in shapes if name not in ("wte.weight", "wpe.weight"))
+
+
+def layout(model: GPT2) -> Values:
+    """How a network is laid out and multiplied here: panels as inputs x columns."""
+    block, product = model._weights.blocks[0], model._kernel.product.name
+    panels = ", ".join(f"{linear.weight.n_in}x{linear.weight.width}" for linear in (block.c_fc, block.mlp_c_proj))
+    facts = {"blas": product, "panels": panels, "processes": model.size, "exact": model.exact}
+    return {**facts, "step_mb": step_bytes(model.config) / 1e6}
+
+
+def layout_line(facts: Values) -> str:
+    line = "{step_mb:.1f} MB of weights a step; {blas}, panels {panels}, processes {processes}, batch-invariant {exact}"
+    return line.format(**facts)
+
+
+def decode_entry(rows: int, rounds: Sequence[Sequence[float]], rates: Sequence[float], n_bytes: int) -> Values:
+    """From the seconds of each round's steps, and the bytes a second that as many processes read just before them."""
+    ms = summary([seconds for steps in rounds for seconds in steps], 1e3)
+    shares = [n_bytes / median(steps) / rate for steps, rate in zip(rounds, rates, strict=True)]
+    speed = {"tokens_per_s": rows / ms["median"] * 1e3, "gb_per_s": n_bytes / ms["median"] / 1e6}
+    return {"rows": rows, "ms": ms, **speed, "share": summary(shares)}
+
+
+def decode_table(entries: Sequence[Values]) -> str:
+    line = "{rows}|{ms[median]:.2f}|{ms[q1]:.2f}-{ms[q3]:.2f}|{tokens_per_s:.0f}|{gb_per_s:.1f}|{share[median]:.0%}"
+    headers = ["rows", "ms/step", "quartiles", "tokens/s", "GB/s", "of the bandwidth"]
+    return table(headers, [line.format(**entry).split("|") for entry in entries])
+
+
+def measure(engine: Engine) -> Values:
+    """In rounds of reading memory, steps and a prompt, so that what slows the machine for a while slows all of them."""
+    model, facts, timed = engine.decoder.model, machine(), Timed(engine, max(ROWS))
+    n_bytes, prompt = step_bytes(engine.config), min(PROMPT, engine.config.n_positions)
+    decode: dict[int, tuple[list[list[float]], list[float]]] = {rows: ([], []) for rows in ROWS}
+    rates: dict[int, list[float]] = {count: [] for count in sorted({1, model.size, facts["cores"]})}
+    prefill, enough = list[float](), time.monotonic() + _ENOUGH_SECONDS
+    with readers(max(rates)) as rate:
+        while len(prefill) < (_ROUNDS if time.monotonic() < enough else _FEWEST_ROUNDS):
+            for count, found in rates.items():
+                found.append(rate(count))
+            for rows, (rounds, beside) in decode.items():
+                beside.append(rate(model.size))
+                rounds.append(timed.decode(rows))
+                settle()
+            prefill.append(timed.read(0, prompt))
+            settle()
+    result: Values = {"model": engine.model, "machine": facts, "layout": layout(model)}
+    result["bandwidth_gb_per_s"] = {str(count): summary(found, 1e-9) for count, found in rates.items()}
+    result["decode"] = [decode_entry(rows, *found, n_bytes) for rows, found in decode.items()]
+    result["prefill"] = {"tokens": prompt, "ms": summary(prefill, 1e3), "tokens_per_s": prompt / median(prefill)}
+    return result
+
+
+def report(result: Values) -> str:
+    rates = [f"{count}: {rate['median']:.1f}" for count, rate in result["bandwidth_gb_per_s"].items()]
+    prompt = "a prompt of {tokens} tokens: {ms[median]:.0f} ms, {tokens_per_s:.0f} tokens/s".format(**result["prefill"])
+    lines = [machine_line(result["machine"]), f"{result['model']}: {layout_line(result['layout'])}"]
+    lines += [f"memory, GB/s by number of processes that read: {', '.join(rates)}", "", decode_table(result["decode"])]
+    lines += ["", f"{prompt}; rows: sequences of {CONTEXT} tokens decoded together; medians of rounds in turn"]
+    if result["layout"]["step_mb"] < SMALL_MB:
+        lines.append("so small a model may stay in the processor's caches: memory is no bound then")
+    return "\n".join(lines)
+
+
+def run(values: Values) -> int:
+    """The command: load the model, measure, print a table or JSON."""
+    from fastgpt2.engine.engine import Engine
+
+    result = measure(Engine.load(max_batch=max(ROWS), **{name: values[name] for name in OPTIONS}))
+    print(json.dumps(result, indent=2) if values["json"] else report(result))
+    return 0
