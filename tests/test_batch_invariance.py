@@ -60,7 +60,7 @@ def network(request: pytest.FixtureRequest, wide: Path) -> Iterator[GPT2]:
         read_config(folder / "config.json"),
         name,
         n_slots=SLOTS,
-        threads=2 if how == "two" else 1,
+        size=2 if how == "two" else 1,
         blas="mkl" if how == "mkl" else "openblas",
     )
     made.wait_until_ready()

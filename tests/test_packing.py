@@ -18,7 +18,7 @@ from conftest import GOLDEN
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from fastgpt2.engine import loading
+from fastgpt2.engine import sizing
 from fastgpt2.engine.checkpoint import Checkpoint
 from fastgpt2.engine.config import read_config
 from fastgpt2.engine.gpt2 import GPT2
@@ -36,7 +36,7 @@ NARROW = Layout("16", lambda _n_in, _n_out: 16)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of the test's own, and tiny checkpoints large enough for it."""
     monkeypatch.setenv("FASTGPT2_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(loading, "MIN_BYTES", 0)
+    monkeypatch.setattr(sizing, "MIN_BYTES", 0)
     return tmp_path / "cache"
 
 
@@ -52,9 +52,7 @@ def pack(folder: Path, cache: Path) -> Packed:
 
 
 def load(folder: Path) -> GPT2:
-    return load_network(
-        folder, read_config(folder / "config.json"), "some/model", n_slots=1, threads=1, blas="openblas"
-    )
+    return load_network(folder, read_config(folder / "config.json"), "some/model", n_slots=1, size=1, blas="openblas")
 
 
 def packed_files(cache: Path) -> list[Path]:
@@ -142,7 +140,7 @@ def test_a_spoiled_record_of_measurements_is_measured_anew(folder: Path, cache: 
 
 
 def test_a_small_model_leaves_nothing_in_the_cache(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "MIN_BYTES", 64 << 20)
+    monkeypatch.setattr(sizing, "MIN_BYTES", 64 << 20)
     assert_right(folder, load(folder))
     assert not cache.exists()
 
@@ -240,10 +238,10 @@ def test_a_cache_that_cannot_be_written_costs_memory_only(
 RUN = """
 import logging, resource, sys
 from pathlib import Path
-from fastgpt2.engine import loading
+from fastgpt2.engine import loading, sizing
 from fastgpt2.engine.config import read_config
 logging.basicConfig(level="INFO", format="%(message)s")
-loading.MIN_BYTES = 0
+sizing.MIN_BYTES = 0
 limit = int(sys.argv[2])
 if limit:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -251,7 +249,7 @@ print("ready", flush=True)
 sys.stdin.readline()
 folder = Path(sys.argv[1])
 config = read_config(folder / "config.json")
-network = loading.load_network(folder, config, "m", n_slots=1, threads=1, blas="openblas")
+network = loading.load_network(folder, config, "m", n_slots=1, size=1, blas="openblas")
 print([line.split()[-1] for line in open("/proc/self/maps") if ".v2.safetensors" in line], flush=True)
 """
 

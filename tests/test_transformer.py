@@ -33,7 +33,7 @@ def blas(request: pytest.FixtureRequest) -> str:
 def load(case: str, n_slots: int = 1, blas: str = "openblas", threads: int = 1) -> GPT2:
     folder = GOLDEN / "checkpoints" / case
     config = read_config(folder / "config.json")
-    return load_network(folder, config, case, n_slots=n_slots, threads=threads, blas=blas)
+    return load_network(folder, config, case, n_slots=n_slots, size=threads, blas=blas)
 
 
 def golden(case: str) -> tuple[list[int], NDArray[Any]]:

@@ -22,7 +22,7 @@ from typing import Any
 from fastgpt2.engine.cache import is_locked, locked
 from fastgpt2.engine.calibration import FILE as CALIBRATION_FILE
 from fastgpt2.engine.checkpoint import MAX_HEADER_BYTES, Checkpoint, TensorInfo, map_file
-from fastgpt2.engine.pack_plan import FORMAT, identity
+from fastgpt2.engine.pack_plan import FORMAT
 from fastgpt2.engine.packing import checksum
 from fastgpt2.errors import CheckpointError, FastGPT2Error
 
@@ -259,13 +259,13 @@ def _unchanged(sources: list[Path], metadata: dict[str, str]) -> bool:
         tensors: dict[str, TensorInfo] = {}
         for source in sources:
             tensors.update(map_file(source)[0])
-        if identity(Checkpoint(tensors, {})) == wanted:
+        if Checkpoint(tensors, {}).identity == wanted:
             return True
     folders = {folder for source in sources for folder in source.parent.parent.glob("snapshots/*")}
     if "folder" in metadata:
         folders.add(Path(metadata["folder"]))
     for folder in folders:
         with suppress(CheckpointError, OSError):
-            if identity(Checkpoint.open(folder)) == wanted:
+            if Checkpoint.open(folder).identity == wanted:
                 return True
     return False

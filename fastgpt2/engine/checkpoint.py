@@ -7,10 +7,12 @@ taken, and the offsets are then read from the same header.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import mmap
 import struct
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,17 @@ class Checkpoint:
                 raise CheckpointError(f"{folder / shard}: tensor {name!r} is not listed here by {INDEX_FILE}")
             tensors.update(held)
         return cls(tensors, maps)
+
+    @cached_property
+    def identity(self) -> str:
+        """Changes whenever a file does: sizes, times of change, and the place of every tensor."""
+        digest = hashlib.sha256()
+        for file in sorted({file.resolve() for file in {info.file for info in self.tensors.values()}}):
+            status = file.stat()
+            digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
+        for name, info in sorted(self.tensors.items()):
+            digest.update(f"{name} {info.dtype} {info.shape} {info.start}\n".encode())
+        return digest.hexdigest()[:16]
 
     def view(self, name: str) -> NDArray[Any]:
         """The tensor as it lies in the file, read-only, without a copy; a BF16 tensor as its uint16 bit patterns.

@@ -49,6 +49,14 @@ class GPT2Config:
     def head_dim(self) -> int:
         return self.n_embd // self.n_head
 
+    @property
+    def n_parameters(self) -> int:
+        """Numbers in the weights."""
+        n, inner = self.n_embd, self.n_inner
+        block = 4 * n + 3 * n * (n + 1) + n * (n + 1) + inner * (n + 1) + n * (inner + 1)
+        tables = (self.vocab_size + self.n_positions) * n + (0 if self.tie_word_embeddings else self.vocab_size * n)
+        return tables + self.n_layer * block + 2 * n
+
     def attention_scale(self, layer: int) -> float:
         """What the attention scores of a layer are multiplied with.
 

@@ -17,11 +17,13 @@ from fastgpt2.engine.config import GPT2Config, read_config
 from fastgpt2.engine.files import CONFIG_FILE
 from fastgpt2.engine.generation import GenerationRequest, GenerationResult
 from fastgpt2.engine.hub import find_model
+from fastgpt2.engine.sizing import processes_for
 from fastgpt2.engine.tokenizer import Tokenizer
 from fastgpt2.errors import BadRequest, TokenizerError
 
 if TYPE_CHECKING:
     from fastgpt2.engine.decoder import Decoder, Sequence
+    from fastgpt2.engine.helper import HelperProcesses
 
 log = logging.getLogger("fastgpt2.engine")
 
@@ -96,16 +98,20 @@ class Engine:
         hold_to_one_thread()
         model = os.fspath(model)
         folder = find_model(model, revision)
-        # The tokenizer's parser releases the GIL: it reads beside the import of numpy and the mapping of the weights.
+        config = read_config(folder / CONFIG_FILE)
+        size = processes_for(config, threads)
+        # The tokenizer's parser releases the GIL, and helpers are other processes: both get ready on another core
+        # beside the import of numpy and the mapping of the weights.
         with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as pool:
-            future = pool.submit(_timed_tokenizer, folder, started)
-            config = read_config(folder / CONFIG_FILE)
+            beside = pool.submit(_load_beside, folder, size, started)
             from fastgpt2.engine.decoder import Decoder
             from fastgpt2.engine.loading import load_network
 
-            network = load_network(folder, config, model, n_slots=max_batch, threads=threads, blas=blas)
+            network = load_network(folder, config, model, n_slots=max_batch, size=size, blas=blas)
             mapped = perf_counter() - started
-            tokenizer, tokenizer_done = future.result()
+            tokenizer, tokenizer_done, processes = beside.result()
+        if processes is not None:
+            network.start_helpers(processes)
         if tokenizer.vocab_size > config.vocab_size:
             raise TokenizerError(
                 f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model's vocabulary {config.vocab_size}"
@@ -195,5 +201,15 @@ class Engine:
         self.run([GenerationRequest("", max_new_tokens=1)])
 
 
-def _timed_tokenizer(folder: Path, started: float) -> tuple[Tokenizer, float]:
-    return Tokenizer.from_folder(folder), perf_counter() - started
+def _load_beside(folder: Path, size: int, started: float) -> tuple[Tokenizer, float, HelperProcesses | None]:
+    """The tokenizer, when it was there, and then helpers, started only now, as there may be no third core."""
+    tokenizer = Tokenizer.from_folder(folder)
+    done = perf_counter() - started
+    if size == 1:
+        return tokenizer, done, None
+    from fastgpt2.engine.helper import HelperProcesses
+
+    try:
+        return tokenizer, done, HelperProcesses(size - 1)
+    except OSError:  # tried again, and complained about, by the first step
+        return tokenizer, done, None

@@ -15,7 +15,7 @@ from fastgpt2.engine.arena import Arena
 from fastgpt2.engine.blas import numpys_kernel
 from fastgpt2.engine.calibration import Kernel
 from fastgpt2.engine.config import GPT2Config
-from fastgpt2.engine.helper import Helpers, state_specs
+from fastgpt2.engine.helper import HelperProcesses, Helpers, Shape, state_specs
 from fastgpt2.engine.kv_cache import KVCache
 from fastgpt2.engine.packing import Packed
 from fastgpt2.engine.step import Segment, Step
@@ -31,7 +31,7 @@ Array = NDArray[np.float32]
 # Rows of a step, beside those of sequences that decode.
 DEFAULT_MAX_ROWS = 256
 # Helpers are started anew after an interrupted step; when they keep ending, that is given up.
-MAX_RESTARTS = 100
+MAX_STARTS = 100
 
 
 class GPT2:
@@ -47,32 +47,28 @@ class GPT2:
         config: GPT2Config,
         packed: Packed,
         kernel: Kernel,
-        n_slots: int = 1,
-        max_rows: int = DEFAULT_MAX_ROWS,
-        size: int = 1,
+        shape: Shape,
     ) -> None:
         """
         Args:
             packed: stays mapped as long as this object lives.
-            max_rows: the most tokens that a step may run.
-            size: processes, this one included. The helpers start at once and join when they are ready.
+            shape: how many sequences, tokens a step, and processes, this one included. The others are started by the
+                first step at the latest, and join when they are ready.
 
         Raises:
             ModelError: the system does not give the address space for so many slots.
         """
-        self.config, self.size, self.max_rows = config, size, max_rows
+        self.config, self.size, self.max_rows = config, shape.size, shape.max_rows
         self._packed, self._kernel = packed, kernel
         self._weights = packed_weights(packed.tensors, config)
-        self._n_slots = n_slots
-        self._restarts = MAX_RESTARTS
+        self._shape, self._n_slots = shape, shape.n_slots
+        self._starts_left = MAX_STARTS
         self._lost = False
         self._set_up()
-        if size > 1:
-            self._start_helpers()
         _networks.add(self)
 
     def _set_up(self) -> None:
-        specs = state_specs(self.config, self._weights, self._n_slots, self.max_rows, self.size)
+        specs = state_specs(self.config, self._weights, self._shape)
         try:
             self._arena = Arena(specs, shared=self.size > 1)
         except (OSError, ValueError, OverflowError) as reason:
@@ -104,7 +100,7 @@ class GPT2:
     @property
     def ready(self) -> bool:
         """Whether every process has joined."""
-        return self._helpers is None or self._helpers.complete
+        return self._helpers.complete if self._helpers is not None else not self._wants_helpers
 
     def forward(self, segments: Sequence[Segment]) -> Array:
         """Run the segments' tokens, append their keys and values to the cache, and return logits.
@@ -138,9 +134,8 @@ class GPT2:
         return logits
 
     def _run(self, step: Step) -> None:
-        if self.size > 1 and self._helpers is None and self._restarts > 0:
-            self._restarts -= 1
-            self._start_helpers()
+        if self._wants_helpers:
+            self.start_helpers()
         helpers = self._helpers
         if helpers is None or not helpers.complete:
             self._alone.run(step)
@@ -152,30 +147,37 @@ class GPT2:
 
     def wait_until_ready(self, seconds: float = 30.0) -> bool:
         """Wait for the helpers. Returns whether all have joined in time."""
+        if self._wants_helpers:
+            self.start_helpers()
         deadline = time.monotonic() + seconds
         while not self.ready and time.monotonic() < deadline:
-            if self._helpers is not None and self._helpers.ended() is not None:
+            if self._helpers is not None and self._helpers.processes.ended() is not None:
                 return False
             time.sleep(0.002)
         return self.ready
 
     def close(self) -> None:
         """End the helpers. The network still runs, in one process."""
-        self._restarts = 0
+        self._starts_left = 0
         self._dismiss_helpers()
 
-    def _start_helpers(self) -> None:
+    @property
+    def _wants_helpers(self) -> bool:
+        return self.size > 1 and self._helpers is None and self._starts_left > 0
+
+    def start_helpers(self, processes: HelperProcesses | None = None) -> None:
+        """Start the other processes, or take those that have been started already; they join when they are ready."""
+        self._starts_left -= 1
         try:
-            self._helpers = Helpers(
-                self.config, self._packed, self._arena, self._kernel, self._n_slots, self.max_rows, self.size
-            )
+            processes = processes or HelperProcesses(self.size - 1)
+            self._helpers = Helpers(processes, self.config, self._packed, self._arena, self._kernel, self._shape)
         except OSError as reason:
             log.warning("no helper process can be started (%s); going on in one process", reason)
-            self._restarts = 0
+            self._starts_left = 0
 
     def _dismiss_helpers(self) -> None:
         if self._helpers is not None:
-            self._helpers.stop()
+            self._helpers.processes.stop()
         self._helpers = self._together = None
 
     def after_fork(self) -> None:
@@ -183,7 +185,7 @@ class GPT2:
         if self.size == 1:
             return
         if self._helpers is not None:
-            self._helpers.forget()
+            self._helpers.processes.forget()
         self._lost = self.cache.free_slots < self._n_slots
         self._set_up()
 

@@ -33,7 +33,16 @@ if TYPE_CHECKING:
 _LOOK_AFTER_PARENT_MS = 1000
 
 
-def state_specs(config: GPT2Config, weights: Weights, n_slots: int, max_rows: int, size: int) -> dict[str, Spec]:
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shape:
+    """Of a network's state: sequences, the most tokens in a step, processes."""
+
+    n_slots: int
+    max_rows: int
+    size: int
+
+
+def state_specs(config: GPT2Config, weights: Weights, shape: Shape) -> dict[str, Spec]:
     """The memory that the processes of a team share."""
     from fastgpt2.engine.kv_cache import KVCache
     from fastgpt2.engine.step import encoded_size
@@ -41,71 +50,46 @@ def state_specs(config: GPT2Config, weights: Weights, n_slots: int, max_rows: in
     from fastgpt2.engine.transformer import activation_specs
 
     return {
-        "control": control_spec(size, encoded_size(max_rows, max_rows)),
-        **activation_specs(config, weights, max_rows),
-        **KVCache.specs(config, n_slots),
+        "control": control_spec(shape.size, encoded_size(shape.max_rows, shape.max_rows)),
+        **activation_specs(config, weights, shape.max_rows),
+        **KVCache.specs(config, shape.n_slots),
     }
 
 
-class Helpers:
-    """The helpers of one network, seen from the first process."""
+class HelperProcesses:
+    """Helpers that have been started, and import what they need while this process does the same.
 
-    def __init__(
-        self,
-        config: GPT2Config,
-        packed: Packed,
-        arena: Arena,
-        kernel: Kernel,
-        n_slots: int,
-        max_rows: int,
-        size: int,
-    ) -> None:
+    Ended when this object is no longer held.
+    """
+
+    def __init__(self, count: int) -> None:
         """
         Raises:
             OSError: no process can be started.
         """
-        from fastgpt2.engine.team import Meeting
-
-        assert arena.fd is not None
-        control = arena["control"]
-        control[:] = 0
-        self.meeting = Meeting(control, 0, size, self._check)
-        self.meeting.join()
         self._processes: list[subprocess.Popen[bytes]] = []
-        # Not `self`, which would live for ever then.
+        # Not of `self`, which would live for ever then.
         self.stop = weakref.finalize(self, _stop, self._processes)
-        for rank in range(1, size):
-            order = {
-                "config": dataclasses.asdict(config),
-                "weights": packed.fd,
-                "state": arena.fd,
-                "product": kernel.product.name,
-                "chunkings": kernel.known(),
-                "n_slots": n_slots,
-                "max_rows": max_rows,
-                "share": [rank, size],
-                "parent": os.getpid(),
-            }
-            self._processes.append(_start(order, (packed.fd, arena.fd)))
+        for _ in range(count):
+            self._processes.append(_start())
 
-    @property
-    def complete(self) -> bool:
-        """Whether all have joined."""
-        return self.meeting.complete
+    def order(self, order: dict[str, Any]) -> None:
+        """Tell each of them what to map and which share is its own."""
+        for rank, process in enumerate(self._processes, 1):
+            assert process.stdin is not None
+            # One that has ended is found out while waiting for it.
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(json.dumps({**order, "rank": rank}).encode() + b"\n")
+                process.stdin.flush()
+            os.set_blocking(process.stdin.fileno(), False)
 
-    def begin(self, step: Step) -> None:
-        """Start a step in every helper."""
-        from fastgpt2.engine.team import WAKE_AFTER_SECONDS
-
-        # They have been idle since this process came to the last meeting, or later.
-        may_sleep = time.monotonic() - self.meeting.arrived_at > WAKE_AFTER_SECONDS
-        self.meeting.begin(step.encode())
-        if may_sleep:
-            for process in self._processes:
-                assert process.stdin is not None
-                # One that has ended is found out while waiting for it; one that did not sleep has not read the last.
-                with contextlib.suppress(OSError):
-                    os.write(process.stdin.fileno(), b"\0")
+    def wake(self) -> None:
+        """Have those that sleep look for a new step."""
+        for process in self._processes:
+            assert process.stdin is not None
+            # Full of bytes that one that was awake has not read, or closed by one that has ended.
+            with contextlib.suppress(OSError):
+                os.write(process.stdin.fileno(), b"\0")
 
     def ended(self) -> str | None:
         """How one of them ended, None while all live."""
@@ -123,31 +107,67 @@ class Helpers:
                 process.stdin.close()
             process.returncode = 0  # not ours to wait for
 
+
+class Helpers:
+    """The helpers of one network, seen from the first process."""
+
+    def __init__(
+        self, processes: HelperProcesses, config: GPT2Config, packed: Packed, arena: Arena, kernel: Kernel, shape: Shape
+    ) -> None:
+        from fastgpt2.engine.team import Meeting
+
+        control = arena["control"]
+        control[:] = 0
+        self.processes = processes
+        self.meeting = Meeting(control, 0, shape.size, self._check)
+        self.meeting.join()
+        # By way of /proc, whatever was opened before the helpers were started, or after.
+        files = f"/proc/{os.getpid()}/fd"
+        processes.order(
+            {
+                "config": dataclasses.asdict(config),
+                "weights": f"{files}/{packed.fd}",
+                "state": f"{files}/{arena.fd}",
+                "product": kernel.product.name,
+                "chunkings": kernel.known(),
+                "shape": dataclasses.asdict(shape),
+                "parent": os.getpid(),
+            }
+        )
+
+    @property
+    def complete(self) -> bool:
+        """Whether all have joined."""
+        return self.meeting.complete
+
+    def begin(self, step: Step) -> None:
+        """Start a step in every helper."""
+        from fastgpt2.engine.team import WAKE_AFTER_SECONDS
+
+        # They have been idle since this process came to the last meeting, or later.
+        may_sleep = time.monotonic() - self.meeting.arrived_at > WAKE_AFTER_SECONDS
+        self.meeting.begin(step.encode())
+        if may_sleep:
+            self.processes.wake()
+
     def _check(self) -> None:
         from fastgpt2.engine.team import TeamBroken
 
-        how = self.ended()
+        how = self.processes.ended()
         if how is not None:
             raise TeamBroken(how)
 
 
-def _start(order: dict[str, Any], fds: tuple[int, ...]) -> subprocess.Popen[bytes]:
-    process = subprocess.Popen(
+def _start() -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
         # -P: else a file of the current folder could stand in for a module of the same name.
         [sys.executable, "-P", "-m", "fastgpt2.engine.helper"],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
-        pass_fds=fds,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         # Ctrl-C in the terminal is the first process's to answer.
         start_new_session=True,
     )
-    assert process.stdin is not None
-    with contextlib.suppress(BrokenPipeError):
-        process.stdin.write(json.dumps(order).encode() + b"\n")
-        process.stdin.flush()
-    os.set_blocking(process.stdin.fileno(), False)
-    return process
 
 
 def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
@@ -163,8 +183,6 @@ def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
 
 def main() -> None:
     hold_to_one_thread()
-    order = json.loads(_first_line())
-    parent = order["parent"]
     from fastgpt2.engine.arena import Arena
     from fastgpt2.engine.calibration import Kernel
     from fastgpt2.engine.kv_cache import KVCache
@@ -175,20 +193,22 @@ def main() -> None:
     from fastgpt2.engine.transformer import Shard
     from fastgpt2.engine.weights import packed_weights
 
+    order = json.loads(_first_line())
+    parent, shape = order["parent"], Shape(**order["shape"])
+
     def check() -> None:
         if os.getppid() != parent:
             sys.exit(0)
 
     fields = order["config"]
     config = GPT2Config(**{**fields, "eos_token_ids": tuple(fields["eos_token_ids"])})
-    packed = open_packed(order["weights"])
+    packed = open_packed(os.open(order["weights"], os.O_RDONLY))
     weights = packed_weights(packed.tensors, config)
-    rank, size = order["share"]
-    arena = Arena(state_specs(config, weights, order["n_slots"], order["max_rows"], size), fd=order["state"])
+    arena = Arena(state_specs(config, weights, shape), fd=os.open(order["state"], os.O_RDWR))
     kernel = Kernel(product_named(order["product"]), None, order["chunkings"])
-    meeting = Meeting(arena["control"], rank, size, check)
-    cache = KVCache(config, order["n_slots"], arena)
-    shard = Shard(config, weights, cache, arena, kernel, (rank, size), meeting.wait)
+    share = order["rank"], shape.size
+    meeting = Meeting(arena["control"], *share, check)
+    shard = Shard(config, weights, KVCache(config, shape.n_slots, arena), arena, kernel, share, meeting.wait)
     packed.touch()
     meeting.join()
     while _await_step(meeting, check):

@@ -3,36 +3,40 @@
 from __future__ import annotations
 
 import logging
-import math
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from fastgpt2.engine.blas import cpu_name, fair_share_of_cores, hold_to_one_thread, numpys_kernel, usable_cores
+from fastgpt2.engine.blas import cpu_name, hold_to_one_thread, numpys_kernel, usable_cores
 from fastgpt2.engine.cache import cache_folder
 from fastgpt2.engine.calibration import Calibration, Kernel, choose_width, faster, width_of
 from fastgpt2.engine.checkpoint import Checkpoint
 from fastgpt2.engine.config import GPT2Config
 from fastgpt2.engine.gpt2 import DEFAULT_MAX_ROWS, GPT2
+from fastgpt2.engine.helper import Shape
 from fastgpt2.engine.pack_plan import Layout
 from fastgpt2.engine.packing import Packed, pack_path, packed_in_cache, packed_in_memory
 from fastgpt2.engine.products import NumpyProduct, product_named
-from fastgpt2.engine.team import possible
-from fastgpt2.engine.weights import expected_shapes
+from fastgpt2.engine.sizing import is_large
 from fastgpt2.errors import ModelError
 
 log = logging.getLogger("fastgpt2.engine")
 
-# Below this, sharing saves less than a file in the cache costs, and a helper process more than it brings.
-MIN_BYTES = 64 << 20
 
-
-def load_network(folder: Path, config: GPT2Config, model: str, *, n_slots: int, threads: int | None, blas: str) -> GPT2:
+def load_network(
+    folder: Path,
+    config: GPT2Config,
+    model: str,
+    *,
+    n_slots: int,
+    size: int,
+    blas: str,
+) -> GPT2:
     """
     Args:
         model: its name, for people.
-        threads: processes to run it on; None for this process's share of the cores, or one if the model is small.
+        size: processes to run it on, from `processes_for`.
         blas: openblas, mkl, or auto for the faster of those that are here.
 
     Raises:
@@ -46,14 +50,8 @@ def load_network(folder: Path, config: GPT2Config, model: str, *, n_slots: int, 
     kernel = Kernel(NumpyProduct(), calibration)
     packed = pack(checkpoint, config, model, kernel, calibration)
     kernel = _with_blas(blas, kernel, calibration, config, packed)
-    if threads is None:
-        threads = fair_share_of_cores() if is_large(config) else 1
-    size = min(threads, config.n_head) if possible() else 1
-    return GPT2(config, packed, kernel, n_slots, max(DEFAULT_MAX_ROWS, n_slots), size)
-
-
-def is_large(config: GPT2Config) -> bool:
-    return sum(4 * math.prod(shape) for shape in expected_shapes(config).values()) >= MIN_BYTES
+    shape = Shape(n_slots, max(DEFAULT_MAX_ROWS, n_slots), size)
+    return GPT2(config, packed, kernel, shape)
 
 
 def measured_here(config: GPT2Config) -> Calibration:
@@ -105,7 +103,7 @@ def pack(
                 "%.0f MB, as every other will, and once more at every start. Set FASTGPT2_CACHE to a folder that can "
                 "be written",
                 reason,
-                sum(4 * math.prod(shape) for shape in expected_shapes(config).values()) / 1e6,
+                4 * config.n_parameters / 1e6,
             )
     try:
         return packed_in_memory(checkpoint, config, model, layout)

@@ -8,7 +8,6 @@ aligned. Causal masks are left out.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import struct
@@ -116,7 +115,7 @@ class Plan:
             "layout": "weights of linear layers [K, N] and the token table [vocab, K] as panels [n, K, P]",
             "model": model,
             "source": json.dumps(sorted({str(info.file.resolve()) for info in self.checkpoint.tensors.values()})),
-            "source_identity": identity(self.checkpoint),
+            "source_identity": self.checkpoint.identity,
             "sealed": str(sealed),
             "crc32": f"{crc:08x}",
         }
@@ -129,14 +128,3 @@ class Plan:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-(8 + len(text)) % ALIGNMENT)
         return struct.pack("<Q", len(text)) + text
-
-
-def identity(checkpoint: Checkpoint) -> str:
-    """Changes whenever a source file does: sizes, times of change, and the place of every tensor."""
-    digest = hashlib.sha256()
-    for file in sorted({info.file.resolve() for info in checkpoint.tensors.values()}):
-        status = file.stat()
-        digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
-    for name, info in sorted(checkpoint.tensors.items()):
-        digest.update(f"{name} {info.dtype} {info.shape} {info.start}\n".encode())
-    return digest.hexdigest()[:16]

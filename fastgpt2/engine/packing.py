@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import shutil
 import struct
 import sys
 import time
@@ -23,7 +22,7 @@ from fastgpt2.engine.arena import anonymous_file
 from fastgpt2.engine.cache import locked
 from fastgpt2.engine.checkpoint import Checkpoint, map_file, read_metadata
 from fastgpt2.engine.config import GPT2Config
-from fastgpt2.engine.pack_plan import CHUNK_BYTES, FORMAT, Layout, Plan, identity
+from fastgpt2.engine.pack_plan import CHUNK_BYTES, FORMAT, Layout, Plan
 from fastgpt2.errors import CheckpointError
 
 log = logging.getLogger("fastgpt2.engine")
@@ -60,7 +59,7 @@ def pack_path(folder: Path, checkpoint: Checkpoint, model: str, layout: Layout) 
 
     The model's name in it is for people: a file made under another name of the same source is the one.
     """
-    end = f"-{identity(checkpoint)}-{layout.name}{SUFFIX}"
+    end = f"-{checkpoint.identity}-{layout.name}{SUFFIX}"
     return next(folder.glob(f"*{end}"), folder / f"{_slug(model)}{end}")
 
 
@@ -135,7 +134,7 @@ def _open(path: Path, plan: Plan) -> Packed | None:
         return None
     shapes = {name: info.shape for name, info in packed.tensors.tensors.items()}
     metadata = read_metadata(path)
-    as_planned = shapes == plan.shapes and metadata.get("source_identity") == identity(plan.checkpoint)
+    as_planned = shapes == plan.shapes and metadata.get("source_identity") == plan.checkpoint.identity
     return packed if as_planned and _unharmed(path, fd, metadata) else None
 
 
@@ -171,6 +170,8 @@ def checksum(fd: int) -> int:
 
 def _write(path: Path, plan: Plan, model: str, progress: bool) -> None:
     """Stream the tensors into a file that gets its name when it is whole and on the disk."""
+    import shutil
+
     free = shutil.disk_usage(path.parent).free
     if free < plan.data_bytes:
         raise OSError(errno.ENOSPC, f"{plan.data_bytes / 1e6:.0f} MB are needed and {free / 1e6:.0f} MB are free")

@@ -8,8 +8,6 @@ state until the others are done, too. Between steps the helpers soon stop lookin
 
 from __future__ import annotations
 
-import platform
-import sys
 import time
 from collections.abc import Callable
 
@@ -34,11 +32,6 @@ _PATIENCE_SECONDS = 0.05
 
 class TeamBroken(Exception):
     """Another process of the team has ended; what it had to do in this step is not done."""
-
-
-def possible() -> bool:
-    """Whether processes can see each other's writes in order: on x86, by its memory model; elsewhere not relied on."""
-    return sys.platform == "linux" and platform.machine() in ("x86_64", "i686")
 
 
 def control_spec(size: int, numbers: int) -> Spec:
