@@ -25,7 +25,8 @@ class Chunking:
 
     def of(self, rows: int) -> tuple[int, int]:
         """Number of chunks, and rows in each; together at least `rows`, and fewer than a chunk more."""
-        if self.most is None:
+        if self.most is None or rows <= self.most:
             return 1, max(rows, self.least)
-        chunks = -(-rows // self.most)
+        # Kernels take rows by fours.
+        chunks = -(-rows // (self.most - self.most % 4))
         return chunks, max(-(-rows // chunks), self.least)

@@ -20,6 +20,8 @@ from fastgpt2.engine.weights import Linear, Weights
 
 Array = NDArray[np.float32]
 
+# Numbers in a part of the rows that is passed over several times, with as many of scratch: in the second-level cache.
+IN_CACHE = 1 << 15
 # Prepared views are kept for so many different numbers of rows.
 _MAX_REMEMBERED = 64
 
@@ -79,7 +81,7 @@ class Shard:
         self._normed = np.zeros((rows, config.n_embd), np.float32)
         self._last = np.zeros((rows, config.n_embd), np.float32)
         self._scale = np.zeros((rows, 1), np.float32)
-        self._scratch = np.zeros((rows, arena["inner"].shape[1]), np.float32)
+        self._scratch = np.zeros(max(IN_CACHE, arena["inner"].shape[1]), np.float32)
         self._blocks = [
             tuple(self._mine(linear) for linear in (b.c_attn, b.attn_c_proj, b.c_fc, b.mlp_c_proj))
             for b in weights.blocks
@@ -110,7 +112,8 @@ class Shard:
         self._attention.prepare(step)
         for layer, (block, mine) in enumerate(zip(weights.blocks, self._blocks, strict=True)):
             c_attn, attn_c_proj, c_fc, mlp_c_proj = mine
-            layer_norm(v.x, block.ln_1, epsilon, v.normed, v.scale)
+            for x, normed, scale in v.norms:
+                layer_norm(x, block.ln_1, epsilon, normed, scale)
             product(v.qkv.x, c_attn[0], v.qkv.out)
             np.add(v.qkv.mine, c_attn[1], out=v.qkv.mine)
             meet()
@@ -120,10 +123,12 @@ class Shard:
             np.add(v.projected.mine, attn_c_proj[1], out=v.projected.mine)
             meet()
             np.add(v.x, v.projected.all, out=v.x)
-            layer_norm(v.x, block.ln_2, epsilon, v.normed, v.scale)
+            for x, normed, scale in v.norms:
+                layer_norm(x, block.ln_2, epsilon, normed, scale)
             product(v.inner.x, c_fc[0], v.inner.out)
-            np.add(v.inner.mine, c_fc[1], out=v.inner.mine)
-            self._activation(v.inner.mine, v.scratch)
+            for inner, scratch in v.activations:
+                np.add(inner, c_fc[1], out=inner)
+                self._activation(inner, scratch)
             meet()
             product(v.reduced.x, mlp_c_proj[0], v.reduced.out)
             np.add(v.reduced.mine, mlp_c_proj[1], out=v.reduced.mine)
@@ -169,9 +174,13 @@ class Shard:
         width = inner.mine.shape[1]
         return _Views(
             x=self._x[:rows],
-            normed=self._normed[:rows],
-            scale=self._scale[:rows],
-            scratch=self._scratch.reshape(-1)[: rows * width].reshape(rows, width),
+            norms=[
+                (self._x[part], self._normed[part], self._scale[part]) for part in _in_cache(rows, self._config.n_embd)
+            ],
+            activations=[
+                (inner.mine[part], self._scratch[: inner.mine[part].size].reshape(part.stop - part.start, width))
+                for part in _in_cache(rows, width)
+            ],
             qkv=self._view(self._normed, block.c_attn.weight, arena["qkv"], rows),
             projected=self._view(arena["attended"], block.attn_c_proj.weight, arena["projected"], rows),
             inner=inner,
@@ -192,6 +201,12 @@ class Shard:
         )
 
 
+def _in_cache(rows: int, columns: int) -> list[slice]:
+    """Rows in parts that stay in the cache while several functions pass over them."""
+    step = max(1, IN_CACHE // max(1, columns))
+    return [slice(at, min(at + step, rows)) for at in range(0, rows, step)]
+
+
 @dataclass(frozen=True, slots=True)
 class _Product:
     """x [1, C, m, K] and out [n, C, m, P] for the kernel; the columns of this share, and all of them up to n_embd."""
@@ -204,12 +219,16 @@ class _Product:
 
 @dataclass(frozen=True, slots=True)
 class _Views:
-    """What a step of so many rows works on."""
+    """What a step of so many rows works on.
+
+    Attributes:
+        norms: x, where its normed rows go, and room for their scales; some rows at a time.
+        activations: this share of the inner layer, and scratch of its shape; some rows at a time.
+    """
 
     x: Array
-    normed: Array
-    scale: Array
-    scratch: Array
+    norms: list[tuple[Array, Array, Array]]
+    activations: list[tuple[Array, Array]]
     qkv: _Product
     projected: _Product
     inner: _Product
