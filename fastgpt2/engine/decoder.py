@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from time import perf_counter
-
-import numpy as np
 
 from fastgpt2.engine.generation import FinishReason, GenerationRequest, GenerationResult, Timings, Usage
 from fastgpt2.engine.gpt2 import DEFAULT_MAX_ROWS, GPT2
@@ -134,12 +133,13 @@ class Decoder:
         if not segments:
             return []
         logits = self.model.forward(segments)
-        best = logits.argmax(axis=-1)  # of a NaN, if there is one
-        if not np.isfinite(np.take_along_axis(logits, best[:, None], axis=-1)).all():
+        # Row by row: over an axis, numpy would copy the logits first. Of a NaN, if there is one.
+        best = [int(row.argmax()) for row in logits]
+        if not all(math.isfinite(row[token_id]) for row, token_id in zip(logits, best, strict=True)):
             raise CheckpointError(
                 "the model computes values that are not finite: its weights are damaged; fetch it again"
             )
-        chosen = iter(best.tolist())
+        chosen = iter(best)
         now = perf_counter()
         ended = []
         for sequence, segment in zip(movers, segments, strict=True):
