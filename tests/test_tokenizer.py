@@ -83,6 +83,16 @@ def test_longest_token_bounds_every_text(gpt2: Tokenizer) -> None:
         assert len(entry["text"].encode()) <= gpt2.longest_token_bytes * len(entry["ids"])
 
 
+def test_the_longest_token_is_found_beyond_gaps_in_the_numbers(tmp_path: Path) -> None:
+    """A vocabulary whose longest token has a number far beyond how many tokens there are."""
+    stored = json.loads((DEMO_FOLDER / "tokenizer.json").read_text("utf-8"))
+    vocabulary = stored["model"]["vocab"]
+    longest = max(vocabulary, key=len)
+    vocabulary[longest] = 70_000
+    (tmp_path / "tokenizer.json").write_text(json.dumps(stored), "utf-8")
+    assert Tokenizer.from_folder(tmp_path).longest_token_bytes == Tokenizer.from_folder(DEMO_FOLDER).longest_token_bytes
+
+
 def test_ids_that_nobody_has_stand_for_nothing(gpt2: Tokenizer) -> None:
     assert gpt2.vocab_size == 50257
     assert gpt2.token_bytes(50256) == b""

@@ -61,7 +61,16 @@ class Tokenizer:
     def longest_token_bytes(self) -> int:
         """Length of the longest token in bytes: a text of n bytes has at least n / this many tokens."""
         added = {content: len(content.encode()) for content in self._added.values()}
-        return max((added.get(token, len(token)) for token in self._backend.get_vocab()), default=1)
+        longest = found = 0
+        # One at a time: a dictionary of all would stay behind in the process as 10 MB that nobody else can use.
+        for token_id in range(self.vocab_size):
+            token = self._backend.id_to_token(token_id)
+            if token is not None:
+                found += 1
+                longest = max(longest, added.get(token, len(token)))
+        if found < self.vocab_size:  # there are gaps in the numbers
+            longest = max(added.get(token, len(token)) for token in self._backend.get_vocab())
+        return max(longest, 1)
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._backend.encode(text).ids
