@@ -1,8 +1,6 @@
 """`python -m fastgpt2` is the `fastgpt2` command."""
 
-import sys
-
-from fastgpt2.cli import main
+from fastgpt2.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pkgutil import resolve_name
-from typing import Any
+from typing import Any, NoReturn
 
 from fastgpt2 import __version__, settings
 from fastgpt2.errors import BadRequest, FastGPT2Error
@@ -93,6 +94,17 @@ def _values(command: Command, options: argparse.Namespace) -> Values:
     if positional is not None:
         values.setdefault(positional.name, options.positional)
     return values
+
+
+def run() -> NoReturn:
+    """The command: `main`, and out."""
+    status = main()
+    with contextlib.suppress(OSError, ValueError):  # closed, or its reader has gone; `main` has said so
+        sys.stdout.flush()
+        sys.stderr.flush()
+    # Whoever had something to tidy up has done so by now. The system takes down mappings and helper processes at once,
+    # where the interpreter would take as long for it as for five tokens.
+    os._exit(status)
 
 
 def _prepare_streams() -> None:

@@ -137,6 +137,35 @@ def test_company_changes_nothing(network: GPT2, seed: int) -> None:
                 assert np.array_equal(before, after), len(prompt)
 
 
+def committed(network: GPT2) -> int:
+    """Bytes of memory behind what the network's processes share."""
+    fd = network._arena.fd
+    assert fd is not None
+    return os.fstat(fd).st_blocks * 512
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts the pages of a file in memory")
+def test_memory_for_keys_and_values_is_taken_as_it_is_used_and_given_back(wide: Path) -> None:
+    network = load_network(wide, read_config(wide / "config.json"), "wide", n_slots=4, size=2, blas="openblas")
+    network.wait_until_ready()
+    slots = [network.cache.allot() for _ in range(4)]
+    network.forward([Segment(slot, [1] * 32) for slot in slots])
+    network.forward([Segment(slots[3], [1] * 256, 0)])  # and the memory that a step of 256 rows works in
+    few = committed(network)
+    a_token = 2 * 4 * 768  # a layer's keys and values, in bytes
+    for _ in range(3):
+        network.forward([Segment(slots[0], [1] * 256, 0)])
+    many = committed(network)
+    assert 768 * a_token <= many - few <= 1.3 * 768 * a_token
+    # A long sequence gives its memory back, a short one leaves it to the next.
+    network.cache.release(slots[0])
+    after = committed(network)
+    assert many - after >= 768 * a_token
+    network.cache.release(slots[1])
+    assert committed(network) == after
+    network.close()
+
+
 def test_what_openblas_promises_on_avx512(network: GPT2) -> None:
     """The promise of the documentation: where OpenBLAS has small-matrix kernels, this is no case of good luck."""
     if network.describe().startswith("openblas-SkylakeX"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,24 @@ import pytest
 from conftest import GOLDEN
 
 from fastgpt2 import Engine
+from fastgpt2.engine import mkl
 from fastgpt2.engine.generation import GenerationRequest
 from fastgpt2.engine.hub import DEMO_FOLDER
 from fastgpt2.errors import BadRequest, CheckpointError, PromptTooLong, TokenizerError
 
 golden: dict[str, Any] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))
+
+
+@pytest.fixture(scope="module", params=["openblas", "mkl", "two processes"])
+def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    """The shipped model on everything that can multiply. Four slots, so that batches are mixed."""
+    if request.param == "mkl" and not mkl.installed():
+        pytest.skip("MKL is not installed")
+    two = request.param == "two processes"
+    made = Engine.load("demo", max_batch=4, blas="openblas" if two else request.param, threads=2 if two else 1)
+    made.warm_up()
+    yield made
+    made.decoder.model.close()
 
 
 def with_end_of_text(tmp_path: Path, token_ids: list[int]) -> Engine:

@@ -1,0 +1,136 @@
+"""What is measured of a machine: found where it is, kept, and taken up again."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from fastgpt2.engine.calibration import (
+    PLAIN,
+    Calibration,
+    Kernel,
+    choose_width,
+    fastest_width,
+    largest_exact_chunk,
+    plain_width,
+    width_of,
+)
+from fastgpt2.engine.products import NumpyProduct
+from fastgpt2.engine.rows import Chunking
+
+Array = NDArray[np.float32]
+
+
+class Rounding:
+    """A BLAS that takes another kernel from so many rows on: the same product, but for its last bit."""
+
+    name = "rounding"
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+
+    def __call__(self, x: Array, panels: Array, out: Array) -> None:
+        out[...] = np.einsum("ocmk,nokp->ncmp", x, panels, optimize=False)
+        if x.shape[2] > self.most:
+            out[...] = np.nextafter(out, np.float32(np.inf))
+
+
+@pytest.mark.parametrize(("most", "found"), [(2, 2), (3, 3), (4, 4), (7, 7), (16, 16), (40, 16)])
+def test_the_largest_chunk_is_where_the_bits_change(most: int, found: int) -> None:
+    assert largest_exact_chunk(Rounding(most), 24, 16) == found
+
+
+def test_no_chunk_at_all_when_even_two_differ() -> None:
+    class Noise:
+        name = "noise"
+        calls = 0
+
+        def __call__(self, x: Array, panels: Array, out: Array) -> None:
+            Noise.calls += 1
+            out[...] = x[0, :, :, :1] + np.float32(Noise.calls) + panels[0, 0, 0, 0]
+
+    assert largest_exact_chunk(Noise(), 24, 16) == 0
+
+
+def test_chunks_of_what_was_found() -> None:
+    def chunking(most: int) -> Chunking:
+        return Kernel(Rounding(most), None).chunking(24, 16)
+
+    # Few enough to be chance count as none: all rows go at once, and a single row alone.
+    assert chunking(3) == Chunking(None, 1)
+    assert not chunking(3).exact
+    assert chunking(10) == Chunking(10, 2)
+    assert chunking(10).exact
+
+
+@pytest.mark.parametrize("most", [4, 5, 8, 10, 15, 16])
+def test_rows_go_in_equal_chunks_of_no_more_than_that(most: int) -> None:
+    for rows in range(1, 300):
+        chunks, m = Chunking(most, 2).of(rows)
+        assert 2 <= m <= most
+        assert rows <= chunks * m < rows + max(chunks, 2)
+    assert Chunking(None, 1).of(77) == (1, 77)
+    assert Chunking(None, 1).of(1) == (1, 1)
+
+
+def test_panels_of_a_plain_layout_are_shared_evenly() -> None:
+    for parts in (1, 2, 3, 8):
+        for n_out in (1, 16, 768, 3072, 50257):
+            width = plain_width(n_out, parts)
+            assert width % 16 == 0
+            assert width <= 1024
+            panels = -(-n_out // width)
+            assert panels % parts == 0 or n_out < parts * width
+    assert width_of(PLAIN, 3072, 2) == 768
+    assert width_of(32, 3072, 2) == 32
+
+
+def test_the_fastest_width_is_the_one_that_takes_the_least_time() -> None:
+    class Slow:
+        """Panels of 32 at once; for any other, a nap."""
+
+        name = "slow"
+
+        def __call__(self, x: Array, panels: Array, out: Array) -> None:  # noqa: ARG002
+            if panels.shape[3] != 32 and panels.shape[0] > 1:
+                time.sleep(0.01)
+
+    assert fastest_width(Kernel(Slow(), None), 24) == 32
+
+
+def test_what_was_measured_is_kept_by_machine(tmp_path: Path) -> None:
+    def never() -> int:
+        raise AssertionError("measured again")
+
+    assert Calibration(tmp_path, "a").get("x", lambda: 1) == 1
+    assert Calibration(tmp_path, "b").get("x", lambda: 2) == 2
+    assert Calibration(tmp_path, "a").get("x", never) == 1
+    assert Calibration(tmp_path, "b").get("x", never) == 2
+    assert json.loads((tmp_path / "calibration.json").read_text()) == {"a": {"x": 1}, "b": {"x": 2}}
+    assert [path.name for path in tmp_path.iterdir()] == ["calibration.json"]
+
+
+def test_a_folder_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    calibration = Calibration(tmp_path / "file" / "cache", "a")
+    assert calibration.get("x", lambda: 1) == 1
+    assert calibration.get("x", lambda: 2) == 1
+
+
+def test_a_small_models_width_needs_no_clock(tmp_path: Path) -> None:
+    calibration = Calibration(tmp_path, "a")
+    assert choose_width(Kernel(Rounding(16), calibration), calibration, 24, timed=False) == 64
+    assert choose_width(Kernel(Rounding(3), None), calibration, 24, timed=False) == PLAIN
+
+
+def test_numpys_own_product_is_right() -> None:
+    rng = np.random.default_rng(0)
+    x, panels = rng.standard_normal((1, 2, 7, 33), np.float32), rng.standard_normal((3, 1, 33, 16), np.float32)
+    out = np.empty((3, 2, 7, 16), np.float32)
+    NumpyProduct()(x, panels, out)
+    np.testing.assert_allclose(out, np.einsum("cmk,nkp->ncmp", x[0], panels[:, 0], dtype=np.float64), rtol=0, atol=1e-4)
