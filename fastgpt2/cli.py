@@ -7,7 +7,7 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import Any, NoReturn
@@ -59,7 +59,9 @@ class Command:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0, 1 for a failure, 2 for wrong usage, 3 model, 4 Redis."""
-    parser = build_parser()
+    given = sys.argv[1:] if argv is None else argv
+    # Of ten commands' options, those of the one that is asked for.
+    parser = build_parser([given[0]] if given and given[0] in COMMANDS else COMMANDS)
     _prepare_streams()
     options = parser.parse_args(argv)
     command = COMMANDS[options.command]
@@ -123,13 +125,15 @@ def _drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(names: Iterable[str] | None = None) -> argparse.ArgumentParser:
+    """The parser for some of the commands, by default all of them."""
     parser = argparse.ArgumentParser(
         "fastgpt2", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"fastgpt2 {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, command in COMMANDS.items():
+    for name in COMMANDS if names is None else names:
+        command = COMMANDS[name]
         about = command.help
         description = f"{about}. {command.details}" if command.details else about
         sub = subparsers.add_parser(name, help=about, description=description, epilog=EPILOG, allow_abbrev=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections import deque
@@ -202,14 +203,13 @@ class Engine:
 
 
 def _load_beside(folder: Path, size: int, started: float) -> tuple[Tokenizer, float, HelperProcesses | None]:
-    """The tokenizer, when it was there, and then helpers, started only now, as there may be no third core."""
-    tokenizer = Tokenizer.from_folder(folder)
-    done = perf_counter() - started
-    if size == 1:
-        return tokenizer, done, None
-    from fastgpt2.engine.helper import HelperProcesses
+    """Helpers, about to be ready, and the tokenizer, with the time when it was there."""
+    processes = None
+    if size > 1:
+        from fastgpt2.engine.helper import HelperProcesses
 
-    try:
-        return tokenizer, done, HelperProcesses(size - 1)
-    except OSError:  # tried again, and complained about, by the first step
-        return tokenizer, done, None
+        # Tried again, and complained about, by the first step.
+        with contextlib.suppress(OSError):
+            processes = HelperProcesses(size - 1)
+    tokenizer = Tokenizer.from_folder(folder)
+    return tokenizer, perf_counter() - started, processes
