@@ -21,6 +21,7 @@ import argparse
 import re
 import subprocess
 import sys
+from pathlib import Path
 from time import perf_counter
 
 from common import (
@@ -90,7 +91,9 @@ def measure(model: str, asked: argparse.Namespace) -> Values:
 def run_ours(folder: str, asked: argparse.Namespace) -> Values:
     options = ["--model", folder, "--max-new-tokens", str(asked.tokens), "--ignore-eos", "--timings"]
     options += ["--threads", str(asked.threads)] if asked.threads else []
-    command = [sys.executable, "-m", "fastgpt2", "generate", *options, asked.prompt]
+    script = Path(sys.executable).with_name("fastgpt2")
+    installed = [str(script)] if script.exists() else [sys.executable, "-m", "fastgpt2"]
+    command = [*installed, "generate", *options, asked.prompt]
     started = perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
     seconds = perf_counter() - started

@@ -25,6 +25,8 @@ T = TypeVar("T")
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 PEERS = HERE / "peers"
+# Options that name files of the machine.
+PATHS = ("output", "workdir", "peer_python")
 
 
 class Failed(Exception):
@@ -36,6 +38,7 @@ def parser(about: str | None, rounds: int) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", metavar="ID|PATH", help="may be repeated; default: gpt2")
     parser.add_argument("--rounds", type=int, default=rounds, help=f"default: {rounds}")
+    parser.add_argument("--note", help="what a reader should know of these models or of this run; goes into the result")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/<script>.json")
     return parser
 
@@ -57,7 +60,9 @@ def numbers(text: str) -> list[int]:
 
 def begin(name: str, options: argparse.Namespace) -> Values:
     """The beginning of a result; prints what machine it is."""
-    shown = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    # Whose folders these are is nobody's business.
+    shown = {key: Path(value).name if key in PATHS and value else value for key, value in vars(options).items()}
+    shown["model"] = [Path(model).name if Path(model).exists() else model for model in options.model]
     result: Values = {"benchmark": name, "machine": machine(), "options": shown}
     print(machine_line(result["machine"]))
     return result
@@ -66,6 +71,8 @@ def begin(name: str, options: argparse.Namespace) -> Values:
 def write(result: Values, output: Path | None) -> None:
     path = output or RESULTS / f"{result['benchmark']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
+    for entry in result["models"]:
+        entry["model"] = Path(entry["model"]).name if Path(entry["model"]).exists() else entry["model"]
     path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     print(f"\nwritten to {path}")
 

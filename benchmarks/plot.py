@@ -63,6 +63,8 @@ def written(found: Sequence[tuple[str, Values]], draw: Draw) -> str:
         suffix = stem.removeprefix(result["benchmark"]).strip("-_")
         lines += [f"## {title}{f' ({suffix})' if suffix else ''}", ""]
         lines += [f"{machine_line(result['machine'])}. Script: `bench_{result['benchmark']}.py`.", ""]
+        if result["options"].get("note"):
+            lines += [result["options"]["note"], ""]
         for entry in result["models"]:
             entry["model"] = Path(entry["model"]).name  # where it lies is of no interest
             lines += [f"### {entry['model']}", "", *section(f"{stem}-{slug(entry['model'])}", entry, draw)]
