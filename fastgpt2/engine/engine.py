@@ -81,7 +81,7 @@ class Engine:
             model: see `fastgpt2.engine.hub.find_model`.
             revision: of a hub repository.
             threads: cores to use, each by a process of its own (`team.py`); None for all, or one if the model is small.
-                BLAS itself is held to one thread in this process.
+                BLAS itself is held to one thread in this process and, by environment variables, in those it starts.
             max_batch: how many sequences `generate` decodes side by side.
             blas: openblas (what numpy brought), mkl (the extra of that name), or auto for the faster here.
 
