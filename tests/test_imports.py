@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,19 @@ def test_a_cached_model_is_loaded_without_the_hubs_library() -> None:
     names = imported("from fastgpt2 import Engine; Engine.load('demo')")
     assert {"numpy", "tokenizers", "safetensors"} <= names
     assert not names & {"huggingface_hub", "redis", "rq", "starlette", "uvicorn"}
+    # BLAS is told its threads by variables, before numpy reads them; asking it later takes longer than mapping gpt2.
+    assert "threadpoolctl" not in names
+
+
+@pytest.mark.parametrize("first", ["import numpy", "pass"])
+def test_blas_is_held_to_one_thread_whoever_imported_numpy(first: str) -> None:
+    code = (
+        f"{first}; from fastgpt2 import Engine; Engine.load('demo'); import threadpoolctl as t; "
+        "print({lib['num_threads'] for lib in t.threadpool_info() if lib['user_api'] == 'blas'})"
+    )
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "{1}", done.stderr
 
 
 # Who may import whom, beside the modules that have no imports of their own.

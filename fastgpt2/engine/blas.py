@@ -11,6 +11,9 @@ from pathlib import Path
 # Read by the libraries once, when numpy loads them.
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
+# Whether the variables were set before numpy read them. Asking the library takes 9 ms of a cold start.
+_held = False
+
 
 def usable_cores() -> int:
     """The cores that this process may use: under taskset, a cpuset or a CPU quota, fewer than the machine's."""
@@ -38,14 +41,19 @@ def _quota() -> int | None:
 def hold_to_one_thread() -> None:
     """Hold BLAS to one thread, in this process and in those that it starts: the engine brings its own parallelism.
 
-    Before numpy is imported this only sets variables; afterwards it asks the loaded library itself.
+    Before numpy is imported this only sets variables, which hold from then on; afterwards it asks the loaded library.
     """
+    global _held
+    if _held:
+        return
     for variable in THREAD_VARIABLES:
         os.environ[variable] = "1"
     if "numpy" in sys.modules:
         import threadpoolctl
 
         threadpoolctl.threadpool_limits(1, user_api="blas")
+    else:
+        _held = True
 
 
 def numpys_kernel() -> str:
