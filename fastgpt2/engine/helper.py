@@ -1,8 +1,9 @@
 """The processes beside the first one: how they are started, and what they do.
 
-    python -m fastgpt2.engine.helper      started by `Helpers`, told by its standard input what to map
+    python -m fastgpt2.engine.helper      started by `HelperProcesses`, told by its standard input what to map
 
-A helper maps the packed weights and the state by inherited descriptors and then carries out its share of every step.
+A helper maps the packed weights and the state, which it opens by way of the first process's descriptors in /proc, and
+then carries out its share of every step.
 It ends when the process that started it closes the pipe or dies.
 """
 

@@ -1,9 +1,9 @@
 """Processes that carry out each step together: they meet dozens of times a step, and wait for each other by looking.
 
-Threads would do if it were not for two things. Python's threads share a lock, and a thread that sleeps until another
-wakes it costs 5 microseconds on bare metal and 50 on a virtual machine: of a step of 50 products, a sixth. So each
-core has a process, all of them map the weights and the state, and a process that is done looks at a number in that
-state until the others are done, too. Between steps the helpers soon stop looking and sleep.
+Threads would do if it were not for two things. Python's threads share a lock, and to wake one that sleeps took 50
+microseconds on a virtual machine (`docs/engine.md`): of a step of 50 products, a sixth. So each core has a process,
+all of them map the weights and the state, and a process that is done looks at a number in that state until the others
+are done, too. Between steps the helpers soon stop looking and sleep.
 """
 
 from __future__ import annotations
