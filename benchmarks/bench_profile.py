@@ -23,7 +23,7 @@ from importlib import import_module
 from time import perf_counter
 from typing import Any
 
-from common import begin, heading, numbers, parse, parser, write
+from common import allocations, begin, heading, numbers, parse, parser, write
 
 from fastgpt2.bench import CONTEXT, Values, layout, layout_line, median, summary, table
 from fastgpt2.engine.engine import Engine
@@ -227,15 +227,7 @@ def show(entry: Values) -> None:
     ]
     print(table(["ms", *(f"{t['rows']} rows" for t in times)], cells))
     print()
-    rows = [
-        [
-            str(m["rows"]),
-            f"{m['peak_bytes']:,.0f}",
-            f"{m['held_bytes_per_step']:,.0f}",
-            f"{m['held_numpy_bytes_per_step']:,.0f}",
-        ]
-        for m in entry["memory"]
-    ]
+    rows = allocations(entry)
     print(table(["allocated, bytes: rows", "peak in a step", "held a step", "of it numpy's"], rows))
 
 

@@ -178,3 +178,9 @@ def peer_missing(python: str | None, module: str) -> str | None:
     if subprocess.run([python, "-c", code], check=False).returncode:
         return f"{python} has no {module}"
     return None
+
+
+def allocations(entry: Values) -> list[list[str]]:
+    """A row for each number of sequences: bytes at the peak of a step, held after it, and numpy's part of those."""
+    keys = ("peak_bytes", "held_bytes_per_step", "held_numpy_bytes_per_step")
+    return [[str(m["rows"]), *(f"{m[key]:,.0f}" for key in keys)] for m in entry["memory"]]

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import HERE, RESULTS
+from common import HERE, RESULTS, allocations
 
 from fastgpt2.bench import Values, machine_line
 
@@ -134,15 +134,7 @@ def profile(_name: str, entry: Values, _draw: Draw) -> list[str]:
     rows.append(["a step, undisturbed", *(spread(t["step_ms"], 3) for t in times)])
     rows.append(["share of all but products", *(f"{1 - t['products_share']:.1%}" for t in times)])
     lines = [*markdown(["ms, sequences together:", *(str(t["rows"]) for t in times)], rows), ""]
-    rows = [
-        [
-            str(m["rows"]),
-            f"{m['peak_bytes']:,.0f}",
-            f"{m['held_bytes_per_step']:,.0f}",
-            f"{m['held_numpy_bytes_per_step']:,.0f}",
-        ]
-        for m in entry["memory"]
-    ]
+    rows = allocations(entry)
     headers = ["sequences together", "bytes allocated in a step, peak", "held after it", "of it numpy's"]
     return [*lines, *markdown(headers, rows), ""]
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,15 @@ def cpu_ticks(pid: int) -> int:
     return int(fields[11]) + int(fields[12])
 
 
+@contextmanager
+def signal_later(pid: int, signum: int) -> Iterator[None]:
+    """From another process, as this one is in the midst of a step by then."""
+    code = f"import os, time; time.sleep(0.3); os.kill({pid}, {int(signum)})"
+    sender = subprocess.Popen([sys.executable, "-c", code])
+    yield
+    assert sender.wait(10) == 0
+
+
 def right(network: GPT2) -> bool:
     golden = np.load(FOLDER / "golden.npz")
     ids = golden["input_ids"].tolist()
@@ -124,38 +134,28 @@ def test_a_helper_killed_in_the_midst_of_a_step(network: GPT2) -> None:
     """It is stopped first, so that the step begins and hangs, and killed only then."""
     victim = helpers()[1]
     os.kill(victim, signal.SIGSTOP)
-    killer = subprocess.Popen(
-        [sys.executable, "-c", f"import os, signal, time; time.sleep(0.3); os.kill({victim}, signal.SIGKILL)"]
-    )
-    assert right(network)
-    killer.wait(10)
+    with signal_later(victim, signal.SIGKILL):
+        assert right(network)
 
 
 def test_a_stopped_helper_is_waited_for(network: GPT2) -> None:
     victim = helpers()[1]
     os.kill(victim, signal.SIGSTOP)
-    waker = subprocess.Popen(
-        [sys.executable, "-c", f"import os, signal, time; time.sleep(0.3); os.kill({victim}, signal.SIGCONT)"]
-    )
-    assert right(network)
+    with signal_later(victim, signal.SIGCONT):
+        assert right(network)
     assert victim in helpers()
-    waker.wait(10)
 
 
 def test_an_interrupted_step_leaves_a_network_that_works(network: GPT2) -> None:
     """Ctrl-C while a helper keeps the step from ending."""
     for pid in helpers():
         os.kill(pid, signal.SIGSTOP)
-    interrupter = subprocess.Popen(
-        [sys.executable, "-c", f"import os, signal, time; time.sleep(0.3); os.kill({os.getpid()}, signal.SIGINT)"]
-    )
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with pytest.raises(KeyboardInterrupt):
+        with signal_later(os.getpid(), signal.SIGINT), pytest.raises(KeyboardInterrupt):
             network.forward([Segment(0, [1, 2, 3])])
     finally:
         signal.signal(signal.SIGINT, before)
-    interrupter.wait(10)
     assert right(network)
 
 

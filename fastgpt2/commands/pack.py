@@ -17,7 +17,7 @@ def run(values: dict[str, Any]) -> int:
     Raises:
         ModelError: the model cannot be found or used, or the cache cannot be written.
     """
-    # Before numpy is imported: what is measured for the layout is measured as a worker multiplies.
+    # Before numpy is imported.
     from fastgpt2.engine.blas import hold_to_one_thread
 
     hold_to_one_thread()
@@ -32,19 +32,13 @@ def run(values: dict[str, Any]) -> int:
 
 
 def _pack(values: dict[str, Any]) -> Packed:
-    from fastgpt2.engine.calibration import Kernel
-    from fastgpt2.engine.checkpoint import Checkpoint
     from fastgpt2.engine.config import read_config
     from fastgpt2.engine.files import CONFIG_FILE
     from fastgpt2.engine.hub import find_model
-    from fastgpt2.engine.loading import measured_here, pack
-    from fastgpt2.engine.products import NumpyProduct
+    from fastgpt2.engine.loading import pack_model
 
     folder = find_model(values["model"], values["revision"])
-    config = read_config(folder / CONFIG_FILE)
-    calibration = measured_here(config)
-    kernel = Kernel(NumpyProduct(), calibration)
-    return pack(Checkpoint.open(folder), config, values["model"], kernel, calibration, always=True)
+    return pack_model(folder, read_config(folder / CONFIG_FILE), values["model"])
 
 
 def _intact(packed: Packed) -> bool:

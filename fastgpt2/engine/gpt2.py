@@ -6,7 +6,7 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,12 +77,13 @@ class GPT2:
                 "set a smaller max_batch"
             ) from None
         self.cache = KVCache(self.config, self._n_slots, self._arena)
-        self._alone = self._shard(0, 1, lambda: None)
+        self._alone = self._shard(1, lambda: None)
         self._together: Shard | None = None
         self._helpers: Helpers | None = None
 
-    def _shard(self, rank: int, size: int, meet: object) -> Shard:
-        return Shard(self.config, self._weights, self.cache, self._arena, self._kernel, (rank, size), meet)  # type: ignore[arg-type]
+    def _shard(self, size: int, meet: Callable[[], None]) -> Shard:
+        """The first process's share among so many."""
+        return Shard(self.config, self._weights, self.cache, self._arena, self._kernel, (0, size), meet)
 
     def describe(self) -> str:
         """The BLAS, the panels' widths, the processes: "openblas-SkylakeX in panels of 64/32, 2 processes"."""
@@ -141,7 +142,7 @@ class GPT2:
             self._alone.run(step)
             return
         if self._together is None:
-            self._together = self._shard(0, self.size, helpers.meeting.wait)
+            self._together = self._shard(self.size, helpers.meeting.wait)
         helpers.begin(step)
         self._together.run(step)
 

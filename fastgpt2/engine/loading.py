@@ -54,6 +54,18 @@ def load_network(
     return GPT2(config, packed, kernel, shape)
 
 
+def pack_model(folder: Path, config: GPT2Config, model: str) -> Packed:
+    """The packed file of a model in the cache, of a small one too.
+
+    Raises:
+        ModelError: as `load_network`, or the cache cannot be written.
+    """
+    # What is measured for the layout is measured as a worker multiplies.
+    hold_to_one_thread()
+    calibration = measured_here(config)
+    return pack(Checkpoint.open(folder), config, model, Kernel(NumpyProduct(), calibration), calibration, always=True)
+
+
 def measured_here(config: GPT2Config) -> Calibration:
     """What is known of this machine, for large models kept in the cache."""
     folder = None
