@@ -128,7 +128,8 @@ class Timed:
     def __init__(self, engine: Engine, rows: int, context: int = CONTEXT) -> None:
         """For up to so many sequences of so many tokens each."""
         self.model, self._room = engine.decoder.model, engine.config.n_positions - 1
-        self._slots = [self.model.cache.allot() for _ in range(rows)]
+        # Nothing reserved: on a small machine, so many sequences of all positions would not be let in.
+        self._slots = [self.model.cache.allot(0) for _ in range(rows)]
         self.model.wait_until_ready()
         for index in range(rows):
             self.read(index, min(context, self._room))

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from fastgpt2 import Engine
+from fastgpt2.engine import batch_size
+from fastgpt2.engine.batch_size import UNMEASURED, largest_worthwhile, settle, slots_to_map
 from fastgpt2.engine.calibration import (
     PLAIN,
     Calibration,
@@ -20,6 +23,12 @@ from fastgpt2.engine.calibration import (
     plain_width,
     width_of,
 )
+from fastgpt2.engine.config import GPT2Config, read_config
+from fastgpt2.engine.gpt2 import GPT2
+from fastgpt2.engine.hub import DEMO_FOLDER
+from fastgpt2.engine.kv_cache import sequence_bytes
+from fastgpt2.engine.loading import load_network
+from fastgpt2.engine.machine import usable_memory
 from fastgpt2.engine.products import NumpyProduct
 from fastgpt2.engine.rows import Chunking
 
@@ -134,3 +143,76 @@ def test_numpys_own_product_is_right() -> None:
     out = np.empty((3, 2, 7, 16), np.float32)
     NumpyProduct()(x, panels, out)
     np.testing.assert_allclose(out, np.einsum("cmk,nkp->ncmp", x[0], panels[:, 0], dtype=np.float64), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "most", "expected", "tried"),
+    [
+        # Eight for the price of one, sixteen for more than twice that of eight over 1.15.
+        ([10, 10, 10, 10, 17.5, 35], 32, 8, 6),
+        ([10, 10, 10, 10, 17.3, 35], 32, 16, 6),
+        ([10, 10, 10, 10, 10, 10], 32, 32, 6),
+        ([10, 10, 10, 10, 10, 10], 20, 16, 5),
+        ([10, 20, 40, 80, 160, 320], 32, 1, 3),
+        # Two rows are no bargain, four are.
+        ([33, 77, 55, 56, 90, 130], 32, 32, 6),
+        ([10], 1, 1, 1),
+    ],
+)
+def test_as_many_sequences_as_pay(milliseconds: list[float], most: int, expected: int, tried: int) -> None:
+    asked = []
+
+    def step_seconds(n: int) -> float:
+        asked.append(n)
+        return milliseconds[n.bit_length() - 1] / 1e3
+
+    assert largest_worthwhile(step_seconds, most) == expected
+    assert asked == [1 << i for i in range(tried)]
+
+
+@pytest.fixture
+def network() -> GPT2:
+    config = read_config(DEMO_FOLDER / "config.json")
+    return load_network(DEMO_FOLDER, config, "demo", n_slots=8, size=1, blas="openblas")
+
+
+def test_the_batch_of_a_large_model_is_measured_once(
+    network: GPT2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_size, "is_large", lambda config: config.n_layer > 0)
+    settle(network, Calibration(tmp_path, "a"))
+    ((name, found),) = json.loads((tmp_path / "calibration.json").read_text())["a"].items()
+    assert name.startswith("batch of up to 8, 5x224x896x2048, 7 heads, 1 processes, openblas-")
+    assert found in (1, 2, 4, 8)
+    assert network.cache.usable_slots == network.cache.free_slots == found
+    assert network.cache.bytes_reserved == 0, "what was measured with is given back"
+    (tmp_path / "calibration.json").write_text(json.dumps({"a": {name: 2}}))
+    network.use_slots(8)
+    settle(network, Calibration(tmp_path, "a"))
+    assert network.cache.usable_slots == 2
+
+
+def test_without_the_memory_for_a_measurement_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_size, "is_large", lambda config: config.n_layer > 0)
+    config = read_config(DEMO_FOLDER / "config.json")
+    kv_memory = sequence_bytes(config)
+    network = load_network(DEMO_FOLDER, config, "m", n_slots=32, size=1, blas="openblas", kv_memory=kv_memory)
+    settle(network, Calibration(tmp_path, "a"))
+    assert network.cache.usable_slots == UNMEASURED
+    assert not list(tmp_path.iterdir())
+
+
+def test_slots_of_a_large_model_are_no_more_than_the_system_maps() -> None:
+    assert slots_to_map(read_config(DEMO_FOLDER / "config.json")) == UNMEASURED
+    huge = GPT2Config(n_layer=1 << 20, n_embd=1600, n_head=25, n_inner=6400)
+    assert slots_to_map(huge) == 1
+    config = GPT2Config(n_layer=48, n_embd=1600, n_head=25, n_inner=6400)
+    slots = slots_to_map(config)
+    assert slots & (slots - 1) == 0
+    assert slots == 1 or slots * sequence_bytes(config) <= usable_memory() // 2
+    assert slots == 32 or 2 * slots * sequence_bytes(config) > usable_memory() // 2
+
+
+def test_a_small_models_batch_needs_no_measurement() -> None:
+    assert Engine.load("demo").max_batch == 16
+    assert Engine.load("demo", max_batch=3).max_batch == 3

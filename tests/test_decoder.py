@@ -251,7 +251,7 @@ def test_a_decoder_that_is_full_is_said_not_waited_for(engine: Engine) -> None:
 
 @pytest.mark.parametrize("prompts", [None, 3, {"a"}])
 def test_prompts_of_the_wrong_type(engine: Engine, prompts: Any) -> None:
-    with pytest.raises(BadRequest, match="prompts must be a string or a list of strings"):
+    with pytest.raises(BadRequest, match="prompts must be a string, a list of token ids or a list of such"):
         engine.generate(prompts)
 
 
@@ -277,8 +277,8 @@ def test_bad_options_are_named(engine: Engine, options: dict[str, Any], message:
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        (None, "prompt must be a string, not null"),
-        (b"bytes", "prompt must be a string, not bytes"),
+        (None, "prompt must be a string or a list of token ids, not null"),
+        (b"bytes", "prompt must be a string or a list of token ids, not bytes"),
         ("a\ud800", "lone surrogate U\\+D800 at character 1"),
         ("x" * (1 << 20) + "x", "prompt has 1048577 bytes; the limit is 1048576"),
     ],

@@ -54,7 +54,7 @@ def test_the_prompt_may_come_first() -> None:
         (["a"], {"temperature": 0.7}, "temperature is refused: fastgpt2 decodes greedily"),
         (["a"], {"top_p": 0.7}, "top_p is refused: .* nothing to sample"),
         (["a"], {"max_new_tokens": 1.5}, "max_new_tokens must be a whole number, not float"),
-        ([{"a": 1}], {}, "prompt must be a string, not dict"),
+        ([{"a": 1}], {}, "prompt must be a string or a list of token ids, not dict"),
         ("ab", {}, "not a list and a mapping"),
         ([], [], "not a list and a mapping"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import os
@@ -69,6 +70,15 @@ class Arena:
             start = -(-start // PAGE) * PAGE
             if stop > start:
                 self._map.madvise(advice, start, stop - start)
+
+    def use_small_pages(self, name: str) -> None:
+        """Have an array committed by no more than a page at a time, where the system would take huge ones."""
+        advice = getattr(mmap, "MADV_NOHUGEPAGE", None)
+        if advice is not None:
+            # A kernel without huge pages does not know the advice.
+            with contextlib.suppress(OSError):
+                start = self._offsets[name]
+                self._map.madvise(advice, start, -(-self._arrays[name].nbytes // PAGE) * PAGE)
 
     def __del__(self) -> None:
         if getattr(self, "_owned", None) is not None:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgpt2.engine.config import GPT2Config
-from fastgpt2.engine.kv_cache import BLOCK, KVCache
+from fastgpt2.engine.kv_cache import BLOCK, MOST_PADDING, KVCache
 from fastgpt2.engine.rows import Chunking
 from fastgpt2.engine.step import Step
 
@@ -117,7 +117,7 @@ class Attention:
         together = [*lengths, length]
         padding = len(together) * max(together) - sum(together)
         rows = len(together) * (self._last - self._first) * self._chunking.least
-        if not self._scratch.holds(rows, max(together)):
+        if max(together) - min(together) > MOST_PADDING or not self._scratch.holds(rows, max(together)):
             return False
         return padding - (len(lengths) * max(lengths) - sum(lengths)) <= WORTHWHILE_PADDING
 

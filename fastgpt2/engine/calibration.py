@@ -56,10 +56,15 @@ class Calibration:
         self._key = key
         self._known: dict[str, Any] = self._read().get(key, {})
 
+    def known(self, name: str) -> int | None:
+        """What has been measured under a name."""
+        value = self._known.get(name)
+        return value if isinstance(value, int) else None
+
     def get(self, name: str, measure: Callable[[], int]) -> int:
         """What is known under a name, or else what `measure` finds."""
-        value = self._known.get(name)
-        if isinstance(value, int):
+        value = self.known(name)
+        if value is not None:
             return value
         found = self._known[name] = measure()
         self._write()

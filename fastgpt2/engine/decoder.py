@@ -7,13 +7,24 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from time import perf_counter
 
-from fastgpt2.engine.generation import FinishReason, GenerationRequest, GenerationResult, Timings, Usage
-from fastgpt2.engine.gpt2 import DEFAULT_MAX_ROWS, GPT2
+import numpy as np
+from numpy.typing import NDArray
+
+from fastgpt2.engine.generation import (
+    FinishReason,
+    GenerationRequest,
+    GenerationResult,
+    Timings,
+    TokenLogprob,
+    Usage,
+)
+from fastgpt2.engine.gpt2 import DEFAULT_MAX_ROWS, GPT2, PREFILL_ROWS_BESIDE
+from fastgpt2.engine.logprobs import token_logprob
 from fastgpt2.engine.step import Segment
 from fastgpt2.engine.tokenizer import IncrementalDetokenizer, Tokenizer
-from fastgpt2.errors import CheckpointError, TokenizerError
+from fastgpt2.errors import BadRequest, CheckpointError, TokenizerError
 
-# Rows of prompts read in one step: bounds the time for which a prompt keeps the other sequences waiting.
+# Rows of prompts read in one step while no sequence decodes; while some do, PREFILL_ROWS_BESIDE.
 PREFILL_ROWS = DEFAULT_MAX_ROWS
 
 
@@ -25,6 +36,11 @@ class Prompt:
     ids: list[int]
     max_new_tokens: int
 
+    @property
+    def positions(self) -> int:
+        """How far the sequence can grow."""
+        return len(self.ids) + self.max_new_tokens
+
 
 @dataclass(eq=False, slots=True)
 class Sequence:
@@ -34,8 +50,10 @@ class Sequence:
         slot: its place in the KV cache; None once finished.
         pending: tokens not yet run: what is left of the prompt, then the token generated last.
         token_ids: the tokens generated.
-        text: the text generated, complete characters only, cut before a stop string.
-        finish_reason: None while running.
+        text: the text generated, complete characters only, cut before a stop string; with `echo` after the prompt's.
+        generated_at: where in `text` the generated part begins.
+        logprobs: of the tokens generated, if they were asked for.
+        finish_reason: None while running, and of a sequence that was dropped.
         step_seconds: how long each step took that moved it on: its prompt, and then a token each.
     """
 
@@ -48,6 +66,8 @@ class Sequence:
     admitted_at: float
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
+    generated_at: int = 0
+    logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     first_token_at: float = 0.0
     finished_at: float = 0.0
@@ -57,21 +77,48 @@ class Sequence:
     def finished(self) -> bool:
         return self.slot is None
 
-    def result(self, model: str) -> GenerationResult:
-        """The result of a sequence that ended by itself. Raises ValueError while it runs or when it was dropped."""
-        if self.finish_reason is None:
+    @property
+    def settled(self) -> int:
+        """How many characters of `text` stay whatever follows; it never becomes less.
+
+        All of them once the sequence is finished. Before that, all but the longest end of the generated text with which
+        a stop string begins: the rest of it may follow.
+        """
+        if self.finished:
+            return len(self.text)
+        held = 0
+        for stop in self.request.stop:
+            longest = min(len(stop) - 1, len(self.text) - self.generated_at)
+            held = next((n for n in range(longest, held, -1) if self.text.endswith(stop[:n])), held)
+        return len(self.text) - held
+
+    def result(self, model: str, reason: FinishReason | None = None) -> GenerationResult:
+        """The result.
+
+        Args:
+            reason: of a sequence that runs or was dropped, why it ends here: what there is of it is the result. One
+                that ended by itself keeps its own reason.
+
+        Raises:
+            ValueError: without a `reason`, while it runs or when it was dropped.
+        """
+        finish_reason = self.finish_reason or reason
+        if finish_reason is None:
             raise ValueError("the sequence has not ended by itself")
+        finished_at = self.finished_at if self.finished else perf_counter()
+        first_token_at = self.first_token_at if self.token_ids else finished_at
         return GenerationResult(
             text=self.text,
             token_ids=tuple(self.token_ids),
-            finish_reason=self.finish_reason,
+            finish_reason=finish_reason,
             usage=Usage(self.prompt_tokens, len(self.token_ids)),
             timings=Timings(
                 queue_seconds=0.0,
-                prefill_seconds=self.first_token_at - self.admitted_at,
-                decode_seconds=self.finished_at - self.first_token_at,
+                prefill_seconds=first_token_at - self.admitted_at,
+                decode_seconds=finished_at - first_token_at,
             ),
             model=model,
+            logprobs=tuple(self.logprobs) if self.request.logprobs is not None else None,
         )
 
 
@@ -87,35 +134,64 @@ class Decoder:
     def free_slots(self) -> int:
         return self.model.cache.free_slots
 
+    @property
+    def kv_bytes_reserved(self) -> int:
+        """Bytes that keys and values take at most: of the sequences that run, and what free slots keep."""
+        return self.model.cache.bytes_reserved
+
+    @property
+    def kv_bytes_limit(self) -> int:
+        """Bytes that keys and values may take."""
+        return self.model.cache.bytes_limit
+
     def prepare(self, request: GenerationRequest) -> Prompt:
         """Tokenize a request and see that it fits.
 
         Raises:
+            BadRequest: the prompt holds a token id that the model does not have.
             PromptTooLong: prompt and continuation exceed the model's positions.
             TokenizerError: the tokenizer gives a token that the model does not have.
         """
-        ids = self.tokenizer.encode(request.prompt) or [self._beginning()]
-        if max(ids) >= self.model.config.vocab_size:
-            raise TokenizerError(
-                f"the tokenizer gives token {max(ids)}, and the model's vocabulary has {self.model.config.vocab_size}: "
-                "they do not belong together"
-            )
+        vocab_size = self.model.config.vocab_size
+        if isinstance(request.prompt, str):
+            ids = self.tokenizer.encode(request.prompt)
+            if ids and max(ids) >= vocab_size:
+                raise TokenizerError(
+                    f"the tokenizer gives token {max(ids)}, and the model's vocabulary has {vocab_size}: "
+                    "they do not belong together"
+                )
+        else:
+            ids = list(request.prompt)
+            if ids and max(ids) >= vocab_size:
+                raise BadRequest(
+                    f"prompt holds token id {max(ids)}, and the model's vocabulary has {vocab_size}: "
+                    f"give ids from 0 to {vocab_size - 1}"
+                )
+        ids = ids or [self._beginning()]
         return Prompt(request, ids, request.room(len(ids), self.model.config.n_positions))
+
+    def has_room(self, prompt: Prompt) -> bool:
+        """Whether `admit` takes this prompt in now: there are a slot and memory for all that it can grow to."""
+        return self.model.cache.has_room(prompt.positions)
 
     def admit(self, prompt: Prompt) -> Sequence:
         """Take a prompt in; it is decoded from the next step on.
 
         Raises:
-            IndexError: no slot is free: ask `free_slots` first.
+            IndexError: there is no room: ask `has_room` first.
         """
+        detokenizer = IncrementalDetokenizer(self.tokenizer)
+        text = self._echoed(prompt.request, detokenizer) if prompt.request.echo else ""
         sequence = Sequence(
             request=prompt.request,
             prompt_tokens=len(prompt.ids),
             max_new_tokens=prompt.max_new_tokens,
-            slot=self.model.cache.allot(),
+            slot=self.model.cache.allot(prompt.positions),
             pending=prompt.ids,
-            detokenizer=IncrementalDetokenizer(self.tokenizer),
+            detokenizer=detokenizer,
             admitted_at=perf_counter(),
+            text=text,
+            generated_at=len(text),
         )
         self.running.append(sequence)
         return sequence
@@ -123,7 +199,8 @@ class Decoder:
     def step(self) -> list[Sequence]:
         """Advance every running sequence: a chunk of its prompt, or one token. Returns those that ended in this step.
 
-        A prompt longer than what is left of `PREFILL_ROWS` is read over several steps; those who decode go first.
+        Those who decode each get a token. Beside them, `PREFILL_ROWS_BESIDE` rows of prompts are read, so that nobody
+        waits long for the next token; `PREFILL_ROWS` if none decodes. The prompt that came first is read first.
 
         Raises:
             CheckpointError: the logits are not finite.
@@ -139,14 +216,15 @@ class Decoder:
             raise CheckpointError(
                 "the model computes values that are not finite: its weights are damaged; fetch it again"
             )
-        chosen = iter(best)
+        chosen = zip(logits, best, strict=True)
         now = perf_counter()
         ended = []
         for sequence, segment in zip(movers, segments, strict=True):
             sequence.step_seconds.append(now - started_at)
             if not segment.n_logits:
                 continue
-            self._append(sequence, next(chosen), now)
+            row, token_id = next(chosen)
+            self._take(sequence, row, token_id, now)
             if sequence.finished:
                 ended.append(sequence)
         return ended
@@ -162,25 +240,40 @@ class Decoder:
 
     def _next_segments(self) -> tuple[list[Segment], list[Sequence]]:
         segments, movers = [], []
-        rows = PREFILL_ROWS
+        decoding = sum(1 for sequence in self.running if sequence.token_ids)
+        rows = min(PREFILL_ROWS_BESIDE, self.model.max_rows - decoding) if decoding else PREFILL_ROWS
         for sequence in sorted(self.running, key=_order):
             assert sequence.slot is not None
-            ids = sequence.pending[: max(rows, 0)] if not sequence.token_ids else sequence.pending
+            ids = sequence.pending
+            if not sequence.token_ids:
+                ids = ids[:rows]
+                rows -= len(ids)
             if not ids:
                 continue
-            rows -= len(ids)
             sequence.pending = sequence.pending[len(ids) :]
             segments.append(Segment(sequence.slot, ids, n_logits=0 if sequence.pending else 1))
             movers.append(sequence)
         return segments, movers
 
-    def _append(self, sequence: Sequence, token_id: int, now: float) -> None:
-        """Take a token up into a sequence, and end the sequence where a stop rule says so."""
+    def _take(self, sequence: Sequence, logits: NDArray[np.float32], best: int, now: float) -> None:
+        """Take the next token up into a sequence, and end the sequence where a stop rule says so.
+
+        The least length is that of transformers' `MinNewTokensLengthLogitsProcessor`: so many tokens before the first
+        that may be an end of text. With `ignore_eos` none ends the text, and none is passed over.
+        """
+        request, token_id = sequence.request, best
+        ends = self.model.config.eos_token_ids if not request.ignore_eos else ()
+        if best in ends and len(sequence.token_ids) < request.min_new_tokens:
+            others = logits.copy()
+            others[list(ends)] = -np.inf
+            token_id = int(others.argmax())
+        if request.logprobs is not None:
+            sequence.logprobs.append(token_logprob(self.tokenizer, logits, token_id, request.logprobs))
         if not sequence.token_ids:
             sequence.first_token_at = now
         sequence.token_ids.append(token_id)
         sequence.pending = [token_id]
-        if token_id in self.model.config.eos_token_ids and not sequence.request.ignore_eos:
+        if token_id in ends and len(sequence.token_ids) > request.min_new_tokens:
             self._end(sequence, "stop")
             return
         self._extend_text(sequence, sequence.detokenizer.push(token_id))
@@ -190,13 +283,14 @@ class Decoder:
     def _extend_text(self, sequence: Sequence, piece: str) -> None:
         before = len(sequence.text)
         sequence.text += piece
-        if not piece:
+        # As vLLM's `min_tokens`: what ends in the text of the first so many tokens is no match.
+        if not piece or len(sequence.token_ids) <= sequence.request.min_new_tokens:
             return
         # A stop string may begin in the text of earlier tokens; the earliest match counts, whichever string it is.
         matches = [
             at
             for stop in sequence.request.stop
-            if (at := sequence.text.find(stop, max(0, before - len(stop) + 1))) >= 0
+            if (at := sequence.text.find(stop, max(sequence.generated_at, before - len(stop) + 1))) >= 0
         ]
         if matches:
             sequence.text = sequence.text[: min(matches)]
@@ -207,6 +301,12 @@ class Decoder:
         if flush:
             sequence.text += sequence.detokenizer.flush()
         self.finish(sequence)
+
+    def _echoed(self, request: GenerationRequest, detokenizer: IncrementalDetokenizer) -> str:
+        """The prompt as text. Token ids may end within a character, which the first generated token then completes."""
+        if isinstance(request.prompt, str):
+            return request.prompt
+        return "".join(map(detokenizer.push, request.prompt))
 
     def _beginning(self) -> int:
         """The token that an empty prompt starts from: the beginning of a text, which in GPT-2 is the end of another."""

@@ -11,13 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
 
 from fastgpt2.engine.blas import hold_to_one_thread
 from fastgpt2.engine.config import GPT2Config, read_config
 from fastgpt2.engine.files import CONFIG_FILE
 from fastgpt2.engine.generation import GenerationRequest, GenerationResult
 from fastgpt2.engine.hub import find_model
+from fastgpt2.engine.machine import fair_share_of_kv_memory
 from fastgpt2.engine.sizing import processes_for
 from fastgpt2.engine.tokenizer import Tokenizer
 from fastgpt2.errors import BadRequest, TokenizerError
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("fastgpt2.engine")
 
 DEFAULT_MODEL = "gpt2"
-DEFAULT_MAX_BATCH = 8
 BLAS_CHOICES = ("auto", "openblas", "mkl")
 
 
@@ -40,6 +40,17 @@ class LoadTimes:
     mapped: float
     tokenizer: float
     loaded: float
+
+
+class Options(TypedDict, total=False):
+    """What `Engine.generate` takes beside the prompts; see `GenerationRequest`."""
+
+    max_new_tokens: int | None
+    stop: str | Iterable[str]
+    ignore_eos: bool
+    min_new_tokens: int
+    logprobs: int | None
+    echo: bool
 
 
 class Engine:
@@ -61,6 +72,11 @@ class Engine:
     def tokenizer(self) -> Tokenizer:
         return self.decoder.tokenizer
 
+    @property
+    def max_batch(self) -> int:
+        """How many sequences are decoded side by side at most."""
+        return self.decoder.model.cache.usable_slots
+
     def describe(self) -> str:
         """How it computes, for the log: "openblas-SkylakeX in panels of 64/32, 2 processes"."""
         return self.decoder.model.describe()
@@ -72,7 +88,8 @@ class Engine:
         *,
         revision: str | None = None,
         threads: int | None = None,
-        max_batch: int = DEFAULT_MAX_BATCH,
+        max_batch: int | None = None,
+        kv_memory: int | None = None,
         blas: str = "auto",
     ) -> Engine:
         """Load a model: `demo`, a folder, or a hub id.
@@ -82,15 +99,19 @@ class Engine:
             revision: of a hub repository.
             threads: cores to use, each by a process of its own (`team.py`); None for all, or one if the model is small.
                 BLAS itself is held to one thread in this process and, by environment variables, in those it starts.
-            max_batch: how many sequences `generate` decodes side by side.
+            max_batch: how many sequences are decoded side by side at most; None for as many as pay here, which is
+                measured the first time that a large model is loaded.
+            kv_memory: bytes that the keys and values of all sequences may take; None for a quarter of the memory
+                that this process may use, or of its share of it among the workers of a pool.
             blas: openblas (what numpy brought), mkl (the extra of that name), or auto for the faster here.
 
         Raises:
             ModelError: the model cannot be found, read or trusted; the message names the file and what is wrong.
-            BadRequest: `max_batch` or `threads` is below 1, or `blas` is none that is here.
+            BadRequest: `max_batch` or `threads` is below 1, `blas` is none that is here, or `kv_memory` does not hold
+                one sequence of all the model's positions.
         """
         started = perf_counter()
-        if max_batch < 1:
+        if max_batch is not None and max_batch < 1:
             raise BadRequest(f"max_batch must be 1 or more, not {max_batch}")
         if blas not in BLAS_CHOICES:
             raise BadRequest(f"blas must be one of {', '.join(BLAS_CHOICES)}, not {blas!r}")
@@ -105,10 +126,19 @@ class Engine:
         # beside the import of numpy and the mapping of the weights.
         with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as pool:
             beside = pool.submit(_load_beside, folder, size, started)
+            from fastgpt2.engine.batch_size import settle, slots_to_map
             from fastgpt2.engine.decoder import Decoder
-            from fastgpt2.engine.loading import load_network
+            from fastgpt2.engine.loading import load_network, measured_here
 
-            network = load_network(folder, config, model, n_slots=max_batch, size=size, blas=blas)
+            network = load_network(
+                folder,
+                config,
+                model,
+                n_slots=slots_to_map(config) if max_batch is None else max_batch,
+                size=size,
+                blas=blas,
+                kv_memory=_kv_memory(config, kv_memory),
+            )
             mapped = perf_counter() - started
             tokenizer, tokenizer_done, processes = beside.result()
         if processes is not None:
@@ -117,59 +147,55 @@ class Engine:
             raise TokenizerError(
                 f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model's vocabulary {config.vocab_size}"
             )
+        if max_batch is None:
+            settle(network, measured_here(config))
         decoder = Decoder(network, tokenizer)
         return cls(model, decoder, LoadTimes(mapped, tokenizer_done, perf_counter() - started))
 
     @overload
-    def generate(
-        self,
-        prompts: str,
-        *,
-        max_new_tokens: int | None = ...,
-        stop: str | Iterable[str] = ...,
-        ignore_eos: bool = ...,
-    ) -> GenerationResult: ...
+    def generate(self, prompts: str, **options: Unpack[Options]) -> GenerationResult: ...
 
     @overload
     def generate(
-        self,
-        prompts: list[str] | tuple[str, ...],
-        *,
-        max_new_tokens: int | None = ...,
-        stop: str | Iterable[str] = ...,
-        ignore_eos: bool = ...,
+        self, prompts: list[str] | list[list[int]] | tuple[str, ...], **options: Unpack[Options]
     ) -> list[GenerationResult]: ...
 
+    @overload
+    def generate(self, prompts: list[int], **options: Unpack[Options]) -> GenerationResult: ...
+
     def generate(
-        self,
-        prompts: str | list[str] | tuple[str, ...],
-        *,
-        max_new_tokens: int | None = None,
-        stop: str | Iterable[str] = (),
-        ignore_eos: bool = False,
+        self, prompts: str | list[int] | list[str] | list[list[int]] | tuple[str, ...], **options: Unpack[Options]
     ) -> GenerationResult | list[GenerationResult]:
-        """Continue a prompt, or several at once; see `GenerationRequest` for the options.
+        """Continue a prompt, or several at once.
+
+        Args:
+            prompts: a text or a list of token ids; or a list of texts, or of lists of token ids.
+            options: max_new_tokens, stop, ignore_eos, min_new_tokens, logprobs, echo; see `GenerationRequest`.
 
         Returns:
-            One result for one string, a list in the order of the prompts for several.
+            One result for one prompt, a list in the order of the prompts for several.
 
         Raises:
             BadRequest: an option or a prompt cannot be served; nothing has been generated then.
         """
         if not isinstance(prompts, str | list | tuple):
-            raise BadRequest(f"prompts must be a string or a list of strings, not {type(prompts).__name__}")
+            raise BadRequest(
+                f"prompts must be a string, a list of token ids or a list of such, not {type(prompts).__name__}"
+            )
+        stop = options.get("stop", ())
         if not isinstance(stop, str | list | tuple) and isinstance(stop, Iterable):
-            stop = tuple(stop)
-        many = [prompts] if isinstance(prompts, str) else prompts
-        # What `stop` is not, the request says.
-        requests = [GenerationRequest(prompt, max_new_tokens, stop, ignore_eos) for prompt in many]  # type: ignore[arg-type]
-        results = self.run(requests)
-        return results[0] if isinstance(prompts, str) else results
+            options["stop"] = tuple(stop)
+        alone = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        # What a prompt or an option is not, the request says.
+        given: list[Any] = [prompts] if alone else list(prompts)
+        fields: dict[str, Any] = {**options}
+        results = self.run([GenerationRequest(prompt, **fields) for prompt in given])
+        return results[0] if alone else results
 
     def run(
         self, requests: Iterable[GenerationRequest], between_steps: Callable[[], None] | None = None
     ) -> list[GenerationResult]:
-        """Decode requests side by side, as many as there are slots, and return their results in order.
+        """Decode requests side by side, as many as there is room for, and return their results in order.
 
         `between_steps` is called after every step; what it raises ends the run, and the sequences in it are dropped.
 
@@ -181,11 +207,11 @@ class Engine:
         results: dict[int, GenerationResult] = {}
         try:
             while waiting or running:
-                while waiting and self.decoder.free_slots:
+                while waiting and self.decoder.has_room(waiting[0][1]):
                     index, prompt = waiting.popleft()
                     running[index] = self.decoder.admit(prompt)
                 if not running:
-                    raise RuntimeError("no slot of the decoder is free; is it in use elsewhere?")
+                    raise RuntimeError("the decoder has no slot or memory left; is it in use elsewhere?")
                 self.decoder.step()
                 if between_steps is not None:
                     between_steps()
@@ -200,6 +226,20 @@ class Engine:
         """Wait for the helper processes and touch every weight once, so that the first prompt waits for neither."""
         self.decoder.model.wait_until_ready()
         self.run([GenerationRequest("", max_new_tokens=1)])
+
+
+def _kv_memory(config: GPT2Config, asked: int | None) -> int:
+    """Bytes for keys and values: as asked for, else a share of the memory, which is always enough for one sequence."""
+    from fastgpt2.engine.kv_cache import sequence_bytes
+
+    least = sequence_bytes(config)
+    if asked is None:
+        return max(least, fair_share_of_kv_memory())
+    if asked < least:
+        raise BadRequest(
+            f"kv_memory is {asked} bytes; one sequence of the model's {config.n_positions} positions needs {least}"
+        )
+    return asked
 
 
 def _load_beside(folder: Path, size: int, started: float) -> tuple[Tokenizer, float, HelperProcesses | None]:

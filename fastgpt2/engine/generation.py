@@ -7,13 +7,17 @@ from typing import Literal
 
 from fastgpt2.errors import BadRequest, PromptTooLong
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "cancelled", "timeout"]
 
 DEFAULT_MAX_NEW_TOKENS = 20
 MAX_PROMPT_BYTES = 1 << 20
+MAX_PROMPT_TOKENS = 1 << 17
 MAX_NEW_TOKENS = 1 << 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
+MAX_LOGPROBS = 20
+# Far beyond any vocabulary; what a model does not have, the decoder refuses.
+MAX_TOKEN_ID = (1 << 31) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,31 +25,43 @@ class GenerationRequest:
     """One prompt and how to continue it, checked when made.
 
     Args:
-        prompt: the text to continue; empty means: start from the model's beginning-of-text token.
-        max_new_tokens: at most so many tokens are generated; None means 20, or fewer where the model's positions
-            leave less room.
+        prompt: the text to continue, or its token ids; empty means: start from the model's beginning-of-text token.
+        max_new_tokens: at most so many tokens are generated; None means 20, or `min_new_tokens` if that is more, or
+            fewer where the model's positions leave less room.
         stop: generation ends before the first of these strings; they are cut from the text.
         ignore_eos: go on past the end-of-text token.
+        min_new_tokens: so many tokens come before the one with which an end-of-text token or a stop string ends the
+            text; until then the likeliest other token is taken instead of the former, and the latter is text.
+        logprobs: tell each generated token's log probability, and those of this many likeliest tokens.
+        echo: the result's text begins with the prompt.
 
     Raises:
         BadRequest: a wrong type or a value out of bounds; the message names the field and the bound.
     """
 
-    prompt: str
+    prompt: str | tuple[int, ...]
     max_new_tokens: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    min_new_tokens: int = 0
+    logprobs: int | None = None
+    echo: bool = False
 
     def __post_init__(self) -> None:
         # JSON has no tuples, and one stop string is commonly given bare.
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         if isinstance(stop, list | tuple):
             object.__setattr__(self, "stop", tuple(stop))
+        if isinstance(self.prompt, list):
+            object.__setattr__(self, "prompt", tuple(self.prompt))
         _check_prompt(self.prompt)
-        _check_max_new_tokens(self.max_new_tokens)
+        _check_whole("max_new_tokens", self.max_new_tokens, 1, MAX_NEW_TOKENS, optional=True)
         _check_stop(self.stop)
-        if not isinstance(self.ignore_eos, bool):
-            raise BadRequest(f"ignore_eos must be true or false, not {_type_name(self.ignore_eos)}")
+        _check_whole("min_new_tokens", self.min_new_tokens, 0, self.max_new_tokens or MAX_NEW_TOKENS)
+        _check_whole("logprobs", self.logprobs, 0, MAX_LOGPROBS, optional=True)
+        for name in ("ignore_eos", "echo"):
+            if not isinstance(getattr(self, name), bool):
+                raise BadRequest(f"{name} must be true or false, not {_type_name(getattr(self, name))}")
 
     def room(self, prompt_tokens: int, n_positions: int) -> int:
         """The number of tokens to generate at most, for a prompt of `prompt_tokens` on `n_positions` positions.
@@ -59,17 +75,18 @@ class GenerationRequest:
                 f"prompt tokens {prompt_tokens}, over the model's {n_positions} positions, one of which a new token "
                 f"needs: shorten the prompt by at least {1 - left} tokens"
             )
-        if self.max_new_tokens is None:
-            return min(DEFAULT_MAX_NEW_TOKENS, left)
-        if self.max_new_tokens > left:
-            total = prompt_tokens + self.max_new_tokens
+        name, wanted = "max_new_tokens", self.max_new_tokens
+        if wanted is None:
+            name, wanted = "min_new_tokens", self.min_new_tokens
+        if wanted > left:
+            total = prompt_tokens + wanted
             excess = total - n_positions
             shorten = f", or shorten the prompt by {excess} tokens" if excess < prompt_tokens else ""
             raise PromptTooLong(
-                f"prompt tokens {prompt_tokens} and max_new_tokens {self.max_new_tokens} make {total}, over the "
-                f"model's {n_positions} positions: ask for at most {left} new ones{shorten}"
+                f"prompt tokens {prompt_tokens} and {name} {wanted} make {total}, over the model's {n_positions} "
+                f"positions: ask for at most {left} new ones{shorten}"
             )
-        return self.max_new_tokens
+        return self.max_new_tokens or min(max(DEFAULT_MAX_NEW_TOKENS, self.min_new_tokens), left)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,16 +111,34 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token and its log probability, natural, under the model's distribution before anything is excluded.
+
+    Attributes:
+        token: its text; where its bytes are no whole characters, "bytes:" and their escapes, as in OpenAI's API; of a
+            special token its name, such as "<|endoftext|>".
+        top: the likeliest tokens at its place, the likeliest first, as many as were asked for; they have no `top`.
+    """
+
+    token_id: int
+    token: str
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationResult:
     """A continuation.
 
     Attributes:
-        text: the generated text without the prompt, without special tokens, cut before a stop string.
+        text: the generated text without special tokens, cut before a stop string; after the prompt with `echo`.
         token_ids: every token generated, the end-of-text token and those of a stop string included.
-        finish_reason: "stop" at the end-of-text token or a stop string, "length" at `max_new_tokens`.
+        finish_reason: "stop" at the end-of-text token or a stop string, "length" at `max_new_tokens`; "cancelled" or
+            "timeout" for what had been generated of a job that was ended so.
         usage: token counts.
         timings: where the time went.
         model: the model's id, as the worker or the engine was told it.
+        logprobs: one for each of `token_ids`, where they were asked for.
     """
 
     text: str
@@ -112,11 +147,15 @@ class GenerationResult:
     usage: Usage
     timings: Timings
     model: str
+    logprobs: tuple[TokenLogprob, ...] | None = None
 
 
 def _check_prompt(prompt: object) -> None:
+    if isinstance(prompt, tuple):
+        _check_prompt_ids(prompt)
+        return
     if not isinstance(prompt, str):
-        raise BadRequest(f"prompt must be a string, not {_type_name(prompt)}")
+        raise BadRequest(f"prompt must be a string or a list of token ids, not {_type_name(prompt)}")
     try:
         size = len(prompt.encode("utf-8"))
     except UnicodeEncodeError as error:
@@ -127,13 +166,23 @@ def _check_prompt(prompt: object) -> None:
         raise PromptTooLong(f"prompt has {size} bytes; the limit is {MAX_PROMPT_BYTES}: shorten it")
 
 
-def _check_max_new_tokens(value: object) -> None:
-    if value is None:
+def _check_prompt_ids(ids: tuple[object, ...]) -> None:
+    if len(ids) > MAX_PROMPT_TOKENS:
+        raise PromptTooLong(f"prompt has {len(ids)} tokens; the limit is {MAX_PROMPT_TOKENS}: shorten it")
+    for token_id in ids:
+        if not isinstance(token_id, int) or isinstance(token_id, bool):
+            raise BadRequest(f"prompt, a list, must hold token ids, not {_type_name(token_id)}")
+        if not 0 <= token_id <= MAX_TOKEN_ID:
+            raise BadRequest(f"prompt holds {str(token_id)[:40]}, which is no token id")
+
+
+def _check_whole(name: str, value: object, low: int, high: int, optional: bool = False) -> None:
+    if value is None and optional:
         return
     if not isinstance(value, int) or isinstance(value, bool):
-        raise BadRequest(f"max_new_tokens must be a whole number, not {_type_name(value)}")
-    if not 1 <= value <= MAX_NEW_TOKENS:
-        raise BadRequest(f"max_new_tokens must be between 1 and {MAX_NEW_TOKENS}, not {value}")
+        raise BadRequest(f"{name} must be a whole number, not {_type_name(value)}")
+    if not low <= value <= high:
+        raise BadRequest(f"{name} must be between {low} and {high}, not {str(value)[:40]}")
 
 
 def _check_stop(stop: object) -> None:

@@ -30,6 +30,9 @@ Array = NDArray[np.float32]
 
 # Rows of a step, beside those of sequences that decode.
 DEFAULT_MAX_ROWS = 256
+# Rows of prompts in a step beside sequences that decode, and so the time for which a prompt keeps them waiting. A step
+# of gpt2 for eight took 2.8 times as long with 64 rows beside them, 4 times with 96, 5 with 128 (two cores, AVX2).
+PREFILL_ROWS_BESIDE = 64
 # Helpers are started anew after an interrupted step; when they keep ending, that is given up.
 MAX_STARTS = 100
 
@@ -38,7 +41,7 @@ class GPT2:
     """The network and the state of its sequences.
 
     Attributes:
-        cache: keys and values of `n_slots` sequences; ask it for slots.
+        cache: keys and values of so many sequences; ask it for slots.
         size: how many processes it is meant to run on; `ready` tells whether all of them are there yet.
     """
 
@@ -48,12 +51,14 @@ class GPT2:
         packed: Packed,
         kernel: Kernel,
         shape: Shape,
+        kv_memory: int | None = None,
     ) -> None:
         """
         Args:
             packed: stays mapped as long as this object lives.
             shape: how many sequences, tokens a step, and processes, this one included. The others are started by the
                 first step at the latest, and join when they are ready.
+            kv_memory: bytes for the keys and values of all sequences; None for what so many can take at most.
 
         Raises:
             ModelError: the system does not give the address space for so many slots.
@@ -61,7 +66,7 @@ class GPT2:
         self.config, self.size, self.max_rows = config, shape.size, shape.max_rows
         self._packed, self._kernel = packed, kernel
         self._weights = packed_weights(packed.tensors, config)
-        self._shape, self._n_slots = shape, shape.n_slots
+        self._shape, self._n_slots, self._kv_memory = shape, shape.n_slots, kv_memory
         self._starts_left = MAX_STARTS
         self._lost = False
         self._set_up()
@@ -73,10 +78,11 @@ class GPT2:
             self._arena = Arena(specs, shared=self.size > 1)
         except (OSError, ValueError, OverflowError) as reason:
             raise ModelError(
-                f"no memory for {self._n_slots} sequences of {self.config.n_positions} positions ({reason}); "
+                f"no memory for {self._shape.n_slots} sequences of {self.config.n_positions} positions ({reason}); "
                 "set a smaller max_batch"
             ) from None
-        self.cache = KVCache(self.config, self._n_slots, self._arena)
+        self.cache = KVCache(self.config, self._shape.n_slots, self._arena, self._kv_memory)
+        self.cache.use(self._n_slots)
         self._alone = self._shard(1, lambda: None)
         self._together: Shard | None = None
         self._helpers: Helpers | None = None
@@ -85,18 +91,27 @@ class GPT2:
         """The first process's share among so many."""
         return Shard(self.config, self._weights, self.cache, self._arena, self._kernel, (0, size), meet)
 
+    @property
+    def product_name(self) -> str:
+        """The BLAS: "mkl", or how numpy's calls itself."""
+        return "mkl" if self._kernel.product.name == "mkl" else numpys_kernel()
+
     def describe(self) -> str:
         """The BLAS, the panels' widths, the processes: "openblas-SkylakeX in panels of 64/32, 2 processes"."""
-        blas = "mkl" if self._kernel.product.name == "mkl" else numpys_kernel()
         block = self._weights.blocks[0]
         widths = dict.fromkeys(linear.weight.width for linear in (block.c_fc, block.mlp_c_proj))
         processes = f"{self.size} process{'es' if self.size > 1 else ''}"
-        return f"{blas} in panels of {'/'.join(map(str, widths))}, {processes}"
+        return f"{self.product_name} in panels of {'/'.join(map(str, widths))}, {processes}"
 
     @property
     def exact(self) -> bool:
         """Whether a sequence's logits have the same bits alone, in any batch, and with its prompt cut anywhere."""
         return self._alone.exact
+
+    def use_slots(self, n_slots: int) -> None:
+        """Hold no more than so many sequences from now on; there must be none."""
+        self.cache.use(n_slots)
+        self._n_slots = n_slots
 
     @property
     def ready(self) -> bool:

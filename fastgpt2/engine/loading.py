@@ -13,7 +13,7 @@ from fastgpt2.engine.cache import cache_folder
 from fastgpt2.engine.calibration import Calibration, Kernel, choose_width, faster, width_of
 from fastgpt2.engine.checkpoint import Checkpoint
 from fastgpt2.engine.config import GPT2Config
-from fastgpt2.engine.gpt2 import DEFAULT_MAX_ROWS, GPT2
+from fastgpt2.engine.gpt2 import DEFAULT_MAX_ROWS, GPT2, PREFILL_ROWS_BESIDE
 from fastgpt2.engine.helper import Shape
 from fastgpt2.engine.pack_plan import Layout
 from fastgpt2.engine.packing import Packed, pack_path, packed_in_cache, packed_in_memory
@@ -32,12 +32,15 @@ def load_network(
     n_slots: int,
     size: int,
     blas: str,
+    kv_memory: int | None = None,
 ) -> GPT2:
     """
     Args:
         model: its name, for people.
+        n_slots: sequences that it has room for.
         size: processes to run it on, from `processes_for`.
         blas: openblas, mkl, or auto for the faster of those that are here.
+        kv_memory: bytes for keys and values; None for what so many sequences can take at most.
 
     Raises:
         ModelError: the checkpoint cannot be used, or there is no memory for it.
@@ -50,8 +53,8 @@ def load_network(
     kernel = Kernel(NumpyProduct(), calibration)
     packed = pack(checkpoint, config, model, kernel, calibration)
     kernel = _with_blas(blas, kernel, calibration, config, packed)
-    shape = Shape(n_slots, max(DEFAULT_MAX_ROWS, n_slots), size)
-    return GPT2(config, packed, kernel, shape)
+    shape = Shape(n_slots, max(DEFAULT_MAX_ROWS, n_slots + PREFILL_ROWS_BESIDE), size)
+    return GPT2(config, packed, kernel, shape, kv_memory)
 
 
 def pack_model(folder: Path, config: GPT2Config, model: str) -> Packed:

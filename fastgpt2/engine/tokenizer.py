@@ -83,6 +83,16 @@ class Tokenizer:
             known = self._bytes[token_id] = self._look_up(token_id)
         return known
 
+    def token_text(self, token_id: int) -> str:
+        """A token for people to read, as `TokenLogprob.token` has it."""
+        if token_id in self._special:
+            return self._added[token_id]
+        value = self.token_bytes(token_id)
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(chr(b) if 0x20 <= b < 0x7F and b != 0x5C else f"\\x{b:02x}" for b in value)
+
     def _look_up(self, token_id: int) -> bytes:
         if token_id in self._special:
             return b""

@@ -9,6 +9,7 @@ The package under test needs none of these libraries; they live in an environmen
     oracle/bin/python tests/golden/make_golden.py checkpoints
     oracle/bin/python tests/golden/make_golden.py tokenization --tokenizer path/to/gpt2/tokenizer.json
     oracle/bin/python tests/golden/make_golden.py continuations --model path/to/model
+    oracle/bin/python tests/golden/make_golden.py scores --model path/to/model
 
 ``checkpoints``    tiny random GPT-2 checkpoints in every stored form the loader has to read, each with the
                    logits that transformers computes in float32 from the stored files.
@@ -16,8 +17,10 @@ The package under test needs none of these libraries; they live in an environmen
                    tokenizers and transformers libraries. Without ``--tokenizer`` the copy in this directory
                    (gpt2-tokenizer.json.gz) is read.
 ``continuations``  greedy continuations of 64 prompts by a model directory, computed by transformers in float32.
+``scores``         for a few prompts: the log probabilities of a greedy continuation and of the likeliest tokens, and a
+                   continuation with a least number of tokens before an end-of-text token, by transformers in float32.
 
-All three are deterministic: the library versions in VERSIONS.txt, on the same kind of processor, write the same
+All four are deterministic: the library versions in VERSIONS.txt, on the same kind of processor, write the same
 files again.
 """
 
@@ -718,6 +721,85 @@ def make_continuations(folder: Path, out: Path) -> None:
     )
 
 
+# --------------------------------------------------------------------------------------------------- scores
+
+
+SCORED_PROMPTS, SCORED_TOKENS, LIKELIEST = 6, 20, 5
+LEAST_TOKENS, MOST_TOKENS = 10, 60
+
+
+def make_scores(folder: Path, out: Path) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    model = stored_model(folder)
+    entries: list[dict[str, Any]] = []
+    for prompt in dict.fromkeys(PROMPTS):
+        if len(entries) == SCORED_PROMPTS:
+            break
+        prompt_ids = first_ids(prompt, tokenizer, config)
+        ids, logits = generated(model, prompt_ids, SCORED_TOKENS, eos=None, least=0)
+        # The plain continuation meets them early.
+        eos = sorted({ids[3], ids[7], ids[12]})
+        least = LEAST_TOKENS + len(entries)
+        held_ids, held_logits = generated(model, prompt_ids, MOST_TOKENS, eos, least)
+        ended = held_ids[-1] in eos and len(held_ids) > least
+        taken = [row.index_fill(0, torch.tensor(eos), -torch.inf) for row in held_logits[:least]] + held_logits[least:]
+        gaps = [gap_of(row, LIKELIEST + 1) for row in logits] + [gap_of(row, 2) for row in taken]
+        if not ended or min(gaps) < NEAR_TIE:
+            continue
+        entries.append(
+            {
+                "prompt": prompt,
+                "prompt_ids": prompt_ids,
+                "ids": ids,
+                "logprobs": [float(row.log_softmax(0)[i]) for row, i in zip(logits, ids, strict=True)],
+                "top": [
+                    list(zip(*(part.tolist() for part in row.log_softmax(0).topk(LIKELIEST)[::-1]), strict=True))
+                    for row in logits
+                ],
+                "least": {
+                    "eos_token_id": eos,
+                    "min_new_tokens": least,
+                    "max_new_tokens": MOST_TOKENS,
+                    "ids": held_ids,
+                    "logprobs": [float(row.log_softmax(0)[i]) for row, i in zip(held_logits, held_ids, strict=True)],
+                },
+            }
+        )
+    if len(entries) < SCORED_PROMPTS:
+        raise RuntimeError(f"only {len(entries)} of {SCORED_PROMPTS} prompts without a near tie")
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    with out.open("w", encoding="ascii", newline="\n") as file:
+        file.write(f'{{"model_sha256": "{digest}",\n"scores": [\n')
+        file.write(",\n".join(json.dumps(entry) for entry in entries) + "\n]}\n")
+    print(f"{len(entries)} prompts: {[entry['prompt'] for entry in entries]}")
+
+
+def generated(
+    model: GPT2LMHeadModel, prompt_ids: list[int], most: int, eos: list[int] | None, least: int
+) -> tuple[list[int], list[torch.Tensor]]:
+    """What ``generate`` takes greedily, and the logits that it saw before any processor, in float64."""
+    model.generation_config.eos_token_id = None
+    output = model.generate(
+        torch.tensor([prompt_ids]),
+        attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.long),
+        do_sample=False,
+        max_new_tokens=most,
+        min_new_tokens=least or None,
+        eos_token_id=eos,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    return output.sequences[0, len(prompt_ids) :].tolist(), [row[0].double() for row in output.logits]
+
+
+def gap_of(logits: torch.Tensor, count: int) -> float:
+    """The smallest difference between neighbours among the largest."""
+    top = logits.topk(count).values
+    return float((top[:-1] - top[1:]).min())
+
+
 # -------------------------------------------------------------------------------------------- command line
 
 
@@ -734,6 +816,9 @@ def parse_arguments() -> argparse.Namespace:
     continuations = commands.add_parser("continuations", help="greedy continuations of a model")
     continuations.add_argument("--model", type=Path, required=True, help="directory with model and tokenizer")
     continuations.add_argument("--out", type=Path, default=HERE / "demo_continuations.json", help="file to write")
+    scores = commands.add_parser("scores", help="log probabilities of a model, and continuations of a least length")
+    scores.add_argument("--model", type=Path, required=True, help="directory with model and tokenizer")
+    scores.add_argument("--out", type=Path, default=HERE / "demo_scores.json", help="file to write")
     return parser.parse_args()
 
 
@@ -746,8 +831,10 @@ def main() -> None:
         make_checkpoints(arguments.out)
     elif arguments.command == "tokenization":
         make_tokenization(arguments.tokenizer, arguments.out)
-    else:
+    elif arguments.command == "continuations":
         make_continuations(arguments.model, arguments.out)
+    else:
+        make_scores(arguments.model, arguments.out)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,102 @@
+"""How many sequences a network decodes together: as many as pay on this machine, measured once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from time import perf_counter
+
+from fastgpt2.engine.calibration import Calibration
+from fastgpt2.engine.config import GPT2Config
+from fastgpt2.engine.gpt2 import GPT2
+from fastgpt2.engine.kv_cache import BLOCK, sequence_bytes
+from fastgpt2.engine.machine import usable_memory
+from fastgpt2.engine.sizing import is_large
+from fastgpt2.engine.step import Segment
+
+log = logging.getLogger("fastgpt2.engine")
+
+MOST = 32
+# For a small model, whose steps are over before they could be told apart, and where nothing can be measured.
+UNMEASURED = 16
+# A batch is worth its size if it gives so many times the tokens a second of the best smaller one.
+WORTHWHILE = 1.15
+# Tokens that each sequence holds at first while steps are timed.
+_CONTEXT = 64
+_REPEATS = 5
+
+
+def slots_to_map(config: GPT2Config) -> int:
+    """Sequences to have address space for, before it is known how many pay.
+
+    Linux refuses a private mapping that is larger than all of the memory, whether it will be used or not.
+    """
+    if not is_large(config):
+        return UNMEASURED
+    slots = MOST
+    while slots > 1 and slots * sequence_bytes(config) > usable_memory() // 2:
+        slots //= 2
+    return slots
+
+
+def settle(network: GPT2, calibration: Calibration) -> None:
+    """Have a network of `slots_to_map` slots use as many as pay: what was measured here before, or is now."""
+    config, most = network.config, network.cache.usable_slots
+    if not is_large(config):
+        return
+    shape = f"{config.n_layer}x{config.n_embd}x{config.n_inner}x{config.vocab_size}, {config.n_head} heads"
+    name = f"batch of up to {most}, {shape}, {network.size} processes, {network.product_name}"
+    known = calibration.known(name)
+    if known is None:
+        room = network.cache.bytes_limit // sequence_bytes(config, _CONTEXT + 2 * BLOCK)
+        # A helper that has not come, or memory for too few, is no measure of the machine.
+        if room < most or not network.wait_until_ready():
+            network.use_slots(min(most, UNMEASURED))
+            return
+        known = calibration.get(name, lambda: measured(network, most))
+    network.use_slots(max(1, min(most, known)))
+
+
+def measured(network: GPT2, most: int) -> int:
+    """What `largest_worthwhile` finds by steps of the network itself."""
+    started = perf_counter()
+    slots = [network.cache.allot(_CONTEXT + _REPEATS + 2) for _ in range(most)]
+    try:
+        return largest_worthwhile(lambda n: _step_seconds(network, slots[:n]), most)
+    finally:
+        for slot in slots:
+            network.cache.release(slot)
+        log.debug("steps by sequences measured in %.0f ms", (perf_counter() - started) * 1e3)
+
+
+def largest_worthwhile(step_seconds: Callable[[int], float], most: int) -> int:
+    """The largest power of two, up to `most`, that gives `WORTHWHILE` times as many tokens a second as any smaller one.
+
+    Two may be no faster than one and eight by far: a BLAS has a kernel for one row, and another for many, whose
+    overhead two rows do not earn. So it takes two in a row that do not pay to end the search.
+    """
+    times = {1: step_seconds(1)}
+    best, n = 1, 2
+    while n <= most and n <= 4 * best:
+        times[n] = step_seconds(n)
+        if n / times[n] >= WORTHWHILE * best / times[best]:
+            best = n
+        n *= 2
+    steps = ", ".join(f"{rows}: {seconds * 1e3:.1f} ms" for rows, seconds in times.items())
+    log.info("%d sequences at once pay on this machine; a step takes, by sequences, %s", best, steps)
+    return best
+
+
+def _step_seconds(network: GPT2, slots: list[int]) -> float:
+    """Of a step with a token for each of the slots: the least of some, as what disturbs only ever adds."""
+    cache, least = network.cache, float("inf")
+    for slot in slots:
+        # Written, so that there is memory behind it to be read.
+        cache.keys[slot, :, : -(-_CONTEXT // BLOCK) + 1] = 0
+        cache.values[slot, :, :, : _CONTEXT + BLOCK] = 0
+        cache.lengths[slot] = _CONTEXT
+    for _ in range(1 + _REPEATS):
+        started = perf_counter()
+        network.forward([Segment(slot, [0]) for slot in slots])
+        least = min(least, perf_counter() - started)
+    return least
