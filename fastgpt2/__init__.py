@@ -2,8 +2,9 @@
 
     from fastgpt2 import Client, Engine
 
-`Client` enqueues jobs and reads their results; it imports neither numpy nor a tokenizer. `Engine` generates in
-this process, without a queue. Both are imported when first asked for, so that `import fastgpt2` costs nothing.
+`Client` enqueues jobs and reads their results, `AsyncClient` does so for asyncio; they import neither numpy nor a
+tokenizer. `Engine` generates in this process, without a queue. All are imported when first asked for, so that
+`import fastgpt2` costs nothing.
 """
 
 from __future__ import annotations
@@ -13,30 +14,38 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from fastgpt2.api.async_client import AsyncClient
     from fastgpt2.api.client import Client, Job
     from fastgpt2.engine.engine import Engine
-    from fastgpt2.engine.generation import GenerationRequest, GenerationResult, Timings, Usage
+    from fastgpt2.engine.generation import GenerationRequest, GenerationResult, Timings, TokenLogprob, Usage
     from fastgpt2.errors import FastGPT2Error
+    from fastgpt2.worker.stream import Piece
 
 _HOMES = {
+    "AsyncClient": "fastgpt2.api.async_client",
     "Client": "fastgpt2.api.client",
     "Job": "fastgpt2.api.client",
     "Engine": "fastgpt2.engine.engine",
     "GenerationRequest": "fastgpt2.engine.generation",
     "GenerationResult": "fastgpt2.engine.generation",
+    "Piece": "fastgpt2.worker.stream",
     "Timings": "fastgpt2.engine.generation",
+    "TokenLogprob": "fastgpt2.engine.generation",
     "Usage": "fastgpt2.engine.generation",
     "FastGPT2Error": "fastgpt2.errors",
 }
 
 __all__ = [
+    "AsyncClient",
     "Client",
     "Engine",
     "FastGPT2Error",
     "GenerationRequest",
     "GenerationResult",
     "Job",
+    "Piece",
     "Timings",
+    "TokenLogprob",
     "Usage",
     "__version__",
 ]

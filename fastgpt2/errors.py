@@ -5,6 +5,11 @@ A message names the thing, the limit and the remedy, so that it can be shown to 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastgpt2.engine.generation import GenerationResult
+
 
 class FastGPT2Error(Exception):
     """Base of every error that fastgpt2 raises on purpose."""
@@ -77,15 +82,54 @@ class JobNotFound(FastGPT2Error):
 
 
 class JobFailed(FastGPT2Error):
-    """The job ended without a result. `reason` is the worker's sentence, `kind` the error's name there."""
+    """The job ended without a result.
+
+    Attributes:
+        reason: the worker's sentence.
+        kind: the error's name there.
+        partial: what had been generated of a job that was cancelled, stopped, or out of time; else None.
+    """
 
     http_status = 502
+    how = "failed"
 
-    def __init__(self, job_id: str, reason: str, kind: str = "") -> None:
-        super().__init__(f"job {job_id} failed: {reason}")
+    def __init__(self, job_id: str, reason: str, kind: str = "", partial: GenerationResult | None = None) -> None:
+        super().__init__(f"job {job_id} {self.how}: {reason}")
         self.job_id = job_id
         self.reason = reason
         self.kind = kind
+        self.partial = partial
+
+
+class JobCancelled(JobFailed):
+    """The job was cancelled. `partial` is what had been generated, its `finish_reason` "cancelled"."""
+
+    http_status = 409
+    how = "was cancelled"
+
+
+class JobStopped(JobFailed):
+    """The job was stopped while it ran, by RQ's `send_stop_job_command`."""
+
+    how = "was stopped"
+
+
+class JobTimedOut(JobFailed):
+    """The job's time was up, from its enqueueing or from its start."""
+
+    http_status = 504
+    how = "ran out of time"
+
+
+class QueueFull(FastGPT2Error):
+    """The queue is as deep as it may be; nothing was enqueued. `depth` is the number of jobs that wait."""
+
+    http_status = 429
+
+    def __init__(self, queue: str, depth: int, limit: int) -> None:
+        super().__init__(f"the queue {queue!r} is full: {depth} jobs wait, the limit is {limit}; try again later")
+        self.depth = depth
+        self.limit = limit
 
 
 class ServiceBusy(FastGPT2Error):

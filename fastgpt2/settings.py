@@ -6,6 +6,7 @@ Precedence: option > environment > default. `max_new_tokens` is `--max-new-token
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -85,6 +86,20 @@ def seconds(text: str) -> float:
     return value
 
 
+_SIZES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+
+
+def size(text: str) -> int:
+    """Bytes, of such texts as 2GB, 512M, 1.5GiB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt]?i?)b?", text.strip().lower())
+    if found is None or found[2] not in _SIZES:
+        raise ValueError("is not a size like 2GB or 512MiB")
+    value = float(found[1]) * _SIZES[found[2]]
+    if not 1 <= value <= 1 << 50:
+        raise ValueError("is not between 1 byte and 1 PiB")
+    return int(value)
+
+
 def yes_or_no(text: str) -> bool:
     if text.lower() in _TRUE:
         return True
@@ -149,6 +164,34 @@ BLAS = Setting(
     "auto",
     "auto, openblas or mkl; auto measures what is installed and takes the faster",
 )
+MAX_BATCH: Setting[int | None] = Setting(
+    "max_batch",
+    "N",
+    whole_number(1, 1024),
+    None,
+    "jobs that a worker decodes together",
+    "as many as pay here, measured",
+)
+KV_MEMORY: Setting[int | None] = Setting(
+    "kv_memory",
+    "SIZE",
+    size,
+    None,
+    "memory that the keys and values of a worker's jobs may take, such as 2GB; further jobs wait",
+    "a quarter of the memory, divided by the pool's workers",
+)
+MAX_JOBS: Setting[int | None] = Setting(
+    "max_jobs", "N", whole_number(1, 1 << 40), None, "end a worker after so many jobs; a pool starts another", "none"
+)
+MAX_GROWTH = Setting(
+    "max_growth",
+    "SIZE",
+    size,
+    512 * 1024 * 1024,
+    "end a worker whose own memory has grown by more than this, beside keys and values",
+    "512MiB",
+)
+BURST = Setting("burst", "", yes_or_no, False, "end when the queue is empty")
 NAME: Setting[str | None] = Setting("name", "NAME", word, None, "name of the worker", "host and process id")
 HOST = Setting("host", "ADDRESS", str, "127.0.0.1", "address that the HTTP endpoint binds to")
 PORT = Setting("port", "PORT", whole_number(0, 65535), 8000, "port of the HTTP endpoint; 0 takes a free one")
@@ -159,13 +202,41 @@ REDIS_DIR: Setting[str | None] = Setting(
     "redis_dir", "DIR", str, None, "where the embedded Redis keeps its append-only file", "temporary, gone at the end"
 )
 DRAIN_TIMEOUT = Setting(
-    "drain_timeout", "SECONDS", seconds, 30.0, "how long workers may finish their job when the pool stops"
+    "drain_timeout", "SECONDS", seconds, 30.0, "how long workers may finish their jobs when told to stop"
 )
+MAX_QUEUE: Setting[int | None] = Setting(
+    "max_queue", "N", whole_number(1, 1 << 40), None, "refuse new jobs while so many wait", "no limit"
+)
+PRIORITY = Setting("priority", "NAME", one_of("high", "normal", "low"), "normal", "high, normal or low")
 MAX_NEW_TOKENS: Setting[int | None] = Setting(
     "max_new_tokens", "N", whole_number(1, 1 << 20), None, "generate at most so many tokens", "20"
 )
 STOP: Setting[str | None] = Setting("stop", "TEXT", str, None, "end before this text", "none")
 IGNORE_EOS = Setting("ignore_eos", "", yes_or_no, False, "go on past the end-of-text token")
+MIN_NEW_TOKENS = Setting(
+    "min_new_tokens", "N", whole_number(0, 1 << 20), 0, "end at no end-of-text token or stop text before so many tokens"
+)
+LOGPROBS: Setting[int | None] = Setting(
+    "logprobs",
+    "N",
+    whole_number(0, 20),
+    None,
+    "with --json: each token's log probability, and those of the N likeliest",
+    "none",
+)
+ECHO = Setting("echo", "", yes_or_no, False, "with --json: the prompt is part of the text")
+DEADLINE: Setting[float | None] = Setting(
+    "deadline", "SECONDS", seconds, None, "the job fails when it is not done so long after being enqueued", "none"
+)
+STREAM = Setting("stream", "", yes_or_no, False, "print the text as it comes")
+OUTPUT: Setting[str | None] = Setting(
+    "output", "FILE", str, None, "where the results go, a line of JSON each; - is standard output", "-"
+)
+FORMAT = Setting(
+    "format", "NAME", one_of("auto", "txt", "jsonl"), "auto", "txt, a prompt a line, or jsonl; auto goes by the name"
+)
+IN_FLIGHT = Setting("in_flight", "N", whole_number(1, 100_000), 256, "jobs in the queue at once, at most")
+RESTART = Setting("restart", "", yes_or_no, False, "begin anew instead of after the last line of the output")
 TIMINGS = Setting("timings", "", yes_or_no, False, "show how long each part took, on standard error")
 JSON = Setting("json", "", yes_or_no, False, "print the whole result as JSON")
 WAIT = Setting("wait", "", yes_or_no, False, "wait for the result and print it")
@@ -185,7 +256,11 @@ SYSTEM: tuple[Setting[Any], ...] = (
     REVISION,
     POOL_THREADS,
     BLAS,
+    MAX_BATCH,
+    KV_MEMORY,
     WORKERS,
+    MAX_JOBS,
+    MAX_GROWTH,
     OWN_REDIS_URL,
     QUEUE,
     HOST,
@@ -194,6 +269,7 @@ SYSTEM: tuple[Setting[Any], ...] = (
     REDIS_DIR,
     DRAIN_TIMEOUT,
     TIMEOUT,
+    MAX_QUEUE,
     LOG_LEVEL,
 )
 

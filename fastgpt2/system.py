@@ -1,8 +1,12 @@
-"""`fastgpt2 up`: Redis, a pool of workers and the HTTP endpoint, started in order, supervised, stopped in order."""
+"""`fastgpt2 up`: Redis, a pool of workers and the HTTP endpoint, started in order, supervised, stopped in order.
+
+And `fastgpt2 pool`: the workers alone, on a Redis that is there.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -14,7 +18,7 @@ from typing import Any, Self
 from fastgpt2 import settings
 from fastgpt2.api.serve import bind, url_of
 from fastgpt2.engine.hub import find_model
-from fastgpt2.errors import FastGPT2Error, QueueUnavailable
+from fastgpt2.errors import FastGPT2Error, QueueUnavailable, RedisAccessDenied
 from fastgpt2.logs import set_up_logging
 from fastgpt2.worker.connection import connect, redis_errors, without_password
 from fastgpt2.worker.pool import Child, Pool
@@ -24,6 +28,13 @@ from fastgpt2.worker.redis_server import RedisServer
 CHECK_SECONDS = 0.1
 # Packing the weights of gpt2-xl for the first time, on a slow disk, is within it.
 READY_SECONDS = 600.0
+# A worker that is told to stop keeps to `drain_timeout` itself; one that does not is hurried, this much later.
+STOP_MARGIN_SECONDS = 5.0
+# By environment, not by argument: an argument list can be read by every user of the machine. -P: else a file of the
+# current folder could stand in for a module of the same name.
+COMMAND = (sys.executable, "-P", "-m", "fastgpt2")
+
+STOPPING = "stopping: workers finish what they have in hand; Ctrl-C again hurries them"
 
 
 class System:
@@ -98,27 +109,10 @@ class System:
         values = self.values
         with bind(values["host"], values["port"]) as probe:
             self.http_url = url_of(probe)
-        # By environment, not by argument: an argument list can be read by every user of the machine.
-        environment = {
-            "FASTGPT2_REDIS_URL": self.redis_url,
-            "FASTGPT2_QUEUE": values["queue"],
-            "FASTGPT2_MODEL": values["model"],
-            "FASTGPT2_REVISION": values["revision"] or "",
-            "FASTGPT2_THREADS": str(values["threads"] or ""),
-            "FASTGPT2_POOL_WORKERS": str(values["workers"]),
-            "FASTGPT2_BLAS": values["blas"],
-            "FASTGPT2_HOST": values["host"],
-            "FASTGPT2_PORT": self.http_url.rpartition(":")[2],
-            "FASTGPT2_TIMEOUT": str(values["timeout"]),
-            "FASTGPT2_LOG_LEVEL": values["log_level"],
-            "FASTGPT2_NAME": "",
-            "FASTGPT2_SUPERVISOR_PID": str(os.getpid()),
-        }
-        # -P: else a file of the current folder could stand in for a module of the same name.
-        command = [sys.executable, "-P", "-m", "fastgpt2"]
-        workers = [Child(f"worker {n + 1}", [*command, "worker"], environment) for n in range(values["workers"])]
-        self.pool = Pool([*workers, Child("endpoint", [*command, "api"], environment, stops_first=True)])
-        self._stack.callback(self.pool.stop, values["drain_timeout"])
+        environment = {**child_environment(values, self.redis_url), "FASTGPT2_PORT": self.http_url.rpartition(":")[2]}
+        endpoint = Child("endpoint", [*COMMAND, "api"], environment, stops_first=True)
+        self.pool = Pool([*worker_children(values, self.redis_url), endpoint])
+        self._stack.callback(self.pool.stop, values["drain_timeout"] + STOP_MARGIN_SECONDS)
         self.pool.start()
 
     def _registered_workers(self) -> set[object]:
@@ -157,6 +151,33 @@ class System:
                 )
 
 
+def child_environment(values: dict[str, Any], redis_url: str) -> dict[str, str]:
+    """What each child is told beside its command: every setting that there is, by its variable; empty is not set."""
+    return {
+        **{f"FASTGPT2_{name.upper()}": "" if value is None else str(value) for name, value in values.items()},
+        "FASTGPT2_REDIS_URL": redis_url,
+        "FASTGPT2_POOL_WORKERS": str(values["workers"]),
+        "FASTGPT2_SUPERVISOR_PID": str(os.getpid()),
+        # What one worker may be told in the shell, and what no pool can use: one name for all, and an end of all.
+        "FASTGPT2_NAME": "",
+        "FASTGPT2_BURST": "",
+    }
+
+
+def worker_children(values: dict[str, Any], redis_url: str) -> list[Child]:
+    """The workers of a pool, not started yet.
+
+    Args:
+        values: by name, at least the settings that `fastgpt2 worker` takes, and how many `workers`.
+        redis_url: where their queue is.
+    """
+    environment, ends_soon = child_environment(values, redis_url), values["max_jobs"] is not None
+    return [
+        Child(f"worker {n + 1}", [*COMMAND, "worker"], environment, ends_soon=ends_soon)
+        for n in range(values["workers"])
+    ]
+
+
 def run_system(values: dict[str, Any]) -> int:
     """Run everything until SIGINT or SIGTERM, and say where to connect.
 
@@ -175,8 +196,57 @@ def run_system(values: dict[str, Any]) -> int:
     with system:
         print(_welcome(system), flush=True)
         system.run()
-        print("stopping: workers finish what they have in hand; Ctrl-C again hurries them", flush=True)
+        print(STOPPING, flush=True)
     return 0
+
+
+def run_pool(values: dict[str, Any]) -> int:
+    """Keep workers running on a Redis that is there, or will be, until SIGINT, SIGTERM or SIGHUP.
+
+    Raises:
+        FastGPT2Error: the model cannot be used, Redis will not have its workers, or one cannot be kept alive.
+        KeyboardInterrupt: a signal came before there was a worker.
+    """
+    set_up_logging(values["log_level"])
+    on_stop_signals(signal.default_int_handler)
+    redis_url = values["redis_url"]
+    _refuse_if_denied(redis_url)
+    find_model(values["model"], values["revision"])
+    pool, stopping = Pool(worker_children(values, redis_url)), threading.Event()
+    on_stop_signals(lambda _signum, _frame: stopping.set())
+    print(
+        f"fastgpt2 pool: model {values['model']}, {values['workers']} workers, queue {values['queue']}, "
+        f"Redis {without_password(redis_url)}; Ctrl-C stops it.",
+        flush=True,
+    )
+    try:
+        pool.start()
+        while not stopping.wait(CHECK_SECONDS):
+            pool.check(time.monotonic())
+        print(STOPPING, flush=True)
+    finally:
+        with stop_signals_held():
+            pool.stop(values["drain_timeout"] + STOP_MARGIN_SECONDS)
+    return 0
+
+
+def _refuse_if_denied(redis_url: str) -> None:
+    """Look at Redis once: workers wait for one that is away, but trying again mends no password.
+
+    Raises:
+        BadRequest: not a Redis URL.
+        RedisAccessDenied: Redis is up, and said no.
+    """
+    connection = connect(redis_url)
+    try:
+        with redis_errors(redis_url):
+            connection.ping()
+    except RedisAccessDenied:
+        raise
+    except QueueUnavailable:
+        pass
+    finally:
+        connection.close()
 
 
 def _welcome(system: System) -> str:

@@ -74,6 +74,8 @@ class TestGenerate:
             (["--max-new-tokens", "600", "a"], 2, "over the model's 512 positions"),
             (["--model", "/tmp", "a"], 3, "holds no config.json"),
             (["--model", "no such model", "a"], 3, "no such folder, nor a hub id"),
+            (["--min-new-tokens", "9", "--max-new-tokens", "3", "a"], 2, "min_new_tokens must be between 0 and 3"),
+            (["--logprobs", "21", "a"], 2, "--logprobs: '21' is not between 0 and 20"),
             (["--temperature", "1", "a"], 2, "unrecognized arguments: --temperature"),
             (["--model", "", "a"], 2, "--model is empty"),
             ([], 2, "the following arguments are required: PROMPT"),
@@ -133,6 +135,60 @@ class TestQueue:
         done = run("result", "nonsense", **where)
         assert (done.returncode, "no job 'nonsense'" in done.stderr) == (1, True)
 
+    def test_stream(self, redis_server: RedisServer, client: Client, start_worker: StartWorker) -> None:
+        where = {"FASTGPT2_REDIS_URL": redis_server.url, "FASTGPT2_QUEUE": client.queue_name}
+        start_worker()
+        done = run("enqueue", "--stream", "--max-new-tokens", "100", "--ignore-eos", ENTRY["prompt"], **where)
+        assert (done.returncode, done.stdout, done.stderr) == (0, ENTRY["prompt"] + ENTRY["text"] + "\n", "")
+        both = run("enqueue", "--stream", "--json", "a", **where)
+        assert (both.returncode, "leave one out" in both.stderr) == (2, True)
+        options = ["--stream", "--max-new-tokens", "480", "--ignore-eos"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fastgpt2", "enqueue", *options, "a"],
+            env={**os.environ, **where},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        assert process.stdout.read(12), "some text, before the job's end"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+        assert process.returncode == 130
+        job_id = re.search(r"job (\S+) is cancelled", errors)
+        assert job_id is not None
+        assert client.status(job_id[1]) == "canceled"
+        assert "Traceback" not in errors
+
+    def test_cancel(self, redis_server: RedisServer, client: Client) -> None:
+        where = {"FASTGPT2_REDIS_URL": redis_server.url, "FASTGPT2_QUEUE": client.queue_name}
+        job = client.enqueue("a", max_new_tokens=1)
+        assert run("cancel", job.id, **where).stdout == f"job {job.id} is cancelled\n"
+        again = run("cancel", job.id, **where)
+        assert (again.returncode, again.stdout) == (0, f"job {job.id} had ended: canceled\n")
+        done = run("result", job.id, **where)
+        assert (done.returncode, f"job {job.id} was cancelled" in done.stderr) == (1, True)
+        done = run("cancel", "nonsense", **where)
+        assert (done.returncode, "no job 'nonsense'" in done.stderr) == (1, True)
+
+    def test_options_of_a_job(self, redis_server: RedisServer, client: Client, start_worker: StartWorker) -> None:
+        where = {"FASTGPT2_REDIS_URL": redis_server.url, "FASTGPT2_QUEUE": client.queue_name}
+        run("enqueue", "--priority", "low", "a", **where)
+        assert client.connection.llen(f"rq:queue:{client.queue_name}-low") == 1
+        full = run("enqueue", "--max-queue", "1", "a", **where)
+        assert (full.returncode, "is full: 1 jobs wait, the limit is 1" in full.stderr) == (1, True)
+        start_worker()
+        long = ["--max-new-tokens", "480", "--ignore-eos"]
+        late = run("enqueue", "--wait", "--deadline", "0.1", *long, ENTRY["prompt"], **where)
+        assert (late.returncode, "ran out of time" in late.stderr) == (1, True)
+        few = ["--max-new-tokens", "9", "--min-new-tokens", "9", "--ignore-eos"]
+        done = run("enqueue", "--wait", "--json", "--logprobs", "1", "--echo", *few, ENTRY["prompt"], **where)
+        value = json.loads(done.stdout)
+        assert value["text"].startswith(ENTRY["prompt"])
+        assert [entry["token_id"] for entry in value["logprobs"]] == ENTRY["ids"][:9]
+        plain = run("enqueue", "--wait", *few, ENTRY["prompt"], **where)
+        assert run("enqueue", "--wait", "--echo", *few, ENTRY["prompt"], **where).stdout == plain.stdout
+
     def test_the_commands_that_up_prints_work(self, system: System) -> None:
         done = run("enqueue", "--wait", "My name is", FASTGPT2_REDIS_URL=system.redis_url)
         assert done.stdout.startswith("My name is")
@@ -177,6 +233,9 @@ class TestSettings:
             (settings.JSON, "maybe", "FASTGPT2_JSON: 'maybe' is neither yes nor no"),
             (settings.QUEUE, "two words", "FASTGPT2_QUEUE: 'two words' must be one word"),
             (settings.BLAS, "atlas", "FASTGPT2_BLAS: 'atlas' is not one of auto, openblas, mkl"),
+            (settings.PRIORITY, "urgent", "FASTGPT2_PRIORITY: 'urgent' is not one of high, normal, low"),
+            (settings.KV_MEMORY, "much", "FASTGPT2_KV_MEMORY: 'much' is not a size like 2GB or 512MiB"),
+            (settings.KV_MEMORY, "0", "FASTGPT2_KV_MEMORY: '0' is not between 1 byte and 1 PiB"),
             (settings.LOG_LEVEL, "loud", "FASTGPT2_LOG_LEVEL: 'loud' is not one of debug, info, warning, error"),
         ],
     )
@@ -186,6 +245,13 @@ class TestSettings:
         monkeypatch.setenv(setting.variable, text)
         with pytest.raises(BadRequest, match=re.escape(message)):
             setting.resolve()
+
+    @pytest.mark.parametrize(
+        ("text", "count"),
+        [("2GB", 2 * 10**9), ("512MiB", 512 << 20), ("1.5gi", 3 << 29), ("100", 100), ("3 k", 3000), ("1T", 10**12)],
+    )
+    def test_sizes(self, text: str, count: int) -> None:
+        assert settings.KV_MEMORY.resolve(text) == count
 
     def test_the_choices_of_a_blas_are_those_of_the_engine(self) -> None:
         assert [settings.BLAS.resolve(choice.upper()) for choice in BLAS_CHOICES] == list(BLAS_CHOICES)

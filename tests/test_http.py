@@ -19,12 +19,14 @@ from conftest import GOLDEN, wait_until
 
 from fastgpt2 import Client
 from fastgpt2.api.http import MAX_BODY_BYTES
+from fastgpt2.errors import JobCancelled
 from fastgpt2.system import System
 from fastgpt2.worker.redis_server import RedisServer
 
 # Past any proxy that the environment names.
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-ENTRY: dict[str, Any] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"][0]
+ENTRIES: list[dict[str, Any]] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"]
+ENTRY = ENTRIES[0]
 
 
 def call(url: str, body: Any = None, method: str | None = None) -> tuple[int, str, Any]:
@@ -66,6 +68,30 @@ def test_inputs_alone_suffice(system: System) -> None:
     assert answer[0]["generated_text"].startswith(ENTRY["prompt"])
 
 
+def test_the_fields_of_a_job(system: System) -> None:
+    url = f"{system.http_url}/"
+    text = text_of(ENTRY["ids"][:9])
+    parameters = {"max_new_tokens": 9, "ignore_eos": True, "min_new_tokens": 9, "logprobs": 1, "priority": "high"}
+    (answer,) = call(url, {"inputs": ENTRY["prompt"], "parameters": parameters})[2]
+    assert answer["generated_text"] == ENTRY["prompt"] + text
+    assert [entry["token_id"] for entry in answer["logprobs"]] == ENTRY["ids"][:9]
+    # Token ids: the worker knows how they read.
+    parameters = {"max_new_tokens": 9, "ignore_eos": True}
+    prompt = next(entry for entry in ENTRIES if entry["prompt"] == "My name is")
+    own = text_of(prompt["ids"][:9])
+    for full_text, expected in ((True, "My name is" + own), (False, own)):
+        asked = {**parameters, "return_full_text": full_text}
+        assert call(url, {"inputs": prompt["prompt_ids"], "parameters": asked})[2] == [{"generated_text": expected}]
+    echoed = {**parameters, "echo": True}
+    assert call(url, {"inputs": "My name is", "parameters": echoed})[2] == [{"generated_text": "My name is" + own}]
+
+
+def test_time_is_up(system: System) -> None:
+    parameters = {"max_new_tokens": 480, "ignore_eos": True, "timeout": 0.05}
+    status, _, answer = call(f"{system.http_url}/", {"inputs": "a", "parameters": parameters})
+    assert (status, answer["error_type"]) == (504, "JobTimedOut")
+
+
 def states(system: System) -> list[str]:
     return [worker["state"] for worker in call(f"{system.http_url}/status")[2]["workers"]]
 
@@ -76,25 +102,34 @@ def test_status_tells_queue_jobs_and_workers(system: System) -> None:
         wait_until(lambda: states(system) == ["idle", "idle"], "both workers to be idle")
         status, _, before = call(f"{system.http_url}/status")
         assert status == 200
-        assert before["queue"] == {"name": "fastgpt2", "depth": 0}
+        assert before["queue"] == {"name": "fastgpt2", "depth": 0, "by_priority": {"high": 0, "normal": 0, "low": 0}}
         assert before["jobs"]["finished"] >= 1
         assert set(before["jobs"]) == {
             "queued", "started", "finished", "failed", "deferred", "scheduled", "canceled",
         }  # fmt: skip
         assert len(before["workers"]) == 2
         for worker in before["workers"]:
-            assert (worker["state"], worker["model"], worker["job"]) == ("idle", "demo", None)
+            assert (worker["state"], worker["model"]) == ("idle", "demo")
+            assert (worker["in_hand"], worker["jobs"]) == (0, [])
             assert worker["age_seconds"] >= 0
             assert worker["heartbeat_age_seconds"] < 60
             assert Path(f"/proc/{worker['pid']}").exists()
-        jobs = [client.enqueue("a", max_new_tokens=480, ignore_eos=True) for _ in range(5)]
-        wait_until(lambda: call(f"{system.http_url}/status")[2]["jobs"]["started"] == 2, "both workers to be busy")
+        # More than two workers take at once.
+        room = sum(worker["max_batch"] for worker in before["workers"])
+        low: dict[str, Any] = {"priority": "low", "max_new_tokens": 480, "ignore_eos": True}
+        jobs = [client.enqueue("a", **low) for _ in range(room + 5)]
+        wait_until(lambda: call(f"{system.http_url}/status")[2]["jobs"]["started"] == room, "both workers to be full")
         during = call(f"{system.http_url}/status")[2]
-        assert during["queue"]["depth"] == during["jobs"]["queued"] == 3
+        assert during["queue"]["depth"] == during["jobs"]["queued"] == during["queue"]["by_priority"]["low"] == 5
         assert {w["state"] for w in during["workers"]} == {"busy"}
-        assert {w["job"] for w in during["workers"]} <= {job.id for job in jobs}
+        for worker in during["workers"]:
+            assert worker["in_hand"] == worker["max_batch"] == len(worker["jobs"])
+            assert set(worker["jobs"]) <= {job.id for job in jobs}
         for job in jobs:
-            job.result(timeout=60)
+            job.cancel()
+        for job in jobs:
+            with pytest.raises(JobCancelled):
+                job.result(timeout=30)
 
 
 @pytest.mark.parametrize(
@@ -106,8 +141,8 @@ def test_status_tells_queue_jobs_and_workers(system: System) -> None:
         (b"[" * 100_000, 400, "the body is not JSON"),
         ([], 400, "the body must be an object"),
         ({}, 400, "inputs is missing"),
-        ({"inputs": 3}, 400, "prompt must be a string, not int"),
-        ({"inputs": ["a"]}, 400, "prompt must be a string, not list"),
+        ({"inputs": 3}, 400, "prompt must be a string or a list of token ids, not int"),
+        ({"inputs": ["a"]}, 400, "prompt, a list, must hold token ids, not str"),
         ({"inputs": "a\ud800"}, 400, "lone surrogate"),
         ({"inputs": "a", "input": "b"}, 400, "unknown field 'input'"),
         ({"inputs": "a", "parameters": [1]}, 400, "parameters must be an object"),
@@ -116,6 +151,9 @@ def test_status_tells_queue_jobs_and_workers(system: System) -> None:
         ({"inputs": "a", "parameters": {"max_new_tokens": 0}}, 400, "max_new_tokens must be between 1"),
         ({"inputs": "a", "parameters": {"return_full_text": "yes"}}, 400, "return_full_text must be true or false"),
         ({"inputs": "a", "parameters": {"prompt": "b"}}, 400, "unknown field 'prompt'"),
+        ({"inputs": "a", "parameters": {"stream": True}}, 400, "unknown field 'stream'"),
+        ({"inputs": "a", "parameters": {"timeout": 0}}, 400, "timeout must be more than 0"),
+        ({"inputs": "a", "parameters": {"priority": "urgent"}}, 400, "priority must be one of high, normal, low"),
         ({"inputs": "the " * 700}, 400, "over the model's 512 positions"),
         ({"inputs": "a", "parameters": {"max_new_tokens": 5000}}, 400, "ask for at most 511"),
         (b" " * (MAX_BODY_BYTES + 1), 413, f"the body has more than {MAX_BODY_BYTES} bytes"),
@@ -200,6 +238,51 @@ class TestAlone:
         for got in (call(f"{url}/status"), call(f"{url}/", {"inputs": "a"})):
             assert got[0] == 503
             assert "cannot be used" in got[2]["error"]
+
+    def test_a_client_that_hangs_up_cancels_its_job(self) -> None:
+        free = RedisServer()
+        with RedisServer() as server, Client(server.url) as client:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "fastgpt2", "api", "--port", str(free.port)],
+                env={**os.environ, "FASTGPT2_REDIS_URL": server.url},
+                stderr=subprocess.DEVNULL,
+            )
+            try:
+                wait_until(lambda: answers(f"http://127.0.0.1:{free.port}"), "the endpoint to answer")
+                with socket.create_connection(("127.0.0.1", free.port), timeout=10) as cut:
+                    cut.sendall(b'POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 15\r\n\r\n{"inputs": "a"}')
+                    wait_until(lambda: client.connection.llen("rq:queue:fastgpt2") == 1, "the job to be enqueued")
+                    job: Any = client.connection.lindex("rq:queue:fastgpt2", 0)
+                wait_until(lambda: client.status(job.decode()) == "canceled", "the job to be cancelled")
+                assert client.connection.llen("rq:queue:fastgpt2") == 0
+            finally:
+                process.terminate()
+                assert process.wait(20) == 0
+                free.stop()
+
+    def test_a_full_queue(self) -> None:
+        free = RedisServer()
+        with RedisServer() as server, Client(server.url) as client:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "fastgpt2", "api", "--timeout", "0.1", "--port", str(free.port)],
+                env={**os.environ, "FASTGPT2_REDIS_URL": server.url, "FASTGPT2_MAX_QUEUE": "1"},
+                stderr=subprocess.DEVNULL,
+            )
+            try:
+                url = f"http://127.0.0.1:{free.port}"
+                wait_until(lambda: answers(url), "the endpoint to answer")
+                client.enqueue("a")
+                with pytest.raises(urllib.error.HTTPError) as caught:
+                    OPENER.open(urllib.request.Request(f"{url}/", b'{"inputs": "a"}'), timeout=60)
+                assert (caught.value.code, caught.value.headers["retry-after"]) == (429, "1")
+                error = json.loads(caught.value.read())
+                assert error["error_type"] == "QueueFull"
+                assert "1 jobs wait, the limit is 1" in error["error"]
+                assert client.connection.llen("rq:queue:fastgpt2") == 1
+            finally:
+                process.terminate()
+                assert process.wait(20) == 0
+                free.stop()
 
     def test_a_restart_of_redis_is_survived(self, tmp_path: Path) -> None:
         server = RedisServer(folder=tmp_path / "redis").start()

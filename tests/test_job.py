@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from fastgpt2.engine.generation import GenerationRequest, GenerationResult, Timings, Usage
+from fastgpt2.engine.generation import GenerationRequest, GenerationResult, Timings, TokenLogprob, Usage
 from fastgpt2.errors import BadRequest, FastGPT2Error
-from fastgpt2.worker.job import parse_request, request_to_kwargs, result_from_json, result_to_json
+from fastgpt2.worker.job import (
+    JobOptions,
+    job_to_kwargs,
+    parse_job,
+    parse_request,
+    result_from_json,
+    result_to_json,
+)
 
 RESULT = GenerationResult("héllo 🦜", (5, 7), "stop", Usage(3, 2), Timings(0.25, 0.5, 1.0), "demo")
 
@@ -19,7 +28,35 @@ def test_a_result_survives_the_journey() -> None:
     assert result_from_json(value) == RESULT
     assert value["usage"] == {"prompt_tokens": 3, "completion_tokens": 2}
     assert value["version"] == 1
+    assert "logprobs" not in value
     assert RESULT.usage.total_tokens == 5
+
+
+def test_log_probabilities_survive_the_journey() -> None:
+    first = TokenLogprob(5, "hé", -0.5, (TokenLogprob(5, "hé", -0.5), TokenLogprob(9, r"bytes:\xf0", -1.25)))
+    result = replace(RESULT, logprobs=(first, TokenLogprob(7, "<|endoftext|>", -2.0)))
+    value = json.loads(json.dumps(result_to_json(result, 0.25)))
+    assert result_from_json(value) == result
+    assert value["logprobs"] == [
+        {
+            "token_id": 5,
+            "token": "hé",
+            "logprob": -0.5,
+            "top": [
+                {"token_id": 5, "token": "hé", "logprob": -0.5},
+                {"token_id": 9, "token": r"bytes:\xf0", "logprob": -1.25},
+            ],
+        },
+        {"token_id": 7, "token": "<|endoftext|>", "logprob": -2.0},
+    ]
+    nothing = replace(RESULT, token_ids=(), logprobs=(), finish_reason="cancelled")
+    assert result_from_json(json.loads(json.dumps(result_to_json(nothing, 0.25)))) == nothing
+
+
+@pytest.mark.parametrize("logprobs", [3, [3], [{}], [{"token_id": 1, "token": "a", "logprob": -1, "top": 3}]])
+def test_damaged_log_probabilities_are_refused(logprobs: object) -> None:
+    with pytest.raises(FastGPT2Error, match="a damaged result"):
+        result_from_json({**result_to_json(RESULT), "logprobs": logprobs})
 
 
 @pytest.mark.parametrize("value", [None, [], {}, {"version": 2}, {"version": 1}, {"version": 1, "text": "a"}])
@@ -29,15 +66,31 @@ def test_what_is_no_result_is_refused(value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "request_",
+    ("request_", "options", "kwargs"),
     [
-        GenerationRequest("My name is"),
-        GenerationRequest("", max_new_tokens=5, stop=("\n", "é"), ignore_eos=True),
+        (GenerationRequest("My name is"), JobOptions(), {"prompt": "My name is"}),
+        (
+            GenerationRequest("", max_new_tokens=5, stop=("\n", "é"), ignore_eos=True),
+            JobOptions(timeout=2.5),
+            {"prompt": "", "max_new_tokens": 5, "stop": ["\n", "é"], "ignore_eos": True, "timeout": 2.5},
+        ),
+        (
+            GenerationRequest((5, 6), min_new_tokens=3, logprobs=0, echo=True),
+            JobOptions(stream=True),
+            {"prompt": [5, 6], "min_new_tokens": 3, "logprobs": 0, "echo": True, "stream": True},
+        ),
     ],
 )
-def test_a_request_survives_the_journey(request_: GenerationRequest) -> None:
-    kwargs = json.loads(json.dumps(request_to_kwargs(request_)))
-    assert parse_request([], kwargs) == request_
+def test_a_job_survives_the_journey(request_: GenerationRequest, options: JobOptions, kwargs: dict[str, Any]) -> None:
+    assert job_to_kwargs(request_, options) == kwargs
+    assert parse_job([], json.loads(json.dumps(kwargs))) == (request_, options)
+    assert parse_job([kwargs.pop("prompt")], kwargs) == (request_, options)
+
+
+@pytest.mark.parametrize("name", ["timeout", "stream"])
+def test_without_a_job_its_options_are_unknown(name: str) -> None:
+    with pytest.raises(BadRequest, match=f"unknown field '{name}'; known are prompt, "):
+        parse_request(["a"], {name: 1})
 
 
 def test_the_prompt_may_come_first() -> None:
@@ -55,10 +108,17 @@ def test_the_prompt_may_come_first() -> None:
         (["a"], {"top_p": 0.7}, "top_p is refused: .* nothing to sample"),
         (["a"], {"max_new_tokens": 1.5}, "max_new_tokens must be a whole number, not float"),
         ([{"a": 1}], {}, "prompt must be a string or a list of token ids, not dict"),
+        (["a"], {"timeout": "5"}, "timeout must be a number of seconds, not str"),
+        (["a"], {"timeout": True}, "timeout must be a number of seconds, not bool"),
+        (["a"], {"timeout": 0}, "timeout must be more than 0 and at most 100000000 seconds"),
+        (["a"], {"timeout": -1.5}, "timeout must be more than 0"),
+        (["a"], {"timeout": math.nan}, "timeout must be more than 0"),
+        (["a"], {"timeout": math.inf}, "timeout must be more than 0"),
+        (["a"], {"stream": 1}, "stream must be true or false, not int"),
         ("ab", {}, "not a list and a mapping"),
         ([], [], "not a list and a mapping"),
     ],
 )
 def test_bad_arguments_are_named(args: Any, kwargs: Any, message: str) -> None:
     with pytest.raises(BadRequest, match=message):
-        parse_request(args, kwargs)
+        parse_job(args, kwargs)

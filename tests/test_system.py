@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,9 +18,8 @@ from redis.exceptions import ResponseError
 
 from fastgpt2 import Client
 from fastgpt2.engine.hub import DEMO_FOLDER
-from fastgpt2.errors import FastGPT2Error, QueueUnavailable, RedisServerMissing
+from fastgpt2.errors import QueueUnavailable, RedisServerMissing
 from fastgpt2.worker.connection import connect
-from fastgpt2.worker.pool import MAX_QUICK_DEATHS, Child, Pool
 from fastgpt2.worker.redis_server import RedisServer, find_server
 
 StartUp = Callable[..., tuple[subprocess.Popen[str], Path]]
@@ -114,18 +112,18 @@ def test_up_serves_and_stops_cleanly(start_up: StartUp, signum: int) -> None:
 
 def test_a_second_signal_hurries_the_stop(start_up: StartUp, tmp_path: Path) -> None:
     folder = tmp_path / "redis"
-    process, log = start_up("--workers", "1", "--redis-dir", str(folder))
+    process, log = start_up("--workers", "1", "--max-batch", "8", "--redis-dir", str(folder))
     redis_url, _ = ready(process, log)
     with Client(redis_url) as client:
-        running = client.enqueue("My name is", max_new_tokens=480, ignore_eos=True)
-        wait_until(lambda: running.status() == "started", "the job to start")
+        jobs = [client.enqueue("My name is", max_new_tokens=480, ignore_eos=True) for _ in range(8)]
+        wait_until(lambda: all(job.status() == "started" for job in jobs), "the jobs to start")
     process.terminate()
-    wait_until(lambda: "a second signal gives it back" in log.read_text(), "the worker to be told")
+    wait_until(lambda: "a second signal gives them back" in log.read_text(), "the worker to be told")
     process.terminate()
     assert process.wait(40) == 0
-    assert f"job {running.id} given back to the queue" in log.read_text()
+    assert "8 jobs given back to the queue" in log.read_text()
     with RedisServer(folder=folder) as again, Client(again.url) as client:
-        assert client.job(running.id).status() == "queued"
+        assert {client.job(job.id).status() for job in jobs} == {"queued"}
 
 
 def test_files_of_the_current_folder_are_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,76 +257,6 @@ def test_ctrl_c_while_it_starts(start_up: StartUp) -> None:
     pids.update(descendants(process.pid))
     wait_until(lambda: not any(map(alive, pids)), "what was started to be gone")
     assert "Traceback" not in log.read_text()
-
-
-class TestPool:
-    def child(self, code: str) -> Child:
-        return Child("child", [sys.executable, "-c", code], {})
-
-    def test_back_off_grows_and_ends(self) -> None:
-        child = self.child("import sys; sys.exit(7)")
-        pool = Pool([child])
-        pool.start()
-        now, delays = time.monotonic(), []
-        for _ in range(MAX_QUICK_DEATHS):
-            assert child.process is not None
-            child.process.wait(20)
-            pool.check(now)
-            delays.append(child.restart_at - now)
-            pool.check(child.restart_at - 0.01)
-            assert child.process is None, "not before its time"
-            now = child.restart_at
-            pool.check(now)
-        assert delays == pytest.approx([0.5, 1, 2, 4, 8])
-        assert child.process is not None
-        child.process.wait(20)
-        with pytest.raises(FastGPT2Error, match="child ended with status 7, 6 times in a row; giving up"):
-            pool.check(now)
-
-    def test_a_long_life_forgives(self) -> None:
-        child = self.child("pass")
-        pool = Pool([child])
-        pool.start()
-        now = time.monotonic()
-        for _ in range(2 * MAX_QUICK_DEATHS):
-            assert child.process is not None
-            child.process.wait(20)
-            now += 100  # as if it had lived so long
-            pool.check(now)
-            assert child.restart_at - now == pytest.approx(0.5)
-            now = child.restart_at
-            pool.check(now)
-        pool.stop(5)
-
-    @pytest.mark.parametrize("status", [2, 3])
-    def test_wrong_settings_and_models_are_not_tried_again(self, status: int) -> None:
-        child = self.child(f"import sys; sys.exit({status})")
-        pool = Pool([child])
-        pool.start()
-        assert child.process is not None
-        child.process.wait(20)
-        with pytest.raises(FastGPT2Error, match=f"child ended with status {status}; its message above says why"):
-            pool.check(time.monotonic())
-
-    def test_what_will_not_end_is_killed(self) -> None:
-        child = self.child(
-            "import signal, time; signal.signal(15, signal.SIG_IGN); print('on', flush=True); time.sleep(600)"
-        )
-        pool = Pool([child])
-        pool.start()
-        assert child.process is not None
-        wait_until(lambda: "SigIgn:\t0000000000004000" in ignored(child), "the child to ignore SIGTERM")
-        started = time.monotonic()
-        pool.stop(0.2)
-        assert child.process.returncode == -signal.SIGKILL
-        assert time.monotonic() - started < 20
-
-
-def ignored(child: Child) -> str:
-    assert child.process is not None
-    mask = re.search(r"SigIgn:\t([0-9a-f]+)", Path(f"/proc/{child.process.pid}/status").read_text())
-    assert mask is not None
-    return f"SigIgn:\t{int(mask[1], 16) & 0x4000:016x}"
 
 
 class TestRedisServer:

@@ -193,7 +193,8 @@ def test_pickles_callbacks_and_webhooks_are_never_touched(
     failing = queue.enqueue(TASK)
     redis.hset(failing.key, mapping={"failure_callback_name": "antigravity.geohash"})
     start_worker()
-    assert "not JSON of the right form" in failure(Job.fetch(garbage.id, connection=redis, serializer=JSONSerializer))
+    refused = Job.fetch(garbage.id, connection=redis, serializer=JSONSerializer)
+    assert "neither JSON nor a pickle of plain values" in failure(refused)
     assert "prompt is missing" in failure(failing)
     wait_for_status(called_back, "finished")
     wait_until(lambda: redis.hget(pickled.key, "status") == b"failed", "the pickled job to fail")
@@ -334,7 +335,7 @@ def test_a_worker_in_the_background_outlives_its_shell(
 
 
 def test_sigterm_finishes_the_job_in_hand_and_no_other(queue: Queue, redis: Redis, start_worker: StartWorker) -> None:
-    process = start_worker()
+    process = start_worker(FASTGPT2_MAX_BATCH="1")
     job = queue.enqueue(TASK, ENTRY["prompt"], **LONG)
     waiting = queue.enqueue(TASK, ENTRY["prompt"])
     wait_for_status(job, "started")
@@ -350,13 +351,13 @@ def test_sigterm_finishes_the_job_in_hand_and_no_other(queue: Queue, redis: Redi
 def test_a_second_signal_gives_the_job_back_to_the_front(
     queue: Queue, start_worker: StartWorker, tmp_path: Path
 ) -> None:
-    process = start_worker()
+    process = start_worker(FASTGPT2_MAX_BATCH="1")
     job = queue.enqueue(TASK, ENTRY["prompt"], **LONG)
     waiting = queue.enqueue(TASK, ENTRY["prompt"], max_new_tokens=2)
     wait_for_status(job, "started")
     process.terminate()
     log = tmp_path / "worker-0.log"
-    wait_until(lambda: "a second signal gives it back" in log.read_text(), "the worker to see the first signal")
+    wait_until(lambda: "a second signal gives them back" in log.read_text(), "the worker to see the first signal")
     process.terminate()
     assert process.wait(20) == 0
     assert queue.job_ids == [job.id, waiting.id]

@@ -2,40 +2,37 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
-import anyio.to_thread
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from fastgpt2.api.client import WAIT_SLICE_SECONDS, Client, Job
-from fastgpt2.api.outcome import has_ended, job_key, latest_entry_id, outcome, results_key
+from fastgpt2.api.async_client import AsyncClient, AsyncJob
+from fastgpt2.api.planning import plan_job
 from fastgpt2.api.status import read_status
 from fastgpt2.engine.generation import GenerationResult
 from fastgpt2.errors import (
     BadRequest,
     FastGPT2Error,
     ForbiddenOrigin,
-    JobNotFound,
+    QueueFull,
     RequestTooLarge,
-    ResultTimeout,
     ServiceBusy,
     ServiceStopping,
 )
-from fastgpt2.worker.connection import connect_async, redis_errors
-from fastgpt2.worker.job import parse_request, refuse_unknown
-
-if TYPE_CHECKING:
-    from redis.asyncio import Redis
+from fastgpt2.worker.connection import redis_errors
+from fastgpt2.worker.job import refuse_unknown, result_to_json
 
 log = logging.getLogger("fastgpt2.http")
 
@@ -44,30 +41,29 @@ MAX_BODY_BYTES = 8 << 20
 MAX_WAITING = 1000
 # How long requests in hand may go on once the endpoint is told to stop.
 GRACE_SECONDS = 5.0
+# How often it is looked whether a client has hung up, and whether the endpoint is to stop.
+WATCH_SECONDS = 0.5
+# What a client is told to wait when the queue is full.
+RETRY_AFTER_SECONDS = 1
 
 
 class Endpoint:
-    """The routes and what they share: a client to enqueue with, and an asyncio connection to wait and look with.
+    """The routes, and the client that they share.
 
     Args:
         redis_url, queue: where the jobs go.
         timeout: seconds that `POST /` waits for its result.
         stopping: whether the server is being stopped; a request may then wait for `GRACE_SECONDS` more.
+        max_queue: refuse requests while so many jobs wait.
     """
 
-    def __init__(self, redis_url: str, queue: str, timeout: float, stopping: Callable[[], bool]) -> None:
-        self.client = Client(redis_url, queue)
+    def __init__(
+        self, redis_url: str, queue: str, timeout: float, stopping: Callable[[], bool], max_queue: int | None = None
+    ) -> None:
+        self.client = AsyncClient(redis_url, queue, max_queue)
         self.timeout = timeout
         self.stopping = stopping
         self.waiting = 0
-        self._redis: Redis | None = None
-
-    @property
-    def redis(self) -> Redis:
-        # Made inside the running loop, to which its connections belong.
-        if self._redis is None:
-            self._redis = connect_async(self.client.redis_url)
-        return self._redis
 
     async def alive(self, _request: Request) -> Response:
         """`GET /`, as the original has it."""
@@ -80,13 +76,14 @@ class Endpoint:
     async def status(self, _request: Request) -> Response:
         """`GET /status`: the queue, its jobs by state, its workers."""
         with redis_errors(self.client.redis_url):
-            return JSONResponse(await read_status(self.redis, self.client.queue_name))
+            return JSONResponse(await read_status(self.client.connection, self.client.queue_name))
 
     async def generate(self, request: Request) -> Response:
         """`POST /` with `{"inputs": "...", "parameters": {...}}`: through the queue, `[{"generated_text": "..."}]`.
 
         `generated_text` is the prompt and its continuation, as in the original; with the parameter `return_full_text`
-        set to false, the continuation alone.
+        set to false, the continuation alone. The other parameters are the `JobFields`, `stream` apart. With `logprobs`
+        these stand beside the text.
         """
         _refuse_foreign(request)
         body = await _json_object(request)
@@ -99,61 +96,72 @@ class Endpoint:
             raise BadRequest("return_full_text must be true or false")
         if "inputs" not in body:
             raise BadRequest('inputs is missing: send {"inputs": "a prompt"}')
-        if "prompt" in parameters:
-            raise BadRequest("unknown field 'prompt' in parameters; the prompt goes into inputs")
-        generation = parse_request([body["inputs"]], parameters)
+        for name in ("prompt", "stream"):
+            if name in parameters:
+                hint = "; the prompt goes into inputs" if name == "prompt" else ""
+                raise BadRequest(f"unknown field {name!r} in parameters{hint}")
+        plan = plan_job(body["inputs"], parameters)
+        prompt = plan.request.prompt
+        if full_text and not isinstance(prompt, str):
+            # What token ids read as, only the worker can tell.
+            plan = replace(plan, request=replace(plan.request, echo=True))
         if self.waiting >= MAX_WAITING:
             raise ServiceBusy(f"{MAX_WAITING} requests wait already; nothing was enqueued, try again later")
         self.waiting += 1
         try:
-            job = await anyio.to_thread.run_sync(self.client.enqueue_request, generation)
+            job = await self.client.enqueue_plan(plan)
             result = await self.wait(job, request.is_disconnected)
         finally:
             self.waiting -= 1
-        text = generation.prompt + result.text if full_text else result.text
-        return JSONResponse([{"generated_text": text}], headers={"x-job-id": job.id})
+        text = f"{prompt}{result.text}" if full_text and not plan.request.echo else result.text
+        answer: dict[str, Any] = {"generated_text": text}
+        if result.logprobs is not None:
+            answer["logprobs"] = result_to_json(result)["logprobs"]
+        return JSONResponse([answer], headers={"x-job-id": job.id})
 
-    async def wait(self, job: Job, gone: Callable[[], Awaitable[bool]]) -> GenerationResult:
-        """The job's result, waited for without holding a thread, as long as the client is not `gone`.
+    async def wait(self, job: AsyncJob, gone: Callable[[], Awaitable[bool]]) -> GenerationResult:
+        """The job's result, waited for as long as the client is not `gone`; if it is, the job is cancelled.
 
         Raises what `Job.result` raises.
         """
-        deadline, stop_at = time.monotonic() + self.timeout, math.inf
-        key = results_key(job.id)
-        with redis_errors(self.client.redis_url):
-            while True:
-                entries = await self.redis.xrevrange(key, count=1)
-                found = outcome(job.id, entries)
-                if found is None and has_ended(job.id, await self.redis.hget(job_key(job.id), "status")):
-                    found = outcome(job.id, await self.redis.xrevrange(key, count=1))
-                    if found is None:
-                        raise JobNotFound(f"job {job.id} has ended, but its result has expired or was not kept")
-                if found is not None:
-                    return found
-                if await gone():
-                    raise BadRequest("the client hung up")
-                if self.stopping() and stop_at == math.inf:
-                    stop_at = time.monotonic() + GRACE_SECONDS
-                left = min(WAIT_SLICE_SECONDS, deadline - time.monotonic(), stop_at - time.monotonic())
-                if left <= 0 and stop_at < deadline:
-                    raise ServiceStopping(f"the endpoint is being stopped; job {job.id} goes on")
-                if left <= 0:
-                    raise ResultTimeout(f"job {job.id}: no result within {self.timeout:g} s")
-                await self.redis.xread({key: latest_entry_id(entries)}, block=max(1, int(left * 1000)), count=1)
+        result = asyncio.create_task(job.result(self.timeout))
+        watch = asyncio.create_task(self._watch(job, gone))
+        try:
+            await asyncio.wait({result, watch}, return_when=asyncio.FIRST_COMPLETED)
+            if not result.done():
+                await watch
+            return await result
+        finally:
+            for task in (result, watch):
+                task.cancel()
+            await asyncio.gather(result, watch, return_exceptions=True)
+
+    async def _watch(self, job: AsyncJob, gone: Callable[[], Awaitable[bool]]) -> None:
+        """Ends only by raising, when there is no more use or no more time in waiting."""
+        stop_at = math.inf
+        while True:
+            if await gone():
+                await job.cancel()
+                raise BadRequest("the client hung up")
+            if self.stopping() and stop_at == math.inf:
+                stop_at = time.monotonic() + GRACE_SECONDS
+            if time.monotonic() >= stop_at:
+                raise ServiceStopping(f"the endpoint is being stopped; job {job.id} goes on")
+            await asyncio.sleep(WATCH_SECONDS)
 
     async def close(self) -> None:
-        if self._redis is not None:
-            await self._redis.aclose()
-        self.client.close()
+        await self.client.aclose()
 
 
-def create_app(redis_url: str, queue: str, timeout: float, stopping: Callable[[], bool]) -> Starlette:
+def create_app(
+    redis_url: str, queue: str, timeout: float, stopping: Callable[[], bool], max_queue: int | None = None
+) -> Starlette:
     """The ASGI application; see `Endpoint`.
 
     Raises:
         BadRequest: not a Redis URL.
     """
-    endpoint = Endpoint(redis_url, queue, timeout, stopping)
+    endpoint = Endpoint(redis_url, queue, timeout, stopping, max_queue)
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
@@ -204,7 +212,8 @@ def _error(status: int, kind: str, message: str, headers: Mapping[str, str] | No
 
 async def _refuse(_request: Request, error: Exception) -> Response:
     assert isinstance(error, FastGPT2Error)
-    return _error(error.http_status, type(error).__name__, str(error))
+    headers = {"retry-after": str(RETRY_AFTER_SECONDS)} if isinstance(error, QueueFull) else None
+    return _error(error.http_status, type(error).__name__, str(error), headers)
 
 
 async def _refuse_route(request: Request, error: Exception) -> Response:

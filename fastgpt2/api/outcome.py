@@ -1,4 +1,4 @@
-"""How a job ended, read from the stream of results that RQ keeps for it: `rq:results:<id>`."""
+"""How a job ended, read from RQ's hash of it, `rq:job:<id>`, and from its stream of results, `rq:results:<id>`."""
 
 from __future__ import annotations
 
@@ -8,20 +8,26 @@ import json
 import re
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from rq.job import JobStatus
 from rq.results import Result
 
 from fastgpt2 import errors
+from fastgpt2.api.exchange import Together, call
 from fastgpt2.engine.generation import GenerationResult
-from fastgpt2.errors import BadRequest, FastGPT2Error, JobFailed, JobNotFound
+from fastgpt2.errors import BadRequest, FastGPT2Error, JobCancelled, JobFailed, JobNotFound, JobTimedOut
 from fastgpt2.worker.job import result_from_json
+from fastgpt2.worker.names import PARTIAL_META
 
 MAX_REASON_BYTES = 1 << 20
+# How long a worker may take to write down what it had generated of a job that was cancelled.
+LETTING_GO_SECONDS = 5.0
 
-# What XREVRANGE answers: (id, {field: value}), bytes throughout; the redis library's own types allow for much more.
-Entries = Sequence[tuple[Any, Any]] | None
+# What XREVRANGE answers: (id, {field: value}), bytes throughout.
+Entries: TypeAlias = Sequence[tuple[Any, Any]]
+# How a job ended: errors are values here, as one job's must not disturb the others that are read with it.
+Outcome: TypeAlias = GenerationResult | FastGPT2Error
 
 
 def results_key(job_id: str) -> str:
@@ -32,39 +38,84 @@ def job_key(job_id: str) -> str:
     return f"rq:job:{job_id}"
 
 
-def known_status(job_id: str, status: bytes | str | None) -> str:
+def known_status(job_id: str, status: bytes | None) -> str:
     """RQ's status of a job as text. Raises JobNotFound where the job's hash has none."""
     if status is None:
         raise JobNotFound(f"no job {job_id!r}: it was never enqueued here, or its result has expired")
-    return status.decode() if isinstance(status, bytes) else status
+    return status.decode()
 
 
-def has_ended(job_id: str, status: bytes | str | None) -> bool:
-    """Whether a job in this status has, or had, a result.
+def unwrapped(outcome: Outcome) -> GenerationResult:
+    """The result, or the error raised."""
+    if isinstance(outcome, FastGPT2Error):
+        raise outcome
+    return outcome
 
-    Raises:
-        JobFailed: it was cancelled, and will have none.
-        JobNotFound: there is no such job.
+
+class Awaited:
+    """A job whose end is waited for, and what was read of it so far.
+
+    Attributes:
+        after: the id of the latest entry of its results that has been read; to be waited for is what comes after it.
+        letting_go: it was cancelled, and its worker still has to write down what it had generated.
     """
-    known = known_status(job_id, status)
-    if known == JobStatus.CANCELED.value:
-        raise JobFailed(job_id, "it was cancelled", "JobCancelled")
-    return known in (JobStatus.FINISHED.value, JobStatus.FAILED.value, JobStatus.STOPPED.value)
+
+    def __init__(self, job_id: str) -> None:
+        self.id = job_id
+        self.key = results_key(job_id)
+        self.after: bytes | str = "0-0"
+        self._cancelled_since: float | None = None
+
+    @property
+    def letting_go(self) -> bool:
+        return self._cancelled_since is not None
+
+    def look(self) -> Together:
+        """What reads the state of the job; in one transaction, so that its status and its result go together."""
+        return Together(
+            (
+                call("hmget", job_key(self.id), "status", "worker_name", "meta"),
+                call("xrevrange", self.key, "+", "-", 1),
+            ),
+            at_once=True,
+        )
+
+    def seen(self, answers: Sequence[Any], now: float) -> Outcome | None:
+        """How the job ended, from the answers to `look`; None while it has not, or will run again."""
+        (status, worker_name, meta), entries = answers
+        if entries:
+            self.after = entries[-1][0]
+        if status == JobStatus.CANCELED.value.encode():
+            self._cancelled_since = self._cancelled_since or now
+            if worker_name and now - self._cancelled_since < LETTING_GO_SECONDS:
+                return None
+            return JobCancelled(self.id, "on request", "JobCancelled", _partial(meta))
+        try:
+            ended = _read(self.id, entries, meta)
+            if ended is None and known_status(self.id, status) in _ENDED:
+                return JobNotFound(f"job {self.id} has ended, but its result has expired or was not kept")
+        except FastGPT2Error as error:
+            return error
+        return ended
+
+    def heard(self, entries: Entries) -> Outcome | None:
+        """The result, if it is what has come in; all other ends take a look at the job."""
+        for entry_id, fields in entries:
+            self.after = entry_id
+            if fields.get(b"type") == _SUCCESSFUL:
+                try:
+                    return result_from_json(_return_value(fields))
+                except FastGPT2Error as error:
+                    return error
+        return None
 
 
-def latest_entry_id(entries: Entries) -> bytes | str:
-    """The id after which to wait for the next entry."""
-    latest: bytes | str = entries[0][0] if entries else b"0-0"
-    return latest
+_SUCCESSFUL = str(Result.Type.SUCCESSFUL.value).encode()
+_ENDED = (JobStatus.FINISHED.value, JobStatus.FAILED.value, JobStatus.STOPPED.value)
 
 
-def outcome(job_id: str, entries: Entries) -> GenerationResult | None:
-    """What the latest entry says: the result; None when there is none yet or the job will run again.
-
-    Raises:
-        BadRequest: the worker refused the request.
-        JobFailed: the job failed or was stopped, with the worker's reason.
-    """
+def _read(job_id: str, entries: Entries, meta: bytes | None) -> Outcome | None:
+    """What the latest entry says."""
     if not entries:
         return None
     fields = entries[0][1]
@@ -73,7 +124,9 @@ def outcome(job_id: str, entries: Entries) -> GenerationResult | None:
         return None
     if kind == Result.Type.SUCCESSFUL:
         return result_from_json(_return_value(fields))
-    raise _failure(job_id, _exception_text(fields), kind)
+    if kind == Result.Type.MAX_RETRIES_EXCEEDED:
+        return JobFailed(job_id, "given back to the queue too often")
+    return _failure(job_id, _exception_text(fields), _partial(meta))
 
 
 def _return_value(fields: Mapping[bytes, bytes]) -> Any:
@@ -91,16 +144,27 @@ def _exception_text(fields: Mapping[bytes, bytes]) -> str:
         return ""
 
 
-def _failure(job_id: str, text: str, kind: Result.Type) -> FastGPT2Error:
+def _partial(meta: bytes | None) -> GenerationResult | None:
+    """What had been generated, as the worker wrote it into the job's metadata."""
+    try:
+        return result_from_json(json.loads(meta or b"{}")[PARTIAL_META])
+    except (FastGPT2Error, KeyError, TypeError, ValueError, RecursionError):
+        return None
+
+
+def _failure(job_id: str, text: str, partial: GenerationResult | None) -> FastGPT2Error:
     """The last line of a formatted exception is its type and message."""
-    if kind == Result.Type.MAX_RETRIES_EXCEEDED:
-        return JobFailed(job_id, "given back to the queue too often")
     lines = [line for line in text.splitlines() if line.strip()]
     match = re.fullmatch(r"([\w.]+)(?:: (.*))?", lines[-1]) if lines else None
     if match is None:
-        return JobFailed(job_id, lines[-1] if lines else "no reason was recorded")
+        return JobFailed(job_id, lines[-1] if lines else "no reason was recorded", partial=partial)
     name, reason = match[1].rpartition(".")[2], match[2] or match[1]
     known = getattr(errors, name, None)
     if isinstance(known, type) and issubclass(known, BadRequest):
         return known(reason)
-    return JobFailed(job_id, reason, name)
+    # The latter is what a stock `rq worker` says.
+    if name in (JobTimedOut.__name__, "JobTimeoutException"):
+        return JobTimedOut(job_id, reason, name, partial)
+    if isinstance(known, type) and issubclass(known, JobFailed):
+        return known(job_id, reason, name, partial)
+    return JobFailed(job_id, reason, name, partial)

@@ -24,7 +24,9 @@ def serve(values: dict[str, Any]) -> None:
     from fastgpt2.logs import set_up_logging
 
     set_up_logging(values["log_level"])
-    app = create_app(values["redis_url"], values["queue"], values["timeout"], lambda: server.should_exit)
+    app = create_app(
+        values["redis_url"], values["queue"], values["timeout"], lambda: server.should_exit, values["max_queue"]
+    )
     server = uvicorn.Server(
         uvicorn.Config(
             app, log_config=None, access_log=False, timeout_graceful_shutdown=SHUTDOWN_SECONDS, server_header=False

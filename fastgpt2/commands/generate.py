@@ -35,5 +35,6 @@ def run(values: dict[str, Any]) -> int:
         ]
         for name, seconds in lines:
             print(f"{name} {seconds * 1e3:.2f} ms", file=sys.stderr)
-    print_result(result, values, prompt=request.prompt)
+    # With `echo` the text begins with it.
+    print_result(result, values, prompt="" if request.echo else None)
     return 0

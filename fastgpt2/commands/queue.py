@@ -1,11 +1,13 @@
-"""What a person asks a running pool: `fastgpt2 status`, `fastgpt2 enqueue`, `fastgpt2 result`."""
+"""What a person asks a running pool: `fastgpt2 status`, `enqueue`, `result`, `cancel`."""
 
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
-from fastgpt2.commands.texts import print_result, request_of
+from fastgpt2.commands.texts import print_pieces, print_result, request_of
+from fastgpt2.errors import BadRequest
 
 
 def status(values: dict[str, Any]) -> int:
@@ -31,7 +33,8 @@ def _status_text(status: dict[str, Any]) -> str:
     jobs = ", ".join(f"{count} {state}" for state, count in status["jobs"].items() if count) or "none"
     lines = [f"queue {status['queue']['name']}: {status['queue']['depth']} waiting; jobs: {jobs}"]
     for worker in status["workers"]:
-        at_work = f" on job {worker['job']}" if worker["job"] else ""
+        count = worker["in_hand"]
+        at_work = f" on {count} of up to {worker['max_batch']} jobs" if count else ""
         lines.append(
             f"worker {worker['name']}: {worker['state']}{at_work}, model {worker['model']} ({worker['computes_by']}), "
             f"up {worker['age_seconds']} s, heard {worker['heartbeat_age_seconds']} s ago, "
@@ -44,13 +47,24 @@ def _status_text(status: dict[str, Any]) -> str:
 
 def enqueue(values: dict[str, Any]) -> int:
     from fastgpt2.api.client import Client
+    from fastgpt2.worker.job import JobOptions
 
-    with Client(values["redis_url"], values["queue"]) as client:
-        job = client.enqueue_request(request_of(values))
-        if not values["wait"]:
+    if values["stream"] and values["json"]:
+        raise BadRequest("--stream prints text, --json a whole result; leave one out")
+    options = JobOptions(timeout=values["deadline"], stream=values["stream"])
+    with Client(values["redis_url"], values["queue"], values["max_queue"]) as client:
+        job = client.enqueue_request(request_of(values), options, priority=values["priority"])
+        if values["stream"]:
+            try:
+                print_pieces(job.stream(values["timeout"]), values)
+            except KeyboardInterrupt:
+                if job.cancel():
+                    print(f"\njob {job.id} is cancelled", file=sys.stderr)
+                raise
+        elif values["wait"]:
+            print_result(job.result(values["timeout"]), values)
+        else:
             print(job.id)
-            return 0
-        print_result(job.result(values["timeout"]), values)
     return 0
 
 
@@ -58,5 +72,16 @@ def result(values: dict[str, Any]) -> int:
     from fastgpt2.api.client import Client
 
     with Client(values["redis_url"], values["queue"]) as client:
-        print_result(client.job(values["job"]).result(values["timeout"]), values)
+        print_result(client.result(values["job"], values["timeout"]), values)
+    return 0
+
+
+def cancel(values: dict[str, Any]) -> int:
+    from fastgpt2.api.client import Client
+
+    with Client(values["redis_url"], values["queue"]) as client:
+        if client.cancel(values["job"]):
+            print(f"job {values['job']} is cancelled")
+        else:
+            print(f"job {values['job']} had ended: {client.status(values['job'])}")
     return 0

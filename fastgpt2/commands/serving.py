@@ -13,18 +13,31 @@ def worker(values: dict[str, Any]) -> int:
     from fastgpt2.logs import set_up_logging
     from fastgpt2.worker.connection import connect
     from fastgpt2.worker.generation_worker import GenerationWorker, log
+    from fastgpt2.worker.recycling import Recycling
 
     set_up_logging(values["log_level"])
     hold_to_one_thread()
     connection = connect(values["redis_url"])
     engine = Engine.load(
-        values["model"], revision=values["revision"], max_batch=1, threads=values["threads"], blas=values["blas"]
+        values["model"],
+        revision=values["revision"],
+        threads=values["threads"],
+        max_batch=values["max_batch"],
+        kv_memory=values["kv_memory"],
+        blas=values["blas"],
     )
     engine.warm_up()
     log.info("loaded %s in %.0f ms; %s", engine.model, engine.load_times.loaded * 1e3, engine.describe())
     supervisor = os.environ.get("FASTGPT2_SUPERVISOR_PID", "")
-    supervisor_pid = int(supervisor) if supervisor.isdigit() else None
-    GenerationWorker(engine, connection, values["queue"], values["name"], supervisor_pid).work()
+    GenerationWorker(
+        engine,
+        connection,
+        values["queue"],
+        values["name"],
+        supervisor_pid=int(supervisor) if supervisor.isdigit() else None,
+        drain_timeout=values["drain_timeout"],
+        recycling=Recycling(values["max_jobs"], values["max_growth"]),
+    ).work(burst=values["burst"])
     return 0
 
 

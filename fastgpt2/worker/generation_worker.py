@@ -1,77 +1,59 @@
-"""An RQ worker that loads the model once and generates one job at a time in its own process."""
+"""An RQ worker that holds many jobs at once and decodes them together: between any two steps some come and some go."""
 
 from __future__ import annotations
 
 import logging
-import os
-import socket
-import threading
+import math
 import time
-import uuid
-from collections.abc import Callable
+from collections import defaultdict
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import OutOfMemoryError, ReadOnlyError, RedisError
-from redis.exceptions import TimeoutError as RedisTimeoutError
-from rq import Queue, Retry, SimpleWorker, worker_registration
-from rq.exceptions import DequeueTimeout, DeserializationError, StopRequested
-from rq.job import Job
-from rq.scheduler import RQScheduler
-from rq.timeouts import BaseDeathPenalty
+from redis.exceptions import RedisError
+from rq.registry import CanceledJobRegistry
 from rq.worker import WorkerStatus
 
 from fastgpt2 import __version__
-from fastgpt2.errors import BadRequest, FastGPT2Error, RedisAccessDenied
-from fastgpt2.worker.connection import address_of, in_words
-from fastgpt2.worker.job import describe_result, result_to_json
-from fastgpt2.worker.job_run import HEARTBEAT_SECONDS, GiveBack, JobRun
-from fastgpt2.worker.process import on_stop_signals
-from fastgpt2.worker.rq_job import GenerationJob, JSONOnlySerializer, fail_malformed
-from fastgpt2.worker.tasks import queue_seconds
+from fastgpt2.errors import JobStopped, PromptTooLong
+from fastgpt2.worker.batch import Batch
+from fastgpt2.worker.claims import Claim, Claims
+from fastgpt2.worker.endings import Endings
+from fastgpt2.worker.ledger import Ledger, Started
+from fastgpt2.worker.names import queues_of, stream_key
+from fastgpt2.worker.recycling import Recycling
+from fastgpt2.worker.rq_worker import RQWorker, back_off
+from fastgpt2.worker.running import Running
+from fastgpt2.worker.stream import RUNNING_TTL_SECONDS, piece_to_entry
 
 if TYPE_CHECKING:
     from redis import Redis
+    from redis.client import Pipeline
 
     from fastgpt2.engine.engine import Engine
 
 log = logging.getLogger("fastgpt2.worker")
 
-# A worker that was killed is off the lists this long after its last heartbeat, plus RQ's own 60 s.
-WORKER_TTL_SECONDS = 30
-# How long an idle worker may take to notice a signal or an orphaned life.
-CLAIM_SECONDS = 1
-MAX_RECONNECT_SECONDS = 10.0
-UPKEEP_PAUSE_SECONDS = 60.0
-# How often a job may be given back by workers that are told to stop at once.
-MAX_GIVE_BACKS = 1000
+# How long an idle worker may take to notice that it is an orphan, or that it is time for a heartbeat.
+IDLE_SECONDS = 1.0
+# Taken at one go: what is left may be another worker's, so that a burst of jobs spreads over all of them.
+MOST_CLAIMS = 4
 
 
-class _NoAlarm(BaseDeathPenalty):
-    """RQ's SIGALRM raises wherever it lands, in the midst of the decoder's bookkeeping; the step loop looks instead."""
+class GenerationWorker(RQWorker):
+    """Takes jobs as long as there is room for them, steps all of them together, and writes each one's end.
 
-    def setup_death_penalty(self) -> None:
-        pass
-
-    def cancel_death_penalty(self) -> None:
-        pass
-
-
-class GenerationWorker(SimpleWorker):
-    """A full RQ worker: statuses, registries, results, retries, heartbeats, stop commands, suspension, `rq info`.
-
-    A first SIGTERM or SIGINT lets it finish the job in hand; a second one puts that job back at the front of its queue.
+    A stop signal makes it take no more, finish what it holds within `drain_timeout`, and give the rest back to the
+    front of the queue; a second one makes it give back all at once.
 
     Args:
         engine: loaded and warmed up.
         connection: to Redis; see `fastgpt2.worker.connection.connect`.
-        queue: name of the queue.
+        queue: name of the queue; the more and the less urgent ones beside it are served too (`names.queues_of`).
         name: unique among the live workers; default host and process id.
         supervisor_pid: the process without which this one should not live on.
+        drain_timeout: seconds.
+        recycling: when to end although nobody asks for it.
     """
-
-    death_penalty_class = _NoAlarm
 
     def __init__(
         self,
@@ -80,44 +62,45 @@ class GenerationWorker(SimpleWorker):
         queue: str,
         name: str | None = None,
         supervisor_pid: int | None = None,
+        drain_timeout: float = 30.0,
+        recycling: Recycling | None = None,
     ) -> None:
         self.engine = engine
-        self.supervisor_pid = supervisor_pid
+        self.drain_timeout = drain_timeout
+        self.recycling = recycling
         self._longest_token_bytes = engine.tokenizer.longest_token_bytes
-        self.stopping = threading.Event()
-        self.stop_at_once = False
-        self._last_heartbeat = 0.0
-        self._no_upkeep_before = 0.0
-        super().__init__(
-            [queue],
-            name=name or default_name(),
-            connection=connection,
-            job_class=GenerationJob,
-            serializer=JSONOnlySerializer,
-            worker_ttl=WORKER_TTL_SECONDS,
-            log_job_description=False,
-            prepare_for_work=False,  # would need Redis to be up already
-        )
-        # RQ's own lines would be five a job.
-        self.log.setLevel(logging.WARNING)
-        self._scheduler = RQScheduler([queue], connection, logging_level=logging.WARNING, serializer=self.serializer)
+        self.batch = Batch(engine)
+        self._claimed: list[Claim] = []
+        self._worked = False
+        self._exchange_seconds = 0.0
+        self._drain_until = math.inf
+        self._redis_failures = 0
+        self._no_redis_before = 0.0
+        super().__init__(connection, queues_of(queue), name, supervisor_pid)
+        self._claims = Claims(connection, self.queues)
+        self._ledger = Ledger(self)
+        self.endings = Endings(self.batch, self._ledger, self.name)
 
     def serialize(self) -> dict[str, Any]:
-        """What Redis holds of this worker: RQ's fields, and what clients need to know of the model."""
+        """What Redis holds of this worker: RQ's fields, what clients need to know of the model, and how it is doing."""
         config = self.engine.config
         own = {
             "fastgpt2_version": __version__,
             "model": self.engine.model,
             "computes_by": self.engine.describe(),
             "n_positions": config.n_positions,
+            "vocab_size": config.vocab_size,
             "longest_token_bytes": self._longest_token_bytes,
+            "max_batch": self.engine.max_batch,
+            "in_flight": len(self.batch),
+            "kv_bytes": self.engine.decoder.kv_bytes_reserved,
+            "kv_bytes_limit": self.engine.decoder.kv_bytes_limit,
+            "tokens": self.batch.tokens,
+            "steps": self.batch.steps,
+            "step_seconds": round(self.batch.step_seconds, 6),
+            "exchange_seconds": round(self._exchange_seconds, 6),
         }
         return {**super().serialize(), **own}
-
-    @property
-    def stopped_job_id(self) -> str | None:
-        """The job that a stop command named last."""
-        return self._stopped_job_id
 
     def work(self, burst: bool = False, *other: Any, **others: Any) -> bool:
         """Take and run jobs until told to stop; with `burst`, until the queue is empty. Returns whether any was run.
@@ -128,208 +111,215 @@ class GenerationWorker(SimpleWorker):
         if other or others:
             raise TypeError(f"{type(self).__name__}.work() takes no option but burst")
         self._install_signal_handlers()
-        if not self._register():
+        if not self.sign_on():
             return False
-        (queue,) = self.queues
-        log.info("%s is ready: model %s, queue %s, process %d", self.name, self.engine.model, queue.name, self.pid)
-        worked, failures = False, 0
+        names = ", ".join(self.queue_names())
+        log.info(
+            "%s is ready: model %s, up to %d jobs at once, queues %s, process %d",
+            *(self.name, self.engine.model, self.engine.max_batch, names, self.pid),
+        )
+        if self.recycling is not None:
+            self.recycling.start()
         try:
-            while not self.stopping.is_set() and not self._orphaned():
-                try:
-                    self.check_for_suspension(burst)
-                    if self.stopping.is_set():
-                        break
-                    claimed = self._claim(burst)
-                    if claimed is not None:
-                        self.execute_job(*claimed)
-                        worked = True
-                    elif burst:
-                        break
-                    failures = 0
-                except StopRequested:  # suspended, with burst
-                    break
-                except RedisError as reason:
-                    failures += 1
-                    self._wait_for_redis(reason, failures)
-                except Exception:
-                    # No entry in Redis, however strange, may end a worker.
-                    log.exception("%s: unforeseen; going on", self.name)
-                    failures += 1
-                    self.stopping.wait(_back_off(failures))
+            while not self._turn(burst):
+                pass
         finally:
-            self._say_goodbye()
-        return worked
+            self._claims.close()
+            self.sign_off()
+        return self._worked
 
-    def _register(self) -> bool:
-        """Appear among the workers, waiting for a Redis that is not up yet. False when told to stop meanwhile.
+    def request_stop(self, signum: int, frame: FrameType | None) -> None:
+        super().request_stop(signum, frame)
+        self._claims.wake()
 
-        Raises:
-            RedisAccessDenied: Redis is up, and will not have this worker.
-        """
-        failures = 0
-        while not self.stopping.is_set():
-            try:
-                self.hostname, self.pid = socket.gethostname(), os.getpid()
-                self._set_ip_address(self.connection)
-                self.register_birth()
-                self.subscribe()
-                self.set_state(WorkerStatus.IDLE)
-                return True
-            except RedisError as reason:
-                error = in_words(address_of(self.connection), reason)
-                if isinstance(error, RedisAccessDenied):
-                    raise error from None
-                failures += 1
-                self._wait_for_redis(reason, failures)
-            except ValueError as reason:
-                raise BadRequest(f"{reason}; give each worker a name of its own") from None
+    # One turn: all talk with Redis, then a step.
+
+    def _turn(self, burst: bool) -> bool:
+        """Whether this was the last one."""
+        idle = self._empty_handed()
+        self._heed_stop()
+        found = True
+        if time.monotonic() >= self._no_redis_before:
+            found = self._exchange_safely(burst, idle)
+        elif not self.batch.running:
+            time.sleep(0.02)
+        if self._empty_handed() and (self.stopping.is_set() or (burst and not found)):
+            return True
+        if len(self.endings) and self.stop_at_once and self._redis_failures:
+            log.error("%s: the ends of %d jobs could not be written", self.name, len(self.endings))
+            return True
+        self._end_overdue()
+        self.batch.admit()
+        self._step()
         return False
 
-    def _claim(self, burst: bool) -> tuple[Job, Queue] | None:
-        """The next job, waiting for one for a second at most; a heartbeat and RQ's upkeep on the way."""
-        self._keep_up()
-        try:
-            return Queue.dequeue_any(
-                self.queues,
-                None if burst else CLAIM_SECONDS,
-                connection=self.connection,
-                job_class=self.job_class,
-                serializer=self.serializer,
-            )
-        except DequeueTimeout:
-            return None
-        except RedisError:
-            raise
-        except Exception as reason:
-            if not hasattr(reason, "job_id"):
-                raise
-            # RQ's mark of an entry that was claimed and cannot be read.
-            error = fail_malformed(self.queues[0], reason.job_id, reason, self.name)
-            log.warning("%s: job %s failed: %s", self.name, reason.job_id, error)
-            return None
+    def _empty_handed(self) -> bool:
+        return not (len(self.batch) or self._claimed or len(self.endings))
 
-    def _keep_up(self) -> None:
-        """Heartbeat, jobs that are due, RQ's clean-up. An entry that breaks the latter must keep no job waiting."""
-        now = time.monotonic()
-        if now - self._last_heartbeat > HEARTBEAT_SECONDS:
-            self._announce()
-            self._last_heartbeat = now
-            self._scheduler.acquire_locks()
-        if now < self._no_upkeep_before:
-            return
+    def _exchange_safely(self, burst: bool, idle: bool) -> bool:
+        """Whether any job was found."""
+        began = time.perf_counter()
         try:
-            self._scheduler.enqueue_scheduled_jobs()
-            if self.should_run_maintenance_tasks:
-                self.run_maintenance_tasks()
-        except RedisError:
-            raise
+            found = self._exchange(burst, idle)
+            self._redis_failures = 0
+            return found
+        except RedisError as reason:
+            self._redis_failures += 1
+            seconds = min(back_off(self._redis_failures), 0.2 if self.stopping.is_set() else math.inf)
+            log.warning("%s: Redis cannot be used (%s); trying again in %.1f s", self.name, reason, seconds)
+            self._no_redis_before = time.monotonic() + seconds
+            self._claims.close_connections()
         except Exception:
-            log.exception("%s: upkeep failed; trying again in %.0f s", self.name, UPKEEP_PAUSE_SECONDS)
-            self._no_upkeep_before = now + UPKEEP_PAUSE_SECONDS
-
-    def _announce(self) -> None:
-        """A heartbeat, and an entry anew should Redis have lost its data since."""
-        with self.connection.pipeline() as pipeline:
-            worker_registration.register(self, pipeline)
-            fields: dict[Any, Any] = {**self.serialize(), "state": self._state}
-            pipeline.hset(self.key, mapping=fields)
-            self.heartbeat(pipeline=pipeline)
-            pipeline.execute()
-
-    def execute_job(self, job: Job, queue: Queue) -> None:
-        assert isinstance(job, GenerationJob)
-        job.run = self._generate
-        super().execute_job(job, queue)
-
-    def _generate(self, job: GenerationJob) -> dict[str, Any] | Retry:
-        """What `job.perform()` does. An exception becomes the job's failure, a Retry puts it back into its queue."""
-        run = JobRun(self, job)
-        try:
-            (result,) = self.engine.run([job.request()], run.between_steps)
-        except GiveBack:
-            log.info("%s: job %s given back to the queue", self.name, job.id)
-            return Retry(max=MAX_GIVE_BACKS, enqueue_at_front=True)
-        return result_to_json(result, queue_seconds(job.enqueued_at, job.started_at))
-
-    def _finalize_success(self, job: Job, queue: Queue, execution: Any, return_value: Any) -> None:
-        self._persist(job, lambda: super(GenerationWorker, self)._finalize_success(job, queue, execution, return_value))
-        if isinstance(return_value, dict):
-            log.info("%s: job %s finished: %s", self.name, job.id, describe_result(return_value))
-
-    def _persist(self, job: Job, write: Callable[[], None]) -> None:
-        """Write a job's end, waiting for a Redis that is away: the work is done, and only this holds its result."""
-        failures = 0
-        while True:
-            try:
-                write()
-                return
-            except (RedisConnectionError, RedisTimeoutError, ReadOnlyError, OutOfMemoryError) as reason:
-                if self.stop_at_once:
-                    raise
-                failures += 1
-                log.warning("%s: the end of job %s cannot be written yet", self.name, job.id)
-                self._wait_for_redis(reason, failures)
-
-    def _finalize_failure(self, job: Job, queue: Queue, execution: Any, exc_info: Any) -> None:
-        """A user's mistake is recorded as its sentence alone; a traceback is for what nobody foresaw."""
-        error = exc_info[1]
-        if isinstance(error, DeserializationError) and isinstance(job, GenerationJob):
-            error = job.unreadable(error)
-        if isinstance(error, FastGPT2Error):
-            exc_info = (type(error), error, None)
-        self._persist(job, lambda: super(GenerationWorker, self)._finalize_failure(job, queue, execution, exc_info))
-
-    def handle_exception(self, job: Job, *exc_info: Any) -> None:
-        """One line in the log; a traceback only for a defect. Prompts stay out of it."""
-        error = exc_info[1]
-        if isinstance(error, FastGPT2Error):
-            log.warning("%s: job %s failed: %s", self.name, job.id, error)
-        else:
-            log.error("%s: job %s failed: %s", self.name, job.id, error, exc_info=exc_info)
-
-    def _install_signal_handlers(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            on_stop_signals(self.request_stop)
-
-    def request_stop(self, _signum: int, _frame: FrameType | None) -> None:
-        """Only sets flags: RQ's own handler raises where it stands, which loses a job that was just claimed."""
-        if self.stopping.is_set():
-            self.stop_at_once = True
-        self.stopping.set()
-        self._stop_requested = True
-
-    def request_force_stop(self, signum: int, frame: FrameType | None) -> None:
-        self.request_stop(signum, frame)
-
-    def _orphaned(self) -> bool:
-        """The supervisor is gone: nobody would stop this worker any more."""
-        if self.supervisor_pid is None or os.getppid() == self.supervisor_pid:
-            return False
-        log.warning("%s: the supervisor is gone; stopping", self.name)
+            # No entry in Redis, however strange, may end a worker.
+            log.exception("%s: unforeseen; going on", self.name)
+            self._redis_failures += 1
+            self._no_redis_before = time.monotonic() + back_off(self._redis_failures)
+            self._claimed.clear()
+        finally:
+            if not idle:
+                self._exchange_seconds += time.perf_counter() - began
         return True
 
-    def _wait_for_redis(self, reason: Exception, failures: int) -> None:
-        seconds = _back_off(failures)
-        log.warning("%s: Redis cannot be used (%s); trying again in %.1f s", self.name, reason, seconds)
-        if self.stopping.is_set():
-            time.sleep(min(seconds, 0.2))  # an event that is set does not wait; a second signal must be seen soon
-        else:
-            self.stopping.wait(seconds)
+    def _exchange(self, burst: bool, idle: bool) -> bool:
+        self.endings.write()
+        if self.keep_up():
+            self._ledger.keep_alive([running.started for running in self.batch])
+        if len(self.batch):
+            self._pulse()
+        elif not self.stopping.is_set() and not self._claimed:
+            self._claimed += self._idle(burst)
+        if not self._claimed:
+            return not idle
+        started = self._ledger.start(self._claimed)
+        self._claimed = []
+        for each in started:
+            self._take_up(each)
+        return True
 
-    def _say_goodbye(self) -> None:
+    def _idle(self, burst: bool) -> list[Claim]:
+        if self.is_suspended():
+            self.enter(WorkerStatus.SUSPENDED)
+            if not burst:
+                self.stopping.wait(IDLE_SECONDS)
+            return []
+        self.enter(WorkerStatus.IDLE)
+        return self._claims.take(MOST_CLAIMS) if burst else self._claims.wait(IDLE_SECONDS)
+
+    def _pulse(self) -> None:
+        """One round trip between two steps: new text goes out, cancellations and new jobs come in."""
+        with self.connection.pipeline(transaction=False) as pipeline:
+            sent = self._add_pieces(pipeline)
+            asked = self._add_cancellations(pipeline)
+            wanted = 0 if self.stopping.is_set() or self._claimed else min(MOST_CLAIMS, self.batch.room())
+            if wanted:
+                self._claims.ask(pipeline, wanted)
+            replies = pipeline.execute()
+        for running, upto in sent:
+            running.sent = upto
+        if wanted:
+            self._claimed += self._claims.answered(replies[-1])
+        at = len(replies) - bool(wanted) - len(asked)
+        for together, scores in zip(asked, replies[at : at + len(asked)], strict=True):
+            for running, score in zip(together, scores, strict=True):
+                if score is not None:
+                    self.endings.cancel(running)
+
+    def _add_pieces(self, pipeline: Pipeline) -> list[tuple[Running, int]]:
+        sent = []
+        for running in self.batch.running:
+            piece = running.unsent()
+            if piece is not None:
+                key = stream_key(running.id)
+                # A bound for a stream that many attempts write to; one attempt has an entry a token at most.
+                most = 4 * self.engine.config.n_positions
+                pipeline.xadd(key, piece_to_entry(piece), maxlen=most, approximate=True)
+                if running.sent == 0:
+                    pipeline.expire(key, RUNNING_TTL_SECONDS)
+                sent.append((running, running.sent + len(piece.text)))
+        return sent
+
+    def _add_cancellations(self, pipeline: Pipeline) -> list[list[Running]]:
+        """Ask which of the jobs in hand are among the cancelled, queue by queue."""
+        by_queue: dict[str, list[Running]] = defaultdict(list)
+        for running in self.batch:
+            by_queue[running.started.queue.name].append(running)
+        for name, together in by_queue.items():
+            key = CanceledJobRegistry.key_template.format(name)
+            pipeline.execute_command("ZMSCORE", key, *(running.id for running in together))
+        return list(by_queue.values())
+
+    # Jobs come.
+
+    def _take_up(self, started: Started) -> None:
+        self._worked = True
         try:
-            self._scheduler.release_locks()
-            self.teardown()
-        except RedisError as reason:
-            log.warning("%s: could not sign off (%s)", self.name, reason)
-        log.info("%s has stopped", self.name)
+            request, options = started.job.asked()
+            self._refuse_hopeless(request.prompt)
+            prompt = self.engine.decoder.prepare(request)
+        except Exception as error:
+            self.endings.refuse(started, error)
+            return
+        self.batch.add(Running.begin(started, prompt, options, self.engine.model, time.monotonic()))
 
+    def _refuse_hopeless(self, prompt: str | tuple[int, ...]) -> None:
+        """A text of more bytes than all positions have room for is not tokenized: the others would wait for it."""
+        n_positions = self.engine.config.n_positions
+        least = -(-len(prompt.encode()) // self._longest_token_bytes) if isinstance(prompt, str) else 0
+        if least > n_positions:
+            raise PromptTooLong(
+                f"prompt tokens {least} or more, over the model's {n_positions} positions, one of which a new token "
+                "needs: shorten the prompt"
+            )
 
-def default_name() -> str:
-    """Unique also when a process id comes round again, as it does in containers."""
-    return f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:6]}"
+    def _step(self) -> None:
+        try:
+            ended = self.batch.step()
+        except Exception as error:
+            # Whose fault it was cannot be told: they went through it together.
+            for running in self.batch.running:
+                self.endings.fail(running, error)
+            return
+        for running in ended:
+            self.endings.finish(running)
 
+    # Jobs go.
 
-def _back_off(failures: int) -> float:
-    """Seconds to wait after so many failures in a row."""
-    return min(MAX_RECONNECT_SECONDS, 0.25 * 2.0 ** min(failures, 10))
+    def _end_overdue(self) -> None:
+        """End what its own time, or a stop command, ends."""
+        stopped = set(self.commanded_to_stop())
+        now = time.monotonic()
+        for running in self.batch:
+            if running.id in stopped:
+                self.endings.fail(running, JobStopped(running.id, "stopped on request"))
+            elif (error := running.time_up(now)) is not None:
+                self.endings.fail(running, error)
+
+    # The end of all.
+
+    def _heed_stop(self) -> None:
+        if not self.stopping.is_set():
+            if self.is_orphaned():
+                log.warning("%s: the supervisor is gone; stopping", self.name)
+            elif (reason := self._worn_out()) is not None:
+                log.info("%s: %s; stopping", self.name, reason)
+            else:
+                return
+            self.stopping.set()
+        if self._drain_until == math.inf:
+            self._drain_until = time.monotonic() + self.drain_timeout
+            if len(self.batch):
+                log.info(
+                    "%s is told to stop: finishing %d jobs within %g s; a second signal gives them back",
+                    *(self.name, len(self.batch.running), self.drain_timeout),
+                )
+            self.endings.give_back(self.batch.waiting)
+        if self.stop_at_once or time.monotonic() > self._drain_until:
+            self.endings.give_back(list(self.batch))
+
+    def _worn_out(self) -> str | None:
+        if self.recycling is None:
+            return None
+        decoder = self.engine.decoder
+        # Shared with the helper processes, keys and values are not this process's own memory.
+        kv_bytes = decoder.kv_bytes_reserved if decoder.model.size == 1 else 0
+        return self.recycling.due(self.endings.written + len(self.batch), kv_bytes, time.monotonic())

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from fastgpt2.engine.generation import GenerationRequest, GenerationResult, Timings, Usage
+from fastgpt2.engine.generation import GenerationRequest, GenerationResult, Timings, TokenLogprob, Usage
 from fastgpt2.errors import BadRequest, FastGPT2Error
 
 # The one function that a queue may name.
@@ -14,7 +14,38 @@ TASK = "fastgpt2.worker.tasks.generate"
 
 RESULT_VERSION = 1
 
-_FIELDS = tuple(field.name for field in fields(GenerationRequest))
+# From being enqueued or, with `job_timeout`, from the start.
+MAX_TIMEOUT_SECONDS = 10.0**8
+
+
+@dataclass(frozen=True, slots=True)
+class JobOptions:
+    """What a job asks of the worker rather than of the model, checked when made.
+
+    Args:
+        timeout: seconds from being enqueued within which the job must be done; waiting counts. RQ's own `job_timeout`
+            counts from the start. A job whose time is up fails, and its metadata keep what was generated.
+        stream: publish the text as it comes; see `fastgpt2.worker.stream`.
+
+    Raises:
+        BadRequest: a wrong type or a value out of bounds.
+    """
+
+    timeout: float | None = None
+    stream: bool = False
+
+    def __post_init__(self) -> None:
+        if self.timeout is not None:
+            if not isinstance(self.timeout, int | float) or isinstance(self.timeout, bool):
+                raise BadRequest(f"timeout must be a number of seconds, not {type(self.timeout).__name__}")
+            if not 0 < self.timeout <= MAX_TIMEOUT_SECONDS:  # nor NaN
+                raise BadRequest(f"timeout must be more than 0 and at most {MAX_TIMEOUT_SECONDS:.0f} seconds")
+        if not isinstance(self.stream, bool):
+            raise BadRequest(f"stream must be true or false, not {type(self.stream).__name__}")
+
+
+_REQUEST_FIELDS = tuple(field.name for field in fields(GenerationRequest))
+_OPTION_FIELDS = tuple(field.name for field in fields(JobOptions))
 
 # What other APIs call the means of choosing tokens at random, or of choosing among several texts.
 _SAMPLING = frozenset(
@@ -25,8 +56,8 @@ _SAMPLING = frozenset(
 )  # fmt: skip
 
 
-def parse_request(args: Sequence[Any], kwargs: Mapping[str, Any]) -> GenerationRequest:
-    """The request that a job's arguments spell: the prompt first or by name, everything else by name.
+def parse_job(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[GenerationRequest, JobOptions]:
+    """What a job's arguments spell: the prompt first or by name, everything else by name.
 
     Raises:
         BadRequest: a field is unknown, missing, ill-typed or out of bounds; the message names it.
@@ -42,8 +73,16 @@ def parse_request(args: Sequence[Any], kwargs: Mapping[str, Any]) -> GenerationR
         options["prompt"] = args[0]
     if "prompt" not in options:
         raise BadRequest("prompt is missing")
-    refuse_unknown(options, _FIELDS)
-    return GenerationRequest(**options)
+    refuse_unknown(options, (*_REQUEST_FIELDS, *_OPTION_FIELDS))
+    of_job = {name: options.pop(name) for name in _OPTION_FIELDS if name in options}
+    return GenerationRequest(**options), JobOptions(**of_job)
+
+
+def parse_request(args: Sequence[Any], kwargs: Mapping[str, Any]) -> GenerationRequest:
+    """`parse_job` where there is no job, so that its options are refused like any unknown field."""
+    if isinstance(kwargs, dict):
+        refuse_unknown(kwargs, _REQUEST_FIELDS)
+    return parse_job(args, kwargs)[0]
 
 
 def refuse_unknown(options: Mapping[str, Any], known: Sequence[str]) -> None:
@@ -59,22 +98,36 @@ def refuse_unknown(options: Mapping[str, Any], known: Sequence[str]) -> None:
         raise BadRequest(f"unknown field {str(name)[:100]!r}; known are {', '.join(known)}")
 
 
-def request_to_kwargs(request: GenerationRequest) -> dict[str, Any]:
+def job_to_kwargs(request: GenerationRequest, options: JobOptions) -> dict[str, Any]:
     """The keyword arguments of the task: the prompt, and what differs from the defaults."""
-    kwargs: dict[str, Any] = {"prompt": request.prompt}
-    if request.max_new_tokens is not None:
-        kwargs["max_new_tokens"] = request.max_new_tokens
-    if request.stop:
-        kwargs["stop"] = list(request.stop)
-    if request.ignore_eos:
-        kwargs["ignore_eos"] = True
+    kwargs: dict[str, Any] = {}
+    for record in (request, options):
+        for field in fields(record):
+            value = getattr(record, field.name)
+            if field.name == "prompt" or value != field.default:
+                kwargs[field.name] = list(value) if isinstance(value, tuple) else value
     return kwargs
 
 
 def result_to_json(result: GenerationResult, queue_seconds: float = 0.0) -> dict[str, Any]:
     """A JSON object of a result, with its version and the time that only the queue's side knows."""
     timed = replace(result, timings=replace(result.timings, queue_seconds=queue_seconds))
-    return {"version": RESULT_VERSION, **asdict(timed), "token_ids": list(result.token_ids)}
+    value = {"version": RESULT_VERSION, **asdict(timed), "token_ids": list(result.token_ids)}
+    if result.logprobs is None:
+        del value["logprobs"]
+    else:
+        value["logprobs"] = [_logprob_to_json(entry) for entry in result.logprobs]
+    return value
+
+
+def _logprob_to_json(entry: TokenLogprob) -> dict[str, Any]:
+    top = {"top": [_logprob_to_json(other) for other in entry.top]} if entry.top else {}
+    return {"token_id": entry.token_id, "token": entry.token, "logprob": entry.logprob, **top}
+
+
+def _logprob_from_json(value: Mapping[str, Any]) -> TokenLogprob:
+    top = tuple(_logprob_from_json({**other, "top": ()}) for other in value.get("top", ()))
+    return TokenLogprob(value["token_id"], value["token"], value["logprob"], top)
 
 
 def result_from_json(value: object) -> GenerationResult:
@@ -87,6 +140,7 @@ def result_from_json(value: object) -> GenerationResult:
         version = value.get("version") if isinstance(value, dict) else None
         raise FastGPT2Error(f"not a result that this release can read (version {version!r}, wanted {RESULT_VERSION})")
     try:
+        logprobs = value.get("logprobs")
         return GenerationResult(
             text=value["text"],
             token_ids=tuple(value["token_ids"]),
@@ -94,8 +148,9 @@ def result_from_json(value: object) -> GenerationResult:
             usage=Usage(**value["usage"]),
             timings=Timings(**value["timings"]),
             model=value["model"],
+            logprobs=None if logprobs is None else tuple(map(_logprob_from_json, logprobs)),
         )
-    except (KeyError, TypeError) as reason:
+    except (AttributeError, KeyError, TypeError) as reason:
         raise FastGPT2Error(f"a damaged result: {reason}") from None
 
 

@@ -1,4 +1,4 @@
-"""N supervised processes: started by exec, restarted with back-off, stopped together."""
+"""N supervised processes: started by exec, replaced when they end, with back-off when they die, stopped together."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ log = logging.getLogger("fastgpt2.pool")
 HEALTHY_SECONDS = 30.0
 MAX_BACK_OFF_SECONDS = 30.0
 MAX_QUICK_DEATHS = 5
+# A process that ends with status 0 is replaced at once, but its starts are at least this far apart.
+START_PAUSE_SECONDS = 1.0
+# After so many ends with status 0 in a row, each within START_PAUSE_SECONDS, they count as deaths.
+MAX_QUICK_ENDS = 5
 # A process that says that its configuration or its model is at fault would only say so again.
 FATAL_EXIT_CODES = frozenset({BadRequest.exit_code, ModelError.exit_code})
 
@@ -31,15 +35,18 @@ class Child:
         name: for the log.
         command: its argument list; secrets go into `environment`, which other users cannot read.
         stops_first: told to stop before the others, which still serve it meanwhile.
+        ends_soon: has been told to end of itself (`--max-jobs`), so that ending soon is no sign of a fault.
     """
 
     name: str
     command: Sequence[str]
     environment: dict[str, str]
     stops_first: bool = False
+    ends_soon: bool = False
     process: subprocess.Popen[bytes] | None = None
     started_at: float = 0.0
     quick_deaths: int = 0
+    quick_ends: int = 0
     restart_at: float = 0.0
 
     def start(self, now: float) -> None:
@@ -89,40 +96,30 @@ class Pool:
             child.start(now)
 
     def check(self, now: float) -> None:
-        """Restart whatever has died and waited long enough.
+        """Replace whatever has ended, and restart whatever has died and waited long enough.
 
         Raises:
             FastGPT2Error: a child cannot be kept alive: it ended with a fatal status, or died too often too soon.
         """
         for child in self.children:
-            if child.process is None:
-                if now >= child.restart_at:
-                    child.start(now)
-                continue
-            status = child.process.poll()
-            if status is not None:
-                self._bury(child, status, now)
+            if child.process is not None:
+                status = child.process.poll()
+                if status is None:
+                    continue
+                child.process = None
+                if not _ended_orderly(child, status, now):
+                    _bury(child, status, now)
+            if now >= child.restart_at:
+                child.start(now)
 
-    def _bury(self, child: Child, status: int, now: float) -> None:
-        child.process = None
-        how = f"was killed by {_signal_name(-status)}" if status < 0 else f"ended with status {status}"
-        if status in FATAL_EXIT_CODES:
-            raise ChildFailed(f"{child.name} {how}; its message above says why", status)
-        child.quick_deaths = 1 if now - child.started_at > HEALTHY_SECONDS else child.quick_deaths + 1
-        if child.quick_deaths > MAX_QUICK_DEATHS:
-            raise FastGPT2Error(f"{child.name} {how}, {child.quick_deaths} times in a row; giving up")
-        back_off = min(MAX_BACK_OFF_SECONDS, 0.5 * 2 ** (child.quick_deaths - 1))
-        child.restart_at = now + back_off
-        log.warning("%s %s; starting it again in %.1f s", child.name, how, back_off)
-
-    def stop(self, drain_seconds: float) -> None:
-        """Ask all to finish what they do, then insist, then kill.
+    def stop(self, patience: float) -> None:
+        """Ask all to end; insist when that takes longer than `patience`, in seconds; then kill.
 
         A stop signal that is held back (see `stop_signals_held`) ends the patience of the stage that it comes in.
         """
         first = [child for child in self.children if child.stops_first]
-        self._signal_and_wait(first, signal.SIGTERM, drain_seconds)
-        for signum, seconds in ((signal.SIGTERM, drain_seconds), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
+        self._signal_and_wait(first, signal.SIGTERM, patience)
+        for signum, seconds in ((signal.SIGTERM, patience), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
             self._signal_and_wait(self.children, signum, seconds)
 
     def _signal_and_wait(self, children: Sequence[Child], signum: int, seconds: float) -> None:
@@ -133,6 +130,33 @@ class Pool:
         while alive and time.monotonic() < deadline and not stop_signal_came():
             alive[0].wait(0.05)
             alive = [child for child in alive if not child.wait(0)]
+
+
+def _ended_orderly(child: Child, status: int, now: float) -> bool:
+    """Whether a child that nobody stopped ended because it was done; if so, another may start at once."""
+    if status != 0:
+        return False
+    quick = now - child.started_at < START_PAUSE_SECONDS and not child.ends_soon
+    child.quick_ends = child.quick_ends + 1 if quick else 0
+    if child.quick_ends >= MAX_QUICK_ENDS:
+        return False
+    if not quick:
+        child.quick_deaths = 0
+    child.restart_at = child.started_at + START_PAUSE_SECONDS
+    log.info("%s has ended; starting another", child.name)
+    return True
+
+
+def _bury(child: Child, status: int, now: float) -> None:
+    how = f"was killed by {_signal_name(-status)}" if status < 0 else f"ended with status {status}"
+    if status in FATAL_EXIT_CODES:
+        raise ChildFailed(f"{child.name} {how}; its message above says why", status)
+    child.quick_deaths = 1 if now - child.started_at > HEALTHY_SECONDS else child.quick_deaths + 1
+    if child.quick_deaths > MAX_QUICK_DEATHS:
+        raise FastGPT2Error(f"{child.name} {how}, {child.quick_deaths} times in a row; giving up")
+    back_off = min(MAX_BACK_OFF_SECONDS, 0.5 * 2 ** (child.quick_deaths - 1))
+    child.restart_at = now + back_off
+    log.warning("%s %s; starting it again in %.1f s", child.name, how, back_off)
 
 
 def _signal_name(number: int) -> str:

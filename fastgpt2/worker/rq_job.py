@@ -1,12 +1,10 @@
-"""An RQ job that can be nothing but text generation, and a serializer that reads nothing but JSON."""
+"""An RQ job that can be nothing but text generation."""
 
 from __future__ import annotations
 
-import json
 import time
 import traceback
 import zlib
-from collections.abc import Callable
 from typing import Any
 
 from rq import Queue
@@ -14,40 +12,21 @@ from rq.exceptions import DeserializationError
 from rq.job import Job, JobStatus
 from rq.results import Result
 
-from fastgpt2.engine.generation import MAX_PROMPT_BYTES, GenerationRequest
+from fastgpt2.engine.generation import GenerationRequest
 from fastgpt2.errors import BadRequest
-from fastgpt2.worker.job import TASK, parse_request
+from fastgpt2.worker.job import TASK, JobOptions, parse_job
+from fastgpt2.worker.payload import MAX_PAYLOAD_BYTES, JSONOnlySerializer, PlainPickleSerializer, is_pickle
 
-# A prompt of the longest kind, every character of it escaped.
-MAX_PAYLOAD_BYTES = 8 * MAX_PROMPT_BYTES
 MALFORMED_TTL_SECONDS = 24 * 3600
-
-
-class JSONOnlySerializer:
-    """Reads and writes JSON, of bounded size. RQ's own default would unpickle, which runs whatever a pickle says."""
-
-    @staticmethod
-    def dumps(value: Any) -> bytes:
-        return json.dumps(value).encode("utf-8")
-
-    @staticmethod
-    def loads(data: bytes) -> Any:
-        if len(data) > MAX_PAYLOAD_BYTES:
-            raise ValueError(f"{len(data)} bytes; the limit is {MAX_PAYLOAD_BYTES}")
-        try:
-            return json.loads(data.decode("utf-8"))
-        except RecursionError:
-            raise ValueError("nested too deeply") from None
 
 
 class GenerationJob(Job):
     """A job as a worker of this package sees it.
 
     Whatever function, callback or webhook an entry in Redis names, none of it is imported, called or fetched: the name
-    of the function is compared with the one task, and `perform` does what the worker put into `run`.
+    of the function is compared with the one task, and the worker's decoder does the rest.
     """
 
-    run: Callable[[GenerationJob], Any] | None = None
     too_large = False
 
     def restore(self, raw_data: dict[Any, Any]) -> None:
@@ -59,6 +38,8 @@ class GenerationJob(Job):
         except zlib.error:  # not compressed; the serializer looks at its size
             pass
         super().restore({**raw_data, b"data": b"{}"} if self.too_large else raw_data)
+        if is_pickle(self.data):
+            self.serializer = PlainPickleSerializer
 
     @property
     def func(self) -> None:
@@ -80,15 +61,13 @@ class GenerationJob(Job):
         return None
 
     def perform(self) -> Any:
-        if self.run is None:
-            raise RuntimeError("the job was not taken up by a GenerationWorker")
-        return self.run(self)
+        raise RuntimeError("a worker that holds many jobs performs none by itself")
 
-    def request(self) -> GenerationRequest:
+    def asked(self) -> tuple[GenerationRequest, JobOptions]:
         """The validated request.
 
         Raises:
-            BadRequest: the entry is not JSON, names another function, or its arguments are not a request.
+            BadRequest: the entry cannot be read, names another function, or its arguments are not a request.
         """
         try:
             name = self.func_name
@@ -96,7 +75,7 @@ class GenerationJob(Job):
             raise self.unreadable(error) from None
         if name != TASK:
             raise BadRequest(f"the job names the function {str(name)[:200]!r}; only {TASK} is run here")
-        return parse_request(self.args, self.kwargs)
+        return parse_job(self.args, self.kwargs)
 
     def unreadable(self, error: DeserializationError) -> BadRequest:
         """What a job whose data cannot be read fails with."""
@@ -104,7 +83,8 @@ class GenerationJob(Job):
             return BadRequest(f"the job's data has more than {MAX_PAYLOAD_BYTES} bytes")
         cause = str(error.__cause__ or "unknown")[:200]
         return BadRequest(
-            f"the job's data is not JSON of the right form ({cause}); enqueue with serializer=JSONSerializer"
+            f"the job's data is neither JSON nor a pickle of plain values ({cause}); enqueue with "
+            "serializer=JSONSerializer"
         )
 
 

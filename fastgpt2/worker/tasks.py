@@ -5,18 +5,27 @@ fastgpt2's own workers recognise the name and run the engine they hold; a stock 
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+import math
+import time
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from fastgpt2.worker.job import parse_request, result_to_json
+from fastgpt2.errors import JobTimedOut
+from fastgpt2.worker.job import JobOptions, parse_job, result_to_json
+from fastgpt2.worker.names import ATTEMPTS_FIELD, PARTIAL_META, stream_key
+from fastgpt2.worker.stream import RUNNING_TTL_SECONDS, Piece, piece_to_entry
 
 if TYPE_CHECKING:
+    from rq.job import Job
+
+    from fastgpt2.engine.decoder import Sequence
     from fastgpt2.engine.engine import Engine
 
 
 def generate(*args: Any, **kwargs: Any) -> dict[str, Any]:
-    """Continue a prompt with the model that `FASTGPT2_MODEL` names; takes the fields of `GenerationRequest`.
+    """Continue a prompt with the model that `FASTGPT2_MODEL` names.
+
+    Takes the fields of `GenerationRequest` and, inside an RQ job, those of `JobOptions`.
 
     Returns:
         The result as a JSON object; `fastgpt2.worker.job.result_from_json` reads it.
@@ -24,26 +33,52 @@ def generate(*args: Any, **kwargs: Any) -> dict[str, Any]:
     Raises:
         BadRequest: a field is unknown, ill-typed or out of bounds.
         ModelError: the model cannot be loaded.
+        JobTimedOut: the job's `timeout` is over.
     """
     from rq import get_current_job
 
-    request = parse_request(args, kwargs)
-    job = get_current_job()
-    engine = _engine()
-    (result,) = engine.run([request])
-    queued = queue_seconds(job.enqueued_at, job.started_at) if job else 0.0
-    return result_to_json(result, queued)
+    request, options = parse_job(args, kwargs)
+    engine, job = _engine(), get_current_job()
+    run = _StockRun(job, options) if job is not None else None
+    sequence = engine.decoder.admit(engine.decoder.prepare(request))
+    try:
+        while not sequence.finished:
+            engine.decoder.step()
+            if run is not None:
+                run.after_step(sequence, engine.model)
+    finally:
+        engine.decoder.finish(sequence)
+    return result_to_json(sequence.result(engine.model), run.waited if run is not None else 0.0)
 
 
-def queue_seconds(enqueued_at: datetime | None, started_at: datetime | None) -> float:
-    """Time between two moments that RQ noted (UTC); 0 where the clocks of two machines disagree."""
-    if enqueued_at is None or started_at is None:
-        return 0.0
-    return max(0.0, (_utc(started_at) - _utc(enqueued_at)).total_seconds())
+class _StockRun:
+    """What a stock worker does not do for a job: its deadline and its stream."""
 
+    def __init__(self, job: Job, options: JobOptions) -> None:
+        from fastgpt2.worker.ledger import seconds_between
 
-def _utc(moment: datetime) -> datetime:
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+        self._job, self._options = job, options
+        self.waited = seconds_between(job.enqueued_at, job.started_at)
+        self._due_at = math.inf
+        if options.timeout is not None:
+            self._due_at = time.monotonic() + options.timeout - self.waited
+        self._attempt = job.connection.hincrby(job.key, ATTEMPTS_FIELD, 1)
+        self._sent = 0
+
+    def after_step(self, sequence: Sequence, model: str) -> None:
+        if self._options.stream and sequence.settled > self._sent:
+            piece = Piece(sequence.text[self._sent : sequence.settled], self._sent, self._attempt)
+            with self._job.connection.pipeline() as pipeline:
+                pipeline.xadd(stream_key(self._job.id), piece_to_entry(piece))
+                pipeline.expire(stream_key(self._job.id), RUNNING_TTL_SECONDS)
+                pipeline.execute()
+            self._sent = sequence.settled
+        if time.monotonic() > self._due_at and not sequence.finished:
+            self._job.meta[PARTIAL_META] = result_to_json(sequence.result(model, "timeout"), self.waited)
+            self._job.save_meta()
+            raise JobTimedOut(
+                self._job.id, f"took longer than the {self._options.timeout:g} s that it was given (timeout)"
+            )
 
 
 @cache

@@ -1,0 +1,159 @@
+"""A job as it is put into the queue: what RQ would write, by one script that also looks at the queue's depth."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from rq.job import Job as RQJob
+from rq.job import JobStatus
+from rq.serializers import JSONSerializer
+from rq.utils import now
+
+from fastgpt2.api.exchange import Call, call
+from fastgpt2.engine.generation import GenerationRequest
+from fastgpt2.errors import BadRequest, PromptTooLong
+from fastgpt2.worker.job import TASK, JobOptions, job_to_kwargs
+from fastgpt2.worker.names import PRIORITIES, Priority, queue_of, queues_of
+
+DEFAULT_JOB_TIMEOUT_SECONDS = 600
+RESULT_TTL_SECONDS = 24 * 3600
+MAX_SECONDS = 10**8
+MODEL_LIMITS_SECONDS = 30.0
+NO_OPTIONS = JobOptions()
+
+# Answers 0, or the depth of a queue that is full. A job that is there already was sent by the same client, which did
+# not hear the answer: that it may be sent twice is what lets a client ask again.
+_ENQUEUE = """
+-- KEYS: the job, its queue, the set of queues, the queues that count. ARGV: the job's id, the limit or 0, its fields.
+if redis.call("EXISTS", KEYS[1]) == 1 then
+    return 0
+end
+local limit = tonumber(ARGV[2])
+if limit > 0 then
+    local depth = 0
+    for i = 4, #KEYS do
+        depth = depth + redis.call("LLEN", KEYS[i])
+    end
+    if depth >= limit then
+        return depth
+    end
+end
+redis.call("SADD", KEYS[3], KEYS[2])
+redis.call("HSET", KEYS[1], unpack(ARGV, 3))
+redis.call("RPUSH", KEYS[2], ARGV[1])
+return 0
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class JobPlan:
+    """A job before it is enqueued, checked when made.
+
+    Args:
+        job_timeout: seconds that a worker may spend on it, from its start.
+        result_ttl: seconds for which its end can be read.
+
+    Raises:
+        BadRequest: a time is no whole number of seconds or out of bounds, or there is no such priority.
+    """
+
+    request: GenerationRequest
+    options: JobOptions = NO_OPTIONS
+    priority: Priority = "normal"
+    job_timeout: int = DEFAULT_JOB_TIMEOUT_SECONDS
+    result_ttl: int = RESULT_TTL_SECONDS
+
+    def __post_init__(self) -> None:
+        _check_seconds("job_timeout", self.job_timeout)
+        _check_seconds("result_ttl", self.result_ttl)
+        if self.priority not in PRIORITIES:
+            raise BadRequest(f"priority must be one of {', '.join(PRIORITIES)}, not {str(self.priority)[:100]!r}")
+
+
+def _check_seconds(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_SECONDS:
+        raise BadRequest(f"{name} must be a whole number of seconds from 1 to {MAX_SECONDS}, not {str(value)[:100]}")
+
+
+def check_max_queue(value: object) -> None:
+    """Raise BadRequest for what is neither None nor a number of jobs."""
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise BadRequest(f"max_queue must be a whole number from 1, or None for no limit, not {str(value)[:100]}")
+
+
+def enqueue_call(plan: JobPlan, queue: str, max_queue: int | None, connection: Any) -> tuple[str, Call]:
+    """The job's id, and the script that enqueues it, answered by 0 or the depth of a queue that is full.
+
+    Writes the fields that `rq.Queue.enqueue` writes (rq/queue.py: create_job, _prepare_for_queue, _persist_job).
+    `connection` is any of the redis library's: RQ's job wants one, and is asked nothing that would use it.
+    """
+    name = queue_of(queue, plan.priority)
+    job = RQJob.create(
+        TASK,
+        kwargs=job_to_kwargs(plan.request, plan.options),
+        connection=connection,
+        result_ttl=plan.result_ttl,
+        failure_ttl=plan.result_ttl,
+        timeout=plan.job_timeout,
+        status=JobStatus.QUEUED,
+        # RQ would put the call, and so the prompt, into what `rq info` and logs show.
+        description="generate",
+        origin=name,
+        serializer=JSONSerializer,
+    )
+    job.enqueued_at = now()
+    fields = [part for pair in job.to_dict().items() if pair[1] is not None for part in pair]
+    depths = [f"rq:queue:{counted}" for counted in queues_of(queue)]
+    keys = [job.key, f"rq:queue:{name}", "rq:queues", *depths]
+    return job.id, call("eval", _ENQUEUE, len(keys), *keys, job.id, max_queue or 0, *fields)
+
+
+class ModelLimits:
+    """What the live workers' models can take, at best, as far as it has been read lately."""
+
+    def __init__(self) -> None:
+        self._known: tuple[float, int, int] = (0.0, 0, 1)
+
+    def are_fresh(self) -> bool:
+        return time.monotonic() < self._known[0]
+
+    def note(self, answers: list[Any]) -> None:
+        """Take over workers' answers, each [n_positions, longest token in bytes]."""
+        positions, longest = 0, 1
+        for n_positions, longest_token_bytes in answers:
+            if n_positions and longest_token_bytes:
+                positions = max(positions, int(n_positions))
+                longest = max(longest, int(longest_token_bytes))
+        # Without a worker the next job looks again.
+        self._known = (time.monotonic() + MODEL_LIMITS_SECONDS if positions else 0.0, positions, longest)
+
+    def check(self, request: GenerationRequest) -> None:
+        """Refuse what surely cannot fit: a token has only so many bytes, so a text has at least so many tokens.
+
+        Raises:
+            PromptTooLong: the message says what would fit.
+        """
+        _, n_positions, longest_token_bytes = self._known
+        if not n_positions:
+            return
+        if isinstance(request.prompt, str):
+            size = len(request.prompt.encode())
+            tokens = max(1, -(-size // longest_token_bytes))
+            has, needs = f"{size} bytes, so at least {tokens} tokens", f"{tokens} or more"
+        else:
+            tokens = max(1, len(request.prompt))
+            has, needs = f"{tokens} tokens", str(tokens)
+        if tokens >= n_positions:
+            raise PromptTooLong(
+                f"the prompt has {has}, over the model's {n_positions} positions, one of which a new token needs: "
+                "shorten it"
+            )
+        room = n_positions - tokens
+        for name, value in (("max_new_tokens", request.max_new_tokens), ("min_new_tokens", request.min_new_tokens)):
+            if value is not None and value > room:
+                raise PromptTooLong(
+                    f"{name} is {value}; of the model's {n_positions} positions this prompt needs {needs}: "
+                    f"ask for at most {room}"
+                )

@@ -1,0 +1,167 @@
+"""Taking jobs out of the queues: between two steps without waiting, and when idle without polling."""
+
+from __future__ import annotations
+
+import os
+import selectors
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from redis.exceptions import RedisError
+from rq import Queue
+from rq.suspension import WORKERS_SUSPENDED
+
+if TYPE_CHECKING:
+    from redis import Redis
+    from redis.client import Pipeline
+
+Claim = tuple[Queue, str]
+
+# Of so many jobs taken while all queues hold some, one is of the last queue; of the fewer, one of the second.
+LAST_EVERY, SECOND_EVERY = 16, 4
+# A safeguard only: `Claims.wait` unblocks what it has not been served.
+_BLOCK_SECONDS = 10
+
+# KEYS: the mark of a suspension; then of each queue, the most urgent first, its list and its intermediate list.
+# ARGV: how many to take at most, and how many have been taken before.
+_CLAIM = f"""
+if redis.call('EXISTS', KEYS[1]) == 1 then return {{}} end
+local queues, turn, claimed = (#KEYS - 1) / 2, tonumber(ARGV[2]), {{}}
+local function take(i)
+    local id = redis.call('LMOVE', KEYS[2 * i], KEYS[2 * i + 1], 'LEFT', 'RIGHT')
+    if id then claimed[#claimed + 1] = i - 1; claimed[#claimed + 1] = id end
+    return id
+end
+for _ = 1, tonumber(ARGV[1]) do
+    local first = 1
+    if turn % {LAST_EVERY} == {LAST_EVERY - 1} then first = queues
+    elseif turn % {SECOND_EVERY} == {SECOND_EVERY - 1} then first = math.min(2, queues) end
+    local found = take(first)
+    for i = 1, queues do
+        if not found and i ~= first then found = take(i) end
+    end
+    if not found then return claimed end
+    turn = turn + 1
+end
+return claimed
+"""
+
+
+class Claims:
+    """The jobs of some queues, taken one after the other into RQ's intermediate lists, where a crash leaves them found.
+
+    Args:
+        queues: the most urgent first. Jobs of the others are not kept waiting for ever: see `LAST_EVERY`.
+    """
+
+    def __init__(self, connection: Redis, queues: Sequence[Queue]) -> None:
+        self._connection = connection
+        self._queues = list(queues)
+        self._keys = [WORKERS_SUSPENDED]
+        for queue in queues:
+            self._keys += (queue.key, queue.intermediate_queue_key)
+        self._turn = 0
+        self._waiting: list[_Waiting] = []
+        self._woken, self._wake = os.pipe()
+        os.set_blocking(self._woken, False)
+        os.set_blocking(self._wake, False)
+
+    def ask(self, pipeline: Pipeline, most: int) -> None:
+        """Add to a pipeline what takes up to so many jobs, none while workers are suspended."""
+        pipeline.eval(_CLAIM, len(self._keys), *self._keys, most, self._turn)
+
+    def answered(self, reply: Sequence[Any]) -> list[Claim]:
+        """What came of it."""
+        self._turn += len(reply) // 2
+        return [(self._queues[int(i)], _text(job_id)) for i, job_id in zip(reply[::2], reply[1::2], strict=True)]
+
+    def take(self, most: int) -> list[Claim]:
+        """Up to so many jobs that are there now."""
+        with self._connection.pipeline(transaction=False) as pipeline:
+            self.ask(pipeline, most)
+            return self.answered(pipeline.execute()[0])
+
+    def wait(self, seconds: float) -> list[Claim]:
+        """The next job, or one of each queue at most, or none when the time is over or `wake` was called.
+
+        One BLMOVE a queue, each on a connection of its own, as Redis can wait for several lists only by taking from
+        them without leaving a trace. Those that were not served are unblocked again, so that nothing is taken later.
+        """
+        self._waiting = self._waiting or [_Waiting(self._connection, queue) for queue in self._queues]
+        try:
+            for waiting in self._waiting:
+                waiting.begin()
+            with selectors.DefaultSelector() as selector:
+                selector.register(self._woken, selectors.EVENT_READ)
+                for waiting in self._waiting:
+                    selector.register(waiting.fileno(), selectors.EVENT_READ)
+                ready = {key.fd for key, _ in selector.select(seconds)}
+            unserved = [waiting.client_id for waiting in self._waiting if waiting.fileno() not in ready]
+            self._unblock(unserved)
+            taken = [(waiting.queue, job_id) for waiting in self._waiting if (job_id := waiting.end()) is not None]
+        except BaseException:
+            self.close_connections()
+            raise
+        finally:
+            with suppress(BlockingIOError):
+                while os.read(self._woken, 64):
+                    pass
+        self._turn += len(taken)
+        return taken
+
+    def wake(self) -> None:
+        """End a `wait`, from a signal handler or another thread."""
+        with suppress(OSError):
+            os.write(self._wake, b"!")
+
+    def close_connections(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for each in waiting:
+            each.close()
+
+    def close(self) -> None:
+        self.close_connections()
+        woken, wake = self._woken, self._wake
+        self._woken = self._wake = -1  # the numbers may soon be another file's, and a signal may still come
+        os.close(woken)
+        os.close(wake)
+
+    def _unblock(self, client_ids: Iterable[int]) -> None:
+        with self._connection.pipeline(transaction=False) as pipeline:
+            for client_id in client_ids:
+                pipeline.client_unblock(client_id)
+            pipeline.execute()
+
+
+class _Waiting:
+    """A connection on which a BLMOVE waits for one queue."""
+
+    def __init__(self, connection: Redis, queue: Queue) -> None:
+        self.queue = queue
+        self._pool = connection.connection_pool
+        self._connection: Any = self._pool.get_connection()
+        self._connection.send_command("CLIENT", "ID")
+        self.client_id = int(self._connection.read_response())
+
+    def begin(self) -> None:
+        keys = self.queue.key, self.queue.intermediate_queue_key
+        self._connection.send_command("BLMOVE", *keys, "LEFT", "RIGHT", _BLOCK_SECONDS)
+
+    def fileno(self) -> int:
+        # redis-py has no other way to wait for several connections at once.
+        number: int = self._connection._sock.fileno()
+        return number
+
+    def end(self) -> str | None:
+        reply = self._connection.read_response()
+        return None if reply is None else _text(reply)
+
+    def close(self) -> None:
+        with suppress(RedisError, OSError):
+            self._connection.disconnect()
+        self._pool.release(self._connection)
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value

@@ -1,0 +1,119 @@
+"""How jobs leave a worker: each end is noted at once, and written as soon as Redis can take it."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import OutOfMemoryError, ReadOnlyError, RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from fastgpt2.errors import FastGPT2Error, JobFailed, JobStopped, JobTimedOut
+from fastgpt2.worker.batch import Batch
+from fastgpt2.worker.job import describe_result
+from fastgpt2.worker.ledger import Ledger, Started
+from fastgpt2.worker.running import Running, recorded
+
+log = logging.getLogger("fastgpt2.worker")
+
+# Redis has written nothing, or may not have: trying again later is right.
+_AWAY = (RedisConnectionError, RedisTimeoutError, ReadOnlyError, OutOfMemoryError)
+
+
+class Endings:
+    """Of the jobs in a batch.
+
+    Attributes:
+        written: how many jobs have ended here, given back ones apart.
+    """
+
+    def __init__(self, batch: Batch, ledger: Ledger, worker_name: str) -> None:
+        self._batch = batch
+        self._ledger = ledger
+        self._name = worker_name
+        self._pending: deque[tuple[Running, Callable[[], bool]]] = deque()
+        self.written = 0
+
+    def __len__(self) -> int:
+        """How many are not written yet."""
+        return len(self._pending)
+
+    def finish(self, running: Running) -> None:
+        """It came to its end."""
+        value, last = running.result(), running.last()
+
+        def write() -> bool:
+            if not self._ledger.finish(running.started, value, last):
+                return False
+            log.info("%s: job %s finished: %s", self._name, running.id, describe_result(value))
+            return True
+
+        self._pending.append((running, write))
+
+    def fail(self, running: Running, error: Exception) -> None:
+        """An error ends it. What has been generated is kept of a job that was stopped or is out of time."""
+        self._batch.drop(running)
+        self._tell(running.id, error)
+        stopped, partial, last = isinstance(error, JobStopped), None, running.last()
+        if isinstance(error, JobStopped | JobTimedOut):
+            partial = running.partial("cancelled" if stopped else "timeout")
+        self._pending.append(
+            (running, lambda: self._ledger.fail(running.started, recorded(error), last, partial, stopped))
+        )
+
+    def cancel(self, running: Running) -> None:
+        """Somebody has cancelled it."""
+        self._batch.drop(running)
+        log.info("%s: job %s was cancelled", self._name, running.id)
+        self._pending.append((running, lambda: False))
+
+    def refuse(self, started: Started, error: Exception) -> None:
+        """It cannot even begin. Written at once, so this raises what Redis raises."""
+        self._tell(started.id, error)
+        self._ledger.fail(started, recorded(error), None)
+        self.written += 1
+
+    def give_back(self, everything: Sequence[Running]) -> None:
+        """Put jobs back to the front of their queues."""
+        if not everything:
+            return
+        for running in everything:
+            self._batch.drop(running)
+        try:
+            given = set(self._ledger.give_back([running.started for running in everything]))
+        except RedisError as reason:
+            log.error("%s: %d jobs could not be given back (%s)", self._name, len(everything), reason)
+            return
+        log.info("%s: %d jobs given back to the queue", self._name, len(given))
+        self._pending += [(running, lambda: False) for running in everything if running.id not in given]
+
+    def write(self) -> None:
+        """Write what has ended. What Redis cannot take now is kept, for only this holds the work that was done.
+
+        Raises:
+            RedisError: it cannot be reached, or takes nothing now; some are still to be written.
+        """
+        while self._pending:
+            running, write = self._pending[0]
+            try:
+                if not write():
+                    # Cancelled or deleted by somebody, or taken over.
+                    self._ledger.note_cancelled(running.started, running.last(), running.partial("cancelled"))
+            except _AWAY:
+                for other, _ in self._pending:
+                    log.warning("%s: the end of job %s cannot be written yet", self._name, other.id)
+                raise
+            except Exception:
+                log.exception("%s: the end of job %s cannot be written", self._name, running.id)
+            self._pending.popleft()
+            self.written += 1
+
+    def _tell(self, job_id: str, error: Exception) -> None:
+        """One line in the log; a traceback only for a defect. Prompts stay out of it."""
+        if isinstance(error, FastGPT2Error):
+            reason = error.reason if isinstance(error, JobFailed) else error
+            log.warning("%s: job %s failed: %s", self._name, job_id, reason)
+        else:
+            log.error("%s: job %s failed: %s", self._name, job_id, error, exc_info=error)

@@ -1,0 +1,28 @@
+"""The names that this package adds to RQ's in Redis, and the queues by priority, in one place."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+Priority = Literal["high", "normal", "low"]
+PRIORITIES: tuple[Priority, ...] = get_args(Priority)
+
+# A field of the job's hash, beside RQ's: how often it has been started.
+ATTEMPTS_FIELD = "fastgpt2_attempts"
+# A key of the job's metadata: what had been generated of a job that did not finish, as a result's JSON.
+PARTIAL_META = "partial"
+
+
+def queue_of(name: str, priority: Priority) -> str:
+    """The RQ queue for jobs of a priority: that of the given name, or one beside it."""
+    return name if priority == "normal" else f"{name}-{priority}"
+
+
+def queues_of(name: str) -> list[str]:
+    """All queues of a name, in the order in which workers look at them."""
+    return [queue_of(name, priority) for priority in PRIORITIES]
+
+
+def stream_key(job_id: str) -> str:
+    """The Redis stream of a job's text; see `fastgpt2.worker.stream`."""
+    return f"fastgpt2:stream:{job_id}"

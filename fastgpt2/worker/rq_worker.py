@@ -1,0 +1,222 @@
+"""A worker as RQ's users know one, whatever it does with its jobs: registered, heard of, commanded, kept in order."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue as thread_queue
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterable
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from redis.exceptions import RedisError
+from rq import worker_registration
+from rq.command import parse_payload
+from rq.scheduler import RQScheduler
+from rq.suspension import is_suspended
+from rq.worker import BaseWorker, WorkerStatus
+
+from fastgpt2.errors import BadRequest, RedisAccessDenied
+from fastgpt2.worker.connection import address_of, in_words
+from fastgpt2.worker.payload import JSONOnlySerializer
+from fastgpt2.worker.process import on_stop_signals
+from fastgpt2.worker.rq_job import GenerationJob
+
+if TYPE_CHECKING:
+    from redis import Redis
+
+log = logging.getLogger("fastgpt2.worker")
+
+# A worker that was killed is off the lists this long after its last heartbeat, plus RQ's own 60 s.
+WORKER_TTL_SECONDS = 30
+HEARTBEAT_SECONDS = 5.0
+MAX_RECONNECT_SECONDS = 10.0
+# How late a job that is due may be enqueued.
+UPKEEP_SECONDS = 1.0
+UPKEEP_PAUSE_SECONDS = 60.0
+
+
+class RQWorker(BaseWorker):
+    """Everything of a worker that is RQ's affair; a subclass runs the jobs.
+
+    A first SIGTERM, SIGINT or shutdown command sets `stopping`, a second one `stop_at_once`; nothing is interrupted.
+
+    Args:
+        connection: to Redis; see `fastgpt2.worker.connection.connect`.
+        queues: names of the queues, the most urgent first.
+        name: unique among the live workers; default host and process id.
+        supervisor_pid: the process without which this one should not live on.
+    """
+
+    def __init__(
+        self, connection: Redis, queues: list[str], name: str | None = None, supervisor_pid: int | None = None
+    ) -> None:
+        self.supervisor_pid = supervisor_pid
+        self.stopping = threading.Event()
+        self.stop_at_once = False
+        self._stop_commands: thread_queue.SimpleQueue[str] = thread_queue.SimpleQueue()
+        self._last_heartbeat = 0.0
+        self._no_upkeep_before = 0.0
+        super().__init__(
+            queues,
+            name=name or default_name(),
+            connection=connection,
+            job_class=GenerationJob,
+            serializer=JSONOnlySerializer,
+            worker_ttl=WORKER_TTL_SECONDS,
+            log_job_description=False,
+            prepare_for_work=False,  # would need Redis to be up already
+        )
+        # RQ's own lines would be five a job.
+        self.log.setLevel(logging.WARNING)
+        self._scheduler = RQScheduler(queues, connection, logging_level=logging.WARNING, serializer=self.serializer)
+
+    def _set_connection(self, connection: Redis) -> Redis:
+        """RQ would lengthen the connection's timeout for its own long waits; there are none here."""
+        return connection
+
+    def sign_on(self) -> bool:
+        """Appear among the workers, waiting for a Redis that is not up yet. False when told to stop meanwhile.
+
+        Raises:
+            RedisAccessDenied: Redis is up, and will not have this worker.
+            BadRequest: another worker has the name.
+        """
+        failures = 0
+        while not self.stopping.is_set():
+            try:
+                self.hostname, self.pid = socket.gethostname(), os.getpid()
+                self._set_ip_address(self.connection)
+                self.register_birth()
+                self.subscribe()
+                self.set_state(WorkerStatus.IDLE)
+                return True
+            except RedisError as reason:
+                error = in_words(address_of(self.connection), reason)
+                if isinstance(error, RedisAccessDenied):
+                    raise error from None
+                failures += 1
+                self.wait_for_redis(reason, failures)
+            except ValueError as reason:
+                raise BadRequest(f"{reason}; give each worker a name of its own") from None
+        return False
+
+    def sign_off(self) -> None:
+        try:
+            self._scheduler.release_locks()
+            self.teardown()
+        except RedisError as reason:
+            log.warning("%s: could not sign off (%s)", self.name, reason)
+        log.info("%s has stopped", self.name)
+
+    def keep_up(self) -> bool:
+        """Heartbeat, jobs that are due, RQ's clean-up, each when it is time. Returns whether a heartbeat was due.
+
+        An entry that breaks the clean-up keeps no job waiting.
+        """
+        now = time.monotonic()
+        beat = now - self._last_heartbeat > HEARTBEAT_SECONDS
+        if beat:
+            self.announce()
+            self._last_heartbeat = now
+            self._scheduler.acquire_locks()
+        if now >= self._no_upkeep_before:
+            self._upkeep(now)
+        return beat
+
+    def _upkeep(self, now: float) -> None:
+        self._no_upkeep_before = now + UPKEEP_SECONDS
+        try:
+            self._scheduler.enqueue_scheduled_jobs()
+            if self.should_run_maintenance_tasks:
+                self.run_maintenance_tasks()
+        except RedisError:
+            raise
+        except Exception:
+            log.exception("%s: upkeep failed; trying again in %.0f s", self.name, UPKEEP_PAUSE_SECONDS)
+            self._no_upkeep_before = now + UPKEEP_PAUSE_SECONDS
+
+    def unsubscribe(self) -> None:
+        """As RQ does, but in the order that wakes the listening thread after it was told to end, not before."""
+        if self.pubsub_thread is not None and self.pubsub is not None:
+            self.pubsub_thread.stop()
+            self.pubsub.unsubscribe()
+            self.pubsub_thread.join(timeout=1)
+            self.pubsub.close()
+
+    def announce(self) -> None:
+        """A heartbeat, and an entry anew should Redis have lost its data since."""
+        with self.connection.pipeline() as pipeline:
+            worker_registration.register(self, pipeline)
+            fields: dict[Any, Any] = {**self.serialize(), "state": self._state}
+            pipeline.hset(self.key, mapping=fields)
+            self.heartbeat(pipeline=pipeline)
+            pipeline.execute()
+
+    def enter(self, state: WorkerStatus) -> None:
+        """Tell a new state; the same one again costs nothing."""
+        if self.get_state() != state:
+            self.set_state(state)
+
+    def is_suspended(self) -> bool:
+        return bool(is_suspended(self.connection, self))
+
+    def handle_payload(self, message: dict[Any, Any]) -> None:
+        """A command, in the thread that listens for them: noted, and carried out between two steps."""
+        try:
+            payload = parse_payload(message)
+            command, job_id = payload["command"], str(payload.get("job_id", ""))
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+            log.warning("%s: a command that cannot be read is ignored", self.name)
+            return
+        if command in ("stop-job", "stop-execution") and job_id:
+            self._stop_commands.put(job_id)
+        elif command == "shutdown":
+            self.request_stop(0, None)
+        else:
+            log.warning("%s: the command %s is ignored", self.name, str(command)[:40])
+
+    def commanded_to_stop(self) -> Iterable[str]:
+        """The ids of the jobs that stop commands have named since this was asked last."""
+        while not self._stop_commands.empty():
+            yield self._stop_commands.get()
+
+    def _install_signal_handlers(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            on_stop_signals(self.request_stop)
+
+    def request_stop(self, _signum: int, _frame: FrameType | None) -> None:
+        """Only sets flags: RQ's own handler raises where it stands, which loses a job that was just claimed."""
+        if self.stopping.is_set():
+            self.stop_at_once = True
+        self.stopping.set()
+        self._stop_requested = True
+
+    def request_force_stop(self, signum: int, frame: FrameType | None) -> None:
+        self.request_stop(signum, frame)
+
+    def is_orphaned(self) -> bool:
+        """The supervisor is gone: nobody would stop this worker any more."""
+        return self.supervisor_pid is not None and os.getppid() != self.supervisor_pid
+
+    def wait_for_redis(self, reason: Exception, failures: int) -> None:
+        seconds = back_off(failures)
+        log.warning("%s: Redis cannot be used (%s); trying again in %.1f s", self.name, reason, seconds)
+        if self.stopping.is_set():
+            time.sleep(min(seconds, 0.2))  # an event that is set does not wait; a second signal must be seen soon
+        else:
+            self.stopping.wait(seconds)
+
+
+def default_name() -> str:
+    """Unique also when a process id comes round again, as it does in containers."""
+    return f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:6]}"
+
+
+def back_off(failures: int) -> float:
+    """Seconds to wait after so many failures in a row."""
+    return min(MAX_RECONNECT_SECONDS, 0.25 * 2.0 ** min(failures, 10))
