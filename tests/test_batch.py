@@ -293,15 +293,23 @@ class TestBrokenOff:
             status, _, err = batch("in.jsonl", "-o", "out.jsonl", *FEW)
             assert (status, err) == (1, "1 of 3 lines are errors\n")
 
-    def test_ctrl_c(
-        self, tmp_path: Path, redis: Redis, client: Client, start_worker: StartWorker, start: Start, batch: Any
+    @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+    def test_told_to_end(
+        self,
+        tmp_path: Path,
+        redis: Redis,
+        client: Client,
+        start_worker: StartWorker,
+        start: Start,
+        batch: Any,
+        signum: int,
     ) -> None:
         start_worker()
         write_prompts(tmp_path / "in.txt", LINES * 20)
         out = tmp_path / "out.jsonl"
         process = start("in.txt", "-o", "out.jsonl", "--in-flight", "30", *FEW)
         wait_until(partial(has_lines, out, 5), "some results")
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signum)
         _, err = process.communicate(timeout=30)
         assert process.returncode == 130
         done = len(results_in(out))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from fastgpt2.commands.texts import request_fields
 from fastgpt2.engine.generation import GenerationResult
 from fastgpt2.errors import BadRequest, FastGPT2Error, JobFailed
 from fastgpt2.worker.job import result_to_json
+from fastgpt2.worker.process import on_stop_signals
 
 JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
 
@@ -32,6 +34,8 @@ def run(values: dict[str, Any]) -> int:
         FastGPT2Error: a file cannot be read or written.
         QueueUnavailable: Redis stays away; what has been written stays.
     """
+    # However it is told to end, what is in flight is cancelled.
+    on_stop_signals(signal.default_int_handler)
     source = None if values["file"] == "-" else Path(values["file"])
     output = values["output"]
     target = None if output in (None, "-") else Path(output)

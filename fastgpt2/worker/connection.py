@@ -38,9 +38,10 @@ def connect(url: str) -> Redis:
 
 
 def connect_async(url: str) -> AsyncRedis:
-    """A connection pool for asyncio, for reading only: a command that fails is tried once more.
+    """A connection pool for asyncio, for what may be said twice: a command that fails is tried once more.
 
-    So that the first one after a restart of Redis, on a connection that is dead without knowing, succeeds.
+    So that the first one after a restart of Redis, on a connection that is dead without knowing, succeeds. The scripts
+    that enqueue and cancel a job may be repeated.
 
     Raises:
         BadRequest: not a Redis URL.
