@@ -25,7 +25,7 @@ from fastgpt2.bench import Values, machine_line
 DOCS = HERE.parent / "docs"
 COLORS = ("#1b6ca8", "#e07b39", "#4f9d69", "#8a5a9e", "#c23b4b", "#7f7f7f")
 # What numbers are of, in the order of the page.
-ORDER = ("engine", "profile", "cold_start", "memory", "peers")
+ORDER = ("engine", "profile", "cold_start", "memory", "pool", "peers")
 
 # Draws a picture of a name and gives the Markdown that shows it.
 Draw = Callable[[str, str, Callable[[Any], None]], str]
@@ -230,11 +230,62 @@ def peers(name: str, entry: Values, draw: Draw) -> list[str]:
     return [*lines, draw(f"{name}-all", f"{entry['model']}: peers, {entry['threads']} threads", bars), ""]
 
 
+def pool(name: str, entry: Values, draw: Draw) -> list[str]:
+    labels = {
+        "one": f"1 worker, up to {entry['pools']['one']['max_batch']} jobs at once",
+        "two": "2 workers",
+        "single": "1 worker, a job at a time",
+        "stock": "stock `rq worker`",
+    }
+    headers = ["jobs", "prompt tokens", "", "tokens/s", "ms to the first text, p50", "p95", "ms a token, p50", "p95"]
+    rows = []
+    for cell in entry["cells"]:
+        shortest, longest = cell["prompt_tokens"]
+        for which, found in cell["pools"].items():
+            jobs = min(cell["jobs"], cell["stock_jobs"]) if which == "stock" else cell["jobs"]
+            times = [found[of][p]["median"] for of in ("ttft_ms", "tpot_ms") for p in ("p50", "p95")]
+            prompts = str(shortest) if shortest == longest else f"{shortest}-{longest}"
+            shown = [f"{ms:.0f}" for ms in (*times, found["longest_gap_ms"]["median"])]
+            rows.append([str(jobs), prompts, labels[which], spread(found["tokens_per_s"], 1), *shown])
+    lines = [f"{entry['tokens']} new tokens a job, all streamed; {entry['pools']['one']['computes_by']}.", ""]
+    lines += [*markdown([*headers, "longest gap"], rows), ""]
+    pairs = {
+        "one/single": "1 worker / a job at a time",
+        "one/stock": "1 worker / stock",
+        "two/stock": "2 workers / stock",
+    }
+    ratios = [[jobs, *(f"{found[pair]:.2f}" for pair in pairs)] for jobs, found in entry["ratios"].items()]
+    lines += ["Times the tokens/s, prompts of mixed lengths:", "", *markdown(["jobs", *pairs.values()], ratios), ""]
+    ms, redis, alone = entry["overhead"]["ms"], entry["redis"], entry["alone"]
+    lines += [
+        f"The queue's part of a job, from the enqueue to the result in the client's hands: {ms['median']:.1f} ms, 95 "
+        f"of 100 below {ms['p95']:.1f}. Talk with Redis beside the steps, {redis['jobs']} jobs: "
+        f"{redis['streamed']['share']['median']:.1%} of their time with streams, "
+        f"{redis['not_streamed']['share']['median']:.1%} without. A lone job takes "
+        f"{alone['not_streamed']['token_ratio']:.3f} times as long a token as an engine without a queue, "
+        f"{alone['streamed']['token_ratio']:.3f} times with a stream.",
+        "",
+    ]
+
+    def curves(axes: Any) -> None:
+        mixed = [cell for cell in entry["cells"] if not cell["alike"]]
+        for color, (which, label) in zip(COLORS, labels.items(), strict=False):
+            speeds = [cell["pools"][which]["tokens_per_s"]["median"] for cell in mixed]
+            axes.plot([cell["jobs"] for cell in mixed], speeds, "o-", color=color, label=label.replace("`", ""))
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel="jobs waiting", ylabel="tokens/s", ylim=(0, None))
+        axes.set_xticks([cell["jobs"] for cell in mixed], [str(cell["jobs"]) for cell in mixed])
+        axes.legend(fontsize="small")
+
+    return [*lines, draw(name, f"{entry['model']}: tokens a second by jobs waiting", curves), ""]
+
+
 SECTIONS: dict[str, tuple[str, Callable[[str, Values, Draw], list[str]]]] = {
     "engine": ("Speed of the engine", engine),
     "profile": ("Where the time of a step goes", profile),
     "cold_start": ("Cold start", cold_start),
     "memory": ("Memory by workers", memory),
+    "pool": ("Many jobs at once", pool),
     "peers": ("Peers", peers),
 }
 
