@@ -158,9 +158,10 @@ class RQWorker(BaseWorker):
             pipeline.execute()
 
     def enter(self, state: WorkerStatus) -> None:
-        """Tell a new state; the same one again costs nothing."""
+        """Tell a new state, and with it how this worker is doing; the same one again costs nothing."""
         if self.get_state() != state:
-            self.set_state(state)
+            self._state = state
+            self.announce()
 
     def is_suspended(self) -> bool:
         return bool(is_suspended(self.connection, self))
