@@ -121,6 +121,12 @@ class JobTimedOut(JobFailed):
     how = "ran out of time"
 
 
+class PoisonJob(JobFailed):
+    """Workers died of the job, time and again, and so it is not tried any more."""
+
+    how = "was given up as poison"
+
+
 class QueueFull(FastGPT2Error):
     """The queue is as deep as it may be; nothing was enqueued. `depth` is the number of jobs that wait."""
 

@@ -5,6 +5,7 @@ And `fastgpt2 pool`: the workers alone, on a Redis that is there.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -21,15 +22,20 @@ from fastgpt2.engine.hub import find_model
 from fastgpt2.errors import FastGPT2Error, QueueUnavailable, RedisAccessDenied
 from fastgpt2.logs import set_up_logging
 from fastgpt2.worker.connection import connect, redis_errors, without_password
-from fastgpt2.worker.pool import Child, Pool
+from fastgpt2.worker.pool import HEALTHY_SECONDS, Child, Pool
 from fastgpt2.worker.process import on_stop_signals, stop_signals_held
 from fastgpt2.worker.redis_server import RedisServer
+
+log = logging.getLogger("fastgpt2.pool")
 
 CHECK_SECONDS = 0.1
 # Packing the weights of gpt2-xl for the first time, on a slow disk, is within it.
 READY_SECONDS = 600.0
 # A worker that is told to stop keeps to `drain_timeout` itself; one that does not is hurried, this much later.
 STOP_MARGIN_SECONDS = 5.0
+# How long the jobs of workers that did not end well may take to be put back, once everything else is stopped.
+REAP_SECONDS = 5.0
+MAX_REDIS_DEATHS = 5
 # By environment, not by argument: an argument list can be read by every user of the machine. -P: else a file of the
 # current folder could stand in for a module of the same name.
 COMMAND = (sys.executable, "-P", "-m", "fastgpt2")
@@ -53,6 +59,8 @@ class System:
         self.http_url = ""
         self.pool = Pool([])
         self.ready = False
+        self._redis_started_at = 0.0
+        self._redis_deaths = 0
         self.stopping = threading.Event()
         self._stack = ExitStack()
 
@@ -88,9 +96,20 @@ class System:
             self._check()
 
     def _check(self) -> None:
-        self.pool.check(time.monotonic())
         if self.redis is not None and self.redis.poll() is not None:
-            raise QueueUnavailable(f"the embedded Redis has ended with status {self.redis.poll()}")
+            self._restart_redis(self.redis)
+        self.pool.check(time.monotonic())
+
+    def _restart_redis(self, redis: RedisServer) -> None:
+        """On the data that it kept: workers and clients wait for it."""
+        now = time.monotonic()
+        self._redis_deaths = 1 if now - self._redis_started_at > HEALTHY_SECONDS else self._redis_deaths + 1
+        if self._redis_deaths > MAX_REDIS_DEATHS:
+            times = f"{self._redis_deaths} times in a row, now with status {redis.poll()}"
+            raise QueueUnavailable(f"the embedded Redis has ended {times}; giving up")
+        log.warning("the embedded Redis has ended with status %s; starting it again", redis.poll())
+        redis.start()
+        self._redis_started_at = time.monotonic()
 
     def _start_redis(self) -> None:
         if self.redis_url:
@@ -103,6 +122,7 @@ class System:
         self.redis = RedisServer(self.values["redis_port"], Path(folder).expanduser().absolute() if folder else None)
         self._stack.callback(self.redis.stop)
         self.redis.start()
+        self._redis_started_at = time.monotonic()
         self.redis_url = self.redis.url
 
     def _start_children(self) -> None:
@@ -111,7 +131,11 @@ class System:
             self.http_url = url_of(probe)
         environment = {**child_environment(values, self.redis_url), "FASTGPT2_PORT": self.http_url.rpartition(":")[2]}
         endpoint = Child("endpoint", [*COMMAND, "api"], environment, stops_first=True)
-        self.pool = Pool([*worker_children(values, self.redis_url), endpoint])
+        from fastgpt2.worker.reaping import BackgroundReaper
+
+        reaper = BackgroundReaper(self.redis_url, values["queue"])
+        self._stack.callback(reaper.close, REAP_SECONDS)
+        self.pool = Pool([*worker_children(values, self.redis_url), endpoint], reaper.reap)
         self._stack.callback(self.pool.stop, values["drain_timeout"] + STOP_MARGIN_SECONDS)
         self.pool.start()
 
@@ -159,7 +183,7 @@ def child_environment(values: dict[str, Any], redis_url: str) -> dict[str, str]:
         "FASTGPT2_POOL_WORKERS": str(values["workers"]),
         "FASTGPT2_SUPERVISOR_PID": str(os.getpid()),
         # What one worker may be told in the shell, and what no pool can use: one name for all, and an end of all.
-        "FASTGPT2_NAME": "",
+        "FASTGPT2_NAME": "",  # each start of a worker has a name of its own
         "FASTGPT2_BURST": "",
     }
 
@@ -173,7 +197,7 @@ def worker_children(values: dict[str, Any], redis_url: str) -> list[Child]:
     """
     environment, ends_soon = child_environment(values, redis_url), values["max_jobs"] is not None
     return [
-        Child(f"worker {n + 1}", [*COMMAND, "worker"], environment, ends_soon=ends_soon)
+        Child(f"worker {n + 1}", [*COMMAND, "worker"], environment, ends_soon=ends_soon, is_worker=True)
         for n in range(values["workers"])
     ]
 
@@ -212,7 +236,10 @@ def run_pool(values: dict[str, Any]) -> int:
     redis_url = values["redis_url"]
     _refuse_if_denied(redis_url)
     find_model(values["model"], values["revision"])
-    pool, stopping = Pool(worker_children(values, redis_url)), threading.Event()
+    from fastgpt2.worker.reaping import BackgroundReaper
+
+    reaper = BackgroundReaper(redis_url, values["queue"])
+    pool, stopping = Pool(worker_children(values, redis_url), reaper.reap), threading.Event()
     on_stop_signals(lambda _signum, _frame: stopping.set())
     print(
         f"fastgpt2 pool: model {values['model']}, {values['workers']} workers, queue {values['queue']}, "
@@ -227,6 +254,7 @@ def run_pool(values: dict[str, Any]) -> int:
     finally:
         with stop_signals_held():
             pool.stop(values["drain_timeout"] + STOP_MARGIN_SECONDS)
+            reaper.close(REAP_SECONDS)
     return 0
 
 

@@ -17,7 +17,7 @@ from rq.job import Job
 from rq.results import Result
 from rq.serializers import JSONSerializer
 
-from fastgpt2.worker.names import ATTEMPTS_FIELD, PARTIAL_META
+from fastgpt2.worker.names import ATTEMPTS_FIELD, EXECUTION_FIELD, PARTIAL_META
 from fastgpt2.worker.redis_server import RedisServer
 
 ENTRY: dict[str, Any] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"][0]
@@ -43,7 +43,7 @@ def traces(redis: Redis, job: Job) -> dict[str, Any]:
     registries = ("finished", "failed", "started", "canceled", "deferred", "scheduled")
     entries: Any = redis.xrevrange(f"rq:results:{job.id}")
     return {
-        "fields": sorted(name.decode() for name in fields if name.decode() != ATTEMPTS_FIELD),
+        "fields": sorted(name.decode() for name in fields if name.decode() not in (ATTEMPTS_FIELD, EXECUTION_FIELD)),
         "status": fields[b"status"],
         "keys": [(key.decode().replace(job.id, "ID"), redis.type(key), redis.ttl(key) > 0) for key in sorted(found)],
         "registries": [

@@ -52,15 +52,23 @@ class Batch:
 
     def admit(self) -> None:
         """Let in whom there is room for; they are decoded from the next step on."""
-        while self._waiting and len(self._running) < self._most and self._decoder.has_room(self._waiting[0].prompt):
+        while self._waiting and self._may_join(self._waiting[0]):
             running = self._waiting.popleft()
             running.sequence = self._decoder.admit(running.prompt)
             self._running[running.sequence] = running
 
+    def _may_join(self, running: Running) -> bool:
+        if self._running and (running.alone or self._is_one_alone()):
+            return False
+        return len(self._running) < self._most and self._decoder.has_room(running.prompt)
+
+    def _is_one_alone(self) -> bool:
+        return len(self._running) == 1 and next(iter(self._running.values())).alone
+
     def room(self) -> int:
         """How many more could begin now. None while prompts keep the next step busy: another worker might be free."""
         unread = sum(len(sequence.pending) for sequence in self._running if not sequence.token_ids)
-        if self._waiting or unread >= PREFILL_ROWS_BESIDE:
+        if self._waiting or unread >= PREFILL_ROWS_BESIDE or self._is_one_alone():
             return 0
         return self._most - len(self._running)
 

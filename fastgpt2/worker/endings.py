@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import OutOfMemoryError, ReadOnlyError, RedisError
-from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis.exceptions import RedisError
 
 from fastgpt2.errors import FastGPT2Error, JobFailed, JobStopped, JobTimedOut
 from fastgpt2.worker.batch import Batch
+from fastgpt2.worker.guarded import is_of_entry
 from fastgpt2.worker.job import describe_result
 from fastgpt2.worker.ledger import Ledger, Started
-from fastgpt2.worker.running import Running, recorded
+from fastgpt2.worker.rq_job import recorded
+from fastgpt2.worker.running import Running
 
 log = logging.getLogger("fastgpt2.worker")
-
-# Redis has written nothing, or may not have: trying again later is right.
-_AWAY = (RedisConnectionError, RedisTimeoutError, ReadOnlyError, OutOfMemoryError)
 
 
 class Endings:
@@ -39,6 +36,10 @@ class Endings:
     def __len__(self) -> int:
         """How many are not written yet."""
         return len(self._pending)
+
+    def __iter__(self) -> Iterator[Running]:
+        """Those that are not written yet."""
+        return (running for running, _ in self._pending)
 
     def finish(self, running: Running) -> None:
         """It came to its end."""
@@ -63,10 +64,10 @@ class Endings:
             (running, lambda: self._ledger.fail(running.started, recorded(error), last, partial, stopped))
         )
 
-    def cancel(self, running: Running) -> None:
-        """Somebody has cancelled it."""
+    def cancel(self, running: Running, how: str = "was cancelled") -> None:
+        """Somebody has cancelled it, or it is not this worker's any more."""
         self._batch.drop(running)
-        log.info("%s: job %s was cancelled", self._name, running.id)
+        log.info("%s: job %s %s", self._name, running.id, how)
         self._pending.append((running, lambda: False))
 
     def refuse(self, started: Started, error: Exception) -> None:
@@ -75,14 +76,14 @@ class Endings:
         self._ledger.fail(started, recorded(error), None)
         self.written += 1
 
-    def give_back(self, everything: Sequence[Running]) -> None:
-        """Put jobs back to the front of their queues."""
+    def give_back(self, everything: Sequence[Running], crashed: bool = False) -> None:
+        """Put jobs back to the front of their queues; as those of a crash, if it is the work on them that failed."""
         if not everything:
             return
         for running in everything:
             self._batch.drop(running)
         try:
-            given = set(self._ledger.give_back([running.started for running in everything]))
+            given = set(self._ledger.give_back([running.started for running in everything], crashed))
         except RedisError as reason:
             log.error("%s: %d jobs could not be given back (%s)", self._name, len(everything), reason)
             return
@@ -100,13 +101,16 @@ class Endings:
             try:
                 if not write():
                     # Cancelled or deleted by somebody, or taken over.
-                    self._ledger.note_cancelled(running.started, running.last(), running.partial("cancelled"))
-            except _AWAY:
-                for other, _ in self._pending:
-                    log.warning("%s: the end of job %s cannot be written yet", self._name, other.id)
-                raise
-            except Exception:
+                    self._ledger.let_go(running.started, running.last(), running.partial("cancelled"))
+            except RedisError as reason:
+                if not is_of_entry(reason):
+                    for other, _ in self._pending:
+                        log.warning("%s: the end of job %s cannot be written yet", self._name, other.id)
+                    raise
+                self._ledger.fail_malformed(running.started.queue, running.id, reason)
+            except Exception as reason:
                 log.exception("%s: the end of job %s cannot be written", self._name, running.id)
+                self._ledger.fail_malformed(running.started.queue, running.id, reason)
             self._pending.popleft()
             self.written += 1
 

@@ -16,10 +16,10 @@ from rq.worker import WorkerStatus
 from fastgpt2 import __version__
 from fastgpt2.errors import JobStopped, PromptTooLong
 from fastgpt2.worker.batch import Batch
-from fastgpt2.worker.claims import Claim, Claims
+from fastgpt2.worker.claims import SUSPECT_CRASHES, Claim, Claims
 from fastgpt2.worker.endings import Endings
 from fastgpt2.worker.ledger import Ledger, Started
-from fastgpt2.worker.names import queues_of, stream_key
+from fastgpt2.worker.names import stream_key
 from fastgpt2.worker.recycling import Recycling
 from fastgpt2.worker.rq_worker import RQWorker, back_off
 from fastgpt2.worker.running import Running
@@ -76,8 +76,8 @@ class GenerationWorker(RQWorker):
         self._drain_until = math.inf
         self._redis_failures = 0
         self._no_redis_before = 0.0
-        super().__init__(connection, queues_of(queue), name, supervisor_pid)
-        self._claims = Claims(connection, self.queues)
+        super().__init__(connection, queue, name, supervisor_pid)
+        self._claims = Claims(connection, self.queues, self.name)
         self._ledger = Ledger(self)
         self.endings = Endings(self.batch, self._ledger, self.name)
 
@@ -137,6 +137,7 @@ class GenerationWorker(RQWorker):
     def _turn(self, burst: bool) -> bool:
         """Whether this was the last one."""
         idle = self._empty_handed()
+        self.lease.turned()
         self._heed_stop()
         found = True
         if time.monotonic() >= self._no_redis_before:
@@ -174,7 +175,6 @@ class GenerationWorker(RQWorker):
             log.exception("%s: unforeseen; going on", self.name)
             self._redis_failures += 1
             self._no_redis_before = time.monotonic() + back_off(self._redis_failures)
-            self._claimed.clear()
         finally:
             if not idle:
                 self._exchange_seconds += time.perf_counter() - began
@@ -182,19 +182,37 @@ class GenerationWorker(RQWorker):
 
     def _exchange(self, burst: bool, idle: bool) -> bool:
         self.endings.write()
-        if self.keep_up():
-            self._ledger.keep_alive([running.started for running in self.batch])
+        if self.keep_up() or self.lease.was_taken_from():
+            self._compare_with_redis()
         if len(self.batch):
             self._pulse()
-        elif not self.stopping.is_set() and not self._claimed:
+        elif not self.stopping.is_set() and not self._claimed and self.lease.held:
             self._claimed += self._idle(burst)
         if not self._claimed:
             return not idle
-        started = self._ledger.start(self._claimed)
+        self._start_claimed()
+        return True
+
+    def _compare_with_redis(self) -> None:
+        """Keep alive what is in hand, let go of what is not this worker's any more, find what it never heard of."""
+        lost = self._ledger.keep_alive([running.started for running in self.batch])
+        for running in [running for running in self.batch if running.started in lost]:
+            self.endings.cancel(running, "was cancelled, deleted or taken back")
+        known = {job_id for _, job_id in self._claimed}
+        known.update(running.id for running in (*self.batch, *self.endings))
+        # The answer to a claim, or to the start of a job, was lost on the way.
+        self._claimed += [claim for claim in self._claims.in_hand() if claim[1] not in known]
+
+    def _start_claimed(self) -> None:
+        read = self._ledger.read(self._claimed)
+        suspect = next((at for at, each in enumerate(read) if each.crashes >= SUSPECT_CRASHES), len(read))
+        if suspect == 0 and not len(self.batch):
+            suspect = 1
+        self._claims.put_back([(each.queue, each.id) for each in read[suspect:]])
+        started = self._ledger.start(read[:suspect])
         self._claimed = []
         for each in started:
             self._take_up(each)
-        return True
 
     def _idle(self, burst: bool) -> list[Claim]:
         if self.is_suspended():
@@ -211,8 +229,9 @@ class GenerationWorker(RQWorker):
             sent = self._add_pieces(pipeline)
             asked = self._add_cancellations(pipeline)
             wanted = 0 if self.stopping.is_set() or self._claimed else min(MOST_CLAIMS, self.batch.room())
+            wanted *= self.lease.held
             if wanted:
-                self._claims.ask(pipeline, wanted)
+                self._claims.ask(pipeline, wanted, len(self.batch))
             replies = pipeline.execute()
         for running, upto in sent:
             running.sent = upto
@@ -275,12 +294,21 @@ class GenerationWorker(RQWorker):
         try:
             ended = self.batch.step()
         except Exception as error:
-            # Whose fault it was cannot be told: they went through it together.
-            for running in self.batch.running:
-                self.endings.fail(running, error)
+            self._blame(self.batch.running, error)
             return
         for running in ended:
             self.endings.finish(running)
+
+    def _blame(self, together: list[Running], error: Exception) -> None:
+        """Whose fault it was cannot be told of jobs that went through a step together: each gets another chance."""
+        if isinstance(error, MemoryError):
+            log.error("%s: memory has run out; stopping, so that a fresh process takes its place", self.name)
+            self.stopping.set()
+        if len(together) == 1:
+            self.endings.fail(together[0], error)
+            return
+        log.error("%s: a step with %d jobs failed", self.name, len(together), exc_info=error)
+        self.endings.give_back(together, crashed=True)
 
     # Jobs go.
 

@@ -1,7 +1,8 @@
 """What becomes of a job, written into Redis as RQ writes it: started, finished, failed, cancelled, given back.
 
 The one place that knows these internals of RQ 3.0, and for many jobs a worker. An end is written only if Redis still
-has the job as started by this worker: who cancelled or deleted it meanwhile is not overruled.
+has the job as started by this worker, in this execution: who cancelled or deleted it meanwhile is not overruled, and
+who was taken for dead comes too late.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial as bound
 from typing import TYPE_CHECKING, Any
 
-from redis.exceptions import ResponseError, WatchError
+from redis.exceptions import WatchError
 from rq import Queue
 from rq.executions import Execution
 from rq.job import JobStatus
@@ -26,8 +27,16 @@ from rq.utils import utcformat
 from rq.worker import BaseWorker, WorkerStatus
 
 from fastgpt2.worker.claims import Claim
-from fastgpt2.worker.guarded import Guarded, Verdict, carry_out
-from fastgpt2.worker.names import ATTEMPTS_FIELD, PARTIAL_META, stream_key
+from fastgpt2.worker.guarded import Held, Taken, Verdict, carry_out
+from fastgpt2.worker.names import (
+    ATTEMPTS_FIELD,
+    CRASHES_FIELD,
+    EXECUTION_FIELD,
+    PARTIAL_META,
+    stream_key,
+    taken_key,
+)
+from fastgpt2.worker.reaping import settle
 from fastgpt2.worker.rq_job import GenerationJob, fail_malformed
 from fastgpt2.worker.stream import STREAM_TTL_SECONDS, Piece, end_entry, piece_to_entry
 
@@ -38,6 +47,8 @@ log = logging.getLogger("fastgpt2.worker")
 
 # Far beyond what a request needs; what is larger is not even fetched.
 MAX_ENTRY_BYTES = 64 << 20
+
+_OVER = (JobStatus.FINISHED, JobStatus.FAILED, JobStatus.STOPPED)
 
 # KEYS: jobs' hashes. ARGV: the most bytes that one may have. Of each its fields and values, its size if that is more,
 # or what it is if it is no hash.
@@ -55,13 +66,32 @@ end
 return found
 """
 
-# KEYS: a job's hash, its queue. ARGV: the job's id, the worker's name. Whether the job was still this worker's.
-_GIVE_BACK = """
-local known = redis.call('HMGET', KEYS[1], 'status', 'worker_name')
-if known[1] ~= 'started' or known[2] ~= ARGV[2] then return 0 end
+# KEYS: a job's hash, its queue, the list of what the worker has taken of it. ARGV: the job's id, the worker, the
+# execution, and 1 if it counts as a crash. Whether the job was still this worker's.
+_GIVE_BACK = f"""
+local known = redis.call('HMGET', KEYS[1], 'status', 'worker_name', '{EXECUTION_FIELD}')
+if known[1] ~= 'started' or known[2] ~= ARGV[2] or known[3] ~= ARGV[3] then return 0 end
 redis.call('HSET', KEYS[1], 'status', 'queued', 'worker_name', '', 'started_at', '')
+redis.call('HDEL', KEYS[1], '{EXECUTION_FIELD}')
+if ARGV[4] == '1' then redis.call('HINCRBY', KEYS[1], '{CRASHES_FIELD}', 1) end
+redis.call('LREM', KEYS[3], 1, ARGV[1])
 redis.call('LPUSH', KEYS[2], ARGV[1])
 return 1
+"""
+
+# KEYS: a job's hash, the list of what the worker has taken. ARGV: the job's id, the execution, what of the job is to be
+# written if it was cancelled: fields and values. Its status if it is still this execution's, or gone; else nothing: it
+# was taken back, and what stands in the list may be a later claim.
+_LET_GO = f"""
+local known = redis.call('HMGET', KEYS[1], 'status', '{EXECUTION_FIELD}')
+if not known[1] then redis.call('LREM', KEYS[2], 1, ARGV[1]) return '' end
+if known[2] ~= ARGV[2] then return '' end
+if known[1] == 'canceled' then
+    redis.call('HSET', KEYS[1], unpack(ARGV, 3))
+    redis.call('HDEL', KEYS[1], 'worker_name')
+    redis.call('LREM', KEYS[2], 1, ARGV[1])
+end
+return known[1]
 """
 
 
@@ -71,6 +101,7 @@ class Started:
 
     Attributes:
         attempt: how often it has been started, this time included.
+        crashes: how many workers have died with it in their hands.
         began_at: when, on `time.monotonic`'s clock.
     """
 
@@ -79,6 +110,7 @@ class Started:
     execution: Execution
     attempt: int
     began_at: float
+    crashes: int
 
     @property
     def id(self) -> str:
@@ -109,26 +141,28 @@ class Ledger:
         self._worker = worker
         self._connection = worker.connection
 
-    def start(self, claims: Sequence[Claim]) -> list[Started]:
-        """Fetch claimed jobs and note that they have been started; those that cannot be read are failed instead."""
+    def read(self, claims: Sequence[Claim]) -> list[Started]:
+        """Fetch claimed jobs, not started yet. Those that cannot be read are failed; the cancelled are let go of."""
         keys = [GenerationJob.key_for(job_id) for _, job_id in claims]
         with self._connection.pipeline(transaction=False) as pipeline:
             pipeline.eval(_FETCH, len(keys), *keys, MAX_ENTRY_BYTES)
             (replies,) = pipeline.execute()
-        started: list[Started] = []
-        for claim, reply in zip(claims, replies, strict=True):
-            queue, job_id = claim
-            job = self._read(claim, reply)
-            if isinstance(job, GenerationJob):
-                started.append(Started(job, queue, Execution("", job.id, self._connection), 0, time.monotonic()))
-            elif isinstance(job, Exception):
-                self._fail_malformed(queue, job_id, job)
+        found: list[Started] = []
+        for (queue, job_id), reply in zip(claims, replies, strict=True):
+            job = self._read(job_id, reply)
+            if isinstance(job, Exception):
+                self.fail_malformed(queue, job_id, job)
+            elif job is None or job.get_status(refresh=False) == JobStatus.CANCELED:
+                self._connection.lrem(self._taken(queue), 1, job_id)
+            elif job.get_status(refresh=False) in _OVER:
+                settle(queue, job_id, self._taken(queue))
             else:
-                self._connection.lrem(queue.intermediate_queue_key, 1, job_id)
-        return self._write_started(started)
+                execution = Execution("", job.id, self._connection)
+                found.append(Started(job, queue, execution, 0, time.monotonic(), job.crashes))
+        return found
 
-    def _read(self, claim: Claim, reply: Any) -> GenerationJob | Exception | None:
-        """The job; None if it has been deleted or cancelled; what is the matter with it if it cannot be read."""
+    def _read(self, job_id: str, reply: Any) -> GenerationJob | Exception | None:
+        """The job; None if it has been deleted; what is the matter with it if it cannot be read."""
         if isinstance(reply, int):
             return ValueError(f"{reply} bytes; the limit is {MAX_ENTRY_BYTES}")
         if not isinstance(reply, list):
@@ -136,32 +170,40 @@ class Ledger:
         if not reply:
             return None
         try:
-            job = GenerationJob(claim[1], connection=self._connection, serializer=self._worker.serializer)
+            job = GenerationJob(job_id, connection=self._connection, serializer=self._worker.serializer)
             job.restore(dict(zip(reply[::2], reply[1::2], strict=True)))
         except Exception as reason:  # whatever RQ's parsing meets
             return reason
-        return None if job.get_status(refresh=False) == JobStatus.CANCELED else job
+        return job
 
-    def _fail_malformed(self, queue: Queue, job_id: str, reason: Exception) -> None:
-        try:
-            error = fail_malformed(queue, job_id, reason, self._worker.name)
-            log.warning("%s: job %s failed: %s", self._worker.name, job_id, error)
-        except ResponseError as refusal:  # its key is no hash, for instance
-            log.warning("%s: job %s cannot even be failed: %s", self._worker.name, job_id, refusal)
+    def fail_malformed(self, queue: Queue, job_id: str, reason: Exception) -> None:
+        """Fail a claimed or started job that RQ cannot fail, for the state of its entry."""
+        error = fail_malformed(queue, job_id, reason, self._worker.name, self._taken(queue))
+        log.warning("%s: job %s failed: %s", self._worker.name, job_id, error)
 
-    def _write_started(self, everything: list[Started]) -> list[Started]:
+    def start(self, everything: list[Started]) -> list[Started]:
+        """Note that claimed jobs have been started. Returns those that have: not what was cancelled meanwhile."""
         if not everything:
             return []
-        guarded = [Guarded(each.job.key, "", bound(self._begin, each)) for each in everything]
+        name = self._worker.name
+        guarded = [
+            Taken(each.job.key, name, self._taken(each.queue), each.id, each.queue.name, bound(self._begin, each))
+            for each in everything
+        ]
         started = []
         for each, (verdict, attempt) in zip(everything, carry_out(self._connection, guarded), strict=True):
-            if verdict != Verdict.DONE:  # cancelled or deleted since it was read
-                self._connection.lrem(each.queue.intermediate_queue_key, 1, each.id)
-                continue
-            each.attempt = int(attempt)
-            self._worker.executions[each.execution.id] = each.execution
-            started.append(each)
+            if verdict == Verdict.DONE:
+                each.attempt = int(attempt)
+                self._worker.executions[each.execution.id] = each.execution
+                started.append(each)
+            elif verdict == Verdict.MALFORMED:
+                self.fail_malformed(each.queue, each.id, attempt)
+            else:  # cancelled, deleted, or started elsewhere since it was read
+                self._connection.lrem(self._taken(each.queue), 1, each.id)
         return started
+
+    def _taken(self, queue: Queue) -> str:
+        return taken_key(self._worker.name, queue.name)
 
     def _begin(self, started: Started, pipeline: Pipeline) -> None:
         job, queue, worker = started.job, started.queue, self._worker
@@ -170,7 +212,7 @@ class Ledger:
         started.execution = Execution.create(job, ttl, pipeline=pipeline, worker_name=worker.name)
         job.prepare_for_execution(worker.name, pipeline=pipeline)
         pipeline.persist(job.key)
-        pipeline.lrem(queue.intermediate_queue_key, 1, job.id)
+        pipeline.hset(job.key, EXECUTION_FIELD, started.execution.id)
         # A job that was cancelled and enqueued again is still among the cancelled.
         pipeline.zrem(CanceledJobRegistry.key_template.format(queue.name), job.id)
         worker.set_state(WorkerStatus.BUSY, pipeline=pipeline)
@@ -207,14 +249,22 @@ class Ledger:
             nonlocal ready
             ready = started.queue.move_dependents_to_ready(job, pipeline=pipeline)
 
-        guarded = Guarded(job.key, worker.name, write, job.dependents_key)
-        ((verdict, _),) = carry_out(self._connection, [guarded])
+        def write_and_let_go(pipeline: Pipeline) -> None:
+            write(pipeline)
+            pipeline.lrem(self._taken(started.queue), 1, job.id)
+
+        held = Held(job.key, worker.name, started.execution.id, write_and_let_go, job.dependents_key)
+        ((verdict, reply),) = carry_out(self._connection, [held])
+        if verdict == Verdict.MALFORMED:
+            raise reply
         if verdict == Verdict.REFUSED:
             return False
         if verdict == Verdict.HAS_DEPENDENTS:
             if not self._watching(started, release, write):
                 return False
             started.queue.enqueue_ready_jobs_by_queue(ready)
+            # Last: should this worker die before, whoever finds the job in its list releases those that wait for it.
+            self._connection.lrem(self._taken(started.queue), 1, job.id)
         release_slot(job)
         return True
 
@@ -248,67 +298,66 @@ class Ledger:
             worker.increment_failed_job_count(pipeline)
             self._count_time(job, pipeline)
             self._end(started, None if retry else last, pipeline)
+            if retry:
+                pipeline.hdel(job.key, EXECUTION_FIELD)
+                pipeline.lrem(self._taken(started.queue), 1, job.id)
 
-        ((verdict, _),) = carry_out(self._connection, [Guarded(job.key, worker.name, write)])
+        held = Held(job.key, worker.name, started.execution.id, write)
+        ((verdict, reply),) = carry_out(self._connection, [held])
+        if verdict == Verdict.MALFORMED:
+            raise reply
         if verdict != Verdict.DONE:
             return False
         if not retry:
-            started.queue.enqueue_dependents(job)
+            settle(started.queue, job.id, self._taken(started.queue))
         release_slot(job)
         return True
 
-    def note_cancelled(self, started: Started, last: Piece | None, partial: Any) -> None:
-        """Keep what had been generated of a job that somebody else has cancelled, and let go of it."""
-        job = started.job
+    def let_go(self, started: Started, last: Piece | None, partial: Any) -> None:
+        """Let go of a job that is not this worker's to end; what had been generated is kept if it was cancelled."""
+        job, queue = started.job, started.queue
+        keys = job.key, self._taken(queue)
+        fields = ("ended_at", utcformat(utc_now()), "meta", self._with_partial(job, partial))
+        status = self._connection.eval(_LET_GO, 2, *keys, started.id, started.execution.id, *fields)
+        if isinstance(status, bytes) and status.decode() in _OVER:  # its end was written, but not heard of
+            settle(queue, started.id, self._taken(queue))
         with self._connection.pipeline() as pipeline:
-            while True:
-                try:
-                    pipeline.watch(job.key)
-                    status: Any = pipeline.hget(job.key, "status")
-                    pipeline.multi()
-                    if status == JobStatus.CANCELED.value.encode():
-                        self._keep_partial(job, partial, pipeline)
-                        pipeline.hset(job.key, "ended_at", utcformat(utc_now()))
-                        # Readers take this for the sign that nothing more will come.
-                        pipeline.hdel(job.key, "worker_name")
-                    self._count_time(job, pipeline)
-                    self._end(started, last, pipeline)
-                    pipeline.execute()
-                    return
-                except WatchError:
-                    continue
+            self._count_time(job, pipeline)
+            self._end(started, last if status == b"canceled" else None, pipeline)
+            pipeline.execute()
 
-    def give_back(self, everything: Iterable[Started]) -> list[str]:
-        """Put jobs back to the front of their queues, as if they had never been taken. Returns the ids of those put."""
+    def give_back(self, everything: Iterable[Started], crashed: bool = False) -> list[str]:
+        """Put jobs back to the front of their queues, as if they had never been taken. Returns the ids of those put.
+
+        Args:
+            crashed: it is the work on them that failed, and one of them may be the cause.
+        """
         worker = self._worker
         # The one that was taken first is to stand in front.
         backwards = sorted(everything, key=lambda started: started.execution.created_at, reverse=True)
         with self._connection.pipeline() as pipeline:
             for started in backwards:
-                pipeline.eval(_GIVE_BACK, 2, started.job.key, started.queue.key, started.id, worker.name)
+                keys = started.job.key, started.queue.key, self._taken(started.queue)
+                words = started.id, worker.name, started.execution.id, int(crashed)
+                pipeline.eval(_GIVE_BACK, len(keys), *keys, *words)
             for started in backwards:
                 worker.cleanup_execution(started.job, pipeline=pipeline, execution=started.execution)
             replies = pipeline.execute()
         return [started.id for started, reply in zip(backwards, replies, strict=False) if reply][::-1]
 
-    def keep_alive(self, everything: Sequence[Started]) -> None:
-        """Heartbeats of started jobs; a job that was deleted meanwhile must not come into being again by them."""
-        if not everything:
-            return
-        with self._connection.pipeline() as pipeline:
-            beats = []
-            for started in everything:
-                job = started.job
-                running = time.monotonic() - started.began_at
-                ttl = int(self._worker.get_heartbeat_ttl(job, working_time=running))
-                started.execution.heartbeat(job.started_job_registry, ttl, pipeline=pipeline)
-                beats.append(len(pipeline))
-                job.heartbeat(utc_now(), ttl, pipeline=pipeline, xx=True)
-            replies = pipeline.execute()
-            for started, at in zip(everything, beats, strict=True):
-                if replies[at] == 1:  # a new field, so there was no hash
-                    pipeline.delete(started.job.key)
-            pipeline.execute()
+    def keep_alive(self, everything: Sequence[Started]) -> list[Started]:
+        """Heartbeats of started jobs. Returns those that are not this worker's any more: cancelled, deleted, lost."""
+        held = [
+            Held(each.job.key, self._worker.name, each.execution.id, bound(self._beat, each)) for each in everything
+        ]
+        verdicts = carry_out(self._connection, held) if held else []
+        return [each for each, (verdict, _) in zip(everything, verdicts, strict=True) if verdict == Verdict.REFUSED]
+
+    def _beat(self, started: Started, pipeline: Pipeline) -> None:
+        job = started.job
+        ttl = int(self._worker.get_heartbeat_ttl(job, working_time=time.monotonic() - started.began_at))
+        started.execution.heartbeat(job.started_job_registry, ttl, pipeline=pipeline)
+        job.heartbeat(utc_now(), ttl, pipeline=pipeline, xx=True)
 
     def _watching(self, started: Started, read: Callable[[Pipeline], None], write: Callable[[Pipeline], None]) -> bool:
         """The same in a transaction that first reads. Returns whether the job was this worker's."""
@@ -317,8 +366,9 @@ class Ledger:
             while True:
                 try:
                     pipeline.watch(job.key, job.dependents_key)
-                    known: Any = pipeline.hmget(job.key, "status", "worker_name")
-                    if known != [JobStatus.STARTED.value.encode(), self._worker.name.encode()]:
+                    known: Any = pipeline.hmget(job.key, "status", "worker_name", EXECUTION_FIELD)
+                    mine = JobStatus.STARTED.value, self._worker.name, started.execution.id
+                    if known != [word.encode() for word in mine]:
                         return False
                     read(pipeline)
                     if not pipeline.explicit_transaction:
@@ -344,9 +394,14 @@ class Ledger:
             self._worker.increment_total_working_time(max(seconds, timedelta()), pipeline)
 
     def _keep_partial(self, job: GenerationJob, partial: Any, pipeline: Pipeline) -> None:
+        pipeline.hset(job.key, "meta", self._with_partial(job, partial))
+
+    def _with_partial(self, job: GenerationJob, partial: Any) -> bytes:
+        """The job's metadata as RQ keeps it, with what had been generated."""
         meta = job.meta if isinstance(job.meta, dict) and "unserialized" not in job.meta else {}
         job.meta = {**meta, PARTIAL_META: partial}
-        pipeline.hset(job.key, "meta", job.serializer.dumps(job.meta))
+        written: bytes = job.serializer.dumps(job.meta)
+        return written
 
 
 def _execution(started: Started) -> dict[str, Any]:

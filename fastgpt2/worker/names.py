@@ -9,6 +9,10 @@ PRIORITIES: tuple[Priority, ...] = get_args(Priority)
 
 # A field of the job's hash, beside RQ's: how often it has been started.
 ATTEMPTS_FIELD = "fastgpt2_attempts"
+# The id of the execution that has the job: only what runs under it may write the job's end.
+EXECUTION_FIELD = "fastgpt2_execution"
+# How many workers have died, or fallen silent, with the job in their hands.
+CRASHES_FIELD = "fastgpt2_crashes"
 # A key of the job's metadata: what had been generated of a job that did not finish, as a result's JSON.
 PARTIAL_META = "partial"
 
@@ -26,3 +30,13 @@ def queues_of(name: str) -> list[str]:
 def stream_key(job_id: str) -> str:
     """The Redis stream of a job's text; see `fastgpt2.worker.stream`."""
     return f"fastgpt2:stream:{job_id}"
+
+
+def leases_key(name: str) -> str:
+    """Of a queue of this name and those beside it: its workers, each with the time until which it counts as alive."""
+    return f"fastgpt2:leases:{name}"
+
+
+def taken_key(worker_name: str, queue_name: str) -> str:
+    """The jobs of one RQ queue that a worker has in its hands: from being claimed until their end is written."""
+    return f"fastgpt2:taken:{worker_name}:{queue_name}"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import subprocess
 import time
-from collections.abc import Sequence
+import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fastgpt2.errors import BadRequest, FastGPT2Error, ModelError
@@ -36,6 +38,8 @@ class Child:
         command: its argument list; secrets go into `environment`, which other users cannot read.
         stops_first: told to stop before the others, which still serve it meanwhile.
         ends_soon: has been told to end of itself (`--max-jobs`), so that ending soon is no sign of a fault.
+        is_worker: what it had in hand when it ended is to be taken back.
+        identity: of the process that runs, or ran last: a worker is told to go by it.
     """
 
     name: str
@@ -43,6 +47,8 @@ class Child:
     environment: dict[str, str]
     stops_first: bool = False
     ends_soon: bool = False
+    is_worker: bool = False
+    identity: str = ""
     process: subprocess.Popen[bytes] | None = None
     started_at: float = 0.0
     quick_deaths: int = 0
@@ -50,11 +56,14 @@ class Child:
     restart_at: float = 0.0
 
     def start(self, now: float) -> None:
+        # Never the same again: what the last process left behind must not pass for this one's.
+        self.identity = f"{socket.gethostname()}.{self.name.replace(' ', '-')}.{uuid.uuid4().hex[:8]}"
+        own = {"FASTGPT2_NAME": self.identity} if self.is_worker else {}
         # A session of its own: Ctrl-C in the terminal reaches the supervisor alone, which then stops all in order.
         with stop_signals_held():
             self.process = subprocess.Popen(
                 self.command,
-                env={**os.environ, **self.environment},
+                env={**os.environ, **self.environment, **own},
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
                 preexec_fn=set_up_child,
@@ -85,10 +94,15 @@ class ChildFailed(FastGPT2Error):
 
 
 class Pool:
-    """Supervises children: `start`, then `check(now)` again and again, then `stop`."""
+    """Supervises children: `start`, then `check(now)` again and again, then `stop`.
 
-    def __init__(self, children: Sequence[Child]) -> None:
+    Args:
+        reap: called with the identity of each worker whose process has ended, however it did.
+    """
+
+    def __init__(self, children: Sequence[Child], reap: Callable[[str], None] = lambda _identity: None) -> None:
         self.children = list(children)
+        self._reap = reap
 
     def start(self) -> None:
         now = time.monotonic()
@@ -107,6 +121,8 @@ class Pool:
                 if status is None:
                     continue
                 child.process = None
+                if child.is_worker:
+                    self._reap(child.identity)
                 if not _ended_orderly(child, status, now):
                     _bury(child, status, now)
             if now >= child.restart_at:
@@ -121,6 +137,9 @@ class Pool:
         self._signal_and_wait(first, signal.SIGTERM, patience)
         for signum, seconds in ((signal.SIGTERM, patience), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
             self._signal_and_wait(self.children, signum, seconds)
+        for child in self.children:
+            if child.is_worker and child.process is not None and child.wait(0):
+                self._reap(child.identity)
 
     def _signal_and_wait(self, children: Sequence[Child], signum: int, seconds: float) -> None:
         alive = [child for child in children if not child.wait(0)]

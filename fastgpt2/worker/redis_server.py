@@ -55,7 +55,8 @@ class RedisServer:
 
     Args:
         port: wanted port; another free one is taken when it is in use, or when it is 0.
-        folder: where to keep the append-only file; without one, data lives as long as the server.
+        folder: where to keep the append-only file; without one it is in a temporary folder, until `stop`. It survives
+            the process, which may be killed and started again.
     """
 
     def __init__(self, port: int = 0, folder: Path | None = None) -> None:
@@ -95,14 +96,14 @@ class RedisServer:
         return self
 
     def _options(self) -> list[str]:
-        durable = ["--appendonly", "yes", "--appendfsync", "everysec"] if self._temporary is None else []
         disabled = [word for name in _DISABLED_COMMANDS for word in ("--rename-command", name, "")]
         return [
             *("--port", str(self.port)),
             *("--bind", "127.0.0.1"),
             *("--save", ""),
             *("--maxmemory-policy", "noeviction"),
-            *durable,
+            *("--appendonly", "yes"),
+            *("--appendfsync", "everysec"),
             *disabled,
         ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import traceback
 import zlib
@@ -13,9 +14,13 @@ from rq.job import Job, JobStatus
 from rq.results import Result
 
 from fastgpt2.engine.generation import GenerationRequest
-from fastgpt2.errors import BadRequest
+from fastgpt2.errors import BadRequest, FastGPT2Error, JobFailed
+from fastgpt2.worker.guarded import FORGET_EXECUTIONS
 from fastgpt2.worker.job import TASK, JobOptions, parse_job
+from fastgpt2.worker.names import CRASHES_FIELD
 from fastgpt2.worker.payload import MAX_PAYLOAD_BYTES, JSONOnlySerializer, PlainPickleSerializer, is_pickle
+
+log = logging.getLogger("fastgpt2.worker")
 
 MALFORMED_TTL_SECONDS = 24 * 3600
 
@@ -28,6 +33,8 @@ class GenerationJob(Job):
     """
 
     too_large = False
+    # How many workers have died with it in their hands.
+    crashes = 0
 
     def restore(self, raw_data: dict[Any, Any]) -> None:
         """As RQ does, but data that would inflate beyond the limit is not inflated."""
@@ -37,6 +44,8 @@ class GenerationJob(Job):
             self.too_large = bool(inflater.unconsumed_tail)
         except zlib.error:  # not compressed; the serializer looks at its size
             pass
+        crashes = raw_data.get(CRASHES_FIELD.encode(), b"")
+        self.crashes = int(crashes) if crashes.isdigit() else 0
         super().restore({**raw_data, b"data": b"{}"} if self.too_large else raw_data)
         if is_pickle(self.data):
             self.serializer = PlainPickleSerializer
@@ -88,16 +97,35 @@ class GenerationJob(Job):
         )
 
 
-def fail_malformed(queue: Queue, job_id: str, reason: Exception, worker_name: str) -> BadRequest:
-    """Record the failure of an entry that RQ cannot turn into a Job, and so cannot fail itself. Returns the failure."""
+def fail_malformed(queue: Queue, job_id: str, reason: Exception, worker_name: str, taken_key: str) -> BadRequest:
+    """Record the failure of an entry that RQ cannot turn into a Job, and so cannot fail itself. Returns the failure.
+
+    Where a key of the job is of another kind than it should be, what cannot be written is left out.
+
+    Args:
+        taken_key: the worker's list that holds the job, and will not any more.
+    """
     error = BadRequest(f"the job's entry in Redis is malformed ({type(reason).__name__}: {str(reason)[:200]})")
     job = GenerationJob(job_id, connection=queue.connection, serializer=JSONOnlySerializer)
-    text = "".join(traceback.format_exception(type(error), error, None))
     with queue.connection.pipeline() as pipeline:
-        pipeline.lrem(queue.intermediate_queue_key, 1, job_id)
+        pipeline.lrem(taken_key, 1, job_id)
         pipeline.hset(job.key, "status", JobStatus.FAILED.value)
         pipeline.expire(job.key, MALFORMED_TTL_SECONDS)
         pipeline.zadd(queue.failed_job_registry.key, {job_id: int(time.time()) + MALFORMED_TTL_SECONDS})
-        Result.create_failure(job, MALFORMED_TTL_SECONDS, text, worker_name, pipeline=pipeline)
-        pipeline.execute()
+        Result.create_failure(job, MALFORMED_TTL_SECONDS, recorded(error), worker_name, pipeline=pipeline)
+        pipeline.eval(f"{FORGET_EXECUTIONS} forget_executions(ARGV[1], ARGV[2])", 0, queue.name, job_id)
+        replies = pipeline.execute(raise_on_error=False)
+    for reply in replies:
+        if isinstance(reply, Exception):
+            log.warning("job %s cannot be failed as it should be (%s)", job_id, reply)
     return error
+
+
+def recorded(error: BaseException) -> str:
+    """What RQ keeps of a failure: of an error that was foreseen its sentence alone, of a defect all that is known."""
+    kind = type(error)
+    if isinstance(error, JobFailed):
+        return f"{kind.__module__}.{kind.__qualname__}: {error.reason}\n"
+    if isinstance(error, FastGPT2Error):
+        return f"{kind.__module__}.{kind.__qualname__}: {error}\n"
+    return "".join(traceback.format_exception(error))

@@ -16,14 +16,18 @@ from typing import TYPE_CHECKING, Any
 from redis.exceptions import RedisError
 from rq import worker_registration
 from rq.command import parse_payload
+from rq.job import Job
 from rq.scheduler import RQScheduler
 from rq.suspension import is_suspended
 from rq.worker import BaseWorker, WorkerStatus
 
 from fastgpt2.errors import BadRequest, RedisAccessDenied
 from fastgpt2.worker.connection import address_of, in_words
+from fastgpt2.worker.lease import Lease
+from fastgpt2.worker.names import queues_of, taken_key
 from fastgpt2.worker.payload import JSONOnlySerializer
 from fastgpt2.worker.process import on_stop_signals
+from fastgpt2.worker.reaping import Reaper
 from fastgpt2.worker.rq_job import GenerationJob
 
 if TYPE_CHECKING:
@@ -34,6 +38,8 @@ log = logging.getLogger("fastgpt2.worker")
 # A worker that was killed is off the lists this long after its last heartbeat, plus RQ's own 60 s.
 WORKER_TTL_SECONDS = 30
 HEARTBEAT_SECONDS = 5.0
+# How long RQ may not hear of a running job before it takes it for abandoned; ours are taken back in seconds.
+EXECUTION_TTL_SECONDS = 600
 MAX_RECONNECT_SECONDS = 10.0
 # How late a job that is due may be enqueued.
 UPKEEP_SECONDS = 1.0
@@ -47,13 +53,13 @@ class RQWorker(BaseWorker):
 
     Args:
         connection: to Redis; see `fastgpt2.worker.connection.connect`.
-        queues: names of the queues, the most urgent first.
+        queue: name of the queue; the more and the less urgent ones beside it are served too (`names.queues_of`).
         name: unique among the live workers; default host and process id.
         supervisor_pid: the process without which this one should not live on.
     """
 
     def __init__(
-        self, connection: Redis, queues: list[str], name: str | None = None, supervisor_pid: int | None = None
+        self, connection: Redis, queue: str, name: str | None = None, supervisor_pid: int | None = None
     ) -> None:
         self.supervisor_pid = supervisor_pid
         self.stopping = threading.Event()
@@ -61,6 +67,7 @@ class RQWorker(BaseWorker):
         self._stop_commands: thread_queue.SimpleQueue[str] = thread_queue.SimpleQueue()
         self._last_heartbeat = 0.0
         self._no_upkeep_before = 0.0
+        queues = queues_of(queue)
         super().__init__(
             queues,
             name=name or default_name(),
@@ -73,11 +80,16 @@ class RQWorker(BaseWorker):
         )
         # RQ's own lines would be five a job.
         self.log.setLevel(logging.WARNING)
+        self.lease = Lease(connection, queue, self.name, Reaper(connection, queue).reap)
         self._scheduler = RQScheduler(queues, connection, logging_level=logging.WARNING, serializer=self.serializer)
 
     def _set_connection(self, connection: Redis) -> Redis:
         """RQ would lengthen the connection's timeout for its own long waits; there are none here."""
         return connection
+
+    def get_heartbeat_ttl(self, job: Job, working_time: float = 0.0) -> int:
+        """So long that nobody's clean-up fails a job of a dead worker before it has been taken back."""
+        return max(EXECUTION_TTL_SECONDS, int(super().get_heartbeat_ttl(job, working_time)))
 
     def sign_on(self) -> bool:
         """Appear among the workers, waiting for a Redis that is not up yet. False when told to stop meanwhile.
@@ -93,6 +105,7 @@ class RQWorker(BaseWorker):
                 self._set_ip_address(self.connection)
                 self.register_birth()
                 self.subscribe()
+                self.lease.start()
                 self.set_state(WorkerStatus.IDLE)
                 return True
             except RedisError as reason:
@@ -106,8 +119,10 @@ class RQWorker(BaseWorker):
         return False
 
     def sign_off(self) -> None:
+        self.lease.stop()
         try:
             self._scheduler.release_locks()
+            self.lease.leave([taken_key(self.name, queue.name) for queue in self.queues])
             self.teardown()
         except RedisError as reason:
             log.warning("%s: could not sign off (%s)", self.name, reason)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import traceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rq import Queue
 
 from fastgpt2.engine.generation import FinishReason, GenerationResult, Timings, Usage
-from fastgpt2.errors import FastGPT2Error, JobFailed, JobTimedOut
+from fastgpt2.errors import JobTimedOut
+from fastgpt2.worker.claims import SUSPECT_CRASHES
 from fastgpt2.worker.job import JobOptions, result_to_json
 from fastgpt2.worker.ledger import Started
 from fastgpt2.worker.stream import Piece
@@ -54,6 +54,11 @@ class Running:
         return cls(started, prompt, options, model, due_at, reason)
 
     @property
+    def alone(self) -> bool:
+        """Whether it is run with no other beside it."""
+        return self.started.crashes >= SUSPECT_CRASHES
+
+    @property
     def id(self) -> str:
         return self.started.id
 
@@ -85,13 +90,3 @@ class Running:
             usage, timings = Usage(len(self.prompt.ids), 0), Timings(0.0, 0.0, 0.0)
             result = GenerationResult("", (), reason, usage, timings, self.model)
         return result_to_json(result, self.started.waited_seconds)
-
-
-def recorded(error: BaseException) -> str:
-    """What RQ keeps of a failure: of an error that was foreseen its sentence alone, of a defect all that is known."""
-    kind = type(error)
-    if isinstance(error, JobFailed):
-        return f"{kind.__module__}.{kind.__qualname__}: {error.reason}\n"
-    if isinstance(error, FastGPT2Error):
-        return f"{kind.__module__}.{kind.__qualname__}: {error}\n"
-    return "".join(traceback.format_exception(error))
