@@ -133,9 +133,10 @@ class System:
         endpoint = Child("endpoint", [*COMMAND, "api"], environment, stops_first=True)
         from fastgpt2.worker.reaping import BackgroundReaper
 
-        reaper = BackgroundReaper(self.redis_url, values["queue"])
+        self.pool = Pool([*worker_children(values, self.redis_url), endpoint])
+        reaper = BackgroundReaper(self.redis_url, values["queue"], self.pool.told)
+        self.pool.reap = reaper.reap
         self._stack.callback(reaper.close, REAP_SECONDS)
-        self.pool = Pool([*worker_children(values, self.redis_url), endpoint], reaper.reap)
         self._stack.callback(self.pool.stop, values["drain_timeout"] + STOP_MARGIN_SECONDS)
         self.pool.start()
 
@@ -238,8 +239,9 @@ def run_pool(values: dict[str, Any]) -> int:
     find_model(values["model"], values["revision"])
     from fastgpt2.worker.reaping import BackgroundReaper
 
-    reaper = BackgroundReaper(redis_url, values["queue"])
-    pool, stopping = Pool(worker_children(values, redis_url), reaper.reap), threading.Event()
+    pool, stopping = Pool(worker_children(values, redis_url)), threading.Event()
+    reaper = BackgroundReaper(redis_url, values["queue"], pool.told)
+    pool.reap = reaper.reap
     on_stop_signals(lambda _signum, _frame: stopping.set())
     print(
         f"fastgpt2 pool: model {values['model']}, {values['workers']} workers, queue {values['queue']}, "

@@ -21,6 +21,9 @@ log = logging.getLogger("fastgpt2.pool")
 HEALTHY_SECONDS = 30.0
 MAX_BACK_OFF_SECONDS = 30.0
 MAX_QUICK_DEATHS = 5
+# So often in a row it may die with jobs in its hands, having finished none: of several jobs that workers die of, each
+# is given up after a few deaths, but a machine on which every job ends so must not use up a whole queue.
+MAX_DEATHS_AT_WORK = 12
 # A process that ends with status 0 is replaced at once, but its starts are at least this far apart.
 START_PAUSE_SECONDS = 1.0
 # After so many ends with status 0 in a row, each within START_PAUSE_SECONDS, they count as deaths.
@@ -52,6 +55,7 @@ class Child:
     process: subprocess.Popen[bytes] | None = None
     started_at: float = 0.0
     quick_deaths: int = 0
+    deaths_at_work: int = 0
     quick_ends: int = 0
     restart_at: float = 0.0
 
@@ -96,18 +100,25 @@ class ChildFailed(FastGPT2Error):
 class Pool:
     """Supervises children: `start`, then `check(now)` again and again, then `stop`.
 
-    Args:
+    Attributes:
         reap: called with the identity of each worker whose process has ended, however it did.
     """
 
-    def __init__(self, children: Sequence[Child], reap: Callable[[str], None] = lambda _identity: None) -> None:
+    def __init__(self, children: Sequence[Child]) -> None:
         self.children = list(children)
-        self._reap = reap
+        self.reap: Callable[[str], None] = lambda _identity: None
 
     def start(self) -> None:
         now = time.monotonic()
         for child in self.children:
             child.start(now)
+
+    def told(self, identity: str, at_work: bool, finished: int) -> None:
+        """What was found in the hands of a worker that has ended, from another thread: one at work had started well."""
+        for child in self.children:
+            if child.identity == identity and at_work:
+                child.quick_deaths = 0
+                child.deaths_at_work = 1 if finished else child.deaths_at_work + 1
 
     def check(self, now: float) -> None:
         """Replace whatever has ended, and restart whatever has died and waited long enough.
@@ -122,7 +133,7 @@ class Pool:
                     continue
                 child.process = None
                 if child.is_worker:
-                    self._reap(child.identity)
+                    self.reap(child.identity)
                 if not _ended_orderly(child, status, now):
                     _bury(child, status, now)
             if now >= child.restart_at:
@@ -139,7 +150,7 @@ class Pool:
             self._signal_and_wait(self.children, signum, seconds)
         for child in self.children:
             if child.is_worker and child.process is not None and child.wait(0):
-                self._reap(child.identity)
+                self.reap(child.identity)
 
     def _signal_and_wait(self, children: Sequence[Child], signum: int, seconds: float) -> None:
         alive = [child for child in children if not child.wait(0)]
@@ -173,6 +184,8 @@ def _bury(child: Child, status: int, now: float) -> None:
     child.quick_deaths = 1 if now - child.started_at > HEALTHY_SECONDS else child.quick_deaths + 1
     if child.quick_deaths > MAX_QUICK_DEATHS:
         raise FastGPT2Error(f"{child.name} {how}, {child.quick_deaths} times in a row; giving up")
+    if child.deaths_at_work >= MAX_DEATHS_AT_WORK:
+        raise FastGPT2Error(f"{child.name} {how}, and has died {child.deaths_at_work} times over jobs; giving up")
     back_off = min(MAX_BACK_OFF_SECONDS, 0.5 * 2 ** (child.quick_deaths - 1))
     child.restart_at = now + back_off
     log.warning("%s %s; starting it again in %.1f s", child.name, how, back_off)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue as thread_queue
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -47,11 +48,13 @@ RETRY_SECONDS = 1.0
 # KEYS: the leases; then of each queue its list and that of what the worker has taken of it. ARGV: the worker; what must
 # still stand in its lease, or nothing if it is known to be dead; how many crashes are too many; after how many ms it is
 # forgotten; now, as RQ writes it; the queues' names. Replies with the ids that were put back, of the jobs that are to
-# be given up, and of those whose end was written but not all that follows from it. The two latter stay in the list.
+# be given up, and of those whose end was written but not all that follows from it; the two latter stay in the list. And
+# with the number of jobs that the worker had finished.
 _REAP = f"""
 {FORGET_EXECUTIONS}
 local worker, leased = ARGV[1], redis.call('ZSCORE', KEYS[1], ARGV[1])
-if ARGV[2] ~= '' and leased ~= ARGV[2] then return {{0, {{}}, {{}}, {{}}}} end
+if ARGV[2] ~= '' and leased ~= ARGV[2] then return {{0, {{}}, {{}}, {{}}, 0}} end
+local finished = tonumber(redis.call('HGET', 'rq:worker:' .. worker, 'successful_job_count') or 0) or 0
 local back, poison, over, found = {{}}, {{}}, {{}}, 0
 for i = 1, (#KEYS - 1) / 2 do
     local queue, taken, name = KEYS[2 * i], KEYS[2 * i + 1], ARGV[5 + i]
@@ -100,17 +103,18 @@ elseif ARGV[2] == '' or now - tonumber(leased) > tonumber(ARGV[4]) then
 elseif tonumber(leased) > now then
     redis.call('ZADD', KEYS[1], string.format('%.0f', now), worker)
 end
-return {{1, back, poison, over}}
+return {{1, back, poison, over, finished}}
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Reaped:
-    """What became of the jobs that a dead worker had in its hands: their ids."""
+    """What became of the jobs that a dead worker had in its hands: their ids; and how many it had finished before."""
 
     put_back: list[str]
     given_up: list[str]
     settled: list[str]
+    finished: int
 
     def __bool__(self) -> bool:
         return bool(self.put_back or self.given_up or self.settled)
@@ -153,7 +157,7 @@ class Reaper:
         )
         if not reply[0]:
             return None
-        put_back, poison, over = ([as_text(job_id) for job_id in ids] for ids in reply[1:])
+        put_back, poison, over = ([as_text(job_id) for job_id in ids] for ids in reply[1:4])
         for queue in self._queues:
             key = taken_key(worker_name, queue.name)
             for job_id in {as_text(job_id) for job_id in self._connection.lrange(key, 0, -1)} if poison or over else ():
@@ -163,7 +167,7 @@ class Reaper:
                     settle(queue, job_id, key)
         if leased == "" and (poison or over):
             self._connection.zrem(self._leases_key, worker_name)
-        reaped = Reaped(put_back, poison, over)
+        reaped = Reaped(put_back, poison, over, int(reply[4]))
         if reaped:
             log.warning(
                 "worker %s is dead: %d of its jobs put back to the front of the queue%s",
@@ -229,9 +233,12 @@ class BackgroundReaper:
 
     Args:
         redis_url, queue: where the jobs are.
+        told: called, in the thread, with the name of each, whether it had jobs in its hands, and how many it had
+            finished.
     """
 
-    def __init__(self, redis_url: str, queue: str) -> None:
+    def __init__(self, redis_url: str, queue: str, told: Callable[[str, bool, int], None]) -> None:
+        self._told = told
         self._connection = connect(redis_url)
         self._reaper = Reaper(self._connection, queue)
         self._names: thread_queue.SimpleQueue[str] = thread_queue.SimpleQueue()
@@ -260,7 +267,9 @@ class BackgroundReaper:
 
     def _reaped(self, name: str) -> bool:
         try:
-            self._reaper.reap(name)
+            reaped = self._reaper.reap(name)
+            if reaped is not None:
+                self._told(name, bool(reaped), reaped.finished)
         except (RedisError, FastGPT2Error) as reason:
             log.warning("the jobs of the dead worker %s cannot be taken back yet (%s)", name, reason)
             return False
