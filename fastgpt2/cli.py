@@ -220,7 +220,16 @@ COMMANDS = {
     "api": Command(
         "fastgpt2.commands.serving:api",
         "run the HTTP endpoint alone",
-        (*_QUEUE, settings.HOST, settings.PORT, settings.TIMEOUT, settings.MAX_QUEUE, settings.LOG_LEVEL),
+        (
+            *_QUEUE,
+            settings.HOST,
+            settings.PORT,
+            settings.TOKEN_FILE,
+            settings.INSECURE,
+            settings.TIMEOUT,
+            settings.MAX_QUEUE,
+            settings.LOG_LEVEL,
+        ),
     ),
     "status": Command("fastgpt2.commands.queue:status", "show the queue and the workers", (*_QUEUE, settings.JSON)),
     "enqueue": Command(

@@ -144,6 +144,12 @@ class ServiceBusy(FastGPT2Error):
     http_status = 503
 
 
+class Unauthorized(FastGPT2Error):
+    """The endpoint asks for a token, and the request does not bear it."""
+
+    http_status = 401
+
+
 class ForbiddenOrigin(FastGPT2Error):
     """A web page of another site asked. Browsers send such requests for any page that a person opens."""
 

@@ -195,6 +195,19 @@ BURST = Setting("burst", "", yes_or_no, False, "end when the queue is empty")
 NAME: Setting[str | None] = Setting("name", "NAME", word, None, "name of the worker", "host and process id")
 HOST = Setting("host", "ADDRESS", str, "127.0.0.1", "address that the HTTP endpoint binds to")
 PORT = Setting("port", "PORT", whole_number(0, 65535), 8000, "port of the HTTP endpoint; 0 takes a free one")
+# A variable only: what is an option can be read by every user of the machine.
+TOKEN: Setting[str | None] = Setting(
+    "token", "TOKEN", str, None, "what requests to the HTTP endpoint must bear", "none"
+)
+TOKEN_FILE: Setting[str | None] = Setting(
+    "token_file",
+    "FILE",
+    str,
+    None,
+    "file whose first line is the token that requests to the HTTP endpoint must bear",
+    "that of FASTGPT2_TOKEN, or none",
+)
+INSECURE = Setting("insecure", "", yes_or_no, False, "serve other machines without a token")
 REDIS_PORT = Setting(
     "redis_port", "PORT", whole_number(0, 65535), 6379, "port of the embedded Redis; a free one if taken"
 )
@@ -265,6 +278,8 @@ SYSTEM: tuple[Setting[Any], ...] = (
     QUEUE,
     HOST,
     PORT,
+    TOKEN_FILE,
+    INSECURE,
     REDIS_PORT,
     REDIS_DIR,
     DRAIN_TIMEOUT,

@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any, Self
 
 from fastgpt2 import settings
+from fastgpt2.api.access import read_token, refuse_exposure
 from fastgpt2.api.serve import bind, url_of
 from fastgpt2.engine.hub import find_model
 from fastgpt2.errors import FastGPT2Error, QueueUnavailable, RedisAccessDenied
@@ -66,6 +67,7 @@ class System:
 
     def __enter__(self) -> Self:
         try:
+            refuse_exposure(self.values["host"], read_token(self.values["token_file"]), self.values["insecure"])
             # In the foreground, once: a download shows its progress here, and a wrong name ends it all at once.
             find_model(self.values["model"], self.values["revision"])
             self._start_redis()
@@ -196,7 +198,9 @@ def worker_children(values: dict[str, Any], redis_url: str) -> list[Child]:
         values: by name, at least the settings that `fastgpt2 worker` takes, and how many `workers`.
         redis_url: where their queue is.
     """
-    environment, ends_soon = child_environment(values, redis_url), values["max_jobs"] is not None
+    # The endpoint's token is none of theirs.
+    environment = {**child_environment(values, redis_url), "FASTGPT2_TOKEN": "", "FASTGPT2_TOKEN_FILE": ""}
+    ends_soon = values["max_jobs"] is not None
     return [
         Child(f"worker {n + 1}", [*COMMAND, "worker"], environment, ends_soon=ends_soon, is_worker=True)
         for n in range(values["workers"])

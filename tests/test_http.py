@@ -250,7 +250,7 @@ class TestAlone:
             try:
                 wait_until(lambda: answers(f"http://127.0.0.1:{free.port}"), "the endpoint to answer")
                 with socket.create_connection(("127.0.0.1", free.port), timeout=10) as cut:
-                    cut.sendall(b'POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 15\r\n\r\n{"inputs": "a"}')
+                    cut.sendall(b'POST / HTTP/1.1\r\nhost: localhost\r\ncontent-length: 15\r\n\r\n{"inputs": "a"}')
                     wait_until(lambda: client.connection.llen("rq:queue:fastgpt2") == 1, "the job to be enqueued")
                     job: Any = client.connection.lindex("rq:queue:fastgpt2", 0)
                 wait_until(lambda: client.status(job.decode()) == "canceled", "the job to be cancelled")

@@ -198,7 +198,7 @@ def test_a_second_up_beside_the_first_takes_other_ports(start_up: StartUp) -> No
         (["--workers", "0"], 2, "--workers: '0' is not between 1 and 1024"),
         (["--redis-url", "redis://127.0.0.1:1/0"], 4, "Redis at redis://127.0.0.1:1/0 cannot be used"),
         (["--redis-url", "nonsense"], 2, "the Redis URL cannot be used"),
-        (["--host", "192.0.2.1"], 2, "cannot listen on 192.0.2.1"),
+        (["--host", "192.0.2.1", "--insecure"], 2, "cannot listen on 192.0.2.1"),
         (["--redis-dir", "/proc/nowhere"], 1, "/proc/nowhere: cannot keep Redis data there"),
         (["--redis-url", ""], 2, "--redis-url is empty"),
     ],

@@ -14,10 +14,12 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from fastgpt2.api.access import Access
 from fastgpt2.api.async_client import AsyncClient, AsyncJob
 from fastgpt2.api.planning import plan_job
 from fastgpt2.api.status import read_status
@@ -30,6 +32,7 @@ from fastgpt2.errors import (
     RequestTooLarge,
     ServiceBusy,
     ServiceStopping,
+    Unauthorized,
 )
 from fastgpt2.worker.connection import redis_errors
 from fastgpt2.worker.job import refuse_unknown, result_to_json
@@ -154,9 +157,15 @@ class Endpoint:
 
 
 def create_app(
-    redis_url: str, queue: str, timeout: float, stopping: Callable[[], bool], max_queue: int | None = None
+    redis_url: str,
+    queue: str,
+    timeout: float,
+    stopping: Callable[[], bool],
+    max_queue: int | None = None,
+    token: str | None = None,
+    local: bool = True,
 ) -> Starlette:
-    """The ASGI application; see `Endpoint`.
+    """The ASGI application; see `Endpoint`, and `Access` for the last two.
 
     Raises:
         BadRequest: not a Redis URL.
@@ -175,6 +184,7 @@ def create_app(
             Route("/health", endpoint.health, methods=["GET"]),
             Route("/status", endpoint.status, methods=["GET"]),
         ],
+        middleware=[Middleware(Access, token=token, local=local, refuse=_answer)],
         exception_handlers={FastGPT2Error: _refuse, HTTPException: _refuse_route, Exception: _own_fault},
         lifespan=lifespan,
     )
@@ -212,7 +222,15 @@ def _error(status: int, kind: str, message: str, headers: Mapping[str, str] | No
 
 async def _refuse(_request: Request, error: Exception) -> Response:
     assert isinstance(error, FastGPT2Error)
-    headers = {"retry-after": str(RETRY_AFTER_SECONDS)} if isinstance(error, QueueFull) else None
+    return _answer(error)
+
+
+def _answer(error: FastGPT2Error) -> Response:
+    headers = None
+    if isinstance(error, QueueFull):
+        headers = {"retry-after": str(RETRY_AFTER_SECONDS)}
+    elif isinstance(error, Unauthorized):
+        headers = {"www-authenticate": "Bearer"}
     return _error(error.http_status, type(error).__name__, str(error), headers)
 
 

@@ -10,30 +10,52 @@ from fastgpt2.errors import BadRequest
 
 # A backstop beyond the endpoint's own grace: uvicorn then cancels what is left.
 SHUTDOWN_SECONDS = 10
+# Beyond it a connection is answered 503. Each may hold a request that waits.
+MAX_CONNECTIONS = 4000
+# Of a request's line and headers.
+MAX_HEAD_BYTES = 64 << 10
 
 
 def serve(values: dict[str, Any]) -> None:
     """Serve until SIGINT or SIGTERM; `values` are the settings of `fastgpt2 api`.
 
     Raises:
-        BadRequest: the address cannot be bound, or the Redis URL cannot be used.
+        BadRequest: the address cannot be bound, or not without a token; or the Redis URL cannot be used.
     """
     import uvicorn
 
+    from fastgpt2.api.access import is_loopback, read_token, refuse_exposure
     from fastgpt2.api.http import create_app, log
     from fastgpt2.logs import set_up_logging
 
     set_up_logging(values["log_level"])
+    token = read_token(values["token_file"])
+    refuse_exposure(values["host"], token, values["insecure"])
+    local = is_loopback(values["host"])
     app = create_app(
-        values["redis_url"], values["queue"], values["timeout"], lambda: server.should_exit, values["max_queue"]
+        values["redis_url"],
+        values["queue"],
+        values["timeout"],
+        lambda: server.should_exit,
+        values["max_queue"],
+        token,
+        local,
     )
     server = uvicorn.Server(
         uvicorn.Config(
-            app, log_config=None, access_log=False, timeout_graceful_shutdown=SHUTDOWN_SECONDS, server_header=False
+            app,
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+            server_header=False,
+            limit_concurrency=MAX_CONNECTIONS,
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         )
     )
     bound = bind(values["host"], values["port"])
     log.info("endpoint on %s", url_of(bound))
+    if token is None and not local:
+        log.warning("everybody who can reach %s may use this endpoint (--insecure)", values["host"])
     # uvicorn raises the signal that stopped it once more when it is done, which would make a clean stop look like a
     # death.
     for signum in (signal.SIGINT, signal.SIGTERM):
