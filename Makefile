@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: demo test clean
+.PHONY: demo test chaos clean
 
 demo: .venv/demo.stamp
 	@$(BIN)/python examples/demo.py
@@ -14,6 +14,10 @@ test: .venv/test.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+# The long soak: 2,000 jobs, 100 faults. Its seed is another each day; SEED=N repeats one.
+chaos: .venv/test.stamp
+	cd tests && ../$(BIN)/python -m chaos.soak --seed $(or $(SEED),$(shell date +%Y%m%d)) --report ../docs/chaos.json
 
 .venv/demo.stamp: pyproject.toml | .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[server]'

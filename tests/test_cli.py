@@ -270,6 +270,7 @@ class TestSettings:
                 main(sys.argv[1:])
             system.Pool.start = lambda pool: None
             started = system.System(settings.of_system(blas="mkl", port="0"))
+            started.redis_url = "redis://127.0.0.1:1/0"
             started._start_children()
             print([child.environment["FASTGPT2_BLAS"] for child in started.pool.children], file=sys.stderr)
         """
