@@ -7,13 +7,14 @@ stands, and returns what came of it. `carry_out` and `carry_out_async` are the o
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from fastgpt2.errors import RedisAccessDenied
-from fastgpt2.worker.connection import in_words
+from fastgpt2.worker.connection import ANSWER_BY, in_words
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# So long after a deadline an answer may still come: Redis itself counts the time that a read waits.
+GRACE_SECONDS = 0.5
 # How long a read goes on asking for a Redis that has answered before and is away.
 RECONNECT_SECONDS = 30.0
 FIRST_PAUSE_SECONDS = 0.05
@@ -49,7 +52,15 @@ class Pause:
     seconds: float
 
 
-Ask: TypeAlias = Call | Together | Pause
+@dataclass(frozen=True, slots=True)
+class Within:
+    """What is asked, and until when, on the monotonic clock, the answer is wanted; a bit later it is given up."""
+
+    ask: Call | Together
+    deadline: float
+
+
+Ask: TypeAlias = Call | Together | Pause | Within
 Talk: TypeAlias = Generator[Ask, Any, T]
 
 
@@ -75,7 +86,7 @@ class Contact:
     def __init__(self) -> None:
         self.made = False
 
-    def patiently(self, ask: Ask, deadline: float) -> Talk[Any]:
+    def patiently(self, ask: Call | Together, deadline: float) -> Talk[Any]:
         """The answer to what may be asked twice, asked again while Redis is away.
 
         For `RECONNECT_SECONDS` at most, and not past the `deadline` (on the monotonic clock); then the library's error
@@ -84,7 +95,7 @@ class Contact:
         away_since, pause = 0.0, FIRST_PAUSE_SECONDS
         while True:
             try:
-                answer = yield ask
+                answer = yield Within(ask, deadline)
             except Exception as reason:
                 now = time.monotonic()
                 away_since = away_since or now
@@ -123,6 +134,8 @@ def carry_out(connection: Redis, url: str, talk: Talk[T]) -> T:
                 raise _said(url, escaped) from None
             raise
         answer, error = None, None
+        bound = ANSWER_BY.set(ask.deadline + GRACE_SECONDS if isinstance(ask, Within) else math.inf)
+        ask = ask.ask if isinstance(ask, Within) else ask
         try:
             if isinstance(ask, Pause):
                 time.sleep(ask.seconds)
@@ -134,6 +147,8 @@ def carry_out(connection: Redis, url: str, talk: Talk[T]) -> T:
                 answer = _send(connection, ask)
         except Exception as reason:
             error = reason
+        finally:
+            ANSWER_BY.reset(bound)
 
 
 async def carry_out_async(connection: AsyncRedis, url: str, talk: Talk[T]) -> T:
@@ -154,14 +169,26 @@ async def carry_out_async(connection: AsyncRedis, url: str, talk: Talk[T]) -> T:
         try:
             if isinstance(ask, Pause):
                 await asyncio.sleep(ask.seconds)
-            elif isinstance(ask, Together):
-                async with connection.pipeline(transaction=ask.at_once) as pipeline:
-                    _put(pipeline, ask)
-                    answer = await pipeline.execute()
+            elif isinstance(ask, Within):
+                left = ask.deadline + GRACE_SECONDS - time.monotonic()
+                async with asyncio.timeout(left if math.isfinite(left) else None):
+                    answer = await _ask_async(connection, ask.ask)
             else:
-                answer = await _send(connection, ask)
+                answer = await _ask_async(connection, ask)
+        except TimeoutError:
+            from redis.exceptions import TimeoutError as NoAnswer
+
+            error = NoAnswer("Timeout: no answer")
         except Exception as reason:
             error = reason
+
+
+async def _ask_async(connection: AsyncRedis, ask: Call | Together) -> Any:
+    if isinstance(ask, Together):
+        async with connection.pipeline(transaction=ask.at_once) as pipeline:
+            _put(pipeline, ask)
+            return await pipeline.execute()
+    return await _send(connection, ask)
 
 
 def _said(url: str, error: Exception) -> Exception:

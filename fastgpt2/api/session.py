@@ -9,7 +9,7 @@ from typing import Any
 from fastgpt2 import settings
 from fastgpt2.api.cancelling import cancel_call, was_cancelled
 from fastgpt2.api.enqueueing import JobPlan, ModelLimits, check_max_queue, enqueue_call
-from fastgpt2.api.exchange import Contact, Pause, Talk, Together, call, entries_by_key, read_streams
+from fastgpt2.api.exchange import Contact, Pause, Talk, Together, Within, call, entries_by_key, read_streams
 from fastgpt2.api.outcome import Awaited, job_key, known_status, unwrapped
 from fastgpt2.engine.generation import GenerationResult
 from fastgpt2.errors import FastGPT2Error, QueueFull, ResultTimeout
@@ -104,7 +104,10 @@ class Session:
 
     def timed_out(self, job_id: str, timeout: float | None) -> Talk[FastGPT2Error]:
         """What to raise when the caller would not wait any longer."""
-        status, workers = (yield from self.status(job_id)), (yield from self.workers())
+        soon = time.monotonic() + 1.0
+        calls = call("hget", job_key(job_id), "status"), call("scard", f"rq:workers:{self.queue}")
+        status, workers = yield Within(Together(calls), soon)
+        status = known_status(job_id, status)
         hint = "" if workers else f"; no worker listens on the queue {self.queue!r}: start `fastgpt2 up`"
         return ResultTimeout(f"job {job_id} is {status}, no result within {timeout:g} s{hint}")
 

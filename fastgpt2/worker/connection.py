@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from fastgpt2.errors import BadRequest, FastGPT2Error, QueueUnavailable, RedisAccessDenied
@@ -13,8 +17,10 @@ if TYPE_CHECKING:
     from redis.asyncio import Redis as AsyncRedis
 
 CONNECT_SECONDS = 5.0
-# Longer than any blocking command here waits (workers block for a second, readers for two).
-SOCKET_SECONDS = 15.0
+# Longer than any blocking command here waits (readers for two seconds). A Redis that says nothing for so long is away.
+SOCKET_SECONDS = 5.0
+# Until when, on the monotonic clock, whoever asks just now wants the answer, if sooner.
+ANSWER_BY: ContextVar[float] = ContextVar("ANSWER_BY", default=math.inf)
 # Whoever waits for a result holds a connection; redis-py's own limit is 100. Redis itself stops at 10,000.
 MAX_CONNECTIONS = 2000
 
@@ -33,8 +39,29 @@ def connect(url: str) -> Redis:
 
     with _url_errors():
         client = Redis.from_url(url, retry=Retry(NoBackoff(), 0), **_options())
-        client.connection_pool.make_connection()
+        pool: Any = client.connection_pool
+        pool.connection_class = _bounded(pool.connection_class)
+        pool.make_connection()
     return client
+
+
+@cache
+def _bounded(kind: type[Any]) -> type[Any]:
+    """The kind of connection that keeps to `ANSWER_BY`. It closes itself when the time is over, as ever."""
+
+    def read_response(self: Any, *args: Any, **kwargs: Any) -> Any:
+        left = ANSWER_BY.get() - time.monotonic()
+        sock = self._sock
+        if sock is None or left >= SOCKET_SECONDS:
+            return kind.read_response(self, *args, **kwargs)
+        sock.settimeout(max(0.01, left))
+        try:
+            return kind.read_response(self, *args, **kwargs)
+        finally:
+            if self._sock is sock:
+                sock.settimeout(self.socket_timeout)
+
+    return type(f"Bounded{kind.__name__}", (kind,), {"read_response": read_response})
 
 
 def connect_async(url: str) -> AsyncRedis:
@@ -104,11 +131,27 @@ def in_words(url: str, reason: Exception) -> QueueUnavailable:
 
     where, text = f"Redis at {without_password(url)}", str(reason)
     denied = isinstance(reason, AuthenticationError | AuthorizationError | NoPermissionError)
-    if denied or any(word in text for word in ("NOAUTH", "WRONGPASS", "Authentication required")):
-        return RedisAccessDenied(f"{where} denied access ({text}); check the user and password in FASTGPT2_REDIS_URL")
+    if denied or any(word in text for word in ("NOAUTH", "WRONGPASS", "NOPERM", "Authentication required")):
+        return RedisAccessDenied(
+            f"{where} denied access ({text}); check the user and password in FASTGPT2_REDIS_URL, and the user's rights"
+        )
+    remedy = next((remedy for words, remedy in _REMEDIES if any(word in text for word in words)), None)
     return QueueUnavailable(
-        f"{where} cannot be used ({type(reason).__name__}: {text}); start it, or mend FASTGPT2_REDIS_URL"
+        f"{where} cannot be used ({type(reason).__name__}: {text}); {remedy or 'start it, or mend FASTGPT2_REDIS_URL'}"
     )
+
+
+# What Redis, or the library, says; and what helps.
+_REMEDIES = (
+    (("maxmemory",), "its memory is full: raise maxmemory, or wait until results expire"),
+    (("read only replica", "READONLY"), "it is a replica: name the primary in FASTGPT2_REDIS_URL"),
+    (("loading the dataset",), "it has just started: wait until it has read its data"),
+    (("MISCONF",), "it cannot save its data: make room on its disk"),
+    (("max number of clients",), "it has too many clients: raise its maxclients"),
+    (("CERTIFICATE_VERIFY_FAILED", "certificate verify failed"), "name its authority: rediss://...?ssl_ca_certs=FILE"),
+    (("SSL", "WRONG_VERSION_NUMBER"), "it may not speak TLS there: redis:// instead of rediss://, or another port"),
+    (("Timeout", "timed out"), "it does not answer: see whether it hangs, or something between drops what is sent"),
+)
 
 
 def address_of(connection: Redis) -> str:
