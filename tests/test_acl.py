@@ -1,0 +1,213 @@
+"""`deploy/redis.acl` on a real Redis: its users can do their part, and no more."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import GOLDEN, wait_until
+from redis import Redis
+from redis.asyncio import Redis as AsyncRedis
+from redis.exceptions import ResponseError
+from redis_process import OpenRedis
+from rq import Queue
+from rq.command import send_stop_job_command
+from rq.serializers import JSONSerializer
+
+from fastgpt2 import Client
+from fastgpt2.api.status import read_status
+from fastgpt2.errors import JobCancelled, RedisAccessDenied
+from fastgpt2.worker.connection import connect
+
+ENTRIES: list[dict[str, Any]] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"]
+RULES = Path(__file__).parent.parent / "deploy" / "redis.acl"
+TASK = "fastgpt2.worker.tasks.generate"
+
+
+class GuardedRedis(OpenRedis):
+    """With the file as it is shipped, but for the passwords, and an administrator to look at the log of denials."""
+
+    def url_of(self, user: str) -> str:
+        return f"redis://{user}:secret-{user}@127.0.0.1:{self.port}/0"
+
+    @property
+    def url(self) -> str:
+        return self.url_of("admin")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GuardedRedis]:
+    file = tmp_path_factory.mktemp("acl") / "redis.acl"
+    rules = re.sub(r">CHANGE-ME-(\w+)", r">secret-\1", RULES.read_text("utf-8"))
+    # As in the documentation of Redis, comments are not part of the format.
+    lines = [line for line in rules.splitlines() if line.startswith("user ")]
+    assert [line.split()[1] for line in lines] == ["default", "worker", "client", "endpoint", "monitor"]
+    file.write_text("\n".join([*lines, "user admin on >secret-admin ~* &* +@all", ""]))
+    with GuardedRedis("--aclfile", str(file)) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def admin(server: GuardedRedis) -> Iterator[Redis]:
+    connection = connect(server.url)
+    yield connection
+    connection.close()
+
+
+@pytest.fixture(scope="module")
+def system(server: GuardedRedis, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    """A supervised worker and the endpoint, each as its own user. The worker's log, and the endpoint's URL."""
+    folder = tmp_path_factory.mktemp("system")
+    logs = {name: folder / f"{name}.log" for name in ("pool", "api")}
+    users = {"pool": "worker", "api": "endpoint"}
+    options = {"pool": ["--workers", "1"], "api": ["--port", "0"]}
+    processes = []
+    for name, log in logs.items():
+        own = {"FASTGPT2_REDIS_URL": server.url_of(users[name]), "FASTGPT2_MODEL": "demo", "FASTGPT2_MAX_BATCH": "4"}
+        with log.open("w") as out:
+            command = [sys.executable, "-m", "fastgpt2", name, *options[name]]
+            processes.append(subprocess.Popen(command, env={**os.environ, **own}, stdout=out, stderr=out))
+    wait_until(lambda: "is ready" in logs["pool"].read_text(), "the worker to be ready")
+    wait_until(lambda: "endpoint on" in logs["api"].read_text(), "the endpoint to listen")
+    yield logs["pool"], logs["api"].read_text().partition("endpoint on ")[2].split()[0]
+    for process in processes:
+        process.terminate()
+        assert process.wait(30) == 0
+
+
+def denials(admin: Redis) -> list[str]:
+    entries: Any = admin.acl_log()
+    # What the library says of itself from Redis 7.2 on may be denied: it goes on.
+    entries = [entry for entry in entries if entry["object"] != "client|setinfo"]
+    return [f"{entry['username']}: {entry['reason']} {entry['object']} ({entry['context']})" for entry in entries]
+
+
+@pytest.fixture
+def nothing_denied(admin: Redis) -> Iterator[None]:
+    admin.acl_log_reset()
+    yield
+    assert denials(admin) == []
+
+
+@pytest.mark.usefixtures("nothing_denied", "system")
+def test_a_client_and_a_worker_can_do_their_part(server: GuardedRedis, admin: Redis) -> None:
+    entry = ENTRIES[0]
+    with Client(server.url_of("client")) as client:
+        assert client.workers() == 1
+        for priority in ("high", "normal", "low"):
+            job = client.enqueue(entry["prompt"], max_new_tokens=5, ignore_eos=True, priority=priority)
+            assert list(job.result(timeout=20).token_ids) == entry["ids"][:5]
+        with client.stream(entry["prompt"], max_new_tokens=20, ignore_eos=True) as stream:
+            text = "".join(piece.text for piece in stream)
+        assert stream.result is not None
+        assert text == stream.result.text
+        assert len(list(client.map([e["prompt"] for e in ENTRIES], max_new_tokens=3))) == len(ENTRIES)
+        refused = client.enqueue("a", max_new_tokens=3, logprobs=2, echo=True)
+        assert refused.result(timeout=20).logprobs is not None
+        long = client.enqueue(entry["prompt"], max_new_tokens=480, ignore_eos=True)
+        wait_until(lambda: long.status() == "started", "the job to start")
+        assert long.cancel()
+        with pytest.raises(JobCancelled):
+            long.result(timeout=20)
+    # What RQ's own users do, whose rights are their own affair; the worker's part of it is what is looked at.
+    rq = Queue("fastgpt2", connection=admin, serializer=JSONSerializer)
+    first = rq.enqueue(TASK, entry["prompt"], max_new_tokens=5)
+    after = rq.enqueue(TASK, entry["prompt"], max_new_tokens=5, depends_on=first)
+    failing = rq.enqueue(TASK, entry["prompt"], temperature=1)
+    endless = rq.enqueue(TASK, entry["prompt"], max_new_tokens=480, ignore_eos=True)
+    wait_until(lambda: after.get_status().value == "finished", "the dependent job to finish")
+    wait_until(lambda: failing.get_status().value == "failed", "the refused job to fail")
+    if endless.get_status().value == "started":
+        send_stop_job_command(admin, endless.id, serializer=JSONSerializer)
+    wait_until(lambda: endless.get_status().value in ("stopped", "finished"), "the long job to stop")
+
+
+@pytest.mark.usefixtures("nothing_denied")
+def test_a_worker_that_dies_and_one_that_is_told_to_stop(
+    server: GuardedRedis, admin: Redis, system: tuple[Path, str]
+) -> None:
+    """The supervisor, and the worker that comes next, as the user worker too."""
+    log, _ = system
+    for signum, said in ((signal.SIGKILL, "jobs put back"), (signal.SIGTERM, "told to stop")):
+        (key,) = admin.smembers("rq:workers")
+        pid: Any = admin.hget(key, "pid")
+        with Client(server.url_of("client")) as client:
+            jobs = [client.enqueue(ENTRIES[0]["prompt"], max_new_tokens=400, ignore_eos=True) for _ in range(3)]
+            wait_until(lambda jobs=jobs: all(job.status() == "started" for job in jobs), "the jobs to start")  # type: ignore[misc]
+            os.kill(int(pid), signum)
+            for job in jobs:
+                assert job.result(timeout=30).usage.completion_tokens == 400
+        wait_until(lambda said=said: said in log.read_text(), said)  # type: ignore[misc]
+        wait_until(lambda key=key: admin.smembers("rq:workers") not in ({key}, set()), "the next worker")  # type: ignore[misc]
+
+
+@pytest.mark.usefixtures("nothing_denied")
+def test_the_endpoint_and_a_monitor_can_do_their_part(server: GuardedRedis, system: tuple[Path, str]) -> None:
+    _, url = system
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(f"{url}/status", timeout=20) as answer:
+        assert json.loads(answer.read())["queue"]["name"] == "fastgpt2"
+    body = json.dumps({"inputs": ENTRIES[0]["prompt"], "parameters": {"max_new_tokens": 3}}).encode()
+    with opener.open(urllib.request.Request(url, body), timeout=20) as answer:
+        assert answer.status == 200
+
+    async def look() -> dict[str, Any]:
+        async with AsyncRedis.from_url(server.url_of("monitor")) as connection:
+            return await read_status(connection, "fastgpt2")
+
+    assert len(asyncio.run(look())["workers"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("user", "words"),
+    [
+        ("worker", "FLUSHALL"),
+        ("worker", "CONFIG GET requirepass"),
+        ("worker", "KEYS *"),
+        ("worker", "GET elsewhere"),
+        ("worker", "SCRIPT FLUSH"),
+        ("worker", "ACL LIST"),
+        ("client", "FLUSHALL"),
+        ("client", "KEYS *"),
+        ("client", "DEL rq:job:x"),
+        ("client", "HSET rq:worker:x model y"),
+        ("client", "SADD rq:workers:fastgpt2 x"),
+        ("client", "LRANGE rq:queue:fastgpt2 0 -1"),
+        ("client", "XADD fastgpt2:stream:x * a b"),
+        ("client", "ZADD fastgpt2:leases:fastgpt2 1 x"),
+        ("client", "PUBLISH rq:pubsub:x stop"),
+        ("client", "EVAL return(redis.call('DEL','rq:job:x')) 0"),
+        ("client", "EVAL return(redis.call('GET','elsewhere')) 0"),
+        ("endpoint", "ZADD fastgpt2:leases:fastgpt2 1 x"),
+        ("endpoint", "PUBLISH rq:pubsub:x stop"),
+        ("endpoint", "FLUSHDB"),
+        ("monitor", "HGETALL rq:job:x"),
+        ("monitor", "XREVRANGE rq:results:x + -"),
+        ("monitor", "RPUSH rq:queue:fastgpt2 x"),
+        ("monitor", "EVAL return(1) 0"),
+    ],
+)
+def test_nobody_can_do_more(server: GuardedRedis, user: str, words: str) -> None:
+    connection = connect(server.url_of(user))
+    try:
+        with pytest.raises(ResponseError, match=r"(?i)no permission|no perm|ACL failure|can't run this command"):
+            connection.execute_command(*words.split())  # type: ignore[no-untyped-call]
+    finally:
+        connection.close()
+
+
+def test_nobody_comes_in_without_a_name_or_with_a_wrong_password(server: GuardedRedis) -> None:
+    for url in (f"redis://127.0.0.1:{server.port}/0", f"redis://client:wrong@127.0.0.1:{server.port}/0"):
+        with Client(url) as client, pytest.raises(RedisAccessDenied, match="denied access") as caught:
+            client.enqueue("a")
+        assert "wrong" not in str(caught.value).replace("WRONGPASS", "")
