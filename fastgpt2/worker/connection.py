@@ -136,11 +136,14 @@ def in_words(url: str, reason: Exception) -> QueueUnavailable:
             f"{where} denied access ({text}); check the user and password in FASTGPT2_REDIS_URL, and the user's rights"
         )
     remedy = next((remedy for words, remedy in _REMEDIES if any(word in text for word in words)), None)
+    if remedy == _NO_ANSWER and url.startswith("rediss:"):
+        remedy += ", and whether it speaks TLS on that port"
     return QueueUnavailable(
         f"{where} cannot be used ({type(reason).__name__}: {text}); {remedy or 'start it, or mend FASTGPT2_REDIS_URL'}"
     )
 
 
+_NO_ANSWER = "it does not answer: see whether it hangs, or something between drops what is sent"
 # What Redis, or the library, says; and what helps.
 _REMEDIES = (
     (("maxmemory",), "its memory is full: raise maxmemory, or wait until results expire"),
@@ -150,7 +153,7 @@ _REMEDIES = (
     (("max number of clients",), "it has too many clients: raise its maxclients"),
     (("CERTIFICATE_VERIFY_FAILED", "certificate verify failed"), "name its authority: rediss://...?ssl_ca_certs=FILE"),
     (("SSL", "WRONG_VERSION_NUMBER"), "it may not speak TLS there: redis:// instead of rediss://, or another port"),
-    (("Timeout", "timed out"), "it does not answer: see whether it hangs, or something between drops what is sent"),
+    (("Timeout", "timed out"), _NO_ANSWER),
 )
 
 
