@@ -119,7 +119,10 @@ def _read(job_id: str, entries: Entries, meta: bytes | None) -> Outcome | None:
     if not entries:
         return None
     fields = entries[0][1]
-    kind = Result.Type(int(fields[b"type"]))
+    try:
+        kind = Result.Type(int(fields[b"type"]))
+    except (KeyError, ValueError):
+        raise FastGPT2Error(f"the result of job {job_id} in Redis is none that RQ writes") from None
     if kind == Result.Type.RETRIED:
         return None
     if kind == Result.Type.SUCCESSFUL:

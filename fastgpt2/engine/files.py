@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,10 @@ def read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: weight_map is missing or empty")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not file.endswith(".safetensors") or Path(file).name != file or "\\" in file:
-            raise CheckpointError(f"{path}: tensor {name!r} is said to lie in {file!r}, which is no plain file name")
+        if not isinstance(file, str) or not re.fullmatch(r"[^/\\\0\ud800-\udfff]{1,255}\.safetensors", file):
+            raise CheckpointError(
+                f"{path}: tensor {name!r} is said to lie in {repr(file)[:80]}, which is no plain file name"
+            )
     if len(set(weight_map.values())) > MAX_SHARDS:
         raise CheckpointError(f"{path}: lists more than {MAX_SHARDS} files")
     return weight_map

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import selectors
 from collections.abc import Iterable, Sequence
@@ -17,6 +18,8 @@ from fastgpt2.worker.names import CRASHES_FIELD, taken_key
 if TYPE_CHECKING:
     from redis import Redis
     from redis.client import Pipeline
+
+log = logging.getLogger("fastgpt2.worker")
 
 Claim = tuple[Queue, str]
 
@@ -96,7 +99,7 @@ class Claims:
     def answered(self, reply: Sequence[Any]) -> list[Claim]:
         """What came of it."""
         self._turn += len(reply) // 2
-        return [(self._queues[int(i)], _text(job_id)) for i, job_id in zip(reply[::2], reply[1::2], strict=True)]
+        return self._known([(self._queues[int(i)], raw) for i, raw in zip(reply[::2], reply[1::2], strict=True)])
 
     def take(self, most: int) -> list[Claim]:
         """Up to so many jobs that are there now, for a worker that holds none."""
@@ -110,7 +113,7 @@ class Claims:
             for queue in self._queues:
                 pipeline.lrange(taken_key(self._worker_name, queue.name), 0, -1)
             lists = pipeline.execute()
-        return [(queue, _text(job_id)) for queue, ids in zip(self._queues, lists, strict=True) for job_id in ids]
+        return self._known([(queue, raw) for queue, ids in zip(self._queues, lists, strict=True) for raw in ids])
 
     def put_back(self, claims: Sequence[Claim]) -> None:
         """Give claims, none of which has been started, back to the front of their queues."""
@@ -140,7 +143,7 @@ class Claims:
                 ready = {key.fd for key, _ in selector.select(seconds)}
             unserved = [waiting.client_id for waiting in self._waiting if waiting.fileno() not in ready]
             self._unblock(unserved)
-            taken = [(waiting.queue, job_id) for waiting in self._waiting if (job_id := waiting.end()) is not None]
+            taken = self._known([(each.queue, raw) for each in self._waiting if (raw := each.end()) is not None])
         except BaseException:
             self.close_connections()
             raise
@@ -168,6 +171,17 @@ class Claims:
         os.close(woken)
         os.close(wake)
 
+    def _known(self, claims: Iterable[tuple[Queue, bytes]]) -> list[Claim]:
+        """With ids as text. What is no text is no job's id: it is dropped."""
+        known: list[Claim] = []
+        for queue, raw in claims:
+            try:
+                known.append((queue, raw.decode("utf-8")))
+            except UnicodeDecodeError:
+                log.warning("%s: an entry of the queue %s is no job's id: %r", self._worker_name, queue.name, raw[:100])
+                self._connection.lrem(taken_key(self._worker_name, queue.name), 1, raw)  # type: ignore[arg-type]
+        return known
+
     def _unblock(self, client_ids: Iterable[int]) -> None:
         with self._connection.pipeline(transaction=False) as pipeline:
             for client_id in client_ids:
@@ -194,15 +208,11 @@ class _Waiting:
         number: int = self._connection._sock.fileno()
         return number
 
-    def end(self) -> str | None:
-        reply = self._connection.read_response()
-        return None if reply is None else _text(reply)
+    def end(self) -> bytes | None:
+        reply: bytes | None = self._connection.read_response()
+        return reply
 
     def close(self) -> None:
         with suppress(RedisError, OSError):
             self._connection.disconnect()
         self._pool.release(self._connection)
-
-
-def _text(value: bytes | str) -> str:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value

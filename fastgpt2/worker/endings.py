@@ -73,7 +73,12 @@ class Endings:
     def refuse(self, started: Started, error: Exception) -> None:
         """It cannot even begin. Written at once, so this raises what Redis raises."""
         self._tell(started.id, error)
-        self._ledger.fail(started, recorded(error), None)
+        try:
+            self._ledger.fail(started, recorded(error), None)
+        except RedisError as reason:
+            if not is_of_entry(reason):
+                raise
+            self._ledger.fail_malformed(started.queue, started.id, reason)
         self.written += 1
 
     def give_back(self, everything: Sequence[Running], crashed: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
@@ -18,6 +19,7 @@ from fastgpt2.errors import JobStopped, PromptTooLong
 from fastgpt2.worker.batch import Batch
 from fastgpt2.worker.claims import SUSPECT_CRASHES, Claim, Claims
 from fastgpt2.worker.endings import Endings
+from fastgpt2.worker.guarded import is_of_entry
 from fastgpt2.worker.ledger import Ledger, Started
 from fastgpt2.worker.names import stream_key
 from fastgpt2.worker.recycling import Recycling
@@ -53,6 +55,7 @@ class GenerationWorker(RQWorker):
         supervisor_pid: the process without which this one should not live on.
         drain_timeout: seconds.
         recycling: when to end although nobody asks for it.
+        log_prompts: write what is asked into the log, where it would else not be found.
     """
 
     def __init__(
@@ -64,10 +67,12 @@ class GenerationWorker(RQWorker):
         supervisor_pid: int | None = None,
         drain_timeout: float = 30.0,
         recycling: Recycling | None = None,
+        log_prompts: bool = False,
     ) -> None:
         self.engine = engine
         self.drain_timeout = drain_timeout
         self.recycling = recycling
+        self.log_prompts = log_prompts
         self._longest_token_bytes = engine.tokenizer.longest_token_bytes
         self.batch = Batch(engine)
         self._claimed: list[Claim] = []
@@ -232,9 +237,11 @@ class GenerationWorker(RQWorker):
             wanted *= self.lease.held
             if wanted:
                 self._claims.ask(pipeline, wanted, len(self.batch))
-            replies = pipeline.execute()
-        for running, upto in sent:
-            running.sent = upto
+            replies = pipeline.execute(raise_on_error=False)
+        for reply in replies:
+            if isinstance(reply, RedisError) and not is_of_entry(reply):
+                raise reply
+        self._note_sent(sent, replies)
         if wanted:
             self._claimed += self._claims.answered(replies[-1])
         at = len(replies) - bool(wanted) - len(asked)
@@ -243,7 +250,15 @@ class GenerationWorker(RQWorker):
                 if score is not None:
                     self.endings.cancel(running)
 
-    def _add_pieces(self, pipeline: Pipeline) -> list[tuple[Running, int]]:
+    def _note_sent(self, sent: list[tuple[int, Running, int]], replies: list[Any]) -> None:
+        for at, running, upto in sent:
+            running.sent = upto
+            if isinstance(replies[at], RedisError):
+                log.warning("%s: the text of job %s cannot be streamed (%s)", self.name, running.id, replies[at])
+                running.muted = True
+
+    def _add_pieces(self, pipeline: Pipeline) -> list[tuple[int, Running, int]]:
+        """Of each piece the number of its command, whose it is, and how far it goes."""
         sent = []
         for running in self.batch.running:
             piece = running.unsent()
@@ -251,10 +266,10 @@ class GenerationWorker(RQWorker):
                 key = stream_key(running.id)
                 # A bound for a stream that many attempts write to; one attempt has an entry a token at most.
                 most = 4 * self.engine.config.n_positions
+                sent.append((len(pipeline), running, running.sent + len(piece.text)))
                 pipeline.xadd(key, piece_to_entry(piece), maxlen=most, approximate=True)
                 if running.sent == 0:
                     pipeline.expire(key, RUNNING_TTL_SECONDS)
-                sent.append((running, running.sent + len(piece.text)))
         return sent
 
     def _add_cancellations(self, pipeline: Pipeline) -> list[list[Running]]:
@@ -273,6 +288,8 @@ class GenerationWorker(RQWorker):
         self._worked = True
         try:
             request, options = started.job.asked()
+            if self.log_prompts:
+                log.info("%s: job %s: %.1000s", self.name, started.id, json.dumps(request.prompt))
             self._refuse_hopeless(request.prompt)
             prompt = self.engine.decoder.prepare(request)
         except Exception as error:

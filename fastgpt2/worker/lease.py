@@ -25,8 +25,8 @@ log = logging.getLogger("fastgpt2.worker")
 BEAT_SECONDS = 1.0
 LEASE_SECONDS = 9.0
 # A worker is dead when its lease was found lapsed, and the same, at so many beats in a row: 15 to 18 s after it was
-# heard of last. On the looker's own clock, and only beats that Redis answered count: should its clock jump, or should it
-# have been away, all leases lapse at once, and each worker that lives renews its own at its next beat.
+# heard of last. On the looker's own clock, and only beats that Redis answered count: if its clock jumps, or it has
+# been away, all leases lapse at once, and each worker that lives renews its own at its next beat.
 LOOKS = 7
 # A worker whose loop has stood still for so long is beyond help: no step takes as long.
 STUCK_SECONDS = 300.0

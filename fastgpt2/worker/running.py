@@ -27,6 +27,7 @@ class Running:
         sequence: None while it waits for a slot.
         due_at: when its time is up, on `time.monotonic`'s clock.
         sent: how many characters of its text have been streamed.
+        muted: no more is: its stream is something else.
     """
 
     started: Started
@@ -37,6 +38,7 @@ class Running:
     due_reason: str
     sequence: Sequence | None = None
     sent: int = 0
+    muted: bool = False
 
     @classmethod
     def begin(cls, started: Started, prompt: Prompt, options: JobOptions, model: str, now: float) -> Running:
@@ -67,7 +69,7 @@ class Running:
 
     def unsent(self) -> Piece | None:
         """The text that may be streamed and has not been, if there is any."""
-        if not self.options.stream or self.sequence is None or self.sequence.settled <= self.sent:
+        if not self.options.stream or self.muted or self.sequence is None or self.sequence.settled <= self.sent:
             return None
         return Piece(self.sequence.text[self.sent : self.sequence.settled], self.sent, self.started.attempt)
 
