@@ -261,6 +261,7 @@ ALL = Setting(
 )
 DRY_RUN = Setting("dry_run", "", yes_or_no, False, "with prune: say what would go, and remove nothing")
 TIMEOUT = Setting("timeout", "SECONDS", seconds, 60.0, "how long to wait for a result")
+LOG_PROMPTS = Setting("log_prompts", "", yes_or_no, False, "write the prompts into the workers' logs")
 LOG_LEVEL = Setting("log_level", "LEVEL", log_level, "INFO", "debug, info, warning or error", "info")
 
 # What `fastgpt2 up` takes.
@@ -285,6 +286,7 @@ SYSTEM: tuple[Setting[Any], ...] = (
     DRAIN_TIMEOUT,
     TIMEOUT,
     MAX_QUEUE,
+    LOG_PROMPTS,
     LOG_LEVEL,
 )
 

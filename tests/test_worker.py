@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from rq.job import Job
 from rq.results import Result
 from rq.serializers import JSONSerializer
 from rq.suspension import resume, suspend
+from rq.webhook import Webhook
 
 from fastgpt2 import Client
 from fastgpt2.worker.connection import connect
@@ -199,6 +201,36 @@ def test_pickles_callbacks_and_webhooks_are_never_touched(
     wait_for_status(called_back, "finished")
     wait_until(lambda: redis.hget(pickled.key, "status") == b"failed", "the pickled job to fail")
     assert not trap.exists()
+
+
+def test_no_webhook_is_fetched_and_no_upkeep_calls_back(
+    redis: Redis, queue: Queue, start_worker: StartWorker, tmp_path: Path
+) -> None:
+    """Of a job that ends, of one that fails, and of one that RQ's own clean-up fails for having been abandoned."""
+    with socket.create_server(("127.0.0.1", 0)) as trap:
+        trap.settimeout(0.1)
+        url = f"http://127.0.0.1:{trap.getsockname()[1]}/"
+        hooks = json.dumps([Webhook(url, "finished").to_dict(), Webhook(url, "failed").to_dict()])
+        jobs = [queue.enqueue(TASK, ENTRY["prompt"], max_new_tokens=2), queue.enqueue(TASK, "a", temperature=1)]
+        abandoned = queue.enqueue_in(timedelta(days=1), TASK, "a")
+        redis.hset(abandoned.key, mapping={"status": "started", "failure_callback_name": "antigravity.geohash"})
+        redis.zadd(f"rq:wip:{queue.name}", {f"{abandoned.id}:0": 1})
+        for job in (*jobs, abandoned):
+            redis.hset(job.key, "webhooks", hooks)
+        start_worker()
+        wait_for_status(jobs[0], "finished")
+        failure(jobs[1])
+        wait_for_status(abandoned, "failed")
+        with pytest.raises(TimeoutError):
+            trap.accept()
+    assert "antigravity" not in (tmp_path / "worker-0.log").read_text()
+
+
+def test_prompts_are_logged_if_asked_for(queue: Queue, start_worker: StartWorker, tmp_path: Path) -> None:
+    start_worker(FASTGPT2_LOG_PROMPTS="yes")
+    job = queue.enqueue(TASK, "Once upon a\ntime", max_new_tokens=2)
+    wait_for_status(job, "finished")
+    assert f'job {job.id}: "Once upon a\\ntime"' in (tmp_path / "worker-0.log").read_text()
 
 
 @pytest.mark.parametrize(

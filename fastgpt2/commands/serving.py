@@ -37,6 +37,7 @@ def worker(values: dict[str, Any]) -> int:
         supervisor_pid=int(supervisor) if supervisor.isdigit() else None,
         drain_timeout=values["drain_timeout"],
         recycling=Recycling(values["max_jobs"], values["max_growth"]),
+        log_prompts=values["log_prompts"],
     ).work(burst=values["burst"])
     return 0
 
