@@ -12,9 +12,10 @@ from fastgpt2.errors import FastGPT2Error, JobFailed, JobStopped, JobTimedOut
 from fastgpt2.worker.batch import Batch
 from fastgpt2.worker.guarded import is_of_entry
 from fastgpt2.worker.job import describe_result
-from fastgpt2.worker.ledger import Ledger, Started
+from fastgpt2.worker.ledger import Ledger
 from fastgpt2.worker.rq_job import recorded
 from fastgpt2.worker.running import Running
+from fastgpt2.worker.started import Started
 
 log = logging.getLogger("fastgpt2.worker")
 

@@ -20,11 +20,12 @@ from fastgpt2.worker.batch import Batch
 from fastgpt2.worker.claims import SUSPECT_CRASHES, Claim, Claims
 from fastgpt2.worker.endings import Endings
 from fastgpt2.worker.guarded import is_of_entry
-from fastgpt2.worker.ledger import Ledger, Started
+from fastgpt2.worker.ledger import Ledger
 from fastgpt2.worker.names import stream_key
 from fastgpt2.worker.recycling import Recycling
 from fastgpt2.worker.rq_worker import RQWorker, back_off
 from fastgpt2.worker.running import Running
+from fastgpt2.worker.started import Started
 from fastgpt2.worker.stream import RUNNING_TTL_SECONDS, piece_to_entry
 
 if TYPE_CHECKING:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from functools import partial as bound
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,7 @@ from rq.utils import utcformat
 from rq.worker import BaseWorker, WorkerStatus
 
 from fastgpt2.worker.claims import Claim
+from fastgpt2.worker.entries import fetch
 from fastgpt2.worker.guarded import Held, Taken, Verdict, carry_out
 from fastgpt2.worker.names import (
     ATTEMPTS_FIELD,
@@ -38,6 +38,7 @@ from fastgpt2.worker.names import (
 )
 from fastgpt2.worker.reaping import settle
 from fastgpt2.worker.rq_job import GenerationJob, fail_malformed
+from fastgpt2.worker.started import Started
 from fastgpt2.worker.stream import STREAM_TTL_SECONDS, Piece, end_entry, piece_to_entry
 
 if TYPE_CHECKING:
@@ -45,26 +46,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fastgpt2.worker")
 
-# Far beyond what a request needs; what is larger is not even fetched.
-MAX_ENTRY_BYTES = 64 << 20
-
 _OVER = (JobStatus.FINISHED, JobStatus.FAILED, JobStatus.STOPPED)
-
-# KEYS: jobs' hashes. ARGV: the most bytes that one may have. Of each its fields and values, its size if that is more,
-# or what it is if it is no hash.
-_FETCH = """
-local found = {}
-for i, key in ipairs(KEYS) do
-    local kind, size = redis.call('TYPE', key).ok, 0
-    if kind == 'hash' then
-        for _, field in ipairs(redis.call('HKEYS', key)) do size = size + redis.call('HSTRLEN', key, field) end
-    end
-    if kind ~= 'hash' and kind ~= 'none' then found[i] = kind
-    elseif size > tonumber(ARGV[1]) then found[i] = size
-    else found[i] = redis.call('HGETALL', key) end
-end
-return found
-"""
 
 # KEYS: a job's hash, its queue, the list of what the worker has taken of it. ARGV: the job's id, the worker, the
 # execution, and 1 if it counts as a crash. Whether the job was still this worker's.
@@ -95,45 +77,6 @@ return known[1]
 """
 
 
-@dataclass(eq=False, slots=True)
-class Started:
-    """A job that this worker has started.
-
-    Attributes:
-        attempt: how often it has been started, this time included.
-        crashes: how many workers have died with it in their hands.
-        began_at: when, on `time.monotonic`'s clock.
-    """
-
-    job: GenerationJob
-    queue: Queue
-    execution: Execution
-    attempt: int
-    began_at: float
-    crashes: int
-
-    @property
-    def id(self) -> str:
-        return self.job.id
-
-    @property
-    def waited_seconds(self) -> float:
-        """From being enqueued until started, by the clocks of two machines; never below zero."""
-        return seconds_between(self.job.enqueued_at, self.job.started_at)
-
-
-def seconds_between(earlier: datetime | None, later: datetime | None) -> float:
-    """Time between two moments that RQ noted; 0 where one is missing or the clocks of two machines disagree."""
-    if earlier is None or later is None:
-        return 0.0
-    return max(0.0, (_aware(later) - _aware(earlier)).total_seconds())
-
-
-def _aware(moment: datetime) -> datetime:
-    """RQ notes moments in UTC, with or without saying so."""
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-
-
 class Ledger:
     """Writes for one worker."""
 
@@ -143,13 +86,9 @@ class Ledger:
 
     def read(self, claims: Sequence[Claim]) -> list[Started]:
         """Fetch claimed jobs, not started yet. Those that cannot be read are failed; the cancelled are let go of."""
-        keys = [GenerationJob.key_for(job_id) for _, job_id in claims]
-        with self._connection.pipeline(transaction=False) as pipeline:
-            pipeline.eval(_FETCH, len(keys), *keys, MAX_ENTRY_BYTES)
-            (replies,) = pipeline.execute()
         found: list[Started] = []
-        for (queue, job_id), reply in zip(claims, replies, strict=True):
-            job = self._read(job_id, reply)
+        jobs = fetch(self._connection, [job_id for _, job_id in claims], self._worker.serializer)
+        for (queue, job_id), job in zip(claims, jobs, strict=True):
             if isinstance(job, Exception):
                 self.fail_malformed(queue, job_id, job)
             elif job is None or job.get_status(refresh=False) == JobStatus.CANCELED:
@@ -160,21 +99,6 @@ class Ledger:
                 execution = Execution("", job.id, self._connection)
                 found.append(Started(job, queue, execution, 0, time.monotonic(), job.crashes))
         return found
-
-    def _read(self, job_id: str, reply: Any) -> GenerationJob | Exception | None:
-        """The job; None if it has been deleted; what is the matter with it if it cannot be read."""
-        if isinstance(reply, int):
-            return ValueError(f"{reply} bytes; the limit is {MAX_ENTRY_BYTES}")
-        if not isinstance(reply, list):
-            return ValueError(f"it is a {reply.decode()}, no hash")
-        if not reply:
-            return None
-        try:
-            job = GenerationJob(job_id, connection=self._connection, serializer=self._worker.serializer)
-            job.restore(dict(zip(reply[::2], reply[1::2], strict=True)))
-        except Exception as reason:  # whatever RQ's parsing meets
-            return reason
-        return job
 
     def fail_malformed(self, queue: Queue, job_id: str, reason: Exception) -> None:
         """Fail a claimed or started job that RQ cannot fail, for the state of its entry."""

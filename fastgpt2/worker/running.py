@@ -12,7 +12,7 @@ from fastgpt2.engine.generation import FinishReason, GenerationResult, Timings, 
 from fastgpt2.errors import JobTimedOut
 from fastgpt2.worker.claims import SUSPECT_CRASHES
 from fastgpt2.worker.job import JobOptions, result_to_json
-from fastgpt2.worker.ledger import Started
+from fastgpt2.worker.started import Started
 from fastgpt2.worker.stream import Piece
 
 if TYPE_CHECKING:

@@ -55,7 +55,7 @@ class _StockRun:
     """What a stock worker does not do for a job: its deadline and its stream."""
 
     def __init__(self, job: Job, options: JobOptions) -> None:
-        from fastgpt2.worker.ledger import seconds_between
+        from fastgpt2.worker.started import seconds_between
 
         self._job, self._options = job, options
         self.waited = seconds_between(job.enqueued_at, job.started_at)
