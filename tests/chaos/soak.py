@@ -138,6 +138,11 @@ def _soak(cluster: Cluster, report: Report, count: int, every: float, lasting: b
     cluster.tend(time.monotonic())
     submission.finish()
     report.seconds = round(time.monotonic() - began, 1)
+    # Who died last with empty hands is taken off the lists by those who live: not by nobody.
+    deadline = time.monotonic() + 30.0
+    while not _only_the_living_are_listed(cluster, connection) and time.monotonic() < deadline:
+        tend()
+        time.sleep(0.1)
     cluster.stop()
     patiently(connection)
     _wait_for_upkeep(connection)
@@ -153,6 +158,15 @@ def _tend_until(moment: float, tend: Callable[[], None]) -> None:
     while time.monotonic() < moment:
         tend()
         time.sleep(0.01)
+
+
+def _only_the_living_are_listed(cluster: Cluster, connection: Redis) -> bool:
+    try:
+        pids = {str(pid).encode() for pid in cluster.worker_pids()}
+        listed: Any = connection.smembers("rq:workers")
+        return bool(pids) and all(connection.hget(key, "pid") in pids for key in listed)
+    except RedisError:
+        return False
 
 
 def _all_over(connection: Redis, ids: list[str]) -> bool:
