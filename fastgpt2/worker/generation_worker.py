@@ -239,8 +239,9 @@ class GenerationWorker(RQWorker):
             if wanted:
                 self._claims.ask(pipeline, wanted, len(self.batch))
             replies = pipeline.execute(raise_on_error=False)
-        for reply in replies:
-            if isinstance(reply, RedisError) and not is_of_entry(reply):
+        pieces = {at for at, _, _ in sent}
+        for at, reply in enumerate(replies):
+            if isinstance(reply, RedisError) and not (at in pieces and is_of_entry(reply)):
                 raise reply
         self._note_sent(sent, replies)
         if wanted:
