@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from conftest import wait_until
 from redis import Redis
 
 from fastgpt2.api.access import is_loopback, read_token
+from fastgpt2.api.serve import MAX_HEAD_BYTES
 from fastgpt2.errors import BadRequest
 from fastgpt2.worker.redis_server import RedisServer
 
@@ -104,6 +106,24 @@ def test_with_a_token_everything_but_the_probes_asks_for_it(
     assert ask(port, "/status", bearer(TOKEN), ("Host", b"elsewhere.example"))[0] == 200
 
 
+def told(port: int, sent: bytes) -> bytes:
+    """The first line of the answer to what need not be a whole request."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(sent)
+        with connection.makefile("rb") as answer:
+            return answer.readline()
+
+
+def test_nobody_is_waited_for_who_has_no_token(start_endpoint: StartEndpoint) -> None:
+    _, port = start_endpoint(FASTGPT2_TOKEN=TOKEN)
+    head = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n"
+    assert told(port, head + b"\r\n").startswith(b"HTTP/1.1 401 "), "of the body not a byte was sent"
+    assert told(port, head + b"X: " + b"x" * (MAX_HEAD_BYTES + 1)).startswith(b"HTTP/1.1 400 "), "the head never ends"
+    upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: eA==\r\n"
+    asked = b"GET /status HTTP/1.1\r\nHost: localhost\r\n" + upgrade + b"\r\n"
+    assert told(port, asked).startswith(b"HTTP/1.1 401 ")
+
+
 def test_without_a_token_only_requests_to_this_machine_by_name_are_served(start_endpoint: StartEndpoint) -> None:
     _, port = start_endpoint()
     for host in ("127.0.0.1", f"127.0.0.1:{port}", "localhost", f"LOCALHOST:{port}", f"[::1]:{port}", "127.8.8.8"):
@@ -115,11 +135,14 @@ def test_without_a_token_only_requests_to_this_machine_by_name_are_served(start_
         "10.0.0.1",
         "localhost.evil",
         "[x",
+        "[::1].evil.example",
+        "localhost:x",
         "",
     ):
         status, text = ask(port, "/status", ("Host", host.encode()))
         assert (status, json.loads(text)["error_type"]) == (403, "ForbiddenOrigin"), host
         assert ask(port, "/health", ("Host", host.encode()))[0] == 200, "a probe comes by the address of its pod"
+    assert ask(port, "/status", ("Host", b"localhost"), ("Host", b"evil.example"))[0] == 400
 
 
 @pytest.mark.parametrize("command", ["api", "up"])
@@ -206,11 +229,14 @@ def test_the_token_is_in_no_argument_no_log_no_status_and_no_worker(
         assert status == 200
         assert TOKEN not in text
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        workers = 0
         for pid in [str(process.pid), *children]:
             arguments = Path(f"/proc/{pid}/cmdline").read_bytes()
             assert TOKEN.encode() not in arguments
             if arguments.endswith(b"\x00worker\x00"):
+                workers += 1
                 assert TOKEN.encode() not in Path(f"/proc/{pid}/environ").read_bytes()
+        assert (len(children), workers) == (2, 1)
         (worker,) = redis.smembers(f"rq:workers:{queue_name}")
         assert TOKEN not in str(redis.hgetall(worker))
     finally:

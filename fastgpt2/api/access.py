@@ -90,17 +90,18 @@ class Access:
 
     Args:
         token: what every request must bear, those to `GET /` and `GET /health` apart.
-        local: without a token, take only requests that are made to this machine by a name of its own: a web page could
-            have its own name lead here (DNS rebinding), and would then pass for one of ours.
+        local: without a token, the name or address of this machine that the endpoint is bound to; None if other
+            machines may ask. Only requests to that name, or another of this machine's, are then served: a web page
+            could have its own name lead here (DNS rebinding), and would pass for one of ours.
         refuse: makes the answer of an error.
     """
 
     def __init__(
-        self, app: ASGIApp, token: str | None, local: bool, refuse: Callable[[FastGPT2Error], ASGIApp]
+        self, app: ASGIApp, token: str | None, local: str | None, refuse: Callable[[FastGPT2Error], ASGIApp]
     ) -> None:
         self._app = app
         self._expected = None if token is None else f"Bearer {token}".encode("ascii")
-        self._local = local
+        self._own_names = None if local is None else {local.lower(), "localhost", socket.gethostname().lower()}
         self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -117,8 +118,11 @@ class Access:
                 else Unauthorized("this endpoint asks for a token: send Authorization: Bearer TOKEN")
             )
         host = _only(scope, b"host").decode("latin-1")
-        if self._local and not _names_this_machine(host):
-            return ForbiddenOrigin(f"this endpoint serves its own machine only, and {host[:100]!r} is not its name")
+        if self._own_names is not None and not _is_host_of(host, self._own_names):
+            return ForbiddenOrigin(
+                f"this endpoint serves its own machine only, and {host[:100]!r} is not its name: ask 127.0.0.1 or "
+                "localhost, or start it with a token"
+            )
         return None
 
     def _bears_token(self, scope: Scope) -> bool:
@@ -135,6 +139,10 @@ def _only(scope: Any, name: bytes) -> bytes:
     return values[0] if len(values) == 1 else b""
 
 
-def _names_this_machine(host: str) -> bool:
-    name = host[: host.rindex("]") + 1] if host.startswith("[") and "]" in host else host.partition(":")[0]
-    return name.lower() in ("localhost", socket.gethostname().lower()) or _is_loopback_address(name.strip("[]"))
+def _is_host_of(host: str, names: set[str]) -> bool:
+    """Whether a Host header, with or without a port, has one of the names or a loopback address."""
+    found = re.fullmatch(r"(?:\[([^\[\]]+)\]|([^:\[\]]+))(?::\d*)?", host)
+    if found is None:
+        return False
+    name = (found[1] or found[2]).lower()
+    return name in names or _is_loopback_address(name)

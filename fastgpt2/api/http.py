@@ -163,7 +163,7 @@ def create_app(
     stopping: Callable[[], bool],
     max_queue: int | None = None,
     token: str | None = None,
-    local: bool = True,
+    local: str | None = "localhost",
 ) -> Starlette:
     """The ASGI application; see `Endpoint`, and `Access` for the last two.
 

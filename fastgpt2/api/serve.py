@@ -39,7 +39,7 @@ def serve(values: dict[str, Any]) -> None:
         lambda: server.should_exit,
         values["max_queue"],
         token,
-        local,
+        values["host"] if local else None,
     )
     server = uvicorn.Server(
         uvicorn.Config(
@@ -48,6 +48,10 @@ def serve(values: dict[str, Any]) -> None:
             access_log=False,
             timeout_graceful_shutdown=SHUTDOWN_SECONDS,
             server_header=False,
+            # Whatever else is installed: the other parsers know no bound of a head. And there are no web sockets here,
+            # which would pass by `Access`.
+            http="h11",
+            ws="none",
             limit_concurrency=MAX_CONNECTIONS,
             h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         )
