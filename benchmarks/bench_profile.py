@@ -58,7 +58,7 @@ def main() -> None:
 @contextmanager
 def decoding(engine: Engine, rows: int) -> Iterator[Callable[[], None]]:
     """So many sequences past their prompts; what is given does a step with all of them."""
-    from fastgpt2.engine.decoder import Prompt
+    from fastgpt2.engine.sequence import Prompt
 
     decoder = engine.decoder
     most = engine.config.n_positions - CONTEXT

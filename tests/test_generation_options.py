@@ -12,9 +12,9 @@ from conftest import GOLDEN
 from test_decoder import with_end_of_text
 
 from fastgpt2 import Engine
-from fastgpt2.engine.decoder import Sequence
 from fastgpt2.engine.generation import GenerationRequest, GenerationResult
 from fastgpt2.engine.gpt2 import PREFILL_ROWS_BESIDE
+from fastgpt2.engine.sequence import Sequence
 from fastgpt2.errors import BadRequest, PromptTooLong
 
 continuations: list[dict[str, Any]] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))[

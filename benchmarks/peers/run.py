@@ -37,8 +37,8 @@ def fastgpt2(folder: str, job: dict[str, Any]) -> tuple[str, float, Generate]:
     import fastgpt2
     import fastgpt2.engine.decoder
     import fastgpt2.engine.loading
-    from fastgpt2.engine.decoder import Prompt
     from fastgpt2.engine.generation import GenerationRequest
+    from fastgpt2.engine.sequence import Prompt
 
     imported = perf_counter()
     most = max(1, *job["batches"])

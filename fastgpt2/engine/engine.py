@@ -24,8 +24,9 @@ from fastgpt2.engine.tokenizer import Tokenizer
 from fastgpt2.errors import BadRequest, TokenizerError
 
 if TYPE_CHECKING:
-    from fastgpt2.engine.decoder import Decoder, Sequence
+    from fastgpt2.engine.decoder import Decoder
     from fastgpt2.engine.helper import HelperProcesses
+    from fastgpt2.engine.sequence import Sequence
 
 log = logging.getLogger("fastgpt2.engine")
 

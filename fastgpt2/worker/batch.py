@@ -11,8 +11,8 @@ from fastgpt2.engine.gpt2 import PREFILL_ROWS_BESIDE
 from fastgpt2.worker.running import Running
 
 if TYPE_CHECKING:
-    from fastgpt2.engine.decoder import Sequence
     from fastgpt2.engine.engine import Engine
+    from fastgpt2.engine.sequence import Sequence
 
 
 class Batch:

@@ -16,7 +16,7 @@ from fastgpt2.worker.started import Started
 from fastgpt2.worker.stream import Piece
 
 if TYPE_CHECKING:
-    from fastgpt2.engine.decoder import Prompt, Sequence
+    from fastgpt2.engine.sequence import Prompt, Sequence
 
 
 @dataclass(eq=False, slots=True)

@@ -18,8 +18,8 @@ from fastgpt2.worker.stream import RUNNING_TTL_SECONDS, Piece, piece_to_entry
 if TYPE_CHECKING:
     from rq.job import Job
 
-    from fastgpt2.engine.decoder import Sequence
     from fastgpt2.engine.engine import Engine
+    from fastgpt2.engine.sequence import Sequence
 
 
 def generate(*args: Any, **kwargs: Any) -> dict[str, Any]:
