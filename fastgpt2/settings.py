@@ -222,7 +222,7 @@ MAX_QUEUE: Setting[int | None] = Setting(
 )
 PRIORITY = Setting("priority", "NAME", one_of("high", "normal", "low"), "normal", "high, normal or low")
 MAX_NEW_TOKENS: Setting[int | None] = Setting(
-    "max_new_tokens", "N", whole_number(1, 1 << 20), None, "generate at most so many tokens", "20"
+    "max_new_tokens", "N", whole_number(0, 1 << 20), None, "generate at most so many tokens, perhaps none", "20"
 )
 STOP: Setting[str | None] = Setting("stop", "TEXT", str, None, "end before this text", "none")
 IGNORE_EOS = Setting("ignore_eos", "", yes_or_no, False, "go on past the end-of-text token")

@@ -90,7 +90,7 @@ def test_many_wait_in_one_loop(use: Use, start_worker: StartWorker) -> None:
 def test_refusals_and_errors(use: Use, redis_server: RedisServer, queue_name: str) -> None:
     async def body(client: AsyncClient) -> None:
         with pytest.raises(BadRequest, match="max_new_tokens must be"):
-            await client.enqueue("a", max_new_tokens=0)
+            await client.enqueue("a", max_new_tokens=-1)
         with pytest.raises(JobNotFound):
             await client.status("nonsense")
         with pytest.raises(JobNotFound):

@@ -69,7 +69,7 @@ class TestGenerate:
     @pytest.mark.parametrize(
         ("arguments", "code", "message"),
         [
-            (["--max-new-tokens", "0", "a"], 2, "--max-new-tokens: '0' is not between 1 and"),
+            (["--max-new-tokens", "-1", "a"], 2, "--max-new-tokens: '-1' is not between 0 and"),
             (["--max-new-tokens", "x", "a"], 2, "--max-new-tokens: 'x' is not a whole number"),
             (["--max-new-tokens", "600", "a"], 2, "over the model's 512 positions"),
             (["--model", "/tmp", "a"], 3, "holds no config.json"),

@@ -374,7 +374,7 @@ def test_unknown_and_expired_jobs(client: Client, redis: Redis) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_new_tokens": -1}, "max_new_tokens must be between 1"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be between 0"),
         ({"temperature": 0.8}, "temperature is refused: fastgpt2 decodes greedily"),
         ({"max_tokens": 5}, "unknown field 'max_tokens'"),
         ({"stop": 5}, "stop must be a string or a list of strings, not int"),
@@ -400,6 +400,10 @@ def test_what_surely_cannot_fit_is_refused_at_enqueue(client: Client, redis: Red
         client.enqueue([5] * 512)
     with pytest.raises(PromptTooLong, match=r"min_new_tokens is 13; .* this prompt needs 500: ask for at most 12"):
         client.enqueue([5] * 500, min_new_tokens=13)
+    with pytest.raises(PromptTooLong, match=r"has 513 tokens, over the model's 512 positions: shorten it"):
+        client.enqueue([5] * 513, max_new_tokens=0)
+    full = client.enqueue([5] * 512, max_new_tokens=0).result(timeout=30)
+    assert (full.token_ids, full.finish_reason, full.usage.prompt_tokens) == ((), "length", 512)
     assert redis.llen(f"rq:queue:{client.queue_name}") == 0
 
 

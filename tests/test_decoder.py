@@ -258,7 +258,7 @@ def test_prompts_of_the_wrong_type(engine: Engine, prompts: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens must be between 1 and"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be between 0 and"),
         ({"max_new_tokens": "3"}, "max_new_tokens must be a whole number, not str"),
         ({"max_new_tokens": True}, "max_new_tokens must be a whole number, not bool"),
         ({"stop": ""}, "a stop string must have 1 to 256 characters, not 0"),

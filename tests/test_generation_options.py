@@ -100,6 +100,50 @@ def test_a_least_length_for_which_there_is_no_room(engine: Engine) -> None:
         engine.generate(prompt, max_new_tokens=5, min_new_tokens=6)
 
 
+# ------------------------------------------------------------------------------------------- no new tokens
+
+
+def test_no_new_tokens(engine: Engine) -> None:
+    for prompt in ("My name is", "", [5, 6, 7]):
+        result = engine.generate(prompt, max_new_tokens=0, stop="name", logprobs=2)
+        assert (result.text, result.token_ids, result.logprobs, result.finish_reason) == ("", (), (), "length")
+        assert (result.usage.prompt_tokens, result.usage.completion_tokens) == (1 if prompt == "" else 3, 0)
+        assert result.timings.prefill_seconds > 0
+        assert result.timings.decode_seconds == 0
+    assert engine.generate("A parrot: 🦜", max_new_tokens=0, echo=True).text == "A parrot: 🦜"
+    cut = engine.tokenizer.encode("A parrot: 🦜")[:-1]
+    assert engine.generate(cut, max_new_tokens=0, echo=True).text == "A parrot: \ufffd"
+
+
+def test_without_new_tokens_a_prompt_may_fill_all_positions(engine: Engine) -> None:
+    n_positions = engine.config.n_positions
+    full = [5] * n_positions
+    assert engine.generate(full, max_new_tokens=0).usage.total_tokens == n_positions
+    for asked in (None, 1):
+        with pytest.raises(PromptTooLong, match="512 positions, one of which a new token needs: .* by at least 1 tok"):
+            engine.generate(full, max_new_tokens=asked)
+    with pytest.raises(PromptTooLong, match="tokens 514, over the model's 512 positions: shorten .* by at least 2 tok"):
+        engine.generate([*full, 5, 5], max_new_tokens=0)
+    with pytest.raises(BadRequest, match="min_new_tokens must be between 0 and 0, not 1"):
+        engine.generate(full, max_new_tokens=0, min_new_tokens=1)
+
+
+def test_those_without_new_tokens_come_and_go_beside_others(engine: Engine) -> None:
+    decoder = engine.decoder
+    entry = continuations[1]
+    steady = admit(engine, GenerationRequest(entry["prompt"], 12, ignore_eos=True))
+    decoder.step()
+    nothing = [admit(engine, GenerationRequest("a", 0)) for _ in range(3)]
+    assert decoder.free_slots == 0
+    assert not nothing[0].finished
+    assert decoder.step() == nothing
+    assert decoder.free_slots == 3
+    assert len(steady.token_ids) == 2
+    while decoder.running:
+        decoder.step()
+    assert steady.token_ids == entry["ids"][:12]
+
+
 # --------------------------------------------------------------------------------------- stop strings, settled
 
 

@@ -207,7 +207,7 @@ class TestErrors:
         with pytest.raises(PromptTooLong):
             list(stream)
         with pytest.raises(BadRequest, match="max_new_tokens must be"):
-            client.stream("a", max_new_tokens=0)
+            client.stream("a", max_new_tokens=-1)
 
     def test_nobody_works(self, client: Client) -> None:
         with pytest.raises(ResultTimeout, match=r"is queued, no result within 0\.1 s; no worker listens"):

@@ -145,11 +145,8 @@ class ModelLimits:
         else:
             tokens = max(1, len(request.prompt))
             has, needs = f"{tokens} tokens", str(tokens)
-        if tokens >= n_positions:
-            raise PromptTooLong(
-                f"the prompt has {has}, over the model's {n_positions} positions, one of which a new token needs: "
-                "shorten it"
-            )
+        if tokens + request.least_room > n_positions:
+            raise PromptTooLong(f"the prompt has {has}, over {request.positions_in_words(n_positions)}: shorten it")
         room = n_positions - tokens
         for name, value in (("max_new_tokens", request.max_new_tokens), ("min_new_tokens", request.min_new_tokens)):
             if value is not None and value > room:

@@ -85,7 +85,8 @@ class Decoder:
             prompt_tokens=len(prompt.ids),
             max_new_tokens=prompt.max_new_tokens,
             slot=self.model.cache.allot(prompt.positions),
-            pending=prompt.ids,
+            # A token is read for the sake of the next one.
+            pending=prompt.ids if prompt.max_new_tokens else (),
             detokenizer=detokenizer,
             admitted_at=perf_counter(),
             text=text,
@@ -95,7 +96,7 @@ class Decoder:
         return sequence
 
     def step(self) -> list[Sequence]:
-        """Advance every running sequence: a chunk of its prompt, or one token. Returns those that ended in this step.
+        """Advance every running sequence: a chunk of its prompt, or one token. Returns those that ended by this step.
 
         Those who decode each get a token. Beside them, `PREFILL_ROWS_BESIDE` rows of prompts are read, so that nobody
         waits long for the next token; `PREFILL_ROWS` if none decodes. The prompt that came first is read first.
@@ -103,28 +104,14 @@ class Decoder:
         Raises:
             CheckpointError: the logits are not finite.
         """
-        started_at = perf_counter()
-        segments, movers = self._next_segments()
-        if not segments:
-            return []
-        logits = self.model.forward(segments)
-        # Row by row: over an axis, numpy would copy the logits first. Of a NaN, if there is one.
-        best = [int(row.argmax()) for row in logits]
-        if not all(math.isfinite(row[token_id]) for row, token_id in zip(logits, best, strict=True)):
-            raise CheckpointError(
-                "the model computes values that are not finite: its weights are damaged; fetch it again"
-            )
-        chosen = zip(logits, best, strict=True)
-        now = perf_counter()
-        ended = []
-        for sequence, segment in zip(movers, segments, strict=True):
-            sequence.step_seconds.append(now - started_at)
-            if not segment.n_logits:
-                continue
-            row, token_id = next(chosen)
-            self._take(sequence, row, token_id, now)
-            if sequence.finished:
-                ended.append(sequence)
+        movers, segments = self._next_segments()
+        if segments:
+            self._advance(movers, segments)
+        ended = [sequence for sequence in movers if sequence.finished]
+        # They generate nothing, and what had to be read of their prompts has been.
+        for sequence in [sequence for sequence in self.running if not sequence.pending]:
+            self._end(sequence, "length")
+            ended.append(sequence)
         return ended
 
     def finish(self, sequence: Sequence) -> None:
@@ -136,8 +123,8 @@ class Decoder:
         sequence.finished_at = perf_counter()
         self.running.remove(sequence)
 
-    def _next_segments(self) -> tuple[list[Segment], list[Sequence]]:
-        segments, movers = [], []
+    def _next_segments(self) -> tuple[list[Sequence], list[Segment]]:
+        movers, segments = [], []
         decoding = sum(1 for sequence in self.running if sequence.token_ids)
         rows = min(PREFILL_ROWS_BESIDE, self.model.max_rows - decoding) if decoding else PREFILL_ROWS
         for sequence in sorted(self.running, key=_order):
@@ -151,7 +138,24 @@ class Decoder:
             sequence.pending = sequence.pending[len(ids) :]
             segments.append(Segment(sequence.slot, ids, n_logits=0 if sequence.pending else 1))
             movers.append(sequence)
-        return segments, movers
+        return movers, segments
+
+    def _advance(self, movers: list[Sequence], segments: list[Segment]) -> None:
+        started_at = perf_counter()
+        logits = self.model.forward(segments)
+        # Row by row: over an axis, numpy would copy the logits first. Of a NaN, if there is one.
+        best = [int(row.argmax()) for row in logits]
+        if not all(math.isfinite(row[token_id]) for row, token_id in zip(logits, best, strict=True)):
+            raise CheckpointError(
+                "the model computes values that are not finite: its weights are damaged; fetch it again"
+            )
+        now = perf_counter()
+        stop = 0
+        for sequence, segment in zip(movers, segments, strict=True):
+            sequence.step_seconds.append(now - started_at)
+            stop += segment.n_logits
+            if segment.n_logits:
+                self._take(sequence, logits[stop - 1], best[stop - 1], now)
 
     def _take(self, sequence: Sequence, logits: NDArray[np.float32], best: int, now: float) -> None:
         """Take the next token up into a sequence, and end the sequence where a stop rule says so.

@@ -27,7 +27,8 @@ class GenerationRequest:
     Args:
         prompt: the text to continue, or its token ids; empty means: start from the model's beginning-of-text token.
         max_new_tokens: at most so many tokens are generated; None means 20, or `min_new_tokens` if that is more, or
-            fewer where the model's positions leave less room.
+            fewer where the model's positions leave less room. 0 generates nothing: the prompt is read, if anything is
+            to be told of it, and may fill all positions.
         stop: generation ends before the first of these strings; they are cut from the text.
         ignore_eos: go on past the end-of-text token.
         min_new_tokens: so many tokens come before the one with which an end-of-text token or a stop string ends the
@@ -55,13 +56,23 @@ class GenerationRequest:
         if isinstance(self.prompt, list):
             object.__setattr__(self, "prompt", tuple(self.prompt))
         _check_prompt(self.prompt)
-        _check_whole("max_new_tokens", self.max_new_tokens, 1, MAX_NEW_TOKENS, optional=True)
+        _check_whole("max_new_tokens", self.max_new_tokens, 0, MAX_NEW_TOKENS, optional=True)
         _check_stop(self.stop)
-        _check_whole("min_new_tokens", self.min_new_tokens, 0, self.max_new_tokens or MAX_NEW_TOKENS)
+        most = MAX_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
+        _check_whole("min_new_tokens", self.min_new_tokens, 0, most)
         _check_whole("logprobs", self.logprobs, 0, MAX_LOGPROBS, optional=True)
         for name in ("ignore_eos", "echo"):
             if not isinstance(getattr(self, name), bool):
                 raise BadRequest(f"{name} must be true or false, not {_type_name(getattr(self, name))}")
+
+    @property
+    def least_room(self) -> int:
+        """How many positions the prompt must leave: one for a new token, none if there shall be none."""
+        return 0 if self.max_new_tokens == 0 else 1
+
+    def positions_in_words(self, n_positions: int) -> str:
+        """What a prompt has to fit into, for messages."""
+        return f"the model's {n_positions} positions" + ", one of which a new token needs" * self.least_room
 
     def room(self, prompt_tokens: int, n_positions: int) -> int:
         """The number of tokens to generate at most, for a prompt of `prompt_tokens` on `n_positions` positions.
@@ -70,10 +81,10 @@ class GenerationRequest:
             PromptTooLong: prompt and continuation do not fit; the message says by how much.
         """
         left = n_positions - prompt_tokens
-        if left < 1:
+        if left < self.least_room:
             raise PromptTooLong(
-                f"prompt tokens {prompt_tokens}, over the model's {n_positions} positions, one of which a new token "
-                f"needs: shorten the prompt by at least {1 - left} tokens"
+                f"prompt tokens {prompt_tokens}, over {self.positions_in_words(n_positions)}: "
+                f"shorten the prompt by at least {self.least_room - left} tokens"
             )
         name, wanted = "max_new_tokens", self.max_new_tokens
         if wanted is None:
@@ -86,7 +97,9 @@ class GenerationRequest:
                 f"prompt tokens {prompt_tokens} and {name} {wanted} make {total}, over the model's {n_positions} "
                 f"positions: ask for at most {left} new ones{shorten}"
             )
-        return self.max_new_tokens or min(max(DEFAULT_MAX_NEW_TOKENS, self.min_new_tokens), left)
+        if self.max_new_tokens is not None:
+            return self.max_new_tokens
+        return min(max(DEFAULT_MAX_NEW_TOKENS, self.min_new_tokens), left)
 
 
 @dataclass(frozen=True, slots=True)

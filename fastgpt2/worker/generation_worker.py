@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from redis.client import Pipeline
 
     from fastgpt2.engine.engine import Engine
+    from fastgpt2.engine.generation import GenerationRequest
 
 log = logging.getLogger("fastgpt2.worker")
 
@@ -292,21 +293,20 @@ class GenerationWorker(RQWorker):
             request, options = started.job.asked()
             if self.log_prompts:
                 log.info("%s: job %s: %.1000s", self.name, started.id, json.dumps(request.prompt))
-            self._refuse_hopeless(request.prompt)
+            self._refuse_hopeless(request)
             prompt = self.engine.decoder.prepare(request)
         except Exception as error:
             self.endings.refuse(started, error)
             return
         self.batch.add(Running.begin(started, prompt, options, self.engine.model, time.monotonic()))
 
-    def _refuse_hopeless(self, prompt: str | tuple[int, ...]) -> None:
+    def _refuse_hopeless(self, request: GenerationRequest) -> None:
         """A text of more bytes than all positions have room for is not tokenized: the others would wait for it."""
-        n_positions = self.engine.config.n_positions
+        prompt, n_positions = request.prompt, self.engine.config.n_positions
         least = -(-len(prompt.encode()) // self._longest_token_bytes) if isinstance(prompt, str) else 0
-        if least > n_positions:
+        if least + request.least_room > n_positions:
             raise PromptTooLong(
-                f"prompt tokens {least} or more, over the model's {n_positions} positions, one of which a new token "
-                "needs: shorten the prompt"
+                f"prompt tokens {least} or more, over {request.positions_in_words(n_positions)}: shorten the prompt"
             )
 
     def _step(self) -> None:
