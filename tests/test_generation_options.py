@@ -120,9 +120,11 @@ def test_without_new_tokens_a_prompt_may_fill_all_positions(engine: Engine) -> N
     full = [5] * n_positions
     assert engine.generate(full, max_new_tokens=0).usage.total_tokens == n_positions
     for asked in (None, 1):
-        with pytest.raises(PromptTooLong, match="512 positions, one of which a new token needs: .* by at least 1 tok"):
+        with pytest.raises(PromptTooLong, match=r"512 positions, one of which a new token needs: .* by at least 1 tok"):
             engine.generate(full, max_new_tokens=asked)
-    with pytest.raises(PromptTooLong, match="tokens 514, over the model's 512 positions: shorten .* by at least 2 tok"):
+    with pytest.raises(
+        PromptTooLong, match=r"tokens 514, over the model's 512 positions: shorten .* by at least 2 tok"
+    ):
         engine.generate([*full, 5, 5], max_new_tokens=0)
     with pytest.raises(BadRequest, match="min_new_tokens must be between 0 and 0, not 1"):
         engine.generate(full, max_new_tokens=0, min_new_tokens=1)

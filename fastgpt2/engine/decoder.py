@@ -8,7 +8,7 @@ from time import perf_counter
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgpt2.engine.generation import FinishReason, GenerationRequest
+from fastgpt2.engine.generation import FinishReason, GenerationRequest, TokenLogprob
 from fastgpt2.engine.gpt2 import DEFAULT_MAX_ROWS, GPT2, PREFILL_ROWS_BESIDE
 from fastgpt2.engine.logprobs import token_logprob
 from fastgpt2.engine.sequence import Prompt, Sequence
@@ -50,6 +50,11 @@ class Decoder:
             PromptTooLong: prompt and continuation exceed the model's positions.
             TokenizerError: the tokenizer gives a token that the model does not have.
         """
+        ids = self._ids(request)
+        max_new_tokens = request.room(len(ids), self.model.config.n_positions)
+        return Prompt(request, ids, max_new_tokens, self._offsets(request, ids))
+
+    def _ids(self, request: GenerationRequest) -> list[int]:
         vocab_size = self.model.config.vocab_size
         if isinstance(request.prompt, str):
             ids = self.tokenizer.encode(request.prompt)
@@ -65,8 +70,19 @@ class Decoder:
                     f"prompt holds token id {max(ids)}, and the model's vocabulary has {vocab_size}: "
                     f"give ids from 0 to {vocab_size - 1}"
                 )
-        ids = ids or [self._beginning()]
-        return Prompt(request, ids, request.room(len(ids), self.model.config.n_positions))
+        return ids or [self._beginning()]
+
+    def _offsets(self, request: GenerationRequest, ids: list[int]) -> list[int]:
+        """Where in the prompt's text its tokens begin, for `prompt_logprobs`."""
+        if request.prompt_logprobs is None:
+            return []
+        if isinstance(request.prompt, str):
+            return self.tokenizer.offsets(request.prompt) or [0]
+        detokenizer, length, offsets = IncrementalDetokenizer(self.tokenizer), 0, []
+        for token_id in ids:
+            offsets.append(length + detokenizer.breaks_off(token_id))
+            length += len(detokenizer.push(token_id))
+        return offsets
 
     def has_room(self, prompt: Prompt) -> bool:
         """Whether `admit` takes this prompt in now: there are a slot and memory for all that it can grow to."""
@@ -80,17 +96,23 @@ class Decoder:
         """
         detokenizer = IncrementalDetokenizer(self.tokenizer)
         text = self._echoed(prompt.request, detokenizer) if prompt.request.echo else ""
+        scored = list(zip(prompt.ids, prompt.offsets, strict=False))
         sequence = Sequence(
             request=prompt.request,
             prompt_tokens=len(prompt.ids),
             max_new_tokens=prompt.max_new_tokens,
             slot=self.model.cache.allot(prompt.positions),
-            # A token is read for the sake of the next one.
-            pending=prompt.ids if prompt.max_new_tokens else (),
+            # A token is read for the sake of the next one: to generate it, or to know how likely it was.
+            pending=prompt.ids if prompt.max_new_tokens else prompt.ids[: len(scored[1:])],
             detokenizer=detokenizer,
             admitted_at=perf_counter(),
             text=text,
             generated_at=len(text),
+            unscored=scored[1:],
+            prompt_logprobs=[
+                TokenLogprob(token_id, self.tokenizer.token_text(token_id), None, text_offset=offset)
+                for token_id, offset in scored[:1]
+            ],
         )
         self.running.append(sequence)
         return sequence
@@ -127,16 +149,22 @@ class Decoder:
         movers, segments = [], []
         decoding = sum(1 for sequence in self.running if sequence.token_ids)
         rows = min(PREFILL_ROWS_BESIDE, self.model.max_rows - decoding) if decoding else PREFILL_ROWS
+        # Logits are 200 KB a row of gpt2, and the memory that a step has once used for them stays committed.
+        scored_rows = PREFILL_ROWS_BESIDE
         for sequence in sorted(self.running, key=_order):
             assert sequence.slot is not None
             ids = sequence.pending
             if not sequence.token_ids:
-                ids = ids[:rows]
+                ids = ids[: min(rows, scored_rows) if sequence.unscored else rows]
                 rows -= len(ids)
             if not ids:
                 continue
             sequence.pending = sequence.pending[len(ids) :]
-            segments.append(Segment(sequence.slot, ids, n_logits=0 if sequence.pending else 1))
+            n_logits = 0 if sequence.pending else 1
+            if sequence.unscored:
+                scored_rows -= len(ids)
+                n_logits = len(ids)
+            segments.append(Segment(sequence.slot, ids, n_logits))
             movers.append(sequence)
         return movers, segments
 
@@ -150,12 +178,25 @@ class Decoder:
                 "the model computes values that are not finite: its weights are damaged; fetch it again"
             )
         now = perf_counter()
-        stop = 0
+        begin = 0
         for sequence, segment in zip(movers, segments, strict=True):
             sequence.step_seconds.append(now - started_at)
-            stop += segment.n_logits
-            if segment.n_logits:
-                self._take(sequence, logits[stop - 1], best[stop - 1], now)
+            end = begin + segment.n_logits
+            if sequence.unscored:
+                self._score(sequence, logits[begin:end])
+            # The last row of a prompt, or the one row of a token, tells what comes next.
+            if not sequence.pending and sequence.max_new_tokens:
+                self._take(sequence, logits[end - 1], best[end - 1], now)
+            begin = end
+
+    def _score(self, sequence: Sequence, logits: NDArray[np.float32]) -> None:
+        """Tell how likely the prompt's next tokens were: each row is about the token that follows that of the row."""
+        k = sequence.request.prompt_logprobs
+        assert k is not None
+        known, sequence.unscored = sequence.unscored[: len(logits)], sequence.unscored[len(logits) :]
+        # The last row of all is about the first token to be generated.
+        for row, (token_id, offset) in zip(logits, known, strict=False):
+            sequence.prompt_logprobs.append(token_logprob(self.tokenizer, row, token_id, k, offset))
 
     def _take(self, sequence: Sequence, logits: NDArray[np.float32], best: int, now: float) -> None:
         """Take the next token up into a sequence, and end the sequence where a stop rule says so.
@@ -169,13 +210,18 @@ class Decoder:
             others = logits.copy()
             others[list(ends)] = -np.inf
             token_id = int(others.argmax())
+        is_end = token_id in ends and len(sequence.token_ids) >= request.min_new_tokens
         if request.logprobs is not None:
-            sequence.logprobs.append(token_logprob(self.tokenizer, logits, token_id, request.logprobs))
+            detokenizer = sequence.detokenizer
+            # An end of text is none of it, and stands behind what an unfinished character becomes.
+            beyond = detokenizer.unfinished if is_end else detokenizer.breaks_off(token_id)
+            offset = len(sequence.text) + beyond
+            sequence.logprobs.append(token_logprob(self.tokenizer, logits, token_id, request.logprobs, offset))
         if not sequence.token_ids:
             sequence.first_token_at = now
         sequence.token_ids.append(token_id)
         sequence.pending = [token_id]
-        if token_id in ends and len(sequence.token_ids) > request.min_new_tokens:
+        if is_end:
             self._end(sequence, "stop")
             return
         self._extend_text(sequence, sequence.detokenizer.push(token_id))

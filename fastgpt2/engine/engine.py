@@ -51,6 +51,7 @@ class Options(TypedDict, total=False):
     ignore_eos: bool
     min_new_tokens: int
     logprobs: int | None
+    prompt_logprobs: int | None
     echo: bool
 
 
@@ -171,7 +172,8 @@ class Engine:
 
         Args:
             prompts: a text or a list of token ids; or a list of texts, or of lists of token ids.
-            options: max_new_tokens, stop, ignore_eos, min_new_tokens, logprobs, echo; see `GenerationRequest`.
+            options: max_new_tokens, stop, ignore_eos, min_new_tokens, logprobs, prompt_logprobs, echo; see
+                `GenerationRequest`.
 
         Returns:
             One result for one prompt, a list in the order of the prompts for several.

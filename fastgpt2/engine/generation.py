@@ -34,6 +34,7 @@ class GenerationRequest:
         min_new_tokens: so many tokens come before the one with which an end-of-text token or a stop string ends the
             text; until then the likeliest other token is taken instead of the former, and the latter is text.
         logprobs: tell each generated token's log probability, and those of this many likeliest tokens.
+        prompt_logprobs: tell so of each of the prompt's tokens, given those before it.
         echo: the result's text begins with the prompt.
 
     Raises:
@@ -46,6 +47,7 @@ class GenerationRequest:
     ignore_eos: bool = False
     min_new_tokens: int = 0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     echo: bool = False
 
     def __post_init__(self) -> None:
@@ -60,7 +62,8 @@ class GenerationRequest:
         _check_stop(self.stop)
         most = MAX_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
         _check_whole("min_new_tokens", self.min_new_tokens, 0, most)
-        _check_whole("logprobs", self.logprobs, 0, MAX_LOGPROBS, optional=True)
+        for name in ("logprobs", "prompt_logprobs"):
+            _check_whole(name, getattr(self, name), 0, MAX_LOGPROBS, optional=True)
         for name in ("ignore_eos", "echo"):
             if not isinstance(getattr(self, name), bool):
                 raise BadRequest(f"{name} must be true or false, not {_type_name(getattr(self, name))}")
@@ -130,13 +133,19 @@ class TokenLogprob:
     Attributes:
         token: its text; where its bytes are no whole characters, "bytes:" and their escapes, as in OpenAI's API; of a
             special token its name, such as "<|endoftext|>".
-        top: the likeliest tokens at its place, the likeliest first, as many as were asked for; they have no `top`.
+        logprob: None of the first token of a prompt, which nothing comes before.
+        top: the likeliest tokens at its place, the likeliest first, as many as were asked for; they have neither `top`
+            nor a `text_offset`.
+        text_offset: where, in characters of the result's text, the one begins that this token's first byte belongs to.
+            Of a prompt's token in the prompt alone. Not less than the text's length if a stop string has cut the token
+            off or it ends the text itself.
     """
 
     token_id: int
     token: str
-    logprob: float
+    logprob: float | None
     top: tuple[TokenLogprob, ...] = ()
+    text_offset: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +161,8 @@ class GenerationResult:
         timings: where the time went.
         model: the model's id, as the worker or the engine was told it.
         logprobs: one for each of `token_ids`, where they were asked for.
+        prompt_logprobs: one for each of the prompt's tokens, where they were asked for; fewer if the generation was
+            ended while it read the prompt.
     """
 
     text: str
@@ -161,6 +172,7 @@ class GenerationResult:
     timings: Timings
     model: str
     logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
 
 
 def _check_prompt(prompt: object) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,20 +11,24 @@ from fastgpt2.engine.generation import TokenLogprob
 from fastgpt2.engine.tokenizer import Tokenizer
 
 
-def token_logprob(tokenizer: Tokenizer, logits: NDArray[np.float32], token_id: int, k: int) -> TokenLogprob:
+def token_logprob(
+    tokenizer: Tokenizer, logits: NDArray[np.float32], token_id: int, k: int, text_offset: int = 0
+) -> TokenLogprob:
     """The log-softmax, in float64, of a token and of the `k` likeliest; of two that are alike, the lower id first.
 
     Args:
         logits: [vocab_size], as the model gives them; not changed.
     """
+    told = [token_id, *likeliest(logits, k)]
     values = logits.astype(np.float64)
     values -= values.max()
-    values -= np.log(np.exp(values).sum())
-    top = (TokenLogprob(i, tokenizer.token_text(i), float(values[i])) for i in likeliest(values, k))
-    return TokenLogprob(token_id, tokenizer.token_text(token_id), float(values[token_id]), tuple(top))
+    logprobs = values[told]
+    logprobs -= np.log(np.exp(values, out=values).sum())
+    of, *top = zip(told, map(tokenizer.token_text, told), logprobs.tolist(), strict=True)
+    return TokenLogprob(*of, tuple(TokenLogprob(*other) for other in top), text_offset)
 
 
-def likeliest(values: NDArray[np.float64], k: int) -> list[int]:
+def likeliest(values: NDArray[np.floating[Any]], k: int) -> list[int]:
     """Where the k largest are, the largest first, the lower index first among equals."""
     k = min(k, len(values))
     if k == 0:

@@ -19,11 +19,16 @@ from fastgpt2.engine.tokenizer import IncrementalDetokenizer
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A request, tokenized and known to fit the model."""
+    """A request, tokenized and known to fit the model.
+
+    Attributes:
+        offsets: where in the prompt's text each of the ids begins; empty unless `prompt_logprobs` are asked for.
+    """
 
     request: GenerationRequest
     ids: list[int]
     max_new_tokens: int
+    offsets: Seq[int] = ()
 
     @property
     def positions(self) -> int:
@@ -41,7 +46,8 @@ class Sequence:
         token_ids: the tokens generated.
         text: the text generated, complete characters only, cut before a stop string; with `echo` after the prompt's.
         generated_at: where in `text` the generated part begins.
-        logprobs: of the tokens generated, if they were asked for.
+        unscored: tokens of the prompt, each with its offset, whose log probabilities are asked for and not known yet.
+        prompt_logprobs, logprobs: of the prompt's tokens and of those generated, if they were asked for.
         finish_reason: None while running, and of a sequence that was dropped.
         step_seconds: how long each step took that moved it on: its prompt, and then a token each.
     """
@@ -56,6 +62,8 @@ class Sequence:
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     generated_at: int = 0
+    unscored: Seq[tuple[int, int]] = ()
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     first_token_at: float = 0.0
@@ -108,4 +116,5 @@ class Sequence:
             ),
             model=model,
             logprobs=tuple(self.logprobs) if self.request.logprobs is not None else None,
+            prompt_logprobs=tuple(self.prompt_logprobs) if self.request.prompt_logprobs is not None else None,
         )

@@ -21,8 +21,13 @@ class Tokenizer:
     """A byte-level BPE tokenizer (Radford et al. 2019), as the tokenizers library runs it."""
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        from tokenizers import processors
+
         backend.no_truncation()
         backend.no_padding()
+        if isinstance(backend.post_processor, processors.ByteLevel):
+            # All that this one can do is to leave spaces out of tokens' offsets.
+            backend.post_processor = processors.ByteLevel(trim_offsets=False)
         self._backend = backend
         self._special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
         self._added = {i: token.content for i, token in backend.get_added_tokens_decoder().items()}
@@ -76,6 +81,10 @@ class Tokenizer:
         ids: list[int] = self._backend.encode(text).ids
         return ids
 
+    def offsets(self, text: str) -> list[int]:
+        """Of each of the tokens that `encode` gives, where in the text the character of its first byte stands."""
+        return [begin for begin, _ in self._backend.encode(text).offsets]
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for: none for a special token or an id without a token."""
         known = self._bytes.get(token_id)
@@ -121,6 +130,22 @@ class IncrementalDetokenizer:
     def push(self, token_id: int) -> str:
         """The text that this token completes."""
         return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether bytes of a character are held back."""
+        return bool(self._decoder.getstate()[0])
+
+    def breaks_off(self, token_id: int) -> bool:
+        """Whether this token's first byte cannot go on with the unfinished character, which so becomes U+FFFD."""
+        if not self.unfinished:
+            return False
+        held = self._decoder.getstate()[0]
+        try:
+            codecs.getincrementaldecoder("utf-8")().decode(held + self._tokenizer.token_bytes(token_id)[:1])
+        except UnicodeDecodeError:
+            return True
+        return False
 
     def flush(self) -> str:
         """What is left when no token follows: U+FFFD for an unfinished character, else nothing."""

@@ -10,6 +10,7 @@ The package under test needs none of these libraries; they live in an environmen
     oracle/bin/python tests/golden/make_golden.py tokenization --tokenizer path/to/gpt2/tokenizer.json
     oracle/bin/python tests/golden/make_golden.py continuations --model path/to/model
     oracle/bin/python tests/golden/make_golden.py scores --model path/to/model
+    oracle/bin/python tests/golden/make_golden.py prompt-scores --model path/to/model
 
 ``checkpoints``    tiny random GPT-2 checkpoints in every stored form the loader has to read, each with the
                    logits that transformers computes in float32 from the stored files.
@@ -19,8 +20,9 @@ The package under test needs none of these libraries; they live in an environmen
 ``continuations``  greedy continuations of 64 prompts by a model directory, computed by transformers in float32.
 ``scores``         for a few prompts: the log probabilities of a greedy continuation and of the likeliest tokens, and a
                    continuation with a least number of tokens before an end-of-text token, by transformers in float32.
+``prompt-scores``  for a few prompts: the log probabilities of their own tokens and of the likeliest in their places.
 
-All four are deterministic: the library versions in VERSIONS.txt, on the same kind of processor, write the same
+All five are deterministic: the library versions in VERSIONS.txt, on the same kind of processor, write the same
 files again.
 """
 
@@ -800,6 +802,48 @@ def gap_of(logits: torch.Tensor, count: int) -> float:
     return float((top[:-1] - top[1:]).min())
 
 
+# -------------------------------------------------------------------------------------------- prompt scores
+
+
+SCORED_TEXTS: tuple[str, ...] = (
+    "",
+    "Sherlock Holmes",
+    "“You see,” said Holmes, “naïve 中文 😀, café.”",
+    "KING RICHARD III:\nMy gracious lord, I pray thee,\n",
+    "One night, it was on the twentieth of March, 1888, I was returning from a journey to a patient, for I had now "
+    "returned to civil practice, when my way led me through Baker Street. As I passed the well-remembered door, which "
+    "must always be associated in my mind with my wooing, and with the dark incidents of the Study in Scarlet, I was "
+    "seized with a keen desire to see Holmes again.",
+)
+LIKELIEST_IN_PLACE, DIGITS = 3, 6
+
+
+@torch.no_grad()
+def make_prompt_scores(folder: Path, out: Path) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    model = stored_model(folder)
+    entries: list[dict[str, Any]] = []
+    for prompt in SCORED_TEXTS:
+        ids = first_ids(prompt, tokenizer, config)
+        rows = model(torch.tensor([ids])).logits[0, :-1].double()
+        gap = min((gap_of(row, LIKELIEST_IN_PLACE + 1) for row in rows), default=float("inf"))
+        if gap < NEAR_TIE:
+            raise RuntimeError(f"a near tie ({gap:.2g}) among the likeliest in {prompt!r}: choose another text")
+        logprobs, top = [], []
+        for row, token_id in zip(rows.log_softmax(1), ids[1:], strict=True):
+            likeliest = row.topk(LIKELIEST_IN_PLACE)
+            logprobs.append(round(float(row[token_id]), DIGITS))
+            values = [round(value, DIGITS) for value in likeliest.values.tolist()]
+            top.append(list(zip(likeliest.indices.tolist(), values, strict=True)))
+        entries.append({"prompt": prompt, "prompt_ids": ids, "logprobs": logprobs, "top": top})
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    with out.open("w", encoding="ascii", newline="\n") as file:
+        file.write(f'{{"model_sha256": "{digest}",\n"scores": [\n')
+        file.write(",\n".join(json.dumps(entry) for entry in entries) + "\n]}\n")
+    print(f"{[len(entry['prompt_ids']) for entry in entries]} tokens")
+
+
 # -------------------------------------------------------------------------------------------- command line
 
 
@@ -819,6 +863,9 @@ def parse_arguments() -> argparse.Namespace:
     scores = commands.add_parser("scores", help="log probabilities of a model, and continuations of a least length")
     scores.add_argument("--model", type=Path, required=True, help="directory with model and tokenizer")
     scores.add_argument("--out", type=Path, default=HERE / "demo_scores.json", help="file to write")
+    prompt_scores = commands.add_parser("prompt-scores", help="log probabilities of prompts' own tokens")
+    prompt_scores.add_argument("--model", type=Path, required=True, help="directory with model and tokenizer")
+    prompt_scores.add_argument("--out", type=Path, default=HERE / "demo_prompt_scores.json", help="file to write")
     return parser.parse_args()
 
 
@@ -833,8 +880,10 @@ def main() -> None:
         make_tokenization(arguments.tokenizer, arguments.out)
     elif arguments.command == "continuations":
         make_continuations(arguments.model, arguments.out)
-    else:
+    elif arguments.command == "scores":
         make_scores(arguments.model, arguments.out)
+    else:
+        make_prompt_scores(arguments.model, arguments.out)
 
 
 if __name__ == "__main__":
