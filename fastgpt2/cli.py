@@ -278,10 +278,10 @@ COMMANDS = {
         ),
         Positional("file", "the prompts; - is standard input"),
         "A txt file holds a prompt a line. A jsonl file holds on each line a string, or an object with a prompt and "
-        "any of max_new_tokens, stop, ignore_eos, min_new_tokens, logprobs, echo, timeout, id; the options are their "
-        "defaults. Each line of input gives one line of output, in the same order, and one that fails gives an error "
-        "in its place. An output that exists is continued after its last line: a run that was broken off, however "
-        "that came, is taken up by giving the same command again.",
+        "any of max_new_tokens, stop, ignore_eos, min_new_tokens, logprobs, prompt_logprobs, echo, timeout, id; the "
+        "options are their defaults. Each line of input gives one line of output, in the same order, and one that "
+        "fails gives an error in its place. An output that exists is continued after its last line: a run that was "
+        "broken off, however that came, is taken up by giving the same command again.",
     ),
     "generate": Command(
         "fastgpt2.commands.generate:run",

@@ -93,7 +93,7 @@ def test_an_object_a_line(tmp_path: Path, start_worker: StartWorker, batch: Any)
     lines = [
         first["prompt"],
         {"prompt": second["prompt"], "max_new_tokens": 7, "id": "seven"},
-        {"prompt": second["prompt_ids"], "id": 3, "logprobs": 1},
+        {"prompt": second["prompt_ids"], "id": 3, "logprobs": 1, "prompt_logprobs": 0},
         {"prompt": second["prompt"], "stop": second["text"][8:12], "max_new_tokens": 50, "echo": True},
         {"prompt": second["prompt"], "max_new_tokens": 480, "timeout": 0.1, "id": "late"},
     ]
@@ -106,6 +106,8 @@ def test_an_object_a_line(tmp_path: Path, start_worker: StartWorker, batch: Any)
     assert first["text"].startswith(results[0]["text"])
     assert [result["usage"]["completion_tokens"] for result in results[:3]] == [4, 7, 4]
     assert [entry["token_id"] for entry in results[2]["logprobs"]] == second["ids"][:4]
+    assert [entry["token_id"] for entry in results[2]["prompt_logprobs"]] == second["prompt_ids"]
+    assert [entry["logprob"] is None for entry in results[2]["prompt_logprobs"]][:2] == [True, False]
     stop = second["text"].index(second["text"][8:12])
     assert results[3]["text"] == second["prompt"] + second["text"][:stop]
     assert results[4]["error_type"] == "JobTimedOut"

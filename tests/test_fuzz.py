@@ -126,6 +126,7 @@ def test_a_payload_is_plain_values_or_a_value_error(data: bytes) -> None:
                 "stream",
                 "timeout",
                 "logprobs",
+                "prompt_logprobs",
                 "echo",
                 "min_new_tokens",
                 "ignore_eos",

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 
+from fastgpt2.api.planning import JobFields
+from fastgpt2.commands.batch_files import _LINE_FIELDS
+from fastgpt2.engine.engine import Options
 from fastgpt2.engine.generation import GenerationRequest, GenerationResult, Timings, TokenLogprob, Usage
 from fastgpt2.errors import BadRequest, FastGPT2Error
 from fastgpt2.worker.job import (
@@ -34,7 +37,7 @@ def test_a_result_survives_the_journey() -> None:
 
 def test_log_probabilities_survive_the_journey() -> None:
     first = TokenLogprob(5, "hé", -0.5, (TokenLogprob(5, "hé", -0.5), TokenLogprob(9, r"bytes:\xf0", -1.25)))
-    result = replace(RESULT, logprobs=(first, TokenLogprob(7, "<|endoftext|>", -2.0)))
+    result = replace(RESULT, logprobs=(first, TokenLogprob(7, "<|endoftext|>", -2.0, text_offset=7)))
     value = json.loads(json.dumps(result_to_json(result, 0.25)))
     assert result_from_json(value) == result
     assert value["logprobs"] == [
@@ -42,21 +45,76 @@ def test_log_probabilities_survive_the_journey() -> None:
             "token_id": 5,
             "token": "hé",
             "logprob": -0.5,
+            "text_offset": 0,
             "top": [
                 {"token_id": 5, "token": "hé", "logprob": -0.5},
                 {"token_id": 9, "token": r"bytes:\xf0", "logprob": -1.25},
             ],
         },
-        {"token_id": 7, "token": "<|endoftext|>", "logprob": -2.0},
+        {"token_id": 7, "token": "<|endoftext|>", "logprob": -2.0, "text_offset": 7},
     ]
     nothing = replace(RESULT, token_ids=(), logprobs=(), finish_reason="cancelled")
     assert result_from_json(json.loads(json.dumps(result_to_json(nothing, 0.25)))) == nothing
 
 
-@pytest.mark.parametrize("logprobs", [3, [3], [{}], [{"token_id": 1, "token": "a", "logprob": -1, "top": 3}]])
-def test_damaged_log_probabilities_are_refused(logprobs: object) -> None:
+def test_a_prompt_s_log_probabilities_survive_the_journey() -> None:
+    first, second = TokenLogprob(5, "A", None), TokenLogprob(6, " b", -1.5, (TokenLogprob(6, " b", -1.5),), 1)
+    result = replace(RESULT, prompt_logprobs=(first, second))
+    value = json.loads(json.dumps(result_to_json(result, 0.25)))
+    assert result_from_json(value) == result
+    assert "logprobs" not in value
+    assert value["prompt_logprobs"] == [
+        {"token_id": 5, "token": "A", "logprob": None, "text_offset": 0},
+        {
+            "token_id": 6,
+            "token": " b",
+            "logprob": -1.5,
+            "text_offset": 1,
+            "top": [{"token_id": 6, "token": " b", "logprob": -1.5}],
+        },
+    ]
+
+
+def test_what_the_last_release_wrote_is_read() -> None:
+    """As it stands in somebody's Redis."""
+    value = json.loads(
+        """{"version": 1, "text": "Ab", "token_ids": [5, 7], "finish_reason": "stop",
+        "usage": {"prompt_tokens": 3, "completion_tokens": 2},
+        "timings": {"queue_seconds": 0.25, "prefill_seconds": 0.5, "decode_seconds": 1.0}, "model": "demo",
+        "logprobs": [{"token_id": 5, "token": "A", "logprob": -0.5, "top": [{"token_id": 5, "token": "A",
+        "logprob": -0.5}]}, {"token_id": 7, "token": "b", "logprob": -2.0}]}"""
+    )
+    told = (TokenLogprob(5, "A", -0.5, (TokenLogprob(5, "A", -0.5),)), TokenLogprob(7, "b", -2.0))
+    assert result_from_json(value) == replace(RESULT, text="Ab", logprobs=told)
+
+
+ONE = {"token_id": 1, "token": "a", "logprob": -1}
+
+
+@pytest.mark.parametrize(
+    "logprobs",
+    [
+        *(3, [3], [{}], {}, "a", [[]], [None]),
+        *([{**ONE, "top": 3}], [{**ONE, "top": [3]}], [{**ONE, "top": None}], [{**ONE, "text_offset": "3"}]),
+        *(
+            [{**ONE, "text_offset": None}],
+            [{**ONE, "token_id": True}],
+            [{**ONE, "token": 5}],
+            [{**ONE, "logprob": "1"}],
+        ),
+    ],
+)
+@pytest.mark.parametrize("name", ["logprobs", "prompt_logprobs"])
+def test_damaged_log_probabilities_are_refused(name: str, logprobs: object) -> None:
     with pytest.raises(FastGPT2Error, match="a damaged result"):
-        result_from_json({**result_to_json(RESULT), "logprobs": logprobs})
+        result_from_json({**result_to_json(RESULT), name: logprobs})
+
+
+def test_every_field_of_a_request_can_be_given_everywhere() -> None:
+    names = {field.name for field in fields(GenerationRequest)} - {"prompt"}
+    assert set(Options.__annotations__) == names
+    assert names < set(JobFields.__annotations__)
+    assert names < set(_LINE_FIELDS)
 
 
 @pytest.mark.parametrize("value", [None, [], {}, {"version": 2}, {"version": 1}, {"version": 1, "text": "a"}])
@@ -75,9 +133,16 @@ def test_what_is_no_result_is_refused(value: object) -> None:
             {"prompt": "", "max_new_tokens": 5, "stop": ["\n", "é"], "ignore_eos": True, "timeout": 2.5},
         ),
         (
-            GenerationRequest((5, 6), min_new_tokens=3, logprobs=0, echo=True),
+            GenerationRequest((5, 6), 0, logprobs=0, prompt_logprobs=5, echo=True),
             JobOptions(stream=True),
-            {"prompt": [5, 6], "min_new_tokens": 3, "logprobs": 0, "echo": True, "stream": True},
+            {
+                "prompt": [5, 6],
+                "max_new_tokens": 0,
+                "logprobs": 0,
+                "prompt_logprobs": 5,
+                "echo": True,
+                "stream": True,
+            },
         ),
     ],
 )

@@ -33,6 +33,7 @@ class JobFields(TypedDict, total=False):
     ignore_eos: bool
     min_new_tokens: int
     logprobs: int | None
+    prompt_logprobs: int | None
     echo: bool
 
     timeout: float | None

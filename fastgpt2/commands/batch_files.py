@@ -27,7 +27,8 @@ DIGEST_DIGITS = 16
 READ_AHEAD = 8
 
 _LINE_FIELDS = (
-    "prompt", "max_new_tokens", "stop", "ignore_eos", "min_new_tokens", "logprobs", "echo", "timeout", "id",
+    "prompt", "max_new_tokens", "stop", "ignore_eos", "min_new_tokens", "logprobs", "prompt_logprobs", "echo",
+    "timeout", "id",
 )  # fmt: skip
 
 

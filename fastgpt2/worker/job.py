@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -111,23 +111,65 @@ def job_to_kwargs(request: GenerationRequest, options: JobOptions) -> dict[str, 
 
 def result_to_json(result: GenerationResult, queue_seconds: float = 0.0) -> dict[str, Any]:
     """A JSON object of a result, with its version and the time that only the queue's side knows."""
-    timed = replace(result, timings=replace(result.timings, queue_seconds=queue_seconds))
-    value = {"version": RESULT_VERSION, **asdict(timed), "token_ids": list(result.token_ids)}
-    if result.logprobs is None:
-        del value["logprobs"]
-    else:
-        value["logprobs"] = [_logprob_to_json(entry) for entry in result.logprobs]
+    timed = replace(result.timings, queue_seconds=queue_seconds)
+    value: dict[str, Any] = {
+        "version": RESULT_VERSION,
+        "text": result.text,
+        "token_ids": list(result.token_ids),
+        "finish_reason": result.finish_reason,
+        "usage": asdict(result.usage),
+        "timings": asdict(timed),
+        "model": result.model,
+    }
+    for name in ("logprobs", "prompt_logprobs"):
+        logprobs = getattr(result, name)
+        if logprobs is not None:
+            value[name] = logprobs_to_json(logprobs)
     return value
 
 
-def _logprob_to_json(entry: TokenLogprob) -> dict[str, Any]:
-    top = {"top": [_logprob_to_json(other) for other in entry.top]} if entry.top else {}
-    return {"token_id": entry.token_id, "token": entry.token, "logprob": entry.logprob, **top}
+def logprobs_to_json(logprobs: Iterable[TokenLogprob]) -> list[dict[str, Any]]:
+    """JSON objects of tokens' log probabilities, `top` where there are any."""
+    return [_token_to_json(one) for one in logprobs]
 
 
-def _logprob_from_json(value: Mapping[str, Any]) -> TokenLogprob:
-    top = tuple(_logprob_from_json({**other, "top": ()}) for other in value.get("top", ()))
-    return TokenLogprob(value["token_id"], value["token"], value["logprob"], top)
+def _token_to_json(one: TokenLogprob) -> dict[str, Any]:
+    value = {**_alternative_to_json(one), "text_offset": one.text_offset}
+    return {**value, "top": [_alternative_to_json(other) for other in one.top]} if one.top else value
+
+
+def _alternative_to_json(one: TokenLogprob) -> dict[str, Any]:
+    return {"token_id": one.token_id, "token": one.token, "logprob": one.logprob}
+
+
+def logprobs_from_json(values: object) -> tuple[TokenLogprob, ...]:
+    """What `logprobs_to_json` made, or an earlier release, which told no `text_offset`.
+
+    Raises:
+        KeyError, TypeError: it is something else.
+    """
+    return tuple([_token_from_json(value) for value in _checked(values, list)])
+
+
+def _token_from_json(value: object) -> TokenLogprob:
+    fields = _checked(value, dict)
+    top = [_alternative_from_json(other) for other in _checked(fields.get("top", []), list)]
+    one = _alternative_from_json(fields)
+    return TokenLogprob(one.token_id, one.token, one.logprob, tuple(top), _checked(fields.get("text_offset", 0), int))
+
+
+def _alternative_from_json(value: object) -> TokenLogprob:
+    fields = _checked(value, dict)
+    logprob = fields["logprob"]
+    if logprob is not None:
+        _checked(logprob, int | float)
+    return TokenLogprob(_checked(fields["token_id"], int), _checked(fields["token"], str), logprob)
+
+
+def _checked(value: object, kind: Any) -> Any:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"{type(value).__name__} in log probabilities")
+    return value
 
 
 def result_from_json(value: object) -> GenerationResult:
@@ -140,7 +182,11 @@ def result_from_json(value: object) -> GenerationResult:
         version = value.get("version") if isinstance(value, dict) else None
         raise FastGPT2Error(f"not a result that this release can read (version {version!r}, wanted {RESULT_VERSION})")
     try:
-        logprobs = value.get("logprobs")
+        told = {
+            name: logprobs_from_json(value[name])
+            for name in ("logprobs", "prompt_logprobs")
+            if value.get(name) is not None
+        }
         return GenerationResult(
             text=value["text"],
             token_ids=tuple(value["token_ids"]),
@@ -148,7 +194,7 @@ def result_from_json(value: object) -> GenerationResult:
             usage=Usage(**value["usage"]),
             timings=Timings(**value["timings"]),
             model=value["model"],
-            logprobs=None if logprobs is None else tuple(map(_logprob_from_json, logprobs)),
+            **told,
         )
     except (AttributeError, KeyError, TypeError) as reason:
         raise FastGPT2Error(f"a damaged result: {reason}") from None
