@@ -29,6 +29,7 @@ from rq import Queue
 from rq.serializers import JSONSerializer
 from starlette.testclient import TestClient
 
+from fastgpt2.api.following import Assembly
 from fastgpt2.api.http import create_app
 from fastgpt2.api.outcome import Awaited
 from fastgpt2.engine.checkpoint import Checkpoint
@@ -210,8 +211,45 @@ def test_what_a_client_reads_is_an_outcome_or_one_of_our_errors(
         result_from_json(value)
     with suppress(FastGPT2Error):
         Awaited("x").seen([(b"finished", b"", meta), [(b"1-0", entry)]], 0.0)
-    with suppress(KeyError, ValueError):
+    with suppress(KeyError, TypeError, ValueError):
         entry_to_piece(entry)
+
+
+tokens = st.fixed_dictionaries(
+    {"token_id": st.one_of(st.integers(0, 5), scalars), "token": st.one_of(st.just("a"), scalars), "logprob": scalars},
+    optional={"text_offset": st.one_of(st.integers(-1, 9), scalars), "top": values},
+)
+
+
+@fuzz(150)
+@given(
+    st.lists(
+        st.dictionaries(
+            st.sampled_from([b"attempt", b"at", b"text", b"token_at", b"logprobs"]),
+            st.one_of(
+                st.sampled_from([b"0", b"1", b"-1", b"99999999999999999999", b"ab", b"\xff"]),
+                st.lists(tokens, max_size=4).map(lambda value: json.dumps(value).encode()),
+                json_bytes,
+            ),
+            min_size=3,
+        ),
+        max_size=6,
+    )
+)
+def test_a_stream_is_pieces_that_fit_each_other_whatever_stands_in_it(entries: list[dict[bytes, bytes]]) -> None:
+    assembly, text, count = Assembly(), "", 0
+    with little_memory():
+        for entry in entries:
+            try:
+                piece = entry_to_piece(entry)
+            except (KeyError, TypeError, ValueError):
+                continue
+            new = assembly.add(piece) if piece is not None else None
+            if new is not None:
+                assert 0 <= new.at <= len(text)
+                assert 0 <= new.token_at <= count
+                text, count = text[: new.at] + new.text, new.token_at + len(new.logprobs)
+        assert assembly.text == text
 
 
 # What stands on the disk.

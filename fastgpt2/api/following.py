@@ -1,20 +1,25 @@
-"""A job's text as it comes, put together from its stream: every character once, whatever was sent twice or lost."""
+"""A job's text as it comes, put together from its stream: every character, and every log probability, once."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
+from typing import TypeAlias
 
 from fastgpt2.api.exchange import Pause, Talk, entries_by_key, read_streams
 from fastgpt2.api.outcome import Awaited, Entries, unwrapped
 from fastgpt2.api.session import LOOK_SECONDS, WAIT_SLICE_SECONDS, Session, deadline_in
-from fastgpt2.engine.generation import GenerationResult
+from fastgpt2.engine.generation import GenerationResult, TokenLogprob
 from fastgpt2.worker.names import stream_key
 from fastgpt2.worker.stream import Piece, entry_to_piece
 
+# A token's id, and where in the text it begins.
+Token: TypeAlias = tuple[int, int]
+
 
 class Assembly:
-    """The text so far.
+    """The text so far, and the tokens whose log probabilities have been given.
 
     Attributes:
         text: what a reader holds who has taken every piece, and cut the text where one said so.
@@ -24,29 +29,48 @@ class Assembly:
     def __init__(self) -> None:
         self.text = ""
         self.attempt = 1
+        self._tokens: list[Token] = []
 
     def add(self, piece: Piece) -> Piece | None:
         """What is new in a piece; None if it is held already, or cannot be placed, as what comes before it was lost."""
         if piece.attempt < self.attempt or piece.at > len(self.text):
             return None
         self.attempt = piece.attempt
-        same = 0
-        while same < len(piece.text) and self.text[piece.at + same : piece.at + same + 1] == piece.text[same]:
-            same += 1
-        return self._put(piece.text[same:], piece.at + same) if same < len(piece.text) else None
+        same = _held(self.text, piece.at, piece.text)
+        # Nothing new is to be put behind all that is held, which cuts nothing off.
+        text, at = (piece.text[same:], piece.at + same) if same < len(piece.text) else ("", len(self.text))
+        known = _held(self._tokens, piece.token_at, _tokens(piece.logprobs))
+        logprobs, token_at = piece.logprobs[known:], piece.token_at + known
+        if not logprobs or token_at > len(self._tokens):
+            logprobs, token_at = (), len(self._tokens)
+        return self._put(text, at, logprobs, token_at) if text or logprobs else None
 
-    def complete(self, text: str) -> Piece | None:
-        """What the text still lacks of the whole one; empty text if it has too much."""
-        if text == self.text:
+    def complete(self, text: str, logprobs: Sequence[TokenLogprob] = ()) -> Piece | None:
+        """What the text and the tokens that begin in it still lack of the whole; empty text if there is too much."""
+        told = tuple(one for one in logprobs if one.text_offset < len(text))
+        tokens = _tokens(told)
+        if text == self.text and tokens == self._tokens:
             return None
-        same = 0
-        while same < min(len(text), len(self.text)) and text[same] == self.text[same]:
-            same += 1
-        return self._put(text[same:], same)
+        same, known = _held(self.text, 0, text), _held(self._tokens, 0, tokens)
+        return self._put(text[same:], same, told[known:], known)
 
-    def _put(self, text: str, at: int) -> Piece:
+    def _put(self, text: str, at: int, logprobs: tuple[TokenLogprob, ...], token_at: int) -> Piece:
         self.text = self.text[:at] + text
-        return Piece(text, at, self.attempt)
+        self._tokens[token_at:] = _tokens(logprobs)
+        return Piece(text, at, self.attempt, logprobs, token_at)
+
+
+def _tokens(logprobs: Sequence[TokenLogprob]) -> list[Token]:
+    """What tells tokens apart: their log probabilities are another machine's in the last digits."""
+    return [(one.token_id, one.text_offset) for one in logprobs]
+
+
+def _held(held: Sequence[object], at: int, new: Sequence[object]) -> int:
+    """How many of the first of `new` are what is held from `at` on."""
+    same = 0
+    while same < min(len(new), len(held) - at) and held[at + same] == new[same]:
+        same += 1
+    return same
 
 
 class Following:
@@ -114,7 +138,7 @@ class Following:
             self._after = entry_id
             try:
                 piece = entry_to_piece(fields)
-            except (KeyError, ValueError):
+            except (KeyError, TypeError, ValueError):
                 continue  # not of ours; what it may have stood for comes with the result
             if piece is None:
                 self._look_at = 0.0
@@ -123,7 +147,7 @@ class Following:
 
     def _end(self, result: GenerationResult) -> None:
         self.result = result
-        self._add(self._assembly.complete(result.text))
+        self._add(self._assembly.complete(result.text, result.logprobs or ()))
         self.ended = True
 
     def _add(self, piece: Piece | None) -> None:

@@ -26,7 +26,7 @@ from fastgpt2.worker.recycling import Recycling
 from fastgpt2.worker.rq_worker import RQWorker, back_off
 from fastgpt2.worker.running import Running
 from fastgpt2.worker.started import Started
-from fastgpt2.worker.stream import RUNNING_TTL_SECONDS, piece_to_entry
+from fastgpt2.worker.stream import RUNNING_TTL_SECONDS, Piece, piece_to_entry
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -253,15 +253,15 @@ class GenerationWorker(RQWorker):
                 if score is not None:
                     self.endings.cancel(running)
 
-    def _note_sent(self, sent: list[tuple[int, Running, int]], replies: list[Any]) -> None:
-        for at, running, upto in sent:
-            running.sent = upto
+    def _note_sent(self, sent: list[tuple[int, Running, Piece]], replies: list[Any]) -> None:
+        for at, running, piece in sent:
+            running.sent.note(piece)
             if isinstance(replies[at], RedisError):
                 log.warning("%s: the text of job %s cannot be streamed (%s)", self.name, running.id, replies[at])
                 running.muted = True
 
-    def _add_pieces(self, pipeline: Pipeline) -> list[tuple[int, Running, int]]:
-        """Of each piece the number of its command, whose it is, and how far it goes."""
+    def _add_pieces(self, pipeline: Pipeline) -> list[tuple[int, Running, Piece]]:
+        """The pieces, each with the number of its command and whose it is."""
         sent = []
         for running in self.batch.running:
             piece = running.unsent()
@@ -269,9 +269,9 @@ class GenerationWorker(RQWorker):
                 key = stream_key(running.id)
                 # A bound for a stream that many attempts write to; one attempt has an entry a token at most.
                 most = 4 * self.engine.config.n_positions
-                sent.append((len(pipeline), running, running.sent + len(piece.text)))
+                sent.append((len(pipeline), running, piece))
                 pipeline.xadd(key, piece_to_entry(piece), maxlen=most, approximate=True)
-                if running.sent == 0:
+                if piece.at == 0:
                     pipeline.expire(key, RUNNING_TTL_SECONDS)
         return sent
 

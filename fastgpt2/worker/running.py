@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rq import Queue
@@ -13,7 +13,7 @@ from fastgpt2.errors import JobTimedOut
 from fastgpt2.worker.claims import SUSPECT_CRASHES
 from fastgpt2.worker.job import JobOptions, result_to_json
 from fastgpt2.worker.started import Started
-from fastgpt2.worker.stream import Piece
+from fastgpt2.worker.stream import Piece, Sent
 
 if TYPE_CHECKING:
     from fastgpt2.engine.sequence import Prompt, Sequence
@@ -26,7 +26,7 @@ class Running:
     Attributes:
         sequence: None while it waits for a slot.
         due_at: when its time is up, on `time.monotonic`'s clock.
-        sent: how many characters of its text have been streamed.
+        sent: how much of it has been streamed.
         muted: no more is: its stream is something else.
     """
 
@@ -37,7 +37,7 @@ class Running:
     due_at: float
     due_reason: str
     sequence: Sequence | None = None
-    sent: int = 0
+    sent: Sent = field(default_factory=Sent)
     muted: bool = False
 
     @classmethod
@@ -69,15 +69,15 @@ class Running:
 
     def unsent(self) -> Piece | None:
         """The text that may be streamed and has not been, if there is any."""
-        if not self.options.stream or self.muted or self.sequence is None or self.sequence.settled <= self.sent:
+        if not self.options.stream or self.muted or self.sequence is None:
             return None
-        return Piece(self.sequence.text[self.sent : self.sequence.settled], self.sent, self.started.attempt)
+        return self.sent.next(self.sequence, self.started.attempt)
 
     def last(self) -> Piece | None:
         """What the stream ends with, perhaps without text; None if there is no stream."""
         if not self.options.stream:
             return None
-        return self.unsent() or Piece("", self.sent, self.started.attempt)
+        return self.unsent() or Piece("", self.sent.characters, self.started.attempt)
 
     def result(self) -> dict[str, Any]:
         """The result of a sequence that ended by itself, as JSON."""
