@@ -23,10 +23,11 @@ from rq.serializers import JSONSerializer
 
 from fastgpt2 import Client
 from fastgpt2.errors import JobFailed, PoisonJob
+from fastgpt2.worker.background_reaper import BackgroundReaper
 from fastgpt2.worker.lease import LEASE_SECONDS, LOOKS
 from fastgpt2.worker.names import leases_key, queue_of, queues_of
 from fastgpt2.worker.pool import Child, Pool
-from fastgpt2.worker.reaping import BackgroundReaper, Reaper
+from fastgpt2.worker.reaping import Reaper
 from fastgpt2.worker.redis_server import RedisServer
 
 TASK = "fastgpt2.worker.tasks.generate"

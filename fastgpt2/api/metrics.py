@@ -40,7 +40,7 @@ _COUNTERS = {
     RETRIED: ("fastgpt2_jobs_retried", "Jobs that failed and were enqueued again, as their Retry asks."),
     GIVEN_BACK: ("fastgpt2_jobs_given_back", "Jobs that a worker put back into the queue, mostly as it was stopped."),
     RECOVERIES: ("fastgpt2_job_recoveries", "Jobs taken back from workers that died, to run again."),
-    REFUSED: ("fastgpt2_jobs_refused", "Jobs that were not enqueued, as the queue was full."),
+    REFUSED: ("fastgpt2_jobs_refused", "Attempts to enqueue that were refused, as the queue was full."),
 }
 _HISTOGRAMS = (
     (QUEUE_SECONDS, "fastgpt2_job_queue_seconds", "From being enqueued to the start, of jobs that finished."),

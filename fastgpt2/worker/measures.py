@@ -25,6 +25,8 @@ GIVEN_BACK = "given_back"
 COUNTS = (PROMPT_TOKENS, GENERATED_TOKENS, RECOVERIES, REFUSED, RETRIED, GIVEN_BACK)
 
 # How a job can end: RQ's status, and why: the finish reason, the kind of error, or that somebody asked for it.
+POISON = ("failed", "poison")
+CANCELED = ("canceled", "on_request")
 OUTCOMES = (
     ("finished", "stop"),
     ("finished", "length"),
@@ -33,13 +35,13 @@ OUTCOMES = (
     ("failed", "model_error"),
     ("failed", "timeout"),
     ("failed", "malformed"),
-    ("failed", "poison"),
+    POISON,
     ("failed", "error"),
     ("stopped", "on_request"),
-    ("canceled", "on_request"),
+    CANCELED,
 )
 # Why a worker was started again: it died, or it had ended in good order (`--max-jobs`, `--max-growth`).
-RESTARTS = ("died", "ended")
+DIED, ENDED = RESTARTS = ("died", "ended")
 
 
 def ended_field(status: str, reason: str) -> str:
