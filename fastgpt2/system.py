@@ -133,11 +133,11 @@ class System:
             self.http_url = url_of(probe)
         environment = {**child_environment(values, self.redis_url), "FASTGPT2_PORT": self.http_url.rpartition(":")[2]}
         endpoint = Child("endpoint", [*COMMAND, "api"], environment, stops_first=True)
-        from fastgpt2.worker.reaping import BackgroundReaper
+        from fastgpt2.worker.background_reaper import BackgroundReaper
 
         self.pool = Pool([*worker_children(values, self.redis_url), endpoint])
         reaper = BackgroundReaper(self.redis_url, values["queue"], self.pool.told)
-        self.pool.reap = reaper.reap
+        self.pool.reap, self.pool.restarted = reaper.reap, reaper.count_restart
         self._stack.callback(reaper.close, REAP_SECONDS)
         self._stack.callback(self.pool.stop, values["drain_timeout"] + STOP_MARGIN_SECONDS)
         self.pool.start()
@@ -241,11 +241,11 @@ def run_pool(values: dict[str, Any]) -> int:
     redis_url = values["redis_url"]
     _refuse_if_denied(redis_url)
     find_model(values["model"], values["revision"])
-    from fastgpt2.worker.reaping import BackgroundReaper
+    from fastgpt2.worker.background_reaper import BackgroundReaper
 
     pool, stopping = Pool(worker_children(values, redis_url)), threading.Event()
     reaper = BackgroundReaper(redis_url, values["queue"], pool.told)
-    pool.reap = reaper.reap
+    pool.reap, pool.restarted = reaper.reap, reaper.count_restart
     on_stop_signals(lambda _signum, _frame: stopping.set())
     print(
         f"fastgpt2 pool: model {values['model']}, {values['workers']} workers, queue {values['queue']}, "

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,12 @@ from rq.command import send_stop_job_command
 from rq.serializers import JSONSerializer
 
 from fastgpt2 import Client
+from fastgpt2.api.latest import read_latest, read_prompts
+from fastgpt2.api.metrics import exposition
+from fastgpt2.api.readiness import not_ready
+from fastgpt2.api.recent import sample
 from fastgpt2.api.status import read_status
-from fastgpt2.errors import JobCancelled, RedisAccessDenied
+from fastgpt2.errors import JobCancelled, QueueFull, RedisAccessDenied
 from fastgpt2.worker.connection import connect
 
 ENTRIES: list[dict[str, Any]] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"]
@@ -83,6 +88,16 @@ def system(server: GuardedRedis, tmp_path_factory: pytest.TempPathFactory) -> It
     for process in processes:
         process.terminate()
         assert process.wait(30) == 0
+
+
+@contextmanager
+def suspended(admin: Redis) -> Iterator[None]:
+    """What waits is taken by nobody. A worker that is idle may take one that comes before it looks again."""
+    admin.set("rq:suspended", 1)
+    workers: Any = admin.smembers("rq:workers")
+    wait_until(lambda: {admin.hget(key, "state") for key in workers} == {b"suspended"}, "the workers to see it")
+    yield
+    admin.delete("rq:suspended")
 
 
 def denials(admin: Redis) -> list[str]:
@@ -152,7 +167,9 @@ def test_a_worker_that_dies_and_one_that_is_told_to_stop(
 
 
 @pytest.mark.usefixtures("nothing_denied")
-def test_the_endpoint_and_a_monitor_can_do_their_part(server: GuardedRedis, system: tuple[Path, str]) -> None:
+def test_the_endpoint_and_a_monitor_can_do_their_part(
+    server: GuardedRedis, admin: Redis, system: tuple[Path, str]
+) -> None:
     _, url = system
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(f"{url}/status", timeout=20) as answer:
@@ -163,9 +180,43 @@ def test_the_endpoint_and_a_monitor_can_do_their_part(server: GuardedRedis, syst
 
     async def look() -> dict[str, Any]:
         async with AsyncRedis.from_url(server.url_of("monitor")) as connection:
-            return await read_status(connection, "fastgpt2")
+            assert b"fastgpt2_jobs_ended_total" in (await exposition(connection, "fastgpt2"))[1]
+            return await read_status(connection, "fastgpt2", history=True)
+
+    async def look_closely() -> None:
+        async with AsyncRedis.from_url(server.url_of("endpoint")) as connection:
+            assert await not_ready(connection, "fastgpt2") is None
+            await sample(connection, "fastgpt2")
+            assert (await read_status(connection, "fastgpt2", history=True))["totals"]["generated_tokens"] > 0
+            assert b"fastgpt2_jobs_ended_total" in (await exposition(connection, "fastgpt2"))[1]
+            latest = await read_latest(connection, "fastgpt2", 10)
+            assert latest
+            assert await read_prompts(connection, [latest[0]["id"]]) == {latest[0]["id"]: ENTRIES[0]["prompt"]}
 
     assert len(asyncio.run(look())["workers"]) == 1
+    wait_until(lambda: admin.llen("fastgpt2:latest:fastgpt2"), "the worker to tell what it did")
+    asyncio.run(look_closely())
+    with Client(server.url_of("endpoint"), max_queue=1) as client, suspended(admin):
+        waiting = client.enqueue(ENTRIES[0]["prompt"])
+        asyncio.run(look_closely())
+        with pytest.raises(QueueFull):
+            client.enqueue(ENTRIES[0]["prompt"])
+        assert waiting.cancel()
+    totals: Any = admin.hgetall("fastgpt2:totals:fastgpt2")
+    assert (totals[b"refused"], int(totals[b"ended:canceled:on_request"]) > 0) == (b"1", True)
+
+
+@pytest.mark.usefixtures("system")
+def test_a_monitor_cannot_tell_how_long_a_job_waits(server: GuardedRedis, admin: Redis) -> None:
+    async def look() -> dict[str, Any]:
+        async with AsyncRedis.from_url(server.url_of("monitor")) as connection:
+            return await read_status(connection, "fastgpt2")
+
+    with Client(server.url_of("client")) as client, suspended(admin):
+        waiting = client.enqueue("a")
+        queue = asyncio.run(look())["queue"]
+        assert (queue["depth"], queue["oldest_wait_seconds"]) == (1, None)
+        assert waiting.cancel()
 
 
 @pytest.mark.parametrize(
@@ -186,12 +237,21 @@ def test_the_endpoint_and_a_monitor_can_do_their_part(server: GuardedRedis, syst
         ("client", "XADD fastgpt2:stream:x * a b"),
         ("client", "ZADD fastgpt2:leases:fastgpt2 1 x"),
         ("client", "PUBLISH rq:pubsub:x stop"),
+        ("client", "HSET fastgpt2:totals:fastgpt2 refused 0"),
+        ("client", "HMGET fastgpt2:totals:fastgpt2 refused"),
+        ("client", "LRANGE fastgpt2:latest:fastgpt2 0 -1"),
         ("client", "EVAL return(redis.call('DEL','rq:job:x')) 0"),
         ("client", "EVAL return(redis.call('GET','elsewhere')) 0"),
         ("endpoint", "ZADD fastgpt2:leases:fastgpt2 1 x"),
         ("endpoint", "PUBLISH rq:pubsub:x stop"),
+        ("endpoint", "HSET fastgpt2:totals:fastgpt2 refused 0"),
+        ("endpoint", "LPUSH fastgpt2:latest:fastgpt2 x"),
+        ("endpoint", "LRANGE rq:queue:fastgpt2 0 -1"),
         ("endpoint", "FLUSHDB"),
         ("monitor", "HGETALL rq:job:x"),
+        ("monitor", "HMGET rq:job:x data"),
+        ("monitor", "LRANGE fastgpt2:latest:fastgpt2 0 -1"),
+        ("monitor", "HINCRBY fastgpt2:totals:fastgpt2 refused 1"),
         ("monitor", "XREVRANGE rq:results:x + -"),
         ("monitor", "RPUSH rq:queue:fastgpt2 x"),
         ("monitor", "EVAL return(1) 0"),

@@ -118,6 +118,8 @@ class TestQueue:
         assert f"queue {client.queue_name}: 0 waiting; jobs: 2 finished" in text
         assert f"worker w-{client.queue_name}: idle, model demo (openblas-" in text
         assert ", 1 process), up " in text
+        assert "last minute: " in text
+        assert " tokens/s, 2 finished, 0 failed" in text
         status = json.loads(run("status", "--json", **where).stdout)
         assert status["jobs"]["finished"] == 2
 

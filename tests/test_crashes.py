@@ -23,10 +23,11 @@ from rq.serializers import JSONSerializer
 
 from fastgpt2 import Client
 from fastgpt2.errors import JobFailed, PoisonJob
+from fastgpt2.worker.background_reaper import BackgroundReaper
 from fastgpt2.worker.lease import LEASE_SECONDS, LOOKS
-from fastgpt2.worker.names import leases_key, queue_of, queues_of
+from fastgpt2.worker.names import leases_key, queue_of, queues_of, totals_key
 from fastgpt2.worker.pool import Child, Pool
-from fastgpt2.worker.reaping import BackgroundReaper, Reaper
+from fastgpt2.worker.reaping import Reaper
 from fastgpt2.worker.redis_server import RedisServer
 
 TASK = "fastgpt2.worker.tasks.generate"
@@ -55,7 +56,7 @@ def start_pool(redis_server: RedisServer, queue_name: str, tmp_path: Path) -> It
         command = [sys.executable, DYING, stage, *([str(tmp_path / "died")] if once else [])]
         pool = Pool([Child("worker 1", command, own, is_worker=True)])
         reaper = BackgroundReaper(redis_server.url, queue_name, pool.told)
-        pool.reap = reaper.reap
+        pool.reap, pool.restarted = reaper.reap, reaper.count_restart
         made.append((pool, reaper))
         pool.start()
         return pool
@@ -199,6 +200,11 @@ def test_a_job_that_kills_its_worker_is_given_up_and_the_others_finish(
     assert pool.children[0].process is not None
     nothing_is_left(redis, queue_name)
     assert executions_of(redis, [*good, poison, other]) == []
+    counted: Any = redis.hgetall(totals_key(queue_name))
+    assert counted[b"ended:failed:poison"] == b"2"
+    # Both are taken back three times before they are given up.
+    assert int(counted[b"recoveries"]) >= 2 * 3
+    assert int(counted[b"restarts:died"]) == pool.children[0].restarts
 
 
 def test_memory_that_runs_out_is_the_fault_of_one_job_at_most(

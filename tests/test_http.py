@@ -102,7 +102,9 @@ def test_status_tells_queue_jobs_and_workers(system: System) -> None:
         wait_until(lambda: states(system) == ["idle", "idle"], "both workers to be idle")
         status, _, before = call(f"{system.http_url}/status")
         assert status == 200
-        assert before["queue"] == {"name": "fastgpt2", "depth": 0, "by_priority": {"high": 0, "normal": 0, "low": 0}}
+        by_priority = {"high": 0, "normal": 0, "low": 0}
+        nobody_waits = {"name": "fastgpt2", "depth": 0, "by_priority": by_priority, "oldest_wait_seconds": None}
+        assert before["queue"] == nobody_waits
         assert before["jobs"]["finished"] >= 1
         assert set(before["jobs"]) == {
             "queued", "started", "finished", "failed", "deferred", "scheduled", "canceled",

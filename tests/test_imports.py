@@ -13,7 +13,18 @@ import pytest
 import fastgpt2
 
 PACKAGE = Path(fastgpt2.__file__).parent
-HEAVY = ("numpy", "tokenizers", "safetensors", "huggingface_hub", "redis", "rq", "starlette", "uvicorn", "asyncio")
+HEAVY = (
+    "numpy",
+    "tokenizers",
+    "safetensors",
+    "huggingface_hub",
+    "redis",
+    "rq",
+    "starlette",
+    "uvicorn",
+    "asyncio",
+    "prometheus_client",
+)
 
 
 def imported(code: str) -> set[str]:

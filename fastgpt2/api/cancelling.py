@@ -8,11 +8,15 @@ from fastgpt2.api.enqueueing import RESULT_TTL_SECONDS
 from fastgpt2.api.exchange import Call, call
 from fastgpt2.api.outcome import job_key
 from fastgpt2.errors import JobNotFound
+from fastgpt2.worker.measures import CANCELED, COUNT, ended_field
+from fastgpt2.worker.names import queues_of, totals_key
 
 # As `rq.job.Job.cancel` does (status, queue, registries), but only for what has not ended, and with an expiry.
 # Cancelled jobs are registered for ever by RQ: a few whose hash has expired are taken off on the way.
-_CANCEL = """
--- KEYS: the job. ARGV: its id, the seconds that it is kept if it does not say. 1 if cancelled, 0 if it had ended.
+_CANCEL = f"""
+-- KEYS: the job. ARGV: its id, the seconds that it is kept if it does not say, the totals of a pool, and the queues of
+-- this pool: for a job of another one, nothing is counted. 1 if cancelled, 0 if it had ended.
+{COUNT}
 local status, origin, ttl = unpack(redis.call("HMGET", KEYS[1], "status", "origin", "result_ttl"))
 if not status then
     return -1
@@ -33,7 +37,7 @@ if status == "started" then
     end
 else
     redis.call("HSET", KEYS[1], "worker_name", "")
-    for _, registry in ipairs({"deferred", "scheduled", "ready"}) do
+    for _, registry in ipairs({{"deferred", "scheduled", "ready"}}) do
         redis.call("ZREM", "rq:" .. registry .. ":" .. origin, ARGV[1])
     end
 end
@@ -44,13 +48,20 @@ for _, id in ipairs(redis.call("ZRANGEBYSCORE", registry, "-inf", now, "LIMIT", 
     end
 end
 redis.call("ZADD", registry, now + ttl, ARGV[1])
+for i = 4, #ARGV do
+    if ARGV[i] == origin then
+        count(ARGV[3], "{ended_field(*CANCELED)}", 1)
+    end
+end
 return 1
 """
 
 
-def cancel_call(job_id: str) -> Call:
-    """What cancels a job that is not over; see `was_cancelled` for its answer."""
-    return call("eval", _CANCEL, 1, job_key(job_id), job_id, RESULT_TTL_SECONDS)
+def cancel_call(job_id: str, queue: str) -> Call:
+    """What cancels a job that is not over, and counts it among the pool's; see `was_cancelled` for its answer."""
+    # The totals are no KEYS: a user of Redis would need all rights to them, not only to count.
+    words = job_id, RESULT_TTL_SECONDS, totals_key(queue), *queues_of(queue)
+    return call("eval", _CANCEL, 1, job_key(job_id), *words)
 
 
 def was_cancelled(job_id: str, answer: Any) -> bool:

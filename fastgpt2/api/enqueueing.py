@@ -15,7 +15,8 @@ from fastgpt2.api.exchange import Call, call
 from fastgpt2.engine.generation import GenerationRequest
 from fastgpt2.errors import BadRequest, PromptTooLong
 from fastgpt2.worker.job import TASK, JobOptions, job_to_kwargs
-from fastgpt2.worker.names import PRIORITIES, Priority, queue_of, queues_of
+from fastgpt2.worker.measures import COUNT, REFUSED
+from fastgpt2.worker.names import PRIORITIES, Priority, queue_of, queues_of, totals_key
 
 DEFAULT_JOB_TIMEOUT_SECONDS = 600
 RESULT_TTL_SECONDS = 24 * 3600
@@ -25,8 +26,10 @@ NO_OPTIONS = JobOptions()
 
 # Answers 0, or the depth of a queue that is full. A job that is there already was sent by the same client, which did
 # not hear the answer: that it may be sent twice is what lets a client ask again.
-_ENQUEUE = """
--- KEYS: the job, its queue, the set of queues, the queues that count. ARGV: the job's id, the limit or 0, its fields.
+_ENQUEUE = f"""
+-- KEYS: the job, its queue, the set of queues, the queues that count. ARGV: the job's id, the limit or 0, the totals of
+-- the pool, in which a refusal is counted, the job's fields.
+{COUNT}
 if redis.call("EXISTS", KEYS[1]) == 1 then
     return 0
 end
@@ -37,11 +40,12 @@ if limit > 0 then
         depth = depth + redis.call("LLEN", KEYS[i])
     end
     if depth >= limit then
+        count(ARGV[3], "{REFUSED}", 1)
         return depth
     end
 end
 redis.call("SADD", KEYS[3], KEYS[2])
-redis.call("HSET", KEYS[1], unpack(ARGV, 3))
+redis.call("HSET", KEYS[1], unpack(ARGV, 4))
 redis.call("RPUSH", KEYS[2], ARGV[1])
 return 0
 """
@@ -107,7 +111,7 @@ def enqueue_call(plan: JobPlan, queue: str, max_queue: int | None, connection: A
     fields = [part for pair in job.to_dict().items() if pair[1] is not None for part in pair]
     depths = [f"rq:queue:{counted}" for counted in queues_of(queue)]
     keys = [job.key, f"rq:queue:{name}", "rq:queues", *depths]
-    return job.id, call("eval", _ENQUEUE, len(keys), *keys, job.id, max_queue or 0, *fields)
+    return job.id, call("eval", _ENQUEUE, len(keys), *keys, job.id, max_queue or 0, totals_key(queue), *fields)
 
 
 class ModelLimits:

@@ -86,7 +86,7 @@ class Flight:
         self._refused.clear()
         while self._flying:
             ids = list(islice(self._flying, WATCHED_AT_ONCE))
-            yield Together(tuple(cancel_call(job_id) for job_id in ids))
+            yield Together(tuple(cancel_call(job_id, self._session.queue) for job_id in ids))
             for job_id in ids:
                 del self._flying[job_id]
 

@@ -75,7 +75,7 @@ class Session:
 
     def cancel(self, job_id: str) -> Talk[bool]:
         """Whether it had not ended yet. Raises JobNotFound."""
-        return was_cancelled(job_id, (yield cancel_call(job_id)))
+        return was_cancelled(job_id, (yield cancel_call(job_id, self.queue)))
 
     def workers(self) -> Talk[int]:
         """How many workers are registered on the queue."""

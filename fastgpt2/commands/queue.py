@@ -31,13 +31,20 @@ def status(values: dict[str, Any]) -> int:
 
 def _status_text(status: dict[str, Any]) -> str:
     jobs = ", ".join(f"{count} {state}" for state, count in status["jobs"].items() if count) or "none"
-    lines = [f"queue {status['queue']['name']}: {status['queue']['depth']} waiting; jobs: {jobs}"]
+    queue, rates = status["queue"], status["rates"]["1m"]
+    wait = queue["oldest_wait_seconds"]
+    waiting = f"{queue['depth']} waiting" + ("" if wait is None else f", the first for {wait:.1f} s")
+    lines = [
+        f"queue {queue['name']}: {waiting}; jobs: {jobs}",
+        f"last minute: {rates['tokens_per_second']:.1f} tokens/s, {60 * rates['jobs_per_second']:.1f} jobs/min",
+    ]
     for worker in status["workers"]:
         count = worker["in_hand"]
         at_work = f" on {count} of up to {worker['max_batch']} jobs" if count else ""
         lines.append(
             f"worker {worker['name']}: {worker['state']}{at_work}, model {worker['model']} ({worker['computes_by']}), "
             f"up {worker['age_seconds']} s, heard {worker['heartbeat_age_seconds']} s ago, "
+            f"{worker['tokens_per_second'] or 0.0:.1f} tokens/s, "
             f"{worker['jobs_finished']} finished, {worker['jobs_failed']} failed"
         )
     if not status["workers"]:

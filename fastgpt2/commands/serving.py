@@ -29,6 +29,7 @@ def worker(values: dict[str, Any]) -> int:
     engine.warm_up()
     log.info("loaded %s in %.0f ms; %s", engine.model, engine.load_times.loaded * 1e3, engine.describe())
     supervisor = os.environ.get("FASTGPT2_SUPERVISOR_PID", "")
+    restarts = os.environ.get("FASTGPT2_RESTARTS", "")
     GenerationWorker(
         engine,
         connection,
@@ -38,6 +39,7 @@ def worker(values: dict[str, Any]) -> int:
         drain_timeout=values["drain_timeout"],
         recycling=Recycling(values["max_jobs"], values["max_growth"]),
         log_prompts=values["log_prompts"],
+        restarts=int(restarts) if restarts.isdigit() else 0,
     ).work(burst=values["burst"])
     return 0
 

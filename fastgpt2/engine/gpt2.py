@@ -103,6 +103,10 @@ class GPT2:
         processes = f"{self.size} process{'es' if self.size > 1 else ''}"
         return f"{self.product_name} in panels of {'/'.join(map(str, widths))}, {processes}"
 
+    def helper_pids(self) -> list[int]:
+        """Of the processes beside this one."""
+        return [] if self._helpers is None else self._helpers.processes.pids
+
     @property
     def exact(self) -> bool:
         """Whether a sequence's logits have the same bits alone, in any batch, and with its prompt cut anywhere."""

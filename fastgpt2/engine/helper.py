@@ -74,6 +74,10 @@ class HelperProcesses:
         for _ in range(count):
             self._processes.append(_start())
 
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self._processes]
+
     def order(self, order: dict[str, Any]) -> None:
         """Tell each of them what to map and which share is its own."""
         for rank, process in enumerate(self._processes, 1):

@@ -20,6 +20,7 @@ class Batch:
 
     Attributes:
         steps, tokens: taken and generated so far.
+        sizes: how many of the steps had 0, 1, 2... sequences.
         step_seconds: spent in the steps.
     """
 
@@ -29,6 +30,7 @@ class Batch:
         self._waiting: deque[Running] = deque()
         self._running: dict[Sequence, Running] = {}
         self.steps = self.tokens = 0
+        self.sizes = [0] * (self._most + 1)
         self.step_seconds = 0.0
 
     def __iter__(self) -> Iterator[Running]:
@@ -84,6 +86,7 @@ class Batch:
         ended = self._decoder.step()
         self.step_seconds += time.perf_counter() - began
         self.steps += 1
+        self.sizes[len(before)] += 1
         self.tokens += sum(len(sequence.token_ids) for sequence in self._running) - sum(before)
         return [self._running.pop(sequence) for sequence in ended]
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 from redis.exceptions import RedisError
+from rq.job import JobStatus
 
 from fastgpt2.errors import FastGPT2Error, JobFailed, JobStopped, JobTimedOut
 from fastgpt2.worker.batch import Batch
+from fastgpt2.worker.figures import Figures
 from fastgpt2.worker.guarded import is_of_entry
 from fastgpt2.worker.job import describe_result
 from fastgpt2.worker.ledger import Ledger
@@ -20,6 +23,20 @@ from fastgpt2.worker.started import Started
 log = logging.getLogger("fastgpt2.worker")
 
 
+@dataclass(frozen=True, slots=True)
+class _Ending:
+    """How a job ends.
+
+    Attributes:
+        write: returns False if it was not this worker's to end.
+        count: called once it is known that it was written.
+    """
+
+    running: Running
+    write: Callable[[], bool]
+    count: Callable[[], None]
+
+
 class Endings:
     """Of the jobs in a batch.
 
@@ -27,11 +44,12 @@ class Endings:
         written: how many jobs have ended here, given back ones apart.
     """
 
-    def __init__(self, batch: Batch, ledger: Ledger, worker_name: str) -> None:
+    def __init__(self, batch: Batch, ledger: Ledger, figures: Figures, worker_name: str) -> None:
         self._batch = batch
         self._ledger = ledger
+        self._figures = figures
         self._name = worker_name
-        self._pending: deque[tuple[Running, Callable[[], bool]]] = deque()
+        self._pending: deque[_Ending] = deque()
         self.written = 0
 
     def __len__(self) -> int:
@@ -40,7 +58,7 @@ class Endings:
 
     def __iter__(self) -> Iterator[Running]:
         """Those that are not written yet."""
-        return (running for running, _ in self._pending)
+        return (ending.running for ending in self._pending)
 
     def finish(self, running: Running) -> None:
         """It came to its end."""
@@ -52,7 +70,7 @@ class Endings:
             log.info("%s: job %s finished: %s", self._name, running.id, describe_result(value))
             return True
 
-        self._pending.append((running, write))
+        self._pending.append(_Ending(running, write, lambda: self._figures.finished(running, value)))
 
     def fail(self, running: Running, error: Exception) -> None:
         """An error ends it. What has been generated is kept of a job that was stopped or is out of time."""
@@ -61,21 +79,28 @@ class Endings:
         stopped, partial, last = isinstance(error, JobStopped), None, running.last()
         if isinstance(error, JobStopped | JobTimedOut):
             partial = running.partial("cancelled" if stopped else "timeout")
+        retry = running.started.job.should_retry and not stopped
         self._pending.append(
-            (running, lambda: self._ledger.fail(running.started, recorded(error), last, partial, stopped))
+            _Ending(
+                running,
+                lambda: self._ledger.fail(running.started, recorded(error), last, partial, stopped),
+                lambda: self._figures.retried(running) if retry else self._figures.failed(running, error),
+            )
         )
 
     def cancel(self, running: Running, how: str = "was cancelled") -> None:
         """Somebody has cancelled it, or it is not this worker's any more."""
         self._batch.drop(running)
         log.info("%s: job %s %s", self._name, running.id, how)
-        self._pending.append((running, lambda: False))
+        self._pending.append(_not_ours(running))
 
     def refuse(self, started: Started, error: Exception) -> None:
         """It cannot even begin. Written at once, so this raises what Redis raises."""
         self._tell(started.id, error)
+        retry = started.job.should_retry
         try:
-            self._ledger.fail(started, recorded(error), None)
+            if self._ledger.fail(started, recorded(error), None):
+                self._figures.retried() if retry else self._figures.refused(started.id, error)
         except RedisError as reason:
             if not is_of_entry(reason):
                 raise
@@ -94,7 +119,8 @@ class Endings:
             log.error("%s: %d jobs could not be given back (%s)", self._name, len(everything), reason)
             return
         log.info("%s: %d jobs given back to the queue", self._name, len(given))
-        self._pending += [(running, lambda: False) for running in everything if running.id not in given]
+        self._figures.given_back([running for running in everything if running.id in given])
+        self._pending += [_not_ours(running) for running in everything if running.id not in given]
 
     def write(self) -> None:
         """Write what has ended. What Redis cannot take now is kept, for only this holds the work that was done.
@@ -103,14 +129,16 @@ class Endings:
             RedisError: it cannot be reached, or takes nothing now; some are still to be written.
         """
         while self._pending:
-            running, write = self._pending[0]
+            ending = self._pending[0]
+            running = ending.running
             try:
-                if not write():
-                    # Cancelled or deleted by somebody, or taken over.
-                    self._ledger.let_go(running.started, running.last(), running.partial("cancelled"))
+                if ending.write():
+                    ending.count()
+                else:
+                    self._let_go(ending)
             except RedisError as reason:
                 if not is_of_entry(reason):
-                    for other, _ in self._pending:
+                    for other in self:
                         log.warning("%s: the end of job %s cannot be written yet", self._name, other.id)
                     raise
                 self._ledger.fail_malformed(running.started.queue, running.id, reason)
@@ -120,6 +148,15 @@ class Endings:
             self._pending.popleft()
             self.written += 1
 
+    def _let_go(self, ending: _Ending) -> None:
+        """Cancelled or deleted by somebody, or taken over; or written before, and the answer was lost."""
+        running = ending.running
+        status = self._ledger.let_go(running.started, running.last(), running.partial("cancelled"))
+        if status == JobStatus.CANCELED:
+            self._figures.cancelled(running)
+        elif status is not None:
+            ending.count()
+
     def _tell(self, job_id: str, error: Exception) -> None:
         """One line in the log; a traceback only for a defect. Prompts stay out of it."""
         if isinstance(error, FastGPT2Error):
@@ -127,3 +164,8 @@ class Endings:
             log.warning("%s: job %s failed: %s", self._name, job_id, reason)
         else:
             log.error("%s: job %s failed: %s", self._name, job_id, error, exc_info=error)
+
+
+def _not_ours(running: Running) -> _Ending:
+    """Somebody else ends it, or has."""
+    return _Ending(running, lambda: False, lambda: None)

@@ -14,11 +14,12 @@ from redis.exceptions import RedisError
 from rq.registry import CanceledJobRegistry
 from rq.worker import WorkerStatus
 
-from fastgpt2 import __version__
 from fastgpt2.errors import JobStopped, PromptTooLong
 from fastgpt2.worker.batch import Batch
 from fastgpt2.worker.claims import SUSPECT_CRASHES, Claim, Claims
+from fastgpt2.worker.description import Description
 from fastgpt2.worker.endings import Endings
+from fastgpt2.worker.figures import Figures
 from fastgpt2.worker.guarded import is_of_entry
 from fastgpt2.worker.ledger import Ledger
 from fastgpt2.worker.names import stream_key
@@ -58,6 +59,7 @@ class GenerationWorker(RQWorker):
         drain_timeout: seconds.
         recycling: when to end although nobody asks for it.
         log_prompts: write what is asked into the log, where it would else not be found.
+        restarts: how often the supervisor has started a worker in this one's place again.
     """
 
     def __init__(
@@ -70,12 +72,12 @@ class GenerationWorker(RQWorker):
         drain_timeout: float = 30.0,
         recycling: Recycling | None = None,
         log_prompts: bool = False,
+        restarts: int = 0,
     ) -> None:
         self.engine = engine
         self.drain_timeout = drain_timeout
         self.recycling = recycling
         self.log_prompts = log_prompts
-        self._longest_token_bytes = engine.tokenizer.longest_token_bytes
         self.batch = Batch(engine)
         self._claimed: list[Claim] = []
         self._worked = False
@@ -85,29 +87,15 @@ class GenerationWorker(RQWorker):
         self._no_redis_before = 0.0
         super().__init__(connection, queue, name, supervisor_pid)
         self._claims = Claims(connection, self.queues, self.name)
-        self._ledger = Ledger(self)
-        self.endings = Endings(self.batch, self._ledger, self.name)
+        self.figures = Figures(connection, queue, self.name, self.batch, engine.decoder)
+        self._description = Description(engine, self.batch, self.figures, restarts)
+        self._ledger = Ledger(self, self.figures.malformed)
+        self.endings = Endings(self.batch, self._ledger, self.figures, self.name)
 
     def serialize(self) -> dict[str, Any]:
         """What Redis holds of this worker: RQ's fields, what clients need to know of the model, and how it is doing."""
-        config = self.engine.config
-        own = {
-            "fastgpt2_version": __version__,
-            "model": self.engine.model,
-            "computes_by": self.engine.describe(),
-            "n_positions": config.n_positions,
-            "vocab_size": config.vocab_size,
-            "longest_token_bytes": self._longest_token_bytes,
-            "max_batch": self.engine.max_batch,
-            "in_flight": len(self.batch),
-            "kv_bytes": self.engine.decoder.kv_bytes_reserved,
-            "kv_bytes_limit": self.engine.decoder.kv_bytes_limit,
-            "tokens": self.batch.tokens,
-            "steps": self.batch.steps,
-            "step_seconds": round(self.batch.step_seconds, 6),
-            "exchange_seconds": round(self._exchange_seconds, 6),
-        }
-        return {**super().serialize(), **own}
+        own = {"exchange_seconds": round(self._exchange_seconds, 6)}
+        return {**super().serialize(), **self._description.fields(), **own}
 
     def work(self, burst: bool = False, *other: Any, **others: Any) -> bool:
         """Take and run jobs until told to stop; with `burst`, until the queue is empty. Returns whether any was run.
@@ -132,6 +120,7 @@ class GenerationWorker(RQWorker):
                 pass
         finally:
             self._claims.close()
+            self.figures.close()
             self.sign_off()
         return self._worked
 
@@ -169,6 +158,7 @@ class GenerationWorker(RQWorker):
         began = time.perf_counter()
         try:
             found = self._exchange(burst, idle)
+            self.figures.tell_if_due()
             self._redis_failures = 0
             return found
         except RedisError as reason:
@@ -303,13 +293,14 @@ class GenerationWorker(RQWorker):
     def _refuse_hopeless(self, request: GenerationRequest) -> None:
         """A text of more bytes than all positions have room for is not tokenized: the others would wait for it."""
         prompt, n_positions = request.prompt, self.engine.config.n_positions
-        least = -(-len(prompt.encode()) // self._longest_token_bytes) if isinstance(prompt, str) else 0
+        least = -(-len(prompt.encode()) // self._description.longest_token_bytes) if isinstance(prompt, str) else 0
         if least + request.least_room > n_positions:
             raise PromptTooLong(
                 f"prompt tokens {least} or more, over {request.positions_in_words(n_positions)}: shorten the prompt"
             )
 
     def _step(self) -> None:
+        self.figures.look()
         try:
             ended = self.batch.step()
         except Exception as error:

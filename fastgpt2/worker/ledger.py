@@ -78,10 +78,15 @@ return known[1]
 
 
 class Ledger:
-    """Writes for one worker."""
+    """Writes for one worker.
 
-    def __init__(self, worker: BaseWorker) -> None:
+    Args:
+        malformed: called with the id of each job that was failed for the state of its entry.
+    """
+
+    def __init__(self, worker: BaseWorker, malformed: Callable[[str], None]) -> None:
         self._worker = worker
+        self._malformed = malformed
         self._connection = worker.connection
 
     def read(self, claims: Sequence[Claim]) -> list[Started]:
@@ -104,6 +109,7 @@ class Ledger:
         """Fail a claimed or started job that RQ cannot fail, for the state of its entry."""
         error = fail_malformed(queue, job_id, reason, self._worker.name, self._taken(queue))
         log.warning("%s: job %s failed: %s", self._worker.name, job_id, error)
+        self._malformed(job_id)
 
     def start(self, everything: list[Started]) -> list[Started]:
         """Note that claimed jobs have been started. Returns those that have: not what was cancelled meanwhile."""
@@ -237,18 +243,24 @@ class Ledger:
         release_slot(job)
         return True
 
-    def let_go(self, started: Started, last: Piece | None, partial: Any) -> None:
-        """Let go of a job that is not this worker's to end; what had been generated is kept if it was cancelled."""
+    def let_go(self, started: Started, last: Piece | None, partial: Any) -> JobStatus | None:
+        """Let go of a job that is not this worker's to end; what had been generated is kept if it was cancelled.
+
+        Returns:
+            Its status: cancelled, or over if its end was written by this worker, but not heard of. None if it is gone,
+            or was taken back.
+        """
         job, queue = started.job, started.queue
         keys = job.key, self._taken(queue)
         fields = ("ended_at", utcformat(utc_now()), "meta", self._with_partial(job, partial))
         status = self._connection.eval(_LET_GO, 2, *keys, started.id, started.execution.id, *fields)
-        if isinstance(status, bytes) and status.decode() in _OVER:  # its end was written, but not heard of
+        if over := next((each for each in _OVER if status == each.value.encode()), None):
             settle(queue, started.id, self._taken(queue))
         with self._connection.pipeline() as pipeline:
             self._count_time(job, pipeline)
             self._end(started, last if status == b"canceled" else None, pipeline)
             pipeline.execute()
+        return JobStatus.CANCELED if status == b"canceled" else over
 
     def give_back(self, everything: Iterable[Started], crashed: bool = False) -> list[str]:
         """Put jobs back to the front of their queues, as if they had never been taken. Returns the ids of those put.

@@ -40,3 +40,23 @@ def leases_key(name: str) -> str:
 def taken_key(worker_name: str, queue_name: str) -> str:
     """The jobs of one RQ queue that a worker has in its hands: from being claimed until their end is written."""
     return f"fastgpt2:taken:{worker_name}:{queue_name}"
+
+
+def totals_key(name: str) -> str:
+    """What the pool of a queue has done since it was first started: a hash; see `fastgpt2.worker.measures`."""
+    return f"fastgpt2:totals:{name}"
+
+
+def recent_key(name: str, bucket: int | str) -> str:
+    """What the pool did in the ten seconds that began at `bucket`, by Redis's clock: a hash."""
+    return f"fastgpt2:recent:{name}:{bucket}"
+
+
+def latest_key(name: str) -> str:
+    """The jobs of a queue that ended last, the last one first: a list of JSON records."""
+    return f"fastgpt2:latest:{name}"
+
+
+def told_key(worker_name: str) -> str:
+    """Which of its figures a worker told last, so that none count twice if the answer was lost."""
+    return f"fastgpt2:told:{worker_name}"

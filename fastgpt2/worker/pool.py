@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fastgpt2.errors import BadRequest, FastGPT2Error, ModelError
+from fastgpt2.worker.measures import DIED, ENDED
 from fastgpt2.worker.process import set_up_child, stop_signal_came, stop_signals_held
 
 log = logging.getLogger("fastgpt2.pool")
@@ -43,6 +44,8 @@ class Child:
         ends_soon: has been told to end of itself (`--max-jobs`), so that ending soon is no sign of a fault.
         is_worker: what it had in hand when it ended is to be taken back.
         identity: of the process that runs, or ran last: a worker is told to go by it.
+        restarts: how often a process was started in the first one's place.
+        ended: how the last process did: `measures.RESTARTS`.
     """
 
     name: str
@@ -52,6 +55,8 @@ class Child:
     ends_soon: bool = False
     is_worker: bool = False
     identity: str = ""
+    restarts: int = 0
+    ended: str = ENDED
     process: subprocess.Popen[bytes] | None = None
     started_at: float = 0.0
     quick_deaths: int = 0
@@ -62,7 +67,7 @@ class Child:
     def start(self, now: float) -> None:
         # Never the same again: what the last process left behind must not pass for this one's.
         self.identity = f"{socket.gethostname()}.{self.name.replace(' ', '-')}.{uuid.uuid4().hex[:8]}"
-        own = {"FASTGPT2_NAME": self.identity} if self.is_worker else {}
+        own = {"FASTGPT2_NAME": self.identity, "FASTGPT2_RESTARTS": str(self.restarts)} if self.is_worker else {}
         # A session of its own: Ctrl-C in the terminal reaches the supervisor alone, which then stops all in order.
         with stop_signals_held():
             self.process = subprocess.Popen(
@@ -102,11 +107,13 @@ class Pool:
 
     Attributes:
         reap: called with the identity of each worker whose process has ended, however it did.
+        restarted: called when a worker is started in the place of another, with how that one ended.
     """
 
     def __init__(self, children: Sequence[Child]) -> None:
         self.children = list(children)
         self.reap: Callable[[str], None] = lambda _identity: None
+        self.restarted: Callable[[str], None] = lambda _how: None
 
     def start(self) -> None:
         now = time.monotonic()
@@ -134,10 +141,15 @@ class Pool:
                 child.process = None
                 if child.is_worker:
                     self.reap(child.identity)
-                if not _ended_orderly(child, status, now):
+                orderly = _ended_orderly(child, status, now)
+                child.ended = ENDED if orderly else DIED
+                if not orderly:
                     _bury(child, status, now)
             if now >= child.restart_at:
+                child.restarts += 1
                 child.start(now)
+                if child.is_worker:
+                    self.restarted(child.ended)
 
     def stop(self, patience: float) -> None:
         """Ask all to end; insist when that takes longer than `patience`, in seconds; then kill.

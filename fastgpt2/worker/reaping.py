@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import logging
-import queue as thread_queue
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +13,9 @@ from rq.job import JobStatus
 from rq.utils import as_text, utcformat
 from rq.utils import now as utc_now
 
-from fastgpt2.errors import FastGPT2Error, PoisonJob
-from fastgpt2.worker.connection import connect
+from fastgpt2.errors import PoisonJob
 from fastgpt2.worker.guarded import FORGET_EXECUTIONS, Held, Verdict, carry_out, is_of_entry
+from fastgpt2.worker.measures import COUNT, POISON, RECOVERIES, ended_field
 from fastgpt2.worker.names import (
     ATTEMPTS_FIELD,
     CRASHES_FIELD,
@@ -27,9 +24,9 @@ from fastgpt2.worker.names import (
     queues_of,
     stream_key,
     taken_key,
+    totals_key,
 )
 from fastgpt2.worker.payload import JSONOnlySerializer
-from fastgpt2.worker.process import stop_signals_held
 from fastgpt2.worker.rq_job import GenerationJob, fail_malformed, recorded
 from fastgpt2.worker.stream import STREAM_TTL_SECONDS, end_entry
 
@@ -43,21 +40,21 @@ log = logging.getLogger("fastgpt2.worker")
 MAX_CRASHES = 4
 # A worker whose lease lapsed so long ago, and that holds nothing, will not claim anything any more.
 FORGET_SECONDS = 60.0
-RETRY_SECONDS = 1.0
 
 # KEYS: the leases; then of each queue its list and that of what the worker has taken of it. ARGV: the worker; what must
 # still stand in its lease, or nothing if it is known to be dead; how many crashes are too many; after how many ms it is
-# forgotten; now, as RQ writes it; the queues' names. Replies with the ids that were put back, of the jobs that are to
-# be given up, and of those whose end was written but not all that follows from it; the two latter stay in the list. And
-# with the number of jobs that the worker had finished.
+# forgotten; now, as RQ writes it; the pool's totals; the queues' names. Replies with the ids that were put back, of the
+# jobs that are to be given up, and of those whose end was written but not all that follows from it; the two latter stay
+# in the list. And with the number of jobs that the worker had finished.
 _REAP = f"""
 {FORGET_EXECUTIONS}
+{COUNT}
 local worker, leased = ARGV[1], redis.call('ZSCORE', KEYS[1], ARGV[1])
 if ARGV[2] ~= '' and leased ~= ARGV[2] then return {{0, {{}}, {{}}, {{}}, 0}} end
 local finished = tonumber(redis.call('HGET', 'rq:worker:' .. worker, 'successful_job_count') or 0) or 0
 local back, poison, over, found = {{}}, {{}}, {{}}, 0
 for i = 1, (#KEYS - 1) / 2 do
-    local queue, taken, name = KEYS[2 * i], KEYS[2 * i + 1], ARGV[5 + i]
+    local queue, taken, name = KEYS[2 * i], KEYS[2 * i + 1], ARGV[6 + i]
     local ids = redis.call('LRANGE', taken, 0, -1)
     found = found + #ids
     for n = #ids, 1, -1 do
@@ -92,6 +89,7 @@ for i = 1, (#KEYS - 1) / 2 do
     end
     redis.call('SREM', 'rq:workers:' .. name, 'rq:worker:' .. worker)
 end
+if #back > 0 then count(ARGV[6], '{RECOVERIES}', #back) end
 redis.call('SREM', 'rq:workers', 'rq:worker:' .. worker)
 redis.call('DEL', 'rq:worker:' .. worker, 'rq:worker:' .. worker .. ':executions')
 local time = redis.call('TIME')
@@ -132,7 +130,7 @@ class Reaper:
 
     def __init__(self, connection: Redis, queue: str) -> None:
         self._connection = connection
-        self._leases_key = leases_key(queue)
+        self._leases_key, self._totals_key = leases_key(queue), totals_key(queue)
         self._queues = [Queue(name, connection, serializer=JSONOnlySerializer) for name in queues_of(queue)]
 
     def reap(self, worker_name: str, leased: str = "") -> Reaped | None:
@@ -153,7 +151,7 @@ class Reaper:
         limits = MAX_CRASHES, int(FORGET_SECONDS * 1000)
         names = [queue.name for queue in self._queues]
         reply: Any = self._connection.eval(
-            _REAP, len(keys), *keys, worker_name, leased, *limits, utcformat(utc_now()), *names
+            _REAP, len(keys), *keys, worker_name, leased, *limits, utcformat(utc_now()), self._totals_key, *names
         )
         if not reply[0]:
             return None
@@ -186,7 +184,7 @@ class Reaper:
             job.restore(fields)
             job.origin = queue.name
         except Exception as reason:  # whatever RQ's parsing meets
-            fail_malformed(queue, job_id, reason, worker_name, taken_key(worker_name, queue.name))
+            self._fail_malformed(queue, job_id, reason, worker_name)
             return
         error = PoisonJob(
             job_id,
@@ -205,8 +203,22 @@ class Reaper:
 
         ((verdict, reply),) = carry_out(self._connection, [Held(job.key, worker_name, execution_id, write)])
         if verdict == Verdict.MALFORMED:
-            fail_malformed(queue, job_id, reply, worker_name, taken_key(worker_name, queue.name))
+            self._fail_malformed(queue, job_id, reply, worker_name)
+        elif verdict == Verdict.DONE:
+            self.count(ended_field(*POISON))
         log.error("job %s %s: %s", job_id, PoisonJob.how, error.reason)
+
+    def _fail_malformed(self, queue: Queue, job_id: str, reason: Exception, worker_name: str) -> None:
+        fail_malformed(queue, job_id, reason, worker_name, taken_key(worker_name, queue.name))
+        self.count(ended_field("failed", "malformed"))
+
+    def count(self, field: str) -> None:
+        """Add one to the pool's totals.
+
+        Raises:
+            RedisError
+        """
+        self._connection.eval(f"{COUNT} count(KEYS[1], ARGV[1], 1)", 1, self._totals_key, field)
 
 
 def settle(queue: Queue, job_id: str, taken: str) -> None:
@@ -226,53 +238,3 @@ def settle(queue: Queue, job_id: str, taken: str) -> None:
     except Exception:  # an entry that RQ cannot read, of this job or of one that waits for it
         log.warning("what waits for job %s cannot be released", job_id, exc_info=True)
     queue.connection.lrem(taken, 1, job_id)
-
-
-class BackgroundReaper:
-    """A thread that takes back the jobs of processes that have ended, as soon as Redis can be reached.
-
-    Args:
-        redis_url, queue: where the jobs are.
-        told: called, in the thread, with the name of each, whether it had jobs in its hands, and how many it had
-            finished.
-    """
-
-    def __init__(self, redis_url: str, queue: str, told: Callable[[str, bool, int], None]) -> None:
-        self._told = told
-        self._connection = connect(redis_url)
-        self._reaper = Reaper(self._connection, queue)
-        self._names: thread_queue.SimpleQueue[str] = thread_queue.SimpleQueue()
-        self._ending = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="reaper", daemon=True)
-        with stop_signals_held():  # they are the main thread's, which may hold them back
-            self._thread.start()
-
-    def reap(self, worker_name: str) -> None:
-        """Soon, in the thread."""
-        self._names.put(worker_name)
-
-    def close(self, patience: float) -> None:
-        """Finish what there is to do, within so many seconds."""
-        self._ending.set()
-        self._names.put("")
-        self._thread.join(timeout=patience)
-        self._connection.close()
-
-    def _run(self) -> None:
-        while name := self._names.get():
-            while not self._reaped(name):
-                # Told to end, it tries once more, so that it ends although Redis is away.
-                if self._ending.wait(RETRY_SECONDS) and not self._reaped(name):
-                    return
-
-    def _reaped(self, name: str) -> bool:
-        try:
-            reaped = self._reaper.reap(name)
-            if reaped is not None:
-                self._told(name, bool(reaped), reaped.finished)
-        except (RedisError, FastGPT2Error) as reason:
-            log.warning("the jobs of the dead worker %s cannot be taken back yet (%s)", name, reason)
-            return False
-        except Exception:
-            log.exception("the jobs of the dead worker %s cannot be taken back", name)
-        return True

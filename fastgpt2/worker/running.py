@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,17 @@ class Running:
     @property
     def id(self) -> str:
         return self.started.id
+
+    @property
+    def first_token_seconds(self) -> float:
+        """From being enqueued to the first token: in the queue, waiting for a slot, reading the prompt.
+
+        By two clocks: the time since the start, less that since the first token.
+        """
+        assert self.sequence is not None
+        since_start = time.monotonic() - self.started.began_at
+        since_first_token = time.perf_counter() - self.sequence.first_token_at
+        return self.started.waited_seconds + max(0.0, since_start - since_first_token)
 
     def time_up(self, now: float) -> JobTimedOut | None:
         return JobTimedOut(self.id, self.due_reason) if now > self.due_at else None

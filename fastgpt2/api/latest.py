@@ -1,0 +1,117 @@
+"""The jobs that ended last, and what jobs were asked: for who looks at the pool."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import zlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from fastgpt2.api.replies import checked, real, text, whole
+from fastgpt2.worker.measures import MAX_LATEST
+from fastgpt2.worker.names import latest_key
+from fastgpt2.worker.payload import read
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
+# Far beyond what a worker writes.
+_MAX_RECORD_BYTES = 4096
+_TEXTS = ("id", "status", "finish_reason", "error", "worker")
+_WHOLES = ("prompt_tokens", "completion_tokens")
+_REALS = ("queue_seconds", "prefill_seconds", "decode_seconds", "ended_at")
+
+MAX_PROMPTS = 100
+MAX_PROMPT_SHOWN = 200
+# Of a job's data, packed or not: reading more of a hundred jobs at a time would keep the endpoint busy.
+_MAX_DATA_BYTES = 64 << 10
+
+# ARGV: the most bytes, the jobs' hashes. Of each its data, or nothing.
+_DATA = """
+local found = {}
+for i = 2, #ARGV do
+    local size = redis.pcall('HSTRLEN', ARGV[i], 'data')
+    if type(size) == 'number' and size > 0 and size <= tonumber(ARGV[1]) then
+        found[i - 1] = redis.call('HGET', ARGV[i], 'data')
+    else
+        found[i - 1] = ''
+    end
+end
+return found
+"""
+
+
+async def read_latest(connection: Redis, queue: str, limit: int) -> list[dict[str, Any]]:
+    """The jobs that workers ended last, the latest first; at most `limit`, and a hundred.
+
+    Returns:
+        Of each: `id`, `status` (RQ's), `finish_reason` or `error` (its kind), `prompt_tokens`, `completion_tokens`,
+        `queue_seconds`, `prefill_seconds`, `decode_seconds`, `ended_at` (seconds since 1970), `worker`; None where it
+        is not known. What is none of a worker's records is left out.
+
+    Raises:
+        RedisError
+    """
+    pipeline = connection.pipeline(transaction=False)
+    pipeline.lrange(latest_key(queue), 0, max(1, min(limit, MAX_LATEST)) - 1)
+    (entries,) = checked(await pipeline.execute(raise_on_error=False))
+    return [record for entry in entries or () if (record := _record(entry)) is not None]
+
+
+async def read_prompts(connection: Redis, job_ids: Sequence[str]) -> dict[str, str | list[int]]:
+    """What jobs were asked, by their ids: text cut to 200 characters, or as many token ids.
+
+    Left out are jobs that are gone, those whose entry cannot be read, those with more than 64 KiB of arguments, and
+    all after the first hundred.
+
+    Raises:
+        RedisError
+    """
+    ids = list(dict.fromkeys(job_ids))[:MAX_PROMPTS]
+    if not ids:
+        return {}
+    keys = [f"rq:job:{job_id}" for job_id in ids]
+    # Not by KEYS, to which a user of Redis would need all rights.
+    packed: Any = await connection.eval(_DATA, 0, _MAX_DATA_BYTES, *keys)
+    # In a thread: a hundred pickles take a while to look through.
+    prompts = await asyncio.to_thread(lambda: [_prompt(data) for data in packed])
+    return {job_id: prompt for job_id, prompt in zip(ids, prompts, strict=True) if prompt is not None}
+
+
+def _record(entry: bytes) -> dict[str, Any] | None:
+    if len(entry) > _MAX_RECORD_BYTES:
+        return None
+    try:
+        value = json.loads(entry)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(value, dict) or not text(value.get("id")) or not text(value.get("status")):
+        return None
+    return {
+        **{name: text(value.get(name)) or None for name in _TEXTS},
+        **{name: whole(value.get(name)) for name in _WHOLES},
+        **{name: real(value.get(name)) for name in _REALS},
+    }
+
+
+def _prompt(data: bytes) -> str | list[int] | None:
+    """RQ keeps what a job calls, packed by zlib or not: (function, instance, args, kwargs)."""
+    inflater = zlib.decompressobj()
+    try:
+        plain = inflater.decompress(data, _MAX_DATA_BYTES)
+        if inflater.unconsumed_tail:
+            return None
+    except zlib.error:
+        plain = data
+    try:
+        _, _, args, kwargs = read(plain)
+        prompt = args[0] if args else kwargs["prompt"]
+    except (ValueError, TypeError, LookupError):
+        return None
+    if isinstance(prompt, str):
+        return prompt[:MAX_PROMPT_SHOWN]
+    if not isinstance(prompt, list | tuple):
+        return None
+    ids = list(prompt[:MAX_PROMPT_SHOWN])
+    return ids if all(isinstance(each, int) and not isinstance(each, bool) for each in ids) else None
