@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from rq.job import Job
 from rq.results import Result
 from rq.serializers import JSONSerializer
 
+from fastgpt2.worker.connection import connect
 from fastgpt2.worker.names import ATTEMPTS_FIELD, EXECUTION_FIELD, PARTIAL_META
 from fastgpt2.worker.redis_server import RedisServer
 
@@ -103,3 +105,27 @@ def test_a_stock_worker_keeps_the_deadline_and_what_it_has(queue: Queue, redis_s
     partial = job.get_meta(refresh=True)[PARTIAL_META]
     assert partial["finish_reason"] == "timeout"
     assert partial["token_ids"] == ENTRY["ids"][:1]
+
+
+def test_what_is_left_beside_what_a_stock_worker_leaves(queue_name: str) -> None:
+    """The pool's figures, every key of which expires, and what names the worker that wrote them."""
+    left: list[dict[str, int]] = []
+    for ours in (False, True):
+        with RedisServer() as server, connect(server.url) as redis:
+            queue = Queue(queue_name, connection=redis, serializer=JSONSerializer)
+            job = queue.enqueue(TASK, ENTRY["prompt"], max_new_tokens=5)
+            if ours:
+                own = {"FASTGPT2_REDIS_URL": server.url, "FASTGPT2_QUEUE": queue_name, "FASTGPT2_MODEL": "demo"}
+                command = [sys.executable, "-m", "fastgpt2", "worker", "--burst", "--name", "w"]
+                subprocess.run(command, env={**os.environ, **own}, check=True, timeout=60, capture_output=True)
+            else:
+                run_by_stock(queue, server)
+            keys: Any = redis.keys()
+            names = {key: key.decode().replace(job.id, "ID").replace(queue_name, "QUEUE") for key in keys}
+            names = {key: re.sub(r":\d+$", ":TIME", name) for key, name in names.items()}
+            left.append({re.sub(r"^rq:worker:\w+$", "rq:worker:NAME", names[key]): redis.ttl(key) for key in keys})
+    theirs, of_ours = left
+    more = {name: ttl for name, ttl in of_ours.items() if name not in theirs}
+    figures = ["latest:QUEUE", "recent:QUEUE:TIME", "told:w", "totals:QUEUE"]
+    assert sorted(more) == [f"fastgpt2:{name}" for name in figures]
+    assert all(ttl > 0 for ttl in more.values())

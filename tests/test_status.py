@@ -296,6 +296,7 @@ def test_the_latest_jobs(redis: Redis, ask: Ask, queue_name: str) -> None:
     assert second == {**dict.fromkeys(first), "id": "b" * 200, "status": "failed"}
     assert len(others) == 100 - 11
     assert [each["id"] for each in ask(read_latest, queue_name, 1)] == ["a"]
+    assert ask(read_latest, queue_name, 0) == []
 
 
 def test_the_prompts_of_jobs(redis: Redis, ask: Ask, client: Client, queue_name: str) -> None:

@@ -53,8 +53,10 @@ async def read_latest(connection: Redis, queue: str, limit: int) -> list[dict[st
     Raises:
         RedisError
     """
+    if limit < 1:
+        return []
     pipeline = connection.pipeline(transaction=False)
-    pipeline.lrange(latest_key(queue), 0, max(1, min(limit, MAX_LATEST)) - 1)
+    pipeline.lrange(latest_key(queue), 0, min(limit, MAX_LATEST) - 1)
     (entries,) = checked(await pipeline.execute(raise_on_error=False))
     return [record for entry in entries or () if (record := _record(entry)) is not None]
 

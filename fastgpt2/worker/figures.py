@@ -93,7 +93,8 @@ return 1
 class Figures:
     """Of one worker. Steps and tokens are read off its batch, jobs are noted as they end; `tell_if_due` does the rest.
 
-    What Redis did not take is kept, and told again under the same mark, so that it counts once.
+    What Redis did not take is kept, and told again under the same mark, so that it counts once. What a worker that is
+    killed had not told yet, a second's work at most, is not counted.
 
     Args:
         queue: the name of the pool's queue.
