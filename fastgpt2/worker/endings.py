@@ -130,12 +130,9 @@ class Endings:
         """
         while self._pending:
             ending = self._pending[0]
-            running = ending.running
+            running, count = ending.running, None
             try:
-                if ending.write():
-                    ending.count()
-                else:
-                    self._let_go(ending)
+                count = ending.count if ending.write() else self._let_go(ending)
             except RedisError as reason:
                 if not is_of_entry(reason):
                     for other in self:
@@ -147,15 +144,20 @@ class Endings:
                 self._ledger.fail_malformed(running.started.queue, running.id, reason)
             self._pending.popleft()
             self.written += 1
+            if count is not None:
+                count()
 
-    def _let_go(self, ending: _Ending) -> None:
-        """Cancelled or deleted by somebody, or taken over; or written before, and the answer was lost."""
+    def _let_go(self, ending: _Ending) -> Callable[[], None] | None:
+        """It was cancelled or deleted by somebody, or taken over; or written before, and the answer was lost.
+
+        Returns:
+            What counts it, if it is this worker's to count.
+        """
         running = ending.running
         status = self._ledger.let_go(running.started, running.last(), running.partial("cancelled"))
         if status == JobStatus.CANCELED:
-            self._figures.cancelled(running)
-        elif status is not None:
-            ending.count()
+            return lambda: self._figures.cancelled(running)
+        return ending.count if status is not None else None
 
     def _tell(self, job_id: str, error: Exception) -> None:
         """One line in the log; a traceback only for a defect. Prompts stay out of it."""
