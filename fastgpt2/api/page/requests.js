@@ -1,0 +1,81 @@
+// What is asked of the endpoint, and the token that it may want with it.
+
+const ANSWER_WITHIN = 15_000; // ms
+const TOKEN_KEY = "fastgpt2-token";
+
+/** The endpoint said no. `status` is HTTP's, 0 for an error within a stream; `explained`, whether it said why. */
+class Refusal extends Error {
+  constructor(message, status, explained = true) {
+    super(message);
+    this.status = status;
+    this.explained = explained;
+  }
+}
+
+const token = {
+  value: null,
+
+  /** This tab's alone, and gone with it. Where the browser keeps nothing, it lasts until the page is left. */
+  read() {
+    try {
+      this.value ??= sessionStorage.getItem(TOKEN_KEY);
+    } catch { /* storage is switched off */ }
+    return this.value;
+  },
+
+  write(value) {
+    this.value = value;
+    try {
+      if (value === null) sessionStorage.removeItem(TOKEN_KEY);
+      else sessionStorage.setItem(TOKEN_KEY, value);
+    } catch { /* as above */ }
+  },
+};
+
+/**
+ * Ask for a route, by an address relative to the page's: it may stand behind a prefix.
+ * Throws Refusal; TypeError if nobody answers; an AbortError or TimeoutError as the signal has it.
+ */
+async function ask(path, options = {}) {
+  const headers = new Headers(options.headers);
+  if (token.read() !== null) headers.set("Authorization", `Bearer ${token.read()}`);
+  const answer = await fetch(path, { ...options, headers, cache: "no-store", redirect: "error" });
+  if (answer.ok) return answer;
+  const sentence = await sentenceOf(answer);
+  throw new Refusal(sentence ?? `status ${answer.status}`, answer.status, sentence !== null);
+}
+
+async function askJson(path, options = {}) {
+  const answer = await ask(path, { signal: AbortSignal.timeout(ANSWER_WITHIN), ...options });
+  return answer.json();
+}
+
+/** What an answer says is the matter: some routes put it in an object, as OpenAI's do. Null if it says nothing. */
+async function sentenceOf(answer) {
+  try {
+    const { error } = await answer.json();
+    return error?.message ?? error ?? null;
+  } catch {
+    return null;
+  }
+}
+
+function cancelJob(id) {
+  return askJson(`v1/jobs/${encodeURIComponent(id)}`, { method: "DELETE" });
+}
+
+/** The data of each server-sent event of a body. */
+async function* eventsOf(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    const events = (rest + value).split(/\r?\n\r?\n/);
+    rest = events.pop();
+    for (const event of events) {
+      const lines = event.split(/\r?\n/).filter((line) => line.startsWith("data:"));
+      if (lines.length) yield lines.map((line) => line.slice(5).trimStart()).join("\n");
+    }
+  }
+}

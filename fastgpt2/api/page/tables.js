@@ -1,0 +1,233 @@
+// The workers and the latest jobs.
+
+/**
+ * A table's body. An item keeps its row, which is changed only where the item has: a selection, the focus and the place
+ * of a screen reader survive each look at the endpoint.
+ */
+class Rows {
+  /**
+   * columns: each with `text` of an item, and what else it has: `note`, a second line; `title`; `kind`, for the style;
+   * `control`, made once a row and shown each time; `head`, if it names the row; `style`, the class of its cells.
+   */
+  constructor(table, keyOf, columns) {
+    this.body = table.tBodies[0];
+    this.empty = table.parentElement.querySelector(".empty");
+    this.keyOf = keyOf;
+    this.columns = columns;
+    this.rows = new Map();
+  }
+
+  show(items) {
+    const focused = document.activeElement;
+    const left = new Map(this.rows);
+    let place = this.body.firstElementChild;
+    for (const item of items) {
+      const key = this.keyOf(item);
+      const row = this.rows.get(key) ?? this.add(key);
+      left.delete(key);
+      if (row === place) place = row.nextElementSibling;
+      else this.body.insertBefore(row, place);
+      this.columns.forEach((column, nth) => showCell(row.cells[nth], column, item));
+    }
+    for (const [key, row] of left) {
+      row.remove();
+      this.rows.delete(key);
+    }
+    this.empty.hidden = items.length > 0;
+    this.keepFocus(focused);
+  }
+
+  add(key) {
+    const row = made("tr");
+    for (const column of this.columns) {
+      const cell = made(column.head ? "th" : "td", column.style);
+      if (column.head) cell.scope = "row";
+      if (column.control) cell.append(column.control(key));
+      else cell.append(made("span"));
+      if (column.note) cell.append(made("small"));
+      row.append(cell);
+    }
+    this.rows.set(key, row);
+    return row;
+  }
+
+  /** Moving a row takes the focus away, at once; hiding its button does so a little later. */
+  keepFocus(focused) {
+    if (focused === document.body) return;
+    const stays = focused.isConnected && focused.checkVisibility();
+    if (stays && focused === document.activeElement) return;
+    (stays ? focused : this.body.closest(".scroller")).focus({ preventScroll: true });
+  }
+}
+
+function showCell(cell, column, item) {
+  const [first, second] = cell.children;
+  if (column.showControl) column.showControl(first, item);
+  else say(first, column.text(item));
+  if (column.note) say(second, column.note(item) || "");
+  if (column.title) first.title = column.title(item) ?? "";
+  if (column.kind) first.dataset.kind = column.kind(item);
+}
+
+const workerRows = new Rows(byId("workers"), (worker) => worker.name, [
+  {
+    head: true,
+    text: (worker) => worker.name,
+    title: (worker) => worker.name,
+    note: (worker) => joined(
+      worker.host, isNumber(worker.pid) && `pid\u00a0${worker.pid}`,
+      isNumber(worker.threads) && count(worker.threads, "core", "cores"), worker.blas ?? worker.computes_by,
+    ),
+  },
+  {
+    text: (worker) => worker.state ?? UNKNOWN,
+    kind: (worker) => worker.state,
+    note: (worker) => `seen ${ago(worker.heartbeat_age_seconds)}`,
+    style: "state",
+  },
+  { text: (worker) => worker.model ?? UNKNOWN, note: (worker) => worker.version },
+  { text: (worker) => whole(worker.in_hand), note: (worker) => `of ${whole(worker.max_batch)}`, style: "number" },
+  { text: (worker) => roughly(worker.tokens_per_second), style: "number" },
+  {
+    text: (worker) => percent(worker.batch_occupancy),
+    note: (worker) => `mean ${roughly(worker.batch_mean)}`,
+    style: "number",
+  },
+  { text: (worker) => percent(worker.kv_used), style: "number" },
+  {
+    text: (worker) => megabytes(worker.private_bytes),
+    note: (worker) => `+ ${megabytes(worker.shared_bytes)} shared`,
+    style: "number",
+  },
+  {
+    text: (worker) => whole(worker.jobs_finished),
+    note: (worker) => `${whole(worker.jobs_failed)} failed`,
+    style: "number",
+  },
+  {
+    text: (worker) => age(worker.age_seconds),
+    note: (worker) => isNumber(worker.restarts) && count(worker.restarts, "restart", "restarts"),
+    style: "number",
+  },
+]);
+
+const JOBS_ASKED = 100;
+const JOBS_SHOWN = 20;
+const RUNNING_SHOWN = 6; // if as many others would have to go
+
+// RQ's words, where others say it better.
+const JOB_STATES = { queued: "waiting", started: "running", canceled: "cancelled" };
+
+let moment = 0; // the endpoint's clock at the last look, in seconds
+
+const jobRows = new Rows(byId("jobs"), (job) => job.id, [
+  { head: true, text: (job) => job.id.slice(0, 8), title: (job) => job.id, style: "id" },
+  {
+    text: (job) => JOB_STATES[job.status] ?? job.status ?? UNKNOWN,
+    kind: (job) => job.status,
+    note: (job) => job.error ?? (job.finish_reason !== "cancelled" && job.finish_reason),
+    title: (job) => job.error,
+    style: "state",
+  },
+  { text: promptOf, title: promptOf, style: "prompt" },
+  { text: tokensOf, style: "number" },
+  { text: (job) => duration(job.queue_seconds), style: "number" },
+  { text: (job) => duration(firstTokenOf(job)), style: "number" },
+  { text: (job) => roughly(speedOf(job)), style: "number" },
+  { text: (job) => job.worker ?? UNKNOWN, title: (job) => job.worker, style: "name" },
+  { text: (job) => (isNumber(job.ended_at) ? ago(moment - job.ended_at) : UNKNOWN), style: "number" },
+  { control: cancelButton, showControl: showCancelButton, style: "control" },
+]);
+
+function ago(seconds) {
+  return isNumber(seconds) ? `${age(seconds)} ago` : UNKNOWN;
+}
+
+/** A prompt may be token ids. */
+function promptOf(job) {
+  return Array.isArray(job.prompt) ? job.prompt.join(" ") : job.prompt ?? "";
+}
+
+/** Of its prompt, and generated. */
+function tokensOf({ prompt_tokens: prompt, completion_tokens: generated }) {
+  return isNumber(prompt ?? generated) ? `${whole(prompt)}\u00a0+\u00a0${whole(generated)}` : UNKNOWN;
+}
+
+/** Seconds from being enqueued to the first token, which ends the prefill. */
+function firstTokenOf(job) {
+  return isNumber(job.prefill_seconds) ? (job.queue_seconds ?? 0) + job.prefill_seconds : null;
+}
+
+/** Tokens a second after the first. */
+function speedOf(job) {
+  return job.completion_tokens > 1 && job.decode_seconds > 0 ? (job.completion_tokens - 1) / job.decode_seconds : null;
+}
+
+/** As many as there is room for; however many run, some of those that have ended, and the other way round. */
+function selection(jobs) {
+  const running = jobs.filter(isUnderWay);
+  const ended = jobs.filter((job) => !isUnderWay(job));
+  const count = Math.min(running.length, Math.max(RUNNING_SHOWN, JOBS_SHOWN - ended.length));
+  return { shown: [...running.slice(0, count), ...ended.slice(0, JOBS_SHOWN - count)], more: running.length - count };
+}
+
+function isUnderWay(job) {
+  return job.status === "queued" || job.status === "started";
+}
+
+function cancelButton(id) {
+  const button = made("button", "", "Cancel");
+  button.type = "button";
+  button.setAttribute("aria-label", `Cancel job ${id.slice(0, 8)}`);
+  button.addEventListener("click", async () => {
+    if (button.ariaDisabled === "true") return;
+    button.ariaDisabled = "true";
+    try {
+      await cancelJob(id);
+      announce(`Job ${id.slice(0, 8)} is cancelled`);
+    } catch (error) {
+      button.ariaDisabled = "false";
+      announce(`Job ${id.slice(0, 8)} could not be cancelled: ${error.message}`);
+    }
+    look();
+  });
+  return button;
+}
+
+function showCancelButton(button, job) {
+  button.hidden = !isUnderWay(job);
+}
+
+/** A list of terms and figures in the margin. */
+function showList(list, entries) {
+  entries.forEach(([term, text], nth) => {
+    const pair = list.children[nth] ?? list.appendChild(made("div"));
+    if (!pair.children.length) pair.append(made("dt"), made("dd"));
+    say(pair.firstElementChild, term);
+    say(pair.lastElementChild, text);
+  });
+  while (list.children.length > entries.length) list.lastElementChild.remove();
+}
+
+function showTables(status, jobs) {
+  const { workers } = status;
+  moment = status.time ?? Date.now() / 1000;
+  workerRows.show(workers);
+  showList(byId("pool"), [
+    ["memory", `${megabytes(total(workers, "private_bytes"))}\u00a0MB`],
+    ["Redis", status.redis?.version ?? UNKNOWN],
+    ["fastgpt2", status.version ?? UNKNOWN],
+  ]);
+  byId("jobs").classList.toggle("with-prompts", jobs.some((job) => job.prompt !== undefined));
+  const { shown, more } = selection(jobs);
+  jobRows.show(shown);
+  say(byId("more-jobs"), more ? `and ${whole(more)} more running` : "");
+  const counts = status.jobs ?? {};
+  showList(byId("counts"), [
+    ["waiting", whole(counts.queued)],
+    ["running", whole(counts.started)],
+    ["finished", whole(counts.finished)],
+    ["failed", whole(counts.failed)],
+    ["cancelled", whole(counts.canceled)],
+  ]);
+}

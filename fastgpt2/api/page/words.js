@@ -1,0 +1,82 @@
+// How figures read. Whatever is not known reads as a dash.
+
+const UNKNOWN = "–";
+const grouped = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
+
+function isNumber(value) {
+  return typeof value === "number" && Number.isFinite(value);
+}
+
+function whole(value) {
+  return isNumber(value) ? grouped.format(value) : UNKNOWN;
+}
+
+/** A rate or a mean: with a decimal where that is more than noise. */
+function roughly(value) {
+  return isNumber(value) && value > 0 && value < 9.95 ? value.toFixed(1) : whole(value);
+}
+
+function percent(fraction) {
+  return isNumber(fraction) ? `${Math.round(100 * fraction)}\u00a0%` : UNKNOWN;
+}
+
+function megabytes(bytes) {
+  return isNumber(bytes) ? grouped.format(bytes / 1e6) : UNKNOWN;
+}
+
+/** A duration, to two or three figures. */
+function duration(seconds) {
+  if (!isNumber(seconds)) return UNKNOWN;
+  if (seconds < 0.00995) return `${(1000 * seconds).toFixed(1)}\u00a0ms`;
+  if (seconds < 0.9995) return `${Math.round(1000 * seconds)}\u00a0ms`;
+  if (seconds < 59.95) return `${seconds.toFixed(seconds < 9.995 ? 2 : 1)}\u00a0s`;
+  return age(seconds);
+}
+
+/** A duration in its largest unit alone. */
+function age(seconds) {
+  if (!isNumber(seconds)) return UNKNOWN;
+  const units = [[86400, "d"], [3600, "h"], [60, "min"]];
+  const [size, unit] = units.find(([size]) => seconds >= 2 * size) ?? [1, "s"];
+  return `${Math.floor(Math.max(0, seconds) / size)}\u00a0${unit}`;
+}
+
+function clock(epochSeconds) {
+  return new Date(1000 * epochSeconds).toLocaleTimeString("en-GB");
+}
+
+function count(number, one, many) {
+  return `${whole(number)}\u00a0${number === 1 ? one : many}`;
+}
+
+/** The sum of what is known; null if nothing is. */
+function sum(values) {
+  const known = values.filter(isNumber);
+  return known.length ? known.reduce((total, value) => total + value, 0) : null;
+}
+
+/** The sum of one figure of many things. */
+function total(things, name) {
+  return sum(things.map((thing) => thing[name]));
+}
+
+function joined(...parts) {
+  return parts.filter(Boolean).join(" · ");
+}
+
+function byId(id) {
+  return document.getElementById(id);
+}
+
+/** Set an element's text, if it is another: a selection in it survives, and nobody is told of what is as it was. */
+function say(element, text) {
+  if (element.textContent !== text) element.textContent = text;
+}
+
+/** An element with a class and a text. Text is all that ever comes in from outside. */
+function made(name, kind = "", text = "") {
+  const element = document.createElement(name);
+  if (kind) element.className = kind;
+  if (text) element.textContent = text;
+  return element;
+}
