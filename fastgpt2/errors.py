@@ -35,6 +35,18 @@ class RequestTooLarge(BadRequest):
     http_status = 413
 
 
+class RequestTooSlow(BadRequest):
+    """An HTTP body that did not come within its time."""
+
+    http_status = 408
+
+
+class IdempotencyMismatch(BadRequest):
+    """An idempotency key that was used for another request."""
+
+    http_status = 422
+
+
 class ModelError(FastGPT2Error):
     """The model cannot be found, read or trusted. A pool does not restart a worker that ends with this."""
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack, overload
 
 from fastgpt2.api.client import IN_FLIGHT
-from fastgpt2.api.enqueueing import DEFAULT_JOB_TIMEOUT_SECONDS, NO_OPTIONS, RESULT_TTL_SECONDS, JobPlan
-from fastgpt2.api.exchange import Talk, carry_out_async
+from fastgpt2.api.enqueueing import DEFAULT_JOB_TIMEOUT_SECONDS, NO_OPTIONS, RESULT_TTL_SECONDS, JobPlan, Once
+from fastgpt2.api.exchange import Contact, Talk, carry_out_async
 from fastgpt2.api.flight import RESULT_TTL_SECONDS as READ_SOON_SECONDS
 from fastgpt2.api.flight import Flight, Item
 from fastgpt2.api.following import Following
@@ -70,6 +70,22 @@ class AsyncClient:
     async def enqueue_plan(self, plan: JobPlan) -> AsyncJob:
         """See `Client.enqueue_plan`."""
         return AsyncJob(self, await self.carry_out(self._session.enqueue(plan, self.connection)))
+
+    async def enqueue_all(self, plans: Sequence[JobPlan], once: Sequence[Once] | None = None) -> list[str]:
+        """`enqueue_plan` for several at once, all of them or none; see `Session.enqueue_all`."""
+        return await self.carry_out(self._session.enqueue_all(plans, self.connection, once))
+
+    async def timed_out(self, job_id: str, timeout: float) -> FastGPT2Error:
+        """See `Session.timed_out`."""
+        return await self.carry_out(self._session.timed_out(job_id, timeout))
+
+    async def outcome(self, job_id: str) -> Outcome | None:
+        """How a job ended; None while it has not. See `Session.outcome`."""
+        return await self.carry_out(self._session.outcome(job_id))
+
+    @property
+    def contact(self) -> Contact:
+        return self._session.contact
 
     def job(self, job_id: str) -> AsyncJob:
         """See `Client.job`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +14,10 @@ from rq.utils import now
 
 from fastgpt2.api.exchange import Call, call
 from fastgpt2.engine.generation import GenerationRequest
-from fastgpt2.errors import BadRequest, PromptTooLong
+from fastgpt2.errors import BadRequest, IdempotencyMismatch, PromptTooLong, QueueFull
 from fastgpt2.worker.job import TASK, JobOptions, job_to_kwargs
 from fastgpt2.worker.measures import COUNT, REFUSED
-from fastgpt2.worker.names import PRIORITIES, Priority, queue_of, queues_of, totals_key
+from fastgpt2.worker.names import PRIORITIES, Priority, once_key, queue_of, queues_of, totals_key
 
 DEFAULT_JOB_TIMEOUT_SECONDS = 600
 RESULT_TTL_SECONDS = 24 * 3600
@@ -24,19 +25,30 @@ MAX_SECONDS = 10**8
 MODEL_LIMITS_SECONDS = 30.0
 NO_OPTIONS = JobOptions()
 
-# Answers 0, or the depth of a queue that is full. A job that is there already was sent by the same client, which did
-# not hear the answer: that it may be sent twice is what lets a client ask again.
+# Answers 0; the depth of a queue that is full; or, of a request that was made before, the id of its job, or "" if it
+# asked for something else. A job that is there already was sent by the same client, which did not hear the answer: that
+# it may be sent twice is what lets a client ask again.
 _ENQUEUE = f"""
--- KEYS: the job, its queue, the set of queues, the queues that count. ARGV: the job's id, the limit or 0, the totals of
--- the pool, in which a refusal is counted, the job's fields.
+-- KEYS: the job, its queue, the set of queues, the queues that count, what is kept of the request or the job once more.
+-- ARGV: the job's id, the limit or 0, the totals of the pool, in which a refusal is counted, what the request asks for
+-- or nothing, for how many seconds that is kept, and the job's fields.
 {COUNT}
 if redis.call("EXISTS", KEYS[1]) == 1 then
     return 0
 end
+if ARGV[4] ~= "" then
+    local known = redis.call("HMGET", KEYS[#KEYS], "job", "asked")
+    local status = known[1] and redis.call("HGET", "rq:job:" .. known[1], "status")
+    if status and known[2] ~= ARGV[4] then
+        return ""
+    elseif status and status ~= "canceled" then
+        return known[1]
+    end
+end
 local limit = tonumber(ARGV[2])
 if limit > 0 then
     local depth = 0
-    for i = 4, #KEYS do
+    for i = 4, #KEYS - 1 do
         depth = depth + redis.call("LLEN", KEYS[i])
     end
     if depth >= limit then
@@ -44,8 +56,12 @@ if limit > 0 then
         return depth
     end
 end
+if ARGV[4] ~= "" then
+    redis.call("HSET", KEYS[#KEYS], "job", ARGV[1], "asked", ARGV[4])
+    redis.call("EXPIRE", KEYS[#KEYS], ARGV[5])
+end
 redis.call("SADD", KEYS[3], KEYS[2])
-redis.call("HSET", KEYS[1], unpack(ARGV, 4))
+redis.call("HSET", KEYS[1], unpack(ARGV, 6))
 redis.call("RPUSH", KEYS[2], ARGV[1])
 return 0
 """
@@ -76,6 +92,33 @@ class JobPlan:
             raise BadRequest(f"priority must be one of {', '.join(PRIORITIES)}, not {str(self.priority)[:100]!r}")
 
 
+@dataclass(frozen=True, slots=True)
+class Once:
+    """That a job is to be enqueued once, however often its client asks: the idempotency key of a request.
+
+    A job that was cancelled does not count: who asks again, having hung up, wants it after all.
+
+    Args:
+        key: the client's, of whatever characters and length, and what tells the jobs of one request apart.
+        asked: what the request asks for; under the same key it must be the same.
+    """
+
+    key: str
+    asked: str
+
+    @property
+    def redis_key(self) -> str:
+        return once_key(_digest(self.key))
+
+    @property
+    def fingerprint(self) -> str:
+        return _digest(self.asked)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
 def _check_seconds(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_SECONDS:
         raise BadRequest(f"{name} must be a whole number of seconds from 1 to {MAX_SECONDS}, not {str(value)[:100]}")
@@ -87,8 +130,10 @@ def check_max_queue(value: object) -> None:
         raise BadRequest(f"max_queue must be a whole number from 1, or None for no limit, not {str(value)[:100]}")
 
 
-def enqueue_call(plan: JobPlan, queue: str, max_queue: int | None, connection: Any) -> tuple[str, Call]:
-    """The job's id, and the script that enqueues it, answered by 0 or the depth of a queue that is full.
+def enqueue_call(
+    plan: JobPlan, queue: str, max_queue: int | None, connection: Any, once: Once | None = None
+) -> tuple[str, Call]:
+    """The job's id, and the script that enqueues it; see `enqueued` for its answer.
 
     Writes the fields that `rq.Queue.enqueue` writes (rq/queue.py: create_job, _prepare_for_queue, _persist_job).
     `connection` is any of the redis library's: RQ's job wants one, and is asked nothing that would use it.
@@ -110,8 +155,20 @@ def enqueue_call(plan: JobPlan, queue: str, max_queue: int | None, connection: A
     job.enqueued_at = now()
     fields = [part for pair in job.to_dict().items() if pair[1] is not None for part in pair]
     depths = [f"rq:queue:{counted}" for counted in queues_of(queue)]
-    keys = [job.key, f"rq:queue:{name}", "rq:queues", *depths]
-    return job.id, call("eval", _ENQUEUE, len(keys), *keys, job.id, max_queue or 0, totals_key(queue), *fields)
+    keys = [job.key, f"rq:queue:{name}", "rq:queues", *depths, job.key if once is None else once.redis_key]
+    asked = "" if once is None else once.fingerprint
+    words = job.id, max_queue or 0, totals_key(queue), asked, plan.result_ttl
+    return job.id, call("eval", _ENQUEUE, len(keys), *keys, *words, *fields)
+
+
+def enqueued(job_id: str, answer: Any, queue: str, max_queue: int | None) -> str | QueueFull | IdempotencyMismatch:
+    """What the script has answered: the id of the job that is there now, or why there is none."""
+    if isinstance(answer, int):
+        return QueueFull(queue, answer, max_queue or 0) if answer else job_id
+    known = answer.decode("utf-8", "replace")
+    return known or IdempotencyMismatch(
+        "a request with this idempotency key was made before and asked for something else; take another key"
+    )
 
 
 class ModelLimits:

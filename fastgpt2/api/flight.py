@@ -117,10 +117,9 @@ class Flight:
                 continue
             # Noted before they are sent: should that be interrupted, they are cancelled with the others.
             self._flying.update({job_id: (number, Awaited(job_id)) for job_id, number, _ in sent})
-            depths = yield from contact.patiently(Together(tuple(calls)), math.inf)
-            self._note_refused(
-                len(sent), [job for job, depth in zip(sent, depths, strict=True) if self._session.refusal(depth)]
-            )
+            answers = yield from contact.patiently(Together(tuple(calls)), math.inf)
+            ends = [self._session.enqueued(job[0], answer) for job, answer in zip(sent, answers, strict=True)]
+            self._note_refused(len(sent), [job for job, end in zip(sent, ends, strict=True) if end != job[0]])
 
     def _gather(self) -> list[tuple[int, JobPlan]]:
         plans: list[tuple[int, JobPlan]] = []

@@ -74,6 +74,6 @@ def plan_each(prompts: Iterable[Prompt], fields: Mapping[str, Any]) -> Iterator[
 def _with_stops_listed(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     """An iterator would be used up by the first look at it."""
     stop = fields.get("stop")
-    if isinstance(stop, str | list | tuple) or not isinstance(stop, Iterable):
+    if isinstance(stop, str | bytes | list | tuple | Mapping) or not isinstance(stop, Iterable):
         return fields
     return {**fields, "stop": tuple(stop)}

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from fastgpt2 import settings
 from fastgpt2.api.cancelling import cancel_call, was_cancelled
-from fastgpt2.api.enqueueing import JobPlan, ModelLimits, check_max_queue, enqueue_call
+from fastgpt2.api.enqueueing import JobPlan, ModelLimits, Once, check_max_queue, enqueue_call, enqueued
 from fastgpt2.api.exchange import Contact, Pause, Talk, Together, Within, call, entries_by_key, read_streams
-from fastgpt2.api.outcome import Awaited, job_key, known_status, unwrapped
+from fastgpt2.api.outcome import Awaited, Outcome, job_key, known_status, unwrapped
 from fastgpt2.engine.generation import GenerationResult
-from fastgpt2.errors import FastGPT2Error, QueueFull, ResultTimeout
+from fastgpt2.errors import FastGPT2Error, ResultTimeout
 
 # How long one blocking read lasts; between two of them jobs are looked at, as a cancellation writes no result.
 WAIT_SLICE_SECONDS = 2.0
@@ -44,22 +45,46 @@ class Session:
         Raises:
             PromptTooLong, QueueFull
         """
-        yield from self.refresh_limits()
-        self._limits.check(plan.request)
-        job_id, script = enqueue_call(plan, self.queue, self.max_queue, connection)
-        refusal = self.refusal((yield script))
-        if refusal is not None:
-            raise refusal
-        self.contact.made = True
+        (job_id,) = yield from self.enqueue_all([plan], connection)
         return job_id
+
+    def enqueue_all(
+        self, plans: Sequence[JobPlan], connection: Any, once: Sequence[Once] | None = None
+    ) -> Talk[list[str]]:
+        """All of them or none. Returns their ids.
+
+        Args:
+            once: of each, that it is to be enqueued once; its id is then that of the first time.
+
+        Raises:
+            PromptTooLong, QueueFull, IdempotencyMismatch
+        """
+        yield from self.refresh_limits()
+        for plan in plans:
+            self._limits.check(plan.request)
+        keys: Sequence[Once | None] = once or [None] * len(plans)
+        made = [
+            enqueue_call(plan, self.queue, self.max_queue, connection, key)
+            for plan, key in zip(plans, keys, strict=True)
+        ]
+        answers = [(yield made[0][1])] if len(made) == 1 else (yield Together(tuple(script for _, script in made)))
+        self.contact.made = True
+        ends = [self.enqueued(job_id, answer) for (job_id, _), answer in zip(made, answers, strict=True)]
+        refused = next((end for end in ends if isinstance(end, FastGPT2Error)), None)
+        if refused is not None:
+            new = [end for (job_id, _), end in zip(made, ends, strict=True) if end == job_id]
+            if new:
+                yield Together(tuple(cancel_call(job_id, self.queue) for job_id in new))
+            raise refused
+        return [end for end in ends if isinstance(end, str)]
 
     def check_limits(self, plan: JobPlan) -> None:
         """Raises PromptTooLong, going by what `refresh_limits` read."""
         self._limits.check(plan.request)
 
-    def refusal(self, depth: int) -> QueueFull | None:
-        """What the answer to the enqueueing script means."""
-        return QueueFull(self.queue, depth, self.max_queue or 0) if depth else None
+    def enqueued(self, job_id: str, answer: Any) -> str | FastGPT2Error:
+        """See `fastgpt2.api.enqueueing.enqueued`."""
+        return enqueued(job_id, answer, self.queue, self.max_queue)
 
     def refresh_limits(self) -> Talk[None]:
         """Read what the live workers' models can take, unless it was read just now."""
@@ -101,6 +126,11 @@ class Session:
                 ended = job.heard(reply.get(job.key, []))
             if ended is not None:
                 return unwrapped(ended)
+
+    def outcome(self, job_id: str) -> Talk[Outcome | None]:
+        """How the job ended, JobNotFound if there is none; None while it has not."""
+        job = Awaited(job_id)
+        return job.seen((yield job.look()), time.monotonic())
 
     def timed_out(self, job_id: str, timeout: float | None) -> Talk[FastGPT2Error]:
         """What to raise when the caller would not wait any longer."""

@@ -42,6 +42,16 @@ def taken_key(worker_name: str, queue_name: str) -> str:
     return f"fastgpt2:taken:{worker_name}:{queue_name}"
 
 
+def once_key(digest: str) -> str:
+    """What is kept of a request that is to be carried out once: its job, and what it asked for."""
+    return f"fastgpt2:once:{digest}"
+
+
+def wake_key(name: str) -> str:
+    """A Redis stream of no content, by which a reader of many streams wakes itself."""
+    return f"fastgpt2:wake:{name}"
+
+
 def totals_key(name: str) -> str:
     """What the pool of a queue has done since it was first started: a hash; see `fastgpt2.worker.measures`."""
     return f"fastgpt2:totals:{name}"
