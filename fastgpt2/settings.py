@@ -261,6 +261,10 @@ ALL = Setting(
 )
 DRY_RUN = Setting("dry_run", "", yes_or_no, False, "with prune: say what would go, and remove nothing")
 TIMEOUT = Setting("timeout", "SECONDS", seconds, 60.0, "how long to wait for a result")
+BODY_TIMEOUT = Setting(
+    "body_timeout", "SECONDS", seconds, 20.0, "how long the body of a request to the HTTP endpoint may take to come"
+)
+SHOW_PROMPTS = Setting("show_prompts", "", yes_or_no, False, "show the prompts of the latest jobs on the HTTP endpoint")
 LOG_PROMPTS = Setting("log_prompts", "", yes_or_no, False, "write the prompts into the workers' logs")
 LOG_LEVEL = Setting("log_level", "LEVEL", log_level, "INFO", "debug, info, warning or error", "info")
 
@@ -285,7 +289,9 @@ SYSTEM: tuple[Setting[Any], ...] = (
     REDIS_DIR,
     DRAIN_TIMEOUT,
     TIMEOUT,
+    BODY_TIMEOUT,
     MAX_QUEUE,
+    SHOW_PROMPTS,
     LOG_PROMPTS,
     LOG_LEVEL,
 )

@@ -17,8 +17,8 @@ from types import FrameType
 from typing import Any, Self
 
 from fastgpt2 import settings
-from fastgpt2.api.access import read_token, refuse_exposure
-from fastgpt2.api.serve import bind, url_of
+from fastgpt2.api.http.access import read_token, refuse_exposure
+from fastgpt2.api.http.serve import bind, url_of
 from fastgpt2.engine.hub import find_model
 from fastgpt2.errors import FastGPT2Error, QueueUnavailable, RedisAccessDenied
 from fastgpt2.logs import set_up_logging

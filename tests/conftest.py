@@ -8,7 +8,9 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from redis import Redis
@@ -103,6 +105,52 @@ def start_worker(redis_server: RedisServer, redis: Redis, queue_name: str, tmp_p
     for process in started:
         process.kill()
         process.wait()
+
+
+@dataclass
+class RunningEndpoint:
+    """A process of `fastgpt2 api`."""
+
+    process: subprocess.Popen[str]
+    log: Path
+
+    @property
+    def url(self) -> str:
+        return self.log.read_text().partition("endpoint on ")[2].split()[0]
+
+    @property
+    def port(self) -> int:
+        port = urlsplit(self.url).port
+        assert port is not None
+        return port
+
+
+StartEndpoint = Callable[..., RunningEndpoint]
+
+
+@pytest.fixture
+def start_endpoint(redis_server: RedisServer, queue_name: str, tmp_path: Path) -> Iterator[StartEndpoint]:
+    """Starts `fastgpt2 api` as a process, its log in a file; waits until it listens."""
+    started: list[RunningEndpoint] = []
+
+    def start(*options: str, **environment: str) -> RunningEndpoint:
+        log = tmp_path / f"api-{len(started)}.log"
+        own = {"FASTGPT2_REDIS_URL": redis_server.url, "FASTGPT2_QUEUE": queue_name, **environment}
+        with log.open("w") as out:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "fastgpt2", "api", "--port", "0", *options],
+                env={**os.environ, **own},
+                stderr=out,
+                text=True,
+            )
+        started.append(RunningEndpoint(process, log))
+        wait_until(lambda: "endpoint on" in log.read_text(), "the endpoint to listen")
+        return started[-1]
+
+    yield start
+    for endpoint in started:
+        endpoint.process.kill()
+        endpoint.process.wait()
 
 
 @pytest.fixture(scope="session")

@@ -8,48 +8,18 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
-from conftest import wait_until
+from conftest import StartEndpoint, wait_until
 from redis import Redis
 
-from fastgpt2.api.access import is_loopback, read_token
-from fastgpt2.api.serve import MAX_HEAD_BYTES
+from fastgpt2.api.http.access import is_loopback, read_token
+from fastgpt2.api.http.serve import MAX_HEAD_BYTES
 from fastgpt2.errors import BadRequest
 from fastgpt2.worker.redis_server import RedisServer
 
 TOKEN = "correct-horse-battery-staple"
-StartEndpoint = Callable[..., tuple[str, int]]
-
-
-@pytest.fixture
-def start_endpoint(redis_server: RedisServer, queue_name: str, tmp_path: Path) -> Iterator[StartEndpoint]:
-    started: list[subprocess.Popen[str]] = []
-
-    def start(*options: str, **environment: str) -> tuple[str, int]:
-        log = tmp_path / f"api-{len(started)}.log"
-        own = {"FASTGPT2_REDIS_URL": redis_server.url, "FASTGPT2_QUEUE": queue_name, **environment}
-        with log.open("w") as out:
-            started.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "fastgpt2", "api", "--port", "0", *options],
-                    env={**os.environ, **own},
-                    stderr=out,
-                    text=True,
-                )
-            )
-        wait_until(lambda: "endpoint on" in log.read_text(), "the endpoint to listen")
-        url = urlsplit(log.read_text().partition("endpoint on ")[2].split()[0])
-        assert url.port is not None
-        return str(url.hostname), url.port
-
-    yield start
-    for process in started:
-        process.kill()
-        process.wait()
 
 
 def ask(port: int, path: str, *headers: tuple[str, bytes], method: str = "GET", body: bytes = b"") -> tuple[int, str]:
@@ -79,7 +49,7 @@ def test_with_a_token_everything_but_the_probes_asks_for_it(
     file = tmp_path / "token"
     file.write_text(f"{TOKEN}\n")
     given = {"FASTGPT2_TOKEN": TOKEN} if source == "variable" else {"FASTGPT2_TOKEN_FILE": str(file)}
-    _, port = start_endpoint("--host", "0.0.0.0", **given)
+    port = start_endpoint("--host", "0.0.0.0", **given).port
     assert ask(port, "/") == (200, "Ok")
     assert ask(port, "/health")[0] == 200
     wrong: list[tuple[tuple[str, bytes], ...]] = [
@@ -115,7 +85,7 @@ def told(port: int, sent: bytes) -> bytes:
 
 
 def test_nobody_is_waited_for_who_has_no_token(start_endpoint: StartEndpoint) -> None:
-    _, port = start_endpoint(FASTGPT2_TOKEN=TOKEN)
+    port = start_endpoint(FASTGPT2_TOKEN=TOKEN).port
     head = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n"
     assert told(port, head + b"\r\n").startswith(b"HTTP/1.1 401 "), "of the body not a byte was sent"
     assert told(port, head + b"X: " + b"x" * (MAX_HEAD_BYTES + 1)).startswith(b"HTTP/1.1 400 "), "the head never ends"
@@ -125,7 +95,7 @@ def test_nobody_is_waited_for_who_has_no_token(start_endpoint: StartEndpoint) ->
 
 
 def test_without_a_token_only_requests_to_this_machine_by_name_are_served(start_endpoint: StartEndpoint) -> None:
-    _, port = start_endpoint()
+    port = start_endpoint().port
     for host in ("127.0.0.1", f"127.0.0.1:{port}", "localhost", f"LOCALHOST:{port}", f"[::1]:{port}", "127.8.8.8"):
         assert ask(port, "/status", ("Host", host.encode()))[0] == 200, host
     for host in (
@@ -161,7 +131,7 @@ def test_other_machines_are_not_served_without_a_token_unless_told(command: str,
 
 
 def test_insecure_serves_everybody_and_says_so(start_endpoint: StartEndpoint, tmp_path: Path) -> None:
-    _, port = start_endpoint("--host", "0.0.0.0", "--insecure")
+    port = start_endpoint("--host", "0.0.0.0", "--insecure").port
     assert ask(port, "/status", ("Host", b"anything.example"))[0] == 200
     log = tmp_path / "api-0.log"
     wait_until(lambda: "everybody who can reach 0.0.0.0 may use this endpoint" in log.read_text(), "the warning")

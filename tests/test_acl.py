@@ -177,6 +177,24 @@ def test_the_endpoint_and_a_monitor_can_do_their_part(
     body = json.dumps({"inputs": ENTRIES[0]["prompt"], "parameters": {"max_new_tokens": 3}}).encode()
     with opener.open(urllib.request.Request(url, body), timeout=20) as answer:
         assert answer.status == 200
+    # Two at once, so that the second one wakes the reader of the first.
+    completion = json.dumps({"prompt": ENTRIES[0]["prompt"], "max_tokens": 200, "stream": True}).encode()
+    for _ in range(2):
+        request = urllib.request.Request(f"{url}/v1/completions", completion, {"idempotency-key": "once"})
+        with (
+            opener.open(urllib.request.Request(f"{url}/v1/completions", completion), timeout=20) as first,
+            opener.open(request, timeout=20) as second,
+        ):
+            assert first.read().endswith(b"data: [DONE]\n\n")
+            assert second.read().endswith(b"data: [DONE]\n\n")
+    job = json.dumps({"prompt": ENTRIES[0]["prompt"], "max_new_tokens": 480}).encode()
+    with opener.open(urllib.request.Request(f"{url}/v1/jobs", job), timeout=20) as answer:
+        job_url = f"{url}/v1/jobs/{json.loads(answer.read())['id']}"
+    with opener.open(urllib.request.Request(job_url, method="DELETE"), timeout=20) as answer:
+        assert json.loads(answer.read())["status"] == "canceled"
+    for path in ("/ready", "/metrics", "/status?history=true", "/v1/models", "/v1/jobs"):
+        with opener.open(f"{url}{path}", timeout=20) as answer:
+            assert answer.status == 200
 
     async def look() -> dict[str, Any]:
         async with AsyncRedis.from_url(server.url_of("monitor")) as connection:

@@ -30,7 +30,8 @@ from rq.serializers import JSONSerializer
 from starlette.testclient import TestClient
 
 from fastgpt2.api.following import Assembly
-from fastgpt2.api.http import create_app
+from fastgpt2.api.http.app import create_app
+from fastgpt2.api.http.service import Bounds
 from fastgpt2.api.outcome import Awaited
 from fastgpt2.engine.checkpoint import Checkpoint
 from fastgpt2.engine.config import GPT2Config, read_config
@@ -417,7 +418,7 @@ def test_a_packed_file_that_is_none_is_one_of_our_errors(data: bytes) -> None:
 @pytest.fixture(scope="module")
 def web() -> Iterator[TestClient]:
     with RedisServer() as server:
-        app = create_app(server.url, "fuzz", 0.05, lambda: False)
+        app = create_app(server.url, "fuzz", Bounds(timeout=0.05), lambda: False)
         with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as client:
             yield client
 

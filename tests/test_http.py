@@ -18,7 +18,7 @@ import pytest
 from conftest import GOLDEN, wait_until
 
 from fastgpt2 import Client
-from fastgpt2.api.http import MAX_BODY_BYTES
+from fastgpt2.api.http.caller import MAX_BODY_BYTES
 from fastgpt2.errors import JobCancelled
 from fastgpt2.system import System
 from fastgpt2.worker.redis_server import RedisServer
@@ -158,7 +158,7 @@ def test_status_tells_queue_jobs_and_workers(system: System) -> None:
         ({"inputs": "a", "parameters": {"priority": "urgent"}}, 400, "priority must be one of high, normal, low"),
         ({"inputs": "the " * 700}, 400, "over the model's 512 positions"),
         ({"inputs": "a", "parameters": {"max_new_tokens": 5000}}, 400, "ask for at most 511"),
-        (b" " * (MAX_BODY_BYTES + 1), 413, f"the body has more than {MAX_BODY_BYTES} bytes"),
+        (b" " * (MAX_BODY_BYTES + 1), 413, f"bytes; the limit is {MAX_BODY_BYTES}: send less at once"),
     ],
 )
 def test_bad_requests_get_a_sentence(system: System, body: Any, status: int, message: str) -> None:

@@ -46,7 +46,7 @@ def worker(values: dict[str, Any]) -> int:
 
 def api(values: dict[str, Any]) -> int:
     """The HTTP endpoint, in the foreground."""
-    from fastgpt2.api.serve import serve
+    from fastgpt2.api.http.serve import serve
 
     serve(values)
     return 0

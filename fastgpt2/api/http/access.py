@@ -97,7 +97,7 @@ class Access:
     """
 
     def __init__(
-        self, app: ASGIApp, token: str | None, local: str | None, refuse: Callable[[FastGPT2Error], ASGIApp]
+        self, app: ASGIApp, token: str | None, local: str | None, refuse: Callable[[FastGPT2Error, Scope], ASGIApp]
     ) -> None:
         self._app = app
         self._expected = None if token is None else f"Bearer {token}".encode("ascii")
@@ -106,7 +106,7 @@ class Access:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         error = self._objection(scope) if scope["type"] == "http" else None
-        await (self._app if error is None else self._refuse(error))(scope, receive, send)
+        await (self._app if error is None else self._refuse(error, scope))(scope, receive, send)
 
     def _objection(self, scope: Scope) -> FastGPT2Error | None:
         if (scope["method"], scope["path"]) in _OPEN:

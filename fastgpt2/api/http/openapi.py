@@ -1,0 +1,251 @@
+"""The OpenAPI document of the endpoint: what each route takes and gives. The tests hold the code to it."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from fastgpt2 import __version__
+from fastgpt2.api.http import schemas
+from fastgpt2.api.http.answers import JSON
+
+Object = dict[str, Any]
+
+_DESCRIPTION = """GPT-2 text generation on CPUs: a pool of workers behind a Redis queue. Decoding is greedy: the
+likeliest token, always; what asks for anything else is refused. With a token set, every request but those of probes
+bears it. A client that hangs up cancels the jobs of its request, `/v1/jobs` apart. An `Idempotency-Key` makes a request
+that is sent again the same one."""
+
+_STATUSES = {
+    400: "The request is malformed, or asks for what cannot be done.",
+    401: "No token, or a wrong one.",
+    403: "A page of another site asked; or, without a token, by a name that is not this machine's.",
+    404: "There is no such thing.",
+    408: "The body did not come in time.",
+    409: "The job was cancelled.",
+    413: "The body is too large.",
+    422: "The idempotency key was used for another request.",
+    429: "The queue is full; `Retry-After` says when to try again.",
+    500: "A defect; the endpoint's log has the details.",
+    502: "The job failed.",
+    503: "Redis cannot be used, too much waits already, or the endpoint is being stopped.",
+    504: "Out of time; the job is cancelled.",
+}
+_ANY = (401, 403, 500)
+_REDIS = (503,)
+_BODY = (400, 408, 413)
+_ENQUEUES = (*_BODY, 422, 429, 503)
+_RUNS = (*_ENQUEUES, 409, 502, 504)
+
+
+async def show_document(_request: Request) -> Response:
+    """`GET /openapi.json`"""
+    return JSON(document())
+
+
+@cache
+def document() -> Object:
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "fastgpt2", "version": __version__, "description": _DESCRIPTION, "license": {"name": "MIT"}},
+        "paths": {**_original_paths(), **_openai_paths(), **_job_paths(), **_operating_paths()},
+        "components": {
+            "schemas": schemas.SCHEMAS,
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{}, {"token": []}],
+    }
+
+
+def _original_paths() -> Object:
+    generated, streamed = _json("Generated"), _events("TokenEvent")
+    return {
+        "/": {
+            "get": _operation(
+                "home",
+                "`Ok` for a program; for a browser, a page that shows the pool",
+                {**_text("text/plain"), **_text("text/html")},
+            ),
+            "post": _operation(
+                "original",
+                "Continue a prompt, as Narsil's fast_gpt2 does",
+                {**_json("GeneratedList"), **streamed},
+                _RUNS,
+                "OriginalRequest",
+            ),
+        },
+        "/generate": {
+            "post": _operation(
+                "generate", "Continue a prompt, as text-generation-inference does", generated, _RUNS, "GenerateRequest"
+            )
+        },
+        "/generate_stream": {
+            "post": _operation(
+                "generate_stream",
+                "The same, an event a token; the last event has the whole text",
+                streamed,
+                _RUNS,
+                "GenerateRequest",
+            )
+        },
+    }
+
+
+def _openai_paths() -> Object:
+    return {
+        "/v1/completions": {
+            "post": _operation(
+                "create_completion",
+                "Continue prompts, as OpenAI's API does; with `stream`, as events that end with `[DONE]`",
+                {**_json("Completion"), **_events("Completion")},
+                (*_RUNS, 404),
+                "CompletionRequest",
+                openai=True,
+            )
+        },
+        "/v1/models": {
+            "get": _operation("list_models", "The models that workers serve", _json("ModelList"), _REDIS, openai=True)
+        },
+        "/v1/models/{model}": {
+            "parameters": [_path("model", {"type": "string", "minLength": 1})],
+            "get": _operation("show_model", "One of them", _json("Model"), (404, *_REDIS), openai=True),
+        },
+    }
+
+
+def _job_paths() -> Object:
+    job_id = _path("job_id", {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,128}$"})
+    limit = {"type": "integer", "minimum": 1, "maximum": 100, "default": 20}
+    wait = {"type": "number", "minimum": 0, "maximum": 60, "default": 0}
+    known = {"type": "string", "pattern": "^[0-9]{1,9}$"}
+    created = _operation("create_job", "Enqueue a job, and leave", _json("Job"), _ENQUEUES, "JobRequest", openai=True)
+    created["responses"]["202"] = created["responses"].pop("200")
+    return {
+        "/v1/jobs": {
+            "get": _operation(
+                "list_jobs",
+                "The jobs in hand, and the latest that have ended",
+                _json("JobList"),
+                (400, *_REDIS),
+                openai=True,
+                parameters=[_query("limit", limit)],
+            ),
+            "post": created,
+        },
+        "/v1/jobs/{job_id}": {
+            "parameters": [job_id],
+            "get": _operation(
+                "show_job",
+                "How a job is, or how it ended; with `wait`, once it has ended or so many seconds are over",
+                _json("Job"),
+                (400, 404, *_REDIS),
+                openai=True,
+                parameters=[_query("wait", wait)],
+            ),
+            "delete": _operation(
+                "cancel_job", "Cancel it, unless it has ended", _json("Job"), (404, *_REDIS), openai=True
+            ),
+        },
+        "/v1/jobs/{job_id}/stream": {
+            "parameters": [job_id],
+            "get": _operation(
+                "follow_job",
+                "Its text as it comes, from the beginning; if it was not enqueued with `stream`, all of it at its end",
+                _events("TextEvent", "EndEvent"),
+                (400, 404, 409, 502, *_REDIS, 504),
+                openai=True,
+                parameters=[{"name": "Last-Event-ID", "in": "header", "required": False, "schema": known}],
+            ),
+        },
+    }
+
+
+def _operating_paths() -> Object:
+    flag = {"type": "boolean", "default": False}
+    return {
+        "/health": {"get": _operation("health", "This process is alive", _json("State"))},
+        "/ready": {"get": _operation("ready", "A job that is sent now would be run", _json("State"), _REDIS)},
+        "/status": {
+            "get": _operation(
+                "status",
+                "What the pool is doing; with `history`, and did in the last minutes",
+                _json("Status"),
+                (400, *_REDIS),
+                parameters=[_query("history", flag)],
+            )
+        },
+        "/metrics": {
+            "get": _operation(
+                "metrics",
+                "The same for Prometheus",
+                {**_text("text/plain"), **_text("application/openmetrics-text")},
+                _REDIS,
+            )
+        },
+        "/openapi.json": {
+            "get": _operation("document", "This document", {"application/json": {"schema": {"type": "object"}}})
+        },
+    }
+
+
+def _operation(
+    name: str,
+    summary: str,
+    content: Object,
+    errors: tuple[int, ...] = (),
+    body: str | None = None,
+    openai: bool = False,
+    parameters: list[Object] | None = None,
+) -> Object:
+    error = _json("OpenAIError" if openai else "Error")
+    operation: Object = {
+        "operationId": name,
+        "summary": summary,
+        "responses": {
+            "200": {"description": "Done.", "content": content},
+            **{
+                str(status): {"description": _STATUSES[status], "content": error} for status in sorted({*errors, *_ANY})
+            },
+        },
+    }
+    if body is not None:
+        operation["requestBody"] = {"required": True, "content": _json(body)}
+        key = {"type": "string", "minLength": 1, "maxLength": 255}
+        parameters = [{"name": "Idempotency-Key", "in": "header", "required": False, "schema": key}]
+    if parameters:
+        operation["parameters"] = parameters
+    return operation
+
+
+def _json(schema: str) -> Object:
+    return {"application/json": {"schema": _reference(schema)}}
+
+
+def _events(*schemas: str) -> Object:
+    """An event's fields, as OpenAPI 3.2 spells them for each item; its data is JSON, but for OpenAI's `[DONE]`."""
+    data = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": [_reference(schema) for schema in (*schemas, "OpenAIError", "Error")]},
+    }
+    fields = {"data": data, "event": {"type": "string"}, "id": {"type": "string"}}
+    return {"text/event-stream": {"schema": {"type": "object", "properties": fields}}}
+
+
+def _reference(schema: str) -> Object:
+    return {"$ref": f"#/components/schemas/{schema}"}
+
+
+def _text(kind: str) -> Object:
+    return {kind: {"schema": {"type": "string"}}}
+
+
+def _path(name: str, schema: Object) -> Object:
+    return {"name": name, "in": "path", "required": True, "schema": schema}
+
+
+def _query(name: str, schema: Object) -> Object:
+    return {"name": name, "in": "query", "required": False, "schema": schema}
