@@ -25,7 +25,7 @@ from fastgpt2.bench import Values, machine_line
 DOCS = HERE.parent / "docs"
 COLORS = ("#1b6ca8", "#e07b39", "#4f9d69", "#8a5a9e", "#c23b4b", "#7f7f7f")
 # What numbers are of, in the order of the page.
-ORDER = ("engine", "profile", "cold_start", "memory", "pool", "peers")
+ORDER = ("engine", "profile", "cold_start", "memory", "pool", "endpoint", "peers")
 
 # Draws a picture of a name and gives the Markdown that shows it.
 Draw = Callable[[str, str, Callable[[Any], None]], str]
@@ -280,12 +280,55 @@ def pool(name: str, entry: Values, draw: Draw) -> list[str]:
     return [*lines, draw(name, f"{entry['model']}: tokens a second by jobs waiting", curves), ""]
 
 
+def endpoint(name: str, entry: Values, draw: Draw) -> list[str]:
+    over, cells = entry["overhead"], entry["streams"]
+    names = {
+        "client": "`Client.enqueue(...).result()`",
+        "endpoint": "`POST /v1/completions`",
+        "added": "more, request by request",
+        "health": "`GET /health`, which asks nobody",
+    }
+    lines = markdown(["a request of 8 tokens and 1 new one", "ms"], [[names[key], spread(over[key])] for key in names])
+    starts = sorted(entry["start"])
+    lines += ["", f"From a start to the first answer: {starts[len(starts) // 2]:.0f} ms.", ""]
+    lines += markdown(
+        [
+            "streams at once",
+            "events/s",
+            "of a core",
+            "events/s with a core",
+            "ms to the first",
+            "ms between two",
+            "95%",
+        ],
+        [
+            [
+                str(cell["streams"]),
+                f"{cell['events'] / cell['seconds']:.0f}",
+                f"{cell['cpu_seconds'] / cell['seconds']:.0%}",
+                f"{cell['events'] / max(cell['cpu_seconds'], 0.01):.0f}",
+                *(f"{cell[key]:.0f}" for key in ("first_ms", "gap_ms", "gap_ms_95")),
+            ]
+            for cell in cells
+        ],
+    )
+
+    def curve(axes: Any) -> None:
+        axes.plot([c["streams"] for c in cells], [c["events"] / c["cpu_seconds"] for c in cells], marker="o")
+        axes.set_xlabel("streams at once")
+        axes.set_ylabel("events per second of the endpoint's CPU")
+        axes.set_ylim(bottom=0)
+
+    return [*lines, "", draw(name, f"{entry['model']}: what a core of the endpoint passes on", curve), ""]
+
+
 SECTIONS: dict[str, tuple[str, Callable[[str, Values, Draw], list[str]]]] = {
     "engine": ("Speed of the engine", engine),
     "profile": ("Where the time of a step goes", profile),
     "cold_start": ("Cold start", cold_start),
     "memory": ("Memory by workers", memory),
     "pool": ("Many jobs at once", pool),
+    "endpoint": ("The endpoint", endpoint),
     "peers": ("Peers", peers),
 }
 
