@@ -78,6 +78,11 @@ def test_an_event_a_token(system: System, engine: Engine) -> None:
         assert got[-1]["details"]["generated_tokens"] == 15
 
 
+def test_a_stream_of_nothing(system: System) -> None:
+    got = post(system, "/generate_stream", {"inputs": "a", "parameters": {"max_new_tokens": 0}})
+    assert (got.status_code, events(got)) == (200, [])
+
+
 def test_a_character_of_several_tokens_comes_whole(system: System, engine: Engine) -> None:
     """What follows such a prompt need not be valid text, and adds up all the same."""
     ids = engine.tokenizer.encode("— é 日本 🎉 ")

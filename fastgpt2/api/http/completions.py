@@ -14,7 +14,7 @@ from fastgpt2 import __version__
 from fastgpt2.api.http.answers import JSON, ModelUnknown, error_object
 from fastgpt2.api.http.caller import read_object
 from fastgpt2.api.http.completions_request import Completion, in_this_apis_words, parse_completion
-from fastgpt2.api.http.event_stream import KEEP_ALIVE, EventStream, event
+from fastgpt2.api.http.event_stream import KEEP_ALIVE, Appended, EventStream, event
 from fastgpt2.api.http.models import Models
 from fastgpt2.api.http.service import Service, Waiting
 from fastgpt2.api.outcome import unwrapped
@@ -84,7 +84,7 @@ class Completions:
 
 
 async def _chunks(waiting: Waiting, completion: Completion, envelope: dict[str, Any]) -> AsyncIterator[bytes]:
-    results = []
+    results, appended = [], Appended()
     usage = {"usage": None} if completion.include_usage else {}
     async for item in waiting.events():
         if item is None:
@@ -92,6 +92,7 @@ async def _chunks(waiting: Waiting, completion: Completion, envelope: dict[str, 
             continue
         number, what = item
         if isinstance(what, Piece):
+            appended.add(number, what)
             logprobs = _logprobs(what.logprobs) if completion.logprobs is not None else None
             choice = _choice(number, what.text, None, logprobs)
         else:

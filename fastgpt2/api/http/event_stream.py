@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from fastgpt2.api.http.answers import answer, dumps
 from fastgpt2.api.http.caller import CallerGone
 from fastgpt2.errors import FastGPT2Error
+from fastgpt2.worker.stream import Piece
 
 # A comment, which clients pass over.
 KEEP_ALIVE = b": waiting\n\n"
@@ -24,6 +25,21 @@ def event(data: Any, name: str = "", event_id: str = "") -> bytes:
     """One event; its data as JSON, which has no line ends."""
     head = (f"event: {name}\n" if name else "") + (f"id: {event_id}\n" if event_id else "")
     return b"%sdata: %s\n\n" % (head.encode(), dumps(data))
+
+
+class Appended:
+    """Sees to it that the texts of a stream only grow, where its format has no way to take anything back."""
+
+    def __init__(self) -> None:
+        self._upto: dict[int, int] = {}
+
+    def add(self, number: int, piece: Piece) -> None:
+        """Raises FastGPT2Error for a piece that takes the place of some of its text."""
+        if piece.at < self._upto.get(number, 0):
+            raise FastGPT2Error(
+                "the job was started again elsewhere and came out otherwise than what has been sent of it: ask again"
+            )
+        self._upto[number] = piece.at + len(piece.text)
 
 
 class EventStream(Response):
@@ -53,6 +69,8 @@ class EventStream(Response):
                         await send(_head(headers))
                         begun = True
                     await _send(send, body)
+                if not begun:
+                    await send(_head(headers))
         except CallerGone as gone:
             if not begun:
                 await Response(status_code=gone.http_status)(scope, receive, send)

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from fastgpt2.api.enqueueing import JobPlan
 from fastgpt2.api.http.answers import JSON, error_object
 from fastgpt2.api.http.caller import read_object
-from fastgpt2.api.http.event_stream import KEEP_ALIVE, EventStream, event
+from fastgpt2.api.http.event_stream import KEEP_ALIVE, Appended, EventStream, event
 from fastgpt2.api.http.service import Service, Waiting
 from fastgpt2.api.outcome import unwrapped
 from fastgpt2.api.planning import plan_job
@@ -163,14 +163,15 @@ class Generate:
 async def _token_events(waiting: Waiting, asked: Generation) -> AsyncIterator[bytes]:
     """An event for each token as soon as the next one, or the end, tells what it adds to the text."""
     text, tokens = "", list[TokenLogprob]()
-    sent = 0
+    sent, appended = 0, Appended()
     async for item in waiting.events():
         if item is None:
             yield KEEP_ALIVE
             continue
         what = item[1]
         if isinstance(what, Piece):
-            text = text[: what.at] + what.text
+            appended.add(0, what)
+            text += what.text
             tokens[what.token_at :] = what.logprobs
             for number in range(sent, len(tokens) - 1):
                 yield event(_token_event(number, tokens, text))

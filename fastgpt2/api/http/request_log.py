@@ -16,7 +16,7 @@ log = logging.getLogger("fastgpt2.http")
 REQUEST_ID = b"x-request-id"
 JOB_ID = b"x-job-id"
 # Asked for so often that lines of their success would be all there is to read.
-_QUIET = frozenset({"/", "/health", "/ready", "/metrics", "/status"})
+_QUIET = frozenset({"/", "/health", "/ready", "/metrics", "/status", "/v1/jobs"})
 
 
 class RequestLog:
