@@ -1,0 +1,113 @@
+"""The endpoint's reader of many jobs, on a real Redis, fed as a worker feeds it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+
+import pytest
+from redis import Redis
+
+from fastgpt2.api import watch as watch_module
+from fastgpt2.api.async_client import AsyncClient
+from fastgpt2.api.planning import plan_job
+from fastgpt2.api.watch import Watch, Watched
+from fastgpt2.errors import JobCancelled, JobNotFound
+from fastgpt2.worker.names import stream_key
+from fastgpt2.worker.redis_server import RedisServer
+from fastgpt2.worker.stream import Piece, piece_to_entry
+
+
+@asynccontextmanager
+async def watching(redis_server: RedisServer, queue: str) -> AsyncIterator[tuple[AsyncClient, Watch]]:
+    async with AsyncClient(redis_server.url, queue) as client:
+        watch = Watch(client)
+        task = asyncio.create_task(watch.run())
+        yield client, watch
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+async def until(condition: Callable[[], object], signal: asyncio.Event) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            signal.clear()
+            await signal.wait()
+
+
+def run(main: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(main())  # type: ignore[arg-type]
+
+
+def text_of(watched: Watched) -> str:
+    return "".join(piece.text for piece in watched.pieces())
+
+
+def test_who_joins_wakes_the_reader(
+    redis_server: RedisServer, redis: Redis, queue_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would else sit out its read, each time."""
+    monkeypatch.setattr(watch_module, "WAIT_SLICE_SECONDS", 4.0)
+
+    async def main() -> None:
+        async with watching(redis_server, queue_name) as (client, watch):
+            signal = asyncio.Event()
+            began = time.monotonic()
+            first = await client.enqueue_plan(plan_job("a", {}))
+            watch.follow(first.id, True, signal, new=True)
+            for number in range(10):
+                job = await client.enqueue_plan(plan_job("a", {}))
+                watched = watch.follow(job.id, True, signal, new=True)
+                redis.xadd(stream_key(job.id), piece_to_entry(Piece(f"text {number}", 0, 1)))
+                seen: list[str] = []
+
+                def came(watched: Watched = watched, seen: list[str] = seen) -> bool:
+                    seen.append(text_of(watched))
+                    return bool(seen[-1])
+
+                await until(came, signal)
+                assert seen[-1] == f"text {number}"
+            assert time.monotonic() - began < 20, "ten reads that are sat out take at least thirty"
+
+    run(main)
+
+
+def test_a_job_that_is_none_and_one_that_ended_long_since(redis_server: RedisServer, queue_name: str) -> None:
+    async def main() -> None:
+        async with watching(redis_server, queue_name) as (client, watch):
+            signal = asyncio.Event()
+            job = await client.enqueue_plan(plan_job("a", {}))
+            await client.cancel(job.id)
+            ended, none = (watch.follow(job_id, True, signal, new=False) for job_id in (job.id, "nothing"))
+            await until(lambda: ended.outcome and none.outcome, signal)
+            assert isinstance(ended.outcome, JobCancelled)
+            assert isinstance(none.outcome, JobNotFound)
+            assert len(watch) == 0
+
+    run(main)
+
+
+def test_what_is_no_entry_of_a_stream_is_passed_over(redis_server: RedisServer, redis: Redis, queue_name: str) -> None:
+    async def main() -> None:
+        async with watching(redis_server, queue_name) as (client, watch):
+            signal = asyncio.Event()
+            job = await client.enqueue_plan(plan_job("a", {}))
+            watched = watch.follow(job.id, True, signal, new=True)
+            for entry in ({"x": "y"}, {"text": b"\xff", "at": 0, "attempt": 1}, {"text": "a", "at": "b", "attempt": 1}):
+                redis.xadd(stream_key(job.id), entry)  # type: ignore[arg-type]
+            redis.xadd(stream_key(job.id), piece_to_entry(Piece("good", 0, 1)))
+            seen: list[str] = []
+
+            def came() -> bool:
+                seen.append(text_of(watched))
+                return bool(seen[-1])
+
+            await until(came, signal)
+            assert "".join(seen) == "good"
+            await client.cancel(job.id)
+            await until(lambda: watched.outcome, signal)
+
+    run(main)
