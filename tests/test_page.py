@@ -5,12 +5,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import re
-import subprocess
-import sys
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,7 @@ from typing import Any
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from browser import Tabs, chromium
-from conftest import GOLDEN, wait_until
+from conftest import GOLDEN, StartEndpoint
 from playwright.sync_api import Browser, Page, Route, expect
 
 from fastgpt2 import Client, Job
@@ -43,8 +40,6 @@ SET_HIDDEN = """(hidden) => {
     document.dispatchEvent(new Event("visibilitychange"));
 }"""
 
-StartEndpoint = Callable[..., str]
-
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
@@ -60,30 +55,6 @@ def tabs(browser: Browser) -> Iterator[Tabs]:
     tabs.close()
 
 
-@pytest.fixture
-def start_endpoint(tmp_path: Path) -> Iterator[StartEndpoint]:
-    """Starts an endpoint on a Redis; returns its URL."""
-    started: list[subprocess.Popen[str]] = []
-
-    def start(redis_url: str, **environment: str) -> str:
-        log = tmp_path / f"api-{len(started)}.log"
-        with log.open("w") as out:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "fastgpt2", "api", "--port", "0"],
-                env={**os.environ, "FASTGPT2_REDIS_URL": redis_url, **environment},
-                stderr=out,
-                text=True,
-            )
-        started.append(process)
-        wait_until(lambda: "endpoint on" in log.read_text(), "the endpoint to listen")
-        return log.read_text().partition("endpoint on ")[2].split()[0]
-
-    yield start
-    for process in started:
-        process.terminate()
-        process.wait()
-
-
 @contextmanager
 def load(system: System, count: int = 48) -> Iterator[list[Job]]:
     """Long jobs that keep both workers busy for as long as the test needs."""
@@ -96,6 +67,11 @@ def load(system: System, count: int = 48) -> Iterator[list[Job]]:
         finally:
             for job in jobs:
                 job.cancel()
+
+
+def own_endpoint(system: System) -> dict[str, str]:
+    """The environment of another endpoint on the same pool."""
+    return {"FASTGPT2_REDIS_URL": system.redis_url, "FASTGPT2_QUEUE": "fastgpt2"}
 
 
 def golden_text(tokens: int) -> str:
@@ -247,7 +223,7 @@ class TestPrompt:
         expect(page.get_by_role("button", name="Generate")).to_be_enabled()
 
     def test_hostile_text_is_text(self, system: System, tabs: Tabs, start_endpoint: StartEndpoint) -> None:
-        page = tabs.open(start_endpoint(system.redis_url, FASTGPT2_SHOW_PROMPTS="1"))
+        page = tabs.open(start_endpoint(**own_endpoint(system), FASTGPT2_SHOW_PROMPTS="1").url)
         is_serving(page)
         before = page.locator("script, img").count()
         page.get_by_role("textbox", name="Prompt").fill(HOSTILE)
@@ -343,7 +319,7 @@ class TestToken:
         self, system: System, tabs: Tabs, start_endpoint: StartEndpoint
     ) -> None:
         tabs.expected = ("the server responded with a status of 401",)
-        url = start_endpoint(system.redis_url, FASTGPT2_TOKEN=TOKEN)
+        url = start_endpoint(**own_endpoint(system), FASTGPT2_TOKEN=TOKEN).url
         page = tabs.open(url)
         field = page.get_by_label("This endpoint asks for a token")
         expect(field).to_be_focused()
@@ -375,7 +351,7 @@ def test_redis_goes_away_and_comes_back(tabs: Tabs, start_endpoint: StartEndpoin
     tabs.expected = ("the server responded with a status of 503",)
     server = RedisServer(folder=tmp_path / "redis").start()
     try:
-        page = tabs.open(start_endpoint(server.url))
+        page = tabs.open(start_endpoint(FASTGPT2_REDIS_URL=server.url, FASTGPT2_QUEUE="fastgpt2").url)
         state = page.locator("#state")
         expect(state).to_have_text("No workers · 0\u00a0waiting")
         with Client(server.url) as client:

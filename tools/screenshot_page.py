@@ -86,7 +86,7 @@ def main() -> None:
             stopping.wait(args.seconds)
             schemes: dict[Literal["light", "dark"], str] = {"light": "page.png", "dark": "page-dark.png"}
             for scheme, name in schemes.items():
-                page = browser.new_page(viewport={"width": 1280, "height": 980}, device_scale_factor=1.25)
+                page = browser.new_page(viewport={"width": 1280, "height": 950}, device_scale_factor=1.2)
                 page.emulate_media(color_scheme=scheme)
                 page.goto(system.http_url)
                 take(page, args.output / name)

@@ -123,9 +123,10 @@ class Chart {
     part("h3").textContent = plan.title;
     part("small").textContent = plan.note ?? plan.unit;
     this.range.setAttribute("aria-label", `${plan.title}: look back`);
-    // The wash is under the last figure, which is part of those before it.
+    // The wash is under the last figure, which is part of the first; the first is on top.
     this.area = this.path(plan.lines.length > 1 ? "area second" : "area");
     this.curves = plan.lines.map((_, nth) => this.path(nth ? "curve second" : "curve"));
+    this.svg.append(this.curves[0]);
     this.offset = null; // seconds before the end that are read out; null is now
     this.follow(part(".plot"));
   }
@@ -194,10 +195,10 @@ class Chart {
   }
 }
 
-/** The next of 1, 2, 5, 10, 20, 50... */
+/** The next round number: an axis ends there, and most of it is used. */
 function roundedUp(value) {
   const size = 10 ** Math.floor(Math.log10(value));
-  return size * [1, 2, 5, 10].find((step) => step * size >= value * 0.999999);
+  return size * [1, 1.5, 2, 3, 4, 5, 6, 8, 10].find((step) => step * size >= value * 0.999999);
 }
 
 /** SVG path data of one figure. A time of which nothing is known is a gap; a point between two is a dash. */
