@@ -291,7 +291,7 @@ def _welcome(system: System) -> str:
     return "\n".join(
         [
             f"fastgpt2 is ready: model {values['model']}, {values['workers']} workers, queue {values['queue']}",
-            f"  endpoint  {system.http_url}/status",
+            f"  endpoint  {system.http_url}/ in a browser, {system.http_url}/v1 for OpenAI's clients",
             f"  Redis     {system.redis_url + ' (embedded)' if embedded else without_password(system.redis_url)}",
             f"  try       {' '.join([*variables, 'fastgpt2'])} enqueue --wait 'My name is'",
             f'            curl -s {system.http_url}/ -d \'{{"inputs": "My name is"}}\'',

@@ -69,7 +69,7 @@ def ready(process: subprocess.Popen[str], log: Path) -> tuple[str, str]:
     wait_until(lambda: "Ctrl-C stops it." in log.read_text() or process.poll() is not None, "the system to be ready")
     text = log.read_text()
     assert process.poll() is None, text
-    redis_url, http_url = re.search(r"redis://\S+", text), re.search(r"http://\S+(?=/status)", text)
+    redis_url, http_url = re.search(r"redis://\S+", text), re.search(r"http://\S+(?=/v1)", text)
     assert redis_url is not None
     assert http_url is not None
     return redis_url[0], http_url[0]

@@ -115,8 +115,9 @@ class Service:
             try:
                 yield waiting
             finally:
-                if not self.closing:
-                    self.in_background(self._cancel([job.id for job in waiting.jobs if job.outcome is None]))
+                left = [job.id for job in waiting.jobs if job.outcome is None]
+                if left and not self.closing:
+                    self._in_background(self._cancel(left))
 
     def attend(self, request: Request, job_id: str, streamed: bool, timeout: float | None = None) -> Waiting:
         """Wait for a job that is there already; it goes on whatever becomes of the request. A context manager.
@@ -131,7 +132,7 @@ class Service:
         if len(self.watch) + jobs > MAX_WAITING:
             raise ServiceBusy(f"{MAX_WAITING} jobs are waited for already; nothing was enqueued, try again later")
 
-    def in_background(self, work: Coroutine[Any, Any, None]) -> None:
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
         """What no request waits for; finished before the endpoint closes."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
@@ -220,7 +221,7 @@ class Waiting:
                     yield number, job.outcome
             if not left:
                 return
-            await self._heed()
+            await self._heed(next(iter(left.values())).id)
             if loop.time() >= quiet_until:
                 quiet_until = loop.time() + KEEP_ALIVE_SECONDS
                 yield None
@@ -228,14 +229,13 @@ class Waiting:
             await self.signal.wait()
             timer.cancel()
 
-    async def _heed(self) -> None:
+    async def _heed(self, job_id: str) -> None:
+        """Raises if there is no more use, or no more time, in waiting; the job is one of those that are waited for."""
         if self._caller.gone:
             raise CallerGone("the client hung up")
-        late = time.monotonic() >= self._deadline
-        if late or self._service.closing:
-            job_id = next(job.id for job in self.jobs if job.outcome is None)
-            if late:
-                raise await self._service.client.timed_out(job_id, self._timeout)
+        if time.monotonic() >= self._deadline:
+            raise await self._service.client.timed_out(job_id, self._timeout)
+        if self._service.closing:
             raise ServiceStopping(f"the endpoint is being stopped; job {job_id} goes on")
 
     async def results(self) -> list[GenerationResult]:
