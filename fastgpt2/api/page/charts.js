@@ -161,7 +161,7 @@ class Chart {
     say(this.now, plan.read(plan.now ? plan.now(status) : timeline.points.at(-1)[plan.lines[0]]));
     const values = plan.lines.flatMap((key) => timeline.points.map((point) => point[key])).filter(isNumber);
     const most = plan.most ?? roundedUp(Math.max(plan.least, ...values));
-    say(this.top, plan.read(most).replace(/\.0+/, ""));
+    say(this.top, plan.read(most).replace(/\.(\d*?)0+(?=\D|$)/, (_, kept) => kept && `.${kept}`)); // no 2.00 s
     plan.lines.forEach((key, nth) => this.curves[nth].setAttribute("d", curve(key, most)));
     this.area.setAttribute("d", curve(plan.lines.at(-1), most, true));
     this.svg.setAttribute("aria-label", this.summary());
