@@ -360,6 +360,24 @@ def test_new_fields_reach_the_model(client: Client, start_worker: StartWorker) -
     assert list(by_ids.result(timeout=30).token_ids) == ENTRY["ids"][:9]
 
 
+def test_prompts_are_scored(client: Client, start_worker: StartWorker) -> None:
+    """Beside a job that decodes; the numbers are transformers'."""
+    start_worker()
+    busy = client.enqueue(ENTRY["prompt"], max_new_tokens=400, ignore_eos=True)
+    scores = json.loads((GOLDEN / "demo_prompt_scores.json").read_text("utf-8"))["scores"]
+    jobs = [client.enqueue(entry["prompt"], max_new_tokens=0, prompt_logprobs=3, echo=True) for entry in scores]
+    for entry, job in zip(scores, jobs, strict=True):
+        result = job.result(timeout=30)
+        assert (result.text, result.token_ids, result.finish_reason) == (entry["prompt"], (), "length")
+        first, *others = result.prompt_logprobs or ()
+        assert (first.token_id, first.logprob) == (entry["prompt_ids"][0], None)
+        assert [one.token_id for one in others] == entry["prompt_ids"][1:]
+        assert [one.logprob for one in others] == pytest.approx(entry["logprobs"], rel=0, abs=1e-4)
+        for one, top in zip(others, entry["top"], strict=True):
+            assert [other.token_id for other in one.top] == [token_id for token_id, _ in top]
+    assert list(busy.result(timeout=30).token_ids[:100]) == ENTRY["ids"]
+
+
 def test_unknown_and_expired_jobs(client: Client, redis: Redis) -> None:
     with pytest.raises(JobNotFound, match="no job 'nonsense'"):
         client.job("nonsense").result(timeout=5)
@@ -374,7 +392,7 @@ def test_unknown_and_expired_jobs(client: Client, redis: Redis) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_new_tokens": -1}, "max_new_tokens must be between 1"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be between 0"),
         ({"temperature": 0.8}, "temperature is refused: fastgpt2 decodes greedily"),
         ({"max_tokens": 5}, "unknown field 'max_tokens'"),
         ({"stop": 5}, "stop must be a string or a list of strings, not int"),
@@ -400,6 +418,10 @@ def test_what_surely_cannot_fit_is_refused_at_enqueue(client: Client, redis: Red
         client.enqueue([5] * 512)
     with pytest.raises(PromptTooLong, match=r"min_new_tokens is 13; .* this prompt needs 500: ask for at most 12"):
         client.enqueue([5] * 500, min_new_tokens=13)
+    with pytest.raises(PromptTooLong, match=r"has 513 tokens, over the model's 512 positions: shorten it"):
+        client.enqueue([5] * 513, max_new_tokens=0)
+    full = client.enqueue([5] * 512, max_new_tokens=0).result(timeout=30)
+    assert (full.token_ids, full.finish_reason, full.usage.prompt_tokens) == ((), "length", 512)
     assert redis.llen(f"rq:queue:{client.queue_name}") == 0
 
 

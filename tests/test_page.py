@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+import signal
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from browser import Tabs, chromium
-from conftest import GOLDEN, StartEndpoint
+from conftest import GOLDEN, StartEndpoint, wait_until
 from playwright.sync_api import Browser, Page, Route, expect
 
 from fastgpt2 import Client, Job
@@ -67,6 +68,19 @@ def load(system: System, count: int = 48) -> Iterator[list[Job]]:
         finally:
             for job in jobs:
                 job.cancel()
+
+
+@contextmanager
+def paused(system: System) -> Iterator[None]:
+    """The workers do nothing for a while, shorter than their leases."""
+    workers = [child for child in system.pool.children if child.is_worker]
+    for worker in workers:
+        worker.signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for worker in workers:
+            worker.signal(signal.SIGCONT)
 
 
 def own_endpoint(system: System) -> dict[str, str]:
@@ -280,16 +294,18 @@ class TestFigures:
     def test_a_job_is_cancelled_from_the_table(self, system: System, tabs: Tabs) -> None:
         page = tabs.open(system.http_url)
         with load(system, 4) as jobs:
-            button = page.get_by_role("button", name=f"Cancel job {jobs[2].id[:8]}")
-            button.focus()
-            page.keyboard.press("Enter")
+            wait_until(lambda: jobs[2].status() == "started", "the job to start")
+            with paused(system):  # or it might end before somebody has pressed the button
+                button = page.get_by_role("button", name=f"Cancel job {jobs[2].id[:8]}")
+                button.focus()
+                page.keyboard.press("Enter")
+                row = page.locator("#jobs tbody tr", has=page.locator(f"[title='{jobs[2].id}']"))
+                expect(row).to_contain_text("cancelled")
+                expect(button).to_be_hidden()
+                expect(page.get_by_role("group", name="Latest jobs"), "the focus is not lost").to_be_focused()
+                expect(page.get_by_role("status").first).to_have_text(f"Job {jobs[2].id[:8]} is cancelled")
             with pytest.raises(JobCancelled):
                 jobs[2].result(timeout=20)
-            row = page.locator("#jobs tbody tr", has=page.locator(f"[title='{jobs[2].id}']"))
-            expect(row).to_contain_text("cancelled")
-            expect(button).to_be_hidden()
-            expect(page.get_by_role("group", name="Latest jobs"), "the focus is not lost").to_be_focused()
-            expect(page.get_by_role("status").first).to_have_text(f"Job {jobs[2].id[:8]} is cancelled")
 
     def test_nobody_is_asked_while_nobody_looks(self, system: System, tabs: Tabs) -> None:
         page = tabs.open("about:blank")

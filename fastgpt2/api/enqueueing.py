@@ -94,25 +94,29 @@ class JobPlan:
 
 @dataclass(frozen=True, slots=True)
 class Once:
-    """That a job is to be enqueued once, however often its client asks: the idempotency key of a request.
+    """That a job is to be enqueued once, however often its client asks: the idempotency key of a request, digested.
 
     A job that was cancelled does not count: who asks again, having hung up, wants it after all.
 
     Args:
-        key: the client's, of whatever characters and length, and what tells the jobs of one request apart.
-        asked: what the request asks for; under the same key it must be the same.
+        redis_key: where the job is kept in mind.
+        asked: a digest of what the request asks for; under the same key it must be the same.
     """
 
-    key: str
+    redis_key: str
     asked: str
 
-    @property
-    def redis_key(self) -> str:
-        return once_key(_digest(self.key))
 
-    @property
-    def fingerprint(self) -> str:
-        return _digest(self.asked)
+def once_each(key: str, count: int, asked: object) -> list[Once]:
+    """For so many jobs of a request.
+
+    Args:
+        key: the client's.
+        asked: what the request asks for, told apart by its `repr`.
+    """
+    # Once for all of them: it may have megabytes.
+    digest = _digest(repr(asked))
+    return [Once(once_key(_digest(f"{number} {key}")), digest) for number in range(count)]
 
 
 def _digest(text: str) -> str:
@@ -156,7 +160,7 @@ def enqueue_call(
     fields = [part for pair in job.to_dict().items() if pair[1] is not None for part in pair]
     depths = [f"rq:queue:{counted}" for counted in queues_of(queue)]
     keys = [job.key, f"rq:queue:{name}", "rq:queues", *depths, job.key if once is None else once.redis_key]
-    asked = "" if once is None else once.fingerprint
+    asked = "" if once is None else once.asked
     words = job.id, max_queue or 0, totals_key(queue), asked, plan.result_ttl
     return job.id, call("eval", _ENQUEUE, len(keys), *keys, *words, *fields)
 

@@ -49,7 +49,7 @@ class Completion:
 
     Attributes:
         plans: a job for each prompt.
-        asked: all of it, to compare with another.
+        asked: all of it, in one order, to compare with another.
     """
 
     model: str | None
@@ -58,7 +58,7 @@ class Completion:
     include_usage: bool
     echo: bool
     logprobs: int | None
-    asked: str
+    asked: list[tuple[str, Any]]
 
 
 def parse_completion(body: Mapping[str, Any]) -> Completion:
@@ -94,7 +94,7 @@ def parse_completion(body: Mapping[str, Any]) -> Completion:
         plans = [plan_job(prompt, fields) for prompt in _prompts(given.get("prompt", ""))]
     except BadRequest as error:
         raise in_this_apis_words(error) from None
-    asked = repr(sorted(given.items(), key=lambda pair: pair[0]))
+    asked = sorted(given.items(), key=lambda pair: pair[0])
     return Completion(_model(given), plans, stream, include_usage, echo, logprobs, asked)
 
 

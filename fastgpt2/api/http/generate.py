@@ -143,7 +143,7 @@ class Generate:
     async def _answer(self, request: Request, asked: Generation) -> Response:
         if asked.stream:
             return EventStream(self._events(request, asked), _error_event)
-        async with self._service.submit(request, [asked.plan], repr(asked.plan)) as waiting:
+        async with self._service.submit(request, [asked.plan], asked.plan) as waiting:
             (result,) = await waiting.results()
         answer: dict[str, Any] = {"generated_text": asked.text(result)}
         if asked.details:
@@ -156,7 +156,7 @@ class Generate:
     async def _events(
         self, request: Request, asked: Generation
     ) -> AsyncIterator[tuple[Mapping[str, str], AsyncIterator[bytes]]]:
-        async with self._service.submit(request, [asked.plan], repr(asked.plan)) as waiting:
+        async with self._service.submit(request, [asked.plan], asked.plan) as waiting:
             yield {"x-job-id": waiting.jobs[0].id}, _token_events(waiting, asked)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from fastgpt2.api.enqueueing import Once
+from fastgpt2.api.enqueueing import once_each
 from fastgpt2.api.http.answers import JSON, error_object
 from fastgpt2.api.http.caller import read_object
 from fastgpt2.api.http.event_stream import KEEP_ALIVE, EventStream, event
@@ -50,7 +50,7 @@ class Jobs:
         fields = {name: value for name, value in body.items() if name != "prompt" and value is not None}
         plan = plan_job(body["prompt"], fields)
         key = idempotency_key(request)
-        once = None if key is None else [Once(f"job {key}", repr(plan))]
+        once = None if key is None else once_each(f"job {key}", 1, plan)
         (job_id,) = await self._client.enqueue_all([plan], once)
         return JSON(await self._described(job_id), 202, {"location": f"/v1/jobs/{job_id}", "x-job-id": job_id})
 
@@ -183,25 +183,34 @@ async def listed(service: Service, workers: list[dict[str, Any]], limit: int) ->
     """
     from fastgpt2.api.latest import read_latest, read_prompts
 
-    running = [
-        {**_UNKNOWN, "id": job_id, "status": "started", "worker": worker["name"]}
-        for worker in workers
-        for job_id in worker["jobs"]
-    ]
-    running = running[:limit]
-    connection = service.client.connection
-    with redis_errors(service.client.redis_url):
-        ended = (
-            await read_latest(connection, service.client.queue_name, limit - len(running))
-            if len(running) < limit
-            else []
-        )
-        known = {job["id"] for job in ended}
-        jobs = [*(job for job in running if job["id"] not in known), *({**_UNKNOWN, **job} for job in ended)]
+    client = service.client
+    with redis_errors(client.redis_url):
+        jobs = await _in_hand(service, workers, limit)
+        if len(jobs) < limit:
+            ended = await read_latest(client.connection, client.queue_name, limit - len(jobs))
+            known = {job["id"] for job in ended}
+            jobs = [*(job for job in jobs if job["id"] not in known), *({**_UNKNOWN, **job} for job in ended)]
         if service.bounds.show_prompts:
-            prompts = await read_prompts(connection, [job["id"] for job in jobs])
+            prompts = await read_prompts(client.connection, [job["id"] for job in jobs])
             jobs = [{**job, "prompt": prompts.get(job["id"])} for job in jobs]
     return jobs
+
+
+async def _in_hand(service: Service, workers: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
+    """What Redis says of each: one that is being cancelled, or has just ended, is still in a worker's hands."""
+    pairs = [(job_id, worker["name"]) for worker in workers for job_id in worker["jobs"]][:limit]
+    async with service.client.connection.pipeline(transaction=False) as pipeline:
+        for job_id, _ in pairs:
+            pipeline.hmget(job_key(job_id), ["status", "enqueued_at", "started_at"])
+        answers = await pipeline.execute(raise_on_error=False) if pairs else []
+    found = []
+    for (job_id, worker), fields in zip(pairs, answers, strict=True):
+        if isinstance(fields, list) and fields[0] is not None:
+            status, *moments = (None if field is None else field.decode("utf-8", "replace") for field in fields)
+            enqueued_at, started_at = map(_epoch, moments)
+            waited = None if enqueued_at is None or started_at is None else round(max(0.0, started_at - enqueued_at), 3)
+            found.append({**_UNKNOWN, "id": job_id, "status": status, "worker": worker, "queue_seconds": waited})
+    return found
 
 
 _UNKNOWN: dict[str, Any] = dict.fromkeys(

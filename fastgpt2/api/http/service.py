@@ -13,7 +13,7 @@ from typing import Any, Self
 from starlette.requests import Request
 
 from fastgpt2.api.async_client import AsyncClient
-from fastgpt2.api.enqueueing import JobPlan, Once
+from fastgpt2.api.enqueueing import JobPlan, once_each
 from fastgpt2.api.http.caller import Caller, CallerGone
 from fastgpt2.api.outcome import Outcome, unwrapped
 from fastgpt2.api.watch import Watch, Watched
@@ -96,19 +96,20 @@ class Service:
             waiting.signal.set()
 
     @asynccontextmanager
-    async def submit(self, request: Request, plans: Sequence[JobPlan], asked: str) -> AsyncIterator[Waiting]:
+    async def submit(self, request: Request, plans: Sequence[JobPlan], asked: object) -> AsyncIterator[Waiting]:
         """Enqueue the jobs of a request, all or none, and wait for them; those that have not ended at the end of the
         context, as the client has hung up, or time is up, or one has failed, are cancelled.
 
         Args:
-            asked: what the request asks for, to compare with an earlier one of the same idempotency key.
+            asked: what the request asks for; its `repr` is compared with that of an earlier one of the same
+                idempotency key.
 
         Raises:
             BadRequest, PromptTooLong, QueueFull, QueueUnavailable, ServiceBusy, IdempotencyMismatch
         """
         self._check_room(len(plans))
         key = idempotency_key(request)
-        once = None if key is None else [Once(f"{number} {key}", asked) for number in range(len(plans))]
+        once = None if key is None else once_each(key, len(plans), asked)
         job_ids = await self.client.enqueue_all(plans, once)
         streamed = [plan.options.stream for plan in plans]
         with Waiting(self, request, job_ids, streamed, once is None, self.bounds.timeout) as waiting:
