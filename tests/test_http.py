@@ -307,32 +307,6 @@ class TestAlone:
             server.stop()
             free.stop()
 
-    def test_a_request_in_hand_is_answered_when_the_endpoint_stops(self) -> None:
-        free = RedisServer()
-        with RedisServer() as server:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "fastgpt2", "api", "--port", str(free.port)],
-                env={**os.environ, "FASTGPT2_REDIS_URL": server.url},
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            url = f"http://127.0.0.1:{free.port}"
-            wait_until(lambda: answers(url), "the endpoint to answer")
-            answer: list[Any] = []
-            asker = threading.Thread(target=lambda: answer.append(call(f"{url}/", {"inputs": "a"})))
-            asker.start()
-            with Client(server.url) as client:
-                wait_until(lambda: client.connection.llen("rq:queue:fastgpt2") == 1, "the job to be enqueued")
-            process.terminate()
-            asker.join(30)
-            assert answer[0][0] == 503
-            assert "the endpoint is being stopped; job" in answer[0][2]["error"]
-            _, errors = process.communicate(timeout=20)
-            assert process.returncode == 0
-            assert "endpoint has stopped" in errors
-            assert "Traceback" not in errors
-        free.stop()
-
 
 def answers(url: str) -> bool:
     try:
