@@ -272,6 +272,7 @@ def test_what_greedy_decoding_cannot_honour_is_refused(
         return  # then it is right
     error = got.json()["error"]
     assert (got.status_code, error["type"], error["param"]) == (400, "invalid_request_error", param)
+    assert error["code"] is None
     assert error["message"].startswith(message) or message in error["message"]
     assert set(error) == {"message", "type", "param", "code"}
 

@@ -33,6 +33,14 @@ RETRY_AFTER_SECONDS = 1
 OPENAI_PREFIX = "/v1/"
 
 
+class BadField(BadRequest):
+    """A field that is wrong, by name: OpenAI's `param`."""
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
 class ModelUnknown(BadRequest):
     """A request for a model that no worker serves."""
 
@@ -80,7 +88,7 @@ def _kind_and_code(error: FastGPT2Error) -> tuple[str, str | None]:
         case ForbiddenOrigin():
             return "permission_error", name
         case BadRequest():
-            return "invalid_request_error", None if type(error) is BadRequest else name
+            return "invalid_request_error", None if type(error) in (BadRequest, BadField) else name
     return "server_error", name
 
 

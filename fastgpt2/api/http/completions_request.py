@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastgpt2.api.enqueueing import JobPlan
+from fastgpt2.api.http.answers import BadField
 from fastgpt2.api.planning import plan_job
 from fastgpt2.engine.generation import MAX_NEW_TOKENS
 from fastgpt2.errors import BadRequest, FastGPT2Error, PromptTooLong
@@ -33,14 +34,6 @@ _FIELDS = frozenset(
         "ignore_eos", "min_tokens", "priority",
     }
 )  # fmt: skip
-
-
-class BadField(BadRequest):
-    """A field that is wrong, by name: OpenAI's `param`."""
-
-    def __init__(self, param: str, message: str) -> None:
-        super().__init__(message)
-        self.param = param
 
 
 @dataclass(frozen=True, slots=True)
