@@ -17,8 +17,11 @@ import httpx2 as httpx
 import pytest
 from conftest import RunningEndpoint, StartEndpoint, StartWorker, wait_until
 from redis import Redis
+from starlette.testclient import TestClient
 
 from fastgpt2 import Client
+from fastgpt2.api.http import service
+from fastgpt2.api.http.app import create_app
 from fastgpt2.api.http.caller import MAX_BODY_BYTES
 from fastgpt2.api.http.lingering import MAX_PASSED_OVER_BYTES
 from fastgpt2.system import System
@@ -158,6 +161,18 @@ def test_a_full_queue(start_endpoint: StartEndpoint, client: Client) -> None:
     assert post(endpoint, "/v1/completions", {"prompt": ["a", "b"]}).status_code == 429
     assert client.connection.llen(f"rq:queue:{client.queue_name}") == 1
     jobs[1].cancel()
+
+
+def test_too_much_waits(redis_server: RedisServer, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "MAX_WAITING", 1)
+    app = create_app(redis_server.url, client.queue_name, service.Bounds(timeout=0.05), lambda: False)
+    with TestClient(app, base_url="http://localhost") as web:
+        for stream in (False, True):
+            answer = web.post("/v1/completions", json={"prompt": ["a", "b"], "stream": stream})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "service_busy")
+            assert answer.headers["retry-after"] == "1"
+        assert queued(client) == []
+        assert web.post("/v1/completions", json={"prompt": "a"}).status_code == 504, "one may wait, if in vain"
 
 
 @pytest.mark.parametrize("stream", [False, True])
