@@ -96,7 +96,12 @@ def test_what_is_no_entry_of_a_stream_is_passed_over(redis_server: RedisServer, 
             signal = asyncio.Event()
             job = await client.enqueue_plan(plan_job("a", {}))
             watched = watch.follow(job.id, True, signal, new=True)
-            for entry in ({"x": "y"}, {"text": b"\xff", "at": 0, "attempt": 1}, {"text": "a", "at": "b", "attempt": 1}):
+            for entry in (
+                {"x": "y"},
+                {"text": b"\xff", "at": 0, "attempt": 1},
+                {"text": "a", "at": "b", "attempt": 1},
+                {"text": "a", "at": 0, "attempt": 1, "token_at": 0, "logprobs": "3"},
+            ):
                 redis.xadd(stream_key(job.id), entry)  # type: ignore[arg-type]
             redis.xadd(stream_key(job.id), piece_to_entry(Piece("good", 0, 1)))
             seen: list[str] = []

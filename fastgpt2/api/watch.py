@@ -92,7 +92,7 @@ class Watched:
             self._after = entry_id
             try:
                 piece = entry_to_piece(fields)
-            except (KeyError, ValueError):
+            except (KeyError, TypeError, ValueError):
                 continue  # not of ours; what it may have stood for comes with the result
             if piece is None:
                 self.unclear = True
