@@ -43,6 +43,14 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = 20.0
         time.sleep(0.01)
 
 
+def half_the_time(client: Client, prompt: str) -> float:
+    """In which the worker, once warm, gets through about half of 480 tokens, however fast the machine is today."""
+    client.enqueue(prompt, max_new_tokens=1).result(timeout=60)
+    began = time.monotonic()
+    client.enqueue(prompt, max_new_tokens=480, ignore_eos=True).result(timeout=60)
+    return (time.monotonic() - began) / 2
+
+
 @pytest.fixture(scope="session")
 def engine() -> Engine:
     """The shipped model. Four slots, so that batches are mixed."""

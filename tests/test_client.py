@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import GOLDEN, StartWorker, wait_until
+from conftest import GOLDEN, StartWorker, half_the_time, wait_until
 from redis import Redis
 from rq import Queue
 from rq.command import send_stop_job_command
@@ -325,7 +325,8 @@ class TestCancel:
 
 def test_a_job_whose_time_is_up(client: Client, start_worker: StartWorker) -> None:
     start_worker()
-    job = client.enqueue(ENTRY["prompt"], max_new_tokens=480, ignore_eos=True, timeout=0.2)
+    half = half_the_time(client, ENTRY["prompt"])
+    job = client.enqueue(ENTRY["prompt"], max_new_tokens=480, ignore_eos=True, timeout=half)
     with pytest.raises(JobTimedOut, match=f"job {job.id} ran out of time") as caught:
         job.result(timeout=30)
     kept = caught.value.partial

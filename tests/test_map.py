@@ -9,7 +9,7 @@ from itertools import count
 from typing import Any
 
 import pytest
-from conftest import GOLDEN, StartWorker, wait_until
+from conftest import GOLDEN, StartWorker, half_the_time, wait_until
 from redis import Redis
 
 from fastgpt2 import Client, GenerationRequest, GenerationResult
@@ -103,8 +103,10 @@ class TestErrors:
     def test_or_all_are_given_in_their_places(self, client: Client, start_worker: StartWorker) -> None:
         start_worker()
         strange: Any = 3.5
-        prompts = ["a", strange, "the " * 600, "x" * 500_000, GenerationRequest("b", 480, ignore_eos=True), [1, 2]]
-        results = list(client.map(prompts, return_exceptions=True, timeout=0.2))
+        long = GenerationRequest("b", 480, ignore_eos=True)
+        prompts = ["a", strange, "the " * 600, "x" * 500_000, long, [1, 2]]
+        timeout = half_the_time(client, "b")
+        results = list(client.map(prompts, return_exceptions=True, timeout=timeout))
         assert [type(result) for result in results] == [
             GenerationResult, BadRequest, PromptTooLong, PromptTooLong, JobTimedOut, GenerationResult,
         ]  # fmt: skip

@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 import pytest
-from conftest import GOLDEN, StartWorker, wait_until
+from conftest import GOLDEN, StartWorker, half_the_time, wait_until
 from redis import Redis
 from rq import Queue, Retry
 from rq.serializers import JSONSerializer
@@ -196,7 +196,8 @@ class TestErrors:
 
     def test_time_is_up(self, client: Client, start_worker: StartWorker) -> None:
         start_worker()
-        stream = client.stream(ENTRY["prompt"], max_new_tokens=480, ignore_eos=True, timeout=0.2)
+        half = half_the_time(client, ENTRY["prompt"])
+        stream = client.stream(ENTRY["prompt"], max_new_tokens=480, ignore_eos=True, timeout=half)
         with pytest.raises(JobTimedOut) as caught:
             list(stream)
         assert caught.value.partial is not None
