@@ -14,7 +14,7 @@ from fastgpt2.api import watch as watch_module
 from fastgpt2.api.async_client import AsyncClient
 from fastgpt2.api.planning import plan_job
 from fastgpt2.api.watch import Watch, Watched
-from fastgpt2.errors import JobCancelled, JobNotFound
+from fastgpt2.errors import FastGPT2Error, JobCancelled, JobNotFound
 from fastgpt2.worker.names import stream_key
 from fastgpt2.worker.redis_server import RedisServer
 from fastgpt2.worker.stream import Piece, piece_to_entry
@@ -114,5 +114,34 @@ def test_what_is_no_entry_of_a_stream_is_passed_over(redis_server: RedisServer, 
             assert "".join(seen) == "good"
             await client.cancel(job.id)
             await until(lambda: watched.outcome, signal)
+
+    run(main)
+
+
+@pytest.mark.parametrize("key", ["rq:results:{}", "rq:job:{}", "fastgpt2:stream:{}"])
+def test_a_key_of_the_wrong_kind_ends_its_own_job_and_no_other(
+    redis_server: RedisServer, redis: Redis, queue_name: str, key: str
+) -> None:
+    """All jobs are read together, and Redis refuses the whole of a read for one such key."""
+
+    async def main() -> None:
+        async with watching(redis_server, queue_name) as (client, watch):
+            signal = asyncio.Event()
+            spoiled, *others = [
+                watch.follow((await client.enqueue_plan(plan_job("a", {}))).id, True, signal, new=True)
+                for _ in range(3)
+            ]
+            redis.set(key.format(spoiled.id), "a string")
+            await until(lambda: spoiled.outcome, signal)
+            assert type(spoiled.outcome) is FastGPT2Error
+            assert f"Redis holds a string at {key.format(spoiled.id)}" in str(spoiled.outcome)
+            assert [other.outcome for other in others] == [None, None]
+            redis.xadd(stream_key(others[0].id), piece_to_entry(Piece("whole", 0, 1)))
+            await until(lambda: text_of(others[0]) == "whole", signal)
+            for other in others:
+                await client.cancel(other.id)
+            await until(lambda: all(other.outcome for other in others), signal)
+            assert [type(other.outcome) for other in others] == [JobCancelled, JobCancelled]
+            assert len(watch) == 0
 
     run(main)

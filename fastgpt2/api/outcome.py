@@ -42,7 +42,7 @@ def known_status(job_id: str, status: bytes | None) -> str:
     """RQ's status of a job as text. Raises JobNotFound where the job's hash has none."""
     if status is None:
         raise JobNotFound(f"no job {job_id!r}: it was never enqueued here, or its result has expired")
-    return status.decode()
+    return status.decode("utf-8", "replace")
 
 
 def unwrapped(outcome: Outcome) -> GenerationResult:

@@ -16,12 +16,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from redis.exceptions import RedisError
+
 from fastgpt2.api.async_client import AsyncClient
-from fastgpt2.api.exchange import Pause, Talk, Together, entries_by_key, read_streams
+from fastgpt2.api.exchange import Pause, Talk, Together, call, entries_by_key, read_streams
 from fastgpt2.api.following import Assembly
-from fastgpt2.api.outcome import Awaited, Entries, Outcome
+from fastgpt2.api.outcome import Awaited, Entries, Outcome, job_key
 from fastgpt2.api.session import LOOK_SECONDS, WAIT_SLICE_SECONDS
 from fastgpt2.errors import FastGPT2Error
+from fastgpt2.worker.guarded import is_of_entry
 from fastgpt2.worker.names import stream_key, wake_key
 from fastgpt2.worker.stream import Piece, entry_to_piece
 
@@ -64,6 +67,11 @@ class Watched:
         """What to wait for, each after the last entry that was read."""
         after = {self._job.key: self._job.after}
         return after if self._stream is None else {**after, self._stream: self._after}
+
+    @property
+    def kinds(self) -> dict[str, bytes]:
+        """What each key that is read must hold, where it holds anything."""
+        return {job_key(self.id): b"hash", **dict.fromkeys(self.keys, b"stream")}
 
     def pieces(self) -> Iterator[Piece]:
         """Those that have come since this was asked last."""
@@ -160,7 +168,7 @@ class Watch:
                 self._joined.clear()
                 await self._joined.wait()
             try:
-                await self._client.carry_out(self._turn())
+                await self._client.carry_out(self._guarded_turn())
             except Exception as reason:
                 error = reason if isinstance(reason, FastGPT2Error) else FastGPT2Error("an unforeseen error")
                 if error is not reason:
@@ -168,6 +176,31 @@ class Watch:
                 for watched in list(self._watched):
                     watched.fail(error)
                     self.drop(watched)
+
+    def _guarded_turn(self) -> Talk[None]:
+        try:
+            yield from self._turn()
+        except RedisError as reason:
+            if not (is_of_entry(reason) and (yield from self._weed_out())):
+                raise
+
+    def _weed_out(self) -> Talk[bool]:
+        """End the jobs with a key of another kind than ours: it fails every read that other jobs' keys are in, too.
+
+        Returns:
+            Whether there were any.
+        """
+        before = len(self._watched)
+        asked = [(watched, key, kind) for watched in self._watched for key, kind in watched.kinds.items()]
+        types = Together(tuple(call("type", key) for _, key, _ in asked))
+        for (watched, key, kind), found in zip(
+            asked, (yield from self._contact.patiently(types, math.inf)), strict=True
+        ):
+            if found not in (kind, b"none"):
+                text = f"Redis holds a {found.decode()} at {key}, where the {kind.decode()} of job {watched.id} belongs"
+                watched.fail(FastGPT2Error(f"{text}: another program has written there"))
+                self.drop(watched)
+        return len(self._watched) < before
 
     def _turn(self) -> Talk[None]:
         now = time.monotonic()
