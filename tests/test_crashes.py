@@ -240,8 +240,8 @@ def test_a_silent_worker_loses_its_jobs_once_its_lease_is_over_and_comes_too_lat
     assert [status(job) for job in everything] == ["started"] * 4
     third = start_worker(FASTGPT2_MAX_BATCH="4")
     wait_until(lambda: any(status(job) != "started" for job in everything), "the lease to lapse", 30)
-    # The last renewal may be a second old, and the looks begin as soon as the lease has lapsed.
-    assert time.monotonic() - silent_since > LEASE_SECONDS - 1.0 + (LOOKS - 1)
+    # The last renewal may be a second old, on a machine under load two; the looks begin when the lease has lapsed.
+    assert time.monotonic() - silent_since > LEASE_SECONDS - 2.0 + (LOOKS - 1)
     wait_until(lambda: all(status(job) == "finished" for job in everything), "all to finish", 30)
     assert time.monotonic() - silent_since < 20.0
     attempts = [redis.hget(job.key, "fastgpt2_attempts") for job in everything]

@@ -140,7 +140,7 @@ def test_a_job_that_fails_says_why(web: httpx.Client) -> None:
     assert (job["status"], job["error"]["code"]) == ("failed", "job_timed_out")
 
 
-@pytest.mark.parametrize("job_id", ["nothing", "a" * 128, "%2e%2e", "a%00b", "x" * 500, str(uuid.uuid4())])
+@pytest.mark.parametrize("job_id", ["nothing", "a" * 128, "%2e%2e", "a%00b", "x" * 500, str(uuid.UUID(int=1))])
 def test_no_such_job(web: httpx.Client, job_id: str) -> None:
     for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/stream")):
         answer = web.request(method, f"/v1/jobs/{job_id}{path}")
