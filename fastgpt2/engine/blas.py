@@ -29,13 +29,18 @@ def fair_share_of_cores() -> int:
     return max(1, usable_cores() // max(1, int(workers) if workers.isdecimal() else 1))
 
 
-def _quota() -> int | None:
-    """Whole cores that the control group's CPU quota pays for (`docker run --cpus`), None without a quota."""
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return None if quota == "max" else int(quota) // int(period)
-    except (OSError, ValueError):
-        return None
+def _quota(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Whole cores that the control group's CPU quota pays for (`docker run --cpus`), at least one; None without one.
+
+    Source: `cpu.max` in the kernel's admin-guide/cgroup-v2.rst, `cpu.cfs_quota_us` in scheduler/sched-bwc.rst.
+    """
+    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            quota, period = " ".join((root / name).read_text() for name in files).split()
+            return None if quota in ("max", "-1") else max(1, int(quota) // int(period))
+        except (OSError, ValueError, ZeroDivisionError):
+            continue
+    return None
 
 
 def hold_to_one_thread() -> None:
