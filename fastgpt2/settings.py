@@ -134,7 +134,11 @@ REVISION: Setting[str | None] = Setting(
     "revision", "REV", str, None, "branch, tag or commit of the hub's repository", "main"
 )
 REDIS_URL = Setting(
-    "redis_url", "URL", str, "redis://127.0.0.1:6379/0", "Redis to use; better set as a variable if it holds a password"
+    "redis_url",
+    "URL",
+    str,
+    "redis://127.0.0.1:6379/0",
+    "Redis to use; better set as a variable if it holds a password, or with ?password_file=PATH",
 )
 OWN_REDIS_URL: Setting[str | None] = Setting(
     "redis_url", "URL", str, None, "Redis to use instead of an embedded one", "embedded"

@@ -37,8 +37,11 @@ def connect(url: str) -> Redis:
     from redis.backoff import NoBackoff
     from redis.retry import Retry
 
+    from fastgpt2.worker.password_file import without_password_file
+
     with _url_errors():
-        client = Redis.from_url(url, retry=Retry(NoBackoff(), 0), **_options())
+        bare, credentials = without_password_file(url)
+        client = Redis.from_url(bare, retry=Retry(NoBackoff(), 0), **_options(), **credentials)
         pool: Any = client.connection_pool
         pool.connection_class = _bounded(pool.connection_class)
         pool.make_connection()
@@ -77,8 +80,11 @@ def connect_async(url: str) -> AsyncRedis:
     from redis.asyncio.retry import Retry
     from redis.backoff import NoBackoff
 
+    from fastgpt2.worker.password_file import without_password_file
+
     with _url_errors():
-        client = Redis.from_url(url, retry=Retry(NoBackoff(), 1), **_options())
+        bare, credentials = without_password_file(url)
+        client = Redis.from_url(bare, retry=Retry(NoBackoff(), 1), **_options(), **credentials)
         client.connection_pool.make_connection()  # type: ignore[no-untyped-call]
     return client
 
@@ -97,10 +103,13 @@ def _url_errors() -> Iterator[None]:
     """What the library says of a URL may quote the password in it, so its words are not passed on."""
     try:
         yield
+    except FastGPT2Error:
+        raise
     except (ValueError, TypeError):
         raise BadRequest(
             "the Redis URL cannot be used; it reads redis://[user:password@]host:port/0, rediss://... or unix:///path, "
-            "with the characters / # ? @ [ ] of a password percent-encoded, and no options that redis-py does not know"
+            "with the characters / # ? @ [ ] of a password percent-encoded, perhaps ?password_file=/path in place of "
+            "the password, and no options that redis-py does not know"
         ) from None
 
 
