@@ -195,6 +195,14 @@ MAX_GROWTH = Setting(
     "end a worker whose own memory has grown by more than this, beside keys and values",
     "512MiB",
 )
+ALIVE_FILE: Setting[str | None] = Setting(
+    "alive_file",
+    "FILE",
+    str,
+    None,
+    "for probes: a file that is there while the worker serves its queue, and touched each second while its loop turns",
+    "none",
+)
 BURST = Setting("burst", "", yes_or_no, False, "end when the queue is empty")
 NAME: Setting[str | None] = Setting("name", "NAME", word, None, "name of the worker", "host and process id")
 HOST = Setting("host", "ADDRESS", str, "127.0.0.1", "address that the HTTP endpoint binds to")

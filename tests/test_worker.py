@@ -399,6 +399,30 @@ def test_a_second_signal_gives_the_job_back_to_the_front(
     assert value_of(job)["token_ids"][:100] == ENTRY["ids"]
 
 
+def test_a_file_tells_probes_that_the_loop_turns(queue: Queue, start_worker: StartWorker, tmp_path: Path) -> None:
+    alive = tmp_path / "alive"
+    process = start_worker(FASTGPT2_ALIVE_FILE=str(alive))
+    wait_until(alive.exists, "the file to be made")
+    for _ in range(2):  # an idle worker's, and a busy one's
+        os.utime(alive, (1, 1))
+        wait_until(lambda: alive.stat().st_mtime > 1, "the file to be touched", 10)
+        queue.enqueue(TASK, ENTRY["prompt"], **LONG)
+    process.send_signal(signal.SIGSTOP)
+    os.utime(alive, (1, 1))
+    assert process.poll() is None
+    assert alive.stat().st_mtime == 1, "nobody but the loop touches it"
+    process.send_signal(signal.SIGCONT)
+    process.terminate()
+    process.terminate()
+    assert process.wait(60) == 0
+    assert not alive.exists()
+    refused = start_worker(wait=False, FASTGPT2_ALIVE_FILE=str(tmp_path / "nowhere" / "alive"))
+    assert refused.wait(30) == 2
+    log = (tmp_path / "worker-1.log").read_text()
+    assert f"--alive-file {tmp_path}/nowhere/alive: cannot be made (No such file or directory)" in log
+    assert "Traceback" not in log
+
+
 def test_sigint_stops_an_idle_worker_at_once(queue: Queue, redis: Redis, start_worker: StartWorker) -> None:
     process = start_worker()
     process.send_signal(signal.SIGINT)

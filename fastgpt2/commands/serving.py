@@ -11,6 +11,7 @@ def worker(values: dict[str, Any]) -> int:
     from fastgpt2.engine.blas import hold_to_one_thread
     from fastgpt2.engine.engine import Engine
     from fastgpt2.logs import set_up_logging
+    from fastgpt2.worker.alive import AliveFile
     from fastgpt2.worker.connection import connect
     from fastgpt2.worker.generation_worker import GenerationWorker, log
     from fastgpt2.worker.recycling import Recycling
@@ -40,6 +41,7 @@ def worker(values: dict[str, Any]) -> int:
         recycling=Recycling(values["max_jobs"], values["max_growth"]),
         log_prompts=values["log_prompts"],
         restarts=int(restarts) if restarts.isdigit() else 0,
+        alive=AliveFile(values["alive_file"]) if values["alive_file"] else None,
     ).work(burst=values["burst"])
     return 0
 

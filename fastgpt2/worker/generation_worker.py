@@ -15,6 +15,7 @@ from rq.registry import CanceledJobRegistry
 from rq.worker import WorkerStatus
 
 from fastgpt2.errors import JobStopped, PromptTooLong
+from fastgpt2.worker.alive import AliveFile
 from fastgpt2.worker.batch import Batch
 from fastgpt2.worker.claims import SUSPECT_CRASHES, Claim, Claims
 from fastgpt2.worker.description import Description
@@ -60,6 +61,7 @@ class GenerationWorker(RQWorker):
         recycling: when to end although nobody asks for it.
         log_prompts: write what is asked into the log, where it would else not be found.
         restarts: how often the supervisor has started a worker in this one's place again.
+        alive: the file that probes look at.
     """
 
     def __init__(
@@ -73,11 +75,13 @@ class GenerationWorker(RQWorker):
         recycling: Recycling | None = None,
         log_prompts: bool = False,
         restarts: int = 0,
+        alive: AliveFile | None = None,
     ) -> None:
         self.engine = engine
         self.drain_timeout = drain_timeout
         self.recycling = recycling
         self.log_prompts = log_prompts
+        self._alive = alive
         self.batch = Batch(engine)
         self._claimed: list[Claim] = []
         self._worked = False
@@ -116,9 +120,13 @@ class GenerationWorker(RQWorker):
         if self.recycling is not None:
             self.recycling.start()
         try:
+            if self._alive is not None:
+                self._alive.make()
             while not self._turn(burst):
                 pass
         finally:
+            if self._alive is not None:
+                self._alive.remove()
             self._claims.close()
             self.figures.close()
             self.sign_off()
@@ -134,6 +142,8 @@ class GenerationWorker(RQWorker):
         """Whether this was the last one."""
         idle = self._empty_handed()
         self.lease.turned()
+        if self._alive is not None:
+            self._alive.turned()
         self._heed_stop()
         found = True
         if time.monotonic() >= self._no_redis_before:
