@@ -297,9 +297,11 @@ COMMANDS = {
     "pack": Command(
         "fastgpt2.commands.pack:run",
         "make a model's packed file in the cache, and print its path and its size in bytes, a tab between",
-        (*_MODEL, settings.VERIFY),
+        (*_MODEL, *_COMPUTE, settings.VERIFY, settings.MEASURE),
         Positional("model", "the same as --model", optional=True),
-        "A large model is packed when it is first loaded: this does it before, and for small ones too.",
+        "A large model is packed when it is first loaded: this does it before, and for small ones too. With --measure, "
+        "workers find all that they need in a cache which they cannot write to. The panels' layout can depend on how "
+        "many cores there are: run it with as many as the workers will have.",
     ),
     "cache": Command(
         "fastgpt2.commands.cache:run",

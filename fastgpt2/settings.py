@@ -268,6 +268,9 @@ WAIT = Setting("wait", "", yes_or_no, False, "wait for the result and print it")
 VERIFY = Setting(
     "verify", "", yes_or_no, False, "check every byte of the packed file, and make it anew if one is wrong"
 )
+MEASURE = Setting(
+    "measure", "", yes_or_no, False, "also measure what a worker with such --threads measures when it first starts here"
+)
 ALL = Setting(
     "all", "", yes_or_no, False, "with prune: remove every packed file, and what was measured of this machine"
 )

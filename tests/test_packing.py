@@ -18,9 +18,11 @@ from conftest import GOLDEN
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
+from fastgpt2.cli import main
 from fastgpt2.engine import sizing
 from fastgpt2.engine.checkpoint import Checkpoint
 from fastgpt2.engine.config import read_config
+from fastgpt2.engine.engine import Engine
 from fastgpt2.engine.gpt2 import GPT2
 from fastgpt2.engine.loading import load_network
 from fastgpt2.engine.pack_plan import Layout
@@ -129,6 +131,21 @@ def test_a_large_model_is_packed_on_its_first_load_and_measured_once(
     assert caplog.text.count("packed ") == 1
     assert caplog.text.count("panels of 20 rows") == 1
     assert not list(cache.glob("*.tmp"))
+
+
+def test_what_a_worker_would_measure_is_measured_with_it(
+    cache: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So that a worker whose cache is a read-only volume has it."""
+    caplog.set_level(logging.INFO)
+    assert main(["pack", "demo", "--measure", "--threads", "1"]) == 0
+    (path,) = packed_files(cache)
+    assert capsys.readouterr().out == f"{path}\t{path.stat().st_size}\n"
+    assert caplog.text.count("sequences at once pay on this machine") == 1
+    before = (cache / "calibration.json").read_text()
+    Engine.load("demo", threads=1)
+    assert caplog.text.count("sequences at once pay on this machine") == 1
+    assert (cache / "calibration.json").read_text() == before
 
 
 @pytest.mark.parametrize("spoiled", ["", "{", "[]", '{"x": []}', "[" * 100_000])

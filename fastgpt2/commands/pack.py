@@ -27,6 +27,8 @@ def run(values: dict[str, Any]) -> int:
         packed = _pack(values)
         if not _intact(packed):
             raise ModelError(f"{packed.path}: reads otherwise than it was written a moment ago; is the disk sound?")
+    if values["measure"]:
+        _measure(values)
     print(packed.path, os.fstat(packed.fd).st_size, sep="\t")
     return 0
 
@@ -39,6 +41,13 @@ def _pack(values: dict[str, Any]) -> Packed:
 
     folder = find_model(values["model"], values["revision"])
     return pack_model(folder, read_config(folder / CONFIG_FILE), values["model"])
+
+
+def _measure(values: dict[str, Any]) -> None:
+    """What a worker finds out when it loads the model is kept beside the packed file."""
+    from fastgpt2.engine.engine import Engine
+
+    Engine.load(values["model"], revision=values["revision"], threads=values["threads"], blas=values["blas"])
 
 
 def _intact(packed: Packed) -> bool:
