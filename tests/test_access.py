@@ -20,6 +20,7 @@ from fastgpt2.errors import BadRequest
 from fastgpt2.worker.redis_server import RedisServer
 
 TOKEN = "correct-horse-battery-staple"
+POSTED = ("/", "/health", "/ready")
 
 
 def ask(port: int, path: str, *headers: tuple[str, bytes], method: str = "GET", body: bytes = b"") -> tuple[int, str]:
@@ -52,6 +53,10 @@ def test_with_a_token_everything_but_the_probes_asks_for_it(
     port = start_endpoint("--host", "0.0.0.0", **given).port
     assert ask(port, "/") == (200, "Ok")
     assert ask(port, "/health")[0] == 200
+    status, text = ask(port, "/ready")
+    assert status == 503
+    assert json.loads(text)["error"].startswith("no worker that has loaded its model lives on this queue: ")
+    assert ask(port, "/ready", method="HEAD") == (503, "")
     wrong: list[tuple[tuple[str, bytes], ...]] = [
         (),
         (bearer("wrong"),),
@@ -65,7 +70,10 @@ def test_with_a_token_everything_but_the_probes_asks_for_it(
         (("X-Authorization", b"Bearer " + TOKEN.encode()),),
     ]
     for headers in wrong:
-        for method, path in (("GET", "/status"), ("POST", "/"), ("GET", "/nothing"), ("POST", "/health")):
+        for method, path in (
+            *(("GET", path) for path in ("/status", "/nothing")),
+            *(("POST", path) for path in POSTED),
+        ):
             status, text = ask(port, path, *headers, method=method, body=b"{")
             assert (status, json.loads(text)["error_type"]) == (401, "Unauthorized"), (headers, method, path)
             assert TOKEN not in text
@@ -112,6 +120,7 @@ def test_without_a_token_only_requests_to_this_machine_by_name_are_served(start_
         status, text = ask(port, "/status", ("Host", host.encode()))
         assert (status, json.loads(text)["error_type"]) == (403, "ForbiddenOrigin"), host
         assert ask(port, "/health", ("Host", host.encode()))[0] == 200, "a probe comes by the address of its pod"
+        assert ask(port, "/ready", ("Host", host.encode()))[0] == 503, "no worker, but no refusal"
     assert ask(port, "/status", ("Host", b"localhost"), ("Host", b"evil.example"))[0] == 400
 
 

@@ -24,6 +24,7 @@ from fastgpt2.api.http import service
 from fastgpt2.api.http.app import create_app
 from fastgpt2.api.http.caller import MAX_BODY_BYTES
 from fastgpt2.api.http.lingering import MAX_PASSED_OVER_BYTES
+from fastgpt2.api.http.observe import FRESH_SECONDS
 from fastgpt2.system import System
 from fastgpt2.worker.redis_server import RedisServer
 
@@ -204,14 +205,17 @@ def test_ready(start_endpoint: StartEndpoint, start_worker: StartWorker) -> None
     assert answer.status_code == 503
     assert "no worker" in answer.json()["error"]
     worker = start_worker()
+    # What Redis said is told for half a second.
+    time.sleep(FRESH_SECONDS)
     assert httpx.get(f"{endpoint.url}/ready", trust_env=False).json() == {"status": "ready"}
     worker.terminate()
     worker.wait(20)
+    time.sleep(FRESH_SECONDS)
     assert httpx.get(f"{endpoint.url}/ready", trust_env=False).status_code == 503
 
 
 ROUTES = [
-    ("GET", "/ready", None), ("GET", "/status", None), ("GET", "/metrics", None), ("GET", "/v1/models", None),
+    ("GET", "/status", None), ("GET", "/metrics", None), ("GET", "/v1/models", None),
     ("GET", "/v1/jobs", None), ("GET", "/v1/jobs/x", None), ("POST", "/v1/jobs", {"prompt": "a"}),
     ("POST", "/v1/completions", {"prompt": "a"}), ("POST", "/v1/completions", {"prompt": "a", "stream": True}),
     ("POST", "/", {"inputs": "a"}), ("POST", "/generate_stream", {"inputs": "a"}),
@@ -227,6 +231,8 @@ def test_a_redis_that_is_away(start_endpoint: StartEndpoint) -> None:
             assert answer.status_code == 503, path
             assert "start it, or mend FASTGPT2_REDIS_URL" in answer.text
         assert httpx.get(f"{endpoint.url}/health", trust_env=False).status_code == 200
+        answer = httpx.get(f"{endpoint.url}/ready", trust_env=False)
+        assert (answer.status_code, answer.json()["error"]) == (503, "Redis cannot be used; /status says why")
     assert "Traceback" not in endpoint.log.read_text()
 
 

@@ -22,7 +22,7 @@ return count
 
 
 async def not_ready(connection: Redis, queue: str) -> str | None:
-    """Why no job would be served now, as a sentence with the remedy; None if at least one worker lives.
+    """Why no job would be served now, as a sentence for everybody to read; None if at least one worker lives.
 
     A worker takes a lease when its model is loaded and warmed up, and loses it seconds after it was heard of last.
 
@@ -33,6 +33,6 @@ async def not_ready(connection: Redis, queue: str) -> str | None:
     if living:
         return None
     return (
-        f"no worker that has loaded its model lives on the queue {queue!r}: start some with `fastgpt2 up` or "
-        "`fastgpt2 pool`, or wait until those that start are ready"
+        "no worker that has loaded its model lives on this queue: start some with `fastgpt2 up` or `fastgpt2 pool`, or "
+        "wait until those that start are ready"
     )

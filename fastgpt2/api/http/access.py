@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 MIN_TOKEN_CHARACTERS = 16
 MAX_TOKEN_CHARACTERS = 1024
-# Probes have no token. Neither tells more than that this process answers.
-_OPEN = frozenset({("GET", "/"), ("HEAD", "/"), ("GET", "/health"), ("HEAD", "/health")})
+# Probes have no token. None of these tells more than that this process answers and whether the pool serves.
+_OPEN = frozenset((method, path) for method in ("GET", "HEAD") for path in ("/", "/health", "/ready"))
 
 
 def read_token(file: str | None) -> str | None:
@@ -89,7 +89,7 @@ class Access:
     """ASGI middleware that refuses a request before its body is read.
 
     Args:
-        token: what every request must bear, those to `GET /` and `GET /health` apart.
+        token: what every request must bear, those for the page's frame and of probes apart.
         local: without a token, the name or address of this machine that the endpoint is bound to; None if other
             machines may ask. Only requests to that name, or another of this machine's, are then served: a web page
             could have its own name lead here (DNS rebinding), and would pass for one of ours.

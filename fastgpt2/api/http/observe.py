@@ -40,6 +40,8 @@ class Observe:
         self._client = service.client
         self._statuses: dict[bool, tuple[float, dict[str, Any]]] = {}
         self._reading = asyncio.Lock()
+        self._readiness: tuple[float, str | None] | None = None
+        self._asking = asyncio.Lock()
 
     async def home(self, request: Request) -> Response:
         """`GET /`: the page for a browser; `Ok` for a program, as the original has it."""
@@ -55,18 +57,28 @@ class Observe:
         return JSON({"status": "ok"})
 
     async def ready(self, _request: Request) -> Response:
-        """`GET /ready`: whether a job that is sent now would be run.
+        """`GET /ready`: whether a job that is sent now would be run. Open to strangers: no name or address is in it.
 
         Raises:
-            NotReady, QueueUnavailable
+            NotReady
         """
         if self._service.stopping:
             raise NotReady("the endpoint is being stopped")
-        with redis_errors(self._client.redis_url):
-            reason = await not_ready(self._client.connection, self._client.queue_name)
+        reason = await self._why_not_ready()
         if reason is not None:
             raise NotReady(reason)
         return JSON({"status": "ready"})
+
+    async def _why_not_ready(self) -> str | None:
+        async with self._asking:
+            if self._readiness is None or time.monotonic() - self._readiness[0] > FRESH_SECONDS:
+                try:
+                    with redis_errors(self._client.redis_url):
+                        reason = await not_ready(self._client.connection, self._client.queue_name)
+                except QueueUnavailable:
+                    reason = "Redis cannot be used; /status says why"
+                self._readiness = time.monotonic(), reason
+            return self._readiness[1]
 
     async def status(self, request: Request) -> Response:
         """`GET /status`, with `?history=true` for the last minutes."""

@@ -16,8 +16,8 @@ Object = dict[str, Any]
 
 _DESCRIPTION = """GPT-2 text generation on CPUs: a pool of workers behind a Redis queue. Decoding is greedy: the
 likeliest token, always; what asks for anything else is refused. With a token set, every request but those of probes
-bears it. A client that hangs up cancels the jobs of its request, `/v1/jobs` apart. An `Idempotency-Key` makes a request
-that is sent again the same one."""
+and of the page's frame bears it. A client that hangs up cancels the jobs of its request, `/v1/jobs` apart. An
+`Idempotency-Key` makes a request that is sent again the same one."""
 
 _STATUSES = {
     400: "The request is malformed, or asks for what cannot be done.",
