@@ -1,33 +1,48 @@
-ARG PYTHON_TAG=3.11-slim-bookworm
+# docker build -t fastgpt2 .                            numpy's OpenBLAS
+# docker build -t fastgpt2:mkl --build-arg BLAS=mkl .   Intel's MKL beside it; fastgpt2 takes the faster
+ARG PYTHON_TAG=3.11.14-slim-bookworm
 
 FROM python:${PYTHON_TAG} AS builder
-ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+ARG BLAS=openblas
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PIP_NO_COMPILE=1
 WORKDIR /src
 # No pip in it: nothing is installed later.
 RUN python -m venv --without-pip /venv
-# The dependencies first and alone: a change of the source leaves their layer in the build cache.
-COPY pyproject.toml ./
-RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
-        > /tmp/requirements.txt \
-    && pip --python /venv/bin/python install --requirement /tmp/requirements.txt
+# The dependencies first and alone: a change of the source leaves their layer as it is, here and where it is pulled.
+COPY pyproject.toml constraints.txt ./
+COPY deploy/image ./deploy/image
+RUN python deploy/image/requirements.py "$BLAS" > /tmp/requirements.txt \
+    && pip --python /venv/bin/python install --only-binary :all: --constraint constraints.txt -r /tmp/requirements.txt \
+    && sh deploy/image/prune.sh /venv
 COPY README.md LICENSE ./
 COPY fastgpt2 fastgpt2
-RUN pip wheel --no-deps --wheel-dir /tmp/wheels . \
-    && pip --python /venv/bin/python install --no-deps /tmp/wheels/*.whl
+# Into a tree of its own, which is laid over the other: /app/venv/...
+RUN PIP_CONSTRAINT=/src/constraints.txt pip wheel --no-deps --wheel-dir /tmp/wheels . \
+    && cp -a /venv /tmp/bare && pip --python /venv/bin/python install --no-deps /tmp/wheels/*.whl \
+    && sh deploy/image/prune.sh /venv \
+    && sh deploy/image/added.sh /tmp/bare /venv /app && rm -rf /venv && mv /tmp/bare /venv
 
 FROM python:${PYTHON_TAG}
-# The id is fixed because files in volumes and bind mounts belong to a number. /cache exists, and belongs to it, because
-# a new named volume takes over the owner of the folder that it is mounted on.
-RUN useradd --uid 10001 --user-group --create-home fastgpt2 \
-    && install --directory --owner=fastgpt2 --group=fastgpt2 /cache
+LABEL org.opencontainers.image.title="fastgpt2" \
+      org.opencontainers.image.description="GPT-2 text generation on CPUs: workers of a Redis queue, and an HTTP endpoint" \
+      org.opencontainers.image.licenses="MIT"
+# The id is fixed because files in volumes and bind mounts belong to a number. The folders exist, and belong to it,
+# because a new named volume takes over the owner of the folder that it is mounted on.
+RUN useradd --uid 10001 --user-group --no-create-home --home-dir /tmp fastgpt2 \
+    && install --directory --owner=fastgpt2 --group=fastgpt2 /cache /access
 COPY --from=builder /venv /venv
-# A progress bar in a log is hundreds of lines.
+COPY --from=builder /app /
+# A progress bar in a log is hundreds of lines. The file for probes lies where a container whose root is read-only has
+# its only room.
 ENV PATH=/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
     HF_HOME=/cache/huggingface \
     FASTGPT2_CACHE=/cache/fastgpt2 \
+    FASTGPT2_ALIVE_FILE=/tmp/alive \
     HF_HUB_DISABLE_PROGRESS_BARS=1 \
     HF_HUB_DISABLE_TELEMETRY=1
 # By number: Kubernetes' runAsNonRoot cannot tell by a name.
 USER 10001:10001
+EXPOSE 8000
 CMD ["fastgpt2", "--help"]

@@ -1,0 +1,8 @@
+#!/bin/sh
+# added.sh BEFORE AFTER OUT: copy what AFTER has and BEFORE has not to OUT/AFTER.
+set -eu
+before=$1 after=$2 out=$3
+cd "$after"
+find . -type f | while read -r file; do
+    [ -e "$before/$file" ] || { mkdir -p "$out$after/$(dirname "$file")" && cp -p "$file" "$out$after/$file"; }
+done
