@@ -215,17 +215,16 @@ def test_variables_are_settings_of_the_command_and_can_be_read() -> None:
     for pod in (PODS["fastgpt2-worker"], PODS["fastgpt2-api"]):
         assert pod["spec"]["enableServiceLinks"] is False, "FASTGPT2_REDIS_PORT would be tcp://..."
         for container in containers(pod):
-            (command,) = re.findall(r"fastgpt2 (\w+)$", " ".join(container["command"]))
+            (command,) = re.findall(r"fastgpt2 (\w+)", " ".join(container["command"]))
             commands.add(command)
-            taken = {setting.variable for setting in COMMANDS[command].settings} | {"FASTGPT2_ALIVE_FILE"}
+            taken = {setting.variable for setting in COMMANDS[command].settings}
             shared = named("ConfigMap", "fastgpt2-settings")["data"]
             for name, value in environment(container).items():
                 if not name.startswith("FASTGPT2_"):
                     assert name.startswith("HF_")
                     continue
                 assert name in taken or name in shared, (command, name)
-                if name != "FASTGPT2_ALIVE_FILE":
-                    assert known[name].parse(value) not in (None, ""), name
+                assert known[name].parse(value) not in (None, ""), name
     assert commands == {"pack", "worker", "api"}
 
 

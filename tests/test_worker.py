@@ -401,7 +401,10 @@ def test_a_second_signal_gives_the_job_back_to_the_front(
 
 def test_a_file_tells_probes_that_the_loop_turns(queue: Queue, start_worker: StartWorker, tmp_path: Path) -> None:
     alive = tmp_path / "alive"
-    process = start_worker(FASTGPT2_ALIVE_FILE=str(alive))
+    alive.touch()
+    os.utime(alive, (1, 1))
+    process = start_worker(wait=False, FASTGPT2_ALIVE_FILE=str(alive))
+    wait_until(lambda: not alive.exists(), "the file that another worker left to be removed")
     wait_until(alive.exists, "the file to be made")
     for _ in range(2):  # an idle worker's, and a busy one's
         os.utime(alive, (1, 1))

@@ -25,6 +25,8 @@ class AliveFile:
         self._path = Path(path)
         self._touched_at = -TOUCH_SECONDS
         self._complained = False
+        # One that was left by a process which was killed, in a folder that outlived it, tells nothing of this one.
+        self.remove()
 
     def make(self) -> None:
         """The worker is ready.
