@@ -1,4 +1,4 @@
-"""A model hub on 127.0.0.1: what huggingface_hub asks for when it downloads, and nothing else.
+"""A model hub on this machine: what huggingface_hub asks for when it downloads, and nothing else.
 
 Files of a revision (small ones at once, weights by a redirect to a storage of another origin), listings, tokens, and
 the error codes that the client turns into its exceptions. Every request is recorded. Two hooks stand in for the rest
@@ -61,13 +61,16 @@ Hook = Callable[[Request], None]
 class FakeHub:
     """Use as a context manager. `url` is what HF_ENDPOINT has to be.
 
+    Args:
+        host: the address to bind to; for containers, their network's gateway.
+
     Attributes:
         tokens: the access tokens that the hub knows.
         on_request: called before a request is answered.
         halfway: called when half of a file's body was sent.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, host: str = "127.0.0.1") -> None:
         self.repositories: dict[str, Repository] = {}
         self.tokens: set[str] = set()
         self.on_request: Hook | None = None
@@ -75,7 +78,7 @@ class FakeHub:
         self.requests: list[Request] = []
         self._changed = threading.Condition()
         # The storage has a port of its own, hence another origin, as the content network of a hub has.
-        self._servers = [_Server(self), _Server(self)]
+        self._servers = [_Server(self, host), _Server(self, host)]
         self.url, self.storage_url = (server.url for server in self._servers)
 
     def __enter__(self) -> Self:
@@ -137,10 +140,10 @@ class FakeHub:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, hub: FakeHub) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, hub: FakeHub, host: str) -> None:
+        super().__init__((host, 0), _Handler)
         self.hub = hub
-        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.url = f"http://{host}:{self.server_port}"
 
     def handle_error(self, request: object, client_address: object) -> None:
         if not isinstance(sys.exception(), ConnectionError):  # a client that was killed is part of the tests
