@@ -227,6 +227,7 @@ COMMANDS = {
         (
             *_QUEUE,
             settings.HOST,
+            settings.HOST_NAME,
             settings.PORT,
             settings.TOKEN_FILE,
             settings.INSECURE,

@@ -206,6 +206,14 @@ ALIVE_FILE: Setting[str | None] = Setting(
 BURST = Setting("burst", "", yes_or_no, False, "end when the queue is empty")
 NAME: Setting[str | None] = Setting("name", "NAME", word, None, "name of the worker", "host and process id")
 HOST = Setting("host", "ADDRESS", str, "127.0.0.1", "address that the HTTP endpoint binds to")
+HOST_NAME: Setting[str | None] = Setting(
+    "host_name",
+    "NAME",
+    word,
+    None,
+    "without a token: serve only requests made to this name, or to localhost, wherever the endpoint is bound to",
+    "none, but of a loopback --host its own",
+)
 PORT = Setting("port", "PORT", whole_number(0, 65535), 8000, "port of the HTTP endpoint; 0 takes a free one")
 # A variable only: what is an option can be read by every user of the machine.
 TOKEN: Setting[str | None] = Setting(
@@ -297,6 +305,7 @@ SYSTEM: tuple[Setting[Any], ...] = (
     OWN_REDIS_URL,
     QUEUE,
     HOST,
+    HOST_NAME,
     PORT,
     TOKEN_FILE,
     INSECURE,

@@ -142,6 +142,13 @@ def test_other_machines_are_not_served_without_a_token_unless_told(command: str,
 def test_insecure_serves_everybody_and_says_so(start_endpoint: StartEndpoint, tmp_path: Path) -> None:
     port = start_endpoint("--host", "0.0.0.0", "--insecure").port
     assert ask(port, "/status", ("Host", b"anything.example"))[0] == 200
+    named = start_endpoint("--host", "0.0.0.0", "--insecure", "--host-name", "pool").port
+    for host in (b"pool:8000", b"POOL", b"localhost:1", b"127.0.0.1"):
+        assert ask(named, "/status", ("Host", host))[0] == 200
+    for host in (b"anything.example", b"pool.example", b"0.0.0.0", b"192.0.2.1"):
+        status, text = ask(named, "/status", ("Host", host))
+        assert status == 403
+        assert "start it with a token or another --host-name" in text
     log = tmp_path / "api-0.log"
     wait_until(lambda: "everybody who can reach 0.0.0.0 may use this endpoint" in log.read_text(), "the warning")
 

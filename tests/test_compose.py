@@ -87,6 +87,9 @@ def test_every_container_may_do_as_little_as_it_can(pool: Compose) -> None:
             assert bool(host["PortBindings"]) == (service == "api")
             if not once:
                 assert found["State"]["Health"]["Status"] == "healthy"
+    for name in ("pool.example", "localhost.example"):
+        rebound = httpx.get(f"{pool.url}/status", headers={"Host": name}, trust_env=False)
+        assert rebound.status_code == 403
     (api,) = pool.containers("api")
     ((binding,),) = pool.inspect(api)["HostConfig"]["PortBindings"].values()
     assert binding["HostIp"] == "127.0.0.1"

@@ -90,9 +90,9 @@ class Access:
 
     Args:
         token: what every request must bear, those for the page's frame and of probes apart.
-        local: without a token, the name or address of this machine that the endpoint is bound to; None if other
-            machines may ask. Only requests to that name, or another of this machine's, are then served: a web page
-            could have its own name lead here (DNS rebinding), and would pass for one of ours.
+        local: without a token, the name or address of this machine that it is asked by; None if any name will do. Only
+            requests to that name, or another of this machine's, are then served: a web page could have its own name
+            lead here (DNS rebinding), and would pass for one of ours.
         refuse: makes the answer of an error.
     """
 
@@ -121,7 +121,7 @@ class Access:
         if self._own_names is not None and not _is_host_of(host, self._own_names):
             return ForbiddenOrigin(
                 f"this endpoint serves its own machine only, and {host[:100]!r} is not its name: ask 127.0.0.1 or "
-                "localhost, or start it with a token"
+                "localhost, or start it with a token or another --host-name"
             )
         return None
 

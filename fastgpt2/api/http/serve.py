@@ -32,14 +32,14 @@ def serve(values: dict[str, Any]) -> None:
     set_up_logging(values["log_level"])
     token = read_token(values["token_file"])
     refuse_exposure(values["host"], token, values["insecure"])
-    local = is_loopback(values["host"])
+    asked_as = values["host"] if is_loopback(values["host"]) else values["host_name"]
     app = create_app(
         values["redis_url"],
         values["queue"],
         Bounds(values["timeout"], values["body_timeout"], values["max_queue"], values["show_prompts"]),
         lambda: server.should_exit,
         token,
-        values["host"] if local else None,
+        asked_as,
     )
     server = uvicorn.Server(
         uvicorn.Config(
@@ -58,7 +58,7 @@ def serve(values: dict[str, Any]) -> None:
     )
     bound = bind(values["host"], values["port"])
     log.info("endpoint on %s", url_of(bound))
-    if token is None and not local:
+    if token is None and not is_loopback(values["host"]):
         log.warning("everybody who can reach %s may use this endpoint (--insecure)", values["host"])
     # uvicorn raises the signal that stopped it once more when it is done, which would make a clean stop look like a
     # death.
