@@ -192,6 +192,30 @@ def test_the_batch_of_a_large_model_is_measured_once(
     assert network.cache.usable_slots == 2
 
 
+def test_what_was_measured_with_more_memory_is_known_with_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker's container has less than that of the one which packs; with more memory than then, more is tried."""
+    monkeypatch.setattr(batch_size, "is_large", lambda config: config.n_layer > 0)
+    config = read_config(DEMO_FOLDER / "config.json")
+    tried: list[int] = []
+
+    def settled(slots: int, pays: int) -> int:
+        def measured(_network: GPT2, most: int) -> int:
+            tried.append(most)
+            return pays
+
+        monkeypatch.setattr(batch_size, "measured", measured)
+        network = load_network(DEMO_FOLDER, config, "m", n_slots=slots, size=1, blas="openblas")
+        settle(network, Calibration(tmp_path, "a"))
+        return network.cache.usable_slots
+
+    assert settled(8, 4) == 4
+    assert settled(16, 16) == 16, "there is room for more than was tried"
+    assert settled(8, 0) == 4
+    assert settled(4, 0) == 4
+    assert settled(2, 0) == 2
+    assert tried == [8, 16]
+
+
 def test_without_the_memory_for_a_measurement_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_size, "is_large", lambda config: config.n_layer > 0)
     config = read_config(DEMO_FOLDER / "config.json")

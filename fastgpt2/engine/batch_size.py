@@ -45,15 +45,18 @@ def settle(network: GPT2, calibration: Calibration) -> None:
     if not is_large(config):
         return
     shape = f"{config.n_layer}x{config.n_embd}x{config.n_inner}x{config.vocab_size}, {config.n_head} heads"
-    name = f"batch of up to {most}, {shape}, {network.size} processes, {network.product_name}"
-    known = calibration.known(name)
+    suffix = f"{shape}, {network.size} processes, {network.product_name}"
+    # Where there was more memory, more was tried, and what paid there pays here as far as there is room.
+    tried = [most << more for more in range(MOST.bit_length()) if most << more <= max(most, MOST)]
+    found = (calibration.known(f"batch of up to {upto}, {suffix}") for upto in tried)
+    known = next((sequences for sequences in found if sequences is not None), None)
     if known is None:
         room = network.cache.bytes_limit // sequence_bytes(config, _CONTEXT + 2 * BLOCK)
         # A helper that has not come, or memory for too few, is no measure of the machine.
         if room < most or not network.wait_until_ready():
             network.use_slots(min(most, UNMEASURED))
             return
-        known = calibration.get(name, lambda: measured(network, most))
+        known = calibration.get(f"batch of up to {most}, {suffix}", lambda: measured(network, most))
     network.use_slots(max(1, min(most, known)))
 
 
