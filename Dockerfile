@@ -4,7 +4,8 @@ ARG PYTHON_TAG=3.11.14-slim-bookworm
 
 FROM python:${PYTHON_TAG} AS builder
 ARG BLAS=openblas
-ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PIP_NO_COMPILE=1
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PIP_NO_COMPILE=1 \
+    PYTHONDONTWRITEBYTECODE=1
 WORKDIR /src
 # No pip in it: nothing is installed later.
 RUN python -m venv --without-pip /venv
@@ -20,6 +21,7 @@ COPY fastgpt2 fastgpt2
 RUN PIP_CONSTRAINT=/src/constraints.txt pip wheel --no-deps --wheel-dir /tmp/wheels . \
     && cp -a /venv /tmp/bare && pip --python /venv/bin/python install --no-deps /tmp/wheels/*.whl \
     && sh deploy/image/prune.sh /venv \
+    && /venv/bin/python deploy/image/compile_stdlib.py /app \
     && sh deploy/image/added.sh /tmp/bare /venv /app && rm -rf /venv && mv /tmp/bare /venv
 
 FROM python:${PYTHON_TAG}
