@@ -1,0 +1,154 @@
+"""What workers cost a Redis that wait for jobs, for `bench_capacity.py`: some real ones, and a thousand on paper."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import closing
+from functools import partial
+from typing import Any
+
+from capacity_fleet import fleet
+from common import progress
+from redis_use import memory_used, metered
+from rq import Queue
+from rq.worker_registration import clean_worker_registry
+
+from fastgpt2.api.exchange import carry_out
+from fastgpt2.api.session import Session
+from fastgpt2.api.status import read_status
+from fastgpt2.bench import Values
+from fastgpt2.worker.connection import connect, connect_async
+from fastgpt2.worker.lease import BEAT_SECONDS, LEASE_SECONDS, Lease
+from fastgpt2.worker.payload import JSONOnlySerializer
+from fastgpt2.worker.redis_server import RedisServer
+
+QUEUE = "capacity"
+# What a worker does once, when it starts, is over by then, and its first heartbeat too.
+SETTLE_SECONDS = 6.0
+LOOKS = 20
+
+
+def idle(asked: argparse.Namespace) -> Values:
+    counts = [of_fleet(count, asked) for count in (0, *asked.idle)]
+    nobody = counts.pop(0)
+    for found in counts:
+        for key in ("cpu_us_per_s", "command_us_per_s", "commands_per_s", "connections", "memory_bytes"):
+            found[f"{key}_each"] = (found[key] - nobody[key]) / found["workers"]
+    many = thousand(asked, nobody["cpu_us_per_s"])
+    return {"seconds": asked.idle_seconds, "nobody": nobody, "counts": counts, "thousand": many}
+
+
+def of_fleet(count: int, asked: argparse.Namespace) -> Values:
+    """A Redis of its own with so many idle workers: what it does in some seconds, and what it holds for them."""
+    progress(f"{count} idle workers")
+    with RedisServer() as redis, fleet(redis.url, QUEUE, count) as workers:
+        connection = workers.connection
+        time.sleep(SETTLE_SECONDS)
+        with metered(connection) as used:
+            time.sleep(asked.idle_seconds)
+        progress("")
+        return {
+            "workers": count,
+            "cpu_us_per_s": used["cpu_us"] / used["seconds"],
+            "command_us_per_s": used["command_us"] / used["seconds"],
+            "commands_per_s": used["commands"] / used["seconds"],
+            # But for our own.
+            "connections": connection.info("clients")["connected_clients"] - 1,
+            "memory_bytes": memory_used(connection),
+            "by_command": used["by_command"],
+        }
+
+
+def thousand(asked: argparse.Namespace, nobody: float) -> Values:
+    """So many workers as far as Redis can tell: leases that the project's own code renews from this one process, all on
+    one connection, and as many entries like the one of a real worker. Then what else reads all of them."""
+    with RedisServer() as redis, closing(connect(redis.url)) as connection:
+        entry = entry_of_a_worker(redis.url)
+        leases = [Lease(connection, QUEUE, f"paper.{number}", lambda *_: None) for number in range(asked.leases)]
+        found: Values = {"leases": asked.leases, "beats": []}
+        for count in sorted({1, 100, asked.leases}):
+            progress(f"{count} leases")
+            found["beats"].append(beats(connection, leases[:count], asked.idle_seconds, 0, nobody))
+        progress("a tenth of the leases lapsed")
+        time.sleep(LEASE_SECONDS + BEAT_SECONDS)  # the rest renew theirs at their first beat
+        silent = asked.leases // 10
+        found["beats"].append(beats(connection, leases[silent:], asked.idle_seconds, silent, nobody))
+        found["reads"] = reads(connection, redis.url, entry, asked.leases)
+    progress("")
+    return found
+
+
+def entry_of_a_worker(url: str) -> Values:
+    with fleet(url, QUEUE, 1) as workers:
+        key = min(workers.connection.smembers(f"rq:workers:{QUEUE}"))
+        return dict(workers.connection.hgetall(key))
+
+
+def beats(connection: Any, leases: list[Lease], seconds: float, silent: int, nobody: float) -> Values:
+    """Each renewed once a second, spread evenly over it, as those of many workers are.
+
+    Args:
+        silent: so many others have lapsed.
+        nobody: microseconds a second that Redis takes for itself.
+    """
+    made, late = 0, 0.0
+    with metered(connection) as used:
+        began = time.monotonic()
+        while (now := time.monotonic()) < began + seconds:
+            due = began + made * BEAT_SECONDS / len(leases)
+            if due > now:
+                time.sleep(due - now)
+            else:
+                late = max(late, now - due)
+            leases[made % len(leases)].beat()
+            made += 1
+    return {
+        "leases": len(leases),
+        "silent": silent,
+        "beats_per_s": made / used["seconds"],
+        "late_seconds": late,
+        "us_each": (used["cpu_us"] - nobody * used["seconds"]) / made,
+        "command_us_each": used["command_us"] / made,
+        "output_bytes_each": used["output_bytes"] / made,
+    }
+
+
+def reads(connection: Any, url: str, entry: Values, count: int) -> Values:
+    """What each reading of all workers costs: a look at the pool, a client's question what models take, and the part of
+    RQ's clean-up that every worker does every ten minutes for each of its three queues."""
+    connection.flushall()
+    with connection.pipeline(transaction=False) as pipeline:
+        for number in range(count):
+            pipeline.hset(f"rq:worker:paper.{number}", mapping=entry)
+            pipeline.sadd(f"rq:workers:{QUEUE}", f"rq:worker:paper.{number}")
+        pipeline.execute()
+    queue = Queue(QUEUE, connection, serializer=JSONOnlySerializer)
+
+    def ask_limits() -> None:
+        carry_out(connection, url, Session(url, QUEUE, None).refresh_limits())
+
+    ways: dict[str, Callable[[], object]] = {
+        "status": partial(asyncio.run, look(url)),
+        "limits": ask_limits,
+        "clean_up": partial(clean_worker_registry, queue),
+    }
+    found = {}
+    for name, way in ways.items():
+        with metered(connection) as used:
+            if name == "status":
+                way()
+            else:
+                for _ in range(LOOKS):
+                    way()
+        found[name] = {key: used[key] / LOOKS for key in ("cpu_us", "command_us", "output_bytes")}
+    return found
+
+
+async def look(url: str) -> None:
+    connection = connect_async(url)
+    for _ in range(LOOKS):
+        await read_status(connection, QUEUE)
+    await connection.aclose()

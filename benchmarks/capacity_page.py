@@ -1,0 +1,245 @@
+"""Tables of what `bench_capacity.py` has found: for the terminal, and for docs/capacity.md, which `plot.py` writes."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from capacity_plan import KEPT_SECONDS, LENGTHS, SHARE, WORKERS, coefficients, host_bytes, planned
+
+from fastgpt2.bench import Values, machine_line
+
+TITLE = "# Capacity: what one Redis bears, and how to plan a thousand workers"
+HEAD = (
+    "Made by `benchmarks/plot.py` from `benchmarks/results/capacity.json`: do not edit. How it is measured is said at "
+    "the head of `benchmarks/bench_capacity.py`. Medians. A core of Redis is its main thread, which carries out all "
+    "commands."
+)
+
+FORMULA = f"""## The formula
+
+    workers       = tokens/s wanted / (tokens/s of a worker)
+    RAM of a host = weights, once + its workers x (private + jobs in hand x positions x KV bytes)
+    Redis, us/s   = jobs/s x (job + reading its end) + workers x steps/s x step + workers x lease
+                    + pieces/s x (piece + reading it)           of streamed jobs; or workers x idle, while they wait
+    Redis, bytes  = workers x KB of a worker + jobs/s x seconds that results are kept x bytes of a job
+    connections   = workers x connections of a worker + those of clients and endpoints, below maxclients
+
+A worker's steps/s are its tokens/s by its jobs in hand. A Redis with more than {SHARE:.0%} of its core taken makes its
+callers wait. `result_ttl`, a day unless it is set, is the lever on its memory. `Redis us` below are of a Redis that
+sleeps between commands; near its limit it is not woken any more, and comes closer to `in commands`, which lacks sockets
+and the append-only file. So limits derived from the former are on the safe side.
+
+**When to shard:** before the first limit in the last table. Give each part of the workers a Redis and a queue name of
+its own, `fastgpt2 pool --redis-url redis://r1/0 --queue part1`, and an endpoint; spread requests over the endpoints, by
+the caller where idempotency keys matter. Two queues on one Redis share its core: that separates, and does not scale.
+"""
+
+RUNS = {
+    "one": "finished in their first step",
+    "short": "not streamed",
+    "long": "not streamed",
+    "streamed": "streamed, unread",
+    "short_read": "not streamed, read",
+    "streamed_read": "streamed, read",
+}
+KINDS = ("enqueued", "served")
+READS = {
+    "status": "a look at the pool (`/status`)",
+    "limits": "what models take, asked by each client every 30 s",
+    "clean_up": "RQ's clean-up of a queue, by each worker every 10 min for 3 queues",
+}
+
+
+class Section(NamedTuple):
+    title: str
+    headers: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+
+def sections(result: Values) -> Iterator[Section]:
+    """Of what was measured."""
+    if "redis" in result:
+        yield of_redis(result["redis"], result["load"])
+    if "idle" in result:
+        yield from of_idle(result["idle"])
+    if "memory" in result:
+        yield of_memory(result["memory"])
+    if measured := [entry for entry in result["models"] if "pools" in entry]:
+        yield of_workers(measured)
+        yield from of_plan(result, measured[-1])  # the others are smaller: nobody plans a thousand for them
+
+
+def of_redis(found: Values, load: Sequence[Values]) -> Section:
+    server = found["server"]
+    rows = []
+    for name, label in RUNS.items():
+        run = found["runs"][name]
+        kb = [f"{run[f'{way}_bytes']['median'] / 1e3:.1f}" for way in ("input", "output")]
+        cells = [label, str(run["new_tokens"])]
+        cells += [f"{run[key]['median']:.0f}" for key in ("cpu_us", "command_us", "commands")]
+        rows.append([*cells, *kb, f"{run['jobs_per_s']['median']:.0f}", f"{run['share']['median']:.0%}"])
+    persistence = "appended to a file, synced each second" if server["appendonly"] else "kept in memory only"
+    return Section(
+        "A job, measured",
+        [
+            "jobs",
+            "new tokens",
+            "Redis us",
+            "in commands",
+            "commands",
+            "KB in",
+            "KB out",
+            "jobs/s here",
+            "of Redis's core",
+        ],
+        rows,
+        f"{server['name']} ({server['allocator']}), {persistence}; the demo model, {found['workers']} workers, prompts "
+        f"of {found['prompt_tokens']} tokens; read as the endpoint reads, {found['at_once']} at once. All per job; "
+        f"commands include those that scripts call. {parts_of(found)} {driven(load)}",
+    )
+
+
+def parts_of(found: Values) -> str:
+    """What follows of a job's parts."""
+    labels = {"job": "a job", "read": "reading its end", "piece": "a piece of text", "piece_read": "reading a piece"}
+    costs = found["costs_us"]
+    labels["step"] = f"a step of a worker with {costs['together']['median']:.0f} jobs"
+    told = [
+        f"{label} {m['median']:.0f} ({m['q1']:.0f}-{m['q3']:.0f})" for k, label in labels.items() for m in [costs[k]]
+    ]
+    return f"Derived, in us of Redis, with quartiles: {', '.join(told)}."
+
+
+def driven(found: Sequence[Values]) -> str:
+    """As many jobs as the machine could drive."""
+    told = []
+    for each in found:
+        rates = [f"{each[k]['jobs_per_s']['median']:.0f}/s ({each[k]['share']['median']:.0%} of Redis)" for k in KINDS]
+        us = each["us_per_job"]["median"]
+        told.append(
+            f"by {each['processes']}, {rates[0]} and {rates[1]}, {us:.0f} us of Redis a job, so {1e6 / us:.0f}/s of a "
+            "whole core, derived"
+        )
+    return f"Jobs of no new tokens, enqueued by clients, then served by as many workers: {'; '.join(told)}."
+
+
+def of_idle(found: Values) -> Iterator[Section]:
+    rates = ("cpu_us_per_s", "command_us_per_s", "commands_per_s")
+
+    def row(label: str, each: Values, suffix: str) -> list[str]:
+        cells = [f"{each[f'{key}{suffix}']:.1f}" for key in (*rates, "connections")]
+        return [label, *cells, f"{each[f'memory_bytes{suffix}'] / 1e3:.0f}"]
+
+    rows = [row("none, in all", found["nobody"], "")]
+    rows += [row(str(each["workers"]), each, "_each") for each in found["counts"]]
+    share = found["counts"][-1]["cpu_us_per_s_each"] * WORKERS / 1e6
+    yield Section(
+        "An idle worker, measured",
+        ["workers", "Redis us/s each", "in commands", "commands/s each", "connections each", "KB of Redis each"],
+        rows,
+        f"So {WORKERS:,} idle workers would take {share:.0%} of a core, derived from the last row.",
+    )
+    thousand = found["thousand"]
+    beats = [
+        [
+            beat_of(each),
+            f"{each['us_each']:.0f}",
+            f"{each['command_us_each']:.0f}",
+            f"{each['output_bytes_each'] / 1e3:.1f}",
+        ]
+        for each in thousand["beats"]
+    ]
+    reads = [
+        [READS[name], f"{each['cpu_us']:.0f}", f"{each['command_us']:.0f}", f"{each['output_bytes'] / 1e3:.1f}"]
+        for name, each in thousand["reads"].items()
+    ]
+    yield Section(
+        f"What grows with the workers, measured with {thousand['leases']:,} on paper",
+        ["", "Redis us each time", "in commands", "KB out"],
+        [*beats, *reads],
+        "Leases: once a second by each worker. What each worker or client reads of all workers grows with the square.",
+    )
+
+
+def beat_of(found: Values) -> str:
+    lapsed = f", {found['silent']} more lapsed" if found["silent"] else ""
+    return f"a lease renewed, of {found['leases']:,}{lapsed}"
+
+
+def of_memory(found: Sequence[Values]) -> Section:
+    """One row: each kind of job is a column."""
+    headers = ["a job"]
+    for each in found:
+        size = (
+            f"prompt of {each['prompt_tokens']}" if each["state"] == "waiting" else f"{each['new_tokens']} new tokens"
+        )
+        headers.append(f"{each['state']}, {size}{', streamed' if each['stream'] else ''}")
+    row = ["MB of Redis per 1,000", *(f"{each['bytes_each'] / 1e6 * 1e3:.1f}" for each in found)]
+    return Section("Redis's memory by jobs, measured; that of finished ones until their `result_ttl`", headers, [row])
+
+
+def of_workers(entries: Sequence[Values]) -> Section:
+    """A row for each model and pool, and what the last model's workers hold in a sentence."""
+    rows = []
+    for entry in entries:
+        for each in entry["pools"]:
+            cores, cells = each["workers"] * each["threads"], []
+            for name, speed in each["tokens_per_s"].items():
+                cells += [f"{speed[key]:.0f}" for key in ("median", "q1", "q3")]
+                cells += [f"{speed['median'] / cores:.0f}"] if name == "short" else []
+            rows.append([entry["model"], f"{each['workers']} of {each['threads']}", *cells])
+    entry = entries[-1]
+    each = entry["memory"][-1]
+    private, shared = (each[f"{kind}_bytes"]["median"] / 1e6 for kind in ("private", "shared"))
+    held = (
+        f"Each of {each['workers']} idle workers of {entry['model']} holds {private:.0f} MB of its own, and shares "
+        f"{shared:.0f} MB, the weights; together {each['pss_bytes'] / 1e6:.0f} MB (PSS). A position of a job in hand "
+        f"takes {entry['kv_bytes_per_token'] / 1e3:.1f} KB more."
+    )
+    short, longer = entry["pools"][-1]["prompt_tokens"].values()
+    headers = ["model", "workers of cores", f"prompts of {short:.0f}: tokens/s", "q1", "q3", "by core"]
+    return Section(
+        "Workers, measured",
+        [*headers, f"mixed, of {longer:.0f} in the mean: tokens/s", "q1", "q3"],
+        rows,
+        f"{entry['in_flight']} jobs in flight for each worker, {entry['new_tokens']} new tokens each, not "
+        f"streamed. {held}",
+    )
+
+
+def of_plan(result: Values, entry: Values) -> Iterator[Section]:
+    c = coefficients(result, entry)
+    if c is None:
+        return
+    rows = []
+    for tokens in LENGTHS:
+        cells = [str(tokens), f"{planned(c, tokens, False)['jobs_per_s']:,.0f}"]
+        for stream in (False, True):
+            plan = planned(c, tokens, stream)
+            cells += [f"{plan['redis_cores']:.2f}", f"{plan['redis_bytes'] / 1e9:.1f}", plan["limit"]]
+            cells.append(f"{plan['workers_a_redis']:,}")
+        rows.append(cells)
+    any_plan = planned(c, LENGTHS[0], False)
+    each = ("Redis cores", "GB of Redis", "first limit", "workers a Redis")
+    hosts = ", ".join(f"{n}: {host_bytes(c, n, 256) / 1e9:.1f}" for n in (8, 32, 64))
+    yield Section(
+        f"{entry['model']}: {WORKERS:,} workers of a core each, derived",
+        ["new tokens", "jobs/s", *each, *(f"{header}, streamed" for header in each)],
+        rows,
+        f"{any_plan['tokens_per_s']:,.0f} tokens/s; {any_plan['connections']:,.0f} connections of {c.maxclients:,}; "
+        f"while all are idle, {any_plan['idle_cores']:.2f} cores of Redis. Results kept for {KEPT_SECONDS / 60:.0f} "
+        f"minutes. GB of RAM of a host by its workers, {c.in_flight} jobs of 256 positions in hand: {hosts}.",
+    )
+
+
+def written(result: Values, markdown: Callable[[Sequence[str], Sequence[Sequence[str]]], list[str]]) -> str:
+    """The page."""
+    note = result["options"].get("note") or ""
+    lines = [TITLE, "", textwrap.fill(f"{HEAD} {machine_line(result['machine'])}. {note}", 120), "", FORMULA]
+    for section in sections(result):
+        lines += [f"## {section.title}", "", *markdown(section.headers, section.rows), ""]
+        lines += [textwrap.fill(section.note, 120), ""] if section.note else []
+    return "\n".join(lines).rstrip() + "\n"
