@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # matplotlib is for this script only, and not in the environment that the checks run in.
 # mypy: disable-error-code="import-not-found,import-untyped"
-"""Results -> docs/results.md and the pictures in docs/img/: from the JSON files that are there, and nothing else.
+"""Results -> docs/results.md, docs/capacity.md and the pictures in docs/img/: from the JSON files that are there alone.
 
     pip install matplotlib
     python benchmarks/plot.py                                 # reads benchmarks/results/*.json
@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import capacity_page
 from common import HERE, RESULTS, allocations
 
 from fastgpt2.bench import Values, machine_line
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--no-plots", action="store_true", help="tables only")
     asked = parser.parse_args()
     found = [(path.stem, json.loads(path.read_text("utf-8"))) for path in sorted(asked.results.glob("*.json"))]
+    capacity = [result for stem, result in found if stem == "capacity"]
     found = [(stem, result) for stem, result in found if result.get("benchmark") in ORDER]
     found.sort(key=lambda item: (ORDER.index(item[1]["benchmark"]), item[0]))
     draw = no_drawing if asked.no_plots else drawing_into(asked.docs / "img")
@@ -45,6 +47,8 @@ def main() -> None:
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(written(found, draw), "utf-8")
     print(f"{page}: {len(found)} results")
+    for result in capacity:  # a page of its own, for whoever plans
+        (asked.docs / "capacity.md").write_text(capacity_page.written(result, markdown), "utf-8")
 
 
 def written(found: Sequence[tuple[str, Values]], draw: Draw) -> str:
