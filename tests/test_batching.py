@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,6 +21,7 @@ from rq.suspension import resume, suspend
 from rq.utils import as_text
 
 from fastgpt2 import Engine
+from fastgpt2.worker import generation_worker
 from fastgpt2.worker.connection import connect
 from fastgpt2.worker.generation_worker import GenerationWorker
 from fastgpt2.worker.names import PARTIAL_META, Priority, queue_of, stream_key
@@ -380,6 +382,24 @@ def test_given_back_jobs_stand_in_front_in_their_order_with_nothing_spent(turns:
         assert (status(job), job.retries_left, job.get_executions()) == ("queued", 2, [])
     assert status(jobs[1]) == "canceled"
     assert queue.started_job_registry.get_job_ids() == []
+
+
+def test_a_worker_without_work_for_a_while_asks_less_often(
+    turns: Turns, queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thousand of them share one Redis. A job still wakes it at once."""
+    monkeypatch.setattr(generation_worker, "QUIET_SECONDS", 60.0)
+    job = queue.enqueue(TASK, ENTRY["prompt"], max_new_tokens=2)
+    turns.until(lambda: finished(job), "the job to be done")
+    turns.worker._worked_at -= generation_worker.QUIET_AFTER_SECONDS
+    jobs = []
+    timer = threading.Timer(2.0, lambda: jobs.append(queue.enqueue(TASK, ENTRY["prompt"], max_new_tokens=2)))
+    timer.start()
+    began = time.monotonic()
+    turns.worker._turn(burst=False)
+    assert 1.9 < time.monotonic() - began < 30
+    timer.join()
+    turns.until(lambda: finished(*jobs), "the job that woke it to be done")
 
 
 def test_what_does_not_fit_into_the_memory_waits(redis_server: RedisServer, queue: Queue) -> None:

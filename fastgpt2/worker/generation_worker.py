@@ -39,8 +39,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fastgpt2.worker")
 
-# How long an idle worker may take to notice that it is an orphan, or that it is time for a heartbeat.
+# How long an idle worker may take to notice that it is an orphan, suspended, or due for a heartbeat or for upkeep; and
+# one that has had nothing to do for a while: a thousand of them share one Redis. A job and a signal wake it.
 IDLE_SECONDS = 1.0
+QUIET_AFTER_SECONDS = 30.0
+QUIET_SECONDS = 5.0
 # Taken at one go: what is left may be another worker's, so that a burst of jobs spreads over all of them.
 MOST_CLAIMS = 4
 
@@ -85,6 +88,7 @@ class GenerationWorker(RQWorker):
         self.batch = Batch(engine)
         self._claimed: list[Claim] = []
         self._worked = False
+        self._worked_at = time.monotonic()
         self._exchange_seconds = 0.0
         self._drain_until = math.inf
         self._redis_failures = 0
@@ -228,7 +232,10 @@ class GenerationWorker(RQWorker):
                 self.stopping.wait(IDLE_SECONDS)
             return []
         self.enter(WorkerStatus.IDLE)
-        return self._claims.take(MOST_CLAIMS) if burst else self._claims.wait(IDLE_SECONDS)
+        if burst:
+            return self._claims.take(MOST_CLAIMS)
+        quiet = time.monotonic() - self._worked_at > QUIET_AFTER_SECONDS
+        return self._claims.wait(QUIET_SECONDS if quiet else IDLE_SECONDS)
 
     def _pulse(self) -> None:
         """One round trip between two steps: new text goes out, cancellations and new jobs come in."""
@@ -289,6 +296,7 @@ class GenerationWorker(RQWorker):
 
     def _take_up(self, started: Started) -> None:
         self._worked = True
+        self._worked_at = time.monotonic()
         try:
             request, options = started.job.asked()
             if self.log_prompts:
