@@ -13,7 +13,7 @@ test: .venv/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadfile
 
 # The long soak: 2,000 jobs, 100 faults. Its seed is another each day; SEED=N repeats one.
 chaos: .venv/test.stamp
