@@ -41,7 +41,7 @@ def url(server: OpenRedis, file: Path, user: str = "") -> str:
     return f"redis://{user}127.0.0.1:{server.port}/3?password_file={str(file).replace(' ', '%20')}&socket_timeout=4"
 
 
-def test_it_is_read_by_all_that_connect(server: OpenRedis, file: Path) -> None:
+def test_it_is_read_by_all_that_connect(server: OpenRedis, file: Path, caplog: pytest.LogCaptureFixture) -> None:
     with server:
         address = url(server, file)
         with Client(address) as client:
@@ -55,6 +55,7 @@ def test_it_is_read_by_all_that_connect(server: OpenRedis, file: Path) -> None:
                 return await client.workers()
 
         assert asyncio.run(workers()) == 0
+        assert caplog.text == "", "the library has nothing to complain of"
         shown = subprocess.run(
             [sys.executable, "-m", "fastgpt2", "status", "--redis-url", address], capture_output=True, text=True
         )

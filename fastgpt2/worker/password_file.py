@@ -36,6 +36,10 @@ class PasswordFile(CredentialProvider):
             self._password = self._read()
         return (self._password,) if self._user is None else (self._user, self._password)
 
+    async def get_credentials_async(self) -> tuple[str] | tuple[str, str]:
+        """redis-py's own warns that it should be overridden. A line of a local file keeps no loop waiting."""
+        return self.get_credentials()
+
     def _read(self) -> str:
         where = f"the Redis password file {self._path}, named by {OPTION} in the URL,"
         try:
