@@ -19,12 +19,10 @@ from typing import Any
 
 import httpx2 as httpx
 import pytest
-import yaml
-from compose import ROOT, Compose, docker, until, why_not
+from compose import Compose, docker, until, why_not
 from conftest import GOLDEN
 from fake_hub import FakeHub
 
-from fastgpt2 import settings
 from fastgpt2.engine.hub import DEMO_FOLDER
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=f"no containers here: {why_not()}")
@@ -254,24 +252,3 @@ def test_the_older_compose_takes_the_file_too() -> None:
         assert len(status(compose)["workers"]) == 2
     finally:
         compose.down()
-
-
-def test_every_variable_is_documented_and_passed_on() -> None:
-    text = (ROOT / "docker-compose.yml").read_text("utf-8")
-    more = (ROOT / "deploy" / "compose.redis-port.yml").read_text("utf-8")
-    used = set(re.findall(r"(?<!\$)\$\{(\w+)", text + more))
-    services = yaml.safe_load(text)["services"]
-    for service in services.values():
-        used |= {name for name, value in (service.get("environment") or {}).items() if value is None}
-    documented = dict(re.findall(r"^#?(\w+)=(.*)$", (ROOT / ".env.example").read_text("utf-8"), re.M))
-    assert documented.keys() == used
-    for name, default in re.findall(r"(?<!\$)\$\{(\w+):-([^}]*)\}", text + more):
-        assert documented[name] == default, name
-    for name, default in re.findall(r"^ARG (\w+)=(.*)$", (ROOT / "Dockerfile").read_text("utf-8"), re.M):
-        assert documented[name] == default, name
-    known = {setting.variable: setting for setting in vars(settings).values() if isinstance(setting, settings.Setting)}
-    for name in used:
-        if name.startswith("FASTGPT2_") and name != "FASTGPT2_IMAGE":
-            assert name in known
-            if documented[name]:
-                known[name].resolve(documented[name])
