@@ -18,6 +18,7 @@ from redis import Redis
 from fastgpt2 import Client, Engine, settings
 from fastgpt2.system import System
 from fastgpt2.worker.connection import connect
+from fastgpt2.worker.names import leases_key
 from fastgpt2.worker.redis_server import RedisServer
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -107,6 +108,8 @@ def start_worker(redis_server: RedisServer, redis: Redis, queue_name: str, tmp_p
         started.append(process)
         if wait:
             wait_until(lambda: redis.scard(f"rq:workers:{queue_name}") == len(started), "the worker to register")
+            # A moment later; that of a first one is what tells clients that the queue is served.
+            wait_until(lambda: redis.zcard(leases_key(queue_name)), "the worker to take its lease")
         return process
 
     yield start
