@@ -200,7 +200,7 @@ ALIVE_FILE: Setting[str | None] = Setting(
     "FILE",
     str,
     None,
-    "for probes: a file that is there while the worker serves its queue, and touched each second while its loop turns",
+    "for probes: a file that is there while the worker serves, touched every few seconds while its loop turns",
     "none",
 )
 BURST = Setting("burst", "", yes_or_no, False, "end when the queue is empty")
