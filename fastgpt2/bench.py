@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fastgpt2.engine.gpt2 import GPT2
 
 Values = dict[str, Any]
-OPTIONS = ("model", "revision", "threads", "blas")
+OPTIONS = ("model", "revision", "threads", "blas", "weights")
 # Sequences decoded together, the tokens that each has behind it, and the length of a prompt.
 ROWS, CONTEXT, PROMPT = (1, 2, 4, 8, 16), 64, 256
 # More than a last-level cache holds, and what may well stay in one.
@@ -168,12 +168,21 @@ def settle() -> None:
     time.sleep(3 * SPIN_SECONDS)
 
 
-def step_bytes(config: GPT2Config) -> int:
-    """The weights that a decode step reads, whatever the layout: all but the embeddings, of which it reads rows."""
+def step_bytes(config: GPT2Config, weight_bytes: int = 4) -> int:
+    """The weights that a decode step reads, whatever the layout: all but the embeddings, of which it reads rows.
+
+    Args:
+        weight_bytes: of a number in a matrix; biases and norms are float32.
+    """
     from fastgpt2.engine.weights import expected_shapes
 
-    shapes = expected_shapes(config).items()
-    return sum(4 * math.prod(shape) for name, shape in shapes if name not in ("wte.weight", "wpe.weight"))
+    read = (shape for name, shape in expected_shapes(config).items() if name not in ("wte.weight", "wpe.weight"))
+    return sum((weight_bytes if len(shape) > 1 else 4) * math.prod(shape) for shape in read)
+
+
+def weight_bytes(model: GPT2) -> int:
+    """Of a number in a matrix, as a network has them."""
+    return int(model._weights.lm_head.array.itemsize)
 
 
 def layout(model: GPT2) -> Values:
@@ -181,7 +190,7 @@ def layout(model: GPT2) -> Values:
     block, product = model._weights.blocks[0], model._kernel.product.name
     panels = ", ".join(f"{linear.weight.n_in}x{linear.weight.width}" for linear in (block.c_fc, block.mlp_c_proj))
     facts = {"blas": product, "panels": panels, "processes": model.size, "exact": model.exact}
-    return {**facts, "step_mb": step_bytes(model.config) / 1e6}
+    return {**facts, "step_mb": step_bytes(model.config, weight_bytes(model)) / 1e6}
 
 
 def layout_line(facts: Values) -> str:
@@ -206,7 +215,7 @@ def decode_table(entries: Sequence[Values]) -> str:
 def measure(engine: Engine) -> Values:
     """In rounds of reading memory, steps and a prompt, so that what slows the machine for a while slows all of them."""
     model, facts, timed = engine.decoder.model, machine(), Timed(engine, max(ROWS))
-    n_bytes, prompt = step_bytes(engine.config), min(PROMPT, engine.config.n_positions)
+    n_bytes, prompt = step_bytes(engine.config, weight_bytes(model)), min(PROMPT, engine.config.n_positions)
     decode: dict[int, tuple[list[list[float]], list[float]]] = {rows: ([], []) for rows in ROWS}
     rates: dict[int, list[float]] = {count: [] for count in sorted({1, model.size, facts["cores"]})}
     prefill, enough = list[float](), time.monotonic() + _ENOUGH_SECONDS

@@ -28,7 +28,7 @@ Values = dict[str, Any]
 
 _QUEUE = (settings.REDIS_URL, settings.QUEUE)
 _MODEL = (settings.MODEL, settings.REVISION)
-_COMPUTE = (settings.THREADS, settings.BLAS)
+_COMPUTE = (settings.THREADS, settings.BLAS, settings.WEIGHTS)
 _REQUEST = (
     settings.MAX_NEW_TOKENS,
     settings.STOP,
@@ -211,6 +211,7 @@ COMMANDS = {
             *_MODEL,
             settings.POOL_THREADS,
             settings.BLAS,
+            settings.WEIGHTS,
             *_BATCH,
             settings.WORKERS,
             *_RECYCLING,

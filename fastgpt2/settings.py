@@ -164,9 +164,16 @@ POOL_THREADS: Setting[int | None] = Setting(
 BLAS = Setting(
     "blas",
     "NAME",
-    one_of("auto", "openblas", "mkl"),
+    one_of("auto", "openblas", "mkl", "compiled"),
     "auto",
-    "auto, openblas or mkl; auto measures what is installed and takes the faster",
+    "what multiplies float32 weights: auto, openblas, mkl or compiled; auto measures what is installed",
+)
+WEIGHTS = Setting(
+    "weights",
+    "TYPE",
+    one_of("float32", "bfloat16", "int8"),
+    "float32",
+    "float32, bfloat16 or int8; the latter two are faster, smaller and not quite the model: texts may differ",
 )
 MAX_BATCH: Setting[int | None] = Setting(
     "max_batch",
@@ -297,6 +304,7 @@ SYSTEM: tuple[Setting[Any], ...] = (
     REVISION,
     POOL_THREADS,
     BLAS,
+    WEIGHTS,
     MAX_BATCH,
     KV_MEMORY,
     WORKERS,

@@ -71,20 +71,20 @@ def test_chunks_of_what_was_found() -> None:
         return Kernel(Rounding(most), None).chunking(24, 16)
 
     # Few enough to be chance count as none: all rows go at once, and a single row alone.
-    assert chunking(3) == Chunking(None, 1)
+    assert chunking(3) == Chunking(None, 1, exact=False)
     assert not chunking(3).exact
-    assert chunking(10) == Chunking(10, 2)
+    assert chunking(10) == Chunking(10, 2, exact=True)
     assert chunking(10).exact
 
 
 @pytest.mark.parametrize("most", [4, 5, 8, 10, 15, 16])
 def test_rows_go_in_equal_chunks_of_no_more_than_that(most: int) -> None:
     for rows in range(1, 300):
-        chunks, m = Chunking(most, 2).of(rows)
+        chunks, m = Chunking(most, 2, exact=True).of(rows)
         assert 2 <= m <= most
         assert rows <= chunks * m < rows + max(chunks, 2)
-    assert Chunking(None, 1).of(77) == (1, 77)
-    assert Chunking(None, 1).of(1) == (1, 1)
+    assert Chunking(None, 1, exact=False).of(77) == (1, 77)
+    assert Chunking(None, 1, exact=False).of(1) == (1, 1)
 
 
 def test_panels_of_a_plain_layout_are_shared_evenly() -> None:

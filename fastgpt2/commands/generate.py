@@ -17,7 +17,12 @@ def run(values: dict[str, Any]) -> int:
     request = request_of(values)
     hold_to_one_thread()
     engine = Engine.load(
-        values["model"], revision=values["revision"], max_batch=1, threads=values["threads"], blas=values["blas"]
+        values["model"],
+        revision=values["revision"],
+        max_batch=1,
+        threads=values["threads"],
+        blas=values["blas"],
+        weights=values["weights"],
     )
     sequence = engine.decoder.admit(engine.decoder.prepare(request))
     encoded = perf_counter()

@@ -40,14 +40,16 @@ def _pack(values: dict[str, Any]) -> Packed:
     from fastgpt2.engine.loading import pack_model
 
     folder = find_model(values["model"], values["revision"])
-    return pack_model(folder, read_config(folder / CONFIG_FILE), values["model"])
+    config = read_config(folder / CONFIG_FILE)
+    return pack_model(folder, config, values["model"], values["blas"], values["weights"])
 
 
 def _measure(values: dict[str, Any]) -> None:
     """What a worker finds out when it loads the model is kept beside the packed file."""
     from fastgpt2.engine.engine import Engine
 
-    Engine.load(values["model"], revision=values["revision"], threads=values["threads"], blas=values["blas"])
+    names = ("revision", "threads", "blas", "weights")
+    Engine.load(values["model"], **{name: values[name] for name in names})
 
 
 def _intact(packed: Packed) -> bool:

@@ -39,7 +39,7 @@ _BYTES_TRIED = 32 << 20
 _REPEATS = 4
 # Times within this factor differ by chance.
 _AS_GOOD = 1.1
-# MKL takes memory of its own and milliseconds to load: it has to win by so much.
+# MKL and LLVM take memory of their own and time to load: they have to win by so much.
 _WORTH_LOADING = 0.95
 
 
@@ -115,6 +115,8 @@ class Kernel:
 
     def chunking(self, n_in: int, width: int) -> Chunking:
         """For panels of weights, n_in by width."""
+        if self.product.name.startswith("compiled-"):
+            return Chunking(None, 1, exact=True)
         return _chunking(self._most(self.product, n_in, width))
 
     def attention_chunking(self, positions: int, head_dim: int) -> Chunking:
@@ -130,7 +132,7 @@ class Kernel:
 
 
 def _chunking(most: int) -> Chunking:
-    return Chunking(most, 2) if most >= MIN_CHUNK else Chunking(None, 1)
+    return Chunking(most, 2, exact=True) if most >= MIN_CHUNK else Chunking(None, 1, exact=False)
 
 
 def largest_exact_chunk(product: Product, n_in: int, width: int) -> int:
@@ -190,12 +192,13 @@ def fastest_width(kernel: Kernel, n_in: int) -> int:
     return next(choice for choice in choices if scores[choice] <= _AS_GOOD * min(scores.values()))
 
 
-def faster(default: Kernel, other: Kernel, n_in: int, width: int) -> bool:
-    """Whether the other BLAS is worth loading for panels of this shape."""
+def faster(default: Kernel, other: Kernel, n_in: int, width: int, others_width: int | None = None) -> bool:
+    """Whether the other one is worth loading for panels of this shape, or of a width of its own."""
     flat = np.full(_BYTES_TRIED // 4, 0.5, np.float32)
+    kernels = (default, width), (other, others_width or width)
     runs = {
-        (which, rows): _stream(kernel, flat, n_in, width, rows)
-        for which, kernel in enumerate((default, other))
+        (which, rows): _stream(kernel, flat, n_in, panel_width or PLAIN_WIDTH, rows)
+        for which, (kernel, panel_width) in enumerate(kernels)
         for rows in _ROWS_TRIED
     }
     times = _least_times(runs)

@@ -29,8 +29,9 @@ MAX_HEADER_BYTES = 8 << 20
 # linux/mman.h; Python's mmap has no name for it.
 _MADV_POPULATE_READ = 22
 
-# BF16 has no numpy type: it is viewed as the upper half of a float32.
-_VIEW_TYPES: dict[str, type[np.generic]] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+# BF16 has no numpy type: it is viewed as the upper half of a float32. I8 is found in packed files only.
+_VIEW_TYPES: dict[str, type[np.generic]] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I8": np.int8}
+_FLOATING = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +99,7 @@ class Checkpoint:
         """
         info = self.tensors[name]
         if info.dtype not in _VIEW_TYPES:
-            raise CheckpointError(
-                f"{info.file}: tensor {name!r} is {info.dtype}; GPT-2 weights are read as {', '.join(_VIEW_TYPES)}"
-            )
+            raise self._unreadable(name)
         view_type = np.dtype(_VIEW_TYPES[info.dtype])
         count = (info.stop - info.start) // view_type.itemsize
         flat = np.frombuffer(self._maps[info.file], view_type, count, info.start)
@@ -121,6 +120,8 @@ class Checkpoint:
         The view itself where it is that already, else a converted copy: BLAS reads aligned float32 only; given anything
         else, numpy would copy the weights again on every product.
         """
+        if self.tensors[name].dtype not in _FLOATING:
+            raise self._unreadable(name)
         view: NDArray[Any] = self.view(name)[where]
         if self.tensors[name].dtype == "BF16":
             widened: NDArray[np.float32] = (view.astype(np.uint32) << 16).view(np.float32)
@@ -128,6 +129,12 @@ class Checkpoint:
         if view.dtype == np.float32 and view.flags.aligned:
             return view
         return np.require(view, np.float32, ["A", "C"])
+
+    def _unreadable(self, name: str) -> CheckpointError:
+        info = self.tensors[name]
+        return CheckpointError(
+            f"{info.file}: tensor {name!r} is {info.dtype}; GPT-2 weights are read as {', '.join(_FLOATING)}"
+        )
 
 
 def map_file(path: Path) -> tuple[dict[str, TensorInfo], mmap.mmap]:

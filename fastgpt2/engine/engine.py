@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("fastgpt2.engine")
 
 DEFAULT_MODEL = "gpt2"
-BLAS_CHOICES = ("auto", "openblas", "mkl")
+BLAS_CHOICES = ("auto", "openblas", "mkl", "compiled")
+WEIGHTS_CHOICES = ("float32", "bfloat16", "int8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,7 @@ class Engine:
         max_batch: int | None = None,
         kv_memory: int | None = None,
         blas: str = "auto",
+        weights: str = "float32",
     ) -> Engine:
         """Load a model: `demo`, a folder, or a hub id.
 
@@ -105,18 +107,23 @@ class Engine:
                 measured the first time that a large model is loaded.
             kv_memory: bytes that the keys and values of all sequences may take; None for a quarter of the memory
                 that this process may use, or of its share of it among the workers of a pool.
-            blas: openblas (what numpy brought), mkl (the extra of that name), or auto for the faster here.
+            blas: of float32 weights: openblas (what numpy brought), mkl (the extra of that name), compiled (by LLVM,
+                the extra `compact`), or auto for the fastest here.
+            weights: float32, as everybody computes the checkpoint; bfloat16 or int8 (the extra `compact`), a half and a
+                quarter of the memory to read at every step, and other tokens than float32's here and there.
 
         Raises:
             ModelError: the model cannot be found, read or trusted; the message names the file and what is wrong.
-            BadRequest: `max_batch` or `threads` is below 1, `blas` is none that is here, or `kv_memory` does not hold
-                one sequence of all the model's positions.
+            BadRequest: `max_batch` or `threads` is below 1, `blas` or `weights` is none that is here, or `kv_memory`
+                does not hold one sequence of all the model's positions.
         """
         started = perf_counter()
         if max_batch is not None and max_batch < 1:
             raise BadRequest(f"max_batch must be 1 or more, not {max_batch}")
         if blas not in BLAS_CHOICES:
             raise BadRequest(f"blas must be one of {', '.join(BLAS_CHOICES)}, not {blas!r}")
+        if weights not in WEIGHTS_CHOICES:
+            raise BadRequest(f"weights must be one of {', '.join(WEIGHTS_CHOICES)}, not {weights!r}")
         if threads is not None and threads < 1:
             raise BadRequest(f"threads must be 1 or more, not {threads}")
         hold_to_one_thread()
@@ -139,6 +146,7 @@ class Engine:
                 n_slots=slots_to_map(config) if max_batch is None else max_batch,
                 size=size,
                 blas=blas,
+                weights=weights,
                 kv_memory=_kv_memory(config, kv_memory),
             )
             mapped = perf_counter() - started

@@ -93,8 +93,8 @@ class GPT2:
 
     @property
     def product_name(self) -> str:
-        """The BLAS: "mkl", or how numpy's calls itself."""
-        return "mkl" if self._kernel.product.name == "mkl" else numpys_kernel()
+        """What multiplies: "mkl", "compiled-int8", or how numpy's BLAS calls itself."""
+        return numpys_kernel() if self._kernel.product.name == "openblas" else self._kernel.product.name
 
     def describe(self) -> str:
         """The BLAS, the panels' widths, the processes: "openblas-SkylakeX in panels of 64/32, 2 processes"."""

@@ -15,7 +15,8 @@ from fastgpt2.engine.checkpoint import Checkpoint
 from fastgpt2.engine.config import GPT2Config
 from fastgpt2.engine.gpt2 import DEFAULT_MAX_ROWS, GPT2, PREFILL_ROWS_BESIDE
 from fastgpt2.engine.helper import Shape
-from fastgpt2.engine.pack_plan import Layout
+from fastgpt2.engine.kernel_code import WIDTH
+from fastgpt2.engine.pack_plan import Layout, Plan
 from fastgpt2.engine.packing import Packed, pack_path, packed_in_cache, packed_in_memory
 from fastgpt2.engine.products import NumpyProduct, product_named
 from fastgpt2.engine.sizing import is_large
@@ -32,6 +33,7 @@ def load_network(
     n_slots: int,
     size: int,
     blas: str,
+    weights: str = "float32",
     kv_memory: int | None = None,
 ) -> GPT2:
     """
@@ -39,34 +41,34 @@ def load_network(
         model: its name, for people.
         n_slots: sequences that it has room for.
         size: processes to run it on, from `processes_for`.
-        blas: openblas, mkl, or auto for the faster of those that are here.
+        blas: openblas, mkl, compiled, or auto for the fastest of those that are here.
+        weights: float32, bfloat16 or int8; the latter two are always multiplied by compiled code.
         kv_memory: bytes for keys and values; None for what so many sequences can take at most.
 
     Raises:
         ModelError: the checkpoint cannot be used, or there is no memory for it.
-        BadRequest: MKL is asked for and not here.
+        BadRequest: MKL or llvmlite is asked for and not here.
     """
     # Threads of BLAS beside processes that spin for each other would cost a hundredfold.
     hold_to_one_thread()
     checkpoint = Checkpoint.open(folder)
     calibration = measured_here(config)
-    kernel = Kernel(NumpyProduct(), calibration)
-    packed = pack(checkpoint, config, model, kernel, calibration)
-    kernel = _with_blas(blas, kernel, calibration, config, packed)
+    kernel, layout = choose(config, calibration, blas, weights)
+    packed = pack(checkpoint, config, model, layout)
     shape = Shape(n_slots, max(DEFAULT_MAX_ROWS, n_slots + PREFILL_ROWS_BESIDE), size)
     return GPT2(config, packed, kernel, shape, kv_memory)
 
 
-def pack_model(folder: Path, config: GPT2Config, model: str) -> Packed:
-    """The packed file of a model in the cache, of a small one too.
+def pack_model(folder: Path, config: GPT2Config, model: str, blas: str, weights: str) -> Packed:
+    """The packed file of a model in the cache, of a small one too; `blas` and `weights` as for `load_network`.
 
     Raises:
         ModelError: as `load_network`, or the cache cannot be written.
     """
     # What is measured for the layout is measured as a worker multiplies.
     hold_to_one_thread()
-    calibration = measured_here(config)
-    return pack(Checkpoint.open(folder), config, model, Kernel(NumpyProduct(), calibration), calibration, always=True)
+    _, layout = choose(config, measured_here(config), blas, weights)
+    return pack(Checkpoint.open(folder), config, model, layout, always=True)
 
 
 def measured_here(config: GPT2Config) -> Calibration:
@@ -78,6 +80,51 @@ def measured_here(config: GPT2Config) -> Calibration:
         except OSError:
             log.debug("no cache folder to keep measurements in")
     return Calibration(folder, f"{numpys_kernel()}, numpy {np.__version__}, {cpu_name()}")
+
+
+def choose(config: GPT2Config, calibration: Calibration, blas: str, weights: str) -> tuple[Kernel, Layout]:
+    """What multiplies here, and the layout that it multiplies.
+
+    Raises:
+        BadRequest: what is asked for is not here.
+    """
+    if weights != "float32" or blas == "compiled":
+        return _compiled(calibration, weights)
+    kernel = Kernel(NumpyProduct(), calibration)
+    layout = layout_for(config, kernel, calibration)
+    if blas == "mkl":
+        return Kernel(product_named("mkl"), calibration), layout
+    if blas == "openblas" or not is_large(config):
+        return kernel, layout
+    return _fastest(config, calibration, kernel, layout)
+
+
+def _compiled(calibration: Calibration, weights: str) -> tuple[Kernel, Layout]:
+    layout = Layout("compiled" if weights == "float32" else weights, lambda _n_in, _n_out: WIDTH, weights)
+    return Kernel(product_named(f"compiled-{weights}"), calibration), layout
+
+
+def _fastest(config: GPT2Config, calibration: Calibration, kernel: Kernel, layout: Layout) -> tuple[Kernel, Layout]:
+    """Of what is installed, by the clock, once a machine."""
+    from fastgpt2.engine import compiled, mkl
+
+    n_in, width, found = config.n_embd, layout.width(config.n_embd, config.n_inner), kernel
+    if mkl.installed():
+
+        def mkl_is_faster() -> int:
+            return int(faster(kernel, Kernel(product_named("mkl"), calibration), n_in, width))
+
+        if calibration.get(f"mkl {mkl.version_key()} faster {n_in}x{width}", mkl_is_faster):
+            found = Kernel(product_named("mkl"), calibration)
+    if compiled.available():
+
+        def compiled_is_faster() -> int:
+            other, _ = _compiled(calibration, "float32")
+            return int(faster(found, other, n_in, width, WIDTH))
+
+        if calibration.get(f"compiled faster than {found.product.name} {n_in}x{width}", compiled_is_faster):
+            return _compiled(calibration, "float32")
+    return found, layout
 
 
 def layout_for(config: GPT2Config, kernel: Kernel, calibration: Calibration) -> Layout:
@@ -95,8 +142,7 @@ def pack(
     checkpoint: Checkpoint,
     config: GPT2Config,
     model: str,
-    kernel: Kernel,
-    calibration: Calibration,
+    layout: Layout,
     always: bool = False,
 ) -> Packed:
     """The packed file: in the cache if the model is large, or `always`; else, or where that cannot be, in memory.
@@ -104,7 +150,6 @@ def pack(
     Raises:
         ModelError: as `load_network`. With `always`, also when the cache cannot be written.
     """
-    layout = layout_for(config, kernel, calibration)
     try:
         path = pack_path(cache_folder(), checkpoint, model, layout)
         if always or is_large(config) or path.exists():
@@ -118,24 +163,9 @@ def pack(
                 "%.0f MB, as every other will, and once more at every start. Set FASTGPT2_CACHE to a folder that can "
                 "be written",
                 reason,
-                4 * config.n_parameters / 1e6,
+                Plan.of(checkpoint, config, layout).data_bytes / 1e6,
             )
     try:
         return packed_in_memory(checkpoint, config, model, layout)
     except OSError as reason:
         raise ModelError(f"no memory to hold the weights of {model} ({reason})") from None
-
-
-def _with_blas(blas: str, kernel: Kernel, calibration: Calibration, config: GPT2Config, packed: Packed) -> Kernel:
-    if blas == "auto":
-        from fastgpt2.engine.mkl import installed, version_key
-
-        if not is_large(config) or not installed():
-            return kernel
-        width = packed.tensors.tensors["h.0.mlp.c_fc.weight"].shape[2]
-
-        def measure() -> int:
-            return int(faster(kernel, Kernel(product_named("mkl"), calibration), config.n_embd, width))
-
-        blas = "mkl" if calibration.get(f"mkl {version_key()} faster {config.n_embd}x{width}", measure) else "openblas"
-    return kernel if blas == "openblas" else Kernel(product_named(blas), calibration)

@@ -44,7 +44,7 @@ class MKLProduct:
         # The arrays are kept beside the arguments, so that no other array can come to have their ids.
         self._calls: dict[tuple[int, int, int], tuple[Any, ...]] = {}
 
-    def __call__(self, x: Array, panels: Array, out: Array) -> None:
+    def __call__(self, x: Array, panels: NDArray[Any], out: Array) -> None:
         key = (id(x), id(panels), id(out))
         call = self._calls.get(key)
         if call is None:

@@ -3,7 +3,8 @@
 It is a standard safetensors file with the checkpoint's own names. Weights of linear layers [K, N] are stored as panels
 [n, K, P] (see `panels.py`), and so is the transpose of the token table, a column of which is a token's embedding;
 biases are filled up with zeros to whole panels, other tensors to multiples of 64 bytes, so that every tensor is
-aligned. Causal masks are left out.
+aligned. Causal masks are left out. Panels may be bfloat16 or int8 instead of float32, the latter with a float32 tensor
+of scales, `NAME.scales`, one a column.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastgpt2.engine.checkpoint import Checkpoint
 from fastgpt2.engine.config import GPT2Config
-from fastgpt2.engine.panels import panel_count, to_panels
-from fastgpt2.engine.weights import expected_shapes, match_names
+from fastgpt2.engine.panels import STORED, panel_count, scales_of, stored_as, to_panels
+from fastgpt2.engine.weights import expected_shapes, match_names, scales_name
 
 Array = NDArray[np.float32]
 
@@ -36,17 +37,33 @@ CHUNK_BYTES = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The width of the panels of a matrix, by its numbers of rows (K) and columns (N)."""
+    """The width of the panels of a matrix, by its numbers of rows (K) and columns (N), and what they are stored as."""
 
     name: str
     width: Callable[[int, int], int]
+    weights: str = "float32"
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor of a packed file: safetensors' name of its dtype, and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+
+
+_ITEM_BYTES = {name: np.dtype(kind).itemsize for name, kind in STORED.values()}
 
 
 class Plan:
-    """The tensors of a packed file: their shapes, and where their numbers come from."""
+    """The tensors of a packed file, and where their numbers come from."""
 
-    def __init__(self, checkpoint: Checkpoint, names: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> None:
-        self.checkpoint, self._names, self.shapes = checkpoint, names, shapes
+    def __init__(self, checkpoint: Checkpoint, names: dict[str, str], tensors: dict[str, Stored], weights: str) -> None:
+        self.checkpoint, self._names, self.tensors, self._weights = checkpoint, names, tensors, weights
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, config: GPT2Config, layout: Layout) -> Plan:
@@ -57,30 +74,33 @@ class Plan:
         names = match_names(checkpoint, config)
         logical = expected_shapes(config)
         head = "wte.weight" if config.tie_word_embeddings else "lm_head.weight"
-        shapes: dict[str, tuple[int, ...]] = {}
+        tensors: dict[str, Stored] = {}
         for name in names:
             shape = logical[name]
             if name == head or (len(shape) == 2 and name.startswith("h.")):
                 n_out, n_in = shape if name == head else shape[::-1]
                 width = layout.width(n_in, n_out)
-                shapes[name] = (panel_count(n_out, width), n_in, width)
+                n = panel_count(n_out, width)
+                tensors[name] = Stored(STORED[layout.weights][0], (n, n_in, width))
+                if layout.weights == "int8":
+                    tensors[scales_name(name)] = Stored("F32", (n * width,))
             elif name.endswith("bias") and ".ln_" not in name and name != "ln_f.bias":
                 n_in = logical[name.removesuffix("bias") + "weight"][0]
                 width = layout.width(n_in, shape[0])
-                shapes[name] = (panel_count(shape[0], width) * width,)
+                tensors[name] = Stored("F32", (panel_count(shape[0], width) * width,))
             else:
-                shapes[name] = (-(-shape[0] // _FLOATS) * _FLOATS, *shape[1:])
-        return cls(checkpoint, names, shapes)
+                tensors[name] = Stored("F32", (-(-shape[0] // _FLOATS) * _FLOATS, *shape[1:]))
+        return cls(checkpoint, names, tensors, layout.weights)
 
     @property
     def data_bytes(self) -> int:
-        return sum(4 * math.prod(shape) for shape in self.shapes.values())
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def write(self, file: BinaryIO, model: str, sealed: int, progress: Callable[[int], object]) -> None:
         """Header and tensors, a piece at a time; `progress` gets the number of bytes of each."""
         file.write(self._header(model, sealed, 0))
         crc = 0
-        for name in self.shapes:
+        for name in self.tensors:
             for piece in self._pieces(name):
                 file.write(piece.data)
                 crc = zlib.crc32(piece.data, crc)
@@ -88,9 +108,16 @@ class Plan:
         file.seek(0)
         file.write(self._header(model, sealed, crc))
 
-    def _pieces(self, name: str) -> Iterator[Array]:
+    def _pieces(self, name: str) -> Iterator[NDArray[Any]]:
         """The stored form of a tensor, contiguous, some megabytes at a time."""
-        shape, stored = self.shapes[name], self._names[name]
+        shape = self.tensors[name].shape
+        if name not in self._names:
+            (weight,) = (weight for weight in self._names if scales_name(weight) == name)
+            for columns in self._columns(weight):
+                yield scales_of(columns)
+            yield np.zeros(shape[0] - self._n_out(weight), np.float32)
+            return
+        stored = self._names[name]
         source_shape = self.checkpoint.tensors[stored].shape
         if len(shape) < 3:
             tail = np.zeros((shape[0] - source_shape[0], *shape[1:]), np.float32)
@@ -99,13 +126,22 @@ class Plan:
                 yield self.checkpoint.float32(stored, slice(at, at + step))
             yield tail
             return
-        n, n_in, width = shape
-        transposed = not name.startswith("h.")  # a token table
+        for columns in self._columns(name):
+            yield to_panels(stored_as(self._weights, columns), shape[2])
+
+    def _n_out(self, weight: str) -> int:
+        return self.checkpoint.tensors[self._names[weight]].shape[1 if weight.startswith("h.") else 0]
+
+    def _columns(self, weight: str) -> Iterator[Array]:
+        """Of a weight, or of the transpose of a token table: [K, some whole panels], until there are none left."""
+        _, n_in, width = self.tensors[weight].shape
         step = max(1, CHUNK_BYTES // (4 * n_in * width)) * width
-        for at in range(0, n * width, step):
-            columns = slice(at, at + step)
-            part = self.checkpoint.float32(stored, columns if transposed else (slice(None), columns))
-            yield to_panels(part.T if transposed else part, width)
+        for at in range(0, self._n_out(weight), step):
+            columns, stored = slice(at, at + step), self._names[weight]
+            if weight.startswith("h."):
+                yield self.checkpoint.float32(stored, (slice(None), columns))
+            else:
+                yield self.checkpoint.float32(stored, columns).T
 
     def _header(self, model: str, sealed: int, crc: int) -> bytes:
         """Length and JSON, padded so that data begins at a multiple of `ALIGNMENT`; as long for any checksum."""
@@ -121,9 +157,9 @@ class Plan:
         }
         header: dict[str, object] = {"__metadata__": metadata}
         at = 0
-        for name, shape in self.shapes.items():
-            stop = at + 4 * math.prod(shape)
-            header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [at, stop]}
+        for name, tensor in self.tensors.items():
+            stop = at + tensor.nbytes
+            header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [at, stop]}
             at = stop
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-(8 + len(text)) % ALIGNMENT)

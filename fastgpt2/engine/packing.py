@@ -22,7 +22,7 @@ from fastgpt2.engine.arena import anonymous_file
 from fastgpt2.engine.cache import locked
 from fastgpt2.engine.checkpoint import Checkpoint, map_file, read_metadata
 from fastgpt2.engine.config import GPT2Config
-from fastgpt2.engine.pack_plan import CHUNK_BYTES, FORMAT, Layout, Plan
+from fastgpt2.engine.pack_plan import CHUNK_BYTES, FORMAT, Layout, Plan, Stored
 from fastgpt2.errors import CheckpointError
 
 log = logging.getLogger("fastgpt2.engine")
@@ -132,9 +132,9 @@ def _open(path: Path, plan: Plan) -> Packed | None:
     except CheckpointError:
         os.close(fd)
         return None
-    shapes = {name: info.shape for name, info in packed.tensors.tensors.items()}
+    tensors = {name: Stored(info.dtype, info.shape) for name, info in packed.tensors.tensors.items()}
     metadata = read_metadata(path)
-    as_planned = shapes == plan.shapes and metadata.get("source_identity") == plan.checkpoint.identity
+    as_planned = tensors == plan.tensors and metadata.get("source_identity") == plan.checkpoint.identity
     return packed if as_planned and _unharmed(path, fd, metadata) else None
 
 

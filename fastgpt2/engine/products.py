@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +15,10 @@ class Product(Protocol):
 
     name: str
 
-    def __call__(self, x: Array, panels: Array, out: Array) -> None:
+    def __call__(self, x: Array, panels: NDArray[Any], out: Array) -> None:
         """out[n, c] = x[0, c] @ panels[n, 0]; x [1, C, m, K], panels [n, 1, K, P], out [n, C, m, P], a strided view.
+
+        Panels of int8 are multiplied as the whole numbers that they hold.
 
         The three arrays must be long-lived: a product may remember their addresses.
         """
@@ -27,15 +29,19 @@ class NumpyProduct:
 
     name = "openblas"
 
-    def __call__(self, x: Array, panels: Array, out: Array) -> None:
+    def __call__(self, x: Array, panels: NDArray[Any], out: Array) -> None:
         np.matmul(x, panels, out=out)
 
 
 def product_named(name: str) -> Product:
     """
     Raises:
-        BadRequest: that BLAS is not here.
+        BadRequest: that BLAS, or llvmlite for compact weights, is not here.
     """
+    if name.startswith("compiled-"):
+        from fastgpt2.engine.compiled import CompiledProduct
+
+        return CompiledProduct(name.removeprefix("compiled-"))
     if name == "mkl":
         from fastgpt2.engine.mkl import MKLProduct
 

@@ -13,15 +13,12 @@ class Chunking:
         most: rows in a chunk; None for all at once.
         least: a smaller chunk is filled up with rows that nobody looks at. One row alone would take BLAS's
             matrix-vector kernel, which rounds differently; two take the same as many.
+        exact: whether a row's bits do not depend on its neighbours.
     """
 
     most: int | None
     least: int
-
-    @property
-    def exact(self) -> bool:
-        """Whether a row's bits do not depend on its neighbours."""
-        return self.least > 1
+    exact: bool
 
     def of(self, rows: int) -> tuple[int, int]:
         """Number of chunks, and rows in each; together at least `rows`, and fewer than a chunk more."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,8 +87,10 @@ class Shard:
             tuple(self._mine(linear) for linear in (b.c_attn, b.attn_c_proj, b.c_fc, b.mlp_c_proj))
             for b in weights.blocks
         ]
-        first, last = weights.lm_head.share(rank, size)
-        self._head = weights.lm_head.array[first:last]
+        head = weights.lm_head
+        first, last = head.share(rank, size)
+        self._head = head.array[first:last]
+        self._head_scales = None if head.scales is None else head.scales[first * head.width : last * head.width]
         self._views: dict[int, _Views] = {}
         self._head_views: dict[int, _Product] = {}
 
@@ -99,10 +102,12 @@ class Shard:
         panels = [*(linear.weight for linear in weights), self._weights.lm_head]
         return all(self._kernel.chunking(p.n_in, p.width).exact for p in panels) and self._attention.exact
 
-    def _mine(self, linear: Linear) -> tuple[Array, Array]:
-        first, last = linear.weight.share(*self._share)
-        width = linear.weight.width
-        return linear.weight.array[first:last], linear.bias[first * width : last * width]
+    def _mine(self, linear: Linear) -> _Linear:
+        weight = linear.weight
+        first, last = weight.share(*self._share)
+        columns = slice(first * weight.width, last * weight.width)
+        scales = None if weight.scales is None else weight.scales[columns]
+        return _Linear(weight.array[first:last], scales, linear.bias[columns])
 
     def run(self, step: Step) -> None:
         """Carry out this share of a step; afterwards, the arena's "logits" hold the wanted rows in their first rows."""
@@ -114,24 +119,24 @@ class Shard:
             c_attn, attn_c_proj, c_fc, mlp_c_proj = mine
             for x, normed, scale in v.norms:
                 layer_norm(x, block.ln_1, epsilon, normed, scale)
-            product(v.qkv.x, c_attn[0], v.qkv.out)
-            np.add(v.qkv.mine, c_attn[1], out=v.qkv.mine)
+            product(v.qkv.x, c_attn.panels, v.qkv.out)
+            c_attn.complete(v.qkv.mine)
             meet()
             self._attention.run(layer)
             meet()
-            product(v.projected.x, attn_c_proj[0], v.projected.out)
-            np.add(v.projected.mine, attn_c_proj[1], out=v.projected.mine)
+            product(v.projected.x, attn_c_proj.panels, v.projected.out)
+            attn_c_proj.complete(v.projected.mine)
             meet()
             np.add(v.x, v.projected.all, out=v.x)
             for x, normed, scale in v.norms:
                 layer_norm(x, block.ln_2, epsilon, normed, scale)
-            product(v.inner.x, c_fc[0], v.inner.out)
+            product(v.inner.x, c_fc.panels, v.inner.out)
             for inner, scratch in v.activations:
-                np.add(inner, c_fc[1], out=inner)
+                c_fc.complete(inner)
                 self._activation(inner, scratch)
             meet()
-            product(v.reduced.x, mlp_c_proj[0], v.reduced.out)
-            np.add(v.reduced.mine, mlp_c_proj[1], out=v.reduced.mine)
+            product(v.reduced.x, mlp_c_proj.panels, v.reduced.out)
+            mlp_c_proj.complete(v.reduced.mine)
             meet()
             np.add(v.x, v.reduced.all, out=v.x)
         self._logits(step, v.x)
@@ -159,6 +164,8 @@ class Shard:
             lm_head = self._weights.lm_head
             view = self._head_views[n] = self._view(self._normed, lm_head, self._arena["logits"], n)
         self._kernel.product(view.x, self._head, view.out)
+        if self._head_scales is not None:
+            np.multiply(view.mine, self._head_scales, out=view.mine)
 
     def _views_for(self, rows: int) -> _Views:
         views = self._views.get(rows)
@@ -205,6 +212,21 @@ def _in_cache(rows: int, columns: int) -> list[slice]:
     """Rows in parts that stay in the cache while several functions pass over them."""
     step = max(1, IN_CACHE // max(1, columns))
     return [slice(at, min(at + step, rows)) for at in range(0, rows, step)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Linear:
+    """This share of a linear layer."""
+
+    panels: NDArray[Any]
+    scales: Array | None
+    bias: Array
+
+    def complete(self, product: Array) -> None:
+        """What the layer gives, in place of rows by panels."""
+        if self.scales is not None:
+            np.multiply(product, self.scales, out=product)
+        np.add(product, self.bias, out=product)
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,7 +78,8 @@ def packed_weights(packed: Checkpoint, config: GPT2Config) -> Weights:
         return LayerNorm(vector(f"{name}.weight"), vector(f"{name}.bias"))
 
     def panels(name: str) -> Panels:
-        return Panels(packed.float32(name)[:, None])
+        scales = scales_name(name)
+        return Panels(packed.view(name)[:, None], packed.float32(scales) if scales in packed.tensors else None)
 
     def linear(name: str) -> Linear:
         return Linear(panels(f"{name}.weight"), packed.float32(f"{name}.bias"))
@@ -101,6 +102,11 @@ def packed_weights(packed: Checkpoint, config: GPT2Config) -> Weights:
         ln_f=norm("ln_f"),
         lm_head=panels("wte.weight" if tied else "lm_head.weight"),
     )
+
+
+def scales_name(weight: str) -> str:
+    """The tensor of a packed file that holds the scales of an int8 weight."""
+    return f"{weight}.scales"
 
 
 def expected_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:

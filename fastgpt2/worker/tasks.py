@@ -93,4 +93,5 @@ def _engine() -> Engine:
         threads=settings.THREADS.resolve(),
         max_batch=1,
         blas=settings.BLAS.resolve(),
+        weights=settings.WEIGHTS.resolve(),
     )
