@@ -28,7 +28,8 @@ Values = dict[str, Any]
 
 _QUEUE = (settings.REDIS_URL, settings.QUEUE)
 _MODEL = (settings.MODEL, settings.REVISION)
-_COMPUTE = (settings.THREADS, settings.BLAS, settings.WEIGHTS)
+_ARITHMETIC = (settings.THREADS, settings.BLAS, settings.WEIGHTS)
+_COMPUTE = (*_ARITHMETIC, settings.DRAFTS)
 _REQUEST = (
     settings.MAX_NEW_TOKENS,
     settings.STOP,
@@ -212,6 +213,7 @@ COMMANDS = {
             settings.POOL_THREADS,
             settings.BLAS,
             settings.WEIGHTS,
+            settings.DRAFTS,
             *_BATCH,
             settings.WORKERS,
             *_RECYCLING,
@@ -295,10 +297,13 @@ COMMANDS = {
         (*_MODEL, *_COMPUTE, *_REQUEST, settings.TIMINGS, settings.JSON),
         Positional("prompt", "the text to continue"),
     ),
-    "bench": Command("fastgpt2.bench:run", "measure how fast a model runs here", (*_MODEL, *_COMPUTE, settings.JSON)),
+    "bench": Command(
+        "fastgpt2.bench:run", "measure how fast a model runs here", (*_MODEL, *_ARITHMETIC, settings.JSON)
+    ),
     "pack": Command(
         "fastgpt2.commands.pack:run",
-        "make a model's packed file in the cache, and print its path and its size in bytes, a tab between",
+        "make a model's packed file in the cache, and print its path and its size in bytes, a tab between; with "
+        "--drafts int8 a second one",
         (*_MODEL, *_COMPUTE, settings.VERIFY, settings.MEASURE),
         Positional("model", "the same as --model", optional=True),
         "A large model is packed when it is first loaded: this does it before, and for small ones too. With --measure, "

@@ -123,6 +123,14 @@ def one_of(*choices: str) -> Callable[[str], str]:
     return parse
 
 
+def drafts(text: str) -> str | int:
+    if text.lower() in ("off", "auto", "int8"):
+        return text.lower()
+    if text.isdecimal() and text.isascii() and 1 <= int(text[:3]) <= 15 and len(text) < 3:
+        return int(text)
+    raise ValueError("is not off, auto, int8 or a number from 1 to 15")
+
+
 def log_level(text: str) -> str:
     if text.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
         raise ValueError("is not one of debug, info, warning, error")
@@ -174,6 +182,14 @@ WEIGHTS = Setting(
     one_of("float32", "bfloat16", "int8"),
     "float32",
     "float32, bfloat16 or int8; the latter two are faster, smaller and not quite the model: texts may differ",
+)
+DRAFTS: Setting[str | int] = Setting(
+    "drafts",
+    "HOW",
+    drafts,
+    "off",
+    "verify several guessed tokens in one step, for the same text: off; auto, looked up in the text so far, as many as "
+    "pay; 1 to 15, so many; int8, as auto and made by int8 weights",
 )
 MAX_BATCH: Setting[int | None] = Setting(
     "max_batch",
@@ -305,6 +321,7 @@ SYSTEM: tuple[Setting[Any], ...] = (
     POOL_THREADS,
     BLAS,
     WEIGHTS,
+    DRAFTS,
     MAX_BATCH,
     KV_MEMORY,
     WORKERS,

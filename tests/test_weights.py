@@ -160,6 +160,8 @@ def test_pack_makes_the_compact_file(capsys: pytest.CaptureFixture[str]) -> None
     float32 = Path(capsys.readouterr().out.partition("\t")[0])
     # A byte a weight instead of four; the demo model's other tensors are some 3% of it.
     assert os.path.getsize(path) < 0.3 * os.path.getsize(float32)  # noqa: PTH202
+    assert main(["pack", "demo", "--drafts", "int8"]) == 0
+    assert capsys.readouterr().out == f"{float32}\t{float32.stat().st_size}\n{path}\t{size}\n"
     assert main(["pack", "demo", "--weights", "int4"]) == 2
     assert "--weights: 'int4' is not one of float32, bfloat16, int8" in capsys.readouterr().err
 

@@ -23,6 +23,7 @@ def run(values: dict[str, Any]) -> int:
         threads=values["threads"],
         blas=values["blas"],
         weights=values["weights"],
+        drafts=values["drafts"],
     )
     sequence = engine.decoder.admit(engine.decoder.prepare(request))
     encoded = perf_counter()

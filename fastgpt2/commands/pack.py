@@ -21,19 +21,26 @@ def run(values: dict[str, Any]) -> int:
     from fastgpt2.engine.blas import hold_to_one_thread
 
     hold_to_one_thread()
-    packed = _pack(values)
-    if values["verify"] and not _intact(packed):
-        _discard(packed)
-        packed = _pack(values)
-        if not _intact(packed):
-            raise ModelError(f"{packed.path}: reads otherwise than it was written a moment ago; is the disk sound?")
+    kinds = [values["weights"], *(["int8"] if values["drafts"] == "int8" else [])]
+    made = [_verified(values, weights) for weights in kinds]
     if values["measure"]:
         _measure(values)
-    print(packed.path, os.fstat(packed.fd).st_size, sep="\t")
+    for packed in made:
+        print(packed.path, os.fstat(packed.fd).st_size, sep="\t")
     return 0
 
 
-def _pack(values: dict[str, Any]) -> Packed:
+def _verified(values: dict[str, Any], weights: str) -> Packed:
+    packed = _pack(values, weights)
+    if values["verify"] and not _intact(packed):
+        _discard(packed)
+        packed = _pack(values, weights)
+        if not _intact(packed):
+            raise ModelError(f"{packed.path}: reads otherwise than it was written a moment ago; is the disk sound?")
+    return packed
+
+
+def _pack(values: dict[str, Any], weights: str) -> Packed:
     from fastgpt2.engine.config import read_config
     from fastgpt2.engine.files import CONFIG_FILE
     from fastgpt2.engine.hub import find_model
@@ -41,14 +48,14 @@ def _pack(values: dict[str, Any]) -> Packed:
 
     folder = find_model(values["model"], values["revision"])
     config = read_config(folder / CONFIG_FILE)
-    return pack_model(folder, config, values["model"], values["blas"], values["weights"])
+    return pack_model(folder, config, values["model"], values["blas"], weights)
 
 
 def _measure(values: dict[str, Any]) -> None:
     """What a worker finds out when it loads the model is kept beside the packed file."""
     from fastgpt2.engine.engine import Engine
 
-    names = ("revision", "threads", "blas", "weights")
+    names = ("revision", "threads", "blas", "weights", "drafts")
     Engine.load(values["model"], **{name: values[name] for name in names})
 
 

@@ -27,6 +27,7 @@ def worker(values: dict[str, Any]) -> int:
         kv_memory=values["kv_memory"],
         blas=values["blas"],
         weights=values["weights"],
+        drafts=values["drafts"],
     )
     engine.warm_up()
     log.info("loaded %s in %.0f ms; %s", engine.model, engine.load_times.loaded * 1e3, engine.describe())

@@ -1,4 +1,4 @@
-"""How many sequences a network decodes together: as many as pay on this machine, measured once."""
+"""How many sequences a network decodes together, and what rows cost: measured once a machine."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ WORTHWHILE = 1.15
 # Tokens that each sequence holds at first while steps are timed.
 _CONTEXT = 64
 _REPEATS = 5
+# Rows of one sequence whose steps are timed, for `step_costs.py`.
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16)
 
 
 def slots_to_map(config: GPT2Config) -> int:
@@ -44,8 +46,7 @@ def settle(network: GPT2, calibration: Calibration) -> None:
     config, most = network.config, network.cache.usable_slots
     if not is_large(config):
         return
-    shape = f"{config.n_layer}x{config.n_embd}x{config.n_inner}x{config.vocab_size}, {config.n_head} heads"
-    suffix = f"{shape}, {network.size} processes, {network.product_name}"
+    suffix = _circumstances(network)
     # Where there was more memory, more was tried, and what paid there pays here as far as there is room.
     tried = [most << more for more in range(MOST.bit_length()) if most << more <= max(most, MOST)]
     found = (calibration.known(f"batch of up to {upto}, {suffix}") for upto in tried)
@@ -60,12 +61,45 @@ def settle(network: GPT2, calibration: Calibration) -> None:
     network.use_slots(max(1, min(most, known)))
 
 
+def row_costs(network: GPT2, calibration: Calibration, measure: bool) -> dict[int, float]:
+    """Seconds of a step by rows of one sequence, as they were measured here, or are now if that is wanted and pays.
+
+    Empty where it is not known: for a small model, too.
+    """
+    if not is_large(network.config):
+        return {}
+    suffix, costs = _circumstances(network), dict[int, float]()
+    slot = None
+    try:
+        for rows in ROWS:
+            name = f"microseconds of {rows} rows, {suffix}"
+            known = calibration.known(name)
+            if known is None:
+                if not measure or not network.wait_until_ready():
+                    return {}
+                slot = network.cache.allot(_CONTEXT + max(ROWS)) if slot is None else slot
+                segment = Segment(slot, [0] * rows, rows)
+                known = calibration.get(name, lambda: round(1e6 * _step_seconds(network, [segment])))  # noqa: B023
+            costs[rows] = known / 1e6
+    finally:
+        if slot is not None:
+            network.cache.release(slot)
+    return costs
+
+
+def _circumstances(network: GPT2) -> str:
+    """What times depend on, beside the CPU and its BLAS."""
+    config = network.config
+    shape = f"{config.n_layer}x{config.n_embd}x{config.n_inner}x{config.vocab_size}, {config.n_head} heads"
+    return f"{shape}, {network.size} processes, {network.product_name}"
+
+
 def measured(network: GPT2, most: int) -> int:
     """What `largest_worthwhile` finds by steps of the network itself."""
     started = perf_counter()
     slots = [network.cache.allot(_CONTEXT + _REPEATS + 2) for _ in range(most)]
     try:
-        return largest_worthwhile(lambda n: _step_seconds(network, slots[:n]), most)
+        return largest_worthwhile(lambda n: _step_seconds(network, [Segment(slot, [0]) for slot in slots[:n]]), most)
     finally:
         for slot in slots:
             network.cache.release(slot)
@@ -90,16 +124,17 @@ def largest_worthwhile(step_seconds: Callable[[int], float], most: int) -> int:
     return best
 
 
-def _step_seconds(network: GPT2, slots: list[int]) -> float:
-    """Of a step with a token for each of the slots: the least of some, as what disturbs only ever adds."""
+def _step_seconds(network: GPT2, segments: list[Segment]) -> float:
+    """Of a step of sequences that hold `_CONTEXT` tokens: the least of some, as what disturbs only ever adds."""
     cache, least = network.cache, float("inf")
-    for slot in slots:
+    for segment in segments:
         # Written, so that there is memory behind it to be read.
-        cache.keys[slot, :, : -(-_CONTEXT // BLOCK) + 1] = 0
-        cache.values[slot, :, :, : _CONTEXT + BLOCK] = 0
-        cache.lengths[slot] = _CONTEXT
+        cache.keys[segment.slot, :, : -(-_CONTEXT // BLOCK) + 1] = 0
+        cache.values[segment.slot, :, :, : _CONTEXT + BLOCK] = 0
     for _ in range(1 + _REPEATS):
+        for segment in segments:
+            cache.lengths[segment.slot] = _CONTEXT
         started = perf_counter()
-        network.forward([Segment(slot, [0]) for slot in slots])
+        network.forward(segments)
         least = min(least, perf_counter() - started)
     return least

@@ -8,6 +8,7 @@ from time import perf_counter
 import numpy as np
 from numpy.typing import NDArray
 
+from fastgpt2.engine.drafter import Drafter
 from fastgpt2.engine.generation import FinishReason, GenerationRequest, TokenLogprob
 from fastgpt2.engine.gpt2 import DEFAULT_MAX_ROWS, GPT2, PREFILL_ROWS_BESIDE
 from fastgpt2.engine.logprobs import token_logprob
@@ -23,9 +24,10 @@ PREFILL_ROWS = DEFAULT_MAX_ROWS
 class Decoder:
     """Decodes as many sequences side by side as the network has slots, each as if it were alone."""
 
-    def __init__(self, model: GPT2, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: GPT2, tokenizer: Tokenizer, drafter: Drafter | None = None) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.drafter = drafter or Drafter(model)
         self.running: list[Sequence] = []
 
     @property
@@ -113,15 +115,17 @@ class Decoder:
                 TokenLogprob(token_id, self.tokenizer.token_text(token_id), None, text_offset=offset)
                 for token_id, offset in scored[:1]
             ],
+            lookup=self.drafter.begin(prompt.ids),
         )
         self.running.append(sequence)
         return sequence
 
     def step(self) -> list[Sequence]:
-        """Advance every running sequence: a chunk of its prompt, or one token. Returns those that ended by this step.
+        """Advance every running sequence: a chunk of its prompt, or a token. Returns those that ended by this step.
 
-        Those who decode each get a token. Beside them, `PREFILL_ROWS_BESIDE` rows of prompts are read, so that nobody
-        waits long for the next token; `PREFILL_ROWS` if none decodes. The prompt that came first is read first.
+        Those who decode each get a token, and one more for each guess that comes true (`drafting.py`). Beside them,
+        `PREFILL_ROWS_BESIDE` rows of prompts are read, so that nobody waits long for the next token; `PREFILL_ROWS` if
+        none decodes. The prompt that came first is read first.
 
         Raises:
             CheckpointError: the logits are not finite.
@@ -166,6 +170,13 @@ class Decoder:
                 n_logits = len(ids)
             segments.append(Segment(sequence.slot, ids, n_logits))
             movers.append(sequence)
+        # Beside prompts, a step takes long enough for those who decode.
+        if 0 < decoding == len(movers):
+            guesses = self.drafter.guesses(movers, self.model.max_rows - decoding)
+            segments = [
+                Segment(segment.slot, [*segment.ids, *guess], 1 + len(guess)) if guess else segment
+                for segment, guess in zip(segments, guesses, strict=True)
+            ]
         return movers, segments
 
     def _advance(self, movers: list[Sequence], segments: list[Segment]) -> None:
@@ -178,16 +189,40 @@ class Decoder:
                 "the model computes values that are not finite: its weights are damaged; fetch it again"
             )
         now = perf_counter()
+        if all(sequence.token_ids for sequence in movers):
+            self.drafter.stepped(len(best), now - started_at)
         begin = 0
         for sequence, segment in zip(movers, segments, strict=True):
             sequence.step_seconds.append(now - started_at)
             end = begin + segment.n_logits
-            if sequence.unscored:
-                self._score(sequence, logits[begin:end])
-            # The last row of a prompt, or the one row of a token, tells what comes next.
-            if not sequence.pending and sequence.max_new_tokens:
-                self._take(sequence, logits[end - 1], best[end - 1], now)
+            if sequence.token_ids:
+                self._go_on(sequence, segment, logits[begin:end], best[begin:end], now)
+            else:
+                if sequence.unscored:
+                    self._score(sequence, logits[begin:end])
+                # The last row of a prompt tells what comes next.
+                if not sequence.pending and sequence.max_new_tokens:
+                    self._take(sequence, logits[end - 1], best[end - 1], now)
             begin = end
+
+    def _go_on(
+        self, sequence: Sequence, segment: Segment, logits: NDArray[np.float32], best: list[int], now: float
+    ) -> None:
+        """Take the token that follows the last one, and that after each guess as long as they come true.
+
+        The cache then holds what has come true, and no more.
+        """
+        slot, guess = segment.slot, segment.ids[1:]
+        length, accepted = self.model.cache.lengths[slot] - len(guess), 0
+        for row, token_id in zip(logits, best, strict=True):
+            self.model.cache.retract(slot, length + accepted)
+            self._take(sequence, row, token_id, now)
+            if sequence.finished or accepted == len(guess) or sequence.token_ids[-1] != guess[accepted]:
+                break
+            accepted += 1
+        sequence.drafted += len(guess)
+        sequence.accepted += accepted
+        self.drafter.verified(len(guess), accepted)
 
     def _score(self, sequence: Sequence, logits: NDArray[np.float32]) -> None:
         """Tell how likely the prompt's next tokens were: each row is about the token that follows that of the row."""
@@ -221,6 +256,7 @@ class Decoder:
             sequence.first_token_at = now
         sequence.token_ids.append(token_id)
         sequence.pending = [token_id]
+        self.drafter.took(sequence, token_id)
         if is_end:
             self._end(sequence, "stop")
             return

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
 
 from fastgpt2.engine.blas import hold_to_one_thread
 from fastgpt2.engine.config import GPT2Config, read_config
+from fastgpt2.engine.drafting import MOST_DRAFTS
 from fastgpt2.engine.files import CONFIG_FILE
 from fastgpt2.engine.generation import GenerationRequest, GenerationResult
 from fastgpt2.engine.hub import find_model
@@ -32,6 +33,7 @@ log = logging.getLogger("fastgpt2.engine")
 
 DEFAULT_MODEL = "gpt2"
 BLAS_CHOICES = ("auto", "openblas", "mkl", "compiled")
+DRAFTS_CHOICES = ("off", "auto", "int8")
 WEIGHTS_CHOICES = ("float32", "bfloat16", "int8")
 
 
@@ -95,6 +97,7 @@ class Engine:
         kv_memory: int | None = None,
         blas: str = "auto",
         weights: str = "float32",
+        drafts: str | int = "off",
     ) -> Engine:
         """Load a model: `demo`, a folder, or a hub id.
 
@@ -112,10 +115,14 @@ class Engine:
             weights: float32, as everybody computes the checkpoint; bfloat16 or int8 (the extra `compact`), a half and a
                 quarter of the memory to read at every step, and other tokens than float32's here and there.
 
+            drafts: guesses of what comes next that a step verifies (`drafting.py`); the tokens are the same. off; auto,
+                looked up in the text so far, as many as pay; so many, wherever there are any; int8, as auto and made by
+                int8 weights (the extra `compact`).
+
         Raises:
             ModelError: the model cannot be found, read or trusted; the message names the file and what is wrong.
-            BadRequest: `max_batch` or `threads` is below 1, `blas` or `weights` is none that is here, or `kv_memory`
-                does not hold one sequence of all the model's positions.
+            BadRequest: `max_batch` or `threads` is below 1, `blas` or `weights` is none that is here, `kv_memory` does
+                not hold one sequence of all the model's positions, or `drafts` is neither a word above nor 1 to 15.
         """
         started = perf_counter()
         if max_batch is not None and max_batch < 1:
@@ -124,6 +131,10 @@ class Engine:
             raise BadRequest(f"blas must be one of {', '.join(BLAS_CHOICES)}, not {blas!r}")
         if weights not in WEIGHTS_CHOICES:
             raise BadRequest(f"weights must be one of {', '.join(WEIGHTS_CHOICES)}, not {weights!r}")
+        if drafts not in DRAFTS_CHOICES and not (isinstance(drafts, int) and 1 <= drafts <= MOST_DRAFTS):
+            raise BadRequest(f"drafts must be {', '.join(DRAFTS_CHOICES)} or 1 to {MOST_DRAFTS}, not {drafts!r}")
+        if drafts == "int8" == weights:
+            raise BadRequest("drafts by int8 weights are of no use to int8 weights; leave out one of the two")
         if threads is not None and threads < 1:
             raise BadRequest(f"threads must be 1 or more, not {threads}")
         hold_to_one_thread()
@@ -135,8 +146,9 @@ class Engine:
         # beside the import of numpy and the mapping of the weights.
         with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as pool:
             beside = pool.submit(_load_beside, folder, size, started)
-            from fastgpt2.engine.batch_size import settle, slots_to_map
+            from fastgpt2.engine.batch_size import row_costs, settle, slots_to_map
             from fastgpt2.engine.decoder import Decoder
+            from fastgpt2.engine.drafter import Drafter
             from fastgpt2.engine.loading import load_network, measured_here
 
             network = load_network(
@@ -148,6 +160,7 @@ class Engine:
                 blas=blas,
                 weights=weights,
                 kv_memory=_kv_memory(config, kv_memory),
+                draft_weights="int8" if drafts == "int8" else None,
             )
             mapped = perf_counter() - started
             tokenizer, tokenizer_done, processes = beside.result()
@@ -159,7 +172,9 @@ class Engine:
             )
         if max_batch is None:
             settle(network, measured_here(config))
-        decoder = Decoder(network, tokenizer)
+        most = drafts if isinstance(drafts, int) else (0 if drafts == "off" else None)
+        costs = row_costs(network, measured_here(config), max_batch is None) if most is None else None
+        decoder = Decoder(network, tokenizer, Drafter(network, most, costs))
         return cls(model, decoder, LoadTimes(mapped, tokenizer_done, perf_counter() - started))
 
     @overload
@@ -237,6 +252,7 @@ class Engine:
         """Wait for the helper processes and touch every weight once, so that the first prompt waits for neither."""
         self.decoder.model.wait_until_ready()
         self.run([GenerationRequest("", max_new_tokens=1)])
+        self.decoder.drafter.warm_up()
 
 
 def _kv_memory(config: GPT2Config, asked: int | None) -> int:

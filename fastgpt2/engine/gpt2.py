@@ -15,7 +15,7 @@ from fastgpt2.engine.arena import Arena
 from fastgpt2.engine.blas import numpys_kernel
 from fastgpt2.engine.calibration import Kernel
 from fastgpt2.engine.config import GPT2Config
-from fastgpt2.engine.helper import HelperProcesses, Helpers, Shape, state_specs
+from fastgpt2.engine.helper import HelperProcesses, Helpers, Shape, buffers, state_specs
 from fastgpt2.engine.kv_cache import KVCache
 from fastgpt2.engine.packing import Packed
 from fastgpt2.engine.step import Segment, Step
@@ -52,10 +52,12 @@ class GPT2:
         kernel: Kernel,
         shape: Shape,
         kv_memory: int | None = None,
+        draft: tuple[Packed, Kernel] | None = None,
     ) -> None:
         """
         Args:
             packed: stays mapped as long as this object lives.
+            draft: another set of weights of the same model, for `draft`.
             shape: how many sequences, tokens a step, and processes, this one included. The others are started by the
                 first step at the latest, and join when they are ready.
             kv_memory: bytes for the keys and values of all sequences; None for what so many can take at most.
@@ -65,7 +67,9 @@ class GPT2:
         """
         self.config, self.size, self.max_rows = config, shape.size, shape.max_rows
         self._packed, self._kernel = packed, kernel
-        self._weights = packed_weights(packed.tensors, config)
+        self._sets = [(packed, kernel), *([draft] if draft is not None else [])]
+        self._weights_sets = [packed_weights(of.tensors, config) for of, _ in self._sets]
+        self._weights = self._weights_sets[0]
         self._shape, self._n_slots, self._kv_memory = shape, shape.n_slots, kv_memory
         self._starts_left = MAX_STARTS
         self._lost = False
@@ -73,7 +77,7 @@ class GPT2:
         _networks.add(self)
 
     def _set_up(self) -> None:
-        specs = state_specs(self.config, self._weights, self._shape)
+        specs = state_specs(self.config, self._weights_sets, self._shape)
         try:
             self._arena = Arena(specs, shared=self.size > 1)
         except (OSError, ValueError, OverflowError) as reason:
@@ -83,13 +87,16 @@ class GPT2:
             ) from None
         self.cache = KVCache(self.config, self._shape.n_slots, self._arena, self._kv_memory)
         self.cache.use(self._n_slots)
-        self._alone = self._shard(1, lambda: None)
-        self._together: Shard | None = None
+        self._alone = self._shards(1, lambda: None)
+        self._together: list[Shard] | None = None
         self._helpers: Helpers | None = None
 
-    def _shard(self, size: int, meet: Callable[[], None]) -> Shard:
-        """The first process's share among so many."""
-        return Shard(self.config, self._weights, self.cache, self._arena, self._kernel, (0, size), meet)
+    def _shards(self, size: int, meet: Callable[[], None]) -> list[Shard]:
+        """The first process's share among so many, of each set of weights."""
+        return [
+            Shard(self.config, weights, self.cache, buffers(self._arena, by), kernel, (0, size), meet)
+            for by, (weights, (_, kernel)) in enumerate(zip(self._weights_sets, self._sets, strict=True))
+        ]
 
     @property
     def product_name(self) -> str:
@@ -101,7 +108,8 @@ class GPT2:
         block = self._weights.blocks[0]
         widths = dict.fromkeys(linear.weight.width for linear in (block.c_fc, block.mlp_c_proj))
         processes = f"{self.size} process{'es' if self.size > 1 else ''}"
-        return f"{self.product_name} in panels of {'/'.join(map(str, widths))}, {processes}"
+        drafts = f", drafts by {self._sets[1][1].product.name}" if self.can_draft else ""
+        return f"{self.product_name} in panels of {'/'.join(map(str, widths))}, {processes}{drafts}"
 
     def helper_pids(self) -> list[int]:
         """Of the processes beside this one."""
@@ -110,7 +118,7 @@ class GPT2:
     @property
     def exact(self) -> bool:
         """Whether a sequence's logits have the same bits alone, in any batch, and with its prompt cut anywhere."""
-        return self._alone.exact
+        return self._alone[0].exact
 
     def use_slots(self, n_slots: int) -> None:
         """Hold no more than so many sequences from now on; there must be none."""
@@ -122,6 +130,15 @@ class GPT2:
         """Whether every process has joined."""
         return self._helpers.complete if self._helpers is not None else not self._wants_helpers
 
+    @property
+    def can_draft(self) -> bool:
+        """Whether there are weights to `draft` with."""
+        return len(self._sets) > 1
+
+    def draft(self, segments: Sequence[Segment]) -> Array:
+        """As `forward`, by the other set of weights. What it appends to the cache is to be retracted."""
+        return self._forward(segments, 1)
+
     def forward(self, segments: Sequence[Segment]) -> Array:
         """Run the segments' tokens, append their keys and values to the cache, and return logits.
 
@@ -131,9 +148,12 @@ class GPT2:
         Returns:
             float32 [sum of n_logits, vocab_size], in the order of the segments; valid until the next call.
         """
+        return self._forward(segments, 0)
+
+    def _forward(self, segments: Sequence[Segment], by: int) -> Array:
         if self._lost:
             raise RuntimeError("the process was forked while sequences were running; load the model after forking")
-        step = Step(segments, [self.cache.lengths[segment.slot] for segment in segments])
+        step = Step(segments, [self.cache.lengths[segment.slot] for segment in segments], by)
         if step.rows > self.max_rows:
             raise ValueError(f"{step.rows} tokens in a step; this network takes {self.max_rows}")
         try:
@@ -142,7 +162,7 @@ class GPT2:
             # All state is here, and nothing counts as seen yet: the step is simply done again.
             log.warning("a helper process of the engine has ended (%s); going on in one process", reason)
             self._dismiss_helpers()
-            self._alone.run(step)
+            self._alone[by].run(step)
         except BaseException:
             # The helpers wait in the midst of a step that nobody will end.
             self._dismiss_helpers()
@@ -150,7 +170,7 @@ class GPT2:
         for segment in segments:
             self.cache.lengths[segment.slot] += len(segment.ids)
         wanted = sum(segment.n_logits for segment in segments)
-        logits: Array = self._arena["logits"][:wanted, : self.config.vocab_size]
+        logits: Array = self._arena[f"{by} logits"][:wanted, : self.config.vocab_size]
         return logits
 
     def _run(self, step: Step) -> None:
@@ -158,12 +178,12 @@ class GPT2:
             self.start_helpers()
         helpers = self._helpers
         if helpers is None or not helpers.complete:
-            self._alone.run(step)
+            self._alone[step.by].run(step)
             return
         if self._together is None:
-            self._together = self._shard(self.size, helpers.meeting.wait)
+            self._together = self._shards(self.size, helpers.meeting.wait)
         helpers.begin(step)
-        self._together.run(step)
+        self._together[step.by].run(step)
 
     def wait_until_ready(self, seconds: float = 30.0) -> bool:
         """Wait for the helpers. Returns whether all have joined in time."""
@@ -190,7 +210,7 @@ class GPT2:
         self._starts_left -= 1
         try:
             processes = processes or HelperProcesses(self.size - 1)
-            self._helpers = Helpers(processes, self.config, self._packed, self._arena, self._kernel, self._shape)
+            self._helpers = Helpers(processes, self.config, self._sets, self._arena, self._shape)
         except OSError as reason:
             log.warning("no helper process can be started (%s); going on in one process", reason)
             self._starts_left = 0

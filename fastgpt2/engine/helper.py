@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastgpt2.engine.blas import hold_to_one_thread
@@ -43,8 +44,8 @@ class Shape:
     size: int
 
 
-def state_specs(config: GPT2Config, weights: Weights, shape: Shape) -> dict[str, Spec]:
-    """The memory that the processes of a team share."""
+def state_specs(config: GPT2Config, weights: Sequence[Weights], shape: Shape) -> dict[str, Spec]:
+    """The memory that the processes of a team share; buffers for each set of weights."""
     from fastgpt2.engine.kv_cache import KVCache
     from fastgpt2.engine.step import encoded_size
     from fastgpt2.engine.team import control_spec
@@ -52,9 +53,20 @@ def state_specs(config: GPT2Config, weights: Weights, shape: Shape) -> dict[str,
 
     return {
         "control": control_spec(shape.size, encoded_size(shape.max_rows, shape.max_rows)),
-        **activation_specs(config, weights, shape.max_rows),
+        **{
+            f"{by} {name}": spec
+            for by, of in enumerate(weights)
+            for name, spec in activation_specs(config, of, shape.max_rows).items()
+        },
         **KVCache.specs(config, shape.n_slots),
     }
+
+
+def buffers(arena: Arena, by: int) -> dict[str, Any]:
+    """Those for one set of weights."""
+    from fastgpt2.engine.transformer import BUFFERS
+
+    return {name: arena[f"{by} {name}"] for name in BUFFERS}
 
 
 class HelperProcesses:
@@ -117,7 +129,12 @@ class Helpers:
     """The helpers of one network, seen from the first process."""
 
     def __init__(
-        self, processes: HelperProcesses, config: GPT2Config, packed: Packed, arena: Arena, kernel: Kernel, shape: Shape
+        self,
+        processes: HelperProcesses,
+        config: GPT2Config,
+        sets: Sequence[tuple[Packed, Kernel]],
+        arena: Arena,
+        shape: Shape,
     ) -> None:
         from fastgpt2.engine.team import Meeting
 
@@ -131,10 +148,15 @@ class Helpers:
         processes.order(
             {
                 "config": dataclasses.asdict(config),
-                "weights": f"{files}/{packed.fd}",
                 "state": f"{files}/{arena.fd}",
-                "product": kernel.product.name,
-                "chunkings": kernel.known(),
+                "sets": [
+                    {
+                        "weights": f"{files}/{packed.fd}",
+                        "product": kernel.product.name,
+                        "chunkings": kernel.known(),
+                    }
+                    for packed, kernel in sets
+                ],
                 "shape": dataclasses.asdict(shape),
                 "parent": os.getpid(),
             }
@@ -207,17 +229,24 @@ def main() -> None:
 
     fields = order["config"]
     config = GPT2Config(**{**fields, "eos_token_ids": tuple(fields["eos_token_ids"])})
-    packed = open_packed(os.open(order["weights"], os.O_RDONLY))
-    weights = packed_weights(packed.tensors, config)
+    sets = order["sets"]
+    packed = [open_packed(os.open(of["weights"], os.O_RDONLY)) for of in sets]
+    weights = [packed_weights(of.tensors, config) for of in packed]
     arena = Arena(state_specs(config, weights, shape), fd=os.open(order["state"], os.O_RDWR))
-    kernel = Kernel(product_named(order["product"]), None, order["chunkings"])
+    kernels = [Kernel(product_named(of["product"]), None, of["chunkings"]) for of in sets]
     share = order["rank"], shape.size
     meeting = Meeting(arena["control"], *share, check)
-    shard = Shard(config, weights, KVCache(config, shape.n_slots, arena), arena, kernel, share, meeting.wait)
-    packed.touch()
+    cache = KVCache(config, shape.n_slots, arena)
+    shards = [
+        Shard(config, of, cache, buffers(arena, by), kernel, share, meeting.wait)
+        for by, (of, kernel) in enumerate(zip(weights, kernels, strict=True))
+    ]
+    for of in packed:
+        of.touch()
     meeting.join()
     while _await_step(meeting, check):
-        shard.run(Step.decode(meeting.take_up()))
+        step = Step.decode(meeting.take_up())
+        shards[step.by].run(step)
 
 
 def _first_line() -> bytes:

@@ -119,6 +119,11 @@ class KVCache:
             self._give_back(slot)
             self._reserved[slot] = reach
 
+    def retract(self, slot: int, length: int) -> None:
+        """Forget what a slot holds beyond so many positions. What is committed for it stays so."""
+        self._committed[slot] = max(self._committed[slot], self._reach(self.lengths[slot]))
+        self.lengths[slot] = length
+
     def release(self, slot: int) -> None:
         """Give a slot back. Raises ValueError if it is free already."""
         if slot in self._free:

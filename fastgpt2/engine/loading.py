@@ -35,6 +35,7 @@ def load_network(
     blas: str,
     weights: str = "float32",
     kv_memory: int | None = None,
+    draft_weights: str | None = None,
 ) -> GPT2:
     """
     Args:
@@ -44,6 +45,7 @@ def load_network(
         blas: openblas, mkl, compiled, or auto for the fastest of those that are here.
         weights: float32, bfloat16 or int8; the latter two are always multiplied by compiled code.
         kv_memory: bytes for keys and values; None for what so many sequences can take at most.
+        draft_weights: another set of weights, for guesses.
 
     Raises:
         ModelError: the checkpoint cannot be used, or there is no memory for it.
@@ -56,7 +58,11 @@ def load_network(
     kernel, layout = choose(config, calibration, blas, weights)
     packed = pack(checkpoint, config, model, layout)
     shape = Shape(n_slots, max(DEFAULT_MAX_ROWS, n_slots + PREFILL_ROWS_BESIDE), size)
-    return GPT2(config, packed, kernel, shape, kv_memory)
+    draft = None
+    if draft_weights is not None:
+        drafts_kernel, drafts_layout = choose(config, calibration, blas, draft_weights)
+        draft = pack(checkpoint, config, model, drafts_layout), drafts_kernel
+    return GPT2(config, packed, kernel, shape, kv_memory, draft)
 
 
 def pack_model(folder: Path, config: GPT2Config, model: str, blas: str, weights: str) -> Packed:

@@ -6,6 +6,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from time import perf_counter
 
+from fastgpt2.engine.drafting import Lookup
 from fastgpt2.engine.generation import (
     FinishReason,
     GenerationRequest,
@@ -49,7 +50,9 @@ class Sequence:
         unscored: tokens of the prompt, each with its offset, whose log probabilities are asked for and not known yet.
         prompt_logprobs, logprobs: of the prompt's tokens and of those generated, if they were asked for.
         finish_reason: None while running, and of a sequence that was dropped.
-        step_seconds: how long each step took that moved it on: its prompt, and then a token each.
+        step_seconds: how long each step took that moved it on: its prompt, and then a token each, or several.
+        lookup: what its next tokens are guessed from, if they are.
+        drafted, accepted: guesses that steps have verified, and those of them that came true.
     """
 
     request: GenerationRequest
@@ -69,6 +72,9 @@ class Sequence:
     first_token_at: float = 0.0
     finished_at: float = 0.0
     step_seconds: list[float] = field(default_factory=list)
+    lookup: Lookup | None = None
+    drafted: int = 0
+    accepted: int = 0
 
     @property
     def finished(self) -> bool:

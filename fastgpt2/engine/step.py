@@ -23,10 +23,11 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Segments, each with the position of its first token."""
+    """Segments, each with the position of its first token; `by` which of a network's sets of weights, 0 its own."""
 
     segments: Sequence[Segment]
     starts: Sequence[int]
+    by: int = 0
 
     @property
     def rows(self) -> int:
@@ -42,23 +43,23 @@ class Step:
 
     def encode(self) -> list[int]:
         """As numbers, for `decode` in another process."""
-        numbers = [len(self.segments)]
+        numbers = [self.by, len(self.segments)]
         for segment, start in zip(self.segments, self.starts, strict=True):
             numbers += (segment.slot, segment.n_logits, start, len(segment.ids), *segment.ids)
         return numbers
 
     @classmethod
     def decode(cls, numbers: Sequence[int]) -> Step:
-        segments, starts, at = [], [], 1
-        for _ in range(numbers[0]):
+        segments, starts, at = [], [], 2
+        for _ in range(numbers[1]):
             slot, n_logits, start, length = numbers[at : at + 4]
             at += 4
             segments.append(Segment(slot, numbers[at : at + length], n_logits))
             starts.append(start)
             at += length
-        return cls(segments, starts)
+        return cls(segments, starts, numbers[0])
 
 
 def encoded_size(rows: int, segments: int) -> int:
     """The most numbers that `Step.encode` gives."""
-    return 1 + 4 * segments + rows
+    return 2 + 4 * segments + rows

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgpt2.engine.arena import Arena, Spec
+from fastgpt2.engine.arena import Spec
 from fastgpt2.engine.attention import Attention
 from fastgpt2.engine.calibration import Kernel
 from fastgpt2.engine.config import GPT2Config
@@ -27,8 +27,11 @@ IN_CACHE = 1 << 15
 _MAX_REMEMBERED = 64
 
 
+BUFFERS = ("qkv", "attended", "projected", "inner", "reduced", "logits")
+
+
 def activation_specs(config: GPT2Config, weights: Weights, max_rows: int) -> dict[str, Spec]:
-    """What the processes of a team write for each other: a buffer an operation, rows by columns.
+    """What the processes of a team write for each other, `BUFFERS`: one an operation, rows by columns.
 
     With room for rows that fill up a last chunk.
     """
@@ -59,30 +62,31 @@ class Shard:
         config: GPT2Config,
         weights: Weights,
         cache: KVCache,
-        arena: Arena,
+        buffers: Mapping[str, Array],
         kernel: Kernel,
         share: tuple[int, int],
         meet: Callable[[], None],
     ) -> None:
         """
         Args:
+            buffers: of `activation_specs`.
             share: rank and number of the processes.
             meet: returns when every process has called it.
         """
         rank, size = share
-        self._config, self._weights, self._arena, self._kernel, self._meet = config, weights, arena, kernel, meet
+        self._config, self._weights, self._buffers, self._kernel, self._meet = config, weights, buffers, kernel, meet
         self._share = share
         self._activation = ACTIVATIONS[config.activation_function]
         self._epsilon = np.float32(config.layer_norm_epsilon)
         heads = config.n_head * rank // size, config.n_head * (rank + 1) // size
         chunking = kernel.attention_chunking(cache.values.shape[3], config.head_dim)
-        self._attention = Attention(config, cache, heads, arena["qkv"], arena["attended"], chunking)
-        rows = arena["qkv"].shape[0]
+        self._attention = Attention(config, cache, heads, buffers["qkv"], buffers["attended"], chunking)
+        rows = buffers["qkv"].shape[0]
         self._x = np.zeros((rows, config.n_embd), np.float32)
         self._normed = np.zeros((rows, config.n_embd), np.float32)
         self._last = np.zeros((rows, config.n_embd), np.float32)
         self._scale = np.zeros((rows, 1), np.float32)
-        self._scratch = np.zeros(max(IN_CACHE, arena["inner"].shape[1]), np.float32)
+        self._scratch = np.zeros(max(IN_CACHE, buffers["inner"].shape[1]), np.float32)
         self._blocks = [
             tuple(self._mine(linear) for linear in (b.c_attn, b.attn_c_proj, b.c_fc, b.mlp_c_proj))
             for b in weights.blocks
@@ -110,7 +114,7 @@ class Shard:
         return _Linear(weight.array[first:last], scales, linear.bias[columns])
 
     def run(self, step: Step) -> None:
-        """Carry out this share of a step; afterwards, the arena's "logits" hold the wanted rows in their first rows."""
+        """Carry out this share of a step; afterwards, the buffer "logits" holds the wanted rows in their first rows."""
         weights, epsilon, product, meet = self._weights, self._epsilon, self._kernel.product, self._meet
         v = self._views_for(step.rows)
         self._embed(step, v.x)
@@ -162,7 +166,7 @@ class Shard:
             if len(self._head_views) >= _MAX_REMEMBERED:
                 self._head_views.clear()
             lm_head = self._weights.lm_head
-            view = self._head_views[n] = self._view(self._normed, lm_head, self._arena["logits"], n)
+            view = self._head_views[n] = self._view(self._normed, lm_head, self._buffers["logits"], n)
         self._kernel.product(view.x, self._head, view.out)
         if self._head_scales is not None:
             np.multiply(view.mine, self._head_scales, out=view.mine)
@@ -176,8 +180,8 @@ class Shard:
         return views
 
     def _make_views(self, rows: int) -> _Views:
-        arena, block = self._arena, self._weights.blocks[0]
-        inner = self._view(self._normed, block.c_fc.weight, arena["inner"], rows)
+        buffers, block = self._buffers, self._weights.blocks[0]
+        inner = self._view(self._normed, block.c_fc.weight, buffers["inner"], rows)
         width = inner.mine.shape[1]
         return _Views(
             x=self._x[:rows],
@@ -188,10 +192,10 @@ class Shard:
                 (inner.mine[part], self._scratch[: inner.mine[part].size].reshape(part.stop - part.start, width))
                 for part in _in_cache(rows, width)
             ],
-            qkv=self._view(self._normed, block.c_attn.weight, arena["qkv"], rows),
-            projected=self._view(arena["attended"], block.attn_c_proj.weight, arena["projected"], rows),
+            qkv=self._view(self._normed, block.c_attn.weight, buffers["qkv"], rows),
+            projected=self._view(buffers["attended"], block.attn_c_proj.weight, buffers["projected"], rows),
             inner=inner,
-            reduced=self._view(arena["inner"], block.mlp_c_proj.weight, arena["reduced"], rows),
+            reduced=self._view(buffers["inner"], block.mlp_c_proj.weight, buffers["reduced"], rows),
         )
 
     def _view(self, x: Array, weight: Panels, out: Array, rows: int) -> _Product:

@@ -94,4 +94,5 @@ def _engine() -> Engine:
         max_batch=1,
         blas=settings.BLAS.resolve(),
         weights=settings.WEIGHTS.resolve(),
+        drafts=settings.DRAFTS.resolve(),
     )
