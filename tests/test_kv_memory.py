@@ -86,6 +86,24 @@ def test_what_free_slots_keep_counts_and_makes_way() -> None:
     assert cache.bytes_reserved == 512 * DEMO_POSITION
 
 
+def test_free_slots_keep_a_quarter_of_all_slots_together() -> None:
+    cache = cache_of(DEMO, n_slots=4, positions=4 * 512)
+    slots = [cache.allot() for _ in range(4)]
+    for slot, length in zip(slots, (448, 64, 320, 32), strict=True):
+        cache.lengths[slot] = length
+    for slot, kept in ((0, 448), (1, 448 + 64)):
+        cache.release(slot)
+        # Others are reserved as far as they may grow.
+        assert cache.bytes_reserved == (kept + 512 * (3 - slot)) * DEMO_POSITION
+    # Four quarters are 512 positions: the furthest from those taken next go, until the others are within them.
+    cache.release(2)
+    assert cache.bytes_reserved == (448 + 64 + 512) * DEMO_POSITION
+    cache.release(3)
+    assert cache.bytes_reserved == (448 + 64) * DEMO_POSITION
+    assert cache.allot(448) == 0
+    assert cache.bytes_reserved == (448 + 64) * DEMO_POSITION
+
+
 def test_memory_that_processes_share_is_reserved_as_far_as_it_is_read() -> None:
     cache = cache_of(DEMO, n_slots=2, positions=512, shared=True)
     cache.allot(100)

@@ -27,9 +27,9 @@ class KVCache:
         usable_slots: how many of the slots are given out, the first ones.
         bytes_limit: how much memory all sequences together may commit.
 
-    Memory is committed as positions fill, and reserved from the start for as far as the sequence can grow. A slot given
-    back keeps what it has committed for the next sequence, unless that is more than a quarter of a slot, or the memory
-    is needed elsewhere: then it goes back to the system.
+    Memory is committed as positions fill, and reserved from the start for as far as the sequence can grow. Slots given
+    back keep what they have committed for the next sequences, up to a quarter of all slots, and unless the memory is
+    needed elsewhere: then it goes back to the system.
     """
 
     def __init__(self, config: GPT2Config, n_slots: int, arena: Arena, bytes_limit: int | None = None) -> None:
@@ -43,8 +43,9 @@ class KVCache:
         self.usable_slots = n_slots
         self.bytes_limit = n_slots * sequence_bytes(config) if bytes_limit is None else bytes_limit
         self._config = config
-        self._most_kept = config.n_positions // 4
         self._padding = MOST_PADDING if arena.fd is not None else 0
+        # Of each of the slots, in the mean. Committing memory is dear: of 512 positions of gpt2, 30 ms.
+        self._most_kept = config.n_positions // 4 + self._padding
         self._arena = arena
         if arena.fd is None:
             # A huge page would commit far more than what is written to it.
@@ -71,7 +72,7 @@ class KVCache:
     @property
     def bytes_reserved(self) -> int:
         """What slots in use may come to commit, and what free ones keep committed."""
-        return self._bytes_in_use() + sum(self._bytes(self._committed[slot]) for slot in self._free)
+        return self._bytes_in_use() + self._bytes_kept()
 
     def use(self, n_slots: int) -> None:
         """Give out the first so many slots only, from now on; none may be in use. What the others hold goes back."""
@@ -102,22 +103,23 @@ class KVCache:
         slot = min(self._free)
         self._free.remove(slot)
         self._reserved[slot] = max(self._reach(positions), self._committed[slot])
-        self._make_room(slot, self._reach(positions))
+        excess = self._give_back_of_free(self.bytes_reserved - self.bytes_limit)
+        if excess > 0:
+            # What this slot keeps itself, at last.
+            self._give_back(slot)
+            self._reserved[slot] = self._reach(positions)
         self.lengths[slot] = 0
         return slot
 
-    def _make_room(self, slot: int, reach: int) -> None:
-        """Give back as much of what free slots keep as the limit wants, and at last what this slot keeps itself."""
-        excess = self.bytes_reserved - self.bytes_limit
+    def _give_back_of_free(self, excess: int) -> int:
+        """Give back so much of what free slots keep, at least. Returns how much of it is still to go then."""
         # The furthest from the slots taken next first.
         for kept in sorted(self._free, reverse=True):
             if excess <= 0:
-                return
+                break
             excess -= self._bytes(self._committed[kept])
             self._give_back(kept)
-        if excess > 0:
-            self._give_back(slot)
-            self._reserved[slot] = reach
+        return excess
 
     def retract(self, slot: int, length: int) -> None:
         """Forget what a slot holds beyond so many positions. What is committed for it stays so."""
@@ -131,8 +133,7 @@ class KVCache:
         self._free.append(slot)
         self._reserved[slot] = 0
         self._committed[slot] = max(self._committed[slot], self._reach(self.lengths[slot]))
-        if self._committed[slot] > self._most_kept + self._padding:
-            self._give_back(slot)
+        self._give_back_of_free(self._bytes_kept() - self.usable_slots * self._bytes(self._most_kept))
 
     def _give_back(self, slot: int) -> None:
         if self._committed[slot]:
@@ -150,6 +151,9 @@ class KVCache:
 
     def _bytes_in_use(self) -> int:
         return sum(map(self._bytes, self._reserved))
+
+    def _bytes_kept(self) -> int:
+        return sum(self._bytes(self._committed[slot]) for slot in self._free)
 
 
 def sequence_bytes(config: GPT2Config, positions: int | None = None) -> int:
