@@ -126,6 +126,8 @@ def fleet(url: str, queue: str, count: int, model: str = DEMO, threads: int = 1)
     """So many workers, ready."""
     command = [sys.executable, "-m", "fastgpt2", "worker", "--redis-url", url, "--queue", queue]
     command += ["--model", model, "--threads", str(threads), "--log-level", "warning"]
+    # The same prompts are sent in every round, and are to be read in every round.
+    command += ["--prefix-memory", "0"]
     processes: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryFile(mode="w+") as log:
         try:

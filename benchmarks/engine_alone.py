@@ -16,7 +16,7 @@ from fastgpt2.engine.engine import Engine
 
 
 def main() -> None:
-    engine = Engine.load(sys.argv[1])
+    engine = Engine.load(sys.argv[1], prefix_memory=0)
     engine.warm_up()
     print(json.dumps({"computes_by": engine.describe()}), flush=True)
     for line in sys.stdin:

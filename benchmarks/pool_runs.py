@@ -101,12 +101,14 @@ class Pools:
 
     def _start(self, name: str, kind: Kind) -> None:
         log = self._logs / f"{name}.log"
+        # The same prompts are sent in every round, and are to be read in every round.
+        extra = {"FASTGPT2_PREFIX_MEMORY": "0", "FASTGPT2_POOL_WORKERS": str(kind.workers)}
         processes = []
         for _ in range(kind.workers):
             with log.open("a") as file:
                 process = subprocess.Popen(
                     self._command(name, kind),
-                    env=environment(FASTGPT2_MODEL=self._folder, FASTGPT2_POOL_WORKERS=str(kind.workers)),
+                    env=environment(FASTGPT2_MODEL=self._folder, **extra),
                     stdout=file,
                     stderr=file,
                     preexec_fn=set_up_child,

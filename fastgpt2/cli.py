@@ -39,7 +39,7 @@ _REQUEST = (
     settings.ECHO,
 )
 _JOB = (settings.PRIORITY, settings.DEADLINE)
-_BATCH = (settings.MAX_BATCH, settings.KV_MEMORY)
+_BATCH = (settings.MAX_BATCH, settings.KV_MEMORY, settings.PREFIX_MEMORY)
 _RECYCLING = (settings.MAX_JOBS, settings.MAX_GROWTH)
 # Options that have a letter too.
 _LETTERS = {"output": "-o"}

@@ -100,6 +100,11 @@ def size(text: str) -> int:
     return int(value)
 
 
+def size_or_none(text: str) -> int:
+    """Bytes as `size` reads them, and 0 for "0" or "off"."""
+    return 0 if text.strip().lower() in ("0", "off") else size(text)
+
+
 def yes_or_no(text: str) -> bool:
     if text.lower() in _TRUE:
         return True
@@ -207,6 +212,14 @@ KV_MEMORY: Setting[int | None] = Setting(
     "memory that the keys and values of a worker's jobs may take, such as 2GB; further jobs wait",
     "a quarter of the memory, divided by the pool's workers",
 )
+PREFIX_MEMORY: Setting[int | None] = Setting(
+    "prefix_memory",
+    "SIZE",
+    size_or_none,
+    None,
+    "memory, beside that, in which a worker keeps keys and values of prompts for others that begin alike; 0 for none",
+    "an eighth of that for keys and values",
+)
 MAX_JOBS: Setting[int | None] = Setting(
     "max_jobs", "N", whole_number(1, 1 << 40), None, "end a worker after so many jobs; a pool starts another", "none"
 )
@@ -215,7 +228,7 @@ MAX_GROWTH = Setting(
     "SIZE",
     size,
     512 * 1024 * 1024,
-    "end a worker whose own memory has grown by more than this, beside keys and values",
+    "end a worker whose own memory has grown by more than this, beside all keys and values",
     "512MiB",
 )
 ALIVE_FILE: Setting[str | None] = Setting(
@@ -324,6 +337,7 @@ SYSTEM: tuple[Setting[Any], ...] = (
     DRAFTS,
     MAX_BATCH,
     KV_MEMORY,
+    PREFIX_MEMORY,
     WORKERS,
     MAX_JOBS,
     MAX_GROWTH,

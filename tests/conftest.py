@@ -54,8 +54,11 @@ def half_the_time(client: Client, prompt: str) -> float:
 
 @pytest.fixture(scope="session")
 def engine() -> Engine:
-    """The shipped model. Four slots, so that batches are mixed."""
-    return Engine.load("demo", max_batch=4)
+    """The shipped model. Four slots, so that batches are mixed.
+
+    It keeps no prefixes: in how many steps a prompt is read, and by how much, would depend on the tests before.
+    """
+    return Engine.load("demo", max_batch=4, prefix_memory=0)
 
 
 @pytest.fixture(scope="session")

@@ -80,7 +80,9 @@ def test_a_prompt_a_line(tmp_path: Path, start_worker: StartWorker, batch: Any) 
     results = results_in(tmp_path / "out.jsonl")
     assert [result["text"] for result in results] == [entry["text"] for entry in LINES]
     assert [result["index"] for result in results] == list(range(len(LINES)))
-    assert results[0]["usage"] == {"prompt_tokens": len(LINES[0]["prompt_ids"]), "completion_tokens": 100}
+    assert results[0]["usage"] == {
+        "prompt_tokens": len(LINES[0]["prompt_ids"]), "completion_tokens": 100, "cached_tokens": 0
+    }  # fmt: skip
     assert set(results[0]) == {
         "index", "version", "text", "finish_reason", "usage", "timings", "model", "input",
     }  # fmt: skip

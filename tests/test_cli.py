@@ -238,6 +238,9 @@ class TestSettings:
             (settings.PRIORITY, "urgent", "FASTGPT2_PRIORITY: 'urgent' is not one of high, normal, low"),
             (settings.KV_MEMORY, "much", "FASTGPT2_KV_MEMORY: 'much' is not a size like 2GB or 512MiB"),
             (settings.KV_MEMORY, "0", "FASTGPT2_KV_MEMORY: '0' is not between 1 byte and 1 PiB"),
+            (settings.PREFIX_MEMORY, "-1", "FASTGPT2_PREFIX_MEMORY: '-1' is not a size like 2GB or 512MiB"),
+            (settings.PREFIX_MEMORY, "2PB", "FASTGPT2_PREFIX_MEMORY: '2PB' is not a size like 2GB or 512MiB"),
+            (settings.PREFIX_MEMORY, "9999TB", "FASTGPT2_PREFIX_MEMORY: '9999TB' is not between 1 byte and 1 PiB"),
             (settings.LOG_LEVEL, "loud", "FASTGPT2_LOG_LEVEL: 'loud' is not one of debug, info, warning, error"),
         ],
     )
@@ -254,6 +257,10 @@ class TestSettings:
     )
     def test_sizes(self, text: str, count: int) -> None:
         assert settings.KV_MEMORY.resolve(text) == count
+
+    @pytest.mark.parametrize(("text", "count"), [("0", 0), ("off", 0), ("OFF", 0), ("1MB", 10**6)])
+    def test_a_size_that_may_be_nothing(self, text: str, count: int) -> None:
+        assert settings.PREFIX_MEMORY.resolve(text) == count
 
     def test_the_choices_of_a_blas_are_those_of_the_engine(self) -> None:
         assert [settings.BLAS.resolve(choice.upper()) for choice in BLAS_CHOICES] == list(BLAS_CHOICES)

@@ -199,8 +199,8 @@ def test_what_is_kept_of_the_last_jobs(
     assert records[0]["error"] == "prompt_too_long"
     for record in records:
         assert set(record) <= {
-            "id", "status", "finish_reason", "error", "prompt_tokens", "completion_tokens", "queue_seconds",
-            "prefill_seconds", "decode_seconds", "ended_at", "worker",
+            "id", "status", "finish_reason", "error", "prompt_tokens", "cached_tokens", "completion_tokens",
+            "queue_seconds", "prefill_seconds", "decode_seconds", "ended_at", "worker",
         }  # fmt: skip
 
 

@@ -23,13 +23,13 @@ from fastgpt2.worker.job import (
     result_to_json,
 )
 
-RESULT = GenerationResult("héllo 🦜", (5, 7), "stop", Usage(3, 2), Timings(0.25, 0.5, 1.0), "demo")
+RESULT = GenerationResult("héllo 🦜", (5, 7), "stop", Usage(3, 2, 1), Timings(0.25, 0.5, 1.0), "demo")
 
 
 def test_a_result_survives_the_journey() -> None:
     value = json.loads(json.dumps(result_to_json(RESULT, 0.25)))
     assert result_from_json(value) == RESULT
-    assert value["usage"] == {"prompt_tokens": 3, "completion_tokens": 2}
+    assert value["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "cached_tokens": 1}
     assert value["version"] == 1
     assert "logprobs" not in value
     assert RESULT.usage.total_tokens == 5
@@ -85,7 +85,13 @@ def test_what_the_last_release_wrote_is_read() -> None:
         "logprob": -0.5}]}, {"token_id": 7, "token": "b", "logprob": -2.0}]}"""
     )
     told = (TokenLogprob(5, "A", -0.5, (TokenLogprob(5, "A", -0.5),)), TokenLogprob(7, "b", -2.0))
-    assert result_from_json(value) == replace(RESULT, text="Ab", logprobs=told)
+    assert result_from_json(value) == replace(RESULT, text="Ab", usage=Usage(3, 2), logprobs=told)
+
+
+def test_what_a_later_release_may_add_to_the_counts_is_passed_over() -> None:
+    value = result_to_json(RESULT, 0.25)
+    value["usage"]["of another kind"] = 7
+    assert result_from_json(value) == RESULT
 
 
 ONE = {"token_id": 1, "token": "a", "logprob": -1}

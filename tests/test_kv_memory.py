@@ -222,7 +222,7 @@ def held():
     return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
 threads, kv_memory = map(int, sys.argv[1:])
-engine = Engine.load("demo", max_batch=16, threads=threads, kv_memory=kv_memory)
+engine = Engine.load("demo", max_batch=16, threads=threads, kv_memory=kv_memory, prefix_memory=0)
 decoder, network = engine.decoder, engine.decoder.model
 assert network.wait_until_ready()
 engine.generate([7] * 500, max_new_tokens=1)

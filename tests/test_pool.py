@@ -228,13 +228,15 @@ def test_settings_reach_the_children_by_their_variables(monkeypatch: pytest.Monk
     from fastgpt2 import settings
 
     given = settings.of_system(
-        workers="3", max_batch="7", kv_memory="2GiB", max_jobs="5", max_growth="64MiB", max_queue="9", drain_timeout="7"
-    )
+        workers="3", max_batch="7", kv_memory="2GiB", max_jobs="5", max_growth="64MiB", max_queue="9",
+        drain_timeout="7", prefix_memory="off",
+    )  # fmt: skip
     for name, text in child_environment(given, "redis://there/1").items():
         monkeypatch.setenv(name, text)
     for setting in (settings.NAME, settings.BURST, settings.REVISION, settings.THREADS):
         assert setting.resolve() == setting.default
     assert settings.KV_MEMORY.resolve() == 2 << 30
+    assert settings.PREFIX_MEMORY.resolve() == 0
     assert settings.MAX_GROWTH.resolve() == 64 << 20
     assert (settings.MAX_BATCH.resolve(), settings.MAX_JOBS.resolve(), settings.MAX_QUEUE.resolve()) == (7, 5, 9)
     assert settings.DRAIN_TIMEOUT.resolve() == 7

@@ -74,7 +74,9 @@ def test_plain_rq_enqueue_is_served(queue: Queue, start_worker: StartWorker) -> 
     value = value_of(job)
     assert value["token_ids"] == ENTRY["ids"][:30]
     assert value["finish_reason"] == "length"
-    assert value["usage"] == {"prompt_tokens": len(ENTRY["prompt_ids"]), "completion_tokens": 30}
+    assert value["usage"] == {
+        "prompt_tokens": len(ENTRY["prompt_ids"]), "completion_tokens": 30, "cached_tokens": 0
+    }  # fmt: skip
     assert value["model"] == "demo"
     assert set(value["timings"]) == {"queue_seconds", "prefill_seconds", "decode_seconds"}
     assert job.id in queue.finished_job_registry

@@ -42,7 +42,7 @@ def fastgpt2(folder: str, job: dict[str, Any]) -> tuple[str, float, Generate]:
 
     imported = perf_counter()
     most = max(1, *job["batches"])
-    engine = fastgpt2.Engine.load(folder, threads=job["threads"], max_batch=most)
+    engine = fastgpt2.Engine.load(folder, threads=job["threads"], max_batch=most, prefix_memory=0)
     engine.decoder.model.wait_until_ready()
 
     def generate(prompts: Ids, tokens: int) -> Ids:

@@ -20,6 +20,7 @@ def run(values: dict[str, Any]) -> int:
         values["model"],
         revision=values["revision"],
         max_batch=1,
+        prefix_memory=0,  # there is no second prompt
         threads=values["threads"],
         blas=values["blas"],
         weights=values["weights"],

@@ -25,6 +25,7 @@ def worker(values: dict[str, Any]) -> int:
         threads=values["threads"],
         max_batch=values["max_batch"],
         kv_memory=values["kv_memory"],
+        prefix_memory=values["prefix_memory"],
         blas=values["blas"],
         weights=values["weights"],
         drafts=values["drafts"],

@@ -12,6 +12,7 @@ from fastgpt2.engine.drafter import Drafter
 from fastgpt2.engine.generation import FinishReason, GenerationRequest, TokenLogprob
 from fastgpt2.engine.gpt2 import DEFAULT_MAX_ROWS, GPT2, PREFILL_ROWS_BESIDE
 from fastgpt2.engine.logprobs import token_logprob
+from fastgpt2.engine.prefixes import Prefixes
 from fastgpt2.engine.sequence import Prompt, Sequence
 from fastgpt2.engine.step import Segment
 from fastgpt2.engine.tokenizer import IncrementalDetokenizer, Tokenizer
@@ -22,11 +23,19 @@ PREFILL_ROWS = DEFAULT_MAX_ROWS
 
 
 class Decoder:
-    """Decodes as many sequences side by side as the network has slots, each as if it were alone."""
+    """Decodes as many sequences side by side as the network has slots, each as if it were alone.
 
-    def __init__(self, model: GPT2, tokenizer: Tokenizer, drafter: Drafter | None = None) -> None:
+    Args:
+        prefixes: where keys and values of prompts are kept for others that begin alike; None: nowhere.
+        drafter: what guesses tokens; None: nothing does.
+    """
+
+    def __init__(
+        self, model: GPT2, tokenizer: Tokenizer, prefixes: Prefixes | None = None, drafter: Drafter | None = None
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.prefixes = prefixes
         self.drafter = drafter or Drafter(model)
         self.running: list[Sequence] = []
 
@@ -43,6 +52,16 @@ class Decoder:
     def kv_bytes_limit(self) -> int:
         """Bytes that keys and values may take."""
         return self.model.cache.bytes_limit
+
+    @property
+    def prefix_bytes(self) -> int:
+        """Bytes that kept prefixes have come to take, of this process alone; they are not given back."""
+        return self.prefixes.bytes_committed if self.prefixes is not None else 0
+
+    @property
+    def prefix_bytes_limit(self) -> int:
+        """Bytes that kept prefixes may take, beside `kv_bytes_limit`."""
+        return self.prefixes.bytes_limit if self.prefixes is not None else 0
 
     def prepare(self, request: GenerationRequest) -> Prompt:
         """Tokenize a request and see that it fits.
@@ -101,7 +120,7 @@ class Decoder:
         scored = list(zip(prompt.ids, prompt.offsets, strict=False))
         sequence = Sequence(
             request=prompt.request,
-            prompt_tokens=len(prompt.ids),
+            prompt_ids=prompt.ids,
             max_new_tokens=prompt.max_new_tokens,
             slot=self.model.cache.allot(prompt.positions),
             # A token is read for the sake of the next one: to generate it, or to know how likely it was.
@@ -157,6 +176,8 @@ class Decoder:
         scored_rows = PREFILL_ROWS_BESIDE
         for sequence in sorted(self.running, key=_order):
             assert sequence.slot is not None
+            if rows and not sequence.token_ids:
+                self._reuse(sequence, sequence.slot)
             ids = sequence.pending
             if not sequence.token_ids:
                 ids = ids[: min(rows, scored_rows) if sequence.unscored else rows]
@@ -179,6 +200,25 @@ class Decoder:
             ]
         return movers, segments
 
+    def _reuse(self, sequence: Sequence, slot: int) -> None:
+        """Have a prompt that now begins to be read begin behind what is known of it.
+
+        Not when it is admitted: of prompts that come together, the second finds what has been read of the first.
+        """
+        cache = self.model.cache
+        # Of a prompt that is scored, every row's logits are wanted.
+        if self.prefixes is None or cache.lengths[slot] or sequence.request.prompt_logprobs is not None:
+            return
+        # The last token is run in any case, for what comes next.
+        known = self.prefixes.copy_to(cache, slot, sequence.pending[:-1])
+        sequence.cached_tokens, sequence.pending = known, sequence.pending[known:]
+
+    def _keep(self, sequence: Sequence) -> None:
+        """Keep what there is of a sequence for others that begin alike; of one that is scored, nothing."""
+        if self.prefixes is None or sequence.slot is None or sequence.request.prompt_logprobs is not None:
+            return
+        self.prefixes.keep(self.model.cache, sequence.slot, [*sequence.prompt_ids, *sequence.token_ids])
+
     def _advance(self, movers: list[Sequence], segments: list[Segment]) -> None:
         started_at = perf_counter()
         logits = self.model.forward(segments)
@@ -200,6 +240,7 @@ class Decoder:
             else:
                 if sequence.unscored:
                     self._score(sequence, logits[begin:end])
+                self._keep(sequence)
                 # The last row of a prompt tells what comes next.
                 if not sequence.pending and sequence.max_new_tokens:
                     self._take(sequence, logits[end - 1], best[end - 1], now)
@@ -284,6 +325,8 @@ class Decoder:
         sequence.finish_reason = reason
         if flush:
             sequence.text += sequence.detokenizer.flush()
+        # What was generated may be the beginning of the next prompt, as in a conversation.
+        self._keep(sequence)
         self.finish(sequence)
 
     def _echoed(self, request: GenerationRequest, detokenizer: IncrementalDetokenizer) -> str:

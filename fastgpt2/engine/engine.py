@@ -95,6 +95,7 @@ class Engine:
         threads: int | None = None,
         max_batch: int | None = None,
         kv_memory: int | None = None,
+        prefix_memory: int | None = None,
         blas: str = "auto",
         weights: str = "float32",
         drafts: str | int = "off",
@@ -110,11 +111,12 @@ class Engine:
                 measured the first time that a large model is loaded.
             kv_memory: bytes that the keys and values of all sequences may take; None for a quarter of the memory
                 that this process may use, or of its share of it among the workers of a pool.
+            prefix_memory: bytes, beside these, in which keys and values of prompts are kept for others that begin
+                alike; 0 to keep none, None for an eighth of `kv_memory`, or of what that comes to.
             blas: of float32 weights: openblas (what numpy brought), mkl (the extra of that name), compiled (by LLVM,
                 the extra `compact`), or auto for the fastest here.
             weights: float32, as everybody computes the checkpoint; bfloat16 or int8 (the extra `compact`), a half and a
                 quarter of the memory to read at every step, and other tokens than float32's here and there.
-
             drafts: guesses of what comes next that a step verifies (`drafting.py`); the tokens are the same. off; auto,
                 looked up in the text so far, as many as pay; so many, wherever there are any; int8, as auto and made by
                 int8 weights (the extra `compact`).
@@ -122,7 +124,8 @@ class Engine:
         Raises:
             ModelError: the model cannot be found, read or trusted; the message names the file and what is wrong.
             BadRequest: `max_batch` or `threads` is below 1, `blas` or `weights` is none that is here, `kv_memory` does
-                not hold one sequence of all the model's positions, or `drafts` is neither a word above nor 1 to 15.
+                not hold one sequence of all the model's positions, `prefix_memory`, unless 0, not one block of them,
+                or `drafts` is neither a word above nor 1 to 15.
         """
         started = perf_counter()
         if max_batch is not None and max_batch < 1:
@@ -150,7 +153,10 @@ class Engine:
             from fastgpt2.engine.decoder import Decoder
             from fastgpt2.engine.drafter import Drafter
             from fastgpt2.engine.loading import load_network, measured_here
+            from fastgpt2.engine.prefixes import prefixes_within
 
+            kv_bytes = _kv_memory(config, kv_memory)
+            prefixes = prefixes_within(config, prefix_memory, kv_bytes)
             network = load_network(
                 folder,
                 config,
@@ -159,7 +165,7 @@ class Engine:
                 size=size,
                 blas=blas,
                 weights=weights,
-                kv_memory=_kv_memory(config, kv_memory),
+                kv_memory=kv_bytes,
                 draft_weights="int8" if drafts == "int8" else None,
             )
             mapped = perf_counter() - started
@@ -174,7 +180,7 @@ class Engine:
             settle(network, measured_here(config))
         most = drafts if isinstance(drafts, int) else (0 if drafts == "off" else None)
         costs = row_costs(network, measured_here(config), max_batch is None) if most is None else None
-        decoder = Decoder(network, tokenizer, Drafter(network, most, costs))
+        decoder = Decoder(network, tokenizer, prefixes, Drafter(network, most, costs))
         return cls(model, decoder, LoadTimes(mapped, tokenizer_done, perf_counter() - started))
 
     @overload

@@ -107,10 +107,15 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts, named as in OpenAI's API."""
+    """Token counts, named as in OpenAI's API.
+
+    Attributes:
+        cached_tokens: of the prompt's, those that were not computed, as another prompt had begun with the same ones.
+    """
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:

@@ -111,6 +111,11 @@ class KVCache:
         self.lengths[slot] = 0
         return slot
 
+    def block(self, slot: int, number: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Keys [n_layer, n_head, head_dim, BLOCK] and values [n_layer, n_head, BLOCK, head_dim] of BLOCK positions."""
+        at = number * BLOCK
+        return self.keys[slot, :, number], self.values[slot, :, :, at : at + BLOCK]
+
     def _give_back_of_free(self, excess: int) -> int:
         """Give back so much of what free slots keep, at least. Returns how much of it is still to go then."""
         # The furthest from the slots taken next first.

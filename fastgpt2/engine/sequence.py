@@ -43,11 +43,13 @@ class Sequence:
 
     Attributes:
         slot: its place in the KV cache; None once finished.
+        prompt_ids: the prompt's tokens.
         pending: tokens not yet run: what is left of the prompt, then the token generated last.
         token_ids: the tokens generated.
         text: the text generated, complete characters only, cut before a stop string; with `echo` after the prompt's.
         generated_at: where in `text` the generated part begins.
         unscored: tokens of the prompt, each with its offset, whose log probabilities are asked for and not known yet.
+        cached_tokens: how many of the prompt's tokens had not to be run, as their keys and values were known.
         prompt_logprobs, logprobs: of the prompt's tokens and of those generated, if they were asked for.
         finish_reason: None while running, and of a sequence that was dropped.
         step_seconds: how long each step took that moved it on: its prompt, and then a token each, or several.
@@ -56,7 +58,7 @@ class Sequence:
     """
 
     request: GenerationRequest
-    prompt_tokens: int
+    prompt_ids: Seq[int]
     max_new_tokens: int
     slot: int | None
     pending: Seq[int]
@@ -66,6 +68,7 @@ class Sequence:
     text: str = ""
     generated_at: int = 0
     unscored: Seq[tuple[int, int]] = ()
+    cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -75,6 +78,10 @@ class Sequence:
     lookup: Lookup | None = None
     drafted: int = 0
     accepted: int = 0
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.prompt_ids)
 
     @property
     def finished(self) -> bool:
@@ -114,7 +121,7 @@ class Sequence:
             text=self.text,
             token_ids=tuple(self.token_ids),
             finish_reason=finish_reason,
-            usage=Usage(self.prompt_tokens, len(self.token_ids)),
+            usage=Usage(self.prompt_tokens, len(self.token_ids), self.cached_tokens),
             timings=Timings(
                 queue_seconds=0.0,
                 prefill_seconds=first_token_at - self.admitted_at,

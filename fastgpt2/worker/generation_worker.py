@@ -376,6 +376,6 @@ class GenerationWorker(RQWorker):
         if self.recycling is None:
             return None
         decoder = self.engine.decoder
-        # Shared with the helper processes, keys and values are not this process's own memory.
-        kv_bytes = decoder.kv_bytes_reserved if decoder.model.size == 1 else 0
+        # Shared with the helper processes, those of jobs in hand are not this process's own memory; kept ones are.
+        kv_bytes = decoder.prefix_bytes + (decoder.kv_bytes_reserved if decoder.model.size == 1 else 0)
         return self.recycling.due(self.endings.written + len(self.batch), kv_bytes, time.monotonic())

@@ -46,6 +46,7 @@ class JobOptions:
 
 _REQUEST_FIELDS = tuple(field.name for field in fields(GenerationRequest))
 _OPTION_FIELDS = tuple(field.name for field in fields(JobOptions))
+_USAGE_FIELDS = tuple(field.name for field in fields(Usage))
 
 # What other APIs call the means of choosing tokens at random, or of choosing among several texts.
 _SAMPLING = frozenset(
@@ -191,7 +192,7 @@ def result_from_json(value: object) -> GenerationResult:
             text=value["text"],
             token_ids=tuple(value["token_ids"]),
             finish_reason=value["finish_reason"],
-            usage=Usage(**value["usage"]),
+            usage=Usage(**{name: value["usage"][name] for name in _USAGE_FIELDS if name in value["usage"]}),
             timings=Timings(**value["timings"]),
             model=value["model"],
             **told,
@@ -203,8 +204,9 @@ def result_from_json(value: object) -> GenerationResult:
 def describe_result(result: Mapping[str, Any]) -> str:
     """A JSON result in a line of the log: counts and times, no text."""
     usage, timings = result["usage"], result["timings"]
+    cached = f" ({usage['cached_tokens']} cached)" if usage["cached_tokens"] else ""
     return (
-        f"{usage['prompt_tokens']} + {usage['completion_tokens']} tokens, {result['finish_reason']}; "
+        f"{usage['prompt_tokens']}{cached} + {usage['completion_tokens']} tokens, {result['finish_reason']}; "
         f"queue {timings['queue_seconds'] * 1e3:.1f} ms, prefill {timings['prefill_seconds'] * 1e3:.1f} ms, "
         f"decode {timings['decode_seconds'] * 1e3:.1f} ms"
     )

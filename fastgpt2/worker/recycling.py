@@ -38,8 +38,8 @@ class Recycling:
 
         Args:
             jobs_taken: how many jobs have ended here, whichever way, or are still in hand.
-            kv_bytes: how much of this process's private memory keys and values may have taken, which have a limit of
-                their own. 0 where they lie in memory shared with helper processes, which is not private memory.
+            kv_bytes: how much of this process's private memory keys and values may have taken, which have limits of
+                their own: kept prefixes, and those of jobs in hand unless they lie in memory shared with helpers.
             now: of `time.monotonic()`.
         """
         if self._reason is None:

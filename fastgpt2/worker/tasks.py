@@ -92,6 +92,7 @@ def _engine() -> Engine:
         revision=settings.REVISION.resolve(),
         threads=settings.THREADS.resolve(),
         max_batch=1,
+        prefix_memory=0,  # there is no second job
         blas=settings.BLAS.resolve(),
         weights=settings.WEIGHTS.resolve(),
         drafts=settings.DRAFTS.resolve(),
