@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2 as httpx
 import numpy as np
 import pytest
-from conftest import GOLDEN, StartWorker
+from conftest import GOLDEN, StartEndpoint, StartWorker, wait_until
 from numpy.typing import NDArray
+from redis import Redis
 
 from fastgpt2 import Client, Engine
 from fastgpt2.engine.arena import PAGE, Arena
@@ -26,6 +28,7 @@ from fastgpt2.engine.kv_cache import BLOCK, KVCache
 from fastgpt2.engine.prefixes import Prefixes, block_bytes
 from fastgpt2.engine.step import Segment
 from fastgpt2.errors import BadRequest, CheckpointError
+from fastgpt2.worker.names import totals_key
 from fastgpt2.worker.recycling import private_memory
 from fastgpt2.worker.redis_server import RedisServer
 
@@ -508,6 +511,41 @@ def test_a_forked_copy_has_its_own(threads: str) -> None:
 
 
 # What is told of it.
+
+
+def test_all_the_way(
+    redis: Redis, client: Client, queue_name: str, start_worker: StartWorker, start_endpoint: StartEndpoint
+) -> None:
+    start_worker(FASTGPT2_NAME=f"w-{queue_name}", FASTGPT2_PREFIX_MEMORY="50MB")
+    header = some_ids(11, 100)
+    with httpx.Client(base_url=start_endpoint().url, trust_env=False, timeout=30) as web:
+        first = client.enqueue([*header, 1], max_new_tokens=2, ignore_eos=True).result(30)
+        second = client.enqueue([*header, 2], max_new_tokens=2, ignore_eos=True)
+        assert (first.usage.cached_tokens, second.result(30).usage.cached_tokens) == (0, 96)
+        assert first.usage.total_tokens == 103
+        record = web.get(f"/v1/jobs/{second.id}").json()
+        assert record["result"]["usage"] == {"prompt_tokens": 101, "completion_tokens": 2, "cached_tokens": 96}
+        asked = {"prompt": [[*header, 3], [*header[:40], 4]], "max_tokens": 2, "ignore_eos": True}
+        usage = web.post("/v1/completions", json=asked).json()["usage"]
+        expected = {"prompt_tokens": 142, "completion_tokens": 4, "total_tokens": 146}
+        assert usage == {**expected, "prompt_tokens_details": {"cached_tokens": 96 + 32}}
+        streamed = {**asked, "prompt": [*header, 5], "stream": True, "stream_options": {"include_usage": True}}
+        events = web.post("/v1/completions", json=streamed).text.split("\n\n")
+        last = json.loads(events[-3].removeprefix("data: "))
+        assert last["usage"]["prompt_tokens_details"] == {"cached_tokens": 96}
+        total = 96 + 96 + 32 + 96
+        wait_until(lambda: int(redis.hget(totals_key(queue_name), "cached_tokens") or 0) == total, "all to be counted")
+        status = web.get("/status").json()
+        assert status["totals"]["cached_tokens"] == total
+        assert status["totals"]["prompt_tokens"] == 2 * 101 + 142 + 101
+        (worker,) = status["workers"]
+        assert worker["prefix_bytes_limit"] == 50_000_000 // A_BLOCK * A_BLOCK
+        wait_until(lambda: web.get("/status").json()["workers"][0]["prefix_bytes"] == 3 * A_BLOCK, "it to be told")
+        metrics = web.get("/metrics").text.splitlines()
+        assert f"fastgpt2_cached_tokens_total {total}.0" in metrics
+        assert f'fastgpt2_worker_prefix_bytes{{worker="w-{queue_name}"}} {3.0 * A_BLOCK}' in metrics
+        listed = web.get("/v1/jobs").json()["data"]
+        assert sorted(job["cached_tokens"] for job in listed) == [0, 32, 96, 96, 96]
 
 
 def test_a_worker_told_not_to(client: Client, start_worker: StartWorker) -> None:

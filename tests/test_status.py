@@ -223,7 +223,8 @@ def test_hostile_values_are_no_figures(redis: Redis, ask: Ask, queue_name: str, 
     worker = f"rq:worker:w-{queue_name}"
     redis.sadd(f"rq:workers:{queue_name}", worker, "rq:job:x", "elsewhere", b"rq:worker:\xff\xfe", f"{worker}-gone")
     names = ("max_batch", "kv_bytes", "kv_bytes_limit", "tokens", "pid", "birth", "last_heartbeat", "state", "restarts",
-             "tokens_per_second", "batch_mean", "private_bytes", "total_working_time")  # fmt: skip
+             "tokens_per_second", "batch_mean", "private_bytes", "total_working_time",
+             "prefix_bytes", "prefix_bytes_limit")  # fmt: skip
     redis.hset(worker, mapping=dict.fromkeys(names, odd))
     redis.hset(totals_key(queue_name), mapping=dict.fromkeys(TOTAL_FIELDS, odd))
     for ago in range(3):
@@ -266,7 +267,8 @@ def test_a_thousand_workers_are_enough(redis: Redis, ask: Ask, queue_name: str) 
 
 
 RECORD: dict[str, Any] = {
-    "id": "a", "status": "finished", "finish_reason": "stop", "prompt_tokens": 3, "completion_tokens": 5,
+    "id": "a", "status": "finished", "finish_reason": "stop", "prompt_tokens": 3, "cached_tokens": 0,
+    "completion_tokens": 5,
     "queue_seconds": 0.5, "prefill_seconds": 0.25, "decode_seconds": 1.5, "ended_at": 1.8e9, "worker": "w",
 }  # fmt: skip
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # Far beyond what a worker writes.
 _MAX_RECORD_BYTES = 4096
 _TEXTS = ("id", "status", "finish_reason", "error", "worker")
-_WHOLES = ("prompt_tokens", "completion_tokens")
+_WHOLES = ("prompt_tokens", "cached_tokens", "completion_tokens")
 _REALS = ("queue_seconds", "prefill_seconds", "decode_seconds", "ended_at")
 
 MAX_PROMPTS = 100
@@ -46,9 +46,9 @@ async def read_latest(connection: Redis, queue: str, limit: int) -> list[dict[st
     """The jobs that workers ended last, the latest first; at most `limit`, and a hundred.
 
     Returns:
-        Of each: `id`, `status` (RQ's), `finish_reason` or `error` (its kind), `prompt_tokens`, `completion_tokens`,
-        `queue_seconds`, `prefill_seconds`, `decode_seconds`, `ended_at` (seconds since 1970), `worker`; None where it
-        is not known. What is none of a worker's records is left out.
+        Of each: `id`, `status` (RQ's), `finish_reason` or `error` (its kind), `prompt_tokens`, `cached_tokens`,
+        `completion_tokens`, `queue_seconds`, `prefill_seconds`, `decode_seconds`, `ended_at` (seconds since 1970),
+        `worker`; None where it is not known. What is none of a worker's records is left out.
 
     Raises:
         RedisError

@@ -11,6 +11,7 @@ from fastgpt2.api.replies import real, text, whole
 from fastgpt2.api.snapshot import Snapshot, read_snapshot, seconds_since
 from fastgpt2.worker.measures import (
     BATCH_SIZE,
+    CACHED_TOKENS,
     FIRST_TOKEN_SECONDS,
     GENERATED_TOKENS,
     GIVEN_BACK,
@@ -36,6 +37,7 @@ WORKER_STATES = ("starting", "started", "suspended", "busy", "idle")
 
 _COUNTERS = {
     PROMPT_TOKENS: ("fastgpt2_prompt_tokens", "Prompt tokens read, of jobs that left a worker."),
+    CACHED_TOKENS: ("fastgpt2_cached_tokens", "Those of them that were not computed: another prompt began alike."),
     GENERATED_TOKENS: ("fastgpt2_generated_tokens", "Tokens generated, also of jobs that were started again."),
     RETRIED: ("fastgpt2_jobs_retried", "Jobs that failed and were enqueued again, as their Retry asks."),
     GIVEN_BACK: ("fastgpt2_jobs_given_back", "Jobs that a worker put back into the queue, mostly as it was stopped."),
@@ -67,6 +69,8 @@ _OF_WORKERS = (
     ("max_batch", "fastgpt2_worker_max_batch_size", "Sequences that a worker decodes together at most."),
     ("kv_bytes", "fastgpt2_worker_kv_bytes", "Memory that a worker has reserved for keys and values."),
     ("kv_bytes_limit", "fastgpt2_worker_kv_limit_bytes", "Memory that a worker may use for keys and values."),
+    ("prefix_bytes", "fastgpt2_worker_prefix_bytes", "Memory in which a worker keeps prompts' keys and values."),
+    ("prefix_bytes_limit", "fastgpt2_worker_prefix_limit_bytes", "Memory that a worker may use for that."),
     ("private_bytes", "fastgpt2_worker_private_memory_bytes", "Memory of a worker's processes that is theirs alone."),
     ("shared_bytes", "fastgpt2_worker_shared_memory_bytes", "Memory of a worker that other processes map too."),
     ("restarts", "fastgpt2_worker_slot_restarts", "How often a worker was started again in this one's place."),

@@ -93,6 +93,8 @@ def _worker(entry: WorkerEntry, now: float) -> dict[str, Any]:
         "kv_bytes": kv_bytes,
         "kv_bytes_limit": kv_limit,
         "kv_used": round(min(1.0, kv_bytes / kv_limit), 4) if kv_limit else None,
+        "prefix_bytes": whole(fields.get("prefix_bytes")),
+        "prefix_bytes_limit": whole(fields.get("prefix_bytes_limit")),
         "private_bytes": whole(fields.get("private_bytes")),
         "shared_bytes": whole(fields.get("shared_bytes")),
         "tokens": whole(fields.get("tokens")) or 0,

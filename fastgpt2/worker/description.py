@@ -52,6 +52,8 @@ class Description:
             "in_flight": len(batch),
             "kv_bytes": decoder.kv_bytes_reserved,
             "kv_bytes_limit": decoder.kv_bytes_limit,
+            "prefix_bytes": decoder.prefix_bytes,
+            "prefix_bytes_limit": decoder.prefix_bytes_limit,
             "private_bytes": "" if private_bytes is None else private_bytes,
             "shared_bytes": "" if shared_bytes is None else shared_bytes,
             "tokens": batch.tokens,

@@ -18,6 +18,7 @@ from fastgpt2.errors import BadRequest, JobStopped, JobTimedOut, ModelError, Pro
 from fastgpt2.worker.measures import (
     BATCH_SIZE,
     BUCKET_SECONDS,
+    CACHED_TOKENS,
     FAILED,
     FIRST_TOKEN_SECONDS,
     GENERATED_TOKENS,
@@ -178,6 +179,7 @@ class Figures:
     def _prompt_was_read(self, running: Running) -> None:
         if running.sequence is not None and running.sequence.token_ids:
             self._totals[PROMPT_TOKENS] += len(running.prompt.ids)
+            self._totals[CACHED_TOKENS] += running.sequence.cached_tokens
 
     def _observe(self, histogram: Histogram, value: float) -> None:
         self._totals[histogram.field_of(value)] += 1

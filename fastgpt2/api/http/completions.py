@@ -168,9 +168,15 @@ def _top(entry: TokenLogprob) -> dict[str, float | None] | None:
     return top
 
 
-def _usage(results: Iterable[GenerationResult]) -> dict[str, int]:
-    prompt, completion = 0, 0
+def _usage(results: Iterable[GenerationResult]) -> dict[str, Any]:
+    prompt, completion, cached = 0, 0, 0
     for result in results:
         prompt += result.usage.prompt_tokens
         completion += result.usage.completion_tokens
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        cached += result.usage.cached_tokens
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }

@@ -111,8 +111,24 @@ _LOGPROB = _object(
     ("token_id", "token", "logprob"),
 )
 _USAGE = _object(
-    {"prompt_tokens": _COUNT, "completion_tokens": _COUNT, "total_tokens": _COUNT},
+    {
+        "prompt_tokens": _COUNT,
+        "completion_tokens": _COUNT,
+        "cached_tokens": {
+            **_COUNT,
+            "description": "Of the prompt's, those that were not computed.",
+        },
+    },
     ("prompt_tokens", "completion_tokens"),
+)
+_OPENAI_USAGE = _object(
+    {
+        "prompt_tokens": _COUNT,
+        "completion_tokens": _COUNT,
+        "total_tokens": _COUNT,
+        "prompt_tokens_details": _object({"cached_tokens": _COUNT}, ("cached_tokens",)),
+    },
+    ("prompt_tokens", "completion_tokens", "total_tokens", "prompt_tokens_details"),
 )
 _RESULT = _object(
     {
@@ -188,6 +204,7 @@ _LISTED_JOB = _object(
         "finish_reason": _TEXT_OR_NULL,
         "error": _TEXT_OR_NULL,
         "prompt_tokens": {"type": ["integer", "null"]},
+        "cached_tokens": {"type": ["integer", "null"]},
         "completion_tokens": {"type": ["integer", "null"]},
         "queue_seconds": _NUMBER_OR_NULL,
         "prefill_seconds": _NUMBER_OR_NULL,
@@ -270,7 +287,7 @@ SCHEMAS: dict[str, Schema] = {
             "model": _TEXT,
             "system_fingerprint": _TEXT,
             "choices": _list(_CHOICE),
-            "usage": _optional(_USAGE),
+            "usage": _optional(_OPENAI_USAGE),
         },
         ("id", "object", "created", "model", "choices"),
     ),

@@ -118,6 +118,7 @@ class Answer {
     return joined(
       this.reason && { length: "Stopped at the limit", stop: "Ended by itself" }[this.reason],
       usage && `${whole(usage.prompt_tokens)} + ${whole(usage.completion_tokens)} tokens`,
+      usage?.prompt_tokens_details?.cached_tokens > 0 && `${whole(usage.prompt_tokens_details.cached_tokens)} cached`,
       first !== null && `first after\u00a0${duration((first - this.started) / 1000)}`,
       speed > 0 && `then ${roughly(speed)}\u00a0tokens/s`,
       `${duration((now - this.started) / 1000)} in all`,

@@ -130,7 +130,7 @@ const jobRows = new Rows(byId("jobs"), (job) => job.id, [
     style: "state",
   },
   { text: promptOf, title: promptOf, style: "prompt" },
-  { text: tokensOf, style: "number" },
+  { text: tokensOf, title: cachedOf, style: "number" },
   { text: (job) => duration(job.queue_seconds), style: "number" },
   { text: (job) => duration(firstTokenOf(job)), style: "number" },
   { text: (job) => roughly(speedOf(job)), style: "number" },
@@ -151,6 +151,11 @@ function promptOf(job) {
 /** Of its prompt, and generated. */
 function tokensOf({ prompt_tokens: prompt, completion_tokens: generated }) {
   return isNumber(prompt ?? generated) ? `${whole(prompt)}\u00a0+\u00a0${whole(generated)}` : UNKNOWN;
+}
+
+/** Of its prompt, those that were not computed. */
+function cachedOf({ cached_tokens: cached }) {
+  return cached ? `${whole(cached)} of the prompt's were cached` : null;
 }
 
 /** Seconds from being enqueued to the first token, which ends the prefill. */
