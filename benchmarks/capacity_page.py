@@ -197,7 +197,8 @@ def of_workers(entries: Sequence[Values]) -> Section:
     held = (
         f"Each of {each['workers']} idle workers of {entry['model']} holds {private:.0f} MB of its own, and shares "
         f"{shared:.0f} MB, the weights; together {each['pss_bytes'] / 1e6:.0f} MB (PSS). A position of a job in hand "
-        f"takes {entry['kv_bytes_per_token'] / 1e3:.1f} KB more."
+        f"takes {entry['kv_bytes_per_token'] / 1e3:.1f} KB more; "
+        "prefixes of prompts are kept in `--prefix-memory` beside, and were not here."
     )
     short, longer = entry["pools"][-1]["prompt_tokens"].values()
     headers = ["model", "workers of cores", f"prompts of {short:.0f}: tokens/s", "q1", "q3", "by core"]

@@ -26,7 +26,7 @@ from fastgpt2.bench import Values, machine_line
 DOCS = HERE.parent / "docs"
 COLORS = ("#1b6ca8", "#e07b39", "#4f9d69", "#8a5a9e", "#c23b4b", "#7f7f7f")
 # What numbers are of, in the order of the page.
-ORDER = ("engine", "profile", "cold_start", "memory", "pool", "endpoint", "peers")
+ORDER = ("engine", "profile", "cold_start", "memory", "prefixes", "pool", "endpoint", "peers")
 
 # Draws a picture of a name and gives the Markdown that shows it.
 Draw = Callable[[str, str, Callable[[Any], None]], str]
@@ -234,6 +234,26 @@ def peers(name: str, entry: Values, draw: Draw) -> list[str]:
     return [*lines, draw(f"{name}-all", f"{entry['model']}: peers, {entry['threads']} threads", bars), ""]
 
 
+def prefixes(_name: str, entry: Values, _draw: Draw) -> list[str]:
+    labels = {
+        "without": "nothing kept",
+        "with": f"{entry['header']} tokens known, {entry['own']} read",
+        "new": "never seen before: read and kept",
+    }
+    rows = [[text, spread(entry["ms"][key], 1)] for key, text in labels.items()]
+    copies = {"copied in": "copies: of what is known", "kept": "of a new prompt", "kept, memory new": "in new memory"}
+    rows += [[text, spread(entry["copies_ms"][key], 1)] for key, text in copies.items()]
+    length, same = entry["header"] + entry["own"], entry["same_ids"]
+    return [
+        *markdown([f"a prompt of {length} tokens", "ms to the first token, or of a copy"], rows),
+        "",
+        f"Processes {entry['processes']}, batch-invariant {yes_no(entry['exact'])}, {entry['block_mb']:.1f} MB a block "
+        f"of 32. Nothing kept / known: {entry['ratio']:.1f}; the same {entry['tokens']} tokens for {same['equal']} of "
+        f"{same['prompts']} prompts. To keep a new prompt takes {entry['kept_share']:.1%} of the time to read it.",
+        "",
+    ]
+
+
 def pool(name: str, entry: Values, draw: Draw) -> list[str]:
     labels = {
         "one": f"1 worker, up to {entry['pools']['one']['max_batch']} jobs at once",
@@ -331,6 +351,7 @@ SECTIONS: dict[str, tuple[str, Callable[[str, Values, Draw], list[str]]]] = {
     "profile": ("Where the time of a step goes", profile),
     "cold_start": ("Cold start", cold_start),
     "memory": ("Memory by workers", memory),
+    "prefixes": ("Prompts that begin alike", prefixes),
     "pool": ("Many jobs at once", pool),
     "endpoint": ("The endpoint", endpoint),
     "peers": ("Peers", peers),
