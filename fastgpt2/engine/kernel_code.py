@@ -153,7 +153,7 @@ def _tile(weights: str, lanes: int, rows: int, panels: int) -> str:
         ws.append(f.at(ws[-1], panel_bytes))
     # What the next tile will read; a core that reads one stream does not ask for the next one by itself.
     ahead = f.let(f"mul i64 {panel_bytes}, {panels}")
-    prefetches = rows > 1
+    prefetches = rows > 1 or weights == "int8"
 
     def widened(address: str) -> str:
         loaded = f.let(f"load <{lanes} x {stored}>, ptr {address}, align {size}")
