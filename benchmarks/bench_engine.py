@@ -3,10 +3,11 @@
 
     python benchmarks/bench_engine.py --model gpt2 --plain
     python benchmarks/bench_engine.py --model gpt2 --model gpt2-medium --blas openblas --blas mkl
+    python benchmarks/bench_engine.py --model gpt2 --blas openblas --blas compiled --weights bfloat16 --weights int8
     OPENBLAS_CORETYPE=Haswell python benchmarks/bench_engine.py --plain     # what a CPU without AVX-512 sees
 
-Measured in one process that holds an engine for each --blas (they map the same weights), a round after another; in each
-round in turn:
+Measured in one process that holds an engine for each --blas and for each kind of compact --weights (those of one kind
+map the same file), a round after another; in each round in turn:
 
 memory    bytes a second that 1 process reads, as many as the engine has, and as many as there are cores (`readers`)
 decode    milliseconds of a step by --rows, the number of sequences decoded together, each 64 tokens long;
@@ -45,6 +46,7 @@ from fastgpt2.bench import (
     step_bytes,
     summary,
     table,
+    weight_bytes,
 )
 from fastgpt2.engine.blas import THREAD_VARIABLES, usable_cores
 from fastgpt2.engine.config import GPT2Config
@@ -60,7 +62,8 @@ Samples = defaultdict[str, defaultdict[int, list[list[float]]]]
 def options() -> argparse.Namespace:
     arguments = parser(__doc__, rounds=7)
     arguments.add_argument("--threads", type=int, help="processes of the engine; default: all cores")
-    arguments.add_argument("--blas", action="append", help="may be repeated; default: auto")
+    arguments.add_argument("--blas", action="append", help="of float32 weights; may be repeated; default: auto")
+    arguments.add_argument("--weights", action="append", default=[], help="bfloat16 or int8, besides; may be repeated")
     arguments.add_argument("--rows", type=numbers, default=list(ROWS), help="default: 1,2,4,8,16")
     arguments.add_argument("--steps", type=int, default=5, help="a round; default: 5")
     arguments.add_argument("--prompts", type=numbers, default=[32, 128, 256, 512], help="default: 32,128,256,512")
@@ -113,16 +116,18 @@ def measure(model: str, asked: argparse.Namespace) -> Values:
 
 
 def load(model: str, asked: argparse.Namespace) -> tuple[dict[str, Engine], dict[str, str]]:
-    """An engine for each BLAS asked for, and why others are not here."""
+    """An engine for each BLAS and for each kind of weights asked for, and why others are not here."""
     engines: dict[str, Engine] = {}
     skipped: dict[str, str] = {}
     rows = max(*asked.rows, *asked.context_rows, 1)
-    for blas in asked.blas or ["auto"]:
+    kinds = [(blas, {"blas": blas}) for blas in asked.blas or ["auto"]]
+    kinds += [(weights, {"weights": weights}) for weights in asked.weights]
+    for name, kind in kinds:
         try:
-            engines[blas] = Engine.load(model, threads=asked.threads, max_batch=rows, blas=blas)
+            engines[name] = Engine.load(model, threads=asked.threads, max_batch=rows, **kind)
         except BadRequest as reason:
-            skipped[blas] = str(reason)
-            print(f"{blas} is skipped: {reason}")
+            skipped[name] = str(reason)
+            print(f"{name} is skipped: {reason}")
     if not engines:
         sys.exit(f"{model}: no engine to measure")
     return engines, skipped
@@ -171,7 +176,8 @@ def engine_turn(
 
 
 def engine_entry(blas: str, engine: Engine, samples: Samples) -> Values:
-    network, n_bytes = engine.decoder.model, step_bytes(engine.config)
+    network = engine.decoder.model
+    n_bytes = step_bytes(engine.config, weight_bytes(network))
     beside = {rows: [rate for (rate,) in found] for rows, found in samples["beside"].items()}
     entry: Values = {"asked": blas, **layout(network), "load_ms": engine.load_times.loaded * 1e3}
     entry["decode"] = [decode_entry(rows, found, beside[rows], n_bytes) for rows, found in samples["decode"].items()]

@@ -8,8 +8,10 @@ Each turn is a process of its own (`peers/run.py`) that imports, loads, generate
 the median of --repeats: --tokens tokens greedily from one prompt of 16 tokens (`ms/token`), the same from 8 and 16
 different prompts at once (`tokens/s`), and one token from a prompt of 512 (`first of 512`, the time to a first token).
 Reading the prompts is part of all of them. The peers take turns, each round beginning with another; the memory's
-bandwidth is read in between. Every peer has --threads threads, ours so many processes. All of them generate as many
-tokens as they are told to; the ids are compared. CTranslate2's models are converted once, to --workdir.
+bandwidth is read in between. --variant adds ours with compact weights, or with drafts. The prompts are ids at random,
+or --prompts-from a text by the checkpoint's tokenizer: how many guesses come true is a matter of the text. Every peer
+has --threads threads, ours so many processes. All of them generate as many tokens as they are told to; the ids are
+compared. CTranslate2's models are converted once, to --workdir.
 """
 
 from __future__ import annotations
@@ -43,8 +45,11 @@ from fastgpt2.bench import Values, median, readers, step_bytes, summary, table
 from fastgpt2.engine.blas import usable_cores
 from fastgpt2.engine.config import read_config
 from fastgpt2.engine.hub import find_model
+from fastgpt2.engine.tokenizer import Tokenizer
 
 OURS = "fastgpt2"
+# The same with one thing changed, by name as `peers/run.py` has them.
+OUR_VARIANTS = ("fastgpt2-drafts-auto", "fastgpt2-drafts-int8", "fastgpt2-bfloat16", "fastgpt2-int8")
 PEER_MODULES = {"transformers": "transformers", "ctranslate2-float32": "ctranslate2", "ctranslate2-int8": "ctranslate2"}
 PROMPT = 16
 
@@ -53,10 +58,14 @@ def main() -> None:
     arguments = parser(__doc__, rounds=5)
     arguments.add_argument("--peer-python", help="of an environment with torch, transformers and ctranslate2")
     arguments.add_argument("--peer", action="append", choices=PEER_MODULES, help="may be repeated; default: all")
+    arguments.add_argument(
+        "--variant", action="append", choices=OUR_VARIANTS, default=[], help="of ours, besides; may be repeated"
+    )
     arguments.add_argument("--threads", type=int, help="of each; default: all cores")
     arguments.add_argument("--tokens", type=int, default=40, help="default: 40")
     arguments.add_argument("--repeats", type=int, default=3, help="in a process; default: 3")
     arguments.add_argument("--batches", type=numbers, default=[8, 16], help="default: 8,16")
+    arguments.add_argument("--prompts-from", type=Path, help="a text; default: token ids at random")
     arguments.add_argument("--prefill", type=int, default=512, help="default: 512")
     arguments.add_argument("--workdir", type=Path, help="keeps converted models; default: a temporary folder")
     asked = parse(arguments)
@@ -72,14 +81,20 @@ def measure(model: str, asked: argparse.Namespace, workdir: Path) -> Values:
     config = read_config(folder / "config.json")
     threads = asked.threads or usable_cores()
     job = {
-        **prompts(config.vocab_size, max(1, *asked.batches), min(asked.prefill, config.n_positions - 1)),
+        **prompts(
+            ids_of(folder, asked.prompts_from) or config.vocab_size,
+            max(1, *asked.batches),
+            min(asked.prefill, config.n_positions - 1),
+        ),
         "tokens": asked.tokens,
         "repeats": asked.repeats,
         "batches": asked.batches,
         "threads": threads,
     }
     skipped: dict[str, str] = {}
-    commands: dict[str, list[str | Path]] = {OURS: [sys.executable, PEERS / "run.py", OURS, folder, json.dumps(job)]}
+    commands: dict[str, list[str | Path]] = {
+        ours: [sys.executable, PEERS / "run.py", ours, folder, json.dumps(job)] for ours in (OURS, *asked.variant)
+    }
     for peer in asked.peer or PEER_MODULES:
         reason = peer_missing(asked.peer_python, PEER_MODULES[peer])
         place = folder
@@ -118,12 +133,22 @@ def measure(model: str, asked: argparse.Namespace, workdir: Path) -> Values:
     return entry
 
 
-def prompts(vocab_size: int, count: int, long: int) -> Values:
-    """Token ids that are the same in every run."""
+def ids_of(folder: Path, text: Path | None) -> list[int]:
+    """The token ids of a text; none without one."""
+    return Tokenizer.from_folder(folder).encode(text.read_text("utf-8")) if text is not None else []
+
+
+def prompts(source: int | list[int], count: int, long: int) -> Values:
+    """Token ids that are the same in every run: pieces of those given, or at random out of so many."""
     rng = random.Random(0)
+    if isinstance(source, list):
+        return {
+            "prompts": [source[at * PROMPT : (at + 1) * PROMPT] for at in range(count)],
+            "long": source[:long],
+        }
     return {
-        "prompts": [[rng.randrange(vocab_size) for _ in range(PROMPT)] for _ in range(count)],
-        "long": [rng.randrange(vocab_size) for _ in range(long)],
+        "prompts": [[rng.randrange(source) for _ in range(PROMPT)] for _ in range(count)],
+        "long": [rng.randrange(source) for _ in range(long)],
     }
 
 
@@ -144,6 +169,7 @@ def summed_up(runs: list[Values], ours: list[Values], asked: argparse.Namespace)
     alone, of_ours = ([median(run["alone"]) for run in which] for which in (runs, ours))
     entry: Values = {
         "version": runs[-1]["version"],
+        "drafts": {name: sum(run["drafts"][name] for run in runs) for name in runs[0]["drafts"]},
         **{f"{part}_ms": summary([run[part] for run in runs], 1e3) for part in ("import", "load", "first_token")},
         "ms_per_token": summary([seconds / asked.tokens for seconds in alone], 1e3),
         "ratio": ratio(of_ours, alone),
@@ -195,7 +221,9 @@ def show(entry: Values, asked: argparse.Namespace) -> None:
     for name, reason in entry["skipped"].items():
         print(f"{name} was skipped: {reason}")
     for name, e in entry["peers"].items():
-        print(f"{name}: {e['version']}")
+        drafted = e["drafts"].get("drafted")
+        taken = f"; {e['drafts']['accepted'] / drafted:.0%} of {drafted} guesses taken" if drafted else ""
+        print(f"{name}: {e['version']}{taken}")
 
 
 if __name__ == "__main__":

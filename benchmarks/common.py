@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 PEERS = HERE / "peers"
 # Options that name files of the machine.
-PATHS = ("output", "workdir", "peer_python")
+PATHS = ("output", "workdir", "peer_python", "prompts_from")
 
 
 class Failed(Exception):

@@ -26,7 +26,7 @@ from fastgpt2.bench import Values, machine_line
 DOCS = HERE.parent / "docs"
 COLORS = ("#1b6ca8", "#e07b39", "#4f9d69", "#8a5a9e", "#c23b4b", "#7f7f7f")
 # What numbers are of, in the order of the page.
-ORDER = ("engine", "profile", "cold_start", "memory", "prefixes", "pool", "endpoint", "peers")
+ORDER = ("engine", "drafts", "weights", "profile", "cold_start", "memory", "prefixes", "pool", "endpoint", "peers")
 
 # Draws a picture of a name and gives the Markdown that shows it.
 Draw = Callable[[str, str, Callable[[Any], None]], str]
@@ -128,6 +128,33 @@ def engine(name: str, entry: Values, draw: Draw) -> list[str]:
     return lines
 
 
+def drafts(_name: str, entry: Values, _draw: Draw) -> list[str]:
+    rows = []
+    for batch, found in entry["batches"].items():
+        for how, e in found.items():
+            taken = f"{e['accepted'] / e['drafted']:.0%} of {e['drafted']}" if e["drafted"] else ""
+            cells = [batch, how, spread(e["ms_per_token"]), f"{e['ratio']:.2f}", taken, f"{e['tokens_per_step']:.2f}"]
+            rows.append([*cells, f"{e['same']} of {e['sequences']}"])
+    headers = ["sequences", "drafts", "ms/token", "off / it", "guesses taken", "tokens a step", "same texts"]
+    return [
+        f"{entry['blas']}, processes {entry['processes']}, batch-invariant {yes_no(entry['exact'])}; {entry['tokens']} "
+        "tokens a sequence, prompts of 32.",
+        "",
+        *markdown(headers, rows),
+        "",
+    ]
+
+
+def weights(_name: str, entry: Values, _draw: Draw) -> list[str]:
+    rows = []
+    for name, e in entry["weights"].items():
+        cells = [name, f"{e['mb']:.1f}", f"{e['perplexity']:.2f}", f"{e['agreement']:.2%}", f"{e['difference']:.4f}"]
+        rows.append([*cells, f"{e['same_texts']} of {entry['prompts']}", f"{e['same_tokens']:.1f}"])
+    headers = ["weights", "MB packed", "perplexity", "likeliest token as float32's", "difference of log probabilities"]
+    headers += [f"same texts of {entry['tokens']} tokens", "tokens until they part"]
+    return [f"{entry['places']} tokens of held-out text.", "", *markdown(headers, rows), ""]
+
+
 def profile(_name: str, entry: Values, _draw: Draw) -> list[str]:
     times = entry["time"]
     rows = [
@@ -203,7 +230,9 @@ def peers(name: str, entry: Values, draw: Draw) -> list[str]:
     headers += [f"ms to the first token of {entry['prefill_tokens']}", "import + load, ms", "sequences with our ids"]
     rows = []
     for peer, e in found.items():
-        cells = [f"{peer} ({e['version']})", f"{spread(e['ms_per_token'])}; {e['ratio']:.2f}"]
+        drafted = e.get("drafts", {}).get("drafted")
+        taken = f"; {e['drafts']['accepted'] / drafted:.0%} of guesses taken" if drafted else ""
+        cells = [f"{peer} ({e['version']}{taken})", f"{spread(e['ms_per_token'])}; {e['ratio']:.2f}"]
         for batch in batches:
             b = e["batches"][batch]
             cells.append(f"{spread(b['tokens_per_s'], 0)}; {1 / b['ratio']:.2f}")
@@ -348,6 +377,8 @@ def endpoint(name: str, entry: Values, draw: Draw) -> list[str]:
 
 SECTIONS: dict[str, tuple[str, Callable[[str, Values, Draw], list[str]]]] = {
     "engine": ("Speed of the engine", engine),
+    "drafts": ("Drafts", drafts),
+    "weights": ("Compact weights: quality", weights),
     "profile": ("Where the time of a step goes", profile),
     "cold_start": ("Cold start", cold_start),
     "memory": ("Memory by workers", memory),

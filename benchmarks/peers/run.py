@@ -6,9 +6,9 @@
     python run.py PEER FOLDER '{"prompts": [[ids], ...], "long": [ids], "tokens": 40, "batches": [8, 16], "repeats": 3,
                                 "threads": 2}'
 
-PEER: fastgpt2, transformers, ctranslate2-float32, ctranslate2-int8 (FOLDER is then the converted model's). Every one
-gets token ids and gives token ids, greedily, so many tokens whatever they are; text is nobody's business here, but for
-fastgpt2, whose decoder makes it as it goes. Also:
+PEER: fastgpt2 (or fastgpt2-int8, -bfloat16, -drafts-auto, -drafts-int8), transformers, ctranslate2-float32,
+ctranslate2-int8 (FOLDER is then the converted model's). Every one gets token ids and gives token ids, greedily, so many
+tokens whatever they are; text is nobody's business here, but for fastgpt2, whose decoder makes it as it goes. Also:
 
     python run.py convert FOLDER OUT TYPE    # for CTranslate2; TYPE float32 or int8; FOLDER stays as it is
 
@@ -33,7 +33,11 @@ Ids = list[list[int]]
 Generate = Callable[[Ids, int], Ids]
 
 
-def fastgpt2(folder: str, job: dict[str, Any]) -> tuple[str, float, Generate]:
+# Guesses verified and come true, of ours.
+drafts: dict[str, int] = {}
+
+
+def fastgpt2(folder: str, job: dict[str, Any], variant: str) -> tuple[str, float, Generate]:
     import fastgpt2
     import fastgpt2.engine.decoder
     import fastgpt2.engine.loading
@@ -42,14 +46,19 @@ def fastgpt2(folder: str, job: dict[str, Any]) -> tuple[str, float, Generate]:
 
     imported = perf_counter()
     most = max(1, *job["batches"])
-    engine = fastgpt2.Engine.load(folder, threads=job["threads"], max_batch=most, prefix_memory=0)
+    option, _, value = variant.rpartition("-")
+    kind: dict[str, Any] = {option or "weights": value} if variant else {}
+    engine = fastgpt2.Engine.load(folder, threads=job["threads"], max_batch=most, prefix_memory=0, **kind)
     engine.decoder.model.wait_until_ready()
+    drafts.update(drafted=0, accepted=0)
 
     def generate(prompts: Ids, tokens: int) -> Ids:
         request = GenerationRequest("", max_new_tokens=tokens, ignore_eos=True)
         sequences = [engine.decoder.admit(Prompt(request, ids, tokens)) for ids in prompts]
         while not all(sequence.finished for sequence in sequences):
             engine.decoder.step()
+        drafts["drafted"] += sum(sequence.drafted for sequence in sequences)
+        drafts["accepted"] += sum(sequence.accepted for sequence in sequences)
         return [sequence.token_ids for sequence in sequences]
 
     return f"fastgpt2 {fastgpt2.__version__}", imported, generate
@@ -137,8 +146,8 @@ def main() -> None:
         print("{}")
         return
     job = json.loads(sys.argv[3])
-    if peer == "fastgpt2":
-        version, imported, generate = fastgpt2(folder, job)
+    if peer.startswith("fastgpt2"):
+        version, imported, generate = fastgpt2(folder, job, peer.partition("-")[2])
     elif peer == "transformers":
         version, imported, generate = transformers(folder, job)
     else:
@@ -163,7 +172,7 @@ def main() -> None:
             repeats,
         )
     said["prefill"], said["ids"]["prefill"] = timed(lambda: generate([job["long"]], 1), repeats)
-    print(json.dumps(said))
+    print(json.dumps({**said, "drafts": drafts}))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,127 @@
+"""Checkpoints of gpt2's size whose texts are known to repeat themselves, to read as English, or never to repeat.
+
+    python benchmarks/dressed.py english OUT
+    python benchmarks/dressed.py repeating OUT
+    python benchmarks/dressed.py unrepeating OUT
+
+How many guesses come true is a matter of the text. `english` is the demo model, word for word, at the cost of gpt2: its
+heads, layers and vectors are filled up with zeros, which take a multiplication as any other number does. To have layer
+norms see no difference, the residual stream is freed of its mean (which they subtract anyway), and their gains allow
+for the variance that zeros take away. `repeating` has random weights, with which one token follows another over and
+over; in `unrepeating` what a place has to say outweighs what stands there, so that each token is another.
+
+All of them with the demo model's tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+import fastgpt2
+from fastgpt2.engine.config import read_config
+from fastgpt2.engine.weights import expected_shapes
+
+DEMO = Path(fastgpt2.__file__).parent / "models" / "demo"
+SAFETENSORS, CONFIG = "model.safetensors", "config.json"
+SIZES = {"n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024, "vocab_size": 50257}
+N_EMBD, N_HEAD = SIZES["n_embd"], SIZES["n_head"]
+# A vector's last number is one behind the last layer norm, and zero in the row of every token of the demo model.
+NEVER = -1e4
+SEED = 2019
+
+Array = NDArray[np.float64]
+Shapes = dict[str, tuple[int, ...]]
+Tensors = dict[str, NDArray[np.float32]]
+
+
+def main() -> None:
+    kind, folder = sys.argv[1], Path(sys.argv[2])
+    folder.mkdir(parents=True, exist_ok=True)
+    config = json.loads((DEMO / CONFIG).read_text())
+    # The variance of so many zeros besides is smaller, and so must be what is added to it.
+    epsilon = config["layer_norm_epsilon"] * config["n_embd"] / N_EMBD
+    config |= {**SIZES, "layer_norm_epsilon": epsilon, "tie_word_embeddings": kind != "english", "dtype": "float32"}
+    (folder / CONFIG).write_text(json.dumps(config, indent=2))
+    shutil.copy(DEMO / "tokenizer.json", folder)
+    shapes = expected_shapes(read_config(folder / CONFIG))
+    tensors = english(shapes) if kind == "english" else at_random(shapes, {"repeating": 0.02, "unrepeating": 2.0}[kind])
+    save_file(tensors, folder / SAFETENSORS)
+
+
+def at_random(shapes: Shapes, places: float) -> Tensors:
+    """Weights as they are before training (Radford et al. 2019), and so large a table of positions."""
+    rng = np.random.default_rng(SEED)
+    config = read_config(DEMO / CONFIG)
+    deep = 0.02 / math.sqrt(2 * SIZES["n_layer"])
+    tensors = {}
+    for name, shape in shapes.items():
+        if name == "lm_head.weight":
+            continue
+        if name.endswith("bias"):
+            tensors[name] = np.zeros(shape, np.float32)
+        elif ".ln_" in name or name == "ln_f.weight":
+            tensors[name] = np.ones(shape, np.float32)
+        else:
+            scale = places if name == "wpe.weight" else deep if name.endswith("c_proj.weight") else 0.02
+            tensors[name] = (rng.standard_normal(shape, np.float32) * scale).astype(np.float32)
+    # The end of a text is no place for a benchmark to end.
+    tensors["wte.weight"][list(config.eos_token_ids)] = 0.0
+    return tensors
+
+
+def english(shapes: Shapes) -> Tensors:
+    """The demo model's."""
+    config = read_config(DEMO / CONFIG)
+    demo = {
+        name.removeprefix("transformer."): x.astype(np.float64) for name, x in load_file(DEMO / SAFETENSORS).items()
+    }
+    n, heads = config.n_embd, config.n_head
+    dim, wide_dim = n // heads, N_EMBD // N_HEAD
+    narrower = math.sqrt(n / N_EMBD)
+    # Where the columns of query, key and value go: heads stay heads.
+    place = np.concatenate([np.arange(dim) + head * wide_dim for head in range(heads)])
+    qkv = np.concatenate([place + i * N_EMBD for i in range(3)])
+    # Scores are divided by the root of a head's dimension.
+    sharper = np.concatenate([np.full(n, math.sqrt(wide_dim / dim)), np.ones(2 * n)])
+
+    def centred(x: Array) -> Array:
+        mean: Array = x.mean(axis=-1, keepdims=True)
+        return x - mean
+
+    tensors = {name: np.zeros(shape) for name, shape in shapes.items()}
+
+    def put(name: str, x: Array) -> None:
+        tensors[name][tuple(slice(size) for size in x.shape)] = x
+
+    put("wte.weight", centred(demo["wte.weight"]))
+    put("wpe.weight", centred(demo["wpe.weight"]))
+    put("ln_f.weight", demo["ln_f.weight"] * narrower)
+    put("ln_f.bias", demo["ln_f.bias"])
+    # Not tied: what the last layer norm gives has a mean, which must not be taken from the table that it meets.
+    put("lm_head.weight", demo["wte.weight"])
+    tensors["lm_head.weight"][config.vocab_size :, -1] = NEVER
+    tensors["ln_f.bias"][-1] = 1.0
+    for a in [f"h.{i}." for i in range(config.n_layer)]:
+        for norm in ("ln_1", "ln_2"):
+            put(f"{a}{norm}.weight", demo[f"{a}{norm}.weight"] * narrower)
+            put(f"{a}{norm}.bias", demo[f"{a}{norm}.bias"])
+        tensors[f"{a}attn.c_attn.weight"][:n, qkv] = demo[f"{a}attn.c_attn.weight"] * sharper
+        tensors[f"{a}attn.c_attn.bias"][qkv] = demo[f"{a}attn.c_attn.bias"] * sharper
+        tensors[f"{a}attn.c_proj.weight"][place, :n] = centred(demo[f"{a}attn.c_proj.weight"])
+        for name in ("mlp.c_fc.weight", "mlp.c_fc.bias"):
+            put(f"{a}{name}", demo[f"{a}{name}"])
+        for name in ("attn.c_proj.bias", "mlp.c_proj.weight", "mlp.c_proj.bias"):
+            put(f"{a}{name}", centred(demo[f"{a}{name}"]))
+    return {name: x.astype(np.float32) for name, x in tensors.items()}
+
+
+if __name__ == "__main__":
+    main()
