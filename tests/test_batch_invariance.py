@@ -50,7 +50,9 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(params=["demo", "wide", "demo by two", "wide by two", "demo by mkl"])
+@pytest.fixture(
+    params=["demo", "wide", "demo by two", "wide by two", "demo by mkl", "wide by compiled", "wide by int8"]
+)
 def network(request: pytest.FixtureRequest, wide: Path) -> Iterator[GPT2]:
     name, _, how = request.param.partition(" by ")
     if how == "mkl" and not mkl.installed():
@@ -62,7 +64,8 @@ def network(request: pytest.FixtureRequest, wide: Path) -> Iterator[GPT2]:
         name,
         n_slots=SLOTS,
         size=2 if how == "two" else 1,
-        blas="mkl" if how == "mkl" else "openblas",
+        blas=how if how in ("mkl", "compiled") else "openblas",
+        weights="int8" if how == "int8" else "float32",
     )
     made.wait_until_ready()
     yield made

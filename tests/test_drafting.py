@@ -287,7 +287,7 @@ def test_a_team_drafts_together_and_goes_on_alone(plain: Engine, team: Engine) -
     assert_same(plain, before, generate(team, requests))
 
 
-@pytest.mark.parametrize("drafts", ["sometimes", 0, 16, -1, 2.5])
+@pytest.mark.parametrize("drafts", ["sometimes", 0, 16, -1, 2.5, True])
 def test_what_drafts_cannot_be(drafts: str | int) -> None:
     with pytest.raises(BadRequest, match="drafts must be off, auto, int8 or 1 to 15"):
         Engine.load("demo", drafts=drafts)

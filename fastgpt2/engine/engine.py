@@ -134,7 +134,7 @@ class Engine:
             raise BadRequest(f"blas must be one of {', '.join(BLAS_CHOICES)}, not {blas!r}")
         if weights not in WEIGHTS_CHOICES:
             raise BadRequest(f"weights must be one of {', '.join(WEIGHTS_CHOICES)}, not {weights!r}")
-        if drafts not in DRAFTS_CHOICES and not (isinstance(drafts, int) and 1 <= drafts <= MOST_DRAFTS):
+        if drafts not in DRAFTS_CHOICES and not (type(drafts) is int and 1 <= drafts <= MOST_DRAFTS):
             raise BadRequest(f"drafts must be {', '.join(DRAFTS_CHOICES)} or 1 to {MOST_DRAFTS}, not {drafts!r}")
         if drafts == "int8" == weights:
             raise BadRequest("drafts by int8 weights are of no use to int8 weights; leave out one of the two")
