@@ -67,13 +67,13 @@ def test_products_are_right_and_a_rows_bits_its_own(
     product = products[kind, cpu]
     for n, n_in in [(1, 1), (2, 3), (3, 4), (5, 33), (9, 70), (11, 768), (2, 3072)]:
         panels, numbers = stored(kind, rng, (n, n_in, WIDTH))
-        x = rng.standard_normal((40, n_in), np.float32)
-        right = np.einsum("mk,nkp->mnp", x.astype(np.float64), numbers).reshape(40, -1)
+        x = rng.standard_normal((60, n_in), np.float32)
+        right = np.einsum("mk,nkp->mnp", x.astype(np.float64), numbers).reshape(60, -1)
         # Sums of float32 products err by some units in the last place of the magnitudes that are added.
-        bound = np.einsum("mk,nkp->mnp", np.abs(x).astype(np.float64), np.abs(numbers)).reshape(40, -1) * 1e-5 + 1e-30
-        alone = np.concatenate([multiply(product, x[i : i + 1], panels) for i in range(40)])
+        bound = np.einsum("mk,nkp->mnp", np.abs(x).astype(np.float64), np.abs(numbers)).reshape(60, -1) * 1e-5 + 1e-30
+        alone = np.concatenate([multiply(product, x[i : i + 1], panels) for i in range(60)])
         assert (np.abs(alone - right) <= bound).all()
-        for rows in (2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 17, 24, 25, 40):
+        for rows in (2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 17, 24, 25, 40, 60):
             np.testing.assert_array_equal(multiply(product, x[:rows], panels), alone[:rows])
 
 

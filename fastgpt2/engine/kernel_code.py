@@ -58,13 +58,13 @@ def module(weights: str, registers: Registers) -> str:
     out[r, c] = sum over k of x[r, k] * w[c // WIDTH, k, c % WIDTH]; x float32 [rows, k], w [n, k, WIDTH] as stored,
     out float32 [rows, at least n * WIDTH].
     """
-    most = registers.most_rows
+    most, lanes = registers.most_rows, registers.lanes
     sizes = {(rows, panels) for rows in range(1, most + 1) for panels in (1, registers.panels(rows))}
-    tiles = [_tile(weights, registers.lanes, rows, panels) for rows, panels in sorted(sizes)]
+    tiles = [_tile(weights, lanes, rows, panels) for rows, panels in sorted(sizes)]
     strips = [_strip(weights, rows, registers.panels(rows)) for rows in range(1, most + 1)]
-    vector = f"<{registers.lanes} x float>"
+    vector = f"<{lanes} x float>"
     declared = (
-        f"declare {vector} @llvm.fmuladd.v{registers.lanes}f32({vector}, {vector}, {vector})\n"
+        f"declare {vector} @llvm.fmuladd.v{lanes}f32({vector}, {vector}, {vector})\n"
         "declare void @llvm.prefetch.p0(ptr, i32, i32, i32)"
     )
     return "\n\n".join((declared, *tiles, *strips, _multiply(weights, most))) + "\n"
@@ -139,11 +139,60 @@ class _Function:
         return [f"%{name}.i", *slots]
 
 
+def _widened(f: _Function, weights: str, lanes: int, address: str) -> str:
+    """A vector of stored weights as float32; of int8 the whole numbers."""
+    stored, size = STORED[weights]
+    loaded = f.let(f"load <{lanes} x {stored}>, ptr {address}, align {size}")
+    if weights == "float32":
+        return loaded
+    whole, vector = f"<{lanes} x i32>", f"<{lanes} x float>"
+    if weights == "int8":
+        number = f.let(f"sext <{lanes} x i8> {loaded} to {whole}")
+        return f.let(f"sitofp {whole} {number} to {vector}")
+    # The upper half of a float32.
+    bits = f.let(f"zext <{lanes} x i16> {loaded} to {whole}")
+    shifted = f.let(f"shl {whole} {bits}, <{', '.join(['i32 16'] * lanes)}>")
+    return f.let(f"bitcast {whole} {shifted} to {vector}")
+
+
+def _repeated(f: _Function, lanes: int, address: str) -> str:
+    """One float32 in every lane of a vector."""
+    vector = f"<{lanes} x float>"
+    one = f.let(f"insertelement {vector} poison, float {f.let(f'load float, ptr {address}, align 4')}, i32 0")
+    return f.let(f"shufflevector {vector} {one}, {vector} poison, <{lanes} x i32> zeroinitializer")
+
+
+def _multiplied(
+    f: _Function, weights: str, lanes: int, xs: Sequence[str], places: Sequence[str], sums: Sequence[str]
+) -> list[str]:
+    """Sums, with one more product each: of every row's number, at `xs`, and every vector of weights, at `places`."""
+    vector, result = f"<{lanes} x float>", list(sums)
+
+    def add(row: int, column: int, number: str, weight: str) -> None:
+        place = row * len(places) + column
+        operands = ", ".join(f"{vector} {value}" for value in (number, weight, sums[place]))
+        result[place] = f.let(f"call {vector} @llvm.fmuladd.v{lanes}f32({operands})")
+
+    # Whichever of the two are fewer stay in registers while the others pass by.
+    if len(xs) <= len(places):
+        numbers = [_repeated(f, lanes, x) for x in xs]
+        for column, place in enumerate(places):
+            weight = _widened(f, weights, lanes, place)
+            for row, number in enumerate(numbers):
+                add(row, column, number, weight)
+    else:
+        columns = [_widened(f, weights, lanes, place) for place in places]
+        for row, x in enumerate(xs):
+            number = _repeated(f, lanes, x)
+            for column, weight in enumerate(columns):
+                add(row, column, number, weight)
+    return result
+
+
 def _tile(weights: str, lanes: int, rows: int, panels: int) -> str:
     """Some rows by some panels that follow each other; `n` is not looked at."""
-    stored, size = STORED[weights]
     f = _Function(f"define internal void @tile_{rows}_{panels}({_ARGUMENTS})")
-    vector, count = f"<{lanes} x float>", WIDTH // lanes
+    vector, vectors, size = f"<{lanes} x float>", WIDTH // lanes, STORED[weights][1]
     row_bytes = WIDTH * size
     panel_bytes = f.let(f"mul i64 %k, {row_bytes}")
     xs, ws = ["%x"], ["%w"]
@@ -155,48 +204,10 @@ def _tile(weights: str, lanes: int, rows: int, panels: int) -> str:
     ahead = f.let(f"mul i64 {panel_bytes}, {panels}")
     prefetches = rows > 1 or weights == "int8"
 
-    def widened(address: str) -> str:
-        loaded = f.let(f"load <{lanes} x {stored}>, ptr {address}, align {size}")
-        if weights == "float32":
-            return loaded
-        whole = f"<{lanes} x i32>"
-        if weights == "int8":
-            number = f.let(f"sext <{lanes} x i8> {loaded} to {whole}")
-            return f.let(f"sitofp {whole} {number} to {vector}")
-        # The upper half of a float32.
-        bits = f.let(f"zext <{lanes} x i16> {loaded} to {whole}")
-        shifted = f.let(f"shl {whole} {bits}, <{', '.join(['i32 16'] * lanes)}>")
-        return f.let(f"bitcast {whole} {shifted} to {vector}")
-
-    def repeated(row: int, at: str) -> str:
-        number = f.let(f"load float, ptr {f.at(xs[row], at)}, align 4")
-        one = f.let(f"insertelement {vector} poison, float {number}, i32 0")
-        return f.let(f"shufflevector {vector} {one}, {vector} poison, <{lanes} x i32> zeroinitializer")
-
-    def multiplied(sums: list[str], k: str) -> list[str]:
+    def multiplied(k: str, sums: list[str]) -> list[str]:
         at_x, at_w = f.let(f"mul i64 {k}, 4"), f.let(f"mul i64 {k}, {row_bytes}")
-        places = [(f.at(w, at_w), i * lanes * size) for w in ws for i in range(count)]
-        result = list(sums)
-
-        def add(row: int, column: int, number: str, weight: str) -> None:
-            place = row * len(places) + column
-            operands = ", ".join(f"{vector} {value}" for value in (number, weight, sums[place]))
-            result[place] = f.let(f"call {vector} @llvm.fmuladd.v{lanes}f32({operands})")
-
-        # Whichever of the two are fewer stay in registers while the others pass by.
-        if rows <= len(places):
-            numbers = [repeated(row, at_x) for row in range(rows)]
-            for column, place in enumerate(places):
-                weight = widened(f.at(*place))
-                for row, number in enumerate(numbers):
-                    add(row, column, number, weight)
-        else:
-            weights_here = [widened(f.at(*place)) for place in places]
-            for row in range(rows):
-                number = repeated(row, at_x)
-                for column, weight in enumerate(weights_here):
-                    add(row, column, number, weight)
-        return result
+        places = [f.at(f.at(w, at_w), i * lanes * size) for w in ws for i in range(vectors)]
+        return _multiplied(f, weights, lanes, [f.at(x, at_x) for x in xs], places, sums)
 
     def lines(k: str, sums: list[str]) -> list[str]:
         """As many k as fill a cache line of a panel."""
@@ -206,28 +217,31 @@ def _tile(weights: str, lanes: int, rows: int, panels: int) -> str:
                 address = f.at(f.at(w, at), ahead)
                 f.do(f"call void @llvm.prefetch.p0(ptr {address}, i32 0, i32 3, i32 1)")
         for i in range(CACHE_LINE // row_bytes):
-            sums = multiplied(sums, f.let(f"add i64 {k}, {i}"))
+            sums = multiplied(f.let(f"add i64 {k}, {i}"), sums)
         return sums
 
-    zeros = ["zeroinitializer"] * (rows * panels * count)
+    zeros = ["zeroinitializer"] * (rows * panels * vectors)
     at, *sums = f.loop("lines", ("0", "%k"), CACHE_LINE // row_bytes, (vector, zeros), lines)
-    _, *sums = f.loop("rest", (at, "%k"), 1, (vector, sums), lambda k, sums: multiplied(sums, k))
+    _, *sums = f.loop("rest", (at, "%k"), 1, (vector, sums), multiplied)
     out = "%out"
     for row in range(rows):
         if row:
             out = f.at(out, "%out_stride")
-        for i in range(panels * count):
-            f.do(f"store {vector} {sums[row * panels * count + i]}, ptr {f.at(out, i * lanes * 4)}, align 4")
+        for i in range(panels * vectors):
+            f.do(f"store {vector} {sums[row * panels * vectors + i]}, ptr {f.at(out, i * lanes * 4)}, align 4")
     f.do("ret void")
     return str(f)
 
 
-def _call(f: _Function, name: str, weights: str, panel: str, x: str, out: str, n: str) -> None:
-    """Of a tile or a strip, from a panel on."""
+def _call(f: _Function, name: str, w: str, x: str, out: str, n: str) -> None:
+    """Of a tile or a strip."""
+    f.do(f"call void @{name}(ptr {x}, i64 %x_stride, ptr {w}, i64 {n}, i64 %k, ptr {out}, i64 %out_stride)")
+
+
+def _at_panel(f: _Function, weights: str, panel: str) -> tuple[str, str]:
+    """Where a panel begins, and its columns in the first row of the result."""
     panel_bytes = f.let(f"mul i64 %k, {WIDTH * STORED[weights][1]}")
-    w = f.at("%w", f.let(f"mul i64 {panel}, {panel_bytes}"))
-    columns = f.at(out, f.let(f"mul i64 {panel}, {WIDTH * 4}"))
-    f.do(f"call void @{name}(ptr {x}, i64 %x_stride, ptr {w}, i64 {n}, i64 %k, ptr {columns}, i64 %out_stride)")
+    return f.at("%w", f.let(f"mul i64 {panel}, {panel_bytes}")), f.at("%out", f.let(f"mul i64 {panel}, {WIDTH * 4}"))
 
 
 def _strip(weights: str, rows: int, panels: int) -> str:
@@ -236,7 +250,8 @@ def _strip(weights: str, rows: int, panels: int) -> str:
 
     def tiles(panels: int) -> Callable[[str, list[str]], list[str]]:
         def body(panel: str, _values: list[str]) -> list[str]:
-            _call(f, f"tile_{rows}_{panels}", weights, panel, "%x", "%out", "%n")
+            w, out = _at_panel(f, weights, panel)
+            _call(f, f"tile_{rows}_{panels}", w, "%x", out, "%n")
             return []
 
         return body
@@ -254,31 +269,37 @@ def _multiply(weights: str, most: int) -> str:
     f.do(f"switch i64 %rows, label %many [ {few} ]")
     for rows in range(1, most + 1):
         f.begin(f"strip{rows}")
-        _call(f, f"strip_{rows}", weights, "0", "%x", "%out", "%n")
+        _call(f, f"strip_{rows}", "%w", "%x", "%out", "%n")
         f.do("ret void")
     f.begin("many")
     parts = f.let(f"udiv i64 {f.let(f'add i64 %rows, {most - 1}')}, {most}")
 
-    def panel(panel: str, _values: list[str]) -> list[str]:
-        def part(index: str, _values: list[str]) -> list[str]:
-            first = f.let(f"udiv i64 {f.let(f'mul i64 %rows, {index}')}, {parts}")
-            following = f.let(f"add i64 {index}, 1")
-            stop = f.let(f"udiv i64 {f.let(f'mul i64 %rows, {following}')}, {parts}")
-            count = f.let(f"sub i64 {stop}, {first}")
-            x = f.at("%x", f.let(f"mul i64 {first}, %x_stride"))
-            out = f.at("%out", f.let(f"mul i64 {first}, %out_stride"))
-            f.do(f"switch i64 {count}, label %parted [ {parted} ]")
-            for rows in range(1, most + 1):
-                f.begin(f"part{rows}")
-                _call(f, f"tile_{rows}_1", weights, panel, x, out, "1")
-                f.do("br label %parted")
-            f.begin("parted")
-            return []
-
-        parted = " ".join(f"i64 {rows}, label %part{rows}" for rows in range(1, most + 1))
-        f.loop("parts", ("0", parts), 1, ("", ()), part)
+    def panel(index: str, _values: list[str]) -> list[str]:
+        w, out = _at_panel(f, weights, index)
+        _parts(f, most, parts, w, out)
         return []
 
     f.loop("panels", ("0", "%n"), 1, ("", ()), panel)
     f.do("ret void")
     return str(f)
+
+
+def _parts(f: _Function, most: int, parts: str, w: str, out: str) -> None:
+    """All rows by one panel."""
+
+    def part(index: str, _values: list[str]) -> list[str]:
+        first = f.let(f"udiv i64 {f.let(f'mul i64 %rows, {index}')}, {parts}")
+        following = f.let(f"add i64 {index}, 1")
+        stop = f.let(f"udiv i64 {f.let(f'mul i64 %rows, {following}')}, {parts}")
+        x = f.at("%x", f.let(f"mul i64 {first}, %x_stride"))
+        rows_out = f.at(out, f.let(f"mul i64 {first}, %out_stride"))
+        cases = " ".join(f"i64 {rows}, label %part{rows}" for rows in range(1, most + 1))
+        f.do(f"switch i64 {f.let(f'sub i64 {stop}, {first}')}, label %parted [ {cases} ]")
+        for rows in range(1, most + 1):
+            f.begin(f"part{rows}")
+            _call(f, f"tile_{rows}_1", w, x, rows_out, "1")
+            f.do("br label %parted")
+        f.begin("parted")
+        return []
+
+    f.loop("parts", ("0", parts), 1, ("", ()), part)
