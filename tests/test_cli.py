@@ -17,7 +17,8 @@ from conftest import GOLDEN, StartWorker, wait_until
 
 from fastgpt2 import Client, settings
 from fastgpt2.cli import COMMANDS, Command, build_parser
-from fastgpt2.engine.engine import BLAS_CHOICES
+from fastgpt2.engine.drafting import MOST_DRAFTS
+from fastgpt2.engine.engine import BLAS_CHOICES, DRAFTS_CHOICES, WEIGHTS_CHOICES
 from fastgpt2.errors import BadRequest
 from fastgpt2.system import System
 from fastgpt2.worker.redis_server import RedisServer
@@ -235,6 +236,9 @@ class TestSettings:
             (settings.JSON, "maybe", "FASTGPT2_JSON: 'maybe' is neither yes nor no"),
             (settings.QUEUE, "two words", "FASTGPT2_QUEUE: 'two words' must be one word"),
             (settings.BLAS, "atlas", "FASTGPT2_BLAS: 'atlas' is not one of auto, openblas, mkl"),
+            (settings.WEIGHTS, "int4", "FASTGPT2_WEIGHTS: 'int4' is not one of float32, bfloat16, int8"),
+            (settings.DRAFTS, "16", "FASTGPT2_DRAFTS: '16' is not off, auto, int8 or a number from 1 to 15"),
+            (settings.DRAFTS, "0", "FASTGPT2_DRAFTS: '0' is not off, auto, int8 or a number from 1 to 15"),
             (settings.PRIORITY, "urgent", "FASTGPT2_PRIORITY: 'urgent' is not one of high, normal, low"),
             (settings.KV_MEMORY, "much", "FASTGPT2_KV_MEMORY: 'much' is not a size like 2GB or 512MiB"),
             (settings.KV_MEMORY, "0", "FASTGPT2_KV_MEMORY: '0' is not between 1 byte and 1 PiB"),
@@ -265,6 +269,19 @@ class TestSettings:
     def test_the_choices_of_a_blas_are_those_of_the_engine(self) -> None:
         assert [settings.BLAS.resolve(choice.upper()) for choice in BLAS_CHOICES] == list(BLAS_CHOICES)
         assert settings.BLAS.resolve() == "auto"
+
+    def test_so_are_those_of_weights_and_drafts(self) -> None:
+        assert [settings.WEIGHTS.resolve(choice.upper()) for choice in WEIGHTS_CHOICES] == list(WEIGHTS_CHOICES)
+        assert [settings.DRAFTS.resolve(choice.upper()) for choice in DRAFTS_CHOICES] == list(DRAFTS_CHOICES)
+        assert [settings.DRAFTS.resolve(text) for text in ("1", str(MOST_DRAFTS))] == [1, MOST_DRAFTS]
+        assert (settings.WEIGHTS.resolve(), settings.DRAFTS.resolve()) == ("float32", "off")
+
+    @pytest.mark.parametrize("option", ["--drafts=16", "--weights=int4"])
+    @pytest.mark.parametrize("command", [["generate", "a"], ["worker"], ["up"], ["pack"]], ids=lambda words: words[0])
+    def test_what_is_none_of_them_is_wrong_usage(self, command: list[str], option: str) -> None:
+        done = run(*command, option, FASTGPT2_MODEL="demo")
+        name, _, value = option.partition("=")
+        assert (done.returncode, f"{name}: '{value}' is not" in done.stderr) == (2, True)
 
     def test_a_blas_reaches_the_engine(self) -> None:
         """By option, by variable, and from `up` to its workers."""

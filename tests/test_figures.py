@@ -225,6 +225,7 @@ def test_what_a_worker_says_of_itself(redis: Redis, client: Client, queue_name: 
     assert 1.0 < float(fields[b"batch_mean"]) <= 2.0
     assert fields[b"blas"].startswith((b"openblas", b"mkl"))
     assert (fields[b"threads"], fields[b"restarts"]) == (b"1", b"3")
+    assert (fields[b"weights"], fields[b"drafts"]) == (b"float32", b"off")
     rollup = Path(f"/proc/{process.pid}/smaps_rollup")
     if rollup.exists():
         # Other moments, the same process: not the same pages, but as many within a third.

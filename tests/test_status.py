@@ -224,7 +224,7 @@ def test_hostile_values_are_no_figures(redis: Redis, ask: Ask, queue_name: str, 
     redis.sadd(f"rq:workers:{queue_name}", worker, "rq:job:x", "elsewhere", b"rq:worker:\xff\xfe", f"{worker}-gone")
     names = ("max_batch", "kv_bytes", "kv_bytes_limit", "tokens", "pid", "birth", "last_heartbeat", "state", "restarts",
              "tokens_per_second", "batch_mean", "private_bytes", "total_working_time",
-             "prefix_bytes", "prefix_bytes_limit")  # fmt: skip
+             "prefix_bytes", "prefix_bytes_limit", "weights", "drafts")  # fmt: skip
     redis.hset(worker, mapping=dict.fromkeys(names, odd))
     redis.hset(totals_key(queue_name), mapping=dict.fromkeys(TOTAL_FIELDS, odd))
     for ago in range(3):

@@ -33,7 +33,7 @@ _WORKER_FIELDS = (
     "state", "birth", "last_heartbeat", "hostname", "pid", "model", "computes_by", "fastgpt2_version", "max_batch",
     "kv_bytes", "kv_bytes_limit", "tokens", "steps", "step_seconds", "successful_job_count", "failed_job_count",
     "total_working_time", "tokens_per_second", "batch_mean", "private_bytes", "shared_bytes", "threads", "blas",
-    "restarts", "prefix_bytes", "prefix_bytes_limit",
+    "restarts", "prefix_bytes", "prefix_bytes_limit", "weights", "drafts",
 )  # fmt: skip
 _WORKER_PREFIX = b"rq:worker:"
 

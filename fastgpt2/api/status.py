@@ -82,6 +82,8 @@ def _worker(entry: WorkerEntry, now: float) -> dict[str, Any]:
         "model": text(fields.get("model")) or None,
         "computes_by": text(fields.get("computes_by")) or None,
         "blas": text(fields.get("blas")) or None,
+        "weights": text(fields.get("weights")) or None,
+        "drafts": text(fields.get("drafts")) or None,
         "threads": whole(fields.get("threads")),
         "version": text(fields.get("fastgpt2_version")) or None,
         "restarts": whole(fields.get("restarts")),

@@ -41,9 +41,11 @@ def _status_text(status: dict[str, Any]) -> str:
     for worker in status["workers"]:
         count = worker["in_hand"]
         at_work = f" on {count} of up to {worker['max_batch']} jobs" if count else ""
+        usual = {"weights": "float32", "drafts": "off"}
+        otherwise = "".join(f", {name} {worker[name]}" for name in usual if worker[name] not in (None, usual[name]))
         lines.append(
-            f"worker {worker['name']}: {worker['state']}{at_work}, model {worker['model']} ({worker['computes_by']}), "
-            f"up {worker['age_seconds']} s, heard {worker['heartbeat_age_seconds']} s ago, "
+            f"worker {worker['name']}: {worker['state']}{at_work}, model {worker['model']} ({worker['computes_by']})"
+            f"{otherwise}, up {worker['age_seconds']} s, heard {worker['heartbeat_age_seconds']} s ago, "
             f"{worker['tokens_per_second'] or 0.0:.1f} tokens/s, "
             f"{worker['jobs_finished']} finished, {worker['jobs_failed']} failed"
         )

@@ -62,12 +62,24 @@ class Engine:
     """One model in this process.
 
     Made by `Engine.load`. Not safe for use by several threads at once: a process has one decoder.
+
+    Attributes:
+        weights, drafts: as it was told to load them.
     """
 
-    def __init__(self, model: str, decoder: Decoder, load_times: LoadTimes) -> None:
+    def __init__(
+        self,
+        model: str,
+        decoder: Decoder,
+        load_times: LoadTimes,
+        weights: str = "float32",
+        drafts: str | int = "off",
+    ) -> None:
         self.model = model
         self.decoder = decoder
         self.load_times = load_times
+        self.weights = weights
+        self.drafts = drafts
 
     @property
     def config(self) -> GPT2Config:
@@ -181,7 +193,7 @@ class Engine:
         most = drafts if isinstance(drafts, int) else (0 if drafts == "off" else None)
         costs = row_costs(network, measured_here(config), max_batch is None) if most is None else None
         decoder = Decoder(network, tokenizer, prefixes, Drafter(network, most, costs))
-        return cls(model, decoder, LoadTimes(mapped, tokenizer_done, perf_counter() - started))
+        return cls(model, decoder, LoadTimes(mapped, tokenizer_done, perf_counter() - started), weights, drafts)
 
     @overload
     def generate(self, prompts: str, **options: Unpack[Options]) -> GenerationResult: ...

@@ -33,6 +33,8 @@ class Description:
             "model": engine.model,
             "computes_by": engine.describe(),
             "blas": engine.decoder.model.product_name,
+            "weights": engine.weights,
+            "drafts": engine.drafts,
             # Each a process of its own, with BLAS held to one thread.
             "threads": engine.decoder.model.size,
             "n_positions": engine.config.n_positions,

@@ -77,6 +77,7 @@ const workerRows = new Rows(byId("workers"), (worker) => worker.name, [
     note: (worker) => joined(
       worker.host, isNumber(worker.pid) && `pid\u00a0${worker.pid}`,
       isNumber(worker.threads) && count(worker.threads, "core", "cores"), worker.blas ?? worker.computes_by,
+      worker.drafts && worker.drafts !== "off" && `drafts\u00a0${worker.drafts}`,
     ),
   },
   {
