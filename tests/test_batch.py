@@ -84,7 +84,7 @@ def test_a_prompt_a_line(tmp_path: Path, start_worker: StartWorker, batch: Any) 
         "prompt_tokens": len(LINES[0]["prompt_ids"]), "completion_tokens": 100, "cached_tokens": 0
     }  # fmt: skip
     assert set(results[0]) == {
-        "index", "version", "text", "finish_reason", "usage", "timings", "model", "input",
+        "index", "version", "text", "finish_reason", "usage", "timings", "model", "drafting", "input",
     }  # fmt: skip
     assert len({result["input"] for result in results}) == len({entry["prompt"] for entry in LINES})
 

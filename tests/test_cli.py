@@ -56,6 +56,7 @@ class TestGenerate:
         value = json.loads(done.stdout)
         assert value["token_ids"] == ENTRY["ids"][:5]
         assert (value["finish_reason"], value["model"]) == ("length", "demo")
+        assert value["drafting"] == {"steps": 4, "drafted": 0, "accepted": 0}
 
     def test_a_terminal_that_knows_no_unicode(self) -> None:
         done = run("generate", "--model", "demo", "--max-new-tokens", "1", "“Holmes” 🦜", PYTHONIOENCODING="ascii")

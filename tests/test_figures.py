@@ -194,13 +194,14 @@ def test_what_is_kept_of_the_last_jobs(
         f"w-{queue_name}",
     )
     assert (finished["prompt_tokens"], finished["completion_tokens"]) == (N_PROMPT, 5)
+    assert [finished[name] for name in ("steps", "drafted", "accepted")] == [4, 0, 0]
     for name in ("queue_seconds", "prefill_seconds", "decode_seconds"):
         assert finished[name] == getattr(result.timings, name)
     assert records[0]["error"] == "prompt_too_long"
     for record in records:
         assert set(record) <= {
-            "id", "status", "finish_reason", "error", "prompt_tokens", "cached_tokens", "completion_tokens",
-            "queue_seconds", "prefill_seconds", "decode_seconds", "ended_at", "worker",
+            "id", "status", "finish_reason", "error", "prompt_tokens", "cached_tokens", "completion_tokens", "steps",
+            "drafted", "accepted", "queue_seconds", "prefill_seconds", "decode_seconds", "ended_at", "worker",
         }  # fmt: skip
 
 

@@ -12,10 +12,11 @@ import pytest
 from fastgpt2.api.planning import JobFields
 from fastgpt2.commands.batch_files import _LINE_FIELDS
 from fastgpt2.engine.engine import Options
-from fastgpt2.engine.generation import GenerationRequest, GenerationResult, Timings, TokenLogprob, Usage
+from fastgpt2.engine.generation import Drafting, GenerationRequest, GenerationResult, Timings, TokenLogprob, Usage
 from fastgpt2.errors import BadRequest, FastGPT2Error
 from fastgpt2.worker.job import (
     JobOptions,
+    describe_result,
     job_to_kwargs,
     parse_job,
     parse_request,
@@ -23,16 +24,29 @@ from fastgpt2.worker.job import (
     result_to_json,
 )
 
-RESULT = GenerationResult("héllo 🦜", (5, 7), "stop", Usage(3, 2, 1), Timings(0.25, 0.5, 1.0), "demo")
+RESULT = GenerationResult(
+    "héllo 🦜", (5, 7), "stop", Usage(3, 2, 1), Timings(0.25, 0.5, 1.0), "demo", drafting=Drafting(steps=1)
+)
 
 
 def test_a_result_survives_the_journey() -> None:
     value = json.loads(json.dumps(result_to_json(RESULT, 0.25)))
     assert result_from_json(value) == RESULT
     assert value["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "cached_tokens": 1}
+    assert value["drafting"] == {"steps": 1, "drafted": 0, "accepted": 0}
     assert value["version"] == 1
     assert "logprobs" not in value
     assert RESULT.usage.total_tokens == 5
+
+
+def test_how_guesses_fared_survives_the_journey() -> None:
+    result = replace(RESULT, drafting=Drafting(steps=5, drafted=7, accepted=4))
+    value = json.loads(json.dumps(result_to_json(result, 0.25)))
+    assert result_from_json(value) == result
+    assert value["drafting"] == {"steps": 5, "drafted": 7, "accepted": 4}
+    times = "queue 250.0 ms, prefill 500.0 ms, decode 1000.0 ms"
+    assert describe_result(value) == (f"3 (1 cached) + 2 tokens, stop; 5 steps, 4 of 7 guesses came true; {times}")
+    assert describe_result(result_to_json(RESULT, 0.25)) == f"3 (1 cached) + 2 tokens, stop; {times}"
 
 
 def test_log_probabilities_survive_the_journey() -> None:
@@ -85,12 +99,16 @@ def test_what_the_last_release_wrote_is_read() -> None:
         "logprob": -0.5}]}, {"token_id": 7, "token": "b", "logprob": -2.0}]}"""
     )
     told = (TokenLogprob(5, "A", -0.5, (TokenLogprob(5, "A", -0.5),)), TokenLogprob(7, "b", -2.0))
+    # It guessed nothing, so the second token took a step.
+    assert result_from_json(value).drafting == Drafting(steps=1)
+    assert result_from_json({**value, "token_ids": []}).drafting == Drafting()
     assert result_from_json(value) == replace(RESULT, text="Ab", usage=Usage(3, 2), logprobs=told)
 
 
 def test_what_a_later_release_may_add_to_the_counts_is_passed_over() -> None:
     value = result_to_json(RESULT, 0.25)
     value["usage"]["of another kind"] = 7
+    value["drafting"]["of another kind"] = 7
     assert result_from_json(value) == RESULT
 
 

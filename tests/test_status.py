@@ -268,7 +268,7 @@ def test_a_thousand_workers_are_enough(redis: Redis, ask: Ask, queue_name: str) 
 
 RECORD: dict[str, Any] = {
     "id": "a", "status": "finished", "finish_reason": "stop", "prompt_tokens": 3, "cached_tokens": 0,
-    "completion_tokens": 5,
+    "completion_tokens": 5, "steps": 3, "drafted": 2, "accepted": 1,
     "queue_seconds": 0.5, "prefill_seconds": 0.25, "decode_seconds": 1.5, "ended_at": 1.8e9, "worker": "w",
 }  # fmt: skip
 

@@ -77,6 +77,7 @@ def test_plain_rq_enqueue_is_served(queue: Queue, start_worker: StartWorker) -> 
     assert value["usage"] == {
         "prompt_tokens": len(ENTRY["prompt_ids"]), "completion_tokens": 30, "cached_tokens": 0
     }  # fmt: skip
+    assert value["drafting"] == {"steps": 29, "drafted": 0, "accepted": 0}
     assert value["model"] == "demo"
     assert set(value["timings"]) == {"queue_seconds", "prefill_seconds", "decode_seconds"}
     assert job.id in queue.finished_job_registry

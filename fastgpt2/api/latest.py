@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # Far beyond what a worker writes.
 _MAX_RECORD_BYTES = 4096
 _TEXTS = ("id", "status", "finish_reason", "error", "worker")
-_WHOLES = ("prompt_tokens", "cached_tokens", "completion_tokens")
+_WHOLES = ("prompt_tokens", "cached_tokens", "completion_tokens", "steps", "drafted", "accepted")
 _REALS = ("queue_seconds", "prefill_seconds", "decode_seconds", "ended_at")
 
 MAX_PROMPTS = 100
@@ -47,8 +47,9 @@ async def read_latest(connection: Redis, queue: str, limit: int) -> list[dict[st
 
     Returns:
         Of each: `id`, `status` (RQ's), `finish_reason` or `error` (its kind), `prompt_tokens`, `cached_tokens`,
-        `completion_tokens`, `queue_seconds`, `prefill_seconds`, `decode_seconds`, `ended_at` (seconds since 1970),
-        `worker`; None where it is not known. What is none of a worker's records is left out.
+        `completion_tokens`, `steps`, `drafted`, `accepted` (as `Drafting` has them), `queue_seconds`,
+        `prefill_seconds`, `decode_seconds`, `ended_at` (seconds since 1970), `worker`; None where it is not known. What
+        is none of a worker's records is left out.
 
     Raises:
         RedisError

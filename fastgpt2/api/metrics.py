@@ -10,8 +10,10 @@ from fastgpt2 import __version__
 from fastgpt2.api.replies import real, text, whole
 from fastgpt2.api.snapshot import Snapshot, read_snapshot, seconds_since
 from fastgpt2.worker.measures import (
+    ACCEPTED_TOKENS,
     BATCH_SIZE,
     CACHED_TOKENS,
+    DRAFTED_TOKENS,
     FIRST_TOKEN_SECONDS,
     GENERATED_TOKENS,
     GIVEN_BACK,
@@ -39,6 +41,8 @@ _COUNTERS = {
     PROMPT_TOKENS: ("fastgpt2_prompt_tokens", "Prompt tokens read, of jobs that left a worker."),
     CACHED_TOKENS: ("fastgpt2_cached_tokens", "Those of them that were not computed: another prompt began alike."),
     GENERATED_TOKENS: ("fastgpt2_generated_tokens", "Tokens generated, also of jobs that were started again."),
+    DRAFTED_TOKENS: ("fastgpt2_drafted_tokens", "Guesses that were verified, of jobs that left a worker."),
+    ACCEPTED_TOKENS: ("fastgpt2_accepted_tokens", "Those of them that came true, each of which saved a step."),
     RETRIED: ("fastgpt2_jobs_retried", "Jobs that failed and were enqueued again, as their Retry asks."),
     GIVEN_BACK: ("fastgpt2_jobs_given_back", "Jobs that a worker put back into the queue, mostly as it was stopped."),
     RECOVERIES: ("fastgpt2_job_recoveries", "Jobs taken back from workers that died, to run again."),

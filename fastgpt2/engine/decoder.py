@@ -261,6 +261,7 @@ class Decoder:
             if sequence.finished or accepted == len(guess) or sequence.token_ids[-1] != guess[accepted]:
                 break
             accepted += 1
+        sequence.steps += 1
         sequence.drafted += len(guess)
         sequence.accepted += accepted
         self.drafter.verified(len(guess), accepted)

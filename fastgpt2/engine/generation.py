@@ -123,6 +123,22 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Drafting:
+    """How the tokens after the first one came: steps + accepted = completion tokens - 1, if there are any.
+
+    Attributes:
+        steps: those that gave tokens after the first, which comes with the last step of the prompt.
+        drafted: guesses that they verified beside the next token.
+        accepted: those of them that were taken as tokens, and each saved a step. The others came untrue, or stood
+            behind the end.
+    """
+
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Timings:
     """Seconds: waiting in the queue, reading the prompt up to the first token, and all further tokens."""
 
@@ -168,6 +184,7 @@ class GenerationResult:
         logprobs: one for each of `token_ids`, where they were asked for.
         prompt_logprobs: one for each of the prompt's tokens, where they were asked for; fewer if the generation was
             ended while it read the prompt.
+        drafting: in how many steps, and by how many guesses that came true.
     """
 
     text: str
@@ -178,6 +195,7 @@ class GenerationResult:
     model: str
     logprobs: tuple[TokenLogprob, ...] | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    drafting: Drafting = Drafting()
 
 
 def _check_prompt(prompt: object) -> None:

@@ -8,6 +8,7 @@ from time import perf_counter
 
 from fastgpt2.engine.drafting import Lookup
 from fastgpt2.engine.generation import (
+    Drafting,
     FinishReason,
     GenerationRequest,
     GenerationResult,
@@ -54,7 +55,7 @@ class Sequence:
         finish_reason: None while running, and of a sequence that was dropped.
         step_seconds: how long each step took that moved it on: its prompt, and then a token each, or several.
         lookup: what its next tokens are guessed from, if they are.
-        drafted, accepted: guesses that steps have verified, and those of them that came true.
+        steps, drafted, accepted: as `Drafting` has them.
     """
 
     request: GenerationRequest
@@ -76,6 +77,7 @@ class Sequence:
     finished_at: float = 0.0
     step_seconds: list[float] = field(default_factory=list)
     lookup: Lookup | None = None
+    steps: int = 0
     drafted: int = 0
     accepted: int = 0
 
@@ -130,4 +132,5 @@ class Sequence:
             model=model,
             logprobs=tuple(self.logprobs) if self.request.logprobs is not None else None,
             prompt_logprobs=tuple(self.prompt_logprobs) if self.request.prompt_logprobs is not None else None,
+            drafting=Drafting(self.steps, self.drafted, self.accepted),
         )

@@ -16,9 +16,11 @@ from redis.exceptions import TimeoutError as NoAnswer
 
 from fastgpt2.errors import BadRequest, JobStopped, JobTimedOut, ModelError, PromptTooLong
 from fastgpt2.worker.measures import (
+    ACCEPTED_TOKENS,
     BATCH_SIZE,
     BUCKET_SECONDS,
     CACHED_TOKENS,
+    DRAFTED_TOKENS,
     FAILED,
     FIRST_TOKEN_SECONDS,
     GENERATED_TOKENS,
@@ -129,7 +131,7 @@ class Figures:
         """A job came to its end; `value` is its result as JSON."""
         usage, timings, reason = value["usage"], value["timings"], value["finish_reason"]
         self._end("finished", reason)
-        self._prompt_was_read(running)
+        self._count_tokens(running)
         self._observe(QUEUE_SECONDS, timings["queue_seconds"])
         self._observe(FIRST_TOKEN_SECONDS, running.first_token_seconds)
         if usage["completion_tokens"] > 1:
@@ -140,7 +142,7 @@ class Figures:
         """An error ended a job, or somebody stopped it."""
         status, reason = outcome_of(error)
         self._end(status, reason)
-        self._prompt_was_read(running)
+        self._count_tokens(running)
         end = {"finish_reason": "cancelled"} if status == "stopped" else {"error": reason}
         self._record(running.id, status, end, running.partial("cancelled"))
 
@@ -156,19 +158,19 @@ class Figures:
 
     def cancelled(self, running: Running) -> None:
         """Who cancels a job counts it; see `fastgpt2.api.cancelling`."""
-        self._prompt_was_read(running)
+        self._count_tokens(running)
         self._record(running.id, "canceled", {"finish_reason": "cancelled"}, running.partial("cancelled"))
 
     def retried(self, running: Running | None = None) -> None:
         """A job failed, perhaps before it could begin, and is to run again."""
         self._totals[RETRIED] += 1
         if running is not None:
-            self._prompt_was_read(running)
+            self._count_tokens(running)
 
     def given_back(self, everything: list[Running]) -> None:
         self._totals[GIVEN_BACK] += len(everything)
         for running in everything:
-            self._prompt_was_read(running)
+            self._count_tokens(running)
 
     def _end(self, status: str, reason: str) -> None:
         self._totals[ended_field(status, reason)] += 1
@@ -176,10 +178,14 @@ class Figures:
         if status == "failed":
             self._recent[FAILED] += 1
 
-    def _prompt_was_read(self, running: Running) -> None:
-        if running.sequence is not None and running.sequence.token_ids:
+    def _count_tokens(self, running: Running) -> None:
+        """Of a job that leaves, unless its prompt was not read to the end."""
+        sequence = running.sequence
+        if sequence is not None and sequence.token_ids:
             self._totals[PROMPT_TOKENS] += len(running.prompt.ids)
-            self._totals[CACHED_TOKENS] += running.sequence.cached_tokens
+            self._totals[CACHED_TOKENS] += sequence.cached_tokens
+            self._totals[DRAFTED_TOKENS] += sequence.drafted
+            self._totals[ACCEPTED_TOKENS] += sequence.accepted
 
     def _observe(self, histogram: Histogram, value: float) -> None:
         self._totals[histogram.field_of(value)] += 1
@@ -190,7 +196,9 @@ class Figures:
 
     def _record(self, job_id: str, status: str, end: dict[str, str], value: dict[str, Any] | None = None) -> None:
         """Of its text, nothing."""
-        of_result: dict[str, Any] = {**value["usage"], **value["timings"]} if value is not None else {}
+        of_result: dict[str, Any] = {}
+        if value is not None:
+            of_result = {**value["usage"], **value["timings"], **value["drafting"]}
         record = {"id": job_id[:MAX_ID_CHARACTERS], "status": status, **end, **of_result}
         self._records.append(json.dumps({**record, "ended_at": round(time.time(), 3), "worker": self._name}))
 

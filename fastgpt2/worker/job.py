@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from fastgpt2.engine.generation import GenerationRequest, GenerationResult, Timings, TokenLogprob, Usage
+from fastgpt2.engine.generation import Drafting, GenerationRequest, GenerationResult, Timings, TokenLogprob, Usage
 from fastgpt2.errors import BadRequest, FastGPT2Error
 
 # The one function that a queue may name.
@@ -47,6 +47,7 @@ class JobOptions:
 _REQUEST_FIELDS = tuple(field.name for field in fields(GenerationRequest))
 _OPTION_FIELDS = tuple(field.name for field in fields(JobOptions))
 _USAGE_FIELDS = tuple(field.name for field in fields(Usage))
+_DRAFTING_FIELDS = tuple(field.name for field in fields(Drafting))
 
 # What other APIs call the means of choosing tokens at random, or of choosing among several texts.
 _SAMPLING = frozenset(
@@ -121,6 +122,7 @@ def result_to_json(result: GenerationResult, queue_seconds: float = 0.0) -> dict
         "usage": asdict(result.usage),
         "timings": asdict(timed),
         "model": result.model,
+        "drafting": asdict(result.drafting),
     }
     for name in ("logprobs", "prompt_logprobs"):
         logprobs = getattr(result, name)
@@ -195,18 +197,29 @@ def result_from_json(value: object) -> GenerationResult:
             usage=Usage(**{name: value["usage"][name] for name in _USAGE_FIELDS if name in value["usage"]}),
             timings=Timings(**value["timings"]),
             model=value["model"],
+            drafting=_drafting_from_json(value),
             **told,
         )
     except (AttributeError, KeyError, TypeError) as reason:
         raise FastGPT2Error(f"a damaged result: {reason}") from None
 
 
+def _drafting_from_json(result: Mapping[str, Any]) -> Drafting:
+    """An earlier release, which told nothing of it, guessed nothing either: a step a token."""
+    if "drafting" not in result:
+        return Drafting(steps=max(0, len(result["token_ids"]) - 1))
+    told = result["drafting"]
+    return Drafting(**{name: told[name] for name in _DRAFTING_FIELDS if name in told})
+
+
 def describe_result(result: Mapping[str, Any]) -> str:
     """A JSON result in a line of the log: counts and times, no text."""
-    usage, timings = result["usage"], result["timings"]
+    usage, timings, drafting = result["usage"], result["timings"], result["drafting"]
     cached = f" ({usage['cached_tokens']} cached)" if usage["cached_tokens"] else ""
+    steps = f"{drafting['steps']} steps, {drafting['accepted']} of {drafting['drafted']} guesses came true; "
     return (
         f"{usage['prompt_tokens']}{cached} + {usage['completion_tokens']} tokens, {result['finish_reason']}; "
+        f"{steps if drafting['drafted'] else ''}"
         f"queue {timings['queue_seconds'] * 1e3:.1f} ms, prefill {timings['prefill_seconds'] * 1e3:.1f} ms, "
         f"decode {timings['decode_seconds'] * 1e3:.1f} ms"
     )

@@ -19,11 +19,23 @@ MAX_LATEST = 100
 PROMPT_TOKENS = "prompt_tokens"
 CACHED_TOKENS = "cached_tokens"
 GENERATED_TOKENS = "generated_tokens"
+DRAFTED_TOKENS = "drafted_tokens"
+ACCEPTED_TOKENS = "accepted_tokens"
 RECOVERIES = "recoveries"
 REFUSED = "refused"
 RETRIED = "retried"
 GIVEN_BACK = "given_back"
-COUNTS = (PROMPT_TOKENS, CACHED_TOKENS, GENERATED_TOKENS, RECOVERIES, REFUSED, RETRIED, GIVEN_BACK)
+COUNTS = (
+    PROMPT_TOKENS,
+    CACHED_TOKENS,
+    GENERATED_TOKENS,
+    DRAFTED_TOKENS,
+    ACCEPTED_TOKENS,
+    RECOVERIES,
+    REFUSED,
+    RETRIED,
+    GIVEN_BACK,
+)
 
 # How a job can end: RQ's status, and why: the finish reason, the kind of error, or that somebody asked for it.
 POISON = ("failed", "poison")

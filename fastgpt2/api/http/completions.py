@@ -169,14 +169,21 @@ def _top(entry: TokenLogprob) -> dict[str, float | None] | None:
 
 
 def _usage(results: Iterable[GenerationResult]) -> dict[str, Any]:
-    prompt, completion, cached = 0, 0, 0
+    prompt, completion, cached, drafted, accepted = 0, 0, 0, 0, 0
     for result in results:
         prompt += result.usage.prompt_tokens
         completion += result.usage.completion_tokens
         cached += result.usage.cached_tokens
+        drafted += result.drafting.drafted
+        accepted += result.drafting.accepted
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": cached},
+        # OpenAI's predictions come from the caller, and are counted by the same names.
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": accepted,
+            "rejected_prediction_tokens": drafted - accepted,
+        },
     }

@@ -215,7 +215,7 @@ async def _in_hand(service: Service, workers: list[dict[str, Any]], limit: int) 
 
 _UNKNOWN: dict[str, Any] = dict.fromkeys(
     (
-        "id", "status", "finish_reason", "error", "prompt_tokens", "cached_tokens", "completion_tokens",
-        "queue_seconds", "prefill_seconds", "decode_seconds", "ended_at", "worker",
+        "id", "status", "finish_reason", "error", "prompt_tokens", "cached_tokens", "completion_tokens", "steps",
+        "drafted", "accepted", "queue_seconds", "prefill_seconds", "decode_seconds", "ended_at", "worker",
     )
 )  # fmt: skip

@@ -127,8 +127,26 @@ _OPENAI_USAGE = _object(
         "completion_tokens": _COUNT,
         "total_tokens": _COUNT,
         "prompt_tokens_details": _object({"cached_tokens": _COUNT}, ("cached_tokens",)),
+        "completion_tokens_details": _object(
+            {"accepted_prediction_tokens": _COUNT, "rejected_prediction_tokens": _COUNT},
+            ("accepted_prediction_tokens", "rejected_prediction_tokens"),
+        ),
     },
-    ("prompt_tokens", "completion_tokens", "total_tokens", "prompt_tokens_details"),
+    (
+        "prompt_tokens",
+        "completion_tokens",
+        "total_tokens",
+        "prompt_tokens_details",
+        "completion_tokens_details",
+    ),
+)
+_DRAFTING = _object(
+    {
+        "steps": {**_COUNT, "description": "That gave the tokens after the first."},
+        "drafted": {**_COUNT, "description": "Guesses that they verified."},
+        "accepted": {**_COUNT, "description": "Those of them that came true, each of which saved a step."},
+    },
+    ("steps", "drafted", "accepted"),
 )
 _RESULT = _object(
     {
@@ -139,10 +157,11 @@ _RESULT = _object(
         "usage": _USAGE,
         "timings": _object(dict.fromkeys(("queue_seconds", "prefill_seconds", "decode_seconds"), _NUMBER)),
         "model": _TEXT,
+        "drafting": _DRAFTING,
         "logprobs": _list(_LOGPROB),
         "prompt_logprobs": _list(_LOGPROB),
     },
-    ("text", "token_ids", "finish_reason", "usage", "timings", "model"),
+    ("text", "token_ids", "finish_reason", "usage", "timings", "model", "drafting"),
 )
 _OPENAI_ERROR = _object(
     {"message": _TEXT, "type": _TEXT, "param": _TEXT_OR_NULL, "code": _TEXT_OR_NULL},
@@ -206,6 +225,9 @@ _LISTED_JOB = _object(
         "prompt_tokens": {"type": ["integer", "null"]},
         "cached_tokens": {"type": ["integer", "null"]},
         "completion_tokens": {"type": ["integer", "null"]},
+        "steps": {"type": ["integer", "null"]},
+        "drafted": {"type": ["integer", "null"]},
+        "accepted": {"type": ["integer", "null"]},
         "queue_seconds": _NUMBER_OR_NULL,
         "prefill_seconds": _NUMBER_OR_NULL,
         "decode_seconds": _NUMBER_OR_NULL,

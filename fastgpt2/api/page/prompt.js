@@ -114,11 +114,13 @@ class Answer {
   summary() {
     const now = performance.now();
     const { usage, first } = this;
+    const accepted = usage?.completion_tokens_details?.accepted_prediction_tokens;
     const speed = usage && first !== null && now > first ? (usage.completion_tokens - 1) / ((now - first) / 1000) : 0;
     return joined(
       this.reason && { length: "Stopped at the limit", stop: "Ended by itself" }[this.reason],
       usage && `${whole(usage.prompt_tokens)} + ${whole(usage.completion_tokens)} tokens`,
       usage?.prompt_tokens_details?.cached_tokens > 0 && `${whole(usage.prompt_tokens_details.cached_tokens)} cached`,
+      accepted > 0 && `${whole(accepted)} guessed`,
       first !== null && `first after\u00a0${duration((first - this.started) / 1000)}`,
       speed > 0 && `then ${roughly(speed)}\u00a0tokens/s`,
       `${duration((now - this.started) / 1000)} in all`,

@@ -131,7 +131,7 @@ const jobRows = new Rows(byId("jobs"), (job) => job.id, [
     style: "state",
   },
   { text: promptOf, title: promptOf, style: "prompt" },
-  { text: tokensOf, title: cachedOf, style: "number" },
+  { text: tokensOf, title: sparedOf, style: "number" },
   { text: (job) => duration(job.queue_seconds), style: "number" },
   { text: (job) => duration(firstTokenOf(job)), style: "number" },
   { text: (job) => roughly(speedOf(job)), style: "number" },
@@ -154,9 +154,12 @@ function tokensOf({ prompt_tokens: prompt, completion_tokens: generated }) {
   return isNumber(prompt ?? generated) ? `${whole(prompt)}\u00a0+\u00a0${whole(generated)}` : UNKNOWN;
 }
 
-/** Of its prompt, those that were not computed. */
-function cachedOf({ cached_tokens: cached }) {
-  return cached ? `${whole(cached)} of the prompt's were cached` : null;
+/** Tokens of its prompt that were not computed, and guesses that saved a step each. */
+function sparedOf({ cached_tokens: cached, drafted, accepted }) {
+  return joined(
+    cached > 0 && `${whole(cached)} of the prompt's were cached`,
+    drafted > 0 && `${whole(accepted)} of ${whole(drafted)} guesses came true`,
+  );
 }
 
 /** Seconds from being enqueued to the first token, which ends the prefill. */
@@ -216,13 +219,14 @@ function showList(list, entries) {
 }
 
 function showTables(status, jobs) {
-  const { workers } = status;
+  const { workers, totals } = status;
   moment = status.time ?? Date.now() / 1000;
   workerRows.show(workers);
   showList(byId("pool"), [
     ["memory", `${megabytes(total(workers, "private_bytes"))}\u00a0MB`],
     ["Redis", status.redis?.version ?? UNKNOWN],
     ["fastgpt2", status.version ?? UNKNOWN],
+    ...(totals?.drafted_tokens > 0 ? [["drafts taken", percent(totals.accepted_tokens / totals.drafted_tokens)]] : []),
   ]);
   byId("jobs").classList.toggle("with-prompts", jobs.some((job) => job.prompt !== undefined));
   const { shown, more } = selection(jobs);
