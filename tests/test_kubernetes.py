@@ -228,6 +228,19 @@ def test_variables_are_settings_of_the_command_and_can_be_read() -> None:
     assert commands == {"pack", "worker", "api"}
 
 
+def test_what_is_proposed_can_be_set_and_means_the_same_to_who_packs_and_who_maps() -> None:
+    proposed = dict(re.findall(r"^  # (FASTGPT2_\w+): (\S+)$", TEXTS["settings.yaml"], re.MULTILINE))
+    assert proposed.keys() == {"FASTGPT2_DRAFTS", "FASTGPT2_WEIGHTS"}
+    pack, worker = containers(PODS["fastgpt2-worker"])
+    for command in ("pack", "worker"):
+        taken = {setting.variable: setting for setting in COMMANDS[command].settings}
+        for name, value in proposed.items():
+            assert taken[name].parse(value) == value
+    for container in (pack, worker):
+        assert {"configMapRef": {"name": "fastgpt2-settings"}} in container["envFrom"]
+        assert not proposed.keys() & {entry["name"] for entry in container["env"]}
+
+
 def test_files_that_are_named_are_mounted() -> None:
     for name, container in ((name, container) for name, pod in PODS.items() for container in pod["spec"]["containers"]):
         mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}

@@ -1,12 +1,14 @@
-"""What goes into an image beside fastgpt2, a line each: its dependencies, and MKL where that is asked for."""
+"""What goes into an image beside fastgpt2, a line each: its dependencies, and MKL and LLVM where they are asked for."""
 
 import sys
 import tomllib
 from pathlib import Path
 
-blas = sys.argv[1]
+blas, compact = sys.argv[1:]
 if blas not in ("openblas", "mkl"):
     sys.exit(f"--build-arg BLAS={blas}: is neither openblas nor mkl")
+if compact not in ("yes", "no"):
+    sys.exit(f"--build-arg COMPACT={compact}: is neither yes nor no")
 project = tomllib.loads(Path("pyproject.toml").read_text("utf-8"))["project"]
-mkl = project["optional-dependencies"]["mkl"] if blas == "mkl" else []
-print(*project["dependencies"], *mkl, sep="\n")
+extras = [name for name, wanted in (("mkl", blas == "mkl"), ("compact", compact == "yes")) if wanted]
+print(*project["dependencies"], *(line for name in extras for line in project["optional-dependencies"][name]), sep="\n")
