@@ -8,7 +8,8 @@ Each turn is a process of its own (`peers/run.py`) that imports, loads, generate
 the median of --repeats: --tokens tokens greedily from one prompt of 16 tokens (`ms/token`), the same from 8 and 16
 different prompts at once (`tokens/s`), and one token from a prompt of 512 (`first of 512`, the time to a first token).
 Reading the prompts is part of all of them. The peers take turns, each round beginning with another; the memory's
-bandwidth is read in between. --variant adds ours with compact weights, or with drafts. The prompts are ids at random,
+bandwidth is read in between. --variant adds ours with compact weights, or with drafts,
+which are off else. The prompts are ids at random,
 or --prompts-from a text by the checkpoint's tokenizer: how many guesses come true is a matter of the text. Every peer
 has --threads threads, ours so many processes. All of them generate as many tokens as they are told to; the ids are
 compared. CTranslate2's models are converted once, to --workdir.
@@ -143,7 +144,7 @@ def prompts(source: int | list[int], count: int, long: int) -> Values:
     rng = random.Random(0)
     if isinstance(source, list):
         return {
-            "prompts": [source[at * PROMPT : (at + 1) * PROMPT] for at in range(count)],
+            "prompts": [source[at : at + PROMPT] for at in range(long, long + count * PROMPT, PROMPT)],
             "long": source[:long],
         }
     return {

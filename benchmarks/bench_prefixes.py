@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def measure(model: str, asked: argparse.Namespace) -> Values:
-    engine = Engine.load(model, threads=asked.threads, prefix_memory=0)
+    engine = Engine.load(model, threads=asked.threads, prefix_memory=0, drafts="off")
     engine.warm_up()
     header = min(asked.header, engine.config.n_positions - asked.own - asked.tokens)
     runs = Runs(engine, header, asked.own, asked.tokens)

@@ -52,7 +52,7 @@ def measure(model: str, asked: argparse.Namespace) -> Values:
     reference: tuple[NDArray[np.float64], NDArray[np.int64], list[tuple[int, ...]]] | None = None
     for weights in WEIGHTS_CHOICES:
         progress(f"{model}, {weights}")
-        engine = Engine.load(model, weights=weights, prefix_memory=0)
+        engine = Engine.load(model, weights=weights, prefix_memory=0, drafts="off")
         ids = engine.tokenizer.encode((HERE / "held_out.txt").read_text("utf-8"))
         window = min(asked.window, engine.config.n_positions)
         logprobs, best = (np.concatenate(parts) for parts in zip(*read(engine.decoder.model, ids, window), strict=True))

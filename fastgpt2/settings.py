@@ -192,9 +192,9 @@ DRAFTS: Setting[str | int] = Setting(
     "drafts",
     "HOW",
     drafts,
-    "off",
-    "verify several guessed tokens in one step, for the same text: off; auto, looked up in the text so far, as many as "
-    "pay; 1 to 15, so many; int8, as auto and made by int8 weights",
+    "auto",
+    "verify several guessed tokens in one step, for the same text: auto, looked up in the text so far, as many as pay; "
+    "1 to 15, so many; int8, as auto and made by int8 weights; off",
 )
 MAX_BATCH: Setting[int | None] = Setting(
     "max_batch",

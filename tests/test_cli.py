@@ -275,7 +275,7 @@ class TestSettings:
         assert [settings.WEIGHTS.resolve(choice.upper()) for choice in WEIGHTS_CHOICES] == list(WEIGHTS_CHOICES)
         assert [settings.DRAFTS.resolve(choice.upper()) for choice in DRAFTS_CHOICES] == list(DRAFTS_CHOICES)
         assert [settings.DRAFTS.resolve(text) for text in ("1", str(MOST_DRAFTS))] == [1, MOST_DRAFTS]
-        assert (settings.WEIGHTS.resolve(), settings.DRAFTS.resolve()) == ("float32", "off")
+        assert (settings.WEIGHTS.resolve(), settings.DRAFTS.resolve()) == ("float32", "auto")
 
     @pytest.mark.parametrize("option", ["--drafts=16", "--weights=int4"])
     @pytest.mark.parametrize("command", [["generate", "a"], ["worker"], ["up"], ["pack"]], ids=lambda words: words[0])

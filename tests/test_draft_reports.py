@@ -86,7 +86,8 @@ def test_the_engine_counts_what_it_did() -> None:
         assert told == Drafting(steps=steps)
 
 
-def test_a_token_a_step_where_nothing_is_guessed(engine: Engine) -> None:
+def test_a_token_a_step_where_nothing_is_guessed() -> None:
+    engine = Engine.load("demo", max_batch=1, drafts="off")
     assert (engine.weights, engine.drafts) == ("float32", "off")
     entry = ENTRIES[SOME[0]]
     assert engine.generate(entry["prompt"], max_new_tokens=NEW, ignore_eos=True).drafting == Drafting(steps=NEW - 1)

@@ -195,7 +195,7 @@ def drafting(request: pytest.FixtureRequest) -> Engine:
 
 @pytest.fixture(scope="module")
 def plain() -> Engine:
-    return Engine.load("demo", max_batch=8)
+    return Engine.load("demo", max_batch=8, drafts="off")
 
 
 @pytest.fixture(scope="module")

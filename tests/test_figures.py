@@ -68,7 +68,7 @@ def recent(redis: Redis, queue: str) -> dict[str, float]:
 
 
 def test_jobs_one_after_the_other(redis: Redis, client: Client, queue_name: str, start_worker: StartWorker) -> None:
-    start_worker(FASTGPT2_NAME=f"w-{queue_name}")
+    start_worker(FASTGPT2_NAME=f"w-{queue_name}", FASTGPT2_DRAFTS="off")
     results = [client.enqueue(ENTRY["prompt"], max_new_tokens=n, ignore_eos=True).result(20) for n in (1, 5, 7)]
     # The text of the fourth token ends it: it is generated, and cut.
     stop = client.enqueue(ENTRY["prompt_ids"], max_new_tokens=60, stop=results[2].text[-1]).result(20)
@@ -109,7 +109,7 @@ def test_jobs_one_after_the_other(redis: Redis, client: Client, queue_name: str,
 def test_steps_with_several_sequences(redis: Redis, client: Client, queue_name: str, start_worker: StartWorker) -> None:
     for _ in range(4):
         client.enqueue(ENTRY["prompt"], max_new_tokens=16, ignore_eos=True)
-    start_worker(FASTGPT2_MAX_BATCH="4", FASTGPT2_BURST="1", wait=False)
+    start_worker(FASTGPT2_MAX_BATCH="4", FASTGPT2_BURST="1", FASTGPT2_DRAFTS="off", wait=False)
     assert wait_for_ends(redis, queue_name, 4) == {"finished:length": 4}
     found = totals(redis, queue_name)
     assert (found["batch_size<=4"], found["batch_size:sum"]) == (16, 64)
@@ -226,7 +226,7 @@ def test_what_a_worker_says_of_itself(redis: Redis, client: Client, queue_name: 
     assert 1.0 < float(fields[b"batch_mean"]) <= 2.0
     assert fields[b"blas"].startswith((b"openblas", b"mkl"))
     assert (fields[b"threads"], fields[b"restarts"]) == (b"1", b"3")
-    assert (fields[b"weights"], fields[b"drafts"]) == (b"float32", b"off")
+    assert (fields[b"weights"], fields[b"drafts"]) == (b"float32", b"auto")
     rollup = Path(f"/proc/{process.pid}/smaps_rollup")
     if rollup.exists():
         # Other moments, the same process: not the same pages, but as many within a third.
@@ -304,7 +304,8 @@ def test_what_stands_there_disturbs_no_worker(
         assert client.enqueue("a", max_new_tokens=2).result(20).usage.completion_tokens == 2
     assert client.enqueue("a", priority="low", **ENDLESS).cancel()
     if kind in ("text in a field", "huge"):
-        wait_until(lambda: redis.hget(key, "generated_tokens") == b"4", "the other fields to be counted")
+        # The one that was cancelled may have begun before.
+        wait_until(lambda: int(redis.hget(key, "generated_tokens") or 0) >= 4, "the other fields to be counted")
 
 
 def test_a_redis_that_is_started_again_loses_nothing_that_was_not_told(tmp_path: Path) -> None:
@@ -328,7 +329,9 @@ def test_a_redis_that_is_started_again_loses_nothing_that_was_not_told(tmp_path:
                 assert wait_for_ends(admin, "fastgpt2", 4) == {"finished:length": 4}
                 wait_until(lambda: totals(admin, "fastgpt2")["generated_tokens"] >= 4 * 480, "all tokens to be counted")
                 found = totals(admin, "fastgpt2")
-                assert found["generated_tokens"] == found["batch_size:sum"] == 4 * 480
+                # A sequence has a token of each step, and one of each guess that came true.
+                accepted = found.get("accepted_tokens", 0)
+                assert found["generated_tokens"] == found["batch_size:sum"] + accepted == 4 * 480
                 assert recent(admin, "fastgpt2")["tokens"] == 4 * 480
                 assert counted(admin, "fastgpt2", HISTOGRAMS[0])[0] == 4
         finally:

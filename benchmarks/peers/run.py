@@ -47,7 +47,7 @@ def fastgpt2(folder: str, job: dict[str, Any], variant: str) -> tuple[str, float
     imported = perf_counter()
     most = max(1, *job["batches"])
     option, _, value = variant.rpartition("-")
-    kind: dict[str, Any] = {option or "weights": value} if variant else {}
+    kind: dict[str, Any] = {"drafts": "off"} | ({option or "weights": value} if variant else {})
     engine = fastgpt2.Engine.load(folder, threads=job["threads"], max_batch=most, prefix_memory=0, **kind)
     engine.decoder.model.wait_until_ready()
     drafts.update(drafted=0, accepted=0)
@@ -125,6 +125,9 @@ def convert(folder: str, out: str, compute_type: str) -> None:
             tokenizer = PreTrainedTokenizerFast(
                 tokenizer_file=str(Path(folder, "tokenizer.json")), bos_token=end, eos_token=end, unk_token=end
             )
+            # The converter wants a word for each row of the model's table.
+            wanted = json.loads(Path(folder, "config.json").read_text())["vocab_size"]
+            tokenizer.add_tokens([f"<|unused {i}|>" for i in range(len(tokenizer), wanted)])
             Path(temporary, "tokenizer.json").unlink()
             tokenizer.save_pretrained(temporary)
         ctranslate2.converters.TransformersConverter(temporary).convert(out, quantization=compute_type, force=True)

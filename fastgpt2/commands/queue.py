@@ -41,7 +41,7 @@ def _status_text(status: dict[str, Any]) -> str:
     for worker in status["workers"]:
         count = worker["in_hand"]
         at_work = f" on {count} of up to {worker['max_batch']} jobs" if count else ""
-        usual = {"weights": "float32", "drafts": "off"}
+        usual = {"weights": "float32", "drafts": "auto"}
         otherwise = "".join(f", {name} {worker[name]}" for name in usual if worker[name] not in (None, usual[name]))
         lines.append(
             f"worker {worker['name']}: {worker['state']}{at_work}, model {worker['model']} ({worker['computes_by']})"

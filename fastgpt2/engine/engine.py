@@ -110,7 +110,7 @@ class Engine:
         prefix_memory: int | None = None,
         blas: str = "auto",
         weights: str = "float32",
-        drafts: str | int = "off",
+        drafts: str | int = "auto",
     ) -> Engine:
         """Load a model: `demo`, a folder, or a hub id.
 
@@ -188,10 +188,11 @@ class Engine:
             raise TokenizerError(
                 f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model's vocabulary {config.vocab_size}"
             )
+        calibration = measured_here(config)
         if max_batch is None:
-            settle(network, measured_here(config))
+            settle(network, calibration)
         most = drafts if isinstance(drafts, int) else (0 if drafts == "off" else None)
-        costs = row_costs(network, measured_here(config), max_batch is None) if most is None else None
+        costs = row_costs(network, calibration, max_batch is None) if most is None else None
         decoder = Decoder(network, tokenizer, prefixes, Drafter(network, most, costs))
         return cls(model, decoder, LoadTimes(mapped, tokenizer_done, perf_counter() - started), weights, drafts)
 
