@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastgpt2.engine.kernel_code import WIDTH, Registers, module
+from fastgpt2.engine.products import Calls
 from fastgpt2.errors import BadRequest
 
 Array = NDArray[np.float32]
 
-# Calls are repeated with the same arrays for as long as a batch keeps its size; beyond this many, begin anew.
-_MAX_REMEMBERED = 4096
 _DTYPES: dict[str, type[np.generic]] = {"float32": np.float32, "bfloat16": np.uint16, "int8": np.int8}
 
 
@@ -39,36 +39,29 @@ class CompiledProduct:
             registers: to write the code for; None for those of this CPU.
         """
         self.name = f"compiled-{weights}"
-        self.dtype = np.dtype(_DTYPES[weights])
         self._engine = _compile(weights, registers)
         integer, pointer = ctypes.c_int64, ctypes.c_void_p
         kind = ctypes.CFUNCTYPE(None, pointer, integer, pointer, integer, integer, pointer, integer, integer)
         self._multiply = kind(self._engine.get_function_address("multiply"))
-        # The arrays are kept beside the arguments, so that no other array can come to have their ids.
-        self._calls: dict[tuple[int, int, int], tuple[Any, ...]] = {}
+        self._calls = Calls(partial(_arguments, np.dtype(_DTYPES[weights])))
 
     def __call__(self, x: Array, panels: NDArray[Any], out: Array) -> None:
-        key = (id(x), id(panels), id(out))
-        call = self._calls.get(key)
-        if call is None:
-            if len(self._calls) >= _MAX_REMEMBERED:
-                self._calls.clear()
-            call = self._calls[key] = (self._arguments(x, panels, out), x, panels, out)
-        self._multiply(*call[0])
+        self._multiply(*self._calls.arguments(x, panels, out))
 
-    def _arguments(self, x: Array, panels: NDArray[Any], out: Array) -> tuple[int, ...]:
-        """Addresses and strides, of arrays that are seen to be what the code takes them for."""
-        n, chunks, m, width = out.shape
-        n_in = x.shape[3]
-        fits = x.shape == (1, chunks, m, n_in) and panels.shape == (n, 1, n_in, width) and width == WIDTH
-        # One chunk, or chunks whose rows lie as those of one would.
-        evenly = chunks == 1 or (x.strides[1] == m * x.strides[2] and out.strides[1] == m * out.strides[2])
-        dense = panels.flags.c_contiguous and x.strides[3] == 4 and out.strides[3] == 4
-        laid_out = not out.size or (evenly and dense and (n == 1 or out.strides[0] == 4 * WIDTH))
-        if not (fits and laid_out and panels.dtype == self.dtype):
-            raise ValueError(f"not laid out as {self.name} multiplies: {x.shape}, {panels.shape}, {out.shape}")
-        at = (x.ctypes.data, x.strides[2], panels.ctypes.data, n, n_in, out.ctypes.data, out.strides[2])
-        return (*at, chunks * m)
+
+def _arguments(dtype: np.dtype[Any], x: Array, panels: NDArray[Any], out: Array) -> tuple[int, ...]:
+    """Addresses and strides, of arrays that are seen to be what the code takes them for."""
+    n, chunks, m, width = out.shape
+    n_in = x.shape[3]
+    fits = x.shape == (1, chunks, m, n_in) and panels.shape == (n, 1, n_in, width) and width == WIDTH
+    # One chunk, or chunks whose rows lie as those of one would.
+    evenly = chunks == 1 or (x.strides[1] == m * x.strides[2] and out.strides[1] == m * out.strides[2])
+    dense = panels.flags.c_contiguous and x.strides[3] == 4 and out.strides[3] == 4
+    laid_out = not out.size or (evenly and dense and (n == 1 or out.strides[0] == 4 * WIDTH))
+    if not (fits and laid_out and panels.dtype == dtype):
+        raise ValueError(f"not laid out for compiled code of {dtype}: {x.shape}, {panels.shape}, {out.shape}")
+    at = (x.ctypes.data, x.strides[2], panels.ctypes.data, n, n_in, out.ctypes.data, out.strides[2])
+    return (*at, chunks * m)
 
 
 def available() -> bool:
@@ -80,7 +73,9 @@ def _compile(weights: str, registers: Registers | None) -> Any:
     try:
         import llvmlite.binding as llvm
     except ImportError as reason:
-        raise BadRequest(f"{weights} weights need llvmlite ({reason}): pip install 'fastgpt2[compact]'") from None
+        raise BadRequest(
+            f"compiled products of {weights} weights need llvmlite ({reason}): pip install 'fastgpt2[compact]'"
+        ) from None
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     features = llvm.get_host_cpu_features()

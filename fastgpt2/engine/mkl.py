@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastgpt2.engine.products import Calls
 from fastgpt2.errors import BadRequest
 
 Array = NDArray[np.float32]
@@ -19,8 +20,6 @@ Array = NDArray[np.float32]
 # oneMKL's mkl_service.h and mkl_cblas.h
 _SEQUENTIAL, _LP64 = 1, 0
 _ROW_MAJOR, _NO_TRANSPOSE = 101, 111
-# Calls are repeated with the same arrays for as long as a batch keeps its size; beyond this many, begin anew.
-_MAX_REMEMBERED = 4096
 
 
 class MKLProduct:
@@ -41,18 +40,12 @@ class MKLProduct:
         version = ctypes.create_string_buffer(256)
         library.MKL_Get_Version_String(version, 256)
         self.version = version.value.decode("ascii", "replace").strip()
-        # The arrays are kept beside the arguments, so that no other array can come to have their ids.
-        self._calls: dict[tuple[int, int, int], tuple[Any, ...]] = {}
+        self._calls = Calls(_arguments)
 
     def __call__(self, x: Array, panels: NDArray[Any], out: Array) -> None:
-        key = (id(x), id(panels), id(out))
-        call = self._calls.get(key)
-        if call is None:
-            if len(self._calls) >= _MAX_REMEMBERED:
-                self._calls.clear()
-            call = self._calls[key] = (_arguments(x, panels, out), x, panels, out)
-        if call[0]:
-            self._batch(*call[0])
+        arguments = self._calls.arguments(x, panels, out)
+        if arguments:
+            self._batch(*arguments)
 
 
 def _arguments(x: Array, panels: Array, out: Array) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +23,28 @@ class Product(Protocol):
 
         The three arrays must be long-lived: a product may remember their addresses.
         """
+
+
+class Calls:
+    """What a foreign function is called with, worked out once for each three arrays.
+
+    They are the same for as long as a batch keeps its size; beyond so many, it begins anew.
+    """
+
+    def __init__(self, arguments: Callable[[Array, NDArray[Any], Array], tuple[Any, ...]], most: int = 4096) -> None:
+        self._arguments, self._most = arguments, most
+        # The arrays are kept beside the arguments, so that no other array can come to have their ids.
+        self._known: dict[tuple[int, int, int], tuple[Any, ...]] = {}
+
+    def arguments(self, x: Array, panels: NDArray[Any], out: Array) -> tuple[Any, ...]:
+        key = (id(x), id(panels), id(out))
+        known = self._known.get(key)
+        if known is None:
+            if len(self._known) >= self._most:
+                self._known.clear()
+            known = self._known[key] = (self._arguments(x, panels, out), x, panels, out)
+        found: tuple[Any, ...] = known[0]
+        return found
 
 
 class NumpyProduct:
