@@ -86,13 +86,13 @@ def check_same(expected: GenerationResult, got: GenerationResult, exact: bool) -
 # The same tokens.
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_families_of_prompts(engine: Engine, keeping: Engine, seed: int) -> None:
     """Prompts that begin as others do, some as many as three deep, in batches thrown together at random."""
     dice = random.Random(seed)
     stems = [some_ids(100 * seed + n, dice.choice([16, 31, 32, 33, 64, 100, 250])) for n in range(5)]
     stems += [dice.choice(stems) + some_ids(100 * seed + 10 + n, dice.randint(1, 80)) for n in range(5)]
-    prompts = [dice.choice(stems) + some_ids(100 * seed + 20 + n, dice.randint(0, 40)) for n in range(70)]
+    prompts = [dice.choice(stems) + some_ids(100 * seed + 20 + n, dice.randint(0, 40)) for n in range(50)]
     prompts += [dice.choice(prompts)[: dice.randint(1, 100)] for _ in range(10)]
     requests = [GenerationRequest(tuple(ids), dice.randint(1, 12), ignore_eos=True, logprobs=2) for ids in prompts]
     expected = engine.run(requests)
@@ -108,12 +108,12 @@ def test_families_of_prompts(engine: Engine, keeping: Engine, seed: int) -> None
 
 def test_the_continuations_of_transformers(keeping: Engine) -> None:
     """What it has generated is given to ours as prompts, cut here and there: it goes on as it did."""
-    asked = [(entry, cut) for entry in ENTRIES for cut in (40, 56, 72, 88)]
+    asked = [(entry, cut) for entry in ENTRIES for cut in (40, 72)]
     prompts = [entry["prompt_ids"] + entry["ids"][:cut] for entry, cut in asked]
     results = keeping.generate(prompts, max_new_tokens=12, ignore_eos=True)
     for (entry, cut), result in zip(asked, results, strict=True):
         assert list(result.token_ids) == entry["ids"][cut : cut + 12]
-    assert sum(result.usage.cached_tokens > 0 for result in results) > 20
+    assert sum(result.usage.cached_tokens > 0 for result in results) > 10
 
 
 def test_the_same_logits(keeping: Engine) -> None:
