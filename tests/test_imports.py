@@ -24,6 +24,7 @@ HEAVY = (
     "uvicorn",
     "asyncio",
     "prometheus_client",
+    "llvmlite",
 )
 
 
@@ -57,7 +58,7 @@ def test_only_what_is_needed_is_imported(code: str, allowed: set[str]) -> None:
 def test_a_cached_model_is_loaded_without_the_hubs_library() -> None:
     names = imported("from fastgpt2 import Engine; Engine.load('demo')")
     assert {"numpy", "tokenizers", "safetensors"} <= names
-    assert not names & {"huggingface_hub", "redis", "rq", "starlette", "uvicorn"}
+    assert not names & {"huggingface_hub", "redis", "rq", "starlette", "uvicorn", "llvmlite"}
     # BLAS is told its threads by variables, before numpy reads them; asking it later takes longer than mapping gpt2.
     assert "threadpoolctl" not in names
 
