@@ -56,9 +56,10 @@ def half_the_time(client: Client, prompt: str) -> float:
 def engine() -> Engine:
     """The shipped model. Four slots, so that batches are mixed.
 
-    It keeps no prefixes: in how many steps a prompt is read, and by how much, would depend on the tests before.
+    It keeps no prefixes: in how many steps a prompt is read, and by how much, would depend on the tests before. It
+    guesses nothing: what it guesses depends on the time that steps take, and two runs shall have the same bits.
     """
-    return Engine.load("demo", max_batch=4, prefix_memory=0)
+    return Engine.load("demo", max_batch=4, prefix_memory=0, drafts="off")
 
 
 @pytest.fixture(scope="session")

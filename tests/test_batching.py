@@ -35,7 +35,7 @@ SLOTS = 4
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    made = Engine.load("demo", max_batch=SLOTS, threads=1)
+    made = Engine.load("demo", max_batch=SLOTS, threads=1, drafts="off")
     made.warm_up()
     return made
 
@@ -404,7 +404,7 @@ def test_a_worker_without_work_for_a_while_asks_less_often(
 
 def test_what_does_not_fit_into_the_memory_waits(redis_server: RedisServer, queue: Queue) -> None:
     """Keys and values of one full sequence: two of half a sequence fit, three do not."""
-    engine = Engine.load("demo", max_batch=SLOTS, threads=1, kv_memory=_bytes_of_a_sequence())
+    engine = Engine.load("demo", max_batch=SLOTS, threads=1, drafts="off", kv_memory=_bytes_of_a_sequence())
     worker = GenerationWorker(engine, connect(redis_server.url), queue.name)
     assert worker.sign_on()
     turns = Turns(worker)

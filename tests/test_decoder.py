@@ -30,7 +30,7 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     two = request.param == "two processes"
     blas = "openblas" if two else request.param
     # Without prefixes: in how many steps a prompt is read would depend on the tests before.
-    made = Engine.load("demo", max_batch=4, blas=blas, threads=2 if two else 1, prefix_memory=0)
+    made = Engine.load("demo", max_batch=4, blas=blas, threads=2 if two else 1, prefix_memory=0, drafts="off")
     made.warm_up()
     yield made
     made.decoder.model.close()

@@ -207,7 +207,7 @@ def test_other_weights(
 ) -> None:
     """Whatever they are, drafts change nothing but the number of steps."""
     start_worker(FASTGPT2_WEIGHTS=weights, FASTGPT2_DRAFTS=drafts)
-    plain = Engine.load("demo", weights=weights, max_batch=1)
+    plain = Engine.load("demo", weights=weights, max_batch=1, drafts="off")
     jobs = [client.enqueue(ENTRIES[n]["prompt"], max_new_tokens=NEW, ignore_eos=True) for n in SOME]
     for n, job in zip(SOME, jobs, strict=True):
         result = job.result(60)

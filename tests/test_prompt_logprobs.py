@@ -30,7 +30,7 @@ continuations: list[dict[str, Any]] = json.loads((GOLDEN / "demo_continuations.j
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two processes"])
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
-    made = Engine.load("demo", max_batch=4, threads=request.param)
+    made = Engine.load("demo", max_batch=4, threads=request.param, drafts="off")
     made.warm_up()
     yield made
     made.decoder.model.close()
