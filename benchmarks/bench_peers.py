@@ -122,7 +122,7 @@ def measure(model: str, asked: argparse.Namespace, workdir: Path) -> Values:
         )
     entry: Values = {
         "model": model,
-        "folder": str(folder),
+        "folder": folder.name,
         "threads": threads,
         "step_mb": step_bytes(config) / 1e6,
         "bandwidth_gb_per_s": summary(rates, 1e-9),
