@@ -32,14 +32,16 @@ def plan(chances: Sequence[Sequence[float]], cost: Callable[[int], float]) -> tu
     heapq.heapify(heap)
     taken, gains = [0] * base, [1.0] * base
     best, best_gain = list(taken), 1.0
-    while heap and sum(taken) < MOST_ROWS:
+    rows, tokens = base, float(base)
+    while heap and rows < base + MOST_ROWS:
         chance, i = heapq.heappop(heap)
         gains[i] -= chance
         taken[i] += 1
+        rows, tokens = rows + 1, tokens - chance
         if taken[i] < len(chances[i]):
             heapq.heappush(heap, (-chances[i][taken[i]], i))
-        longer = cost(base + sum(taken)) / plain
-        gain = sum(gains) / base / longer
+        longer = cost(rows) / plain
+        gain = tokens / base / longer
         if gain > max(best_gain, WORTHWHILE) and min(gains) >= longer * (1 - TOLERANCE):
             best, best_gain = list(taken), gain
     return best, best_gain

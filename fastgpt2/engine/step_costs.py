@@ -44,6 +44,9 @@ class StepCosts:
 
     def of(self, rows: int) -> float:
         """What a step of so many rows is expected to take. Seconds, if any step was seen yet."""
+        seconds, at = self._seen.get(rows, (0.0, -_STALE_STEPS))
+        if self._steps - at < _STALE_STEPS:
+            return seconds
         lately = [seen for seen, (_, at) in self._seen.items() if self._steps - at < _STALE_STEPS]
         if not lately:
             return self._shape(rows)
