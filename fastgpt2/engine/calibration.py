@@ -192,13 +192,12 @@ def fastest_width(kernel: Kernel, n_in: int) -> int:
     return next(choice for choice in choices if scores[choice] <= _AS_GOOD * min(scores.values()))
 
 
-def faster(default: Kernel, other: Kernel, n_in: int, width: int, others_width: int | None = None) -> bool:
-    """Whether the other one is worth loading for panels of this shape, or of a width of its own."""
+def faster(default: Kernel, other: Kernel, n_in: int, width: int, others_width: int) -> bool:
+    """Whether the other one is worth loading, for panels of so many rows, each kernel with its own width of them."""
     flat = np.full(_BYTES_TRIED // 4, 0.5, np.float32)
-    kernels = (default, width), (other, others_width or width)
     runs = {
-        (which, rows): _stream(kernel, flat, n_in, panel_width or PLAIN_WIDTH, rows)
-        for which, (kernel, panel_width) in enumerate(kernels)
+        (which, rows): _stream(kernel, flat, n_in, panel_width, rows)
+        for which, (kernel, panel_width) in enumerate(((default, width), (other, others_width)))
         for rows in _ROWS_TRIED
     }
     times = _least_times(runs)

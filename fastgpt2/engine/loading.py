@@ -114,23 +114,27 @@ def _fastest(config: GPT2Config, calibration: Calibration, kernel: Kernel, layou
     """Of what is installed, by the clock, once a machine."""
     from fastgpt2.engine import compiled, mkl
 
-    n_in, width, found = config.n_embd, layout.width(config.n_embd, config.n_inner), kernel
+    n_in, width, best = config.n_embd, layout.width(config.n_embd, config.n_inner), kernel.product.name
+
+    def loaded(name: str) -> Kernel:
+        return Kernel(product_named(name), calibration)
+
     if mkl.installed():
 
         def mkl_is_faster() -> int:
-            return int(faster(kernel, Kernel(product_named("mkl"), calibration), n_in, width))
+            return int(faster(kernel, loaded("mkl"), n_in, width, width))
 
         if calibration.get(f"mkl {mkl.version_key()} faster {n_in}x{width}", mkl_is_faster):
-            found = Kernel(product_named("mkl"), calibration)
+            best = "mkl"
     if compiled.available():
 
         def compiled_is_faster() -> int:
-            other, _ = _compiled(calibration, "float32")
-            return int(faster(found, other, n_in, width, WIDTH))
+            return int(faster(loaded(best), _compiled(calibration, "float32")[0], n_in, width, WIDTH))
 
-        if calibration.get(f"compiled faster than {found.product.name} {n_in}x{width}", compiled_is_faster):
+        if calibration.get(f"compiled faster than {best} {n_in}x{width}", compiled_is_faster):
             return _compiled(calibration, "float32")
-    return found, layout
+    # Only now: what is not used is not loaded.
+    return (kernel if best == kernel.product.name else loaded(best)), layout
 
 
 def layout_for(config: GPT2Config, kernel: Kernel, calibration: Calibration) -> Layout:
