@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from fastgpt2.engine.files import INDEX_FILE, PICKLE_FILES, SINGLE_FILE, read_index
+from fastgpt2.engine.panels import widened
 from fastgpt2.errors import CheckpointError
 
 # gpt2-xl's header has 60 KB. The library would accept 100 MB, which Python's JSON turns into gigabytes.
@@ -124,8 +125,7 @@ class Checkpoint:
             raise self._unreadable(name)
         view: NDArray[Any] = self.view(name)[where]
         if self.tensors[name].dtype == "BF16":
-            widened: NDArray[np.float32] = (view.astype(np.uint32) << 16).view(np.float32)
-            return widened
+            return widened(view)
         if view.dtype == np.float32 and view.flags.aligned:
             return view
         return np.require(view, np.float32, ["A", "C"])

@@ -1,8 +1,8 @@
-"""The product by compact weights, compiled for this CPU by LLVM; llvmlite, the extra `compact`, is imported here.
+"""The product by float32 or compact weights, compiled for this CPU by LLVM; llvmlite, an extra, is imported here.
 
-What NumPy has not got: a product of float32 rows and weights of 8 or 16 bits. (Numba, which brings llvmlite along,
-takes 0.6 s to import instead of 0.15, and cannot use its cache in a folder that is read-only; the code of
-`kernel_code.py` is compiled in 0.15 s at every start.)
+NumPy has no product of float32 rows and weights of 8 or 16 bits, and not on every CPU a fast one of few rows. (Numba,
+which brings llvmlite along, takes 0.6 s to import instead of 0.15, and cannot use its cache in a folder that is
+read-only; the code of `kernel_code.py` is compiled in 0.15 s at every start.)
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgpt2.engine.kernel_code import WIDTH, Registers, module
+from fastgpt2.engine.panels import STORED
 from fastgpt2.engine.products import Calls
 from fastgpt2.errors import BadRequest
 
 Array = NDArray[np.float32]
-
-_DTYPES: dict[str, type[np.generic]] = {"float32": np.float32, "bfloat16": np.uint16, "int8": np.int8}
 
 
 class CompiledProduct:
@@ -43,7 +42,7 @@ class CompiledProduct:
         integer, pointer = ctypes.c_int64, ctypes.c_void_p
         kind = ctypes.CFUNCTYPE(None, pointer, integer, pointer, integer, integer, pointer, integer, integer)
         self._multiply = kind(self._engine.get_function_address("multiply"))
-        self._calls = Calls(partial(_arguments, np.dtype(_DTYPES[weights])))
+        self._calls = Calls(partial(_arguments, np.dtype(STORED[weights][1])))
 
     def __call__(self, x: Array, panels: NDArray[Any], out: Array) -> None:
         self._multiply(*self._calls.arguments(x, panels, out))

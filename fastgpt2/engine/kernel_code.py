@@ -1,4 +1,4 @@
-"""A product of rows by panels of compact weights, as LLVM's assembly language: text in, text out.
+"""A product of rows by panels of float32 or compact weights, as LLVM's assembly language: text in, text out.
 
 What is written down is what an optimizing compiler would have to find: a tile of some rows by some panels has all its
 sums in registers, goes through K once, and widens each weight once for all its rows. Sums of one row are never split
