@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from time import perf_counter
 
 from fastgpt2.engine.calibration import Calibration
@@ -68,23 +69,21 @@ def row_costs(network: GPT2, calibration: Calibration, measure: bool) -> dict[in
     """
     if not is_large(network.config):
         return {}
-    suffix, costs = _circumstances(network), dict[int, float]()
-    slot = None
-    try:
-        for rows in ROWS:
-            name = f"microseconds of {rows} rows, {suffix}"
-            known = calibration.known(name)
-            if known is None:
-                if not measure or not network.wait_until_ready():
-                    return {}
-                slot = network.cache.allot(_CONTEXT + max(ROWS)) if slot is None else slot
-                segment = Segment(slot, [0] * rows, rows)
-                known = calibration.get(name, lambda: round(1e6 * _step_seconds(network, [segment])))  # noqa: B023
-            costs[rows] = known / 1e6
-    finally:
-        if slot is not None:
+    names = {rows: f"microseconds of {rows} rows, {_circumstances(network)}" for rows in ROWS}
+    if any(calibration.known(name) is None for name in names.values()):
+        if not measure or not network.wait_until_ready():
+            return {}
+        slot = network.cache.allot(_CONTEXT + max(ROWS))
+
+        def measured_microseconds(rows: int) -> int:
+            return round(1e6 * _step_seconds(network, [Segment(slot, [0] * rows, rows)]))
+
+        try:
+            for rows, name in names.items():
+                calibration.get(name, partial(measured_microseconds, rows))
+        finally:
             network.cache.release(slot)
-    return costs
+    return {rows: (calibration.known(name) or 0) / 1e6 for rows, name in names.items()}
 
 
 def _circumstances(network: GPT2) -> str:

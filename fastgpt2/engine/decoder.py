@@ -134,7 +134,7 @@ class Decoder:
                 TokenLogprob(token_id, self.tokenizer.token_text(token_id), None, text_offset=offset)
                 for token_id, offset in scored[:1]
             ],
-            lookup=self.drafter.begin(prompt.ids),
+            lookup=self.drafter.begin(prompt.ids, prompt.max_new_tokens),
         )
         self.running.append(sequence)
         return sequence

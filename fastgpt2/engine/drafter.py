@@ -45,9 +45,9 @@ class Drafter:
             self._model.draft([Segment(slot, [0])])
             cache.release(slot)
 
-    def begin(self, ids: Sequence[int]) -> Lookup | None:
-        """What a prompt's sequence is guessed from."""
-        return None if self._most == 0 else Lookup(ids)
+    def begin(self, ids: Sequence[int], max_new_tokens: int) -> Lookup | None:
+        """What a prompt's sequence is guessed from; None where nothing is: the first token and the last never are."""
+        return Lookup(ids) if self._most != 0 and max_new_tokens > 2 else None
 
     def guesses(self, sequences: Sequence[Running], rows: int) -> list[list[int]]:
         """For each of the sequences that the next step decodes, the tokens to verify; together at most so many."""

@@ -19,9 +19,10 @@ NGRAM = 2
 MOST_DRAFTS = 15
 # Matches are measured up to here; longer ones go on in nineteen of twenty cases.
 LONGEST_MATCH = 32
-# How often a match was found to go on, by its length in powers of two (2, 4, 8, 16, 32 tokens and more), in greedy
-# texts of a small model and in Shakespeare alike; weighs as much as so many trials.
-_PRIOR = (0.1, 0.1, 0.38, 0.65, 0.75, 0.86, 0.95)
+# How often a match was found to go on, in greedy texts of a small model and in Shakespeare alike: by the bits of its
+# length, so of less than `NGRAM` (there are none), of 2 and 3 tokens, of 4 to 7, 8 to 15, 16 to 31, 32 and more. Weighs
+# as much as so many trials.
+_PRIOR = (0.0, 0.0, 0.38, 0.65, 0.75, 0.86, 0.95)
 _PRIOR_TRIALS = 8.0
 # Trials remembered: what the jobs of the last while were like counts, not those of a week ago.
 _REMEMBERED = 500.0
