@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 # No sandbox, for the tests of a container run as root; the rest keeps it from talking to anybody but the endpoint.
@@ -22,6 +22,9 @@ ARGUMENTS = (
     "--disable-component-update",
     "--disable-sync",
 )
+# A page asks every two seconds; on a machine that is busy an answer may take longer than playwright's own five.
+expect.set_options(timeout=30_000)
+
 # What a policy has stopped is told in the console anyhow; this says more of it.
 TELL_VIOLATIONS = """addEventListener("securitypolicyviolation", (event) =>
     console.error("policy violated:", event.violatedDirective, event.blockedURI, event.sample));"""

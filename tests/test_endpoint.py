@@ -236,6 +236,11 @@ def test_a_redis_that_is_away(start_endpoint: StartEndpoint) -> None:
     assert "Traceback" not in endpoint.log.read_text()
 
 
+def reads_streams(client: Client) -> bool:
+    """Whether some connection waits in a blocking read."""
+    return any(other["cmd"] == "xread" and "b" in other["flags"] for other in client.connection.client_list())
+
+
 def test_a_redis_that_goes_away_while_a_stream_waits(start_endpoint: StartEndpoint, tmp_path: Any) -> None:
     server = RedisServer(folder=tmp_path / "redis").start()
     endpoint = start_endpoint("--timeout", "20", FASTGPT2_REDIS_URL=server.url, FASTGPT2_QUEUE="q")
@@ -246,6 +251,8 @@ def test_a_redis_that_goes_away_while_a_stream_waits(start_endpoint: StartEndpoi
     asker.start()
     with Client(server.url, "q") as client:
         wait_until(lambda: client.connection.llen("rq:queue:q") == 1, "the job to be enqueued")
+        # Sooner, the endpoint might not have heard that it is, and would say so.
+        wait_until(lambda: reads_streams(client), "the endpoint to wait for what comes of it")
         server.stop()
         server = RedisServer(server.port, tmp_path / "redis").start()
         (job_id,) = queued(client)

@@ -208,14 +208,21 @@ class Figures:
         """Tell what there is to tell, once a second.
 
         Raises:
-            RedisError: Redis cannot be reached. What it says no to is tried again, and disturbs nothing.
+            RedisError: see `tell`.
         """
         now = time.monotonic()
-        if now - self._told_at < TELL_SECONDS:
-            return
-        self._told_at = now
+        if now - self._told_at >= TELL_SECONDS:
+            self._told_at = now
+            self.tell()
+            self._pace.append((now, *self._so_far()))
+
+    def tell(self) -> None:
+        """Tell what there is to tell, now.
+
+        Raises:
+            RedisError: Redis cannot be reached. What it says no to is tried again, and disturbs nothing.
+        """
         self._count_steps()
-        self._pace.append((now, *self._so_far()))
         try:
             self._tell()
         except (NoConnection, NoAnswer):

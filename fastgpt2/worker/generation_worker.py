@@ -105,6 +105,11 @@ class GenerationWorker(RQWorker):
         own = {"exchange_seconds": round(self._exchange_seconds, 6)}
         return {**super().serialize(), **self._description.fields(), **own}
 
+    def announce(self) -> None:
+        """Tell the pool's figures first: who reads a worker's own pace finds the same work among the pool's."""
+        self.figures.tell()
+        super().announce()
+
     def work(self, burst: bool = False, *other: Any, **others: Any) -> bool:
         """Take and run jobs until told to stop; with `burst`, until the queue is empty. Returns whether any was run.
 
