@@ -34,7 +34,7 @@ from common import begin, heading, in_turns, parse, parser, progress, write
 
 from fastgpt2 import Client, GenerationRequest
 from fastgpt2.bench import Values, median, quantile, table
-from fastgpt2.engine.blas import usable_cores
+from fastgpt2.engine.machine import usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT, PASSWORD, PORT, HTTP_PORT = "fastgpt2-bench", "of-the-benchmark", "6390", "6391"

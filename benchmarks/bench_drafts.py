@@ -20,9 +20,9 @@ from typing import NamedTuple
 from common import HERE, begin, heading, in_turns, numbers, parse, parser, ratio, write
 
 from fastgpt2.bench import Values, layout, layout_line, settle, summary, table
+from fastgpt2.engine.decoding.records import GenerationRequest
+from fastgpt2.engine.decoding.sequence import Sequence
 from fastgpt2.engine.engine import Engine
-from fastgpt2.engine.generation import GenerationRequest
-from fastgpt2.engine.sequence import Sequence
 
 PROMPT = 32
 OFF = "off"

@@ -33,7 +33,7 @@ from streams import read_all
 
 from fastgpt2 import Client, settings
 from fastgpt2.bench import Values, median, quantile, summary, table
-from fastgpt2.system import System
+from fastgpt2.system.up import System
 
 OVERHEAD_TARGET_MS, START_TARGET_MS, STREAMS_TARGET = 3.0, 500.0, 500
 PROMPT = 8

@@ -48,9 +48,9 @@ from fastgpt2.bench import (
     table,
     weight_bytes,
 )
-from fastgpt2.engine.blas import THREAD_VARIABLES, usable_cores
-from fastgpt2.engine.config import GPT2Config
 from fastgpt2.engine.engine import Engine
+from fastgpt2.engine.machine import THREAD_VARIABLES, usable_cores
+from fastgpt2.engine.model.config import GPT2Config
 from fastgpt2.errors import BadRequest
 
 # How long BLAS threads and OpenMP's go on looking for work, and disturb whoever is next: OpenBLAS's tens of ms.

@@ -27,7 +27,7 @@ from pathlib import Path
 from common import HERE, Child, begin, heading, numbers, parse, parser, progress, write
 
 from fastgpt2.bench import Values, median, table
-from fastgpt2.engine.blas import usable_cores
+from fastgpt2.engine.machine import usable_cores
 
 MAPPING = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ \d+ *(.*)$")
 FIELD = re.compile(r"^(\w+): +(\d+) kB$")

@@ -43,10 +43,10 @@ from common import (
 )
 
 from fastgpt2.bench import Values, median, readers, step_bytes, summary, table
-from fastgpt2.engine.blas import usable_cores
-from fastgpt2.engine.config import read_config
-from fastgpt2.engine.hub import find_model
-from fastgpt2.engine.tokenizer import Tokenizer
+from fastgpt2.engine.machine import usable_cores
+from fastgpt2.engine.model.config import read_config
+from fastgpt2.engine.model.hub import find_model
+from fastgpt2.engine.model.tokenizer import Tokenizer
 
 OURS = "fastgpt2"
 # The same with one thing changed, by name as `peers/run.py` has them.

@@ -34,9 +34,8 @@ from common import HERE, Child, begin, heading, in_turns, numbers, parse, parser
 from pool_runs import KINDS, LONGEST, SHORTEST, Pools, medians, mixed
 
 from fastgpt2.bench import Values, median, quantile, settle, summary, table
-from fastgpt2.engine.config import GPT2Config, read_config
-from fastgpt2.engine.files import CONFIG_FILE
-from fastgpt2.engine.hub import find_model
+from fastgpt2.engine.model.config import CONFIG_FILE, GPT2Config, read_config
+from fastgpt2.engine.model.hub import find_model
 
 OVERHEAD_TARGET_MS, REDIS_TARGET = 5.0, 0.05
 # Of the lone jobs' prompt.

@@ -24,8 +24,8 @@ from common import begin, heading, in_turns, parse, parser, ratio, write
 
 from fastgpt2.bench import Values, layout, layout_line, settle, summary, table
 from fastgpt2.engine.engine import Engine
-from fastgpt2.engine.kv_cache import BLOCK
-from fastgpt2.engine.prefixes import Prefixes, block_bytes
+from fastgpt2.engine.network.kv_cache import BLOCK
+from fastgpt2.engine.network.prefixes import Prefixes, block_bytes
 
 SEED = 20
 # Prompts that there is room to keep of.

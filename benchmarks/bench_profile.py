@@ -26,8 +26,8 @@ from typing import Any
 from common import allocations, begin, heading, numbers, parse, parser, write
 
 from fastgpt2.bench import CONTEXT, Values, layout, layout_line, median, summary, table
+from fastgpt2.engine.decoding.records import GenerationRequest
 from fastgpt2.engine.engine import Engine
-from fastgpt2.engine.generation import GenerationRequest
 
 # In the order of the table; each is also the name of a part below.
 PARTS = ("products", "layer norm", "activation", "attention", "waiting", "embedding", "rest", "argmax", "decoder")
@@ -58,7 +58,7 @@ def main() -> None:
 @contextmanager
 def decoding(engine: Engine, rows: int) -> Iterator[Callable[[], None]]:
     """So many sequences past their prompts; what is given does a step with all of them."""
-    from fastgpt2.engine.sequence import Prompt
+    from fastgpt2.engine.decoding.sequence import Prompt
 
     decoder = engine.decoder
     most = engine.config.n_positions - CONTEXT
@@ -123,7 +123,7 @@ def profile(engine: Engine, rows: int, rounds: int, steps: int) -> Values:
 @contextmanager
 def parts_timed(engine: Engine) -> Iterator[dict[str, Any]]:
     """Wrap the parts of a step with stopwatches. Gives what was spent, in seconds, and the last step's logits."""
-    transformer: Any = import_module("fastgpt2.engine.transformer")
+    transformer: Any = import_module("fastgpt2.engine.network.transformer")
     model = engine.decoder.model
     shard: Any = model._together or model._alone
     spent: dict[str, Any] = {}

@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 
 from fastgpt2.bench import Values, table
 from fastgpt2.engine.engine import WEIGHTS_CHOICES, Engine
-from fastgpt2.engine.gpt2 import GPT2
-from fastgpt2.engine.step import Segment
+from fastgpt2.engine.network.gpt2 import GPT2
+from fastgpt2.engine.network.step import Segment
 
 PROMPT = 24
 # Logits of so many rows at a time are 13 MB of gpt2.

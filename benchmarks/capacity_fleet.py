@@ -16,12 +16,12 @@ from pool_runs import ANNOUNCE_SECONDS, START_SECONDS, enqueue, stop, wait_until
 from redis_use import metered
 
 from fastgpt2 import Client
-from fastgpt2.api.async_client import AsyncClient
-from fastgpt2.api.watch import Watch
+from fastgpt2.api.client.async_client import AsyncClient
+from fastgpt2.api.http.watch import Watch
 from fastgpt2.bench import Values
-from fastgpt2.worker.connection import connect
-from fastgpt2.worker.names import stream_key
-from fastgpt2.worker.process import set_up_child
+from fastgpt2.process import set_up_child
+from fastgpt2.protocol.connection import connect
+from fastgpt2.protocol.keys import stream_key
 
 RUN_SECONDS = 1800.0
 DEMO = "demo"

@@ -16,14 +16,15 @@ from redis_use import memory_used, metered
 from rq import Queue
 from rq.worker_registration import clean_worker_registry
 
-from fastgpt2.api.exchange import carry_out
-from fastgpt2.api.session import Session
-from fastgpt2.api.status import read_status
+from fastgpt2.api.client.flow import carry_out
+from fastgpt2.api.client.session import Session
+from fastgpt2.api.pool.status import read_status
 from fastgpt2.bench import Values
-from fastgpt2.worker.connection import connect, connect_async
-from fastgpt2.worker.lease import BEAT_SECONDS, LEASE_SECONDS, Lease
-from fastgpt2.worker.payload import JSONOnlySerializer
-from fastgpt2.worker.redis_server import RedisServer
+from fastgpt2.protocol.connection import connect, connect_async
+from fastgpt2.protocol.keys import LEASE_SECONDS
+from fastgpt2.protocol.untrusted import JSONOnlySerializer
+from fastgpt2.system.redis_server import RedisServer
+from fastgpt2.worker.liveness import BEAT_SECONDS, Lease
 
 QUEUE = "capacity"
 # What a worker does once, when it starts, is over by then, and its first heartbeat too.

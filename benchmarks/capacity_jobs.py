@@ -17,10 +17,9 @@ from redis_use import metered, server, without_names
 from rq.suspension import resume, suspend
 
 from fastgpt2.bench import Values, summary
-from fastgpt2.engine.config import read_config
-from fastgpt2.engine.files import CONFIG_FILE
-from fastgpt2.engine.hub import find_model
-from fastgpt2.worker.redis_server import RedisServer
+from fastgpt2.engine.model.config import CONFIG_FILE, read_config
+from fastgpt2.engine.model.hub import find_model
+from fastgpt2.system.redis_server import RedisServer
 
 WORKERS = 2
 PROMPT = 8

@@ -17,12 +17,11 @@ from redis_use import memory_used
 
 from fastgpt2 import Client
 from fastgpt2.bench import Values, summary
-from fastgpt2.engine.blas import usable_cores
-from fastgpt2.engine.config import GPT2Config, read_config
-from fastgpt2.engine.files import CONFIG_FILE
-from fastgpt2.engine.hub import find_model
-from fastgpt2.worker.memory import private_and_shared
-from fastgpt2.worker.redis_server import RedisServer
+from fastgpt2.engine.machine import usable_cores
+from fastgpt2.engine.model.config import CONFIG_FILE, GPT2Config, read_config
+from fastgpt2.engine.model.hub import find_model
+from fastgpt2.system.redis_server import RedisServer
+from fastgpt2.worker.recycling import private_and_shared
 
 QUEUE, WAITING = "capacity", "waiting"
 LONG_PROMPT = 500

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from fastgpt2.bench import Values, machine, machine_line, median
-from fastgpt2.engine.blas import THREAD_VARIABLES, hold_to_one_thread
+from fastgpt2.engine.machine import THREAD_VARIABLES, hold_to_one_thread
 
 T = TypeVar("T")
 

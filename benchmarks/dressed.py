@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 import fastgpt2
-from fastgpt2.engine.config import read_config
-from fastgpt2.engine.weights import expected_shapes
+from fastgpt2.engine.model.config import read_config
+from fastgpt2.engine.model.weights import expected_shapes
 
 DEMO = Path(fastgpt2.__file__).parent / "models" / "demo"
 SAFETENSORS, CONFIG = "model.safetensors", "config.json"

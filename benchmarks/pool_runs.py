@@ -23,12 +23,12 @@ from common import Failed, environment, last_line
 
 from fastgpt2 import Client
 from fastgpt2.bench import Values, quantile, summary
-from fastgpt2.engine.config import GPT2Config
-from fastgpt2.engine.generation import GenerationResult
-from fastgpt2.worker.connection import connect
-from fastgpt2.worker.names import stream_key
-from fastgpt2.worker.process import set_up_child
-from fastgpt2.worker.redis_server import RedisServer
+from fastgpt2.engine.decoding.records import GenerationResult
+from fastgpt2.engine.model.config import GPT2Config
+from fastgpt2.process import set_up_child
+from fastgpt2.protocol.connection import connect
+from fastgpt2.protocol.keys import stream_key
+from fastgpt2.system.redis_server import RedisServer
 
 # A first load on a machine packs the model and measures what pays.
 START_SECONDS = 600.0

@@ -13,8 +13,8 @@ import time
 import urllib.request
 
 from fastgpt2 import Client, FastGPT2Error, settings
-from fastgpt2.system import System
-from fastgpt2.worker.process import on_stop_signals
+from fastgpt2.process import on_stop_signals
+from fastgpt2.system.up import System
 
 PROMPTS = [
     "My name is",

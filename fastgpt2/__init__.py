@@ -14,24 +14,24 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from fastgpt2.api.async_client import AsyncClient
-    from fastgpt2.api.client import Client, Job
+    from fastgpt2.api.client.async_client import AsyncClient
+    from fastgpt2.api.client.client import Client, Job
+    from fastgpt2.engine.decoding.records import GenerationRequest, GenerationResult, Timings, TokenLogprob, Usage
     from fastgpt2.engine.engine import Engine
-    from fastgpt2.engine.generation import GenerationRequest, GenerationResult, Timings, TokenLogprob, Usage
     from fastgpt2.errors import FastGPT2Error
-    from fastgpt2.worker.stream import Piece
+    from fastgpt2.protocol.messages import Piece
 
 _HOMES = {
-    "AsyncClient": "fastgpt2.api.async_client",
-    "Client": "fastgpt2.api.client",
-    "Job": "fastgpt2.api.client",
+    "AsyncClient": "fastgpt2.api.client.async_client",
+    "Client": "fastgpt2.api.client.client",
+    "Job": "fastgpt2.api.client.client",
     "Engine": "fastgpt2.engine.engine",
-    "GenerationRequest": "fastgpt2.engine.generation",
-    "GenerationResult": "fastgpt2.engine.generation",
-    "Piece": "fastgpt2.worker.stream",
-    "Timings": "fastgpt2.engine.generation",
-    "TokenLogprob": "fastgpt2.engine.generation",
-    "Usage": "fastgpt2.engine.generation",
+    "GenerationRequest": "fastgpt2.engine.decoding.records",
+    "GenerationResult": "fastgpt2.engine.decoding.records",
+    "Piece": "fastgpt2.protocol.messages",
+    "Timings": "fastgpt2.engine.decoding.records",
+    "TokenLogprob": "fastgpt2.engine.decoding.records",
+    "Usage": "fastgpt2.engine.decoding.records",
     "FastGPT2Error": "fastgpt2.errors",
 }
 

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from fastgpt2 import __version__
 
 if TYPE_CHECKING:
-    from fastgpt2.engine.config import GPT2Config
     from fastgpt2.engine.engine import Engine
-    from fastgpt2.engine.gpt2 import GPT2
+    from fastgpt2.engine.model.config import GPT2Config
+    from fastgpt2.engine.network.gpt2 import GPT2
 
 Values = dict[str, Any]
 OPTIONS = ("model", "revision", "threads", "blas", "weights")
@@ -60,7 +60,8 @@ def machine() -> Values:
     """What a measurement is worth little without. Imports numpy: hold BLAS to one thread before."""
     import numpy
 
-    from fastgpt2.engine.blas import cpu_name, numpys_kernel, usable_cores
+    from fastgpt2.engine.kernels.openblas import numpys_kernel
+    from fastgpt2.engine.machine import cpu_name, usable_cores
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     system = f"{platform.system()} {platform.release()} {platform.machine()}"
@@ -81,7 +82,7 @@ def readers(count: int) -> Iterator[Callable[[int], float]]:
     As the engine does: processes, not threads, and a file's shared pages. They sleep while they are not asked. What is
     yielded gives the bytes a second that so many of them read together, in the median of three passes.
     """
-    from fastgpt2.engine.arena import anonymous_file
+    from fastgpt2.engine.machine import anonymous_file
 
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     ones, n, pipe = b"\0\0\x80\x3f" * (1 << 20), READ_BYTES // 4, subprocess.PIPE
@@ -107,7 +108,7 @@ def readers(count: int) -> Iterator[Callable[[int], float]]:
 
 def read_when_asked(fd: int) -> None:
     """What such a process does: for "first stop" on its input, add up the squares of those numbers of the mapping."""
-    from fastgpt2.engine.blas import hold_to_one_thread
+    from fastgpt2.engine.machine import hold_to_one_thread
 
     hold_to_one_thread()
     import numpy as np
@@ -136,7 +137,7 @@ class Timed:
 
     def decode(self, rows: int, steps: int = 5, context: int = CONTEXT) -> list[float]:
         """Seconds of each of some steps with a new token each for so many sequences, after one that is not counted."""
-        from fastgpt2.engine.step import Segment
+        from fastgpt2.engine.network.step import Segment
 
         seconds = []
         for i in range(steps + 1):
@@ -150,7 +151,7 @@ class Timed:
 
     def read(self, index: int, tokens: int) -> float:
         """Seconds for a prompt of so many tokens, up to its first new one. It is that sequence's from now on."""
-        from fastgpt2.engine.step import Segment
+        from fastgpt2.engine.network.step import Segment
 
         started = time.perf_counter()
         self.model.cache.lengths[slot := self._slots[index]] = 0
@@ -163,7 +164,7 @@ class Timed:
 
 def settle() -> None:
     """Wait until the engine's helpers sleep: after a step they look for another one, and keep a core busy."""
-    from fastgpt2.engine.team import SPIN_SECONDS
+    from fastgpt2.engine.network.step import SPIN_SECONDS
 
     time.sleep(3 * SPIN_SECONDS)
 
@@ -174,7 +175,7 @@ def step_bytes(config: GPT2Config, weight_bytes: int = 4) -> int:
     Args:
         weight_bytes: of a number in a matrix; biases and norms are float32.
     """
-    from fastgpt2.engine.weights import expected_shapes
+    from fastgpt2.engine.model.weights import expected_shapes
 
     read = (shape for name, shape in expected_shapes(config).items() if name not in ("wte.weight", "wpe.weight"))
     return sum((weight_bytes if len(shape) > 1 else 4) * math.prod(shape) for shape in read)

@@ -184,7 +184,7 @@ def _add_option(parser: argparse.ArgumentParser, setting: Setting[Any]) -> None:
 
 COMMANDS = {
     "up": Command(
-        "fastgpt2.system:run_system",
+        "fastgpt2.system.up:run_system",
         "run it all: Redis (embedded unless --redis-url is given), workers, the HTTP endpoint",
         settings.SYSTEM,
     ),
@@ -206,7 +206,7 @@ COMMANDS = {
         ),
     ),
     "pool": Command(
-        "fastgpt2.system:run_pool",
+        "fastgpt2.system.up:run_pool",
         "run N workers, supervised, on a Redis that is there",
         (
             *_MODEL,
@@ -241,9 +241,9 @@ COMMANDS = {
             settings.LOG_LEVEL,
         ),
     ),
-    "status": Command("fastgpt2.commands.queue:status", "show the queue and the workers", (*_QUEUE, settings.JSON)),
+    "status": Command("fastgpt2.commands.prompts:status", "show the queue and the workers", (*_QUEUE, settings.JSON)),
     "enqueue": Command(
-        "fastgpt2.commands.queue:enqueue",
+        "fastgpt2.commands.prompts:enqueue",
         "put a prompt into the queue and print the job's id, or wait for its text",
         (
             *_REQUEST,
@@ -259,13 +259,13 @@ COMMANDS = {
         "With --stream, Ctrl-C cancels the job.",
     ),
     "result": Command(
-        "fastgpt2.commands.queue:result",
+        "fastgpt2.commands.prompts:result",
         "wait for a job's result and print it",
         (*_QUEUE, settings.TIMEOUT, settings.JSON),
         Positional("job", "the id that `fastgpt2 enqueue` printed"),
     ),
     "cancel": Command(
-        "fastgpt2.commands.queue:cancel",
+        "fastgpt2.commands.prompts:cancel",
         "take a job out of the queue, or end it while it runs",
         _QUEUE,
         Positional("job", "the id that `fastgpt2 enqueue` printed"),
@@ -292,7 +292,7 @@ COMMANDS = {
         "broken off, however that came, is taken up by giving the same command again.",
     ),
     "generate": Command(
-        "fastgpt2.commands.generate:run",
+        "fastgpt2.commands.prompts:run",
         "load a model and continue a prompt, without a queue",
         (*_MODEL, *_COMPUTE, *_REQUEST, settings.TIMINGS, settings.JSON),
         Positional("prompt", "the text to continue"),

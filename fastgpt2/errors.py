@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastgpt2.engine.generation import GenerationResult
+    from fastgpt2.engine.decoding.records import GenerationResult
 
 
 class FastGPT2Error(Exception):

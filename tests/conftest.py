@@ -5,26 +5,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
 from redis import Redis
+from support.running import RunningEndpoint, StartEndpoint, StartWorker, wait_until
 
 from fastgpt2 import Client, Engine, settings
-from fastgpt2.system import System
-from fastgpt2.worker.connection import connect
-from fastgpt2.worker.names import leases_key
-from fastgpt2.worker.redis_server import RedisServer
-
-GOLDEN = Path(__file__).parent / "golden"
-
-WaitFor = Callable[..., None]
-StartWorker = Callable[..., subprocess.Popen[str]]
+from fastgpt2.protocol.connection import connect
+from fastgpt2.protocol.keys import leases_key
+from fastgpt2.system.redis_server import RedisServer
+from fastgpt2.system.up import System
 
 
 @pytest.fixture(autouse=True)
@@ -33,23 +26,6 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith(("FASTGPT2_", "HF_")):
             monkeypatch.delenv(name)
-
-
-def wait_until(condition: Callable[[], object], what: str, seconds: float = 20.0) -> None:
-    """Poll a condition up to a deadline; fails the test with `what` when it passes."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            pytest.fail(f"waited {seconds} s for: {what}")
-        time.sleep(0.01)
-
-
-def half_the_time(client: Client, prompt: str) -> float:
-    """In which the worker, once warm, gets through about half of 480 tokens, however fast the machine is today."""
-    client.enqueue(prompt, max_new_tokens=1).result(timeout=60)
-    began = time.monotonic()
-    client.enqueue(prompt, max_new_tokens=480, ignore_eos=True).result(timeout=60)
-    return (time.monotonic() - began) / 2
 
 
 @pytest.fixture(scope="session")
@@ -120,27 +96,6 @@ def start_worker(redis_server: RedisServer, redis: Redis, queue_name: str, tmp_p
     for process in started:
         process.kill()
         process.wait()
-
-
-@dataclass
-class RunningEndpoint:
-    """A process of `fastgpt2 api`."""
-
-    process: subprocess.Popen[str]
-    log: Path
-
-    @property
-    def url(self) -> str:
-        return self.log.read_text().partition("endpoint on ")[2].split()[0]
-
-    @property
-    def port(self) -> int:
-        port = urlsplit(self.url).port
-        assert port is not None
-        return port
-
-
-StartEndpoint = Callable[..., RunningEndpoint]
 
 
 @pytest.fixture

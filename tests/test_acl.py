@@ -16,23 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import GOLDEN, wait_until
 from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 from redis.exceptions import ResponseError
-from redis_process import OpenRedis
 from rq import Queue
 from rq.command import send_stop_job_command
 from rq.serializers import JSONSerializer
+from support.redis_process import OpenRedis
+from support.running import GOLDEN, wait_until
 
 from fastgpt2 import Client
-from fastgpt2.api.latest import read_latest, read_prompts
-from fastgpt2.api.metrics import exposition
-from fastgpt2.api.readiness import not_ready
-from fastgpt2.api.recent import sample
-from fastgpt2.api.status import read_status
+from fastgpt2.api.pool.job_list import read_latest, read_prompts
+from fastgpt2.api.pool.prometheus import exposition
+from fastgpt2.api.pool.status import not_ready, read_status, sample
 from fastgpt2.errors import JobCancelled, QueueFull, RedisAccessDenied
-from fastgpt2.worker.connection import connect
+from fastgpt2.protocol.connection import connect
 
 ENTRIES: list[dict[str, Any]] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"]
 RULES = Path(__file__).parent.parent / "deploy" / "redis.acl"

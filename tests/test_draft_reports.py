@@ -14,18 +14,18 @@ from typing import Any
 
 import httpx2 as httpx
 import pytest
-from browser import Tabs, chromium
-from conftest import GOLDEN, StartEndpoint, StartWorker, wait_until
 from openai.types import CompletionUsage
 from playwright.sync_api import expect
 from redis import Redis
+from support.browser import Tabs, chromium
+from support.running import GOLDEN, StartEndpoint, StartWorker, wait_until
 
 from fastgpt2 import Client, Engine
-from fastgpt2.engine.drafting import Lookup
-from fastgpt2.engine.generation import Drafting, GenerationResult
+from fastgpt2.engine.decoding.lookup import Lookup
+from fastgpt2.engine.decoding.records import Drafting, GenerationResult
 from fastgpt2.errors import JobCancelled
-from fastgpt2.worker.names import totals_key
-from fastgpt2.worker.redis_server import RedisServer
+from fastgpt2.protocol.keys import totals_key
+from fastgpt2.system.redis_server import RedisServer
 
 ENTRIES: list[dict[str, Any]] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"]
 

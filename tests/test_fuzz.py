@@ -21,30 +21,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import GOLDEN, StartWorker, wait_until
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from redis import Redis
 from rq import Queue
 from rq.serializers import JSONSerializer
 from starlette.testclient import TestClient
+from support.running import GOLDEN, StartWorker, wait_until
 
-from fastgpt2.api.following import Assembly
+from fastgpt2.api.client.outcome import Awaited
+from fastgpt2.api.client.reader import Assembly
 from fastgpt2.api.http.app import create_app
 from fastgpt2.api.http.service import Bounds
-from fastgpt2.api.outcome import Awaited
-from fastgpt2.engine.checkpoint import Checkpoint
-from fastgpt2.engine.config import GPT2Config, read_config
-from fastgpt2.engine.files import read_index
-from fastgpt2.engine.hub import DEMO_FOLDER
-from fastgpt2.engine.packing import open_packed
-from fastgpt2.engine.tokenizer import Tokenizer
+from fastgpt2.engine.model.checkpoint import Checkpoint
+from fastgpt2.engine.model.config import GPT2Config, read_config, read_index
+from fastgpt2.engine.model.hub import DEMO_FOLDER
+from fastgpt2.engine.model.packing import open_packed
+from fastgpt2.engine.model.tokenizer import Tokenizer
 from fastgpt2.errors import BadRequest, CheckpointError, ConfigError, FastGPT2Error, TokenizerError
-from fastgpt2.worker import payload
-from fastgpt2.worker.job import parse_job, result_from_json
-from fastgpt2.worker.redis_server import RedisServer
+from fastgpt2.protocol import untrusted as payload
+from fastgpt2.protocol.messages import entry_to_piece, parse_job, result_from_json
+from fastgpt2.system.redis_server import RedisServer
 from fastgpt2.worker.rq_job import GenerationJob
-from fastgpt2.worker.stream import entry_to_piece
 
 LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
 TASK = "fastgpt2.worker.tasks.generate"

@@ -1,11 +1,13 @@
-"""Cold start is a feature, and imports point one way: cli -> api, worker -> engine."""
+"""Cold start is a feature, and imports run down: from the rooms that use to those that are used."""
 
 from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -48,7 +50,7 @@ def test_importing_the_package_imports_nothing_else() -> None:
         ("from fastgpt2 import Client", {"redis", "rq", "asyncio"}),
         ("import fastgpt2.api.http.app", {"redis", "rq", "asyncio", "starlette"}),
         ("from fastgpt2 import Engine", set()),
-        ("import fastgpt2.system", set()),
+        ("import fastgpt2.system.up", set()),
     ],
 )
 def test_only_what_is_needed_is_imported(code: str, allowed: set[str]) -> None:
@@ -74,37 +76,106 @@ def test_blas_is_held_to_one_thread_whoever_imported_numpy(first: str) -> None:
     assert done.stdout.strip() == "{1}", done.stderr
 
 
-# Who may import whom, beside the modules that have no imports of their own.
-ALLOWED = {
-    "engine": {"engine"},
-    "worker": {"worker", "engine"},
-    "api": {"api", "worker", "engine"},
+# Which rooms each room imports, late imports included, imports for annotations left out. Imports run down: a room
+# stands above those that it uses. What `COMMON` has is there for all, and uses no room.
+COMMON = {"errors", "settings", "process", "__version__"}
+RECORDS = "engine.decoding.records"
+ROOMS: dict[str, set[str]] = {
+    "engine.machine": set(),
+    "engine.kernels": {"engine.machine"},
+    "engine.model": {"engine.kernels", "engine.machine"},
+    "engine.network": {"engine.model", "engine.kernels", "engine.machine"},
+    "engine.decoding": {"engine.network", "engine.model"},
+    "engine.loading": {"engine.network", "engine.model", "engine.kernels", "engine.machine"},
+    "engine.engine": {"engine.loading", "engine.decoding", "engine.network", "engine.model", "engine.machine"},
+    "protocol": {RECORDS},
+    "worker": {"protocol", "engine"},
+    "api.client": {"protocol", RECORDS},
+    "api.pool": {"api.client", "protocol"},
+    "api.page": set(),
+    "api.http": {"api.client", "api.pool", "api.page", "protocol", RECORDS},
+    "system": {"api.http", "worker", "protocol", "engine.model"},
+    "bench": {"engine"},
+    "commands": {"api", "worker", "protocol", "engine"},
+    "cli": {"commands", "system", "bench"},
 }
-COMMON = {"errors", "settings", "logs", "__version__"}
+# What only some rooms may have to do with.
+FOREIGN = {
+    "numpy": {"engine", "bench"},
+    "tokenizers": {"engine"},
+    "safetensors": {"engine"},
+    "redis": {"protocol", "worker", "api", "system"},
+    "rq": {"worker", "api"},
+    "starlette": {"api.http"},
+    "uvicorn": {"api.http"},
+    "prometheus_client": {"api.pool"},
+}
 
 
-@pytest.mark.parametrize("room", ALLOWED)
-def test_imports_point_one_way(room: str) -> None:
-    files = sorted((PACKAGE / room).rglob("*.py"))
-    assert files
-    for path in files:
+def test_every_file_is_in_a_room() -> None:
+    alone = {"__init__", "__main__", "errors", "settings", "process", "engine.__init__", "api.__init__"}
+    for path in PACKAGE.rglob("*.py"):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        assert name in alone or any(is_in(name, room) for room in ROOMS), f"{name} is in no room of ROOMS"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_run_down(room: str) -> None:
+    used = set()
+    for path in files_of(room):
         for name in imports_of(path):
-            parts = name.split(".")
-            if parts[0] == "fastgpt2" and len(parts) > 1:
-                assert parts[1] in ALLOWED[room] | COMMON, f"{path.name} imports {name}"
-            if room == "engine":
-                assert parts[0] not in ("redis", "rq", "starlette", "uvicorn", "http"), f"{path.name} imports {name}"
-            if room != "engine":
-                assert parts[0] not in ("numpy", "tokenizers", "safetensors"), f"{path.name} imports {name}"
+            first, _, inner = name.partition(".")
+            if first in FOREIGN:
+                assert any(is_in(room, home) for home in FOREIGN[first]), f"{path.name} imports {name}"
+            if first != "fastgpt2" or inner.split(".")[0] in COMMON or is_in(inner, room):
+                continue
+            found = [other for other in ROOMS[room] if is_in(inner, other)]
+            assert found, f"{path.name} imports {name}, and {room} is not above it"
+            used.update(found)
+    assert used == ROOMS[room], f"{room} may import what it does not"
+
+
+def test_rooms_form_no_cycle() -> None:
+    above: dict[str, set[str]] = {
+        room: {other for other in ROOMS for use in uses if is_in(other, use) or is_in(use, other)}
+        for room, uses in ROOMS.items()
+    }
+    assert list(TopologicalSorter(above).static_order())
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in PACKAGE.rglob("*.py")}), ids=lambda path: path.name)
+def test_each_folder_says_what_it_is_for(folder: Path) -> None:
+    assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text("utf-8")))
+
+
+def is_in(name: str, room: str) -> bool:
+    return name == room or name.startswith(f"{room}.")
+
+
+def files_of(room: str) -> list[Path]:
+    path = PACKAGE.joinpath(*room.split("."))
+    return sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
 
 
 def imports_of(path: Path) -> list[str]:
+    """The dotted names that a file imports, those for annotations alone left out."""
+    tree = ast.parse(path.read_text("utf-8"))
+    for_types = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
     names = []
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    for node in ast.walk(tree):
+        if id(node) in for_types:
+            continue
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
             names += [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Constant) and re.fullmatch(r"fastgpt2(\.\w+)+:\w+", str(node.value)):
+            names.append(str(node.value).replace(":", "."))  # what a subcommand runs
     return names
 
 

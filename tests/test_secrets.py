@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import wait_until
-from redis_process import OpenRedis
+from support.redis_process import OpenRedis
+from support.running import wait_until
 
 from fastgpt2 import Client
 from fastgpt2.errors import QueueUnavailable

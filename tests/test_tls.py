@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import trustme
-from conftest import wait_until
-from redis_process import OpenRedis
+from support.redis_process import OpenRedis
+from support.running import wait_until
 
 from fastgpt2 import Client
 from fastgpt2.errors import QueueUnavailable

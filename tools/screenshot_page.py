@@ -22,7 +22,7 @@ from typing import Literal
 from playwright.sync_api import Page, expect, sync_playwright
 
 from fastgpt2 import Client, settings
-from fastgpt2.system import System
+from fastgpt2.system.up import System
 
 PROMPTS = ["Sherlock Holmes", "It was a cold morning", "To be, or not to be", "ROMEO:\n", "The letter was written"]
 # Jobs in hand, of what the workers have room for: what is beyond it waits. Each for a while, over and over.

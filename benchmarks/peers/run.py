@@ -39,10 +39,10 @@ drafts: dict[str, int] = {}
 
 def fastgpt2(folder: str, job: dict[str, Any], variant: str) -> tuple[str, float, Generate]:
     import fastgpt2
-    import fastgpt2.engine.decoder
+    import fastgpt2.engine.decoding.decoder
     import fastgpt2.engine.loading
-    from fastgpt2.engine.generation import GenerationRequest
-    from fastgpt2.engine.sequence import Prompt
+    from fastgpt2.engine.decoding.records import GenerationRequest
+    from fastgpt2.engine.decoding.sequence import Prompt
 
     imported = perf_counter()
     most = max(1, *job["batches"])

@@ -1,1 +1,1 @@
-"""What people and programs talk to: the Python client and the HTTP endpoint. Never imports numpy or a model."""
+"""What people and programs talk to; uses protocol, nothing of worker and no numpy."""

@@ -1,1 +1,1 @@
-"""What the subcommands do; each module is imported by the command that needs it. `cli.py` lists them."""
+"""What the subcommands run; uses every other folder."""

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import queue
 import signal
 import sys
+import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fastgpt2.api.client import Client
-from fastgpt2.api.flight import RESULT_TTL_SECONDS, Item
-from fastgpt2.api.outcome import Outcome
-from fastgpt2.api.progress import Progress
-from fastgpt2.commands.batch_files import Line, LineReader, Results, as_they_come, count_lines
-from fastgpt2.commands.texts import request_fields
-from fastgpt2.engine.generation import GenerationResult
+from fastgpt2.api.client.bulk import RESULT_TTL_SECONDS, Item, Progress
+from fastgpt2.api.client.client import Client
+from fastgpt2.api.client.enqueue import NO_OPTIONS, JobPlan, plan_job
+from fastgpt2.api.client.outcome import Outcome
+from fastgpt2.commands.prompts import request_fields
+from fastgpt2.engine.decoding.records import GenerationResult
 from fastgpt2.errors import BadRequest, FastGPT2Error, JobFailed
-from fastgpt2.worker.job import result_to_json
-from fastgpt2.worker.process import on_stop_signals
+from fastgpt2.process import on_stop_signals
+from fastgpt2.protocol.messages import job_to_kwargs, refuse_unknown, result_to_json
 
 JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
 
@@ -127,3 +134,260 @@ def _result_as_json(result: GenerationResult) -> dict[str, Any]:
     value = result_to_json(result, result.timings.queue_seconds)
     del value["token_ids"]
     return value
+
+
+# NOTE commands.batch_files: What `fastgpt2 batch` reads and writes: lines of prompts, and a file of results that a
+# later run can go on with.
+MAX_LINE_BYTES = 8 << 20
+MAX_ID_CHARACTERS = 256
+DIGEST_DIGITS = 16
+
+# Lines that are read ahead of a pipe, each of up to `MAX_LINE_BYTES`.
+READ_AHEAD = 8
+_LINE_FIELDS = (
+    "prompt", "max_new_tokens", "stop", "ignore_eos", "min_new_tokens", "logprobs", "prompt_logprobs", "echo",
+    "timeout", "id",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line of input.
+
+    Attributes:
+        item: the job that it asks for, or what is wrong with it.
+        digest: of what determines its result.
+        id: the caller's own, if there is one.
+    """
+
+    item: JobPlan | BadRequest
+    digest: str
+    id: str | int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _TooLong:
+    """A line that was not kept."""
+
+    size: int
+    digest: str
+
+
+class LineReader:
+    """Makes jobs of lines.
+
+    Args:
+        is_json: lines are JSON, not prompts.
+        fields: the `JobFields` that hold for all lines, unless a line says otherwise.
+
+    Raises:
+        BadRequest: a field is out of bounds.
+    """
+
+    def __init__(self, is_json: bool, fields: dict[str, Any]) -> None:
+        plan_job("", fields)
+        self._is_json = is_json
+        self._fields = fields
+
+    def read(self, file: BinaryIO) -> Iterator[Line]:
+        """The lines of a file, of which no more than one is held."""
+        for number, raw in enumerate(_raw_lines(file)):
+            if isinstance(raw, _TooLong):
+                error = BadRequest(f"the line has {raw.size} bytes; the limit is {MAX_LINE_BYTES}")
+                yield Line(error, raw.digest)
+            else:
+                yield self._line(raw.removeprefix(b"\xef\xbb\xbf") if number == 0 else raw)
+
+    def _line(self, raw: bytes) -> Line:
+        line_id: str | int | None = None
+        try:
+            text = raw.decode("utf-8")
+            fields = _parse(text) if self._is_json else {"prompt": text}
+            line_id = _checked_id(fields.pop("id", None))
+            prompt = fields.pop("prompt")
+            if not isinstance(prompt, str | list):
+                raise BadRequest("prompt must be a string or a list of token ids")
+            plan = plan_job(prompt, {**self._fields, **fields})
+        except UnicodeDecodeError as reason:
+            return Line(BadRequest(f"the line is not UTF-8 (byte {reason.start})"), _digest(raw))
+        except BadRequest as error:
+            return Line(error, _digest(raw), line_id)
+        # Not the times and the priority, which do not change what comes out.
+        determines = {**job_to_kwargs(plan.request, NO_OPTIONS), "id": line_id}
+        return Line(plan, _digest(json.dumps(determines, sort_keys=True).encode()), line_id)
+
+
+def _parse(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as reason:
+        raise BadRequest(f"the line is not JSON ({reason})") from None
+    if isinstance(value, str):
+        return {"prompt": value}
+    if not isinstance(value, dict):
+        raise BadRequest("the line is neither a string nor an object with a prompt")
+    refuse_unknown(value, _LINE_FIELDS)
+    if "prompt" not in value:
+        raise BadRequest("prompt is missing")
+    return value
+
+
+def _checked_id(value: object) -> str | int | None:
+    if value is None or (isinstance(value, str) and len(value) <= MAX_ID_CHARACTERS):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63:
+        return value
+    raise BadRequest(f"id must be a string of up to {MAX_ID_CHARACTERS} characters or a whole number")
+
+
+def _raw_lines(file: BinaryIO) -> Iterator[bytes | _TooLong]:
+    """Lines without their ends; of one that is too long, its size and digest."""
+    while line := file.readline(MAX_LINE_BYTES + 2):
+        if line.endswith(b"\n") or len(line) <= MAX_LINE_BYTES:
+            yield line.removesuffix(b"\n").removesuffix(b"\r")
+            continue
+        whole, size = hashlib.sha256(), 0
+        while line:
+            whole.update(line.removesuffix(b"\n"))
+            size += len(line.removesuffix(b"\n"))
+            line = b"" if line.endswith(b"\n") else file.readline(1 << 20)
+        yield _TooLong(size, whole.hexdigest()[:DIGEST_DIGITS])
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:DIGEST_DIGITS]
+
+
+def count_lines(path: Path) -> int:
+    """How many lines a file has, the last one with or without its end."""
+    count, last = 0, b"\n"
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            count += block.count(b"\n")
+            last = block[-1:]
+    return count + (last != b"\n")
+
+
+def as_they_come(lines: Iterator[Line]) -> Iterator[Line | None]:
+    """Lines of a pipe, read by a thread; None while there is none, so that what has ended is not kept waiting."""
+    ready: queue.Queue[Line | BaseException | None] = queue.Queue(READ_AHEAD)
+
+    def read() -> None:
+        try:
+            for line in lines:
+                ready.put(line)
+            ready.put(None)
+        except BaseException as error:
+            ready.put(error)
+
+    threading.Thread(target=read, daemon=True, name="input").start()
+    while True:
+        try:
+            found = ready.get_nowait()
+        except queue.Empty:
+            yield None
+            continue
+        if isinstance(found, BaseException):
+            raise found
+        if found is None:
+            return
+        yield found
+
+
+class Results:
+    """Where the results go: a file, locked against other runs and continued if it holds some, or standard output.
+
+    Args:
+        path: None for standard output.
+        restart: begin anew.
+
+    Attributes:
+        done: lines that are there.
+        errors: how many of them are errors.
+
+    Raises:
+        FastGPT2Error: the file cannot be written, or another run writes it.
+    """
+
+    def __init__(self, path: Path | None, restart: bool) -> None:
+        self.done = self.errors = 0
+        self._path = path
+        self._file: BinaryIO | None = None
+        if path is None:
+            return
+        try:
+            self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
+            self._continues = path.is_file()
+            if self._continues:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if restart:
+                    self._file.truncate(0)
+        except BlockingIOError:
+            raise FastGPT2Error(f"{path} is being written by another run; wait for it, or name another file") from None
+        except OSError as reason:
+            raise FastGPT2Error(f"{path}: cannot be written ({reason.strerror})") from None
+
+    def resume(self, lines: Iterable[Line]) -> None:
+        """Take the lines from the input whose results are there, and cut a result that was not written to its end.
+
+        Raises:
+            BadRequest: they are results of something else.
+        """
+        if self._file is None or not self._continues:
+            return
+        end = 0
+        wanted = iter(lines)
+        with open(os.dup(self._file.fileno()), "rb") as file:  # noqa: PTH123 - a descriptor
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._check(line, next(wanted, None))
+                end += len(line)
+        self._file.truncate(end)
+        self._file.seek(end)
+
+    def _check(self, result: bytes, line: Line | None) -> None:
+        try:
+            value = json.loads(result)
+            matches = line is not None and (value["index"], value["input"]) == (self.done, line.digest)
+            failed = "error" in value
+        except (ValueError, TypeError, KeyError, RecursionError):
+            matches = failed = False
+        if not matches:
+            raise BadRequest(
+                f"{self._path} holds results of another input or of other options, from line {self.done + 1} on; "
+                "begin anew with --restart, or name another file with -o"
+            )
+        self.done += 1
+        self.errors += failed
+
+    def write(self, line: Line, value: dict[str, Any]) -> None:
+        """Append a line, at once.
+
+        Raises:
+            FastGPT2Error: it cannot be written; what has been written stays.
+        """
+        own = {"index": self.done} if line.id is None else {"index": self.done, "id": line.id}
+        text = json.dumps({**own, **value, "input": line.digest}) + "\n"
+        if self._file is None:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        else:
+            self._append(text.encode())
+        self.done += 1
+        self.errors += "error" in value
+
+    def _append(self, data: bytes) -> None:
+        assert self._file is not None
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError as reason:
+            full = ": make room, and" if reason.errno in (errno.ENOSPC, errno.EDQUOT) else ";"
+            raise FastGPT2Error(
+                f"{self._path}: {reason.strerror} after {self.done} results{full} the same command goes on from there"
+            ) from None
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()

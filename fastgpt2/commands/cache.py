@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import stat
+import struct
 import sys
-from datetime import datetime
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from fastgpt2.commands.cached_files import Entry, entries, prune
-from fastgpt2.engine.cache import cache_folder
-from fastgpt2.errors import BadRequest, FastGPT2Error
+from fastgpt2.engine.machine import FILE as CALIBRATION_FILE
+from fastgpt2.engine.machine import cache_folder, is_locked, locked
+from fastgpt2.engine.model.checkpoint import MAX_HEADER_BYTES, Checkpoint, TensorInfo, map_file
+from fastgpt2.engine.model.packing import FORMAT, checksum
+from fastgpt2.errors import BadRequest, CheckpointError, FastGPT2Error
 
 
 def run(values: dict[str, Any]) -> int:
@@ -87,3 +98,254 @@ def _day(seconds: float) -> str:
 def _shown(text: str) -> str:
     """Nothing that a terminal would obey: a model's name comes from a file."""
     return "".join(c if c.isprintable() else "?" for c in text)
+
+
+# NOTE commands.cached_files: What lies in the cache folder, and the removal of what is of no more use there.
+#
+# Only regular files directly in the folder are looked at, and only those whose names fastgpt2 gives.
+
+# A packed file, its lock, or the file that is renamed to it when it is whole. The first format knew no layouts.
+_NAME = re.compile(
+    r"(?P<model>.+)-(?P<identity>[0-9a-f]{16})(?:-(?P<layout>[\w-]+))?\.v(?P<format>\d+)\.(safetensors|lock|tmp)"
+)
+_CALIBRATION_TMP = re.compile(r"calibration\.\d+\.tmp")
+
+# Measurements are written within milliseconds. The process id in the name may be another container's.
+_ABANDONED_SECONDS = 60.0
+
+# Else this command's own look at a file would count as its last use. Linux only, and only for the file's owner.
+_NOATIME = getattr(os, "O_NOATIME", 0)
+
+
+class State(StrEnum):
+    """What is to be said of a file."""
+
+    OK = "ok"
+    BUSY = "being packed"
+    DAMAGED = "damaged"
+    OUTDATED = "outdated format"
+    NEWER = "newer format"
+    CHANGED = "source changed"
+    GONE = "source gone"
+    UNREADABLE = "unreadable"
+    LEFTOVER = "leftover"
+
+
+# Not those of a newer release, and not what cannot be looked at now: it may be another user's, or a disk's that rests.
+OF_NO_USE = frozenset({State.DAMAGED, State.OUTDATED, State.CHANGED, State.GONE, State.LEFTOVER})
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A file of the cache.
+
+    Attributes:
+        changed, used: seconds since 1970; `used` as the file system keeps it.
+        model, layout, format: None for what is no packed file.
+    """
+
+    path: Path
+    state: State
+    size: int
+    changed: float
+    used: float
+    model: str | None = None
+    layout: str | None = None
+    format: int | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "path": str(self.path),
+            "state": str(self.state),
+            "model": self.model,
+            "layout": self.layout,
+            "format": self.format,
+            "bytes": self.size,
+            "changed": datetime.fromtimestamp(self.changed, UTC).isoformat(timespec="seconds"),
+            "used": datetime.fromtimestamp(self.used, UTC).isoformat(timespec="seconds"),
+        }
+
+
+def entries(folder: Path) -> list[Entry]:
+    """The cache's files by name. None, if there is no such folder.
+
+    Raises:
+        FastGPT2Error: the folder cannot be read.
+    """
+    try:
+        paths = sorted(folder.iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as reason:
+        raise FastGPT2Error(f"the cache {folder} cannot be read ({reason.strerror or reason})") from None
+    found = [_entry(path) for path in paths]
+    return [entry for entry in found if entry is not None]
+
+
+def prune(folder: Path, everything: bool = False, dry_run: bool = False) -> Iterator[tuple[Entry, bool]]:
+    """Remove what is of no use, or `everything`; a packed file's lock goes with it.
+
+    Yields:
+        Each file in question, and whether it is removed (`dry_run`: would be); one that is being packed is not.
+
+    Raises:
+        FastGPT2Error: the folder cannot be read, or a file in it cannot be removed.
+    """
+    for entry in entries(folder):
+        if entry.state is State.BUSY:
+            yield entry, False
+        elif everything or entry.state in OF_NO_USE:
+            try:
+                removed = dry_run or _remove(entry, everything)
+            except BlockingIOError:
+                yield entry, False
+                continue
+            except OSError as reason:
+                raise FastGPT2Error(f"{entry.path} cannot be removed ({reason.strerror or reason})") from None
+            if removed:
+                yield entry, True
+
+
+def _remove(entry: Entry, everything: bool) -> bool:
+    """Remove a file, unless it has gone or become of use since it was looked at.
+
+    Raises:
+        BlockingIOError: it is being packed.
+        OSError: it cannot be removed.
+    """
+    path, lock = entry.path, entry.path.with_suffix(".lock")
+    if not _NAME.fullmatch(path.name):
+        path.unlink(missing_ok=True)
+        return True
+    with locked(lock, wait=False):
+        now = _looked_at(path)
+        removed = now is not None and (everything or now.state in OF_NO_USE)
+        if removed and path != lock:
+            path.unlink(missing_ok=True)
+        if not _of_a_lock(lock):
+            lock.unlink(missing_ok=True)
+        return removed
+
+
+def _entry(path: Path) -> Entry | None:
+    """What is to be said of a file; None where it is not the cache's, has gone, or is the lock of another."""
+    lock = path.with_suffix(".lock")
+    if _NAME.fullmatch(path.name) and is_locked(lock):
+        entry = _looked_at(path, State.BUSY)
+        return None if path == lock else entry
+    return _looked_at(path)
+
+
+def _looked_at(path: Path, state: State | None = None) -> Entry | None:
+    """The same without regard to locks. A `state` that is known already is taken as it is."""
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    facts = (status.st_size, status.st_mtime, status.st_atime)
+    parts = _NAME.fullmatch(path.name)
+    if parts is None:
+        if path.name == CALIBRATION_FILE:
+            return Entry(path, State.OK, *facts)
+        abandoned = _CALIBRATION_TMP.fullmatch(path.name) and time.time() - status.st_mtime > _ABANDONED_SECONDS
+        return Entry(path, State.LEFTOVER, *facts) if abandoned else None
+    if path.suffix == ".lock":
+        return None if _of_a_lock(path) else Entry(path, State.LEFTOVER, *facts)
+    known = (parts["layout"], int(parts["format"]))
+    if path.suffix == ".tmp":
+        return Entry(path, state or State.LEFTOVER, *facts, parts["model"], *known)
+    judged, model = _judged(path, parts)
+    return Entry(path, state or judged, *facts, model or parts["model"], *known)
+
+
+def _of_a_lock(lock: Path) -> bool:
+    """Whether there is what the lock is for."""
+    return any(lock.with_suffix(suffix).exists() for suffix in (".safetensors", ".tmp"))
+
+
+def _judged(path: Path, parts: re.Match[str]) -> tuple[State, str | None]:
+    """A packed file's state, and its model's name where that can be read."""
+    model = None
+    fd = -1
+    try:
+        fd = _open(path)
+        metadata = _metadata(fd)
+        model = None if metadata is None else metadata.get("model")
+        if int(parts["format"]) != FORMAT:
+            return State.OUTDATED if int(parts["format"]) < FORMAT else State.NEWER, model
+        if metadata is None or metadata.get("source_identity") != parts["identity"]:
+            return State.DAMAGED, model
+        # As `packing` has it: the time of change tells whether the checksum needs to be looked at.
+        if str(os.fstat(fd).st_mtime_ns) != metadata.get("sealed") and f"{checksum(fd):08x}" != metadata.get("crc32"):
+            return State.DAMAGED, model
+    except OSError:
+        return State.UNREADABLE, model
+    finally:
+        if fd >= 0:
+            os.close(fd)
+    return _state_of_source(metadata), model
+
+
+def _open(path: Path) -> int:
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        return os.open(path, flags | _NOATIME)
+    except PermissionError:
+        return os.open(path, flags)
+
+
+def _metadata(fd: int) -> dict[str, str] | None:
+    """The texts in a packed file's header; None if it has none, or is not as long as its header says."""
+    size = os.fstat(fd).st_size
+    with os.fdopen(os.dup(fd), "rb") as file:
+        try:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(min(length, MAX_HEADER_BYTES)))
+            metadata = header.pop("__metadata__")
+            stop = max(entry["data_offsets"][1] for entry in header.values())
+            whole = 8 + length + stop == size
+            return {str(key): str(value) for key, value in metadata.items()} if whole else None
+        except (struct.error, ValueError, RecursionError, AttributeError, KeyError, TypeError, IndexError):
+            return None
+
+
+def _state_of_source(metadata: dict[str, str]) -> State:
+    try:
+        sources = [Path(name) for name in json.loads(metadata["source"])]
+    except (KeyError, ValueError, TypeError):
+        return State.DAMAGED
+    try:
+        for source in sources:
+            source.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return State.GONE
+    except OSError:
+        return State.UNREADABLE
+    if not all(os.access(source, os.R_OK) for source in sources):
+        return State.UNREADABLE
+    return State.OK if _unchanged(sources, metadata) else State.CHANGED
+
+
+def _unchanged(sources: list[Path], metadata: dict[str, str]) -> bool:
+    """Whether the sources still have the identity that they were packed under.
+
+    It depends on the shards' order, which is that of their names in the model's folder. In the hub's cache the sources
+    are called otherwise; the folders that link to them are tried then.
+    """
+    wanted = metadata["source_identity"]
+    with suppress(CheckpointError, OSError):
+        tensors: dict[str, TensorInfo] = {}
+        for source in sources:
+            tensors.update(map_file(source)[0])
+        if Checkpoint(tensors, {}).identity == wanted:
+            return True
+    folders = {folder for source in sources for folder in source.parent.parent.glob("snapshots/*")}
+    if "folder" in metadata:
+        folders.add(Path(metadata["folder"]))
+    for folder in folders:
+        with suppress(CheckpointError, OSError):
+            if Checkpoint.open(folder).identity == wanted:
+                return True
+    return False

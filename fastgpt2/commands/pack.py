@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fastgpt2.errors import ModelError
 
 if TYPE_CHECKING:
-    from fastgpt2.engine.packing import Packed
+    from fastgpt2.engine.model.packing import Packed
 
 
 def run(values: dict[str, Any]) -> int:
@@ -18,7 +18,7 @@ def run(values: dict[str, Any]) -> int:
         ModelError: the model cannot be found or used, or the cache cannot be written.
     """
     # Before numpy is imported.
-    from fastgpt2.engine.blas import hold_to_one_thread
+    from fastgpt2.engine.machine import hold_to_one_thread
 
     hold_to_one_thread()
     kinds = [values["weights"], *(["int8"] if values["drafts"] == "int8" else [])]
@@ -41,10 +41,9 @@ def _verified(values: dict[str, Any], weights: str) -> Packed:
 
 
 def _pack(values: dict[str, Any], weights: str) -> Packed:
-    from fastgpt2.engine.config import read_config
-    from fastgpt2.engine.files import CONFIG_FILE
-    from fastgpt2.engine.hub import find_model
     from fastgpt2.engine.loading import pack_model
+    from fastgpt2.engine.model.config import CONFIG_FILE, read_config
+    from fastgpt2.engine.model.hub import find_model
 
     folder = find_model(values["model"], values["revision"])
     config = read_config(folder / CONFIG_FILE)
@@ -60,15 +59,15 @@ def _measure(values: dict[str, Any]) -> None:
 
 
 def _intact(packed: Packed) -> bool:
-    from fastgpt2.engine.checkpoint import read_metadata
-    from fastgpt2.engine.packing import checksum
+    from fastgpt2.engine.model.checkpoint import read_metadata
+    from fastgpt2.engine.model.packing import checksum
 
     assert packed.path is not None
     return f"{checksum(packed.fd):08x}" == read_metadata(packed.path).get("crc32")
 
 
 def _discard(packed: Packed) -> None:
-    from fastgpt2.engine.cache import locked
+    from fastgpt2.engine.machine import locked
 
     assert packed.path is not None
     print(

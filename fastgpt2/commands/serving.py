@@ -8,13 +8,13 @@ from typing import Any
 
 def worker(values: dict[str, Any]) -> int:
     """One worker process, in the foreground."""
-    from fastgpt2.engine.blas import hold_to_one_thread
     from fastgpt2.engine.engine import Engine
-    from fastgpt2.logs import set_up_logging
-    from fastgpt2.worker.alive import AliveFile
-    from fastgpt2.worker.connection import connect
-    from fastgpt2.worker.generation_worker import GenerationWorker, log
+    from fastgpt2.engine.machine import hold_to_one_thread
+    from fastgpt2.process import set_up_logging
+    from fastgpt2.protocol.connection import connect
+    from fastgpt2.worker.liveness import AliveFile
     from fastgpt2.worker.recycling import Recycling
+    from fastgpt2.worker.worker import GenerationWorker, log
 
     set_up_logging(values["log_level"])
     hold_to_one_thread()

@@ -1,1 +1,1 @@
-"""Arrays in, tokens out. Nothing here knows of Redis, RQ or HTTP."""
+"""A loaded model, text in and text out; uses errors, and nothing else from outside this folder."""

@@ -13,24 +13,20 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
 
-from fastgpt2.engine.blas import hold_to_one_thread
-from fastgpt2.engine.config import GPT2Config, read_config
-from fastgpt2.engine.drafting import MOST_DRAFTS
-from fastgpt2.engine.files import CONFIG_FILE
-from fastgpt2.engine.generation import GenerationRequest, GenerationResult
-from fastgpt2.engine.hub import find_model
-from fastgpt2.engine.machine import fair_share_of_kv_memory
-from fastgpt2.engine.sizing import processes_for
-from fastgpt2.engine.tokenizer import Tokenizer
+from fastgpt2.engine.decoding.lookup import MOST_DRAFTS
+from fastgpt2.engine.decoding.records import GenerationRequest, GenerationResult
+from fastgpt2.engine.machine import fair_share_of_kv_memory, hold_to_one_thread, processes_for
+from fastgpt2.engine.model.config import CONFIG_FILE, GPT2Config, read_config
+from fastgpt2.engine.model.hub import find_model
+from fastgpt2.engine.model.tokenizer import Tokenizer
 from fastgpt2.errors import BadRequest, TokenizerError
 
 if TYPE_CHECKING:
-    from fastgpt2.engine.decoder import Decoder
-    from fastgpt2.engine.helper import HelperProcesses
-    from fastgpt2.engine.sequence import Sequence
+    from fastgpt2.engine.decoding.decoder import Decoder
+    from fastgpt2.engine.decoding.sequence import Sequence
+    from fastgpt2.engine.network.helpers import HelperProcesses
 
 log = logging.getLogger("fastgpt2.engine")
-
 DEFAULT_MODEL = "gpt2"
 BLAS_CHOICES = ("auto", "openblas", "mkl", "compiled")
 DRAFTS_CHOICES = ("off", "auto", "int8")
@@ -115,7 +111,7 @@ class Engine:
         """Load a model: `demo`, a folder, or a hub id.
 
         Args:
-            model: see `fastgpt2.engine.hub.find_model`.
+            model: see `fastgpt2.engine.model.hub.find_model`.
             revision: of a hub repository.
             threads: cores to use, each by a process of its own (`team.py`); None for all, or one if the model is small.
                 BLAS itself is held to one thread in this process and, by environment variables, in those it starts.
@@ -161,11 +157,11 @@ class Engine:
         # beside the import of numpy and the mapping of the weights.
         with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as pool:
             beside = pool.submit(_load_beside, folder, size, started)
-            from fastgpt2.engine.batch_size import row_costs, settle, slots_to_map
-            from fastgpt2.engine.decoder import Decoder
-            from fastgpt2.engine.drafter import Drafter
+            from fastgpt2.engine.decoding.decoder import Decoder
+            from fastgpt2.engine.decoding.drafter import Drafter
             from fastgpt2.engine.loading import load_network, measured_here
-            from fastgpt2.engine.prefixes import prefixes_within
+            from fastgpt2.engine.network.prefixes import prefixes_within
+            from fastgpt2.engine.network.step_times import row_costs, settle, slots_to_map
 
             kv_bytes = _kv_memory(config, kv_memory)
             prefixes = prefixes_within(config, prefix_memory, kv_bytes)
@@ -276,7 +272,7 @@ class Engine:
 
 def _kv_memory(config: GPT2Config, asked: int | None) -> int:
     """Bytes for keys and values: as asked for, else a share of the memory, which is always enough for one sequence."""
-    from fastgpt2.engine.kv_cache import sequence_bytes
+    from fastgpt2.engine.network.kv_cache import sequence_bytes
 
     least = sequence_bytes(config)
     if asked is None:
@@ -292,7 +288,7 @@ def _load_beside(folder: Path, size: int, started: float) -> tuple[Tokenizer, fl
     """Helpers, about to be ready, and the tokenizer, with the time when it was there."""
     processes = None
     if size > 1:
-        from fastgpt2.engine.helper import HelperProcesses
+        from fastgpt2.engine.network.helpers import HelperProcesses
 
         # Tried again, and complained about, by the first step.
         with contextlib.suppress(OSError):

@@ -8,18 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
-from fastgpt2.engine.blas import cpu_name, hold_to_one_thread, numpys_kernel, usable_cores
-from fastgpt2.engine.cache import cache_folder
-from fastgpt2.engine.calibration import Calibration, Kernel, choose_width, faster, width_of
-from fastgpt2.engine.checkpoint import Checkpoint
-from fastgpt2.engine.config import GPT2Config
-from fastgpt2.engine.gpt2 import DEFAULT_MAX_ROWS, GPT2, PREFILL_ROWS_BESIDE
-from fastgpt2.engine.helper import Shape
-from fastgpt2.engine.kernel_code import WIDTH
-from fastgpt2.engine.pack_plan import Layout, Plan
-from fastgpt2.engine.packing import Packed, pack_path, packed_in_cache, packed_in_memory
-from fastgpt2.engine.products import NumpyProduct, product_named
-from fastgpt2.engine.sizing import is_large
+from fastgpt2.engine.kernels import product_named
+from fastgpt2.engine.kernels.calibration import choose_width, faster, width_of
+from fastgpt2.engine.kernels.kernel import Kernel
+from fastgpt2.engine.kernels.llvm_ir import WIDTH
+from fastgpt2.engine.kernels.openblas import NumpyProduct, numpys_kernel
+from fastgpt2.engine.machine import Calibration, cache_folder, cpu_name, hold_to_one_thread, is_large, usable_cores
+from fastgpt2.engine.model.checkpoint import Checkpoint
+from fastgpt2.engine.model.config import GPT2Config
+from fastgpt2.engine.model.packing import Layout, Packed, Plan, pack_path, packed_in_cache, packed_in_memory
+from fastgpt2.engine.network.gpt2 import DEFAULT_MAX_ROWS, GPT2, PREFILL_ROWS_BESIDE
+from fastgpt2.engine.network.helpers import Shape
 from fastgpt2.errors import ModelError
 
 log = logging.getLogger("fastgpt2.engine")
@@ -112,7 +111,7 @@ def _compiled(calibration: Calibration, weights: str) -> tuple[Kernel, Layout]:
 
 def _fastest(config: GPT2Config, calibration: Calibration, kernel: Kernel, layout: Layout) -> tuple[Kernel, Layout]:
     """Of what is installed, by the clock, once a machine."""
-    from fastgpt2.engine import compiled, mkl
+    from fastgpt2.engine.kernels import compiled, mkl
 
     n_in, width, best = config.n_embd, layout.width(config.n_embd, config.n_inner), kernel.product.name
 

@@ -1,1 +1,1 @@
-"""Jobs in, results out. Knows the engine by `Engine` and its records of requests and results; no array maths."""
+"""Jobs in, results out: one process that decodes many RQ jobs together; uses protocol and engine."""

@@ -13,20 +13,18 @@ from redis.exceptions import RedisError
 from rq import Queue
 from rq.suspension import WORKERS_SUSPENDED
 
-from fastgpt2.worker.names import CRASHES_FIELD, taken_key
+from fastgpt2.protocol.keys import CRASHES_FIELD, SUSPECT_CRASHES, taken_key
 
 if TYPE_CHECKING:
     from redis import Redis
     from redis.client import Pipeline
 
 log = logging.getLogger("fastgpt2.worker")
-
 Claim = tuple[Queue, str]
 
 # Of so many jobs taken while all queues hold some, one is of the last queue; of the fewer, one of the second.
 LAST_EVERY, SECOND_EVERY = 16, 4
-# After so many deaths of workers that had it in hand a job is run alone: if it is the cause, it takes nobody along.
-SUSPECT_CRASHES = 2
+
 # A safeguard only: `Claims.wait` unblocks what it has not been served.
 _BLOCK_SECONDS = 10
 

@@ -25,27 +25,18 @@ from rq.utils import now as utc_now
 from rq.utils import utcformat
 from rq.worker import BaseWorker, WorkerStatus
 
+from fastgpt2.protocol.keys import ATTEMPTS_FIELD, CRASHES_FIELD, EXECUTION_FIELD, PARTIAL_META, stream_key, taken_key
+from fastgpt2.protocol.messages import STREAM_TTL_SECONDS, Piece, end_entry, piece_to_entry
+from fastgpt2.worker.batch import Started
 from fastgpt2.worker.claims import Claim
-from fastgpt2.worker.entries import fetch
-from fastgpt2.worker.guarded import Held, Taken, Verdict, carry_out
-from fastgpt2.worker.names import (
-    ATTEMPTS_FIELD,
-    CRASHES_FIELD,
-    EXECUTION_FIELD,
-    PARTIAL_META,
-    stream_key,
-    taken_key,
-)
-from fastgpt2.worker.reaping import settle
-from fastgpt2.worker.rq_job import GenerationJob, fail_malformed
-from fastgpt2.worker.started import Started
-from fastgpt2.worker.stream import STREAM_TTL_SECONDS, Piece, end_entry, piece_to_entry
+from fastgpt2.worker.fencing import Held, Taken, Verdict, carry_out
+from fastgpt2.worker.reaper import settle
+from fastgpt2.worker.rq_job import GenerationJob, fail_malformed, fetch
 
 if TYPE_CHECKING:
     from redis.client import Pipeline
 
 log = logging.getLogger("fastgpt2.worker")
-
 _OVER = (JobStatus.FINISHED, JobStatus.FAILED, JobStatus.STOPPED)
 
 # KEYS: a job's hash, its queue, the list of what the worker has taken of it. ARGV: the job's id, the worker, the

@@ -6,22 +6,25 @@ import logging
 import time
 import traceback
 import zlib
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from rq import Queue
 from rq.exceptions import DeserializationError
 from rq.job import Job, JobStatus
 from rq.results import Result
 
-from fastgpt2.engine.generation import GenerationRequest
+from fastgpt2.engine.decoding.records import GenerationRequest
 from fastgpt2.errors import BadRequest, FastGPT2Error, JobFailed
-from fastgpt2.worker.guarded import FORGET_EXECUTIONS
-from fastgpt2.worker.job import TASK, JobOptions, parse_job
-from fastgpt2.worker.names import CRASHES_FIELD
-from fastgpt2.worker.payload import MAX_PAYLOAD_BYTES, JSONOnlySerializer, PlainPickleSerializer, is_pickle
+from fastgpt2.protocol.keys import CRASHES_FIELD
+from fastgpt2.protocol.messages import TASK, JobOptions, parse_job
+from fastgpt2.protocol.untrusted import MAX_PAYLOAD_BYTES, JSONOnlySerializer, PlainPickleSerializer, is_pickle
+from fastgpt2.worker.fencing import FORGET_EXECUTIONS
+
+if TYPE_CHECKING:
+    from redis import Redis
 
 log = logging.getLogger("fastgpt2.worker")
-
 MALFORMED_TTL_SECONDS = 24 * 3600
 
 
@@ -129,3 +132,54 @@ def recorded(error: BaseException) -> str:
     if isinstance(error, FastGPT2Error):
         return f"{kind.__module__}.{kind.__qualname__}: {error}\n"
     return "".join(traceback.format_exception(error))
+
+
+# NOTE worker.entries: Jobs' entries as they stand in Redis, fetched with a bound and read with care.
+
+# Far beyond what a request needs; what is larger is not even fetched.
+MAX_ENTRY_BYTES = 64 << 20
+
+# KEYS: jobs' hashes. ARGV: the most bytes that one may have. Of each its fields and values, its size if that is more,
+# or what it is if it is no hash.
+_FETCH = """
+local found = {}
+for i, key in ipairs(KEYS) do
+    local kind, size = redis.call('TYPE', key).ok, 0
+    if kind == 'hash' then
+        for _, field in ipairs(redis.call('HKEYS', key)) do size = size + redis.call('HSTRLEN', key, field) end
+    end
+    if kind ~= 'hash' and kind ~= 'none' then found[i] = kind
+    elseif size > tonumber(ARGV[1]) then found[i] = size
+    else found[i] = redis.call('HGETALL', key) end
+end
+return found
+"""
+
+
+def fetch(connection: Redis, job_ids: Sequence[str], serializer: Any) -> list[GenerationJob | Exception | None]:
+    """All of them in one round trip.
+
+    Returns:
+        Each one's job; None if there is none; what is the matter with it if it cannot be read.
+
+    Raises:
+        RedisError
+    """
+    keys = [GenerationJob.key_for(job_id) for job_id in job_ids]
+    replies: Any = connection.eval(_FETCH, len(keys), *keys, MAX_ENTRY_BYTES) if keys else []
+    return [_read(connection, pair[0], pair[1], serializer) for pair in zip(job_ids, replies, strict=True)]
+
+
+def _read(connection: Redis, job_id: str, reply: Any, serializer: Any) -> GenerationJob | Exception | None:
+    if isinstance(reply, int):
+        return ValueError(f"{reply} bytes; the limit is {MAX_ENTRY_BYTES}")
+    if not isinstance(reply, list):
+        return ValueError(f"it is a {reply.decode()}, no hash")
+    if not reply:
+        return None
+    try:
+        job = GenerationJob(job_id, connection=connection, serializer=serializer)
+        job.restore(dict(zip(reply[::2], reply[1::2], strict=True)))
+    except Exception as reason:  # whatever RQ's parsing meets
+        return reason
+    return job

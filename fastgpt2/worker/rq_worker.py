@@ -22,12 +22,12 @@ from rq.suspension import is_suspended
 from rq.worker import BaseWorker, WorkerStatus
 
 from fastgpt2.errors import BadRequest, RedisAccessDenied
-from fastgpt2.worker.connection import address_of, in_words
-from fastgpt2.worker.lease import Lease
-from fastgpt2.worker.names import queues_of, taken_key
-from fastgpt2.worker.payload import JSONOnlySerializer
-from fastgpt2.worker.process import on_stop_signals
-from fastgpt2.worker.reaping import Reaper
+from fastgpt2.process import on_stop_signals
+from fastgpt2.protocol.connection import address_of, in_words
+from fastgpt2.protocol.keys import queues_of, taken_key
+from fastgpt2.protocol.untrusted import JSONOnlySerializer
+from fastgpt2.worker.liveness import Lease
+from fastgpt2.worker.reaper import Reaper
 from fastgpt2.worker.rq_job import GenerationJob
 
 if TYPE_CHECKING:
@@ -38,9 +38,11 @@ log = logging.getLogger("fastgpt2.worker")
 # A worker that was killed is off the lists this long after its last heartbeat, plus RQ's own 60 s.
 WORKER_TTL_SECONDS = 30
 HEARTBEAT_SECONDS = 5.0
+
 # How long RQ may not hear of a running job before it takes it for abandoned; ours are taken back in seconds.
 EXECUTION_TTL_SECONDS = 600
 MAX_RECONNECT_SECONDS = 10.0
+
 # How late a job that is due may be enqueued.
 UPKEEP_SECONDS = 1.0
 UPKEEP_PAUSE_SECONDS = 60.0
@@ -52,7 +54,7 @@ class RQWorker(BaseWorker):
     A first SIGTERM, SIGINT or shutdown command sets `stopping`, a second one `stop_at_once`; nothing is interrupted.
 
     Args:
-        connection: to Redis; see `fastgpt2.worker.connection.connect`.
+        connection: to Redis; see `fastgpt2.protocol.connection.connect`.
         queue: name of the queue; the more and the less urgent ones beside it are served too (`names.queues_of`).
         name: unique among the live workers; default host and process id.
         supervisor_pid: the process without which this one should not live on.

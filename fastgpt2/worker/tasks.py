@@ -11,15 +11,15 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from fastgpt2.errors import JobTimedOut
-from fastgpt2.worker.job import JobOptions, parse_job, result_to_json
-from fastgpt2.worker.names import ATTEMPTS_FIELD, PARTIAL_META, stream_key
-from fastgpt2.worker.stream import RUNNING_TTL_SECONDS, Sent, piece_to_entry
+from fastgpt2.protocol.keys import ATTEMPTS_FIELD, PARTIAL_META, stream_key
+from fastgpt2.protocol.messages import RUNNING_TTL_SECONDS, JobOptions, parse_job, piece_to_entry, result_to_json
+from fastgpt2.worker.batch import Sent
 
 if TYPE_CHECKING:
     from rq.job import Job
 
+    from fastgpt2.engine.decoding.sequence import Sequence
     from fastgpt2.engine.engine import Engine
-    from fastgpt2.engine.sequence import Sequence
 
 
 def generate(*args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def generate(*args: Any, **kwargs: Any) -> dict[str, Any]:
     Takes the fields of `GenerationRequest` and, inside an RQ job, those of `JobOptions`.
 
     Returns:
-        The result as a JSON object; `fastgpt2.worker.job.result_from_json` reads it.
+        The result as a JSON object; `fastgpt2.protocol.messages.result_from_json` reads it.
 
     Raises:
         BadRequest: a field is unknown, ill-typed or out of bounds.
@@ -55,7 +55,7 @@ class _StockRun:
     """What a stock worker does not do for a job: its deadline and its stream."""
 
     def __init__(self, job: Job, options: JobOptions) -> None:
-        from fastgpt2.worker.started import seconds_between
+        from fastgpt2.protocol.untrusted import seconds_between
 
         self._job, self._options = job, options
         self.waited = seconds_between(job.enqueued_at, job.started_at)

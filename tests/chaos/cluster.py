@@ -13,8 +13,8 @@ from pathlib import Path
 from redis import Redis
 from redis.exceptions import RedisError
 
-from fastgpt2.worker.connection import connect
-from fastgpt2.worker.redis_server import RedisServer
+from fastgpt2.protocol.connection import connect
+from fastgpt2.system.redis_server import RedisServer
 
 QUEUE = "soak"
 POOLS = 2

@@ -14,7 +14,7 @@ from rq.results import Result
 
 from chaos.cluster import QUEUE
 from chaos.submission import Submitted
-from fastgpt2.worker.names import queues_of
+from fastgpt2.protocol.keys import queues_of
 
 # What stays in Redis without an expiry although no job is left in hand; each is bounded by what it lists.
 _LASTING = [

@@ -25,7 +25,7 @@ from chaos.cluster import QUEUE, Cluster, patiently
 from chaos.faults import Faults, Kill
 from chaos.ledger import audit
 from chaos.submission import Submission
-from fastgpt2.worker.names import EXECUTION_FIELD, leases_key
+from fastgpt2.protocol.keys import EXECUTION_FIELD, leases_key
 
 OVER = (b"finished", b"failed", b"canceled", b"stopped")
 

@@ -20,10 +20,9 @@ from rq.serializers import JSONSerializer
 
 from chaos.cluster import QUEUE
 from fastgpt2 import Client
-from fastgpt2.api.enqueueing import enqueue_call
-from fastgpt2.api.planning import plan_job
+from fastgpt2.api.client.enqueue import enqueue_call, plan_job
 from fastgpt2.errors import FastGPT2Error, JobFailed
-from fastgpt2.worker.names import PRIORITIES
+from fastgpt2.protocol.keys import PRIORITIES
 
 ENTRIES: list[dict[str, Any]] = json.loads(
     (Path(__file__).parent.parent / "golden" / "demo_continuations.json").read_text("utf-8")

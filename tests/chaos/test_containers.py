@@ -10,15 +10,15 @@ import uuid
 from collections.abc import Callable, Iterator
 
 import pytest
-from compose import Compose, docker, free_port, until, why_not
 from redis import Redis
 from redis.exceptions import RedisError
+from support.compose import Compose, docker, free_port, until, why_not
 
 from chaos.cluster import QUEUE
 from chaos.ledger import audit
 from chaos.soak import OVER
 from chaos.submission import Submission
-from fastgpt2.worker.connection import connect
+from fastgpt2.protocol.connection import connect
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=f"no containers here: {why_not()}")
 

@@ -1,1 +1,1 @@
-"""The HTTP endpoint: Starlette on uvicorn. Neither numpy nor a model is imported here."""
+"""The HTTP endpoint; uses client, pool, page and protocol."""

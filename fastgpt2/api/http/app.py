@@ -13,17 +13,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from fastgpt2.api.http import answers
+from fastgpt2.api.http import responses as answers
 from fastgpt2.api.http.access import Access
 from fastgpt2.api.http.completions import Completions
 from fastgpt2.api.http.generate import Generate
 from fastgpt2.api.http.jobs import Jobs
-from fastgpt2.api.http.lingering import Lingering
-from fastgpt2.api.http.models import Models
-from fastgpt2.api.http.observe import Observe
+from fastgpt2.api.http.middleware import Lingering, RequestLog
+from fastgpt2.api.http.monitoring import Observe
 from fastgpt2.api.http.openapi import show_document
-from fastgpt2.api.http.request_log import RequestLog
-from fastgpt2.api.http.service import Bounds, Service
+from fastgpt2.api.http.service import Bounds, Models, Service
 from fastgpt2.errors import FastGPT2Error
 
 Handler = Callable[[Request], Awaitable[Response]]

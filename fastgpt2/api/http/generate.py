@@ -13,17 +13,14 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from fastgpt2.api.enqueueing import JobPlan
-from fastgpt2.api.http.answers import JSON, error_object
-from fastgpt2.api.http.caller import read_object
-from fastgpt2.api.http.event_stream import KEEP_ALIVE, Appended, EventStream, event
+from fastgpt2.api.client.enqueue import JobPlan, plan_job
+from fastgpt2.api.client.outcome import unwrapped
+from fastgpt2.api.http.requests import read_object
+from fastgpt2.api.http.responses import JSON, KEEP_ALIVE, Appended, EventStream, error_object, event
 from fastgpt2.api.http.service import Service, Waiting
-from fastgpt2.api.outcome import unwrapped
-from fastgpt2.api.planning import plan_job
-from fastgpt2.engine.generation import GenerationResult, TokenLogprob
+from fastgpt2.engine.decoding.records import GenerationResult, TokenLogprob
 from fastgpt2.errors import BadRequest, FastGPT2Error
-from fastgpt2.worker.job import refuse_unknown, result_to_json
-from fastgpt2.worker.stream import Piece
+from fastgpt2.protocol.messages import Piece, refuse_unknown, result_to_json
 
 EXAMPLE = '{"inputs": "a prompt"}'
 RESULT_TTL_SECONDS = 3600

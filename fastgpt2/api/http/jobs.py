@@ -5,24 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from fastgpt2.api.enqueueing import once_each
-from fastgpt2.api.http.answers import JSON, error_object
-from fastgpt2.api.http.caller import read_object
-from fastgpt2.api.http.event_stream import KEEP_ALIVE, EventStream, event
+from fastgpt2.api.client.enqueue import once_each, plan_job
+from fastgpt2.api.client.outcome import Outcome, job_key, unwrapped
+from fastgpt2.api.http.requests import read_object
+from fastgpt2.api.http.responses import JSON, KEEP_ALIVE, EventStream, error_object, event
 from fastgpt2.api.http.service import Service, Waiting, idempotency_key
-from fastgpt2.api.outcome import Outcome, job_key, unwrapped
-from fastgpt2.api.planning import plan_job
+from fastgpt2.api.pool.job_list import epoch
 from fastgpt2.errors import BadRequest, FastGPT2Error, JobFailed, JobNotFound
-from fastgpt2.worker.connection import redis_errors
-from fastgpt2.worker.job import refuse_unknown, result_to_json
-from fastgpt2.worker.names import ATTEMPTS_FIELD, queues_of
-from fastgpt2.worker.stream import Piece
+from fastgpt2.protocol.connection import redis_errors
+from fastgpt2.protocol.keys import ATTEMPTS_FIELD, queues_of
+from fastgpt2.protocol.messages import Piece, refuse_unknown, result_to_json
 
 EXAMPLE = '{"prompt": "Once upon a time", "max_new_tokens": 20}'
 MAX_LISTED = 100
@@ -113,9 +110,9 @@ class Jobs:
             "id": job_id,
             "object": "job",
             "status": text.get("status", "expired"),
-            "enqueued_at": _epoch(text.get("enqueued_at")),
-            "started_at": _epoch(text.get("started_at")),
-            "ended_at": _epoch(text.get("ended_at")),
+            "enqueued_at": epoch(text.get("enqueued_at")),
+            "started_at": epoch(text.get("started_at")),
+            "ended_at": epoch(text.get("ended_at")),
             "worker": text.get("worker_name") or None,
             "attempts": int(text.get(ATTEMPTS_FIELD, "0")) if text.get(ATTEMPTS_FIELD, "0").isdecimal() else 0,
         }
@@ -164,58 +161,3 @@ def _number(request: Request, name: str, low: float, high: float) -> float:
     if not low <= value <= high:
         raise BadRequest(f"{name} must be a number from {low:g} to {high:g}, not {text[:40]!r}")
     return value
-
-
-def _epoch(moment: str | None) -> float | None:
-    """RQ notes moments as ISO 8601 in UTC."""
-    try:
-        then = datetime.fromisoformat(moment or "")
-    except ValueError:
-        return None
-    return round((then if then.tzinfo else then.replace(tzinfo=UTC)).timestamp(), 3)
-
-
-async def listed(service: Service, workers: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
-    """The jobs that the workers have in hand, then the latest that have ended; their prompts only if they may be shown.
-
-    Raises:
-        QueueUnavailable
-    """
-    from fastgpt2.api.latest import read_latest, read_prompts
-
-    client = service.client
-    with redis_errors(client.redis_url):
-        jobs = await _in_hand(service, workers, limit)
-        if len(jobs) < limit:
-            ended = await read_latest(client.connection, client.queue_name, limit - len(jobs))
-            known = {job["id"] for job in ended}
-            jobs = [*(job for job in jobs if job["id"] not in known), *({**_UNKNOWN, **job} for job in ended)]
-        if service.bounds.show_prompts:
-            prompts = await read_prompts(client.connection, [job["id"] for job in jobs])
-            jobs = [{**job, "prompt": prompts.get(job["id"])} for job in jobs]
-    return jobs
-
-
-async def _in_hand(service: Service, workers: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
-    """What Redis says of each: one that is being cancelled, or has just ended, is still in a worker's hands."""
-    pairs = [(job_id, worker["name"]) for worker in workers for job_id in worker["jobs"]][:limit]
-    async with service.client.connection.pipeline(transaction=False) as pipeline:
-        for job_id, _ in pairs:
-            pipeline.hmget(job_key(job_id), ["status", "enqueued_at", "started_at"])
-        answers = await pipeline.execute(raise_on_error=False) if pairs else []
-    found = []
-    for (job_id, worker), fields in zip(pairs, answers, strict=True):
-        if isinstance(fields, list) and fields[0] is not None:
-            status, *moments = (None if field is None else field.decode("utf-8", "replace") for field in fields)
-            enqueued_at, started_at = map(_epoch, moments)
-            waited = None if enqueued_at is None or started_at is None else round(max(0.0, started_at - enqueued_at), 3)
-            found.append({**_UNKNOWN, "id": job_id, "status": status, "worker": worker, "queue_seconds": waited})
-    return found
-
-
-_UNKNOWN: dict[str, Any] = dict.fromkeys(
-    (
-        "id", "status", "finish_reason", "error", "prompt_tokens", "cached_tokens", "completion_tokens", "steps",
-        "drafted", "accepted", "queue_seconds", "prefill_seconds", "decode_seconds", "ended_at", "worker",
-    )
-)  # fmt: skip

@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from fastgpt2 import __version__
 from fastgpt2.api.http import schemas
-from fastgpt2.api.http.answers import JSON
+from fastgpt2.api.http.responses import JSON
 
 Object = dict[str, Any]
 

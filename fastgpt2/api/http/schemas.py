@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastgpt2.api.enqueueing import MAX_SECONDS
-from fastgpt2.api.http.completions_request import DEFAULT_MAX_TOKENS, MAX_MODEL_CHARACTERS, MAX_PROMPTS
-from fastgpt2.engine.generation import (
+from fastgpt2.api.client.enqueue import MAX_SECONDS
+from fastgpt2.api.http.completions import DEFAULT_MAX_TOKENS, MAX_MODEL_CHARACTERS, MAX_PROMPTS
+from fastgpt2.engine.decoding.records import (
     DEFAULT_MAX_NEW_TOKENS,
     MAX_LOGPROBS,
     MAX_NEW_TOKENS,
@@ -15,8 +15,8 @@ from fastgpt2.engine.generation import (
     MAX_STOP_STRINGS,
     MAX_TOKEN_ID,
 )
-from fastgpt2.worker.job import MAX_TIMEOUT_SECONDS
-from fastgpt2.worker.names import PRIORITIES
+from fastgpt2.protocol.keys import PRIORITIES
+from fastgpt2.protocol.messages import MAX_TIMEOUT_SECONDS
 
 Schema = dict[str, Any]
 

@@ -27,7 +27,7 @@ def serve(values: dict[str, Any]) -> None:
     from fastgpt2.api.http.access import is_loopback, read_token, refuse_exposure
     from fastgpt2.api.http.app import create_app
     from fastgpt2.api.http.service import Bounds, log
-    from fastgpt2.logs import set_up_logging
+    from fastgpt2.process import set_up_logging
 
     set_up_logging(values["log_level"])
     token = read_token(values["token_file"])

@@ -8,30 +8,36 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, Self
 
 from starlette.requests import Request
 
-from fastgpt2.api.async_client import AsyncClient
-from fastgpt2.api.enqueueing import JobPlan, once_each
-from fastgpt2.api.http.caller import Caller, CallerGone
-from fastgpt2.api.outcome import Outcome, unwrapped
-from fastgpt2.api.watch import Watch, Watched
-from fastgpt2.engine.generation import GenerationResult
+from fastgpt2.api.client.async_client import AsyncClient
+from fastgpt2.api.client.enqueue import JobPlan, once_each
+from fastgpt2.api.client.outcome import Outcome, unwrapped
+from fastgpt2.api.http.requests import Caller, CallerGone
+from fastgpt2.api.http.watch import Watch, Watched
+from fastgpt2.engine.decoding.records import GenerationResult
 from fastgpt2.errors import BadRequest, FastGPT2Error, ResultTimeout, ServiceBusy, ServiceStopping
-from fastgpt2.worker.stream import Piece
+from fastgpt2.protocol.connection import redis_errors
+from fastgpt2.protocol.messages import Piece
 
 log = logging.getLogger("fastgpt2.http")
 
 # Jobs that are waited for at once, over all requests.
 MAX_WAITING = 2000
+
 # How long requests in hand may go on once the endpoint is told to stop.
 GRACE_SECONDS = 5.0
+
 # How often it is looked whether the endpoint is to stop.
 LOOK_SECONDS = 0.2
+
 # How long the first event of a stream is waited for before its head is sent: what cannot be done, a worker that is not
 # busy refuses in milliseconds, and then the status can say so.
 HEAD_SECONDS = 1.0
+
 # Proxies take a stream on which nothing comes for one that hangs.
 KEEP_ALIVE_SECONDS = 15.0
 IDEMPOTENCY_HEADER = "idempotency-key"
@@ -256,3 +262,56 @@ class Waiting:
         with suppress(ResultTimeout):
             async for _ in self.events():
                 pass
+
+
+# NOTE api.http.models: Which models the live workers serve, looked up anew every few seconds.
+FRESH_SECONDS = 5.0
+MAX_WORKERS = 1000
+
+
+class Models:
+    """Read from the workers' own entries."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+        self._known: dict[str, int] = {}
+        self._fresh_until = 0.0
+
+    async def served(self) -> dict[str, int]:
+        """Each model's id, and since when one serves it, in seconds since 1970; the first is the one that most serve.
+
+        Raises:
+            QueueUnavailable
+        """
+        if time.monotonic() < self._fresh_until:
+            return self._known
+        with redis_errors(self._client.redis_url):
+            connection = self._client.connection
+            names = await connection.smembers(f"rq:workers:{self._client.queue_name}")
+            async with connection.pipeline(transaction=False) as pipeline:
+                for name in sorted(names)[:MAX_WORKERS]:
+                    pipeline.hmget(name, ["model", "birth"])
+                answers = await pipeline.execute() if names else []
+        self._known = _count(answers)
+        self._fresh_until = time.monotonic() + FRESH_SECONDS if self._known else 0.0
+        return self._known
+
+
+def _count(answers: list[tuple[bytes | None, bytes | None]]) -> dict[str, int]:
+    workers: dict[str, int] = {}
+    since: dict[str, int] = {}
+    for model, birth in answers:
+        if model:
+            name = model.decode("utf-8", "replace")
+            workers[name] = workers.get(name, 0) + 1
+            since[name] = min(since.get(name, 1 << 62), _seconds(birth))
+    return {name: since[name] for name in sorted(workers, key=lambda name: (-workers[name], name))}
+
+
+def _seconds(moment: bytes | None) -> int:
+    """RQ notes moments as ISO 8601 in UTC."""
+    try:
+        then = datetime.fromisoformat((moment or b"").decode("ascii"))
+    except ValueError:
+        return 0
+    return max(0, int((then if then.tzinfo else then.replace(tzinfo=UTC)).timestamp()))

@@ -1,0 +1,1 @@
+"""The clients, blocking and asyncio, and what they share; uses protocol."""

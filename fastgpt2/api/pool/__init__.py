@@ -1,0 +1,1 @@
+"""The state of a pool, for people and for Prometheus; uses protocol."""

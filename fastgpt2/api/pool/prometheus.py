@@ -1,0 +1,216 @@
+"""What the pool has done and is doing, for Prometheus: its own library writes it down, from what stands in Redis."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from fastgpt2 import __version__
+from fastgpt2.api.pool.snapshot import Snapshot, read_snapshot, seconds_since
+from fastgpt2.protocol.keys import (
+    ACCEPTED_TOKENS,
+    BATCH_SIZE,
+    CACHED_TOKENS,
+    DRAFTED_TOKENS,
+    FIRST_TOKEN_SECONDS,
+    GENERATED_TOKENS,
+    GIVEN_BACK,
+    KV_USED,
+    OUTCOMES,
+    PROMPT_TOKENS,
+    QUEUE_SECONDS,
+    RECOVERIES,
+    REFUSED,
+    RESTARTS,
+    RETRIED,
+    TOKEN_SECONDS,
+    Histogram,
+    ended_field,
+    restarts_field,
+)
+from fastgpt2.protocol.untrusted import real, text, whole
+
+if TYPE_CHECKING:
+    from prometheus_client.metrics_core import Metric
+    from redis.asyncio import Redis
+
+WORKER_STATES = ("starting", "started", "suspended", "busy", "idle")
+_COUNTERS = {
+    PROMPT_TOKENS: ("fastgpt2_prompt_tokens", "Prompt tokens read, of jobs that left a worker."),
+    CACHED_TOKENS: ("fastgpt2_cached_tokens", "Those of them that were not computed: another prompt began alike."),
+    GENERATED_TOKENS: ("fastgpt2_generated_tokens", "Tokens generated, also of jobs that were started again."),
+    DRAFTED_TOKENS: ("fastgpt2_drafted_tokens", "Guesses that were verified, of jobs that left a worker."),
+    ACCEPTED_TOKENS: ("fastgpt2_accepted_tokens", "Those of them that came true, each of which saved a step."),
+    RETRIED: ("fastgpt2_jobs_retried", "Jobs that failed and were enqueued again, as their Retry asks."),
+    GIVEN_BACK: ("fastgpt2_jobs_given_back", "Jobs that a worker put back into the queue, mostly as it was stopped."),
+    RECOVERIES: ("fastgpt2_job_recoveries", "Jobs taken back from workers that died, to run again."),
+    REFUSED: ("fastgpt2_jobs_refused", "Attempts to enqueue that were refused, as the queue was full."),
+}
+_HISTOGRAMS = (
+    (QUEUE_SECONDS, "fastgpt2_job_queue_seconds", "From being enqueued to the start, of jobs that finished."),
+    (
+        FIRST_TOKEN_SECONDS,
+        "fastgpt2_time_to_first_token_seconds",
+        "From being enqueued to the first token, so queue and prefill, of jobs that finished.",
+    ),
+    (
+        TOKEN_SECONDS,
+        "fastgpt2_time_per_output_token_seconds",
+        "Mean time of a job's tokens after the first, of jobs that finished.",
+    ),
+    (BATCH_SIZE, "fastgpt2_step_batch_size", "Sequences decoded together, by step."),
+    (
+        KV_USED,
+        "fastgpt2_kv_used_ratio",
+        "Part of the memory for keys and values that is reserved, looked at four times a second while jobs run.",
+    ),
+)
+
+# Of each worker: a field of its hash, the metric, what it says. As old as its heartbeat.
+_OF_WORKERS = (
+    ("tokens_per_second", "fastgpt2_worker_tokens_per_second", "Tokens that a worker generates, over ten seconds."),
+    ("max_batch", "fastgpt2_worker_max_batch_size", "Sequences that a worker decodes together at most."),
+    ("kv_bytes", "fastgpt2_worker_kv_bytes", "Memory that a worker has reserved for keys and values."),
+    ("kv_bytes_limit", "fastgpt2_worker_kv_limit_bytes", "Memory that a worker may use for keys and values."),
+    ("prefix_bytes", "fastgpt2_worker_prefix_bytes", "Memory in which a worker keeps prompts' keys and values."),
+    ("prefix_bytes_limit", "fastgpt2_worker_prefix_limit_bytes", "Memory that a worker may use for that."),
+    ("private_bytes", "fastgpt2_worker_private_memory_bytes", "Memory of a worker's processes that is theirs alone."),
+    ("shared_bytes", "fastgpt2_worker_shared_memory_bytes", "Memory of a worker that other processes map too."),
+    ("restarts", "fastgpt2_worker_slot_restarts", "How often a worker was started again in this one's place."),
+)
+
+
+async def exposition(connection: Redis, queue: str, accept: str = "") -> tuple[str, bytes]:
+    """The metrics of a pool.
+
+    Args:
+        accept: the request's header of that name: Prometheus asks for its text format or for OpenMetrics.
+
+    Returns:
+        The content type, and the body.
+
+    Raises:
+        RedisError
+    """
+    from prometheus_client import CollectorRegistry
+    from prometheus_client.exposition import choose_encoder
+
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Pool(await read_snapshot(connection, queue)))
+    encode, content_type = choose_encoder(accept)
+    return content_type, encode(registry)
+
+
+class _Pool:
+    """A collector, as prometheus_client calls what yields metrics."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        yield from _now(self._snapshot)
+        yield from _counters(self._snapshot.totals)
+        for histogram, name, meaning in _HISTOGRAMS:
+            yield _histogram(histogram, name, meaning, self._snapshot.totals)
+        yield from _workers(self._snapshot)
+
+
+def _now(snapshot: Snapshot) -> Iterator[Metric]:
+    from prometheus_client.metrics_core import GaugeMetricFamily
+
+    # A gauge, not an info: that is of OpenMetrics only.
+    info = GaugeMetricFamily(
+        "fastgpt2_build_info", "The version of the endpoint, and of Redis.", labels=["version", "redis"]
+    )
+    info.add_metric([__version__, snapshot.redis_version], 1)
+    yield info
+    depths = GaugeMetricFamily("fastgpt2_queue_jobs", "Jobs that wait, by priority.", labels=["priority"])
+    waits = GaugeMetricFamily(
+        "fastgpt2_queue_oldest_wait_seconds",
+        "How long the job at the head of a queue has waited, 0 if there is none; absent if it cannot be told.",
+        labels=["priority"],
+    )
+    for priority, depth in snapshot.depths.items():
+        depths.add_metric([priority], depth)
+        wait = snapshot.waits[priority] if depth else 0.0
+        if wait is not None:
+            waits.add_metric([priority], wait)
+    yield depths
+    yield waits
+    jobs = GaugeMetricFamily(
+        "fastgpt2_jobs", "Jobs that Redis has, by RQ's states; ended ones until they expire.", labels=["state"]
+    )
+    for state, count in {"queued": sum(snapshot.depths.values()), **snapshot.jobs}.items():
+        jobs.add_metric([state], count)
+    yield jobs
+
+
+def _counters(totals: Mapping[str, Any]) -> Iterator[Metric]:
+    from prometheus_client.metrics_core import CounterMetricFamily
+
+    ended = CounterMetricFamily(
+        "fastgpt2_jobs_ended", "Jobs that ended, by RQ's status and by why.", labels=["outcome", "reason"]
+    )
+    for outcome in OUTCOMES:
+        ended.add_metric(outcome, _count(totals, ended_field(*outcome)))
+    yield ended
+    restarts = CounterMetricFamily(
+        "fastgpt2_worker_restarts",
+        "Workers started again by their supervisor: after one died, or ended in good order.",
+        labels=["reason"],
+    )
+    for reason in RESTARTS:
+        restarts.add_metric([reason], _count(totals, restarts_field(reason)))
+    yield restarts
+    for field, (name, meaning) in _COUNTERS.items():
+        yield CounterMetricFamily(name, meaning, value=_count(totals, field))
+
+
+def _histogram(histogram: Histogram, name: str, meaning: str, totals: Mapping[str, Any]) -> Metric:
+    from prometheus_client.metrics_core import HistogramMetricFamily
+
+    upto, buckets = 0, []
+    for bound, field in zip((*histogram.bounds, math.inf), histogram.fields, strict=True):
+        upto += _count(totals, field)
+        # As Prometheus writes it, so that a rule may name it: "1.0", "+Inf".
+        buckets.append(("+Inf" if bound == math.inf else str(float(bound)), float(upto)))
+    return HistogramMetricFamily(name, meaning, buckets=buckets, sum_value=real(totals.get(histogram.sum_field)) or 0.0)
+
+
+def _workers(snapshot: Snapshot) -> Iterator[Metric]:
+    from prometheus_client.metrics_core import GaugeMetricFamily
+
+    states = dict.fromkeys((*WORKER_STATES, "other"), 0)
+    ages = GaugeMetricFamily(
+        "fastgpt2_worker_heartbeat_age_seconds", "Since a worker was heard of last.", labels=["worker"]
+    )
+    jobs = GaugeMetricFamily("fastgpt2_worker_jobs", "Jobs in a worker's hands.", labels=["worker"])
+    gauges = {field: GaugeMetricFamily(name, meaning, labels=["worker"]) for field, name, meaning in _OF_WORKERS}
+    # Names that were cut could be the same.
+    for name, entry in {entry.name: entry for entry in snapshot.workers}.items():
+        fields = entry.fields
+        jobs.add_metric([name], entry.in_hand)
+        state = text(fields.get("state"))
+        states[state if state in states else "other"] += 1
+        age = seconds_since(fields.get("last_heartbeat"), snapshot.time)
+        if age is not None:
+            ages.add_metric([name], age)
+        for field, gauge in gauges.items():
+            value = real(fields.get(field))
+            if value is not None:
+                gauge.add_metric([name], value)
+    workers = GaugeMetricFamily("fastgpt2_workers", "Registered workers, by state.", labels=["state"])
+    for state, count in states.items():
+        workers.add_metric([state], count)
+    yield workers
+    yield ages
+    yield jobs
+    yield from gauges.values()
+
+
+def _count(totals: Mapping[str, Any], field: str) -> int:
+    return whole(totals.get(field)) or 0

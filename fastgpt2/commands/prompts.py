@@ -1,0 +1,196 @@
+"""`fastgpt2 generate`: no queue; load, generate, print."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from fastgpt2.errors import BadRequest
+
+if TYPE_CHECKING:
+    from fastgpt2.engine.decoding.records import GenerationRequest, GenerationResult
+    from fastgpt2.protocol.messages import Piece
+
+
+def run(values: dict[str, Any]) -> int:
+    from fastgpt2.engine.engine import Engine
+    from fastgpt2.engine.machine import hold_to_one_thread
+
+    started = perf_counter()
+    request = request_of(values)
+    hold_to_one_thread()
+    engine = Engine.load(
+        values["model"],
+        revision=values["revision"],
+        max_batch=1,
+        prefix_memory=0,  # there is no second prompt
+        threads=values["threads"],
+        blas=values["blas"],
+        weights=values["weights"],
+        drafts=values["drafts"],
+    )
+    sequence = engine.decoder.admit(engine.decoder.prepare(request))
+    encoded = perf_counter()
+    while not sequence.finished:
+        engine.decoder.step()
+    result = sequence.result(engine.model)
+    if values["timings"]:
+        times = engine.load_times
+        lines = [
+            ("mapped", times.mapped),
+            ("tokenizer", times.tokenizer),
+            ("loaded and encoded", encoded - started),
+            *(("loop in", seconds) for seconds in sequence.step_seconds),
+            ("total", perf_counter() - started),
+        ]
+        for name, seconds in lines:
+            print(f"{name} {seconds * 1e3:.2f} ms", file=sys.stderr)
+    # With `echo` the text begins with it.
+    print_result(result, values, prompt="" if request.echo else None)
+    return 0
+
+
+# NOTE commands.queue: What a person asks a running pool: `fastgpt2 status`, `enqueue`, `result`, `cancel`.
+
+
+def status(values: dict[str, Any]) -> int:
+    import asyncio
+
+    from fastgpt2.api.pool.status import read_status
+    from fastgpt2.protocol.connection import connect_async, redis_errors
+
+    async def read() -> dict[str, Any]:
+        connection = connect_async(values["redis_url"])
+        try:
+            return await read_status(connection, values["queue"])
+        finally:
+            await connection.aclose()
+
+    with redis_errors(values["redis_url"]):
+        status = asyncio.run(read())
+    print(json.dumps(status, indent=2) if values["json"] else _status_text(status))
+    return 0
+
+
+def _status_text(status: dict[str, Any]) -> str:
+    jobs = ", ".join(f"{count} {state}" for state, count in status["jobs"].items() if count) or "none"
+    queue, rates = status["queue"], status["rates"]["1m"]
+    wait = queue["oldest_wait_seconds"]
+    waiting = f"{queue['depth']} waiting" + ("" if wait is None else f", the first for {wait:.1f} s")
+    lines = [
+        f"queue {queue['name']}: {waiting}; jobs: {jobs}",
+        f"last minute: {rates['tokens_per_second']:.1f} tokens/s, {60 * rates['jobs_per_second']:.1f} jobs/min",
+    ]
+    for worker in status["workers"]:
+        count = worker["in_hand"]
+        at_work = f" on {count} of up to {worker['max_batch']} jobs" if count else ""
+        usual = {"weights": "float32", "drafts": "auto"}
+        otherwise = "".join(f", {name} {worker[name]}" for name in usual if worker[name] not in (None, usual[name]))
+        lines.append(
+            f"worker {worker['name']}: {worker['state']}{at_work}, model {worker['model']} ({worker['computes_by']})"
+            f"{otherwise}, up {worker['age_seconds']} s, heard {worker['heartbeat_age_seconds']} s ago, "
+            f"{worker['tokens_per_second'] or 0.0:.1f} tokens/s, "
+            f"{worker['jobs_finished']} finished, {worker['jobs_failed']} failed"
+        )
+    if not status["workers"]:
+        lines.append("no workers; start some with `fastgpt2 up` or `fastgpt2 worker`")
+    return "\n".join(lines)
+
+
+def enqueue(values: dict[str, Any]) -> int:
+    from fastgpt2.api.client.client import Client
+    from fastgpt2.protocol.messages import JobOptions
+
+    if values["stream"] and values["json"]:
+        raise BadRequest("--stream prints text, --json a whole result; leave one out")
+    options = JobOptions(timeout=values["deadline"], stream=values["stream"])
+    with Client(values["redis_url"], values["queue"], values["max_queue"]) as client:
+        job = client.enqueue_request(request_of(values), options, priority=values["priority"])
+        if values["stream"]:
+            try:
+                print_pieces(job.stream(values["timeout"]), values)
+            except KeyboardInterrupt:
+                if job.cancel():
+                    print(f"\njob {job.id} is cancelled", file=sys.stderr)
+                raise
+        elif values["wait"]:
+            print_result(job.result(values["timeout"]), values)
+        else:
+            print(job.id)
+    return 0
+
+
+def result(values: dict[str, Any]) -> int:
+    from fastgpt2.api.client.client import Client
+
+    with Client(values["redis_url"], values["queue"]) as client:
+        print_result(client.result(values["job"], values["timeout"]), values)
+    return 0
+
+
+def cancel(values: dict[str, Any]) -> int:
+    from fastgpt2.api.client.client import Client
+
+    with Client(values["redis_url"], values["queue"]) as client:
+        if client.cancel(values["job"]):
+            print(f"job {values['job']} is cancelled")
+        else:
+            print(f"job {values['job']} had ended: {client.status(values['job'])}")
+    return 0
+
+
+# NOTE commands.texts: A prompt from the command line, and a result onto standard output: what several commands share.
+
+
+def request_fields(values: dict[str, Any]) -> dict[str, Any]:
+    """What the options say of a request, by the names of its fields."""
+    return {
+        "max_new_tokens": values["max_new_tokens"],
+        "stop": [values["stop"]] if values["stop"] else [],
+        "ignore_eos": values["ignore_eos"],
+        "min_new_tokens": values["min_new_tokens"],
+        "logprobs": values["logprobs"],
+        "echo": values["echo"],
+    }
+
+
+def request_of(values: dict[str, Any]) -> GenerationRequest:
+    """
+    Raises:
+        BadRequest: a value is out of bounds.
+    """
+    from fastgpt2.engine.decoding.records import GenerationRequest
+
+    return GenerationRequest(values["prompt"], **request_fields(values))
+
+
+def print_result(result: GenerationResult, values: dict[str, Any], prompt: str | None = None) -> None:
+    """The text after its prompt, by default that of the command line; or, if asked for, all as JSON."""
+    if values["json"]:
+        from fastgpt2.protocol.messages import result_to_json
+
+        print(json.dumps(result_to_json(result, result.timings.queue_seconds)))
+        return
+    print((_before(values) if prompt is None else prompt) + result.text)
+
+
+def print_pieces(pieces: Iterable[Piece], values: dict[str, Any]) -> None:
+    """The text after its prompt, as it comes."""
+    text = ""
+    print(_before(values), end="", flush=True)
+    for piece in pieces:
+        if piece.at < len(text):
+            print("\n(started again elsewhere, it comes out otherwise)", file=sys.stderr, flush=True)
+            print(_before(values) + text[: piece.at], end="")
+        print(piece.text, end="", flush=True)
+        text = text[: piece.at] + piece.text
+    print(flush=True)
+
+
+def _before(values: dict[str, Any]) -> str:
+    """The prompt, unless it is part of the result's text."""
+    prompt: str = "" if values.get("echo") else values.get("prompt", "")
+    return prompt

@@ -1,0 +1,219 @@
+"""safetensors file(s) -> validated, named, zero-copy arrays on read-only memory maps.
+
+The safetensors library validates a file (bounds, overlaps, dtypes, sizes) but hands out copies; so its verdict is
+taken, and the offsets are then read from the same header.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import mmap
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from fastgpt2.engine.kernels.panels import widened
+from fastgpt2.engine.model.config import INDEX_FILE, PICKLE_FILES, SINGLE_FILE, read_index
+from fastgpt2.errors import CheckpointError
+
+# gpt2-xl's header has 60 KB. The library would accept 100 MB, which Python's JSON turns into gigabytes.
+MAX_HEADER_BYTES = 8 << 20
+
+# linux/mman.h; Python's mmap has no name for it.
+_MADV_POPULATE_READ = 22
+
+# BF16 has no numpy type: it is viewed as the upper half of a float32. I8 is found in packed files only.
+_VIEW_TYPES: dict[str, type[np.generic]] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I8": np.int8}
+_FLOATING = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where a tensor lies: its file, safetensors dtype name, shape, and byte range in the file."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class Checkpoint:
+    """The tensors of a model folder, by name. Views stay valid as long as any of them, or this, is alive."""
+
+    def __init__(self, tensors: dict[str, TensorInfo], maps: dict[Path, mmap.mmap]) -> None:
+        self.tensors = tensors
+        self._maps = maps
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Map `model.safetensors`, or the shards that `model.safetensors.index.json` lists.
+
+        Raises:
+            CheckpointError: neither exists, or a file is damaged or does not hold what the index says.
+        """
+        if (folder / SINGLE_FILE).exists():
+            tensors, mapped = map_file(folder / SINGLE_FILE)
+            return cls(tensors, {folder / SINGLE_FILE: mapped})
+        if (folder / INDEX_FILE).exists():
+            return cls._open_shards(folder)
+        raise CheckpointError(_nothing_to_open(folder))
+
+    @classmethod
+    def _open_shards(cls, folder: Path) -> Checkpoint:
+        index = read_index(folder / INDEX_FILE)
+        tensors: dict[str, TensorInfo] = {}
+        maps: dict[Path, mmap.mmap] = {}
+        for shard in sorted(set(index.values())):
+            held, maps[folder / shard] = map_file(folder / shard)
+            listed = {name for name, file in index.items() if file == shard}
+            for name in listed - held.keys():
+                raise CheckpointError(f"{folder / shard}: tensor {name!r} is missing; {INDEX_FILE} lists it here")
+            for name in held.keys() - listed:
+                raise CheckpointError(f"{folder / shard}: tensor {name!r} is not listed here by {INDEX_FILE}")
+            tensors.update(held)
+        return cls(tensors, maps)
+
+    @cached_property
+    def identity(self) -> str:
+        """Changes whenever a file does: sizes, times of change, and the place of every tensor."""
+        digest = hashlib.sha256()
+        for file in sorted({file.resolve() for file in {info.file for info in self.tensors.values()}}):
+            status = file.stat()
+            digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
+        for name, info in sorted(self.tensors.items()):
+            digest.update(f"{name} {info.dtype} {info.shape} {info.start}\n".encode())
+        return digest.hexdigest()[:16]
+
+    def view(self, name: str) -> NDArray[Any]:
+        """The tensor as it lies in the file, read-only, without a copy; a BF16 tensor as its uint16 bit patterns.
+
+        The view is unaligned where the file is (`view.flags.aligned`), as the public `gpt2` file is.
+        """
+        info = self.tensors[name]
+        if info.dtype not in _VIEW_TYPES:
+            raise self._unreadable(name)
+        view_type = np.dtype(_VIEW_TYPES[info.dtype])
+        count = (info.stop - info.start) // view_type.itemsize
+        flat = np.frombuffer(self._maps[info.file], view_type, count, info.start)
+        return flat.reshape(info.shape)
+
+    def populate(self) -> None:
+        """Enter the pages of all files into this process's page table, reading what is not in memory yet.
+
+        Does nothing where the system has no such call (Linux 5.14).
+        """
+        for mapped in self._maps.values():
+            with contextlib.suppress(OSError, ValueError):
+                mapped.madvise(_MADV_POPULATE_READ)
+
+    def float32(self, name: str, where: Any = ...) -> NDArray[np.float32]:
+        """The tensor, or the part of it that an index tells, as aligned float32.
+
+        The view itself where it is that already, else a converted copy: BLAS reads aligned float32 only; given anything
+        else, numpy would copy the weights again on every product.
+        """
+        if self.tensors[name].dtype not in _FLOATING:
+            raise self._unreadable(name)
+        view: NDArray[Any] = self.view(name)[where]
+        if self.tensors[name].dtype == "BF16":
+            return widened(view)
+        if view.dtype == np.float32 and view.flags.aligned:
+            return view
+        return np.require(view, np.float32, ["A", "C"])
+
+    def _unreadable(self, name: str) -> CheckpointError:
+        info = self.tensors[name]
+        return CheckpointError(
+            f"{info.file}: tensor {name!r} is {info.dtype}; GPT-2 weights are read as {', '.join(_FLOATING)}"
+        )
+
+
+def map_file(path: Path) -> tuple[dict[str, TensorInfo], mmap.mmap]:
+    """Validate a safetensors file, list its tensors and map it read-only.
+
+    Raises:
+        CheckpointError: not a safetensors file, damaged, truncated, or a header beyond the limit.
+    """
+    try:
+        header, data_start = _read_header(path)
+        with safe_open(path, framework="numpy"):
+            pass
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except SafetensorError as reason:
+        raise CheckpointError(f"{path}: damaged or not a safetensors file ({reason}); fetch it again") from None
+    except OSError as reason:
+        raise CheckpointError(f"{path}: cannot be read ({reason.strerror or reason})") from None
+    tensors = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        start, stop = entry["data_offsets"]
+        tensors[name] = TensorInfo(path, entry["dtype"], tuple(entry["shape"]), data_start + start, data_start + stop)
+    return tensors, mapped
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The free-form texts in a safetensors file's header.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        metadata = _read_header(path)[0].get("__metadata__", {})
+    except OSError as reason:
+        raise CheckpointError(f"{path}: cannot be read ({reason.strerror or reason})") from None
+    return {str(key): str(value) for key, value in metadata.items()} if isinstance(metadata, dict) else {}
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The JSON header and the byte at which tensor data begins. What it says is the library's to validate."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if len(start) < 8:
+            raise CheckpointError(f"{path}: not a safetensors file: only {size} bytes long; fetch it again")
+        (length,) = struct.unpack("<Q", start)
+        if length > min(size - 8, MAX_HEADER_BYTES):
+            raise CheckpointError(
+                f"{path}: damaged or not a safetensors file: its header claims {length} bytes "
+                f"(the file has {size}, a header at most {MAX_HEADER_BYTES}); fetch it again"
+            )
+        raw = file.read(length)
+    try:
+        header = json.loads(raw, object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as reason:
+        raise CheckpointError(f"{path}: damaged or not a safetensors file: its header is no JSON ({reason})") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: damaged or not a safetensors file: its header is no JSON object")
+    return header, 8 + length
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Two entries of one name would make the library and this module see different tensors."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        raise ValueError("a name occurs twice")
+    return result
+
+
+def _nothing_to_open(folder: Path) -> str:
+    for name in PICKLE_FILES:
+        if (folder / name).exists():
+            return (
+                f"{folder}: holds {name} but no {SINGLE_FILE}. A .bin file is a pickle, which can run any code and is "
+                f"never opened here; convert it once, where you trust it: python -c 'from transformers import "
+                f'GPT2LMHeadModel as M; M.from_pretrained("{folder}").save_pretrained("converted")\''
+            )
+    return f"{folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}"

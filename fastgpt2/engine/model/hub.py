@@ -1,0 +1,242 @@
+"""Model id -> local folder. What is cached is used as it is; huggingface_hub is imported only to download."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from fastgpt2.engine.model.config import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, TOKENIZER_FILES, read_index
+from fastgpt2.errors import ModelError, ModelNotFound
+
+log = logging.getLogger("fastgpt2.engine")
+DEMO_MODEL = "demo"
+DEMO_FOLDER = Path(__file__).parent.parent.parent / "models" / DEMO_MODEL
+DEFAULT_REVISION = "main"
+
+# namespace/name or a bare name, as huggingface_hub's validate_repo_id has it.
+_NAME = r"\w(?:[\w.-]{0,94}\w)?"
+_REPO_ID = re.compile(rf"(?!.*(?:--|\.\.|\.git$))(?:{_NAME}/)?{_NAME}", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+# What git allows, roughly. It becomes the path of a file below `refs`, which huggingface_hub writes unchecked.
+_REVISION = re.compile(r"(?![./])(?!.*(?:\.\.|//|/\.))[^\x00-\x20\x7f~^:?*\[\\]{1,200}")
+_TRUE = {"1", "on", "yes", "true"}
+Fetch = Callable[[str], Path | None]
+
+
+def find_model(model: str, revision: str | None = None) -> Path:
+    """The folder that holds a model, downloaded first if need be.
+
+    Args:
+        model: `demo` (shipped with this package), the path of a folder, or a Hugging Face hub id such as `gpt2`.
+        revision: a branch, tag or commit of the hub's repository; default `main`.
+
+    The cache is huggingface_hub's own, shared with transformers: `HF_HUB_CACHE`, `HF_HOME`, `HF_HUB_OFFLINE`,
+    `HF_ENDPOINT` and `HF_TOKEN` mean what they mean there. A revision that is cached whole is used without asking the
+    hub again.
+
+    Raises:
+        ModelNotFound: no such folder or repository, no access, no network, or offline with nothing cached; the
+            message says what to do.
+        CheckpointError: the index of a model in shards is malformed, or leads out of its folder.
+    """
+    if model == DEMO_MODEL:
+        return DEMO_FOLDER
+    folder = _local(model)
+    if folder is not None:
+        return folder
+    if not _REPO_ID.fullmatch(model):
+        raise ModelNotFound(f"{model}: no such folder, nor a hub id (`name` or `owner/name`)")
+    revision = revision or DEFAULT_REVISION
+    if not _REVISION.fullmatch(revision):
+        raise ModelNotFound(f"{model}: {revision!r} is no name of a branch, tag or commit")
+    return _cached(model, revision) or _download(model, revision)
+
+
+def _local(model: str) -> Path | None:
+    """The folder of that path; None where there is nothing."""
+    try:
+        path = Path(model).expanduser()
+        if (path / CONFIG_FILE).is_file():
+            return path
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except (OSError, RuntimeError) as reason:  # too long, no right to look, `~nobody`
+        raise ModelNotFound(f"{model}: cannot be looked up ({reason})") from None
+    if is_file:
+        raise ModelNotFound(f"{model}: is a file; name the folder that holds it, with {CONFIG_FILE} and a tokenizer")
+    if is_folder:
+        raise ModelNotFound(f"{model}: is a folder here and holds no {CONFIG_FILE}")
+    return None
+
+
+def cache_folder() -> Path:
+    """huggingface_hub's cache. Source: huggingface_hub/constants.py."""
+    explicit = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    if explicit:
+        return Path(os.path.expandvars(explicit)).expanduser()
+    cache_home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = os.environ.get("HF_HOME") or f"{cache_home}/huggingface"
+    try:
+        return Path(os.path.expandvars(home)).expanduser() / "hub"
+    except RuntimeError:  # a user without an entry among the machine's users, and no HOME
+        raise ModelNotFound("the cache for models cannot be found, for want of a home folder; set HF_HOME") from None
+
+
+def _resolved_cache() -> Path:
+    """Without links, as huggingface_hub's newer versions do it: a model has one path, fetched just now or before."""
+    return cache_folder().resolve()
+
+
+def _cached(repo_id: str, revision: str) -> Path | None:
+    """The snapshot folder of a revision, if all that a model needs is in it."""
+    repo = _resolved_cache() / ("models--" + repo_id.replace("/", "--"))
+    commit = revision
+    if not _COMMIT.fullmatch(revision):
+        try:
+            commit = (repo / "refs" / revision).read_text("utf-8").strip()
+        except (OSError, UnicodeDecodeError):
+            return None
+        if not _COMMIT.fullmatch(commit):
+            return None
+    snapshot = repo / "snapshots" / commit
+
+    def look_up(name: str) -> Path | None:
+        path = snapshot / name
+        return path if path.is_file() else None
+
+    return snapshot if _collect(look_up) else None
+
+
+def _collect(fetch: Fetch) -> Path | None:
+    """Get the files that a model needs, and no others. Returns its `config.json`; None where something is missing.
+
+    Raises:
+        CheckpointError: the index names something else than files beside it, of which none is then asked for.
+    """
+    config = fetch(CONFIG_FILE)
+    if config is None or not any(all(fetch(name) for name in names) for names in TOKENIZER_FILES):
+        return None
+    if fetch(SINGLE_FILE):
+        return config
+    index = fetch(INDEX_FILE)
+    if index is None:
+        return None
+    return config if all(fetch(name) for name in sorted(set(read_index(index).values()))) else None
+
+
+def _download(repo_id: str, revision: str) -> Path:
+    offline = "HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") else "TRANSFORMERS_OFFLINE"
+    if os.environ.get(offline, "").lower() in _TRUE:
+        raise ModelNotFound(
+            f"{repo_id}: revision {revision} is not in the cache {cache_folder()} and {offline} is set; unset it "
+            f"once to download, copy the cache here, name a folder, or use the model that comes along: {DEMO_MODEL}"
+        )
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    log.info("downloading %s, revision %s, into %s", repo_id, revision, cache_folder())
+    try:
+        _ask_once(repo_id, revision)
+        config = _collect(_fetcher(repo_id, revision))
+    except GatedRepoError:
+        raise ModelNotFound(
+            f"{repo_id}: access is restricted; ask for it on the hub, then set HF_TOKEN to a token of yours"
+        ) from None
+    except RepositoryNotFoundError:
+        raise ModelNotFound(
+            f"{repo_id}: no such folder here and no such repository on the hub; check the name, or set HF_TOKEN if it "
+            "is private"
+        ) from None
+    except RevisionNotFoundError:
+        raise ModelNotFound(f"{repo_id}: has no revision {revision!r}") from None
+    except HfHubHTTPError as reason:
+        raise ModelNotFound(
+            _refused(repo_id, reason.response.status_code, _first_line(reason.server_message or reason))
+        ) from reason
+    except ModelError:
+        raise
+    except Exception as reason:  # network, disk and protocol errors, of many libraries' types
+        raise ModelNotFound(_download_failed(repo_id, reason)) from reason
+    if config is None:
+        raise ModelNotFound(_incomplete(repo_id, revision))
+    return config.parent
+
+
+def _ask_once(repo_id: str, revision: str) -> None:
+    """Raise what stands between here and the hub, if anything does.
+
+    A download would find that out too, but only after half a minute of retries where connections are refused, and
+    after six minutes where nothing answers.
+    """
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # Such an error is an answer. The download knows what to make of it, and which are worth a second try.
+    with suppress(HfHubHTTPError):
+        get_hf_file_metadata(hf_hub_url(repo_id, CONFIG_FILE, revision=revision), timeout=constants.HF_HUB_ETAG_TIMEOUT)
+
+
+def _fetcher(repo_id: str, revision: str) -> Fetch:
+    """Downloads files into the cache, all of the commit that the revision means when the first of them comes."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    commit = revision
+
+    def fetch(name: str) -> Path | None:
+        nonlocal commit
+        try:
+            path = Path(hf_hub_download(repo_id, name, revision=commit, cache_dir=_resolved_cache()))
+        except LocalEntryNotFoundError as reason:  # an EntryNotFoundError too, though no answer came
+            raise reason.__cause__ or reason from None
+        except EntryNotFoundError:
+            return None
+        commit = path.parent.name  # snapshots/<commit>/<name>
+        return path
+
+    return fetch
+
+
+def _refused(repo_id: str, status: int, reason: str) -> str:
+    if status == 401:  # a token was sent: without one, this status has a meaning of its own, handled before
+        return f"{repo_id}: the hub refuses the access token; correct or unset HF_TOKEN, or log in again"
+    return f"{repo_id}: the hub answers with status {status} ({reason}); try again later, and check HF_ENDPOINT"
+
+
+def _download_failed(repo_id: str, reason: Exception) -> str:
+    if isinstance(reason, OSError) and reason.errno is not None and reason.filename:
+        return f"{repo_id}: download failed: {reason.filename}: {reason.strerror}"
+    return (
+        f"{repo_id}: not in the cache {cache_folder()}, and the download failed "
+        f"({type(reason).__name__}: {_first_line(reason)}); check the network, HF_ENDPOINT and that cache, name a "
+        f"folder, or use the model that comes along: {DEMO_MODEL}"
+    )
+
+
+def _first_line(reason: object) -> str:
+    return (str(reason).strip() or "no details").splitlines()[0]
+
+
+def _incomplete(repo_id: str, revision: str) -> str:
+    """What a repository lacks; asked for only when something is missing."""
+    from huggingface_hub import list_repo_files
+
+    try:
+        names = set(list_repo_files(repo_id, revision=revision))
+    except Exception:
+        names = set()
+    if names and not any(name.endswith(".safetensors") for name in names):
+        pickles = sorted(name for name in names if name.endswith(".bin"))
+        if pickles:
+            return (
+                f"{repo_id}: has {pickles[0]} but no {SINGLE_FILE}. A .bin file is a pickle, which can run any code, "
+                "and is never opened here; the hub's own converter (the space safetensors/convert) makes a safetensors "
+                "file of it, often found as revision `refs/pr/N`"
+            )
+    return (
+        f"{repo_id}: revision {revision} is no complete model: it needs {CONFIG_FILE}, {SINGLE_FILE} (or {INDEX_FILE} "
+        "and its shards), and tokenizer.json (or vocab.json and merges.txt)"
+    )

@@ -1,0 +1,174 @@
+"""Text <-> token ids, and token ids -> text a token at a time without ever splitting a character."""
+
+from __future__ import annotations
+
+import codecs
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastgpt2.engine.model.config import MERGES_FILE, TOKENIZER_FILE, VOCAB_FILE
+from fastgpt2.errors import TokenizerError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+END_OF_TEXT = "<|endoftext|>"
+MAX_TOKENIZER_BYTES = 64 << 20
+
+
+class Tokenizer:
+    """A byte-level BPE tokenizer (Radford et al. 2019), as the tokenizers library runs it."""
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        from tokenizers import processors
+
+        backend.no_truncation()
+        backend.no_padding()
+        if isinstance(backend.post_processor, processors.ByteLevel):
+            # All that this one can do is to leave spaces out of tokens' offsets.
+            backend.post_processor = processors.ByteLevel(trim_offsets=False)
+        self._backend = backend
+        self._special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+        self._added = {i: token.content for i, token in backend.get_added_tokens_decoder().items()}
+        self._bytes: dict[int, bytes] = {}
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Tokenizer:
+        """Load `tokenizer.json`, or `vocab.json` and `merges.txt` where an older repository has only those.
+
+        Raises:
+            TokenizerError: neither is there, or it cannot be read.
+        """
+        import tokenizers
+
+        path = folder / TOKENIZER_FILE
+        try:
+            if path.exists():
+                if path.stat().st_size > MAX_TOKENIZER_BYTES:
+                    raise TokenizerError(f"{path}: {path.stat().st_size} bytes; the limit is {MAX_TOKENIZER_BYTES}")
+                return cls(tokenizers.Tokenizer.from_file(str(path)))
+            path = folder / VOCAB_FILE
+            if path.exists() and (folder / MERGES_FILE).exists():
+                return cls(_from_vocab_and_merges(path, folder / MERGES_FILE))
+        except TokenizerError:
+            raise
+        except Exception as reason:  # the library raises plain Exception for whatever its parser meets
+            raise TokenizerError(f"{path}: not a tokenizer that can be read ({reason})") from None
+        raise TokenizerError(f"{folder}: holds neither {TOKENIZER_FILE} nor {VOCAB_FILE} with {MERGES_FILE}")
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def longest_token_bytes(self) -> int:
+        """Length of the longest token in bytes: a text of n bytes has at least n / this many tokens."""
+        added = {content: len(content.encode()) for content in self._added.values()}
+        longest = found = 0
+        # One at a time: a dictionary of all would stay behind in the process as 10 MB that nobody else can use.
+        for token_id in range(self.vocab_size):
+            token = self._backend.id_to_token(token_id)
+            if token is not None:
+                found += 1
+                longest = max(longest, added.get(token, len(token)))
+        if found < self.vocab_size:  # there are gaps in the numbers
+            longest = max(added.get(token, len(token)) for token in self._backend.get_vocab())
+        return max(longest, 1)
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._backend.encode(text).ids
+        return ids
+
+    def offsets(self, text: str) -> list[int]:
+        """Of each of the tokens that `encode` gives, where in the text the character of its first byte stands."""
+        return [begin for begin, _ in self._backend.encode(text).offsets]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for: none for a special token or an id without a token."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            known = self._bytes[token_id] = self._look_up(token_id)
+        return known
+
+    def token_text(self, token_id: int) -> str:
+        """A token for people to read, as `TokenLogprob.token` has it."""
+        if token_id in self._special:
+            return self._added[token_id]
+        value = self.token_bytes(token_id)
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(chr(b) if 0x20 <= b < 0x7F and b != 0x5C else f"\\x{b:02x}" for b in value)
+
+    def _look_up(self, token_id: int) -> bytes:
+        if token_id in self._special:
+            return b""
+        if token_id in self._added:
+            return self._added[token_id].encode()
+        token = self._backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        try:
+            return bytes(_BYTE_OF_CHARACTER[c] for c in token)
+        except KeyError:
+            return token.encode()
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of whole token sequences; bytes that are no UTF-8 become U+FFFD."""
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+
+
+class IncrementalDetokenizer:
+    """Turns token ids into text as they come, holding back the bytes of an unfinished character."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completes."""
+        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether bytes of a character are held back."""
+        return bool(self._decoder.getstate()[0])
+
+    def breaks_off(self, token_id: int) -> bool:
+        """Whether this token's first byte cannot go on with the unfinished character, which so becomes U+FFFD."""
+        if not self.unfinished:
+            return False
+        held = self._decoder.getstate()[0]
+        try:
+            codecs.getincrementaldecoder("utf-8")().decode(held + self._tokenizer.token_bytes(token_id)[:1])
+        except UnicodeDecodeError:
+            return True
+        return False
+
+    def flush(self) -> str:
+        """What is left when no token follows: U+FFFD for an unfinished character, else nothing."""
+        return self._decoder.decode(b"", final=True)
+
+
+def _from_vocab_and_merges(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, processors
+
+    backend = tokenizers.Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    if backend.token_to_id(END_OF_TEXT) is not None:
+        backend.add_special_tokens([tokenizers.AddedToken(END_OF_TEXT, special=True, normalized=True)])
+    return backend
+
+
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's printable stand-ins for bytes. Source: `bytes_to_unicode` in OpenAI's gpt-2/src/encoder.py."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(0x100) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(0x100 + n): b for n, b in enumerate(others)}
+
+
+_BYTE_OF_CHARACTER = _byte_of_character()

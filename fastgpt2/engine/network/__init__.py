@@ -1,0 +1,1 @@
+"""One forward step of GPT-2; uses model and kernels."""

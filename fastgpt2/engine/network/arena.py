@@ -1,0 +1,93 @@
+"""Zeroed memory for a model's state, committed by the operating system only where it is written."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from fastgpt2.engine.machine import anonymous_file
+
+# Arrays begin at a page, so that one can be given back without touching its neighbour.
+PAGE = mmap.PAGESIZE
+Spec = tuple[tuple[int, ...], DTypeLike]
+
+
+class Arena:
+    """Named arrays in one anonymous mapping: private to this process, or shared with the helpers that get its `fd`.
+
+    The same specifications give the same layout in every process.
+    """
+
+    def __init__(self, specs: Mapping[str, Spec], *, shared: bool = False, fd: int | None = None) -> None:
+        """
+        Args:
+            specs: shape and dtype by name.
+            shared: back the memory with a file descriptor that a helper process can map too.
+            fd: of another process's shared arena with the same specifications. Not closed here.
+
+        Raises:
+            OSError, ValueError: the system does not give so much address space.
+        """
+        offsets, size = {}, 0
+        for name, (shape, dtype) in specs.items():
+            offsets[name] = size
+            size += -(-max(1, math.prod(shape)) * np.dtype(dtype).itemsize // PAGE) * PAGE
+        self.fd = fd
+        self._owned: int | None = None
+        if fd is not None:
+            self._map = mmap.mmap(fd, size)
+        elif shared:
+            self.fd = self._owned = anonymous_file("fastgpt2-state")
+            os.ftruncate(self._owned, size)
+            self._map = mmap.mmap(self._owned, size)
+        else:
+            self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._arrays: dict[str, NDArray[Any]] = {}
+        self._offsets = offsets
+        for name, (shape, dtype) in specs.items():
+            count = math.prod(shape)
+            self._arrays[name] = np.frombuffer(self._map, dtype, count, offsets[name]).reshape(shape)
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        return self._arrays[name]
+
+    def give_back(self, name: str, indices: Iterable[int]) -> None:
+        """Return the memory of `array[i]` for each of the indices to the system; it reads as zeros afterwards."""
+        array = self._arrays[name]
+        advice = getattr(mmap, "MADV_REMOVE" if self.fd is not None else "MADV_DONTNEED", None)
+        if advice is None:  # neither Linux nor a BSD
+            return
+        for index in indices:
+            # Whole pages only: a small array shares its first and last with the neighbours.
+            start = self._offsets[name] + index * array.strides[0]
+            stop = (start + array.strides[0]) // PAGE * PAGE
+            start = -(-start // PAGE) * PAGE
+            if stop > start:
+                self._map.madvise(advice, start, stop - start)
+
+    def use_small_pages(self, name: str) -> None:
+        """Have an array committed by no more than a page at a time, where the system would take huge ones."""
+        self._advise(name, getattr(mmap, "MADV_NOHUGEPAGE", None))
+
+    def use_huge_pages(self, name: str) -> None:
+        """Have an array committed by huge pages, where the system has them: a third of the time for what is filled."""
+        self._advise(name, getattr(mmap, "MADV_HUGEPAGE", None))
+
+    def _advise(self, name: str, advice: int | None) -> None:
+        if advice is not None:
+            # A kernel without huge pages does not know the advice.
+            with contextlib.suppress(OSError):
+                start = self._offsets[name]
+                self._map.madvise(advice, start, -(-self._arrays[name].nbytes // PAGE) * PAGE)
+
+    def __del__(self) -> None:
+        if getattr(self, "_owned", None) is not None:
+            os.close(self._owned)  # type: ignore[arg-type]
+            self._owned = None

@@ -1,0 +1,271 @@
+"""Causal attention of one step over the KV cache, for one process's share of the heads.
+
+Every product goes through the kernel that the weights go through: queries in chunks of rows by blocks of keys, and
+probabilities by values. A probability of zero adds nothing, so that a row's result does not depend on how far its
+neighbours reach; hence sequences are attended together, and prompts in pieces, without a bit changing. The sums of
+probabilities are taken a block at a time for the same reason: a block of zeros adds nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastgpt2.engine.kernels.kernel import Chunking
+from fastgpt2.engine.model.config import GPT2Config
+from fastgpt2.engine.network.kv_cache import BLOCK, MOST_PADDING, KVCache
+from fastgpt2.engine.network.step import Step
+
+Array = NDArray[np.float32]
+
+# Scores held at a time, in floats: a megabyte, so that they stay in the cache between the passes over them.
+SCORES = 1 << 18
+
+# Rows of a prompt attended at a time. Their scores reach as far as the last of them sees; more rows waste more.
+PROMPT_ROWS = 60
+
+# Merging two neighbours pads the shorter one. That is cheaper than another round of calls up to about so many
+# positions (a position costs 6 KB of reading a layer in gpt2, a round of calls 10 to 15 microseconds).
+WORTHWHILE_PADDING = 40
+
+
+class Attention:
+    """The attention of some heads of every layer.
+
+    Args:
+        heads: the first head, and the one after the last.
+        qkv: [capacity, at least 3 n_embd], contiguous, what c_attn gives; the queries are scaled in place.
+        out: [capacity, at least n_embd], written for these heads.
+        chunking: how many rows the kernel takes at once.
+    """
+
+    def __init__(
+        self, config: GPT2Config, cache: KVCache, heads: tuple[int, int], qkv: Array, out: Array, chunking: Chunking
+    ) -> None:
+        self._config, self._chunking = config, chunking
+        self._first, self._last = heads
+        self._keys, self._values = cache.keys, cache.values
+        n, dim, capacity = self._last - self._first, config.head_dim, qkv.shape[0]
+        q, k, v = (
+            qkv[:, i * config.n_embd + self._first * dim : i * config.n_embd + self._last * dim] for i in range(3)
+        )
+        self._q, self._qkv = q, qkv
+        # In bytes, from a row to the next, and from a head to the next.
+        self._strides = q.strides[0], dim * q.itemsize
+        self._k, self._v, self._out = (
+            x.reshape(capacity, n, dim) for x in (k, v, out[:, self._first * dim : self._last * dim])
+        )
+        self._scratch = Scratch(n * chunking.least, self._values.shape[3], dim)
+        rows = np.arange(2 * PROMPT_ROWS)
+        self.exact = chunking.exact
+        self._future = rows[None, :] > rows[:, None]  # [i, j]: j comes after i
+        self._count = 0
+        self._writes: list[tuple[Array, Array]] = []
+        self._groups: list[Group] = []
+
+    def prepare(self, step: Step) -> None:
+        """Lay out a step; then `run` for each layer."""
+        self._count = step.rows
+        self._writes = []
+        self._groups = list(self._lay_out(step)) if self._last > self._first else []
+
+    def run(self, layer: int) -> None:
+        queries = self._q[: self._count]
+        queries *= np.float32(self._config.attention_scale(layer))
+        for new, cached in self._writes:
+            cached[layer] = new
+        for group in self._groups:
+            group.run(layer)
+
+    def _lay_out(self, step: Step) -> Iterator[Group]:
+        row = 0
+        decoding: list[tuple[int, int, int]] = []  # slot, length and row of neighbours with a new token each
+        for segment, start in zip(step.segments, step.starts, strict=True):
+            n = len(segment.ids)
+            self._note_writes(segment.slot, start, row, n)
+            if decoding and (n > 1 or not self._joins(decoding, segment.slot, start + 1)):
+                yield self._decode_group(decoding)
+                decoding = []
+            if n == 1:
+                decoding.append((segment.slot, start + 1, row))
+            for at in range(0, n if n > 1 else 0, PROMPT_ROWS):
+                yield from self._prompt_groups(segment.slot, start + at, row + at, min(PROMPT_ROWS, n - at))
+            row += n
+        if decoding:
+            yield self._decode_group(decoding)
+
+    def _note_writes(self, slot: int, start: int, row: int, n: int) -> None:
+        """Where the keys and values of new tokens go: keys a block at a time, values at once."""
+        heads = slice(self._first, self._last)
+        values = self._values[slot, :, heads, start : start + n].transpose(0, 2, 1, 3)  # [n_layer, n, heads, dim]
+        self._writes.append((self._v[row : row + n], values))
+        at = 0
+        while at < n:
+            block, offset = divmod(start + at, BLOCK)
+            count = min(BLOCK - offset, n - at)
+            # [n_layer, heads, dim, count] -> [n_layer, count, heads, dim]
+            keys = self._keys[slot, :, block, heads, :, offset : offset + count].transpose(0, 3, 1, 2)
+            self._writes.append((self._k[row + at : row + at + count], keys))
+            at += count
+
+    def _joins(self, decoding: list[tuple[int, int, int]], slot: int, length: int) -> bool:
+        """Whether a sequence is better attended together with those before it."""
+        if slot != decoding[-1][0] + 1:
+            return False
+        lengths = [known for _, known, _ in decoding]
+        together = [*lengths, length]
+        padding = len(together) * max(together) - sum(together)
+        rows = len(together) * (self._last - self._first) * self._chunking.least
+        if max(together) - min(together) > MOST_PADDING or not self._scratch.holds(rows, max(together)):
+            return False
+        return padding - (len(lengths) * max(lengths) - sum(lengths)) <= WORTHWHILE_PADDING
+
+    def _decode_group(self, members: list[tuple[int, int, int]]) -> Group:
+        """Sequences in neighbouring slots and rows, a new token each."""
+        (slot, _, row), n = members[0], len(members)
+        lengths = np.array([length for _, length, _ in members])
+        longest = int(lengths.max())
+        blocks, least = -(-longest // BLOCK), self._chunking.least
+        width = blocks * BLOCK
+        hidden = (np.arange(width) >= lengths[:, None])[:, None] if int(lengths.min()) < width else None
+        slots, heads, count = slice(slot, slot + n), slice(self._first, self._last), self._last - self._first
+        of_row, of_head = self._strides
+        # A row is filled up to `least` with those after it, whatever they hold.
+        queries = self._queries(row, 0, (n, 1, count, least), (of_row, 0, of_head, of_row))
+        scores, contexts, sums, block_sums, largest = self._scratch.take(n, count, least, blocks)
+        live = scores[:, :, 0]
+        return Group(
+            queries,
+            self._keys[slots, :, :blocks, heads].swapaxes(0, 1),
+            self._values[slots, :, heads, :longest].transpose(1, 0, 2, 3, 4),
+            scores,
+            contexts=contexts,
+            sums=sums[:, :, 0],
+            block_sums=block_sums[:, :, 0],
+            largest=largest[:, :, 0],
+            by_block=scores.reshape(n, count, least, blocks, BLOCK).transpose(0, 3, 1, 2, 4),
+            live=live,
+            blind=live,
+            hidden=hidden,
+            result=contexts[:, :, 0],
+            divisor=sums[:, :, 0],
+            out=self._out[row : row + n],
+        )
+
+    def _prompt_groups(self, slot: int, start: int, row: int, n: int) -> Iterator[Group]:
+        """A piece of a prompt: n rows that see all that came before, and of themselves what is not later."""
+        chunks, m = self._chunking.of(n)
+        length, dim = start + n, self._config.head_dim
+        blocks, rows = -(-length // BLOCK), chunks * m
+        width = blocks * BLOCK
+        at_once = max(1, SCORES // (rows * width))
+        of_row, of_head = self._strides
+        hidden = self._future[:rows, : width - start]
+        for first in range(self._first, self._last, at_once):
+            heads = slice(first, min(first + at_once, self._last))
+            count, skipped = heads.stop - first, first - self._first
+            queries = self._queries(row, skipped, (1, count, chunks, m), (0, of_head, m * of_row, of_row))
+            scores, contexts, sums, block_sums, largest = self._scratch.take(count, chunks, m, blocks)
+            live = scores.reshape(count, rows, width)
+            sums = sums.reshape(count, rows, 1)
+            yield Group(
+                queries,
+                self._keys[slot, :, :blocks, heads, None],
+                self._values[slot, :, heads, None, :length],
+                scores,
+                contexts=contexts,
+                sums=sums,
+                block_sums=block_sums.reshape(count, rows, BLOCK),
+                largest=largest.reshape(count, rows, 1),
+                by_block=scores.reshape(count, chunks, m, blocks, BLOCK).transpose(3, 0, 1, 2, 4),
+                live=live,
+                blind=live[:, :, start:],
+                hidden=hidden,
+                result=contexts.reshape(count, rows, dim)[:, :n],
+                divisor=sums[:, :n],
+                out=self._out[row : row + n, skipped : skipped + count].transpose(1, 0, 2),
+            )
+
+    def _queries(self, row: int, skipped: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Array:
+        """Rows of queries from `row` on, of the heads after the first `skipped`; rows may appear more than once."""
+        of_row, of_head = self._strides
+        offset = row * of_row + (self._first + skipped) * of_head
+        # What `as_strided` does, in a tenth of the time.
+        return np.ndarray((*shape, self._config.head_dim), np.float32, self._qkv, offset, (*strides, self._q.itemsize))
+
+
+class Scratch:
+    """Memory for the scores of one group at a time, and what is made of them."""
+
+    def __init__(self, rows: int, positions: int, dim: int) -> None:
+        self._dim = dim
+        # Numbers of rows: as many of the shortest as there is room for, or one row of every head.
+        most = max(SCORES // BLOCK, rows, 2 * PROMPT_ROWS)
+        self._scores = np.zeros(max(SCORES, rows * positions, 2 * PROMPT_ROWS * positions), np.float32)
+        self._contexts = np.zeros(most * dim, np.float32)
+        self._block_sums = np.zeros(most * BLOCK, np.float32)
+        self._sums = np.zeros(most, np.float32)
+        self._largest = np.zeros(most, np.float32)
+
+    def holds(self, rows: int, positions: int) -> bool:
+        return rows * -(-positions // BLOCK) * BLOCK <= SCORES
+
+    def take(self, a: int, b: int, m: int, blocks: int) -> tuple[Array, Array, Array, Array, Array]:
+        """Scores [a, b, m, blocks * BLOCK], contexts [a, b, m, dim], sums [.., 1], block_sums [.., BLOCK], largest."""
+        rows = a * b * m
+        return (
+            self._scores[: rows * blocks * BLOCK].reshape(a, b, m, blocks * BLOCK),
+            self._contexts[: rows * self._dim].reshape(a, b, m, self._dim),
+            self._sums[:rows].reshape(a, b, m, 1),
+            self._block_sums[: rows * BLOCK].reshape(a, b, m, BLOCK),
+            self._largest[:rows].reshape(a, b, m, 1),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Rows that are attended by the same calls: a and b are sequences and heads, or heads and chunks of a prompt.
+
+    Attributes:
+        queries, keys: by layer, what they give together are the scores `by_block`, in the order in which blocks lie.
+        values: [n_layer, a, b or 1, length, dim].
+        scores: [a, b, m, blocks * BLOCK], then probabilities before they are divided by their sums.
+        contexts: [a, b, m, dim].
+        by_block: the same, [.., m, BLOCK] for each block.
+        live: the scores of those rows that somebody looks at; sums, block_sums, largest: of each of these, the sum of
+            its probabilities, the same for every position in a block, and its largest score.
+        blind: those scores of which `hidden` says which may not be seen.
+        result, divisor, out: what is divided by what, and where it goes.
+    """
+
+    queries: Array
+    keys: Array
+    values: Array
+    scores: Array
+    by_block: Array
+    contexts: Array
+    sums: Array
+    block_sums: Array
+    largest: Array
+    live: Array
+    blind: Array
+    hidden: NDArray[np.bool_] | None
+    result: Array
+    divisor: Array
+    out: Array
+
+    def run(self, layer: int) -> None:
+        live = self.live
+        np.matmul(self.queries, self.keys[layer], out=self.by_block)
+        if self.hidden is not None:
+            np.copyto(self.blind, -np.inf, where=self.hidden)
+        np.maximum.reduce(live, axis=-1, keepdims=True, out=self.largest)
+        np.subtract(live, self.largest, out=live)
+        np.exp(live, out=live)
+        np.matmul(self.scores[..., : self.values.shape[-2]], self.values[layer], out=self.contexts)
+        np.add.reduce(live.reshape(*live.shape[:2], -1, BLOCK), axis=2, out=self.block_sums)
+        np.add.reduce(self.block_sums, axis=2, keepdims=True, out=self.sums)
+        np.divide(self.result, self.divisor, out=self.out)

@@ -1,0 +1,240 @@
+"""A GPT-2, ready to run: packed weights, a KV cache, a kernel, and as many processes as there are threads to use."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import weakref
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastgpt2.engine.kernels.kernel import Kernel
+from fastgpt2.engine.kernels.openblas import numpys_kernel
+from fastgpt2.engine.model.config import GPT2Config
+from fastgpt2.engine.model.packing import Packed
+from fastgpt2.engine.model.weights import packed_weights
+from fastgpt2.engine.network.arena import Arena
+from fastgpt2.engine.network.helpers import HelperProcesses, Helpers, Shape, buffers, state_specs
+from fastgpt2.engine.network.kv_cache import KVCache
+from fastgpt2.engine.network.step import Segment, Step, TeamBroken
+from fastgpt2.engine.network.transformer import Shard
+from fastgpt2.errors import ModelError
+
+log = logging.getLogger("fastgpt2.engine")
+Array = NDArray[np.float32]
+
+# Rows of a step, beside those of sequences that decode.
+DEFAULT_MAX_ROWS = 256
+
+# Rows of prompts in a step beside sequences that decode, and so the time for which a prompt keeps them waiting. A step
+# of gpt2 for eight took 2.8 times as long with 64 rows beside them, 4 times with 96, 5 with 128 (two cores, AVX2).
+PREFILL_ROWS_BESIDE = 64
+
+# Helpers are started anew after an interrupted step; when they keep ending, that is given up.
+MAX_STARTS = 100
+
+
+class GPT2:
+    """The network and the state of its sequences.
+
+    Attributes:
+        cache: keys and values of so many sequences; ask it for slots.
+        size: how many processes it is meant to run on; `ready` tells whether all of them are there yet.
+    """
+
+    def __init__(
+        self,
+        config: GPT2Config,
+        packed: Packed,
+        kernel: Kernel,
+        shape: Shape,
+        kv_memory: int | None = None,
+        draft: tuple[Packed, Kernel] | None = None,
+    ) -> None:
+        """
+        Args:
+            packed: stays mapped as long as this object lives.
+            draft: another set of weights of the same model, for `draft`.
+            shape: how many sequences, tokens a step, and processes, this one included. The others are started by the
+                first step at the latest, and join when they are ready.
+            kv_memory: bytes for the keys and values of all sequences; None for what so many can take at most.
+
+        Raises:
+            ModelError: the system does not give the address space for so many slots.
+        """
+        self.config, self.size, self.max_rows = config, shape.size, shape.max_rows
+        self._packed, self._kernel = packed, kernel
+        self._sets = [(packed, kernel), *([draft] if draft is not None else [])]
+        self._weights_sets = [packed_weights(of.tensors, config) for of, _ in self._sets]
+        self._weights = self._weights_sets[0]
+        self._shape, self._n_slots, self._kv_memory = shape, shape.n_slots, kv_memory
+        self._starts_left = MAX_STARTS
+        self._lost = False
+        self._set_up()
+        _networks.add(self)
+
+    def _set_up(self) -> None:
+        specs = state_specs(self.config, self._weights_sets, self._shape)
+        try:
+            self._arena = Arena(specs, shared=self.size > 1)
+        except (OSError, ValueError, OverflowError) as reason:
+            raise ModelError(
+                f"no memory for {self._shape.n_slots} sequences of {self.config.n_positions} positions ({reason}); "
+                "set a smaller max_batch"
+            ) from None
+        self.cache = KVCache(self.config, self._shape.n_slots, self._arena, self._kv_memory)
+        self.cache.use(self._n_slots)
+        self._alone = self._shards(1, lambda: None)
+        self._together: list[Shard] | None = None
+        self._helpers: Helpers | None = None
+
+    def _shards(self, size: int, meet: Callable[[], None]) -> list[Shard]:
+        """The first process's share among so many, of each set of weights."""
+        return [
+            Shard(self.config, weights, self.cache, buffers(self._arena, by), kernel, (0, size), meet)
+            for by, (weights, (_, kernel)) in enumerate(zip(self._weights_sets, self._sets, strict=True))
+        ]
+
+    @property
+    def product_name(self) -> str:
+        """What multiplies: "mkl", "compiled-int8", or how numpy's BLAS calls itself."""
+        return numpys_kernel() if self._kernel.product.name == "openblas" else self._kernel.product.name
+
+    def describe(self) -> str:
+        """The BLAS, the panels' widths, the processes: "openblas-SkylakeX in panels of 64/32, 2 processes"."""
+        block = self._weights.blocks[0]
+        widths = dict.fromkeys(linear.weight.width for linear in (block.c_fc, block.mlp_c_proj))
+        processes = f"{self.size} process{'es' if self.size > 1 else ''}"
+        drafts = f", drafts by {self._sets[1][1].product.name}" if self.can_draft else ""
+        return f"{self.product_name} in panels of {'/'.join(map(str, widths))}, {processes}{drafts}"
+
+    def helper_pids(self) -> list[int]:
+        """Of the processes beside this one."""
+        return [] if self._helpers is None else self._helpers.processes.pids
+
+    @property
+    def exact(self) -> bool:
+        """Whether a sequence's logits have the same bits alone, in any batch, and with its prompt cut anywhere."""
+        return self._alone[0].exact
+
+    def use_slots(self, n_slots: int) -> None:
+        """Hold no more than so many sequences from now on; there must be none."""
+        self.cache.use(n_slots)
+        self._n_slots = n_slots
+
+    @property
+    def ready(self) -> bool:
+        """Whether every process has joined."""
+        return self._helpers.complete if self._helpers is not None else not self._wants_helpers
+
+    @property
+    def can_draft(self) -> bool:
+        """Whether there are weights to `draft` with."""
+        return len(self._sets) > 1
+
+    def draft(self, segments: Sequence[Segment]) -> Array:
+        """As `forward`, by the other set of weights. What it appends to the cache is to be retracted."""
+        return self._forward(segments, 1)
+
+    def forward(self, segments: Sequence[Segment]) -> Array:
+        """Run the segments' tokens, append their keys and values to the cache, and return logits.
+
+        Args:
+            segments: one a sequence; a slot must have room for its segment's tokens. Together at most `max_rows`.
+
+        Returns:
+            float32 [sum of n_logits, vocab_size], in the order of the segments; valid until the next call.
+        """
+        return self._forward(segments, 0)
+
+    def _forward(self, segments: Sequence[Segment], by: int) -> Array:
+        if self._lost:
+            raise RuntimeError("the process was forked while sequences were running; load the model after forking")
+        step = Step(segments, [self.cache.lengths[segment.slot] for segment in segments], by)
+        if step.rows > self.max_rows:
+            raise ValueError(f"{step.rows} tokens in a step; this network takes {self.max_rows}")
+        try:
+            self._run(step)
+        except TeamBroken as reason:
+            # All state is here, and nothing counts as seen yet: the step is simply done again.
+            log.warning("a helper process of the engine has ended (%s); going on in one process", reason)
+            self._dismiss_helpers()
+            self._alone[by].run(step)
+        except BaseException:
+            # The helpers wait in the midst of a step that nobody will end.
+            self._dismiss_helpers()
+            raise
+        for segment in segments:
+            self.cache.lengths[segment.slot] += len(segment.ids)
+        wanted = sum(segment.n_logits for segment in segments)
+        logits: Array = self._arena[f"{by} logits"][:wanted, : self.config.vocab_size]
+        return logits
+
+    def _run(self, step: Step) -> None:
+        if self._wants_helpers:
+            self.start_helpers()
+        helpers = self._helpers
+        if helpers is None or not helpers.complete:
+            self._alone[step.by].run(step)
+            return
+        if self._together is None:
+            self._together = self._shards(self.size, helpers.meeting.wait)
+        helpers.begin(step)
+        self._together[step.by].run(step)
+
+    def wait_until_ready(self, seconds: float = 30.0) -> bool:
+        """Wait for the helpers. Returns whether all have joined in time."""
+        if self._wants_helpers:
+            self.start_helpers()
+        deadline = time.monotonic() + seconds
+        while not self.ready and time.monotonic() < deadline:
+            if self._helpers is not None and self._helpers.processes.ended() is not None:
+                return False
+            time.sleep(0.002)
+        return self.ready
+
+    def close(self) -> None:
+        """End the helpers. The network still runs, in one process."""
+        self._starts_left = 0
+        self._dismiss_helpers()
+
+    @property
+    def _wants_helpers(self) -> bool:
+        return self.size > 1 and self._helpers is None and self._starts_left > 0
+
+    def start_helpers(self, processes: HelperProcesses | None = None) -> None:
+        """Start the other processes, or take those that have been started already; they join when they are ready."""
+        self._starts_left -= 1
+        try:
+            processes = processes or HelperProcesses(self.size - 1)
+            self._helpers = Helpers(processes, self.config, self._sets, self._arena, self._shape)
+        except OSError as reason:
+            log.warning("no helper process can be started (%s); going on in one process", reason)
+            self._starts_left = 0
+
+    def _dismiss_helpers(self) -> None:
+        if self._helpers is not None:
+            self._helpers.processes.stop()
+        self._helpers = self._together = None
+
+    def after_fork(self) -> None:
+        """In a forked copy: leave the original's helpers, and the memory that it shares with them, alone."""
+        if self.size == 1:
+            return
+        if self._helpers is not None:
+            self._helpers.processes.forget()
+        self._lost = self.cache.free_slots < self._n_slots
+        self._set_up()
+
+
+def _after_fork() -> None:
+    for network in list(_networks):
+        network.after_fork()
+
+
+_networks: weakref.WeakSet[GPT2] = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

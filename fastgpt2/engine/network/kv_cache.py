@@ -1,0 +1,184 @@
+"""Keys and values of the tokens seen, in slots allotted once, within a bound of memory."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastgpt2.engine.model.config import GPT2Config
+from fastgpt2.engine.network.arena import PAGE, Arena, Spec
+
+# Positions in a block of keys, the width of a panel in the product of queries and keys. Wider ones are faster in a long
+# sequence, and read more that is not filled yet in a short one.
+BLOCK = 32
+
+# How far beyond its own positions a sequence is read where a longer neighbour is attended with it. In memory that
+# processes share, reading commits as writing does.
+MOST_PADDING = 2 * BLOCK
+
+
+class KVCache:
+    """`n_slots` sequences of up to `n_positions` tokens.
+
+    Attributes:
+        keys: float32 [n_slots, n_layer, blocks, n_head, head_dim, BLOCK]: panels of keys, so that queries are
+            multiplied with them by the same kernel as with weights.
+        values: float32 [n_slots, n_layer, n_head, blocks * BLOCK, head_dim].
+        lengths: how many positions of each slot are filled.
+        usable_slots: how many of the slots are given out, the first ones.
+        bytes_limit: how much memory all sequences together may commit.
+
+    Memory is committed as positions fill, and reserved from the start for as far as the sequence can grow. Slots given
+    back keep what they have committed for the next sequences, up to a quarter of all slots, and unless the memory is
+    needed elsewhere: then it goes back to the system.
+    """
+
+    def __init__(self, config: GPT2Config, n_slots: int, arena: Arena, bytes_limit: int | None = None) -> None:
+        """
+        Args:
+            bytes_limit: None for as much as all slots can hold; at least `sequence_bytes(config)`.
+        """
+        self.keys: NDArray[np.float32] = arena["keys"]
+        self.values: NDArray[np.float32] = arena["values"]
+        self.lengths = [0] * n_slots
+        self.usable_slots = n_slots
+        self.bytes_limit = n_slots * sequence_bytes(config) if bytes_limit is None else bytes_limit
+        self._config = config
+        self._padding = MOST_PADDING if arena.fd is not None else 0
+        # Of each of the slots, in the mean. Committing memory is dear: of 512 positions of gpt2, 30 ms.
+        self._most_kept = config.n_positions // 4 + self._padding
+        self._arena = arena
+        if arena.fd is None:
+            # A huge page would commit far more than what is written to it.
+            arena.use_small_pages("keys")
+            arena.use_small_pages("values")
+        # Positions: of a slot in use, how far it may come to be committed; of a free one, how far it is.
+        self._reserved = [0] * n_slots
+        self._committed = [0] * n_slots
+        self._free = list(range(n_slots))
+
+    @staticmethod
+    def specs(config: GPT2Config, n_slots: int) -> dict[str, Spec]:
+        blocks = _blocks(config.n_positions)
+        layers = (n_slots, config.n_layer)
+        return {
+            "keys": ((*layers, blocks, config.n_head, config.head_dim, BLOCK), np.float32),
+            "values": ((*layers, config.n_head, blocks * BLOCK, config.head_dim), np.float32),
+        }
+
+    @property
+    def free_slots(self) -> int:
+        return len(self._free)
+
+    @property
+    def bytes_reserved(self) -> int:
+        """What slots in use may come to commit, and what free ones keep committed."""
+        return self._bytes_in_use() + self._bytes_kept()
+
+    def use(self, n_slots: int) -> None:
+        """Give out the first so many slots only, from now on; none may be in use. What the others hold goes back."""
+        if len(self._free) < self.usable_slots:
+            raise ValueError("slots are in use")
+        for slot in self._free:
+            self._give_back(slot)
+        self.usable_slots = n_slots
+        self._free = list(range(n_slots))
+
+    def has_room(self, positions: int | None = None) -> bool:
+        """Whether `allot` would give a slot."""
+        return bool(self._free) and self._bytes_in_use() + self._bytes(self._reach(positions)) <= self.bytes_limit
+
+    def allot(self, positions: int | None = None) -> int:
+        """Take an empty slot, the lowest: neighbours are attended together.
+
+        Args:
+            positions: how many the sequence will fill at most; None for as many as there are.
+
+        Raises:
+            IndexError: none is free, or there is no memory left within the limit.
+        """
+        if not self._free:
+            raise IndexError("no slot is free; ask `has_room` first")
+        if not self.has_room(positions):
+            raise IndexError("the memory for keys and values is taken; ask `has_room` first")
+        slot = min(self._free)
+        self._free.remove(slot)
+        self._reserved[slot] = max(self._reach(positions), self._committed[slot])
+        excess = self._give_back_of_free(self.bytes_reserved - self.bytes_limit)
+        if excess > 0:
+            # What this slot keeps itself, at last.
+            self._give_back(slot)
+            self._reserved[slot] = self._reach(positions)
+        self.lengths[slot] = 0
+        return slot
+
+    def block(self, slot: int, number: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Keys [n_layer, n_head, head_dim, BLOCK] and values [n_layer, n_head, BLOCK, head_dim] of BLOCK positions."""
+        at = number * BLOCK
+        return self.keys[slot, :, number], self.values[slot, :, :, at : at + BLOCK]
+
+    def _give_back_of_free(self, excess: int) -> int:
+        """Give back so much of what free slots keep, at least. Returns how much of it is still to go then."""
+        # The furthest from the slots taken next first.
+        for kept in sorted(self._free, reverse=True):
+            if excess <= 0:
+                break
+            excess -= self._bytes(self._committed[kept])
+            self._give_back(kept)
+        return excess
+
+    def retract(self, slot: int, length: int) -> None:
+        """Forget what a slot holds beyond so many positions. What is committed for it stays so."""
+        self._committed[slot] = max(self._committed[slot], self._reach(self.lengths[slot]))
+        self.lengths[slot] = length
+
+    def release(self, slot: int) -> None:
+        """Give a slot back. Raises ValueError if it is free already."""
+        if slot in self._free:
+            raise ValueError(f"slot {slot} is free already")
+        self._free.append(slot)
+        self._reserved[slot] = 0
+        self._committed[slot] = max(self._committed[slot], self._reach(self.lengths[slot]))
+        self._give_back_of_free(self._bytes_kept() - self.usable_slots * self._bytes(self._most_kept))
+
+    def _give_back(self, slot: int) -> None:
+        if self._committed[slot]:
+            self._arena.give_back("keys", [slot])
+            self._arena.give_back("values", [slot])
+            self._committed[slot] = 0
+
+    def _reach(self, positions: int | None) -> int:
+        """How far a slot of so many positions may be committed: for what it reads beyond them, too."""
+        most = self._config.n_positions
+        return most if positions is None else min(positions + self._padding, most) if positions else 0
+
+    def _bytes(self, positions: int) -> int:
+        return sequence_bytes(self._config, positions)
+
+    def _bytes_in_use(self) -> int:
+        return sum(map(self._bytes, self._reserved))
+
+    def _bytes_kept(self) -> int:
+        return sum(self._bytes(self._committed[slot]) for slot in self._free)
+
+
+def sequence_bytes(config: GPT2Config, positions: int | None = None) -> int:
+    """Bytes that are committed for one sequence of so many positions, or of all: whole blocks, and whole pages of each.
+
+    A layer's keys lie together, and each head's values; where such a run does not begin at a page, it touches one more.
+    """
+    if positions == 0:
+        return 0
+    most = _blocks(config.n_positions)
+    blocks = most if positions is None else _blocks(positions)
+    of_block = 4 * BLOCK * config.head_dim
+    runs = ((config.n_layer, config.n_head * of_block), (config.n_layer * config.n_head, of_block))
+    total = 0
+    for count, size in runs:
+        pages = -(-blocks * size // PAGE) + (most * size % PAGE > 0)
+        total += min(count * pages, -(-count * most * size // PAGE) + 1) * PAGE
+    return total
+
+
+def _blocks(positions: int) -> int:
+    return -(-positions // BLOCK)

@@ -1,0 +1,164 @@
+"""Keys and values of what has been read, kept for prompts that begin alike, in blocks, within a bound of memory."""
+
+from __future__ import annotations
+
+import itertools
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastgpt2.engine.model.config import GPT2Config
+from fastgpt2.engine.network.arena import PAGE, Arena
+from fastgpt2.engine.network.kv_cache import BLOCK, KVCache
+from fastgpt2.errors import BadRequest, ModelError
+
+# By default, of the memory for keys and values, beside which it is.
+SHARE = 8
+
+# Two million tokens: what is kept of them beside their keys and values is some 30 MB.
+MOST_BLOCKS = 1 << 16
+
+# A block is known by the number of the entry for the block before it and by its own tokens, all of them and not a hash:
+# another prompt's keys and values would be another prompt's text.
+Key = tuple[int, bytes]
+_ROOT = 0
+_KEY_BYTES = BLOCK * array("i").itemsize
+
+
+class Entry(NamedTuple):
+    """A block that is kept. Its number is never used twice, so that a block whose predecessor has gone is not found."""
+
+    number: int
+    row: int
+
+
+class Prefixes:
+    """Blocks of BLOCK positions each, the least recently used of which make way for others.
+
+    They lie in memory of the process that asks, whatever helpers it has, and are copied into a sequence's slot and out
+    of it between steps. A copy has the bits that it was made of, so a sequence goes on from it as from its own.
+
+    Attributes:
+        n_blocks: how many are kept at most.
+        bytes_limit: what they take together.
+    """
+
+    def __init__(self, config: GPT2Config, memory: int) -> None:
+        """
+        Args:
+            memory: bytes, enough for a block. Address space for them is taken now, memory as blocks come.
+
+        Raises:
+            ModelError: the system does not give so much address space.
+        """
+        self._block_bytes = block_bytes(config)
+        self.n_blocks = min(memory // PAGE * PAGE // self._block_bytes, MOST_BLOCKS)
+        self.bytes_limit = self.n_blocks * self._block_bytes
+        # Keys, then values: all of a block lies together.
+        of_block = (2, config.n_layer, config.n_head, BLOCK * config.head_dim)
+        try:
+            arena = Arena({"blocks": ((self.n_blocks, *of_block), np.float32)})
+        except (OSError, ValueError, OverflowError) as reason:
+            raise ModelError(
+                f"no memory for {self.bytes_limit} bytes of prefixes ({reason}); set a smaller prefix_memory, or 0"
+            ) from None
+        arena.use_huge_pages("blocks")
+        self._blocks: NDArray[np.float32] = arena["blocks"]
+        # The least recently used first, and no block before those that follow it in a prompt: what goes is followed by
+        # none.
+        self._entries: OrderedDict[Key, Entry] = OrderedDict()
+        self._numbers = itertools.count(_ROOT + 1)
+        self._rows_used = 0
+
+    @property
+    def bytes_committed(self) -> int:
+        return self._rows_used * self._block_bytes
+
+    def copy_to(self, cache: KVCache, slot: int, ids: Seq[int]) -> int:
+        """Fill an empty slot with what is known of these tokens, from the first on. Returns how many that were."""
+        chain = self._known(ids, len(ids) // BLOCK)
+        for at, (_, entry) in enumerate(chain):
+            self._copy(cache, slot, at, entry.row, inwards=False)
+        self._touch(chain)
+        cache.lengths[slot] = len(chain) * BLOCK
+        return len(chain) * BLOCK
+
+    def keep(self, cache: KVCache, slot: int, ids: Seq[int]) -> None:
+        """Keep what a slot holds of these tokens, which are those of its sequence: whole blocks, if not here already.
+
+        Of more blocks than there is room for at all, the first ones.
+        """
+        count = min(min(len(ids), cache.lengths[slot]) // BLOCK, self.n_blocks)
+        chain = self._known(ids, count)
+        # Before others make way, so that none of these does.
+        self._touch(chain)
+        for tokens in itertools.islice(_by_block(ids, count), len(chain), None):
+            row = self._free_row()
+            self._copy(cache, slot, len(chain), row, inwards=True)
+            key = (chain[-1][1].number if chain else _ROOT, tokens)
+            chain.append((key, Entry(next(self._numbers), row)))
+            self._entries[key] = chain[-1][1]
+        self._touch(chain)
+
+    def _known(self, ids: Seq[int], count: int) -> list[tuple[Key, Entry]]:
+        """Of the first so many blocks of a prompt, those that are here, up to the first that is not."""
+        chain: list[tuple[Key, Entry]] = []
+        parent = _ROOT
+        for tokens in _by_block(ids, count):
+            entry = self._entries.get((parent, tokens))
+            if entry is None:
+                break
+            chain.append(((parent, tokens), entry))
+            parent = entry.number
+        return chain
+
+    def _touch(self, chain: Seq[tuple[Key, Entry]]) -> None:
+        for key, _ in reversed(chain):
+            self._entries.move_to_end(key)
+
+    def _free_row(self) -> int:
+        """One that no entry has. Who is interrupted before an entry has it has lost the row, and nothing else."""
+        if self._rows_used < self.n_blocks:
+            self._rows_used += 1
+            return self._rows_used - 1
+        return self._entries.popitem(last=False)[1].row
+
+    def _copy(self, cache: KVCache, slot: int, number: int, row: int, *, inwards: bool) -> None:
+        for part, kept in zip(cache.block(slot, number), self._blocks[row], strict=True):
+            kept = kept.reshape(part.shape)
+            np.copyto(*((kept, part) if inwards else (part, kept)))
+
+
+def _by_block(ids: Seq[int], count: int) -> Iterator[bytes]:
+    """The tokens of the first so many blocks."""
+    data = array("i", ids[: count * BLOCK]).tobytes()
+    return (data[at : at + _KEY_BYTES] for at in range(0, len(data), _KEY_BYTES))
+
+
+def block_bytes(config: GPT2Config) -> int:
+    """Keys and values of BLOCK positions, in all layers."""
+    return 2 * 4 * BLOCK * config.n_layer * config.n_embd
+
+
+def prefixes_within(config: GPT2Config, memory: int | None, kv_memory: int) -> Prefixes | None:
+    """
+    Args:
+        memory: bytes, 0 for none; None for a share of `kv_memory`, the bytes for keys and values of what runs.
+
+    Raises:
+        BadRequest: there would not be room for one block.
+        ModelError: the system does not give so much address space.
+    """
+    least = -(-block_bytes(config) // PAGE) * PAGE
+    if memory is not None and memory != 0 and memory < least:
+        raise BadRequest(
+            f"prefix_memory is {memory} bytes; a block of {BLOCK} of this model's positions needs {least}, "
+            "and 0 turns reuse off"
+        )
+    wanted = kv_memory // SHARE if memory is None else memory
+    return Prefixes(config, wanted) if wanted >= least else None

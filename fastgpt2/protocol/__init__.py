@@ -1,0 +1,1 @@
+"""What both ends of the queue speak; uses the engine's records and errors."""

@@ -1,0 +1,1 @@
+"""The processes of one machine: Redis, workers and the endpoint, supervised; uses api, worker and protocol."""

@@ -1,0 +1,214 @@
+"""N supervised processes: started by exec, replaced when they end, with back-off when they die, stopped together."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from fastgpt2.errors import BadRequest, FastGPT2Error, ModelError
+from fastgpt2.process import set_up_child, stop_signal_came, stop_signals_held
+from fastgpt2.protocol.keys import DIED, ENDED
+
+log = logging.getLogger("fastgpt2.pool")
+
+# A process that lived this long has shown that it can; its next death starts the back-off anew.
+HEALTHY_SECONDS = 30.0
+MAX_BACK_OFF_SECONDS = 30.0
+MAX_QUICK_DEATHS = 5
+
+# So often in a row it may die with jobs in its hands, having finished none: of several jobs that workers die of, each
+# is given up after a few deaths, but a machine on which every job ends so must not use up a whole queue.
+MAX_DEATHS_AT_WORK = 12
+
+# A process that ends with status 0 is replaced at once, but its starts are at least this far apart.
+START_PAUSE_SECONDS = 1.0
+
+# After so many ends with status 0 in a row, each within START_PAUSE_SECONDS, they count as deaths.
+MAX_QUICK_ENDS = 5
+
+# A process that says that its configuration or its model is at fault would only say so again.
+FATAL_EXIT_CODES = frozenset({BadRequest.exit_code, ModelError.exit_code})
+
+
+@dataclass(eq=False, slots=True)
+class Child:
+    """One supervised process.
+
+    Attributes:
+        name: for the log.
+        command: its argument list; secrets go into `environment`, which other users cannot read.
+        stops_first: told to stop before the others, which still serve it meanwhile.
+        ends_soon: has been told to end of itself (`--max-jobs`), so that ending soon is no sign of a fault.
+        is_worker: what it had in hand when it ended is to be taken back.
+        identity: of the process that runs, or ran last: a worker is told to go by it.
+        restarts: how often a process was started in the first one's place.
+        ended: how the last process did: `measures.RESTARTS`.
+    """
+
+    name: str
+    command: Sequence[str]
+    environment: dict[str, str]
+    stops_first: bool = False
+    ends_soon: bool = False
+    is_worker: bool = False
+    identity: str = ""
+    restarts: int = 0
+    ended: str = ENDED
+    process: subprocess.Popen[bytes] | None = None
+    started_at: float = 0.0
+    quick_deaths: int = 0
+    deaths_at_work: int = 0
+    quick_ends: int = 0
+    restart_at: float = 0.0
+
+    def start(self, now: float) -> None:
+        # Never the same again: what the last process left behind must not pass for this one's.
+        self.identity = f"{socket.gethostname()}.{self.name.replace(' ', '-')}.{uuid.uuid4().hex[:8]}"
+        own = {"FASTGPT2_NAME": self.identity, "FASTGPT2_RESTARTS": str(self.restarts)} if self.is_worker else {}
+        # A session of its own: Ctrl-C in the terminal reaches the supervisor alone, which then stops all in order.
+        with stop_signals_held():
+            self.process = subprocess.Popen(
+                self.command,
+                env={**os.environ, **self.environment, **own},
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                preexec_fn=set_up_child,
+            )
+        self.started_at = now
+
+    def signal(self, signum: int) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signum)
+
+    def wait(self, seconds: float) -> bool:
+        """Whether the process has ended within so many seconds."""
+        if self.process is None:
+            return True
+        try:
+            self.process.wait(max(0.0, seconds))
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+
+class ChildFailed(FastGPT2Error):
+    """A child ended for a reason that trying again does not mend; `exit_code` is its own."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Pool:
+    """Supervises children: `start`, then `check(now)` again and again, then `stop`.
+
+    Attributes:
+        reap: called with the identity of each worker whose process has ended, however it did.
+        restarted: called when a worker is started in the place of another, with how that one ended.
+    """
+
+    def __init__(self, children: Sequence[Child]) -> None:
+        self.children = list(children)
+        self.reap: Callable[[str], None] = lambda _identity: None
+        self.restarted: Callable[[str], None] = lambda _how: None
+
+    def start(self) -> None:
+        now = time.monotonic()
+        for child in self.children:
+            child.start(now)
+
+    def told(self, identity: str, at_work: bool, finished: int) -> None:
+        """What was found in the hands of a worker that has ended, from another thread: one at work had started well."""
+        for child in self.children:
+            if child.identity == identity and at_work:
+                child.quick_deaths = 0
+                child.deaths_at_work = 1 if finished else child.deaths_at_work + 1
+
+    def check(self, now: float) -> None:
+        """Replace whatever has ended, and restart whatever has died and waited long enough.
+
+        Raises:
+            FastGPT2Error: a child cannot be kept alive: it ended with a fatal status, or died too often too soon.
+        """
+        for child in self.children:
+            if child.process is not None:
+                status = child.process.poll()
+                if status is None:
+                    continue
+                child.process = None
+                if child.is_worker:
+                    self.reap(child.identity)
+                orderly = _ended_orderly(child, status, now)
+                child.ended = ENDED if orderly else DIED
+                if not orderly:
+                    _bury(child, status, now)
+            if now >= child.restart_at:
+                child.restarts += 1
+                child.start(now)
+                if child.is_worker:
+                    self.restarted(child.ended)
+
+    def stop(self, patience: float) -> None:
+        """Ask all to end; insist when that takes longer than `patience`, in seconds; then kill.
+
+        A stop signal that is held back (see `stop_signals_held`) ends the patience of the stage that it comes in.
+        """
+        first = [child for child in self.children if child.stops_first]
+        self._signal_and_wait(first, signal.SIGTERM, patience)
+        for signum, seconds in ((signal.SIGTERM, patience), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
+            self._signal_and_wait(self.children, signum, seconds)
+        for child in self.children:
+            if child.is_worker and child.process is not None and child.wait(0):
+                self.reap(child.identity)
+
+    def _signal_and_wait(self, children: Sequence[Child], signum: int, seconds: float) -> None:
+        alive = [child for child in children if not child.wait(0)]
+        for child in alive:
+            child.signal(signum)
+        deadline = time.monotonic() + seconds
+        while alive and time.monotonic() < deadline and not stop_signal_came():
+            alive[0].wait(0.05)
+            alive = [child for child in alive if not child.wait(0)]
+
+
+def _ended_orderly(child: Child, status: int, now: float) -> bool:
+    """Whether a child that nobody stopped ended because it was done; if so, another may start at once."""
+    if status != 0:
+        return False
+    quick = now - child.started_at < START_PAUSE_SECONDS and not child.ends_soon
+    child.quick_ends = child.quick_ends + 1 if quick else 0
+    if child.quick_ends >= MAX_QUICK_ENDS:
+        return False
+    if not quick:
+        child.quick_deaths = 0
+    child.restart_at = child.started_at + START_PAUSE_SECONDS
+    log.info("%s has ended; starting another", child.name)
+    return True
+
+
+def _bury(child: Child, status: int, now: float) -> None:
+    how = f"was killed by {_signal_name(-status)}" if status < 0 else f"ended with status {status}"
+    if status in FATAL_EXIT_CODES:
+        raise ChildFailed(f"{child.name} {how}; its message above says why", status)
+    child.quick_deaths = 1 if now - child.started_at > HEALTHY_SECONDS else child.quick_deaths + 1
+    if child.quick_deaths > MAX_QUICK_DEATHS:
+        raise FastGPT2Error(f"{child.name} {how}, {child.quick_deaths} times in a row; giving up")
+    if child.deaths_at_work >= MAX_DEATHS_AT_WORK:
+        raise FastGPT2Error(f"{child.name} {how}, and has died {child.deaths_at_work} times over jobs; giving up")
+    back_off = min(MAX_BACK_OFF_SECONDS, 0.5 * 2 ** (child.quick_deaths - 1))
+    child.restart_at = now + back_off
+    log.warning("%s %s; starting it again in %.1f s", child.name, how, back_off)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"

@@ -1,0 +1,301 @@
+"""`fastgpt2 up`: Redis, a pool of workers and the HTTP endpoint, started in order, supervised, stopped in order.
+
+And `fastgpt2 pool`: the workers alone, on a Redis that is there.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+from fastgpt2 import settings
+from fastgpt2.api.http.access import read_token, refuse_exposure
+from fastgpt2.api.http.serve import bind, url_of
+from fastgpt2.engine.model.hub import find_model
+from fastgpt2.errors import FastGPT2Error, QueueUnavailable, RedisAccessDenied
+from fastgpt2.process import on_stop_signals, set_up_logging, stop_signals_held
+from fastgpt2.protocol.connection import connect, redis_errors, without_password
+from fastgpt2.system.pool import HEALTHY_SECONDS, Child, Pool
+from fastgpt2.system.redis_server import RedisServer
+
+log = logging.getLogger("fastgpt2.pool")
+CHECK_SECONDS = 0.1
+
+# Packing the weights of gpt2-xl for the first time, on a slow disk, is within it.
+READY_SECONDS = 600.0
+
+# A worker that is told to stop keeps to `drain_timeout` itself; one that does not is hurried, this much later.
+STOP_MARGIN_SECONDS = 5.0
+
+# How long the jobs of workers that did not end well may take to be put back, once everything else is stopped.
+REAP_SECONDS = 5.0
+MAX_REDIS_DEATHS = 5
+
+# By environment, not by argument: an argument list can be read by every user of the machine. -P: else a file of the
+# current folder could stand in for a module of the same name.
+COMMAND = (sys.executable, "-P", "-m", "fastgpt2")
+STOPPING = "stopping: workers finish what they have in hand; Ctrl-C again hurries them"
+
+
+class System:
+    """The whole system on one machine, for `fastgpt2 up`, the demo and the tests.
+
+    Args:
+        values: what `settings.of_system` returns.
+
+    Use as a context manager: entered when everything is ready to serve, all stopped when left.
+    """
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values = values
+        self.redis: RedisServer | None = None
+        self.redis_url: str = values["redis_url"] or ""
+        self.http_url = ""
+        self.pool = Pool([])
+        self.ready = False
+        self._redis_started_at = 0.0
+        self._redis_deaths = 0
+        self.stopping = threading.Event()
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        try:
+            refuse_exposure(self.values["host"], read_token(self.values["token_file"]), self.values["insecure"])
+            # In the foreground, once: a download shows its progress here, and a wrong name ends it all at once.
+            find_model(self.values["model"], self.values["revision"])
+            self._start_redis()
+            before = self._registered_workers()
+            self._start_children()
+            self._wait_until_ready(before)
+            self.ready = True
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Stop the endpoint, the workers and Redis, in this order. A stop signal meanwhile hurries it."""
+        with stop_signals_held():
+            self._stack.close()
+
+    def run(self) -> None:
+        """Supervise until `stopping` is set.
+
+        Raises:
+            FastGPT2Error: a process cannot be kept alive, or the embedded Redis has ended.
+        """
+        while not self.stopping.wait(CHECK_SECONDS):
+            self._check()
+
+    def _check(self) -> None:
+        if self.redis is not None and self.redis.poll() is not None:
+            self._restart_redis(self.redis)
+        self.pool.check(time.monotonic())
+
+    def _restart_redis(self, redis: RedisServer) -> None:
+        """On the data that it kept: workers and clients wait for it."""
+        now = time.monotonic()
+        self._redis_deaths = 1 if now - self._redis_started_at > HEALTHY_SECONDS else self._redis_deaths + 1
+        if self._redis_deaths > MAX_REDIS_DEATHS:
+            times = f"{self._redis_deaths} times in a row, now with status {redis.poll()}"
+            raise QueueUnavailable(f"the embedded Redis has ended {times}; giving up")
+        log.warning("the embedded Redis has ended with status %s; starting it again", redis.poll())
+        redis.start()
+        self._redis_started_at = time.monotonic()
+
+    def _start_redis(self) -> None:
+        if self.redis_url:
+            connection = connect(self.redis_url)
+            with redis_errors(self.redis_url):
+                connection.ping()
+            connection.close()
+            return
+        folder = self.values["redis_dir"]
+        self.redis = RedisServer(self.values["redis_port"], Path(folder).expanduser().absolute() if folder else None)
+        self._stack.callback(self.redis.stop)
+        self.redis.start()
+        self._redis_started_at = time.monotonic()
+        self.redis_url = self.redis.url
+
+    def _start_children(self) -> None:
+        values = self.values
+        with bind(values["host"], values["port"]) as probe:
+            self.http_url = url_of(probe)
+        environment = {**child_environment(values, self.redis_url), "FASTGPT2_PORT": self.http_url.rpartition(":")[2]}
+        endpoint = Child("endpoint", [*COMMAND, "api"], environment, stops_first=True)
+        from fastgpt2.worker.reaper import BackgroundReaper
+
+        self.pool = Pool([*worker_children(values, self.redis_url), endpoint])
+        reaper = BackgroundReaper(self.redis_url, values["queue"], self.pool.told)
+        self.pool.reap, self.pool.restarted = reaper.reap, reaper.count_restart
+        self._stack.callback(reaper.close, REAP_SECONDS)
+        self._stack.callback(self.pool.stop, values["drain_timeout"] + STOP_MARGIN_SECONDS)
+        self.pool.start()
+
+    def _registered_workers(self) -> set[object]:
+        connection = connect(self.redis_url)
+        with redis_errors(self.redis_url):
+            names: set[object] = set(connection.smembers(f"rq:workers:{self.values['queue']}"))
+        connection.close()
+        return names
+
+    def _wait_until_ready(self, before: set[object]) -> None:
+        """Until every worker is registered and the endpoint answers; deaths on the way are handled as ever."""
+        import http.client
+        from urllib.parse import urlsplit
+
+        deadline = time.monotonic() + READY_SECONDS
+        host, port = urlsplit(self.http_url).hostname or "", urlsplit(self.http_url).port
+        answered = False
+        while True:
+            time.sleep(0.05)
+            self._check()
+            registered = len(self._registered_workers() - before)
+            if not answered:
+                try:
+                    probe = http.client.HTTPConnection(host, port, timeout=2)
+                    probe.request("GET", "/health")
+                    answered = probe.getresponse().status == 200
+                    probe.close()
+                except OSError:
+                    pass
+            if answered and registered >= self.values["workers"]:
+                break
+            if time.monotonic() > deadline:
+                raise FastGPT2Error(
+                    f"not ready after {READY_SECONDS:.0f} s: {registered} of {self.values['workers']} workers have "
+                    f"registered, the endpoint {'answers' if answered else 'does not answer'}"
+                )
+
+
+def child_environment(values: dict[str, Any], redis_url: str) -> dict[str, str]:
+    """What each child is told beside its command: every setting that there is, by its variable; empty is not set."""
+    return {
+        **{f"FASTGPT2_{name.upper()}": "" if value is None else str(value) for name, value in values.items()},
+        "FASTGPT2_REDIS_URL": redis_url,
+        "FASTGPT2_POOL_WORKERS": str(values["workers"]),
+        "FASTGPT2_SUPERVISOR_PID": str(os.getpid()),
+        # What one worker may be told in the shell, and what no pool can use: one name for all, and an end of all.
+        "FASTGPT2_NAME": "",  # each start of a worker has a name of its own
+        "FASTGPT2_BURST": "",
+    }
+
+
+def worker_children(values: dict[str, Any], redis_url: str) -> list[Child]:
+    """The workers of a pool, not started yet.
+
+    Args:
+        values: by name, at least the settings that `fastgpt2 worker` takes, and how many `workers`.
+        redis_url: where their queue is.
+    """
+    # The endpoint's token is none of theirs.
+    environment = {**child_environment(values, redis_url), "FASTGPT2_TOKEN": "", "FASTGPT2_TOKEN_FILE": ""}
+    ends_soon = values["max_jobs"] is not None
+    return [
+        Child(f"worker {n + 1}", [*COMMAND, "worker"], environment, ends_soon=ends_soon, is_worker=True)
+        for n in range(values["workers"])
+    ]
+
+
+def run_system(values: dict[str, Any]) -> int:
+    """Run everything until SIGINT or SIGTERM, and say where to connect.
+
+    Raises:
+        KeyboardInterrupt: a signal came before everything was ready; what was started has been stopped.
+    """
+    set_up_logging(values["log_level"])
+    system = System(values)
+
+    def stop(_signum: int, _frame: FrameType | None) -> None:
+        if not system.ready:
+            raise KeyboardInterrupt
+        system.stopping.set()
+
+    on_stop_signals(stop)
+    with system:
+        print(_welcome(system), flush=True)
+        system.run()
+        print(STOPPING, flush=True)
+    return 0
+
+
+def run_pool(values: dict[str, Any]) -> int:
+    """Keep workers running on a Redis that is there, or will be, until SIGINT, SIGTERM or SIGHUP.
+
+    Raises:
+        FastGPT2Error: the model cannot be used, Redis will not have its workers, or one cannot be kept alive.
+        KeyboardInterrupt: a signal came before there was a worker.
+    """
+    set_up_logging(values["log_level"])
+    on_stop_signals(signal.default_int_handler)
+    redis_url = values["redis_url"]
+    _refuse_if_denied(redis_url)
+    find_model(values["model"], values["revision"])
+    from fastgpt2.worker.reaper import BackgroundReaper
+
+    pool, stopping = Pool(worker_children(values, redis_url)), threading.Event()
+    reaper = BackgroundReaper(redis_url, values["queue"], pool.told)
+    pool.reap, pool.restarted = reaper.reap, reaper.count_restart
+    on_stop_signals(lambda _signum, _frame: stopping.set())
+    print(
+        f"fastgpt2 pool: model {values['model']}, {values['workers']} workers, queue {values['queue']}, "
+        f"Redis {without_password(redis_url)}; Ctrl-C stops it.",
+        flush=True,
+    )
+    try:
+        pool.start()
+        while not stopping.wait(CHECK_SECONDS):
+            pool.check(time.monotonic())
+        print(STOPPING, flush=True)
+    finally:
+        with stop_signals_held():
+            pool.stop(values["drain_timeout"] + STOP_MARGIN_SECONDS)
+            reaper.close(REAP_SECONDS)
+    return 0
+
+
+def _refuse_if_denied(redis_url: str) -> None:
+    """Look at Redis once: workers wait for one that is away, but trying again mends no password.
+
+    Raises:
+        BadRequest: not a Redis URL.
+        RedisAccessDenied: Redis is up, and said no.
+    """
+    connection = connect(redis_url)
+    try:
+        with redis_errors(redis_url):
+            connection.ping()
+    except RedisAccessDenied:
+        raise
+    except QueueUnavailable:
+        pass
+    finally:
+        connection.close()
+
+
+def _welcome(system: System) -> str:
+    values, embedded = system.values, system.redis is not None
+    variables = [f"FASTGPT2_REDIS_URL={system.redis_url}"] if embedded else []
+    if values["queue"] != settings.QUEUE.default:
+        variables.append(f"FASTGPT2_QUEUE={values['queue']}")
+    return "\n".join(
+        [
+            f"fastgpt2 is ready: model {values['model']}, {values['workers']} workers, queue {values['queue']}",
+            f"  endpoint  {system.http_url}/ in a browser, {system.http_url}/v1 for OpenAI's clients",
+            f"  Redis     {system.redis_url + ' (embedded)' if embedded else without_password(system.redis_url)}",
+            f"  try       {' '.join([*variables, 'fastgpt2'])} enqueue --wait 'My name is'",
+            f'            curl -s {system.http_url}/ -d \'{{"inputs": "My name is"}}\'',
+            "Ctrl-C stops it.",
+        ]
+    )

@@ -1,0 +1,216 @@
+"""What tells that a worker lives: a lease that it renews each second, and how the others notice one that has lapsed."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import logging
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from redis.exceptions import RedisError
+
+from fastgpt2.errors import BadRequest
+from fastgpt2.process import stop_signals_held
+from fastgpt2.protocol.keys import LEASE_SECONDS, leases_key
+
+if TYPE_CHECKING:
+    from redis import Redis
+
+log = logging.getLogger("fastgpt2.worker")
+BEAT_SECONDS = 1.0
+
+# A worker is dead when its lease was found lapsed, and the same, at so many beats in a row: 15 to 18 s after it was
+# heard of last. On the looker's own clock, and only beats that Redis answered count: if its clock jumps, or it has
+# been away, all leases lapse at once, and each worker that lives renews its own at its next beat.
+LOOKS = 7
+
+# A worker whose loop has stood still for so long is beyond help: no step takes as long.
+STUCK_SECONDS = 300.0
+STUCK_EXIT_CODE = 70
+
+# KEYS: the leases. ARGV: this worker, the length of a lease in ms. What stood there of this worker, what stands there
+# now, and the others' that have lapsed, or reach further into the future than any can: each name and what stands there.
+_BEAT = """
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local upto = string.format('%.0f', now + ARGV[2])
+local before = redis.call('ZSCORE', KEYS[1], ARGV[1])
+redis.call('ZADD', KEYS[1], upto, ARGV[1])
+local lapsed = redis.call('ZRANGE', KEYS[1], '-inf', now, 'BYSCORE', 'LIMIT', 0, 100, 'WITHSCORES')
+local strange = redis.call('ZRANGE', KEYS[1], '(' .. upto, '+inf', 'BYSCORE', 'LIMIT', 0, 100, 'WITHSCORES')
+return {before or '', redis.call('ZSCORE', KEYS[1], ARGV[1]), lapsed, strange}
+"""
+
+# KEYS: the leases, the lists of what the worker has taken. ARGV: the worker. One that leaves work behind stays listed.
+_LEAVE = """
+for i = 2, #KEYS do
+    if redis.call('EXISTS', KEYS[i]) == 1 then return 0 end
+end
+return redis.call('ZREM', KEYS[1], ARGV[1])
+"""
+
+
+class Lease:
+    """One worker's lease, renewed by a thread, which looks after the others' at the same time.
+
+    A thread, as one step of a large model may take longer than a lease lasts. So that it does not keep alive a worker
+    whose loop hangs, it ends the process when `turned` was not called for `STUCK_SECONDS`.
+
+    Args:
+        queue: the name of the pool's queue.
+        dead: called, in the thread, with the name of a worker that has died and what stood in its lease.
+    """
+
+    def __init__(self, connection: Redis, queue: str, worker_name: str, dead: Callable[[str, str], object]) -> None:
+        self._connection = connection
+        self._key = leases_key(queue)
+        self._name = worker_name
+        self._dead = dead
+        self._looks: dict[str, tuple[str, int]] = {}
+        self._written = ""
+        self._renewed_at = -math.inf
+        self._turned_at = math.inf
+        self._taken_from = threading.Event()
+        self._ending = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def held(self) -> bool:
+        """Whether this worker still counts as alive, by its own clock: one that does not takes no jobs."""
+        return time.monotonic() - self._renewed_at < LEASE_SECONDS
+
+    def was_taken_from(self) -> bool:
+        """Whether this worker was taken for dead since this was asked last: what it holds may be another's."""
+        taken_from = self._taken_from.is_set()
+        self._taken_from.clear()
+        return taken_from
+
+    def turned(self) -> None:
+        """The worker's loop goes round."""
+        self._turned_at = time.monotonic()
+
+    def start(self) -> None:
+        """Raises RedisError: the first beat must succeed."""
+        self.beat()
+        self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
+        with stop_signals_held():  # they are the main thread's, and interrupt what it waits for
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Renew it no more."""
+        self._ending.set()
+        if self._thread is not None:
+            self._thread.join(timeout=5)
+
+    def leave(self, taken_keys: list[str]) -> None:
+        """Give the lease up; one who leaves jobs behind is left on the list, to be found.
+
+        Raises:
+            RedisError
+        """
+        self._connection.eval(_LEAVE, 1 + len(taken_keys), self._key, *taken_keys, self._name)
+
+    def beat(self) -> None:
+        """Renew it, and look at the others'.
+
+        Raises:
+            RedisError
+        """
+        began = time.monotonic()
+        reply: Any = self._connection.eval(_BEAT, 1, self._key, self._name, int(LEASE_SECONDS * 1000))
+        before, self._written, previous = _text(reply[0]), _text(reply[1]), self._written
+        self._renewed_at = began
+        if previous and before != previous:
+            self._taken_from.set()
+        self._look([_text(word) for word in (*reply[2], *reply[3])])
+
+    def _look(self, words: list[str]) -> None:
+        looks: dict[str, tuple[str, int]] = {}
+        for name, score in zip(words[::2], words[1::2], strict=True):
+            known, count = self._looks.get(name, (score, 0))
+            looks[name] = score, count + 1 if known == score else 1
+        self._looks = looks
+        for name, (score, count) in looks.items():
+            if count >= LOOKS and name != self._name:
+                self._looks[name] = score, 0
+                self._dead(name, score)
+
+    def _run(self) -> None:
+        away = False
+        while not self._ending.wait(BEAT_SECONDS):
+            if time.monotonic() - self._turned_at > STUCK_SECONDS:
+                self._give_up()
+            try:
+                self.beat()
+                away = False
+            except RedisError as reason:
+                if not away:
+                    log.warning("%s: the lease cannot be renewed (%s)", self._name, reason)
+                away = True
+            except Exception:
+                log.exception("%s: unforeseen; the lease is renewed all the same", self._name)
+
+    def _give_up(self) -> None:
+        log.critical("%s: nothing has moved for %.0f s; giving up", self._name, STUCK_SECONDS)
+        faulthandler.dump_traceback(sys.stderr)
+        os._exit(STUCK_EXIT_CODE)
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+
+
+# NOTE worker.alive: A file that tells probes how a worker is: there while it serves its queue, touched while its loop
+# turns.
+TOUCH_SECONDS = 1.0
+
+
+class AliveFile:
+    """For `docker` and Kubernetes: to look at a file costs a probe next to nothing, beside a process that asks Redis.
+
+    Whether Redis is there does not matter to it: a worker that waits for Redis must not be restarted for that, as it
+    holds jobs.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = Path(path)
+        self._touched_at = -TOUCH_SECONDS
+        self._complained = False
+        # One that was left by a process which was killed, in a folder that outlived it, tells nothing of this one.
+        self.remove()
+
+    def make(self) -> None:
+        """The worker is ready.
+
+        Raises:
+            BadRequest: the file cannot be made.
+        """
+        try:
+            self._path.touch()
+        except OSError as reason:
+            raise BadRequest(f"--alive-file {self._path}: cannot be made ({reason.strerror})") from None
+
+    def turned(self) -> None:
+        """The worker's loop goes round."""
+        now = time.monotonic()
+        if now - self._touched_at < TOUCH_SECONDS:
+            return
+        self._touched_at = now
+        try:
+            self._path.touch()
+        except OSError as reason:
+            if not self._complained:
+                log.warning("--alive-file %s: cannot be touched (%s)", self._path, reason)
+            self._complained = True
+
+    def remove(self) -> None:
+        """The worker has ended."""
+        with contextlib.suppress(OSError):
+            self._path.unlink()

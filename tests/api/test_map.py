@@ -1,0 +1,227 @@
+"""Many prompts at once: in order or as they come, never more in the queue than was said, and all of them once."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from itertools import count
+from typing import Any
+
+import pytest
+from redis import Redis
+from support.running import GOLDEN, StartWorker, half_the_time, wait_until
+
+from fastgpt2 import Client, GenerationRequest, GenerationResult
+from fastgpt2.errors import BadRequest, JobCancelled, JobTimedOut, PromptTooLong, QueueUnavailable
+from fastgpt2.system.redis_server import RedisServer
+
+ENTRIES: list[dict[str, Any]] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"]
+PROMPTS = [entry["prompt"] for entry in ENTRIES]
+
+
+def ids(entry: dict[str, Any], tokens: int) -> tuple[int, ...]:
+    return tuple(entry["ids"][:tokens])
+
+
+def waiting(redis: Redis, client: Client) -> list[bytes]:
+    found: Any = redis.lrange(f"rq:queue:{client.queue_name}", 0, -1)
+    return list(found)
+
+
+def test_results_come_in_the_order_of_the_prompts(client: Client, start_worker: StartWorker) -> None:
+    start_worker()
+    results = list(client.map(PROMPTS, max_new_tokens=10, ignore_eos=True, in_flight=7))
+    assert [result.token_ids for result in results] == [ids(entry, 10) for entry in ENTRIES]
+    assert list(client.map([])) == []
+
+
+def test_as_completed_tells_the_number(client: Client, start_worker: StartWorker) -> None:
+    """A long one at the front keeps nobody waiting."""
+    start_worker()
+    requests = [
+        GenerationRequest(entry["prompt"], 100 if n == 0 else 5, ignore_eos=True)
+        for n, entry in enumerate(ENTRIES[:12])
+    ]
+    found = list(client.as_completed(requests, in_flight=4))
+    assert sorted(number for number, _ in found) == list(range(12))
+    assert found[0][0] != 0
+    for number, result in found:
+        assert result.token_ids == ids(ENTRIES[number], 100 if number == 0 else 5)
+
+
+def test_prompts_are_read_as_there_is_room(client: Client, redis: Redis, start_worker: StartWorker) -> None:
+    """Without end, and in order: one that is slow holds the others back, as their results would pile up."""
+    read: list[int] = []
+
+    def endless() -> Iterator[GenerationRequest]:
+        for n in count():
+            read.append(n)
+            yield GenerationRequest(ENTRIES[0]["prompt"], 100 if n == 0 else 1, ignore_eos=True)
+
+    results = client.map(endless(), in_flight=5)
+    first: list[GenerationResult] = []
+    reader = threading.Thread(target=lambda: first.append(next(results)))
+    reader.start()
+    wait_until(lambda: len(waiting(redis, client)) == 5, "five jobs to be in the queue")
+    assert read == list(range(5))
+    start_worker()
+    reader.join(30)
+    assert len(first[0].token_ids) == 100
+    assert len(read) == 5, "no result was given before that of the first"
+    assert len(next(results).token_ids) == 1
+    assert len(read) <= 7
+    results.close()
+
+
+def test_closed_early_it_cancels_what_is_in_flight(client: Client, redis: Redis, start_worker: StartWorker) -> None:
+    start_worker()
+    requests = (GenerationRequest("a", 1 if n == 0 else 480, ignore_eos=True) for n in count())
+    for number, _ in client.as_completed(requests, in_flight=40):
+        assert number == 0
+        break
+    cancelled = redis.zcard(f"rq:canceled:{client.queue_name}")
+    assert 39 <= cancelled <= 40
+    assert waiting(redis, client) == []
+    wait_until(lambda: not redis.zcard(f"rq:wip:{client.queue_name}"), "the worker to have let go")
+
+
+class TestErrors:
+    def test_the_first_one_is_raised_in_its_place(
+        self, client: Client, redis: Redis, start_worker: StartWorker
+    ) -> None:
+        start_worker()
+        prompts: list[Any] = ["a", "the " * 600, *(GenerationRequest("b", 480, ignore_eos=True) for _ in range(20))]
+        results = client.map(prompts, in_flight=22)
+        assert next(results).text
+        with pytest.raises(PromptTooLong, match="over the model's 512 positions"):
+            next(results)
+        assert next(results, None) is None
+        assert waiting(redis, client) == []
+        assert redis.zcard(f"rq:canceled:{client.queue_name}") == 20
+
+    def test_or_all_are_given_in_their_places(self, client: Client, start_worker: StartWorker) -> None:
+        start_worker()
+        strange: Any = 3.5
+        long = GenerationRequest("b", 480, ignore_eos=True)
+        prompts = ["a", strange, "the " * 600, "x" * 500_000, long, [1, 2]]
+        timeout = half_the_time(client, "b")
+        results = list(client.map(prompts, return_exceptions=True, timeout=timeout))
+        assert [type(result) for result in results] == [
+            GenerationResult, BadRequest, PromptTooLong, PromptTooLong, JobTimedOut, GenerationResult,
+        ]  # fmt: skip
+        assert isinstance(results[4], JobTimedOut)
+        assert results[4].partial is not None
+
+    def test_wrong_options(self, client: Client, redis: Redis) -> None:
+        many: Any
+        for many in (0, -1, 2.5, True, 10**9):
+            with pytest.raises(BadRequest, match="in_flight must be a whole number from 1"):
+                list(client.map(["a"], in_flight=many))
+        unknown: Any = {"temperature": 1.0}
+        with pytest.raises(BadRequest, match="temperature is refused"):
+            list(client.map(["a", "b"], **unknown))
+        with pytest.raises(BadRequest, match="stop is given beside a request that has been made"):
+            list(client.map([GenerationRequest("a")], stop="x"))
+        assert waiting(redis, client) == []
+
+    def test_cancelled_by_somebody_else(self, client: Client, redis: Redis, start_worker: StartWorker) -> None:
+        """Which writes no result that could be waited for."""
+        found: list[Any] = []
+        reader = threading.Thread(
+            target=lambda: found.extend(client.map(["a", "b"], return_exceptions=True, max_new_tokens=2))
+        )
+        reader.start()
+        wait_until(lambda: len(waiting(redis, client)) == 2, "the jobs to be in the queue")
+        client.cancel(waiting(redis, client)[0].decode())
+        start_worker()
+        reader.join(30)
+        assert [type(outcome) for outcome in found] == [JobCancelled, GenerationResult]
+
+
+def test_a_stop_that_is_an_iterator_holds_for_all(client: Client, start_worker: StartWorker) -> None:
+    start_worker()
+    stop = ENTRIES[0]["text"][10:14]
+    results = list(client.map([PROMPTS[0]] * 3, stop=(text for text in [stop]), max_new_tokens=50))
+    assert {result.text for result in results} == {ENTRIES[0]["text"][: ENTRIES[0]["text"].index(stop)]}
+
+
+class TestFullQueue:
+    def test_it_waits_for_its_own_jobs(
+        self, redis_server: RedisServer, client: Client, start_worker: StartWorker
+    ) -> None:
+        start_worker()
+        with Client(redis_server.url, client.queue_name, max_queue=2) as limited:
+            results = list(limited.map(PROMPTS, max_new_tokens=3, ignore_eos=True, in_flight=20))
+        assert [result.token_ids for result in results] == [ids(entry, 3) for entry in ENTRIES]
+
+    def test_and_for_those_of_others(
+        self, redis_server: RedisServer, redis: Redis, client: Client, start_worker: StartWorker
+    ) -> None:
+        others = [client.enqueue("a", max_new_tokens=1) for _ in range(3)]
+        with Client(redis_server.url, client.queue_name, max_queue=3) as limited:
+            found: list[Any] = []
+            reader = threading.Thread(target=lambda: found.extend(limited.map(["b"], max_new_tokens=1)))
+            reader.start()
+            wait_until(lambda: limited._session.contact.made, "the first refusal")
+            assert len(waiting(redis, client)) == 3
+            start_worker()
+            reader.join(30)
+            assert len(found) == 1
+        assert all(other.result(timeout=30) for other in others)
+
+
+def test_redis_is_restarted(
+    tmp_path_factory: pytest.TempPathFactory, queue_name: str, start_worker: StartWorker
+) -> None:
+    """While jobs are enqueued and waited for: all are done, none twice."""
+    folder = tmp_path_factory.mktemp("redis")
+    server = RedisServer(folder=folder).start()
+    try:
+        start_worker(wait=False, FASTGPT2_REDIS_URL=server.url)
+        with Client(server.url, queue_name) as client:
+            results = client.map(PROMPTS * 3, max_new_tokens=8, ignore_eos=True, in_flight=30)
+            found = [next(results) for _ in range(20)]
+            server.stop()
+            server = RedisServer(server.port, folder).start()
+            found += results
+            assert [result.token_ids for result in found] == [ids(entry, 8) for entry in ENTRIES * 3]
+    finally:
+        server.stop()
+
+
+def test_redis_stays_away(queue_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastgpt2.api.client.flow.RECONNECT_SECONDS", 0.2)
+    with RedisServer() as server, Client(server.url, queue_name) as client:
+        results = client.map(count_to_strings(server), in_flight=3)
+        with pytest.raises(QueueUnavailable):
+            next(results)
+
+
+def count_to_strings(server: RedisServer) -> Iterator[str]:
+    yield "a"
+    yield "b"
+    server.stop()
+    yield "c"
+
+
+def test_prompts_that_cannot_be_read(client: Client, redis: Redis) -> None:
+    """An error of their own, whatever it is; what is in flight is cancelled."""
+
+    def prompts() -> Iterator[str]:
+        yield "a"
+        raise OSError("the disk is broken")
+
+    with pytest.raises(OSError, match="the disk is broken"):
+        list(client.map(prompts()))
+    assert waiting(redis, client) == []
+
+
+def test_progress(client: Client, start_worker: StartWorker, capsys: pytest.CaptureFixture[str]) -> None:
+    start_worker()
+    assert len(list(client.map(PROMPTS[:5], max_new_tokens=4, ignore_eos=True, progress=True))) == 5
+    shown = capsys.readouterr().err
+    assert "5/5" in shown
+    assert "tokens/s" in shown
+    list(client.map(PROMPTS[:2], max_new_tokens=4))
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,159 @@
+"""`/metrics`: what Prometheus would read, by its own parsers and its own checker."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import shutil
+import subprocess
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.openmetrics import parser as openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse
+from redis import Redis
+from redis.asyncio import Redis as AsyncRedis
+from support.running import StartWorker, wait_until
+
+from fastgpt2 import Client
+from fastgpt2.api.pool.prometheus import exposition
+from fastgpt2.protocol.keys import TOTAL_FIELDS, recent_key, totals_key
+from fastgpt2.system.redis_server import RedisServer
+
+Read = Callable[..., tuple[str, bytes]]
+OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+
+
+@pytest.fixture
+def read(redis_server: RedisServer, queue_name: str) -> Read:
+    def read(accept: str = "") -> tuple[str, bytes]:
+        async def talk() -> tuple[str, bytes]:
+            async with AsyncRedis.from_url(redis_server.url) as connection:
+                return await exposition(connection, queue_name, accept)
+
+        return asyncio.run(talk())
+
+    return read
+
+
+def samples(body: bytes) -> dict[tuple[str, ...], float]:
+    """By name and labels' values, each once."""
+    found: dict[tuple[str, ...], float] = {}
+    for family in parse(body.decode()):
+        for sample in family.samples:
+            key = sample.name, *(sample.labels[label] for label in sorted(sample.labels))
+            assert key not in found
+            found[key] = sample.value
+    return found
+
+
+def families(body: bytes) -> list[Metric]:
+    return list(parse(body.decode()))
+
+
+def openmetrics_families(body: bytes) -> list[Metric]:
+    parse_strictly: Any = openmetrics.text_string_to_metric_families
+    return list(parse_strictly(body.decode()))
+
+
+def check_histograms(body: bytes) -> None:
+    """Buckets only grow, and the last one is the count."""
+    for family in families(body):
+        if family.type != "histogram":
+            continue
+        buckets = [(float(s.labels["le"]), s.value) for s in family.samples if s.name.endswith("_bucket")]
+        (count,) = [s.value for s in family.samples if s.name.endswith("_count")]
+        (total,) = [s.value for s in family.samples if s.name.endswith("_sum")]
+        assert buckets == sorted(buckets)
+        assert [value for _, value in buckets] == sorted(value for _, value in buckets)
+        assert buckets[-1] == (math.inf, count)
+        assert total >= 0
+
+
+def test_what_jobs_leave(client: Client, queue_name: str, start_worker: StartWorker, read: Read) -> None:
+    start_worker(FASTGPT2_NAME=f"w-{queue_name}")
+    for n in (1, 4):
+        client.enqueue("a", max_new_tokens=n, ignore_eos=True).result(20)
+    ended = ("fastgpt2_jobs_ended_total", "finished", "length")
+    wait_until(lambda: samples(read()[1])[ended] == 2, "both to be counted")
+    content_type, body = read()
+    assert content_type == "text/plain; version=0.0.4; charset=utf-8"
+    found = samples(body)
+    assert found["fastgpt2_generated_tokens_total",] == 5
+    assert found["fastgpt2_prompt_tokens_total",] == 2
+    assert found["fastgpt2_job_queue_seconds_count",] == found["fastgpt2_time_to_first_token_seconds_count",] == 2
+    assert found["fastgpt2_time_per_output_token_seconds_count",] == 1
+    assert found["fastgpt2_step_batch_size_count",] == found["fastgpt2_step_batch_size_bucket", "1.0"] == 5
+    assert found["fastgpt2_jobs", "finished"] == 2
+    assert found["fastgpt2_queue_jobs", "normal"] == found["fastgpt2_queue_oldest_wait_seconds", "normal"] == 0
+    assert sum(value for key, value in found.items() if key[0] == "fastgpt2_workers") == 1
+    assert found["fastgpt2_worker_jobs", f"w-{queue_name}"] == 0
+    assert found["fastgpt2_worker_heartbeat_age_seconds", f"w-{queue_name}"] < 60
+    check_histograms(body)
+
+
+def test_figures_written_by_hand(redis: Redis, client: Client, queue_name: str, read: Read) -> None:
+    redis.hset(
+        totals_key(queue_name),
+        mapping={
+            "queue_seconds<=0.002": 3, "queue_seconds<=0.05": 2, "queue_seconds>": 1, "queue_seconds:sum": "400.25",
+            "ended:failed:poison": 2, "restarts:died": 7, "recoveries": 9, "refused": 11, "of another release": 5,
+        },
+    )  # fmt: skip
+    client.enqueue("a", priority="high")
+    _, body = read()
+    found = samples(body)
+    buckets = {le: found["fastgpt2_job_queue_seconds_bucket", le] for le in ("0.002", "0.025", "0.05", "300.0", "+Inf")}
+    assert buckets == {"0.002": 3, "0.025": 3, "0.05": 5, "300.0": 5, "+Inf": 6}
+    assert (found["fastgpt2_job_queue_seconds_count",], found["fastgpt2_job_queue_seconds_sum",]) == (6, 400.25)
+    assert found["fastgpt2_jobs_ended_total", "failed", "poison"] == 2
+    assert found["fastgpt2_worker_restarts_total", "died"] == 7
+    assert found["fastgpt2_worker_restarts_total", "ended"] == 0
+    assert (found["fastgpt2_job_recoveries_total",], found["fastgpt2_jobs_refused_total",]) == (9, 11)
+    assert found["fastgpt2_queue_jobs", "high"] == found["fastgpt2_jobs", "queued"] == 1
+    assert 0 < found["fastgpt2_queue_oldest_wait_seconds", "high"] < 60
+    assert all(family.documentation for family in families(body))
+
+
+def test_openmetrics(redis: Redis, queue_name: str, read: Read) -> None:
+    redis.hset(totals_key(queue_name), "generated_tokens", 12)
+    content_type, body = read(OPENMETRICS)
+    assert content_type.startswith("application/openmetrics-text; version=1.0.0; charset=utf-8")
+    found = {family.name: family for family in openmetrics_families(body)}
+    assert [(s.name, s.value) for s in found["fastgpt2_generated_tokens"].samples] == [
+        ("fastgpt2_generated_tokens_total", 12)
+    ]
+    assert found["fastgpt2_job_queue_seconds"].type == "histogram"
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not here (Debian's package prometheus)")
+def test_promtool_has_no_complaint(read: Read, start_worker: StartWorker) -> None:
+    start_worker()
+    done = subprocess.run(["promtool", "check", "metrics"], input=read()[1], capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+@pytest.mark.parametrize("odd", ["many", "-5", "nan", "1e400", "9" * 39, b"\xff", "", str(2**63 - 1)], ids=repr)
+def test_hostile_values_are_no_figures(redis: Redis, queue_name: str, read: Read, odd: Any) -> None:
+    redis.hset(totals_key(queue_name), mapping=dict.fromkeys(TOTAL_FIELDS, odd))
+    name = f'w-{queue_name}"\n\\{{}}'
+    redis.sadd(f"rq:workers:{queue_name}", f"rq:worker:{name}", b"rq:worker:\xff")
+    fields: dict[Any, Any] = dict.fromkeys(("state", "kv_bytes", "max_batch", "last_heartbeat", "restarts"), odd)
+    redis.hset(f"rq:worker:{name}", mapping=fields)
+    _, body = read()
+    found = samples(body)
+    assert all(value >= 0 and math.isfinite(value) for value in found.values())
+    assert found["fastgpt2_worker_jobs", name] == 0
+    assert found["fastgpt2_workers", "other"] == 1
+    check_histograms(body)
+    assert openmetrics_families(read(OPENMETRICS)[1])
+
+
+def test_keys_of_the_wrong_kind_are_not_there(redis: Redis, queue_name: str, read: Read) -> None:
+    now: Any = redis.time()
+    for key in (totals_key(queue_name), recent_key(queue_name, now[0] // 10 * 10), f"rq:workers:{queue_name}"):
+        redis.set(key, "x", ex=60)
+    found = samples(read()[1])
+    assert found["fastgpt2_generated_tokens_total",] == 0

@@ -1,0 +1,352 @@
+"""What is read back of a pool: of figures written by hand, whose sums are known, and of whatever else stands there."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import pickle
+import time
+import zlib
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any, TypeVar
+
+import pytest
+from redis import Redis
+from redis.asyncio import Redis as AsyncRedis
+from rq import Queue
+from rq.serializers import JSONSerializer
+from support.running import StartWorker, wait_until
+
+from fastgpt2 import Client
+from fastgpt2.api.pool.job_list import read_latest, read_prompts
+from fastgpt2.api.pool.status import not_ready, read_status, sample
+from fastgpt2.protocol.connection import connect
+from fastgpt2.protocol.keys import RECENT_FIELDS, TOTAL_FIELDS, latest_key, leases_key, queue_of, recent_key, totals_key
+from fastgpt2.system.redis_server import RedisServer
+
+T = TypeVar("T")
+Ask = Callable[..., Any]
+TASK = "fastgpt2.worker.tasks.generate"
+
+
+@pytest.fixture
+def ask(redis_server: RedisServer) -> Ask:
+    """Calls one of the endpoint's functions with a connection of its kind."""
+
+    def call(function: Callable[..., Awaitable[T]], *args: Any, **kwargs: Any) -> T:
+        async def talk() -> T:
+            async with AsyncRedis.from_url(redis_server.url) as connection:
+                return await function(connection, *args, **kwargs)
+
+        return asyncio.run(talk())
+
+    return call
+
+
+def bucket(redis: Redis, ago: int = 0) -> int:
+    """The start of the ten seconds of this moment, or of so many before, by Redis's clock."""
+    now: Any = redis.time()
+    return int(now[0]) // 10 * 10 - 10 * ago
+
+
+def in_one_bucket(redis: Redis) -> None:
+    """Wait until the ten seconds have room for a test."""
+
+    def roomy() -> bool:
+        now: Any = redis.time()
+        return int(now[0]) % 10 < 8
+
+    wait_until(roomy, "the next ten seconds")
+
+
+def test_rates_and_history(redis: Redis, ask: Ask, queue_name: str) -> None:
+    in_one_bucket(redis)
+    at = bucket(redis)
+    written: dict[int, dict[Any, Any]] = {
+        0: {"tokens": 50, "steps": 10, "sequences": 20, "room": 40},
+        2: {"tokens": 300, "jobs": 4, "failed": 1, "steps": 100, "sequences": 300, "room": 400, "depth": 7,
+            "queue_seconds:sum": "6.0", "queue_seconds:count": 3, "first_token_seconds:sum": "9.0",
+            "first_token_seconds:count": 3, "token_seconds:sum": "0.5", "token_seconds:count": 2},
+        20: {"tokens": 1000, "steps": 500, "sequences": 500, "room": 2000},
+        60: {"tokens": 10_000, "jobs": 6, "queue_seconds:sum": "30", "queue_seconds:count": 6},
+        95: {"tokens": 10**9},
+    }  # fmt: skip
+    for ago, fields in written.items():
+        redis.hset(recent_key(queue_name, at - 10 * ago), mapping=fields)
+        redis.expire(recent_key(queue_name, at - 10 * ago), 100)
+    status = ask(read_status, queue_name, history=True)
+    elapsed = status["time"] - at
+    assert 0 <= elapsed < 10
+    minute, five, quarter = (status["rates"][name] for name in ("1m", "5m", "15m"))
+    assert minute["tokens_per_second"] == pytest.approx(350 / (60 + elapsed), abs=0.01)
+    assert minute["jobs_per_second"] == pytest.approx(4 / (60 + elapsed), abs=1e-3)
+    assert minute["failed_per_second"] == pytest.approx(1 / (60 + elapsed), abs=1e-3)
+    assert (minute["queue_seconds"], minute["first_token_seconds"], minute["token_seconds"]) == (2.0, 3.0, 0.25)
+    assert minute["batch"] == round(320 / 110, 6)
+    assert five["tokens_per_second"] == pytest.approx(1350 / (300 + elapsed), abs=0.01)
+    assert quarter["tokens_per_second"] == pytest.approx(11_350 / (900 + elapsed), abs=0.01)
+    assert quarter["queue_seconds"] == 4.0
+    points = status["history"]["points"]
+    assert status["history"]["seconds"] == 10
+    assert [point["at"] for point in points] == list(range(at - 900, at, 10))
+    assert points[-2] == {
+        "at": at - 20, "tokens_per_second": 30.0, "jobs_per_second": 0.4, "failed_per_second": 0.1,
+        "queue_seconds": 2.0, "first_token_seconds": 3.0, "token_seconds": 0.25, "batch": 3.0, "batch_occupancy": 0.75,
+        "depth": 7,
+    }  # fmt: skip
+    assert points[-20]["tokens_per_second"] == 100.0
+    assert points[-20]["depth"] is None
+    assert set(points[-1].values()) == {at - 10, None}
+    assert "history" not in ask(read_status, queue_name)
+
+
+def test_nothing_is_known_of_a_pool_that_never_was(ask: Ask, queue_name: str) -> None:
+    status = ask(read_status, queue_name, history=True)
+    assert status["queue"]["oldest_wait_seconds"] is None
+    assert (status["models"], status["workers"]) == ([], [])
+    for rates in status["rates"].values():
+        assert (rates["tokens_per_second"], rates["jobs_per_second"]) == (0.0, 0.0)
+        assert rates["queue_seconds"] is rates["batch"] is None
+    assert len(status["history"]["points"]) == 90
+    json.dumps(status, allow_nan=False)
+
+
+def test_the_depth_is_noted_while_no_worker_lives(redis: Redis, ask: Ask, client: Client, queue_name: str) -> None:
+    for priority in ("high", "normal", "low"):
+        client.enqueue("a", priority=priority)
+    in_one_bucket(redis)
+    at = bucket(redis)
+    ask(sample, queue_name)
+    assert redis.hgetall(recent_key(queue_name, at)) == {b"depth": b"3"}
+    ttl: Any = redis.ttl(recent_key(queue_name, at))
+    assert 1100 < ttl <= 1200
+    # Of ten seconds that are over.
+    redis.rename(recent_key(queue_name, at), recent_key(queue_name, at - 10))
+    point = ask(read_status, queue_name, history=True)["history"]["points"][-1]
+    assert (point["depth"], point["tokens_per_second"], point["batch"]) == (3, 0.0, None)
+
+
+def test_the_oldest_wait(redis: Redis, ask: Ask, client: Client, queue_name: str) -> None:
+    jobs = {priority: client.enqueue("a", priority=priority) for priority in ("high", "normal")}
+    client.enqueue("a")
+    for priority, seconds in {"high": 30, "normal": 200}.items():
+        moment = datetime.now(UTC) - timedelta(seconds=seconds)
+        redis.hset(f"rq:job:{jobs[priority].id}", "enqueued_at", moment.isoformat().replace("+00:00", "Z"))
+    assert ask(read_status, queue_name)["queue"]["oldest_wait_seconds"] == pytest.approx(200, abs=2)
+    for odd in (b"\xff", "yesterday", "9999-99-99", "0001-01-01T00:00:00+23:59", "x" * 100_000, ""):
+        redis.hset(f"rq:job:{jobs['normal'].id}", "enqueued_at", odd)
+        found = ask(read_status, queue_name)["queue"]["oldest_wait_seconds"]
+        assert found == pytest.approx(30, abs=2) or (found > 1e9 and str(odd).startswith("0001"))
+
+
+def test_a_live_worker(ask: Ask, client: Client, queue_name: str, start_worker: StartWorker) -> None:
+    start_worker(FASTGPT2_MAX_BATCH="2", FASTGPT2_RESTARTS="1")
+    for job in [client.enqueue("a", max_new_tokens=480, ignore_eos=True) for _ in range(2)]:
+        job.result(60)
+
+    def worker() -> Any:
+        (found,) = ask(read_status, queue_name)["workers"]
+        return found
+
+    wait_until(lambda: worker()["tokens_per_second"], "the worker to tell its pace")
+    found = worker()
+    assert found["batch_occupancy"] == round(found["batch_mean"] / 2, 4)
+    assert 0 < found["batch_occupancy"] <= 1
+    assert 0 <= found["kv_used"] <= 1
+    assert (found["threads"], found["restarts"], found["blas"]) == (1, 1, found["computes_by"].split(" in ")[0])
+    status = ask(read_status, queue_name)
+    assert status["models"] == ["demo"]
+    assert status["rates"]["1m"]["tokens_per_second"] > 0
+    wait_until(lambda: ask(read_status, queue_name)["totals"]["generated_tokens"] == 960, "all to be told")
+    status = ask(read_status, queue_name)
+    assert {"status": "finished", "reason": "length", "jobs": 2} in status["totals"]["ended"]
+
+
+def test_ready(redis: Redis, ask: Ask, queue_name: str, start_worker: StartWorker) -> None:
+    reason = ask(not_ready, queue_name)
+    assert "no worker that has loaded its model lives" in reason
+    assert "fastgpt2 up" in reason
+    process = start_worker()
+    assert ask(not_ready, queue_name) is None
+    assert ask(not_ready, f"{queue_name}-other") is not None
+    process.terminate()
+    process.wait(20)
+    assert ask(not_ready, queue_name) is not None
+    # A lease that has lapsed, and one that nobody can have taken.
+    now: Any = redis.time()
+    for until in (now[0] * 1000 - 1, now[0] * 1000 + 60_000, math.inf):
+        redis.zadd(leases_key(queue_name), {"somebody": until})
+        assert ask(not_ready, queue_name) is not None
+    redis.zadd(leases_key(queue_name), {"somebody": now[0] * 1000 + 8000})
+    assert ask(not_ready, queue_name) is None
+    redis.delete(leases_key(queue_name))
+    redis.set(leases_key(queue_name), "x", ex=10)
+    assert ask(not_ready, queue_name) is not None
+
+
+HOSTILE: list[Any] = [
+    "many",
+    "-5",
+    "nan",
+    "inf",
+    "-inf",
+    "1e400",
+    "9" * 39,
+    "9" * 10_000,
+    b"\xff\xfe",
+    "",
+    "0x10",
+    "1 2",
+]
+
+
+def check_sane(value: Any) -> None:
+    """No number is negative or none at all, anywhere in it."""
+    json.dumps(value, allow_nan=False)
+    if isinstance(value, dict):
+        for each in value.values():
+            check_sane(each)
+    elif isinstance(value, list):
+        for each in value:
+            check_sane(each)
+    elif isinstance(value, int | float):
+        assert value >= 0
+
+
+@pytest.mark.parametrize("odd", HOSTILE, ids=lambda odd: repr(odd)[:20])
+def test_hostile_values_are_no_figures(redis: Redis, ask: Ask, queue_name: str, odd: Any) -> None:
+    worker = f"rq:worker:w-{queue_name}"
+    redis.sadd(f"rq:workers:{queue_name}", worker, "rq:job:x", "elsewhere", b"rq:worker:\xff\xfe", f"{worker}-gone")
+    names = ("max_batch", "kv_bytes", "kv_bytes_limit", "tokens", "pid", "birth", "last_heartbeat", "state", "restarts",
+             "tokens_per_second", "batch_mean", "private_bytes", "total_working_time",
+             "prefix_bytes", "prefix_bytes_limit", "weights", "drafts")  # fmt: skip
+    redis.hset(worker, mapping=dict.fromkeys(names, odd))
+    redis.hset(totals_key(queue_name), mapping=dict.fromkeys(TOTAL_FIELDS, odd))
+    for ago in range(3):
+        redis.hset(recent_key(queue_name, bucket(redis, ago)), mapping=dict.fromkeys(RECENT_FIELDS, odd))
+    status = ask(read_status, queue_name, history=True)
+    check_sane(status)
+    (found,) = status["workers"]
+    assert (found["name"], found["kv_used"], found["batch_occupancy"]) == (f"w-{queue_name}", None, None)
+    assert status["totals"]["generated_tokens"] == 0
+    assert status["rates"]["1m"]["tokens_per_second"] == 0.0
+
+
+def test_keys_of_the_wrong_kind_are_not_there(redis: Redis, ask: Ask, client: Client, queue_name: str) -> None:
+    client.enqueue("a")
+    lately = [recent_key(queue_name, bucket(redis, ago)) for ago in range(-1, 3)]
+    high = f"rq:queue:{queue_of(queue_name, 'high')}"
+    of_pool = totals_key(queue_name), latest_key(queue_name), f"rq:wip:{queue_name}", f"rq:workers:{queue_name}"
+    for key in (*of_pool, high, *lately):
+        redis.set(key, "x", ex=60)
+    status = ask(read_status, queue_name, history=True)
+    assert status["queue"]["by_priority"] == {"high": 0, "normal": 1, "low": 0}
+    assert status["workers"] == []
+    assert ask(read_latest, queue_name, 10) == []
+    ask(sample, queue_name)
+    for number in range(3):
+        redis.sadd(f"rq:workers:{queue_name}-2", f"rq:worker:{queue_name}-{number}")
+        redis.set(f"rq:worker:{queue_name}-{number}", "x", ex=60)
+    assert ask(read_status, f"{queue_name}-2")["workers"] == []
+
+
+def test_a_thousand_workers_are_enough(redis: Redis, ask: Ask, queue_name: str) -> None:
+    names = [f"rq:worker:{queue_name}-{n}" for n in range(1100)]
+    redis.sadd(f"rq:workers:{queue_name}", *names)
+    with redis.pipeline(transaction=False) as pipeline:
+        for name in names:
+            pipeline.hset(name, "state", "idle")
+            pipeline.expire(name, 100)
+        pipeline.execute()
+    assert len(ask(read_status, queue_name)["workers"]) == 1000
+
+
+RECORD: dict[str, Any] = {
+    "id": "a", "status": "finished", "finish_reason": "stop", "prompt_tokens": 3, "cached_tokens": 0,
+    "completion_tokens": 5, "steps": 3, "drafted": 2, "accepted": 1,
+    "queue_seconds": 0.5, "prefill_seconds": 0.25, "decode_seconds": 1.5, "ended_at": 1.8e9, "worker": "w",
+}  # fmt: skip
+
+
+def test_the_latest_jobs(redis: Redis, ask: Ask, queue_name: str) -> None:
+    assert ask(read_latest, queue_name, 10) == []
+    key = latest_key(queue_name)
+    odd: list[Any] = [
+        b"\xff",
+        "{",
+        "[" * 4000,
+        "3",
+        "null",
+        "[]",
+        "{}",
+        '{"id": 3, "status": "x"}',
+        json.dumps({"id": "x" * 5000}),
+    ]
+    redis.rpush(key, json.dumps(RECORD), *odd)
+    hostile = {"id": "b" * 300, "status": "failed", "error": {"a": 1}, "prompt_tokens": -3, "queue_seconds": "soon",
+               "decode_seconds": 1e999, "text": "secret", "ended_at": True}  # fmt: skip
+    redis.rpush(key, json.dumps(hostile))
+    for number in range(100):
+        redis.rpush(key, json.dumps({**RECORD, "id": str(number)}))
+    first, second, *others = ask(read_latest, queue_name, 1000)
+    assert first == {**RECORD, "error": None}
+    assert second == {**dict.fromkeys(first), "id": "b" * 200, "status": "failed"}
+    assert len(others) == 100 - 11
+    assert [each["id"] for each in ask(read_latest, queue_name, 1)] == ["a"]
+    assert ask(read_latest, queue_name, 0) == []
+
+
+def test_the_prompts_of_jobs(redis: Redis, ask: Ask, client: Client, queue_name: str) -> None:
+    queue = Queue(queue_name, connection=redis, serializer=JSONSerializer)
+    long, ids = "größer als " * 50, list(range(300))
+    jobs = {
+        client.enqueue(long).id: long[:200],
+        client.enqueue(ids).id: ids[:200],
+        client.enqueue("").id: "",
+        queue.enqueue(TASK, "by position").id: "by position",
+        Queue(queue_name, connection=redis).enqueue(TASK, "pickled", max_new_tokens=3).id: "pickled",
+    }
+    left_out = [client.enqueue("word " * 20_000).id, "gone", ""]
+    odd = [
+        b"\xff", b"[]", b"[1, 2, 3, 4]", b'["f", null, [], {}]', b'["f", null, [{"a": 1}], {}]', b"[" * 10_000,
+        b'["f", null, [[1, "a"]], {}]', pickle.dumps(("f", None, (Redis,), {})), zlib.compress(b"[" + b" " * 10**8),
+    ]  # fmt: skip
+    for number, data in enumerate(odd):
+        left_out.append(f"{queue_name}-{number}")
+        redis.hset(f"rq:job:{queue_name}-{number}", "data", data)
+    redis.set(f"rq:job:{queue_name}-string", "x", ex=60)
+    left_out.append(f"{queue_name}-string")
+    assert ask(read_prompts, [*jobs, *left_out]) == jobs
+    assert ask(read_prompts, []) == {}
+    some = next(iter(jobs))
+    assert ask(read_prompts, [*(str(n) for n in range(100)), some]) == {}
+    assert ask(read_prompts, [some] * 200) == {some: jobs[some]}
+
+
+def test_status_takes_the_same_work_however_many_jobs_there_are(redis_server: RedisServer, queue_name: str) -> None:
+    """By Redis's own count of commands."""
+    admin = connect(redis_server.url)
+
+    def calls() -> int:
+        stats: Any = admin.info("commandstats")
+        return sum(entry["calls"] for name, entry in stats.items() if name not in ("cmdstat_info", "cmdstat_hello"))
+
+    async def read() -> int:
+        async with AsyncRedis.from_url(redis_server.url) as connection:
+            await read_status(connection, queue_name, history=True)
+            before = calls()
+            await read_status(connection, queue_name, history=True)
+            return calls() - before
+
+    queue = Queue(queue_name, connection=admin, serializer=JSONSerializer)
+    queue.enqueue(TASK, "a")
+    # Other tests' workers of this server are ended; should one still beat, the smallest of some readings is without.
+    few = min(asyncio.run(read()) for _ in range(3))
+    admin.rpush(f"rq:queue:{queue_name}", *map(str, range(5000)))
+    began = time.monotonic()
+    many = min(asyncio.run(read()) for _ in range(3))
+    assert many == few < 150
+    assert time.monotonic() - began < 5
+    admin.close()

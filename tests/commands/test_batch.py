@@ -1,0 +1,403 @@
+"""`fastgpt2 batch`: every line of input gives one line of output, once, in order, whatever happens on the way."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis import Redis
+from support.running import GOLDEN, StartWorker, wait_until
+
+from fastgpt2 import Client
+from fastgpt2.commands.batch import MAX_LINE_BYTES, LineReader
+from fastgpt2.errors import BadRequest
+from fastgpt2.system.redis_server import RedisServer
+
+ENTRIES: list[dict[str, Any]] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"]
+# A prompt a line.
+LINES = [entry for entry in ENTRIES if "\n" not in entry["prompt"] and "\r" not in entry["prompt"]]
+FEW = ["--max-new-tokens", "4", "--ignore-eos"]
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start(redis_server: RedisServer, client: Client, tmp_path: Path) -> Start:
+    """Starts `fastgpt2 batch` in the test's folder."""
+
+    def run(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "fastgpt2", "batch", *arguments],
+            env={**os.environ, "FASTGPT2_REDIS_URL": redis_server.url, "FASTGPT2_QUEUE": client.queue_name},
+            cwd=tmp_path,
+            text=True,
+            **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
+        )
+
+    return run
+
+
+@pytest.fixture
+def batch(start: Start) -> Callable[..., tuple[int, str, str]]:
+    """Runs it to its end: (status, standard output, standard error)."""
+
+    def run(*arguments: str, stdin: str | None = None) -> tuple[int, str, str]:
+        process = start(*arguments, **({} if stdin is None else {"stdin": subprocess.PIPE}))
+        out, err = process.communicate(stdin, timeout=60)
+        return process.returncode, out, err
+
+    return run
+
+
+def results_in(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def has_lines(path: Path, count: int) -> bool:
+    return path.exists() and path.read_bytes().count(b"\n") >= count
+
+
+def write_prompts(path: Path, entries: list[dict[str, Any]] = LINES) -> None:
+    path.write_text("".join(entry["prompt"] + "\n" for entry in entries), "utf-8")
+
+
+def test_a_prompt_a_line(tmp_path: Path, start_worker: StartWorker, batch: Any) -> None:
+    start_worker()
+    write_prompts(tmp_path / "in.txt")
+    status, out, err = batch("in.txt", "-o", "out.jsonl", "--max-new-tokens", "100", "--ignore-eos")
+    assert (status, out, err) == (0, "", "")
+    results = results_in(tmp_path / "out.jsonl")
+    assert [result["text"] for result in results] == [entry["text"] for entry in LINES]
+    assert [result["index"] for result in results] == list(range(len(LINES)))
+    assert results[0]["usage"] == {
+        "prompt_tokens": len(LINES[0]["prompt_ids"]), "completion_tokens": 100, "cached_tokens": 0
+    }  # fmt: skip
+    assert set(results[0]) == {
+        "index", "version", "text", "finish_reason", "usage", "timings", "model", "drafting", "input",
+    }  # fmt: skip
+    assert len({result["input"] for result in results}) == len({entry["prompt"] for entry in LINES})
+
+
+def test_an_object_a_line(tmp_path: Path, start_worker: StartWorker, batch: Any) -> None:
+    start_worker()
+    first, second = ENTRIES[0], ENTRIES[1]
+    lines = [
+        first["prompt"],
+        {"prompt": second["prompt"], "max_new_tokens": 7, "id": "seven"},
+        {"prompt": second["prompt_ids"], "id": 3, "logprobs": 1, "prompt_logprobs": 0},
+        {"prompt": second["prompt"], "stop": second["text"][8:12], "max_new_tokens": 50, "echo": True},
+        {"prompt": second["prompt"], "max_new_tokens": 480, "timeout": 0.1, "id": "late"},
+    ]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))  # and no end to the last line
+    status, _, err = batch("in.jsonl", "-o", "out.jsonl", *FEW)
+    assert (status, err) == (1, "1 of 5 lines are errors\n")
+    results = results_in(tmp_path / "out.jsonl")
+    assert [result.get("id") for result in results] == [None, "seven", 3, None, "late"]
+    assert "id" not in results[0]
+    assert first["text"].startswith(results[0]["text"])
+    assert [result["usage"]["completion_tokens"] for result in results[:3]] == [4, 7, 4]
+    assert [entry["token_id"] for entry in results[2]["logprobs"]] == second["ids"][:4]
+    assert [entry["token_id"] for entry in results[2]["prompt_logprobs"]] == second["prompt_ids"]
+    assert [entry["logprob"] is None for entry in results[2]["prompt_logprobs"]][:2] == [True, False]
+    stop = second["text"].index(second["text"][8:12])
+    assert results[3]["text"] == second["prompt"] + second["text"][:stop]
+    assert results[4]["error_type"] == "JobTimedOut"
+    assert results[4]["partial"]["finish_reason"] == "timeout"
+
+
+def test_bad_lines_are_errors_in_their_places(tmp_path: Path, start_worker: StartWorker, batch: Any) -> None:
+    start_worker()
+    (tmp_path / "in.jsonl").write_bytes(
+        b"\n".join(
+            [
+                b'"a"',
+                b"",
+                b"{",
+                b"[" * 100_000,
+                b"3",
+                b'{"prompt": "a", "temperature": 1}',
+                b'{"prompt": "a", "max_tokens": 1, "id": "x"}',
+                b'{"prompt": "a", "id": [1]}',
+                b'{"id": "no prompt"}',
+                b'"\xff"',
+                b'{"prompt": "a", "max_new_tokens": 5000, "id": "y"}',
+                b'{"prompt": 5}',
+                b'{"prompt": "a", "priority": "high"}',
+                b'"' + b"x" * MAX_LINE_BYTES + b'"',
+                b'"b"',
+            ]
+        )
+        + b"\n"
+    )
+    status, _, err = batch("in.jsonl", "-o", "out.jsonl", *FEW)
+    assert (status, err) == (1, "13 of 15 lines are errors\n")
+    results = results_in(tmp_path / "out.jsonl")
+    assert [result["index"] for result in results] == list(range(15))
+    assert [n for n, result in enumerate(results) if "text" in result] == [0, 14]
+    errors = [result.get("error", "") for result in results]
+    for number, message in {
+        1: "the line is not JSON",
+        2: "the line is not JSON",
+        3: "the line is not JSON",
+        4: "the line is neither a string nor an object",
+        5: "temperature is refused",
+        6: "unknown field 'max_tokens'",
+        7: "id must be a string",
+        8: "prompt is missing",
+        9: "the line is not UTF-8 (byte 1)",
+        10: "ask for at most 511",
+        11: "prompt must be a string or a list of token ids",
+        12: "unknown field 'priority'",
+        13: f"the line has {MAX_LINE_BYTES + 2} bytes; the limit is {MAX_LINE_BYTES}",
+    }.items():
+        assert message in errors[number]
+    assert {result["error_type"] for result in results if "error" in result} <= {"BadRequest", "PromptTooLong"}
+    assert results[10]["id"] == "y"
+    assert len({result["input"] for result in results}) == 15
+
+
+def test_lines_of_text_are_taken_as_they_are(tmp_path: Path, start_worker: StartWorker, batch: Any) -> None:
+    """Empty ones, line ends of another system, the mark of UTF-8, one that is not."""
+    start_worker()
+    (tmp_path / "in.txt").write_bytes(b"\xef\xbb\xbfMy name is\r\n\n\xff\xfe\n  \nMy name is")
+    status, _, _ = batch("in.txt", "-o", "out.jsonl", *FEW)
+    assert status == 1
+    results = results_in(tmp_path / "out.jsonl")
+    assert len(results) == 5
+    assert results[0]["text"] == results[4]["text"] == text_of("My name is")
+    assert results[0]["input"] == results[4]["input"]
+    assert results[1]["text"] == text_of("")
+    assert "the line is not UTF-8" in results[2]["error"]
+    assert results[3]["usage"]["prompt_tokens"] > 0
+
+
+def text_of(prompt: str) -> str:
+    """The golden text of four tokens."""
+    from fastgpt2.engine.model.hub import DEMO_FOLDER
+    from fastgpt2.engine.model.tokenizer import Tokenizer
+
+    (ids,) = [entry["ids"] for entry in ENTRIES if entry["prompt"] == prompt]
+    return Tokenizer.from_folder(DEMO_FOLDER).decode(ids[:4])
+
+
+class TestPipes:
+    def test_standard_input_and_output(self, start_worker: StartWorker, batch: Any) -> None:
+        start_worker()
+        status, out, err = batch("-", *FEW, stdin="My name is\n\n")
+        assert (status, err) == (0, "")
+        assert [json.loads(line)["text"] for line in out.splitlines()] == [text_of("My name is"), text_of("")]
+        status, out, _ = batch("-", "--format", "jsonl", *FEW, stdin='{"prompt": "My name is"}\n')
+        assert json.loads(out)["text"] == text_of("My name is")
+
+    def test_results_come_before_the_input_has_ended(self, start_worker: StartWorker, start: Start) -> None:
+        start_worker()
+        process = start("-", *FEW, stdin=subprocess.PIPE)
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for n in range(2):
+            process.stdin.write("My name is\n")
+            process.stdin.flush()
+            assert json.loads(process.stdout.readline())["index"] == n
+        process.stdin.close()
+        assert process.wait(30) == 0
+
+    def test_a_reader_that_goes_away(
+        self, tmp_path: Path, redis: Redis, client: Client, start_worker: StartWorker, start: Start
+    ) -> None:
+        start_worker()
+        write_prompts(tmp_path / "in.txt", LINES * 20)
+        process = start("in.txt", "--in-flight", "4", *FEW)
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(60) == 141
+        assert redis.llen(f"rq:queue:{client.queue_name}") == 0
+
+
+class TestBrokenOff:
+    def test_killed_and_taken_up(self, tmp_path: Path, start_worker: StartWorker, start: Start, batch: Any) -> None:
+        """With -9, again and again: every line is there once."""
+        start_worker()
+        prompts = LINES * 3
+        write_prompts(tmp_path / "in.txt", prompts)
+        out = tmp_path / "out.jsonl"
+        for enough in (20, 60, 110):
+            process = start("in.txt", "-o", "out.jsonl", "--in-flight", "16", *FEW)
+            wait_until(partial(has_lines, out, enough), "some results")
+            process.kill()
+            process.communicate()
+        before = out.read_bytes()
+        assert before.count(b"\n") < len(prompts)
+        assert batch("in.txt", "-o", "out.jsonl", *FEW)[0] == 0
+        assert out.read_bytes().startswith(before[: before.rindex(b"\n") + 1])
+        results = results_in(out)
+        assert [result["index"] for result in results] == list(range(len(prompts)))
+        assert [entry["text"].startswith(r["text"]) for entry, r in zip(prompts, results, strict=True)] == (
+            [True] * len(prompts)
+        )
+        assert batch("in.txt", "-o", "out.jsonl", *FEW)[0] == 0, "nothing is left to do"
+        assert results_in(out) == results
+
+    def test_an_incomplete_line_is_cut(self, tmp_path: Path, start_worker: StartWorker, batch: Any) -> None:
+        start_worker()
+        write_prompts(tmp_path / "in.txt", LINES[:6])
+        batch("in.txt", "-o", "out.jsonl", *FEW)
+        whole = (tmp_path / "out.jsonl").read_text()
+        lines = whole.splitlines(keepends=True)
+        for broken in (whole[:-1], lines[0] + lines[1][:10], lines[0][:1], "", lines[0], lines[0] + "x" * 100_000):
+            (tmp_path / "out.jsonl").write_text(broken)
+            assert batch("in.txt", "-o", "out.jsonl", *FEW)[0] == 0
+            assert [(r["index"], r["text"]) for r in results_in(tmp_path / "out.jsonl")] == [
+                (r["index"], r["text"]) for r in map(json.loads, lines)
+            ]
+
+    def test_results_of_something_else_are_left_alone(
+        self, tmp_path: Path, start_worker: StartWorker, batch: Any
+    ) -> None:
+        start_worker()
+        write_prompts(tmp_path / "in.txt", LINES[:3])
+        assert batch("in.txt", "-o", "out.jsonl", *FEW)[0] == 0
+        before = (tmp_path / "out.jsonl").read_text()
+        write_prompts(tmp_path / "shorter.txt", LINES[:2])
+        write_prompts(tmp_path / "other.txt", [LINES[0], LINES[2], LINES[1]])
+        (tmp_path / "notes.txt").write_text("my notes\n")
+        for line, arguments in (
+            (1, ["in.txt", "-o", "out.jsonl", "--max-new-tokens", "5", "--ignore-eos"]),
+            (3, ["shorter.txt", "-o", "out.jsonl", *FEW]),
+            (2, ["other.txt", "-o", "out.jsonl", *FEW]),
+            (1, ["in.txt", "-o", "notes.txt", *FEW]),
+        ):
+            status, _, err = batch(*arguments)
+            assert status == 2
+            assert f"holds results of another input or of other options, from line {line} on" in err
+            assert "--restart, or name another file with -o" in err
+        assert (tmp_path / "out.jsonl").read_text() == before
+        assert (tmp_path / "notes.txt").read_text() == "my notes\n"
+        # What does not change the results may be otherwise.
+        assert batch("in.txt", "-o", "out.jsonl", *FEW, "--priority", "low", "--deadline", "50")[0] == 0
+        assert (tmp_path / "out.jsonl").read_text() == before
+        assert batch("shorter.txt", "-o", "out.jsonl", *FEW, "--restart")[0] == 0
+        assert len(results_in(tmp_path / "out.jsonl")) == 2
+
+    def test_earlier_errors_count(self, tmp_path: Path, start_worker: StartWorker, batch: Any) -> None:
+        start_worker()
+        (tmp_path / "in.jsonl").write_text('"a"\n{\n"b"\n')
+        for _ in range(2):
+            status, _, err = batch("in.jsonl", "-o", "out.jsonl", *FEW)
+            assert (status, err) == (1, "1 of 3 lines are errors\n")
+
+    @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+    def test_told_to_end(
+        self,
+        tmp_path: Path,
+        redis: Redis,
+        client: Client,
+        start_worker: StartWorker,
+        start: Start,
+        batch: Any,
+        signum: int,
+    ) -> None:
+        start_worker()
+        write_prompts(tmp_path / "in.txt", LINES * 20)
+        out = tmp_path / "out.jsonl"
+        process = start("in.txt", "-o", "out.jsonl", "--in-flight", "30", *FEW)
+        wait_until(partial(has_lines, out, 5), "some results")
+        process.send_signal(signum)
+        _, err = process.communicate(timeout=30)
+        assert process.returncode == 130
+        done = len(results_in(out))
+        assert f"interrupted: out.jsonl holds {done} results; the same command goes on from there" in err
+        assert "Traceback" not in err
+        assert redis.llen(f"rq:queue:{client.queue_name}") == 0, "what was in flight has been cancelled"
+        wait_until(lambda: not redis.zcard(f"rq:wip:{client.queue_name}"), "the worker to have let go")
+        write_prompts(tmp_path / "in.txt", (LINES * 20)[: done + 3])
+        assert batch("in.txt", "-o", "out.jsonl", *FEW)[0] == 0
+        assert len(results_in(out)) == done + 3
+
+
+class TestFiles:
+    def test_one_run_at_a_time(self, tmp_path: Path, start_worker: StartWorker, batch: Any) -> None:
+        start_worker()
+        write_prompts(tmp_path / "in.txt", LINES[:2])
+        with (tmp_path / "out.jsonl").open("w") as other:
+            fcntl.flock(other, fcntl.LOCK_EX)
+            status, _, err = batch("in.txt", "-o", "out.jsonl", "--restart", *FEW)
+        assert status == 1
+        assert "out.jsonl is being written by another run; wait for it, or name another file" in err
+        assert batch("in.txt", "-o", "out.jsonl", *FEW)[0] == 0
+
+    def test_a_full_disk(self, tmp_path: Path, start_worker: StartWorker, batch: Any) -> None:
+        start_worker()
+        write_prompts(tmp_path / "in.txt", LINES[:2])
+        status, _, err = batch("in.txt", "-o", "/dev/full", *FEW)
+        assert status == 1
+        assert "No space left on device after 0 results: make room, and the same command goes on from there" in err
+        assert "Traceback" not in err
+
+    def test_what_cannot_be_opened(self, tmp_path: Path, batch: Any) -> None:
+        write_prompts(tmp_path / "in.txt", LINES[:1])
+        (tmp_path / "folder").mkdir()
+        for arguments, status, message in (
+            (["nothing.txt", "-o", "out.jsonl"], 1, "nothing.txt: cannot be read (No such file or directory)"),
+            (["folder", "-o", "out.jsonl"], 1, "folder: cannot be read (Is a directory)"),
+            (["in.txt", "-o", "folder"], 1, "folder: cannot be written (Is a directory)"),
+            (["in.txt", "-o", "nowhere/out.jsonl"], 1, "nowhere/out.jsonl: cannot be written (No such file or"),
+            (["in.txt", "-o", "in.txt"], 2, "in.txt is both input and output; name another file with -o"),
+            (["in.txt", "-o", "o", "--min-new-tokens", "9", "--max-new-tokens", "3"], 2, "min_new_tokens must be"),
+            (["in.txt", "--in-flight", "0"], 2, "--in-flight: '0' is not between 1 and"),
+            (["in.txt", "--format", "csv"], 2, "--format: 'csv' is not one of auto, txt, jsonl"),
+        ):
+            got, _, err = batch(*arguments)
+            assert (got, message in err) == (status, True), err
+            assert "Traceback" not in err
+        assert (tmp_path / "in.txt").read_text() == LINES[0]["prompt"] + "\n"
+
+
+def test_without_a_worker_it_says_so_and_waits(tmp_path: Path, start_worker: StartWorker, start: Start) -> None:
+    write_prompts(tmp_path / "in.txt", LINES[:3])
+    process = start("in.txt", "-o", "out.jsonl", *FEW)
+    assert process.stderr is not None
+    assert "no worker listens on the queue" in process.stderr.readline()
+    start_worker()
+    assert process.communicate(timeout=60)[1] == ""
+    assert process.returncode == 0
+    assert len(results_in(tmp_path / "out.jsonl")) == 3
+
+
+def test_a_full_queue_is_waited_for(tmp_path: Path, start_worker: StartWorker, batch: Any) -> None:
+    start_worker()
+    write_prompts(tmp_path / "in.txt", LINES[:20])
+    assert batch("in.txt", "-o", "out.jsonl", "--max-queue", "1", "--in-flight", "9", *FEW)[0] == 0
+    assert len(results_in(tmp_path / "out.jsonl")) == 20
+
+
+def test_no_redis(tmp_path: Path, batch: Any) -> None:
+    write_prompts(tmp_path / "in.txt", LINES[:1])
+    status, _, err = batch("in.txt", "-o", "out.jsonl", "--redis-url", "redis://127.0.0.1:1/0")
+    assert (status, "cannot be used" in err, "Traceback" in err) == (4, True, False)
+
+
+def test_a_line_without_end_takes_no_memory() -> None:
+    reader = LineReader(False, {})
+    file = io.BytesIO(b"a\n" + b"x" * (16 * MAX_LINE_BYTES) + b"\nb")
+    tracemalloc.start()
+    lines = list(reader.read(file))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4 * MAX_LINE_BYTES
+    assert [isinstance(line.item, BadRequest) for line in lines] == [False, True, False]
+    whole = list(LineReader(False, {}).read(io.BytesIO(b"x" * (16 * MAX_LINE_BYTES))))
+    assert whole[0].digest == lines[1].digest
+    other = list(LineReader(False, {}).read(io.BytesIO(b"x" * (16 * MAX_LINE_BYTES) + b"y")))
+    assert other[0].digest != lines[1].digest

@@ -1,0 +1,254 @@
+"""docker-compose.yml on a real Docker daemon: started as the README says, looked at, and broken in all ways.
+
+Skipped where no daemon answers. Images are built from the tree, so a first run takes a minute.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import time
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+from support.compose import Compose, docker, until, why_not
+from support.fake_hub import FakeHub
+from support.running import GOLDEN
+
+from fastgpt2.engine.model.hub import DEMO_FOLDER
+
+pytestmark = pytest.mark.skipif(bool(why_not()), reason=f"no containers here: {why_not()}")
+
+ENTRY: dict[str, Any] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"][0]
+SERVICES = ("password", "model", "redis", "worker", "api")
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Compose]:
+    compose = Compose(f"fastgpt2-test-{uuid.uuid4().hex[:6]}", MODEL="demo", WORKER_MEMORY_LIMIT="600m")
+    try:
+        compose("up", "--build", "--detach", "--wait", "--scale", "worker=2")
+        yield compose
+    finally:
+        compose.down()
+
+
+def complete(pool: Compose, tokens: int = 20) -> str:
+    body = {"prompt": ENTRY["prompt"], "max_tokens": tokens}
+    answer = httpx.post(f"{pool.url}/v1/completions", json=body, timeout=60, trust_env=False)
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["choices"][0]["text"])
+
+
+def status(pool: Compose) -> dict[str, Any]:
+    return dict(httpx.get(f"{pool.url}/status", timeout=10, trust_env=False).json())
+
+
+def tokens(pool: Compose) -> list[int]:
+    """A hundred, greedily, after the prompt of `ENTRY`."""
+    body = {"prompt": ENTRY["prompt"], "max_new_tokens": 100, "ignore_eos": True}
+    job = httpx.post(f"{pool.url}/v1/jobs", json=body, trust_env=False).json()["id"]
+    answer = httpx.get(f"{pool.url}/v1/jobs/{job}", params={"wait": 30}, timeout=40, trust_env=False)
+    return list(answer.json()["result"]["token_ids"])
+
+
+def test_it_generates_what_transformers_does(pool: Compose) -> None:
+    assert tokens(pool) == ENTRY["ids"]
+    assert len(status(pool)["workers"]) == 2
+
+
+def test_every_container_may_do_as_little_as_it_can(pool: Compose) -> None:
+    for service in SERVICES:
+        containers = pool.containers(service, "--all")
+        assert len(containers) == (2 if service == "worker" else 1)
+        for container in containers:
+            found = pool.inspect(container)
+            host = found["HostConfig"]
+            assert host["ReadonlyRootfs"]
+            assert host["CapDrop"] == ["ALL"]
+            assert not host["CapAdd"]
+            assert "no-new-privileges:true" in host["SecurityOpt"]
+            assert host["Init"]
+            assert host["Memory"] > 0
+            assert host["LogConfig"]["Config"] == {"max-size": "10m", "max-file": "3"}
+            once = service in ("password", "model")
+            assert host["RestartPolicy"]["Name"] == ("no" if once else "unless-stopped")
+            assert found["Config"]["User"] == ("redis" if service == "redis" else "10001:10001")
+            assert bool(host["PortBindings"]) == (service == "api")
+            if not once:
+                assert found["State"]["Health"]["Status"] == "healthy"
+    for name in ("pool.example", "localhost.example"):
+        rebound = httpx.get(f"{pool.url}/status", headers={"Host": name}, trust_env=False)
+        assert rebound.status_code == 403
+    (api,) = pool.containers("api")
+    ((binding,),) = pool.inspect(api)["HostConfig"]["PortBindings"].values()
+    assert binding["HostIp"] == "127.0.0.1"
+    for container in pool.containers("worker"):
+        found = pool.inspect(container)
+        assert {mount["Destination"]: mount["RW"] for mount in found["Mounts"]} == {"/cache": False, "/access": False}
+        (network,) = found["NetworkSettings"]["Networks"]
+        assert json.loads(docker("network", "inspect", network))[0]["Internal"]
+        processes = docker("top", container, "-eo", "pid,uid").splitlines()[1:]
+        assert {line.split()[1] for line in processes} == {"10001"}
+
+
+def test_redis_wants_a_password_that_stands_in_no_environment(pool: Compose) -> None:
+    (redis,) = pool.containers("redis")
+    assert "NOAUTH" in docker("exec", redis, "redis-cli", "ping")
+    password = docker("exec", redis, "cat", "/access/redis-password")
+    assert re.fullmatch(r"[0-9a-f]{64}", password)
+    for service in SERVICES:
+        for container in pool.containers(service, "--all"):
+            assert password not in json.dumps(pool.inspect(container))
+            assert password not in docker("logs", container)
+
+
+def test_threads_and_memory_follow_the_limits(pool: Compose) -> None:
+    """WORKER_CPUS is 1 by default, and the machine may have more; a quarter of 600 MB holds keys and values."""
+    for worker in status(pool)["workers"]:
+        assert worker["threads"] == 1
+        assert worker["kv_bytes_limit"] == 600 * 1024 * 1024 // 4
+
+
+def test_all_workers_map_the_pages_of_one_file(pool: Compose) -> None:
+    seen = set()
+    for container in pool.containers("worker"):
+        for line in docker("top", container, "-eo", "pid").splitlines()[1:]:
+            for mapping in Path(f"/proc/{line.strip()}/maps").read_text().splitlines():
+                if ".safetensors" in mapping:
+                    _, flags, _, device, inode, path = mapping.split(maxsplit=5)
+                    assert flags == "r--s"
+                    assert path.startswith("/cache/fastgpt2/demo-")
+                    seen.add((device, inode))
+    assert len(seen) == 1
+
+
+def test_once_more_is_no_work(pool: Compose) -> None:
+    before, workers = _packed(pool), set(pool.containers("worker"))
+    pool("up", "--detach", "--wait", "--scale", "worker=2")
+    assert _packed(pool) == before
+    assert set(pool.containers("worker")) == workers
+    (model,) = pool.containers("model", "--all")
+    assert pool.inspect(model)["State"]["ExitCode"] == 0
+    assert len(docker("logs", model).splitlines()) == 2, "it ran twice, and said the path each time"
+
+
+def _packed(pool: Compose) -> str:
+    worker = pool.containers("worker")[0]
+    return docker("exec", worker, "sh", "-c", "stat -c '%i %Y %n' /cache/fastgpt2/*.safetensors")
+
+
+def test_the_command_line_is_there_too(pool: Compose) -> None:
+    assert pool("exec", "-T", "api", "fastgpt2", "status").count("\nworker ") == 2
+    text = pool("exec", "-T", "api", "fastgpt2", "enqueue", "--wait", "--max-new-tokens", "20", ENTRY["prompt"])
+    assert text.strip() in complete(pool) or complete(pool).strip() in text
+
+
+def test_a_worker_that_crashes_is_back_and_so_is_redis(pool: Compose) -> None:
+    """Killed from outside, as the kernel does it; `docker kill` counts as stopped by hand, and stays so."""
+    for service in ("worker", "redis", "api"):
+        container = pool.containers(service)[0]
+        state = pool.inspect(container)["State"]
+        os.kill(state["Pid"], signal.SIGKILL)
+        until(lambda c=container, s=state: pool.inspect(c)["State"]["StartedAt"] != s["StartedAt"], f"{service} again")
+        until(lambda: _answers(pool), "a text")
+    assert complete(pool, 100).strip()
+
+
+def _answers(pool: Compose) -> bool:
+    try:
+        return bool(complete(pool))
+    except (AssertionError, httpx.HTTPError):
+        return False
+
+
+def test_an_update_of_the_workers_loses_no_request(pool: Compose) -> None:
+    """One by one replaced, while requests are under way."""
+    old = set(pool.containers("worker"))
+    over = time.monotonic() + 600
+    counts = []
+
+    def ask() -> None:
+        done = 0
+        while time.monotonic() < over:
+            assert complete(pool, 60).strip()
+            done += 1
+        counts.append(done)
+
+    with ThreadPoolExecutor(4) as clients:
+        asking = [clients.submit(ask) for _ in range(4)]
+        try:
+            for container in sorted(old):
+                docker("stop", "--time", "60", container)
+                docker("rm", container)
+                pool("up", "--detach", "--no-deps", "--no-recreate", "--scale", "worker=2", "worker")
+                until(lambda: len(status(pool)["workers"]) == 2, "the new worker")
+        finally:
+            over = time.monotonic()
+        for each in asking:
+            each.result(120)
+    assert not old & set(pool.containers("worker"))
+    assert sum(counts) > 4
+
+
+def test_a_model_is_downloaded_and_packed_once() -> None:
+    """From a hub that this machine plays, which containers reach at their network's gateway."""
+    compose = Compose(f"fastgpt2-test-{uuid.uuid4().hex[:6]}", MODEL="some/model")
+    try:
+        compose("up", "--build", "--detach", "password")
+        (network,) = json.loads(docker("network", "inspect", f"{compose.project}_outside"))
+        (config,) = network["IPAM"]["Config"]
+        with FakeHub(config["Gateway"]) as hub:
+            hub.commit("some/model", {file.name: file.read_bytes() for file in DEMO_FOLDER.iterdir() if file.is_file()})
+            compose("up", "--detach", "--wait", HF_ENDPOINT=hub.url)
+            assert tokens(compose) == ENTRY["ids"]
+            asked = len(hub.requests)
+            assert any(request.file == "model.safetensors" for request in hub.requests)
+            compose("up", "--detach", "--wait", "--force-recreate", HF_ENDPOINT=hub.url)
+            assert len(hub.requests) == asked, "what is in the volume is not asked for again"
+            assert tokens(compose) == ENTRY["ids"]
+    finally:
+        compose.down()
+
+
+class TestRefusals:
+    def test_a_password_that_redis_would_misread(self) -> None:
+        compose = Compose(f"fastgpt2-test-{uuid.uuid4().hex[:6]}", MODEL="demo", REDIS_PASSWORD="a b")
+        try:
+            compose("up", "--detach", "password", check=False)
+            until(lambda: compose.containers("password", "--all", "--filter", "status=exited"), "it to end")
+            assert "letters, digits and . _ ~ - only" in compose("logs", "password", check=False)
+        finally:
+            compose.down()
+
+    def test_a_model_that_is_none_starts_no_worker(self) -> None:
+        compose = Compose(f"fastgpt2-test-{uuid.uuid4().hex[:6]}", MODEL="no/such", HF_HUB_OFFLINE="1")
+        try:
+            said = compose("up", "--detach", "--build", check=False)
+            assert "exit 3" in said
+            assert "no/such: revision main is not in the cache" in compose("logs", "model")
+            assert compose.containers("worker") == []
+        finally:
+            compose.down()
+
+
+def test_the_older_compose_takes_the_file_too() -> None:
+    if shutil.which("docker-compose", path="/usr/bin:/usr/local/bin") is None:
+        pytest.skip("there is no docker-compose 1.29")
+    command = ("/usr/bin/docker-compose",)
+    compose = Compose(f"fastgpt2-test-{uuid.uuid4().hex[:6]}", command=command, MODEL="demo")
+    assert "1.29" in compose("version")
+    try:
+        compose("up", "--build", "--detach", "--scale", "worker=2")
+        until(lambda: _answers(compose), "a text")
+        assert len(status(compose)["workers"]) == 2
+    finally:
+        compose.down()

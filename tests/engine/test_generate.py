@@ -1,0 +1,147 @@
+"""The routes of the original and of text-generation-inference, asked by huggingface_hub's own client and by hand."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+from huggingface_hub import InferenceClient
+from support.running import GOLDEN
+
+from fastgpt2 import Engine
+from fastgpt2.system.up import System
+
+ENTRIES: list[dict[str, Any]] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"]
+ENTRY = ENTRIES[0]
+
+
+@pytest.fixture
+def hf(system: System, monkeypatch: pytest.MonkeyPatch) -> InferenceClient:
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    return InferenceClient(model=system.http_url, timeout=60)
+
+
+def post(system: System, path: str, body: Any) -> httpx.Response:
+    return httpx.post(f"{system.http_url}{path}", json=body, trust_env=False, timeout=60)
+
+
+def events(answer: httpx.Response) -> list[dict[str, Any]]:
+    assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+    return [json.loads(line.removeprefix("data: ")) for line in answer.text.splitlines() if line.startswith("data: ")]
+
+
+def expected(engine: Engine, n: int, **fields: Any) -> str:
+    text: str = engine.generate(ENTRY["prompt"], max_new_tokens=n, **fields).text
+    return text
+
+
+def test_the_hubs_client(hf: InferenceClient, engine: Engine) -> None:
+    assert hf.text_generation(ENTRY["prompt"], max_new_tokens=12) == expected(engine, 12)
+    assert "".join(hf.text_generation(ENTRY["prompt"], max_new_tokens=12, stream=True)) == expected(engine, 12)
+    got = hf.text_generation(ENTRY["prompt"], max_new_tokens=12, details=True, decoder_input_details=True)
+    assert got.generated_text == expected(engine, 12)
+    assert got.details is not None
+    assert (got.details.finish_reason, got.details.generated_tokens) == ("length", 12)
+    assert [token.id for token in got.details.tokens] == ENTRY["ids"][:12]
+    assert "".join(token.text for token in got.details.tokens) == expected(engine, 12)
+    assert [token.id for token in got.details.prefill] == ENTRY["prompt_ids"]
+    last = list(hf.text_generation(ENTRY["prompt"], max_new_tokens=12, stream=True, details=True))[-1]
+    assert last.generated_text == expected(engine, 12)
+    assert last.details is not None
+    assert (last.details.finish_reason, last.details.generated_tokens) == ("length", 12)
+
+
+def test_generate_gives_an_object_and_the_original_a_list(system: System, engine: Engine) -> None:
+    body = {"inputs": ENTRY["prompt"], "parameters": {"max_new_tokens": 6}}
+    text = expected(engine, 6)
+    assert post(system, "/generate", body).json() == {"generated_text": text}
+    assert post(system, "/", body).json() == [{"generated_text": ENTRY["prompt"] + text}]
+    body["parameters"]["return_full_text"] = True
+    assert post(system, "/generate", body).json() == {"generated_text": ENTRY["prompt"] + text}
+
+
+def test_an_event_a_token(system: System, engine: Engine) -> None:
+    body = {"inputs": ENTRY["prompt"], "parameters": {"max_new_tokens": 15, "details": True, "top_n_tokens": 2}}
+    for path, extra in (("/generate_stream", {}), ("/", {"stream": True})):
+        got = events(post(system, path, {**body, **extra}))
+        assert [one["index"] for one in got] == list(range(1, 16))
+        assert [one["token"]["id"] for one in got] == ENTRY["ids"][:15]
+        assert "".join(one["token"]["text"] for one in got) == expected(engine, 15)
+        assert all(len(one["top_tokens"]) == 2 for one in got)
+        assert all(one["top_tokens"][0]["id"] == one["token"]["id"] for one in got)
+        assert [one["generated_text"] for one in got[:-1]] == [None] * 14
+        full = ENTRY["prompt"] if path == "/" else ""
+        assert got[-1]["generated_text"] == full + expected(engine, 15)
+        assert got[-1]["details"]["generated_tokens"] == 15
+
+
+def test_a_stream_of_nothing(system: System) -> None:
+    got = post(system, "/generate_stream", {"inputs": "a", "parameters": {"max_new_tokens": 0}})
+    assert (got.status_code, events(got)) == (200, [])
+
+
+def test_a_character_of_several_tokens_comes_whole(system: System, engine: Engine) -> None:
+    """What follows such a prompt need not be valid text, and adds up all the same."""
+    ids = engine.tokenizer.encode("— é 日本 🎉 ")
+    body = {"inputs": ids, "parameters": {"max_new_tokens": 20, "ignore_eos": True}}
+    got = events(post(system, "/generate_stream", body))
+    text = engine.generate(ids, max_new_tokens=20, ignore_eos=True).text
+    assert "".join(one["token"]["text"] for one in got) == got[-1]["generated_text"] == text
+
+
+def test_why_it_ended(system: System, engine: Engine) -> None:
+    text = expected(engine, 20)
+    stop = text[8:11]
+    details = {"details": True, "max_new_tokens": 20}
+    got = post(system, "/generate", {"inputs": ENTRY["prompt"], "parameters": {**details, "stop": [stop]}}).json()
+    assert got["generated_text"] == text[: text.index(stop)]
+    assert got["details"]["finish_reason"] == "stop_sequence"
+    # A prompt that the demo model brings to an end.
+    prompt = "The last word"
+    assert engine.generate(prompt, max_new_tokens=480).finish_reason == "stop"
+    parameters = {"details": True, "max_new_tokens": 480}
+    got = post(system, "/generate", {"inputs": prompt, "parameters": parameters}).json()
+    assert got["details"]["finish_reason"] == "eos_token"
+    assert got["details"]["tokens"][-1]["special"] is True
+
+
+def test_what_clients_send_for_not_at_all_is_taken(system: System, engine: Engine) -> None:
+    neutral = {
+        "best_of": 1, "do_sample": False, "frequency_penalty": 0, "repetition_penalty": 1.0, "seed": 3, "stop": [],
+        "temperature": None, "top_k": None, "top_p": None, "typical_p": None, "truncate": None, "watermark": False,
+        "top_n_tokens": None, "details": False, "decoder_input_details": False, "return_full_text": None,
+    }  # fmt: skip
+    got = post(system, "/generate", {"inputs": ENTRY["prompt"], "parameters": {**neutral, "max_new_tokens": 3}})
+    assert got.json() == {"generated_text": expected(engine, 3)}
+
+
+@pytest.mark.parametrize("path", ["/", "/generate", "/generate_stream"])
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({}, "inputs is missing"),
+        ({"inputs": "a", "parameters": {"do_sample": True}}, "do_sample is refused: fastgpt2 decodes greedily"),
+        ({"inputs": "a", "parameters": {"temperature": 0.7}}, "temperature is refused"),
+        ({"inputs": "a", "parameters": {"top_k": 5}}, "top_k is refused"),
+        ({"inputs": "a", "parameters": {"repetition_penalty": 1.2}}, "repetition_penalty is refused"),
+        ({"inputs": "a", "parameters": {"watermark": True}}, "unknown field 'watermark'"),
+        ({"inputs": "a", "parameters": {"truncate": 5}}, "unknown field 'truncate'"),
+        ({"inputs": "a", "parameters": {"details": 1}}, "details must be true or false"),
+        ({"inputs": "a", "parameters": {"top_n_tokens": 99}}, "logprobs must be between 0 and 20"),
+        ({"inputs": "a", "more": 1}, "unknown field 'more'"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(system: System, path: str, body: Any, message: str) -> None:
+    got = post(system, path, body)
+    assert got.status_code == 400
+    assert message in got.json()["error"]
+    assert got.json()["error_type"] == "BadRequest"
+
+
+def test_a_worker_refuses_before_the_stream_begins(system: System) -> None:
+    body = {"inputs": "the " * 300, "parameters": {"max_new_tokens": 400}}
+    got = post(system, "/generate_stream", body)
+    assert (got.status_code, got.json()["error_type"]) == (400, "PromptTooLong")

@@ -1,0 +1,89 @@
+"""MKL on the same panels: right, asked for by name, or chosen by measurement."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.running import GOLDEN
+
+from fastgpt2 import Engine
+from fastgpt2.engine import machine as sizing
+from fastgpt2.engine.kernels import compiled, mkl
+from fastgpt2.engine.loading import load_network
+from fastgpt2.engine.model.config import read_config
+from fastgpt2.errors import BadRequest
+
+FOLDER = GOLDEN / "checkpoints" / "odd_heads"
+
+needs_mkl = pytest.mark.skipif(not mkl.installed(), reason="MKL is not installed")
+
+
+@needs_mkl
+@pytest.mark.parametrize(
+    ("n", "chunks", "m", "n_in", "width"), [(1, 1, 1, 5, 16), (3, 2, 7, 33, 32), (5, 1, 2, 768, 64)]
+)
+def test_a_product(n: int, chunks: int, m: int, n_in: int, width: int) -> None:
+    """Rows that lie apart, as in a buffer that is wider, into columns of a wider buffer."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((1, chunks, m, n_in + 3), np.float32)[..., :n_in]
+    panels = rng.standard_normal((n, 1, n_in, width), np.float32)
+    buffer = np.full((chunks * m, n * width + 8), 7.0, np.float32)
+    out = buffer[:, : n * width].reshape(chunks, m, n, width).transpose(2, 0, 1, 3)
+    product = mkl.MKLProduct()
+    for _ in range(2):  # the second time with what it remembers of the first
+        product(x, panels, out)
+        right = np.einsum("cmk,nkp->ncmp", x[0], panels[:, 0], dtype=np.float64)
+        np.testing.assert_allclose(out, right, rtol=0, atol=1e-4)
+        out[...] = 0
+    assert (buffer[:, n * width :] == 7.0).all()
+
+
+@needs_mkl
+def test_no_panels_are_no_work() -> None:
+    """The share of a process when there are more processes than panels."""
+    nothing = np.empty((0, 1, 5, 16), np.float32)
+    mkl.MKLProduct()(np.ones((1, 1, 2, 5), np.float32), nothing, np.empty((0, 1, 2, 16), np.float32))
+
+
+@needs_mkl
+def test_auto_measures_once_and_says_what_it_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTGPT2_CACHE", str(tmp_path))
+    monkeypatch.setattr(sizing, "MIN_BYTES", 0)
+    # The third that might be taken; `test_compiled.py` has it.
+    monkeypatch.setattr(compiled, "available", lambda: False)
+    config = read_config(FOLDER / "config.json")
+    described = {load_network(FOLDER, config, "m", n_slots=1, size=1, blas="auto").describe() for _ in range(2)}
+    (known,) = json.loads((tmp_path / "calibration.json").read_text()).values()
+    (faster,) = [value for name, value in known.items() if name.startswith("mkl libmkl_rt") and " faster " in name]
+    assert len(described) == 1
+    assert described.pop().startswith("mkl in panels" if faster else "openblas-")
+    # What was measured is what counts, as its reverse shows.
+    text = (tmp_path / "calibration.json").read_text()
+    at = text.index(" faster ")
+    (tmp_path / "calibration.json").write_text(text[:at] + text[at:].replace(f": {faster}", f": {1 - faster}", 1))
+    other = load_network(FOLDER, config, "m", n_slots=1, size=1, blas="auto").describe()
+    assert other.startswith("openblas-" if faster else "mkl in panels")
+
+
+def test_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mkl, "_find", lambda: None)
+    assert Engine.load("demo", blas="auto").describe().startswith("openblas-")
+    with pytest.raises(
+        BadRequest, match=r"MKL is not installed; pip install 'fastgpt2\[mkl\]', or choose another BLAS"
+    ):
+        Engine.load("demo", blas="mkl")
+
+
+def test_what_cannot_be_loaded_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "libmkl_rt.so.9").write_bytes(b"not a library")
+    monkeypatch.setattr(mkl, "_find", lambda: str(tmp_path / "libmkl_rt.so.9"))
+    with pytest.raises(BadRequest, match=r"libmkl_rt\.so\.9 cannot be used as MKL"):
+        Engine.load("demo", blas="mkl")
+
+
+def test_a_blas_that_nobody_knows() -> None:
+    with pytest.raises(BadRequest, match="blas must be one of auto, openblas, mkl, compiled, not 'atlas'"):
+        Engine.load("demo", blas="atlas")

@@ -1,0 +1,323 @@
+"""Packed weights: made once, mapped by all, made anew when they do not fit, done without when they cannot be kept."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+from support.running import GOLDEN
+
+from fastgpt2.cli import main
+from fastgpt2.engine import machine as sizing
+from fastgpt2.engine.engine import Engine
+from fastgpt2.engine.loading import load_network
+from fastgpt2.engine.model.checkpoint import Checkpoint
+from fastgpt2.engine.model.config import read_config
+from fastgpt2.engine.model.packing import Layout, Packed, checksum, pack_path, packed_in_cache, packed_in_memory
+from fastgpt2.engine.model.weights import expected_shapes
+from fastgpt2.engine.network.gpt2 import GPT2
+from fastgpt2.engine.network.step import Segment
+
+CASES = ["masks_misaligned", "float16", "bfloat16", "tied_with_head", "untied", "sharded", "masks_uint8", "odd_heads"]
+NARROW = Layout("16", lambda _n_in, _n_out: 16)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the test's own, and tiny checkpoints large enough for it."""
+    monkeypatch.setenv("FASTGPT2_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sizing, "MIN_BYTES", 0)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return shutil.copytree(GOLDEN / "checkpoints" / "masks_misaligned", tmp_path / "model")
+
+
+def pack(folder: Path, cache: Path) -> Packed:
+    checkpoint, config = Checkpoint.open(folder), read_config(folder / "config.json")
+    path = pack_path(cache, checkpoint, "some/model", NARROW)
+    return packed_in_cache(path, checkpoint, config, "some/model", NARROW)
+
+
+def load(folder: Path) -> GPT2:
+    return load_network(folder, read_config(folder / "config.json"), "some/model", n_slots=1, size=1, blas="openblas")
+
+
+def packed_files(cache: Path) -> list[Path]:
+    return sorted(cache.glob("*.safetensors"))
+
+
+def assert_right(folder: Path, network: GPT2) -> None:
+    golden = np.load(folder / "golden.npz")
+    ids = golden["input_ids"].tolist()
+    logits = network.forward([Segment(0, ids, len(ids))])
+    assert np.abs(logits - golden["logits"]).max() / np.abs(golden["logits"]).max() < 1e-4
+
+
+def unpacked(stored: NDArray[Any], shape: tuple[int, ...], transposed: bool) -> NDArray[Any]:
+    """What a tensor of the packed file says, written out the slow way; and that nothing else is in it."""
+    if stored.ndim < 3:
+        assert not stored[shape[0] :].any()
+        return stored[: shape[0]]
+    n_in, n_out = shape[::-1] if transposed else shape
+    whole = np.concatenate(list(stored), axis=1)
+    assert whole.shape[0] == n_in
+    assert not whole[:, n_out:].any()
+    return whole[:, :n_out].T if transposed else whole[:, :n_out]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("in_cache", [True, False])
+def test_a_packed_file_holds_the_checkpoint(case: str, in_cache: bool, cache: Path) -> None:
+    folder = GOLDEN / "checkpoints" / case
+    original, config = Checkpoint.open(folder), read_config(folder / "config.json")
+    packed = pack(folder, cache) if in_cache else packed_in_memory(original, config, case, NARROW)
+    # A standard file, by the library's judgement.
+    stored = load_file(packed_files(cache)[0] if in_cache else f"/proc/self/fd/{packed.fd}")
+    head = "wte.weight" if config.tie_word_embeddings else "lm_head.weight"
+    shapes = {
+        name: shape for name, shape in expected_shapes(config).items() if name != "lm_head.weight" or name == head
+    }
+    assert stored.keys() == shapes.keys()
+    for name, shape in shapes.items():
+        source = name if name in original.tensors else f"transformer.{name}"
+        assert stored[name].dtype == np.float32
+        assert stored[name].ndim == (3 if len(shape) == 2 and (name.startswith("h.") or name == head) else len(shape))
+        np.testing.assert_array_equal(unpacked(stored[name], shape, name == head), original.float32(source))
+    for info in packed.tensors.tensors.values():
+        assert info.start % 64 == 0
+
+
+def test_packed_weights_are_views_on_the_file(folder: Path, cache: Path) -> None:
+    packed = pack(folder, cache)
+    (path,) = packed_files(cache)
+    whole = np.frombuffer(packed.tensors._maps[path], np.uint8)
+    for name in packed.tensors.tensors:
+        tensor = packed.tensors.float32(name)
+        assert np.shares_memory(tensor, whole)
+        assert tensor.flags.aligned
+        assert not tensor.flags.writeable
+
+
+def test_a_large_model_is_packed_on_its_first_load_and_measured_once(
+    folder: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    assert_right(folder, load(folder))
+    (path,) = packed_files(cache)
+    before = path.stat()
+    assert caplog.text.count("packed ") == 1
+    assert caplog.text.count("panels of 20 rows") == 1
+    measured = json.loads((cache / "calibration.json").read_text())
+    ((machine, known),) = measured.items()
+    assert "numpy" in machine
+    assert known["width 20"] in (0, 16, 32, 64)
+    assert_right(folder, load(folder))
+    assert path.stat() == before
+    assert caplog.text.count("packed ") == 1
+    assert caplog.text.count("panels of 20 rows") == 1
+    assert not list(cache.glob("*.tmp"))
+
+
+def test_what_a_worker_would_measure_is_measured_with_it(
+    cache: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So that a worker whose cache is a read-only volume has it."""
+    caplog.set_level(logging.INFO)
+    assert main(["pack", "demo", "--measure", "--threads", "1"]) == 0
+    (path,) = packed_files(cache)
+    assert capsys.readouterr().out == f"{path}\t{path.stat().st_size}\n"
+    assert caplog.text.count("sequences at once pay on this machine") == 1
+    before = (cache / "calibration.json").read_text()
+    Engine.load("demo", threads=1)
+    assert caplog.text.count("sequences at once pay on this machine") == 1
+    assert (cache / "calibration.json").read_text() == before
+
+
+@pytest.mark.parametrize("spoiled", ["", "{", "[]", '{"x": []}', "[" * 100_000])
+def test_a_spoiled_record_of_measurements_is_measured_anew(folder: Path, cache: Path, spoiled: str) -> None:
+    load(folder)
+    (cache / "calibration.json").write_text(spoiled)
+    assert_right(folder, load(folder))
+    assert "width 20" in (cache / "calibration.json").read_text()
+
+
+def test_a_small_model_leaves_nothing_in_the_cache(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizing, "MIN_BYTES", 64 << 20)
+    assert_right(folder, load(folder))
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("keep", [0, 7, 200, -1])
+def test_a_truncated_file_is_made_anew(folder: Path, cache: Path, keep: int, caplog: pytest.LogCaptureFixture) -> None:
+    pack(folder, cache)
+    (path,) = packed_files(cache)
+    whole = load_file(path)
+    path.write_bytes(path.read_bytes()[:keep])
+    pack(folder, cache)
+    assert f"{path} is damaged; packing anew" in caplog.text
+    for name, tensor in load_file(path).items():
+        np.testing.assert_array_equal(tensor, whole[name])
+
+
+def test_a_changed_byte_is_noticed(folder: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The file is as long as before and as valid, and one weight is another."""
+    pack(folder, cache)
+    (path,) = packed_files(cache)
+    before = load_file(path)
+    with path.open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(struct.pack("<f", 42.0))
+    packed = pack(folder, cache)
+    assert f"{path} is damaged; packing anew" in caplog.text
+    for name, tensor in before.items():
+        np.testing.assert_array_equal(packed.tensors.view(name), tensor)
+
+
+def test_a_copied_file_is_checked_and_taken(folder: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As a volume or an image layer is: the same bytes under another time."""
+    pack(folder, cache)
+    (path,) = packed_files(cache)
+    inode, sealed = path.stat().st_ino, path.stat().st_mtime_ns
+    os.utime(path, ns=(1, 1))
+    pack(folder, cache)
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (inode, sealed)
+    assert not caplog.records
+
+
+def test_the_checksum_is_that_of_the_data(folder: Path, cache: Path) -> None:
+    import zlib
+
+    packed = pack(folder, cache)
+    raw = packed_files(cache)[0].read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    metadata = json.loads(raw[8 : 8 + length])["__metadata__"]
+    assert f"{checksum(packed.fd):08x}" == metadata["crc32"] == f"{zlib.crc32(raw[8 + length :]):08x}"
+
+
+def test_a_file_of_another_shape_is_made_anew(folder: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pack(folder, cache)
+    (path,) = packed_files(cache)
+    checkpoint, config = Checkpoint.open(folder), read_config(folder / "config.json")
+    packed_in_cache(path, checkpoint, config, "some/model", Layout("16", lambda _n_in, _n_out: 32))
+    assert f"{path} is damaged; packing anew" in caplog.text
+
+
+def test_a_changed_source_is_noticed(folder: Path, cache: Path) -> None:
+    pack(folder, cache)
+    source = folder / "model.safetensors"
+    raw = bytearray(source.read_bytes())
+    raw[-4:] = struct.pack("<f", 42.0)  # the last weight of wte
+    source.write_bytes(raw)
+    os.utime(source, ns=(1, 1))
+    packed = pack(folder, cache)
+    assert len(packed_files(cache)) == 2
+    rows, _ = Checkpoint.open(folder).view("wte.weight").shape
+    panel, column = divmod(rows - 1, 16)
+    assert packed.tensors.view("wte.weight")[panel, -1, column] == 42.0
+
+
+def test_what_a_killed_process_left_does_no_harm(folder: Path, cache: Path) -> None:
+    pack(folder, cache)
+    (path,) = packed_files(cache)
+    path.unlink()
+    path.with_suffix(".tmp").write_bytes(b"half a file")
+    assert path.with_suffix(".lock").exists()
+    pack(folder, cache)
+    assert packed_files(cache) == [path]
+    assert not path.with_suffix(".tmp").exists()
+
+
+def test_a_cache_that_cannot_be_written_costs_memory_only(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FASTGPT2_CACHE", str(tmp_path / "file" / "cache"))
+    assert_right(folder, load(folder))
+    assert "makes panels of them in memory of its own" in caplog.text
+    assert "Set FASTGPT2_CACHE to a folder that can be written" in caplog.text
+
+
+RUN = """
+import logging, resource, sys
+from pathlib import Path
+from fastgpt2.engine import loading, sizing
+from fastgpt2.engine.model.config import read_config
+logging.basicConfig(level="INFO", format="%(message)s")
+sizing.MIN_BYTES = 0
+limit = int(sys.argv[2])
+if limit:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+print("ready", flush=True)
+sys.stdin.readline()
+folder = Path(sys.argv[1])
+config = read_config(folder / "config.json")
+network = loading.load_network(folder, config, "m", n_slots=1, size=1, blas="openblas")
+print([line.split()[-1] for line in open("/proc/self/maps") if ".v2.safetensors" in line], flush=True)
+"""
+
+
+def start(folder: Path, limit: int = 0) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN, str(folder), str(limit)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_of_many_processes_one_packs_and_all_map_the_same_file(folder: Path, cache: Path) -> None:
+    load(folder)  # which layout is best, measured while nobody disturbs: one file in the end
+    (path,) = packed_files(cache)
+    path.unlink()
+    processes = [start(folder) for _ in range(4)]
+    outputs = []
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in processes:
+        outputs.append(process.communicate(timeout=60))
+        assert process.returncode == 0
+    (made,) = packed_files(cache)
+    assert sum("packed " in errors for _, errors in outputs) == 1
+    for maps, _ in outputs:
+        assert maps.strip() == str([str(made)])
+
+
+def test_a_full_disk_is_no_loss(folder: Path, cache: Path) -> None:
+    """Files may grow to 40,000 bytes only: the write fails as on a full disk, in the cache and in memory alike."""
+    process = start(folder, limit=40_000)
+    _, errors = process.communicate("go\n", timeout=60)
+    assert "Set FASTGPT2_CACHE to a folder that can be written" in errors
+    assert "no memory to hold the weights of m" in errors
+    assert not packed_files(cache)
+    assert not list(cache.glob("*.tmp"))
+
+
+def test_a_disk_with_too_little_room_is_known_before_it_is_filled(
+    folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What `statvfs` would say of a small volume; the rest is real."""
+    little = shutil.disk_usage(folder)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: little)
+    assert_right(folder, load(folder))
+    assert "MB are needed and 0 MB are free" in caplog.text
+    assert not packed_files(cache)

@@ -1,0 +1,357 @@
+"""The endpoint's manners: bounds, deadlines, a full queue, a Redis that is away, the same request again, its end."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import select
+import signal
+import socket
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+from redis import Redis
+from starlette.testclient import TestClient
+from support.running import RunningEndpoint, StartEndpoint, StartWorker, wait_until
+
+from fastgpt2 import Client
+from fastgpt2.api.http import service
+from fastgpt2.api.http.app import create_app
+from fastgpt2.api.http.middleware import MAX_PASSED_OVER_BYTES
+from fastgpt2.api.http.monitoring import FRESH_SECONDS
+from fastgpt2.api.http.requests import MAX_BODY_BYTES
+from fastgpt2.system.redis_server import RedisServer
+from fastgpt2.system.up import System
+
+LONG: dict[str, Any] = {"prompt": "a", "max_tokens": 500, "ignore_eos": True}
+
+
+def post(endpoint: RunningEndpoint | str, path: str, body: Any, **headers: str) -> httpx.Response:
+    url = endpoint if isinstance(endpoint, str) else endpoint.url
+    return httpx.post(f"{url}{path}", json=body, headers=headers, trust_env=False, timeout=60)
+
+
+def error_of(answer: httpx.Response) -> tuple[int, str]:
+    return answer.status_code, answer.json()["error"]["code"]
+
+
+def raw(port: int, sent: bytes) -> tuple[int, str]:
+    """Status and text of the answer to what need not be a whole request."""
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.sendall(sent)
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        return answer.status, answer.read().decode()
+
+
+def queued(client: Client) -> list[str]:
+    ids: Any = client.connection.lrange(f"rq:queue:{client.queue_name}", 0, -1)
+    return [job_id.decode() for job_id in ids]
+
+
+# Bodies.
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(start_endpoint: StartEndpoint) -> None:
+    endpoint = start_endpoint("--body-timeout", "0.2")
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n"
+    began = time.monotonic()
+    status, text = raw(endpoint.port, head + b'{"prompt":')
+    assert status == 408
+    assert "did not come within 0.2 s" in text
+    assert time.monotonic() - began < 10
+    assert "Traceback" not in endpoint.log.read_text()
+
+
+def test_a_body_that_is_too_large(start_endpoint: StartEndpoint) -> None:
+    endpoint = start_endpoint()
+    # Most clients send it all before they read an answer.
+    for size in (MAX_BODY_BYTES + 1, 3 * MAX_BODY_BYTES):
+        answer = httpx.post(f"{endpoint.url}/v1/completions", content=b" " * size, trust_env=False, timeout=60)
+        assert answer.status_code == 413
+        assert f"the body has {size} bytes; the limit is {MAX_BODY_BYTES}" in answer.json()["error"]["message"]
+    # What would take too long to pass over is refused by what it says of itself.
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % (1 << 40)
+    assert raw(endpoint.port, head)[0] == 413
+    # And what says nothing of itself, as soon as it is too large.
+    with socket.create_connection(("127.0.0.1", endpoint.port), timeout=20) as connection:
+        connection.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
+        chunk = b"100000\r\n" + b" " * (1 << 20) + b"\r\n"
+        for _ in range(MAX_PASSED_OVER_BYTES // (1 << 20) - 1):
+            connection.sendall(chunk)
+        assert connection.recv(12) == b"HTTP/1.1 413"
+    status = Path(f"/proc/{endpoint.process.pid}/status").read_text()
+    peak = int(status.partition("VmHWM:")[2].split()[0]) << 10
+    assert peak < MAX_PASSED_OVER_BYTES + (64 << 20), "what is passed over is not kept"
+
+
+def test_an_answer_that_comes_before_the_request_was_read_reaches_its_client(start_endpoint: StartEndpoint) -> None:
+    endpoint = start_endpoint(FASTGPT2_TOKEN="correct-horse-battery-staple")
+    for size in (10, 1000, 100_000, 10_000_000):
+        for path in ("/v1/completions", "/nothing"):
+            # Head and body in two parts, as many clients send them: the answer to the head must not break the other.
+            connection = http.client.HTTPConnection("127.0.0.1", endpoint.port, timeout=20)
+            connection.putrequest("POST", path)
+            connection.putheader("Content-Length", str(size))
+            connection.endheaders()
+            assert select.select([connection.sock], [], [], 10)[0], "it is refused by its head"
+            connection.send(b" " * size)
+            answer = connection.getresponse()
+            assert answer.status == 401
+            assert b"asks for a token" in answer.read()
+            connection.close()
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"prompt": NaN}', '{"prompt": "a", "temperature": Infinity}', ""])
+def test_what_is_no_json_object_is_refused(system: System, text: str) -> None:
+    answer = httpx.post(f"{system.http_url}/v1/completions", content=text, trust_env=False)
+    assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
+
+
+# Request ids.
+
+
+def test_each_request_has_an_id_in_its_answer_and_in_the_log(start_endpoint: StartEndpoint) -> None:
+    endpoint = start_endpoint()
+    for given, kept in (
+        (None, False),
+        ("trace-1.2:3_4", True),
+        ("no good", False),
+        ("x" * 200, False),
+        (b"\xe9", False),
+    ):
+        headers: Any = {} if given is None else {"x-request-id": given}
+        answer = httpx.get(f"{endpoint.url}/v1/nothing", headers=headers, trust_env=False)
+        request_id = answer.headers["x-request-id"]
+        assert (request_id == given) is kept
+        wanted = f"request {request_id}"
+        wait_until(lambda wanted=wanted: wanted in endpoint.log.read_text(), "the line of the request")  # type: ignore[misc]
+        assert "GET /v1/nothing 404 in " in endpoint.log.read_text()
+
+
+def test_a_path_cannot_write_lines_into_the_log(start_endpoint: StartEndpoint) -> None:
+    endpoint = start_endpoint()
+    httpx.get(f"{endpoint.url}/a%0A2026-01-01%20INFO%20forged%1b[31m", trust_env=False)
+    wait_until(lambda: "forged" in endpoint.log.read_text(), "the line of the request")
+    (line,) = [line for line in endpoint.log.read_text().splitlines() if "forged" in line]
+    assert "\\n2026-01-01 INFO forged\\x1b" in line
+
+
+# What is refused, and until when.
+
+
+def test_a_full_queue(start_endpoint: StartEndpoint, client: Client) -> None:
+    endpoint = start_endpoint("--max-queue", "2", "--timeout", "0.2")
+    jobs = [client.enqueue("a") for _ in range(2)]
+    for path, body in (
+        ("/v1/completions", {"prompt": "a"}),
+        ("/v1/completions", {"prompt": "a", "stream": True}),
+        ("/v1/jobs", {"prompt": "a"}),
+    ):
+        answer = post(endpoint, path, body)
+        assert error_of(answer) == (429, "queue_full")
+        assert answer.headers["retry-after"] == "1"
+    assert post(endpoint, "/generate", {"inputs": "a"}).json()["error_type"] == "QueueFull"
+    jobs[0].cancel()
+    # Of two prompts only one has room: neither stays.
+    assert post(endpoint, "/v1/completions", {"prompt": ["a", "b"]}).status_code == 429
+    assert client.connection.llen(f"rq:queue:{client.queue_name}") == 1
+    jobs[1].cancel()
+
+
+def test_too_much_waits(redis_server: RedisServer, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "MAX_WAITING", 1)
+    app = create_app(redis_server.url, client.queue_name, service.Bounds(timeout=0.05), lambda: False)
+    with TestClient(app, base_url="http://localhost") as web:
+        for stream in (False, True):
+            answer = web.post("/v1/completions", json={"prompt": ["a", "b"], "stream": stream})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "service_busy")
+            assert answer.headers["retry-after"] == "1"
+        assert queued(client) == []
+        assert web.post("/v1/completions", json={"prompt": "a"}).status_code == 504, "one may wait, if in vain"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_time_is_up_and_the_job_is_cancelled(start_endpoint: StartEndpoint, client: Client, stream: bool) -> None:
+    endpoint = start_endpoint("--timeout", "0.3")
+    answer = post(endpoint, "/v1/completions", {"prompt": "a", "stream": stream})
+    assert error_of(answer) == (504, "result_timeout")
+    assert "no worker listens" in answer.json()["error"]["message"]
+    queue = f"rq:queue:{client.queue_name}"
+    wait_until(lambda: client.connection.llen(queue) == 0, "the job to be taken out of the queue")
+
+
+def test_time_is_up_in_the_midst_of_a_stream(
+    start_endpoint: StartEndpoint, start_worker: StartWorker, client: Client
+) -> None:
+    start_worker()
+    endpoint = start_endpoint("--timeout", "0.4")
+    answer = post(endpoint, "/v1/completions", {**LONG, "prompt": ["a"] * 4, "max_tokens": 505, "stream": True})
+    *_, error, done = [line for line in answer.text.splitlines() if line]
+    assert answer.status_code == 200
+    assert done == "data: [DONE]"
+    assert json.loads(error.removeprefix("data: "))["error"]["code"] == "result_timeout"
+    wait_until(lambda: not client.connection.zcard(f"rq:wip:{client.queue_name}"), "the worker to let go of them")
+
+
+def test_ready(start_endpoint: StartEndpoint, start_worker: StartWorker) -> None:
+    endpoint = start_endpoint()
+    answer = httpx.get(f"{endpoint.url}/ready", trust_env=False)
+    assert answer.status_code == 503
+    assert "no worker" in answer.json()["error"]
+    worker = start_worker()
+    # What Redis said is told for half a second.
+    time.sleep(FRESH_SECONDS)
+    assert httpx.get(f"{endpoint.url}/ready", trust_env=False).json() == {"status": "ready"}
+    worker.terminate()
+    worker.wait(20)
+    time.sleep(FRESH_SECONDS)
+    assert httpx.get(f"{endpoint.url}/ready", trust_env=False).status_code == 503
+
+
+ROUTES = [
+    ("GET", "/status", None), ("GET", "/metrics", None), ("GET", "/v1/models", None),
+    ("GET", "/v1/jobs", None), ("GET", "/v1/jobs/x", None), ("POST", "/v1/jobs", {"prompt": "a"}),
+    ("POST", "/v1/completions", {"prompt": "a"}), ("POST", "/v1/completions", {"prompt": "a", "stream": True}),
+    ("POST", "/", {"inputs": "a"}), ("POST", "/generate_stream", {"inputs": "a"}),
+]  # fmt: skip
+
+
+def test_a_redis_that_is_away(start_endpoint: StartEndpoint) -> None:
+    with RedisServer() as server:
+        endpoint = start_endpoint("--timeout", "5", FASTGPT2_REDIS_URL=server.url)
+        server.stop()
+        for method, path, body in ROUTES:
+            answer = httpx.request(method, f"{endpoint.url}{path}", json=body, trust_env=False, timeout=20)
+            assert answer.status_code == 503, path
+            assert "start it, or mend FASTGPT2_REDIS_URL" in answer.text
+        assert httpx.get(f"{endpoint.url}/health", trust_env=False).status_code == 200
+        answer = httpx.get(f"{endpoint.url}/ready", trust_env=False)
+        assert (answer.status_code, answer.json()["error"]) == (503, "Redis cannot be used; /status says why")
+    assert "Traceback" not in endpoint.log.read_text()
+
+
+def reads_streams(client: Client) -> bool:
+    """Whether some connection waits in a blocking read."""
+    return any(other["cmd"] == "xread" and "b" in other["flags"] for other in client.connection.client_list())
+
+
+def test_a_redis_that_goes_away_while_a_stream_waits(start_endpoint: StartEndpoint, tmp_path: Any) -> None:
+    server = RedisServer(folder=tmp_path / "redis").start()
+    endpoint = start_endpoint("--timeout", "20", FASTGPT2_REDIS_URL=server.url, FASTGPT2_QUEUE="q")
+    answers: list[httpx.Response] = []
+    asker = threading.Thread(
+        target=lambda: answers.append(post(endpoint, "/v1/completions", {"prompt": "a", "stream": True}))
+    )
+    asker.start()
+    with Client(server.url, "q") as client:
+        wait_until(lambda: client.connection.llen("rq:queue:q") == 1, "the job to be enqueued")
+        # Sooner, the endpoint might not have heard that it is, and would say so.
+        wait_until(lambda: reads_streams(client), "the endpoint to wait for what comes of it")
+        server.stop()
+        server = RedisServer(server.port, tmp_path / "redis").start()
+        (job_id,) = queued(client)
+        client.cancel(job_id)
+    asker.join(30)
+    server.stop()
+    assert "job_cancelled" in answers[0].text, "it was waited for, and the end was seen"
+
+
+# The same request again.
+
+
+def test_an_idempotent_completion_is_carried_out_once(
+    start_endpoint: StartEndpoint, start_worker: StartWorker, redis: Redis, queue_name: str
+) -> None:
+    start_worker()
+    first, second = start_endpoint(), start_endpoint()
+    key, body = str(uuid.uuid4()), {"prompt": ["My name is", "It was"], "max_tokens": 6}
+    answers = [post(one, "/v1/completions", body, **{"idempotency-key": key}) for one in (first, second, first)]
+    assert len({answer.json()["id"] for answer in answers}) == 1
+    assert all(answer.json()["choices"] == answers[0].json()["choices"] for answer in answers)
+    assert redis.zcard(f"rq:finished:{queue_name}") == 2
+    streamed = post(first, "/v1/completions", {**body, "stream": True}, **{"idempotency-key": key})
+    assert error_of(streamed) == (422, "idempotency_mismatch")
+    other = post(first, "/v1/completions", body, **{"idempotency-key": str(uuid.uuid4())})
+    assert other.json()["id"] != answers[0].json()["id"]
+
+
+def test_who_hung_up_may_ask_again(start_endpoint: StartEndpoint, start_worker: StartWorker, client: Client) -> None:
+    endpoint, key = start_endpoint(), {"idempotency-key": "a/b c"}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{endpoint.url}/v1/completions", json={"prompt": "a"}, headers=key, trust_env=False, timeout=0.3)
+    queue = f"rq:queue:{client.queue_name}"
+    wait_until(lambda: client.connection.llen(queue) == 0, "the job to be cancelled")
+    start_worker()
+    assert post(endpoint, "/v1/completions", {"prompt": "a"}, **key).status_code == 200
+
+
+# The end.
+
+
+def test_streams_end_with_an_event_when_the_endpoint_stops(start_endpoint: StartEndpoint, client: Client) -> None:
+    """By SIGINT here, by SIGTERM in the next test."""
+    endpoint = start_endpoint("--timeout", "60")
+    answers: list[httpx.Response] = []
+    asked: list[tuple[str, Any]] = [
+        ("/v1/completions", {"prompt": "a", "stream": True}),
+        ("/generate_stream", {"inputs": "a"}),
+        ("/v1/completions", {"prompt": "a"}),
+    ]
+    askers = [threading.Thread(target=lambda one=one: answers.append(post(endpoint, *one))) for one in asked]
+    for asker in askers:
+        asker.start()
+    queue = f"rq:queue:{client.queue_name}"
+    wait_until(lambda: client.connection.llen(queue) == 3, "the jobs to be enqueued")
+    endpoint.process.send_signal(signal.SIGINT)
+    for asker in askers:
+        asker.join(30)
+    assert endpoint.process.wait(20) == 0
+    assert len(answers) == 3
+    for answer in answers:
+        assert "the endpoint is being stopped; job" in answer.text
+        if answer.status_code == 200:
+            assert answer.headers["content-type"].startswith("text/event-stream")
+        else:
+            assert answer.status_code == 503
+    assert sorted(answer.status_code for answer in answers) == [200, 200, 503]
+    assert client.connection.llen(queue) == 3, "the jobs go on"
+    assert "endpoint has stopped" in endpoint.log.read_text()
+    assert "Traceback" not in endpoint.log.read_text()
+    for job_id in queued(client):
+        client.cancel(job_id)
+
+
+def test_a_stream_that_can_finish_in_time_does(start_endpoint: StartEndpoint, start_worker: StartWorker) -> None:
+    start_worker()
+    endpoint = start_endpoint()
+    with httpx.stream(
+        "POST", f"{endpoint.url}/v1/completions", json={**LONG, "max_tokens": 200, "stream": True}, trust_env=False
+    ) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        endpoint.process.terminate()
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]"
+    assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+    assert endpoint.process.wait(20) == 0
+
+
+# Methods.
+
+
+def test_what_is_refused_is_told_which_methods_are_not(system: System) -> None:
+    for path, methods in (("/", {"GET", "HEAD", "POST"}), ("/v1/jobs/x", {"GET", "HEAD", "DELETE"})):
+        answer = httpx.request("PATCH", f"{system.http_url}{path}", trust_env=False)
+        assert answer.status_code == 405
+        assert set(answer.headers["allow"].split(", ")) == methods
+    assert httpx.head(f"{system.http_url}/health", trust_env=False).status_code == 200
+
+
+def test_a_browser_gets_the_page_and_a_program_ok(system: System) -> None:
+    assert httpx.get(f"{system.http_url}/", trust_env=False).text == "Ok"

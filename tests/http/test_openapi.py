@@ -1,0 +1,61 @@
+"""The OpenAPI document against the code: schemathesis asks whatever the document allows, and what it does not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx2 as httpx
+from starlette.routing import Route
+from support.running import StartEndpoint, StartWorker
+
+from fastgpt2.api.http.app import create_app
+from fastgpt2.api.http.openapi import document
+from fastgpt2.api.http.service import Bounds
+from fastgpt2.system.up import System
+
+# What a schema cannot say: how many tokens a text has, and that a number must not read 7.0; that an idempotency key
+# belongs to one request. So what is refused although the schema allows it is no failure. What is accepted although it
+# does not, is.
+EXCLUDED = "positive_data_acceptance"
+# A job may fail, and may be given no time.
+CONFIGURATION = """
+[checks.not_a_server_error]
+expected-statuses = ["2xx", "3xx", "4xx", 502, 503, 504]
+"""
+
+
+def test_the_document_is_served_and_tells_of_every_route(system: System) -> None:
+    assert httpx.get(f"{system.http_url}/openapi.json", trust_env=False).json() == json.loads(json.dumps(document()))
+    app = create_app(system.redis_url, "fastgpt2", Bounds(), lambda: False)
+    routes = {
+        (route.path.replace(":path", ""), method.lower())
+        for route in app.routes
+        if isinstance(route, Route)
+        for method in route.methods or ()
+        if method != "HEAD"
+    }
+    told = {(path, method) for path, about in document()["paths"].items() for method in about if method != "parameters"}
+    assert routes == told
+
+
+def test_schemathesis_finds_no_fault(start_endpoint: StartEndpoint, start_worker: StartWorker, tmp_path: Path) -> None:
+    start_worker()
+    endpoint = start_endpoint("--timeout", "2")
+    (tmp_path / "schemathesis.toml").write_text(CONFIGURATION)
+    done = subprocess.run(
+        [
+            Path(sys.executable).with_name("schemathesis"), "run", f"{endpoint.url}/openapi.json", "--seed", "1",
+            "--phases", "examples,coverage,fuzzing", "--max-examples", "12", "--exclude-checks", EXCLUDED,
+            "--generation-database", "none", "--no-color",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert "Tested: 16" in done.stdout
+    assert "Traceback" not in endpoint.log.read_text()

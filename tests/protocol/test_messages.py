@@ -1,0 +1,213 @@
+"""Requests and results on their way through Redis."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+
+from fastgpt2.api.client.enqueue import JobFields
+from fastgpt2.commands.batch import _LINE_FIELDS
+from fastgpt2.engine.decoding.records import Drafting, GenerationRequest, GenerationResult, Timings, TokenLogprob, Usage
+from fastgpt2.engine.engine import Options
+from fastgpt2.errors import BadRequest, FastGPT2Error
+from fastgpt2.protocol.messages import (
+    JobOptions,
+    describe_result,
+    job_to_kwargs,
+    parse_job,
+    parse_request,
+    result_from_json,
+    result_to_json,
+)
+
+RESULT = GenerationResult(
+    "héllo 🦜", (5, 7), "stop", Usage(3, 2, 1), Timings(0.25, 0.5, 1.0), "demo", drafting=Drafting(steps=1)
+)
+
+
+def test_a_result_survives_the_journey() -> None:
+    value = json.loads(json.dumps(result_to_json(RESULT, 0.25)))
+    assert result_from_json(value) == RESULT
+    assert value["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "cached_tokens": 1}
+    assert value["drafting"] == {"steps": 1, "drafted": 0, "accepted": 0}
+    assert value["version"] == 1
+    assert "logprobs" not in value
+    assert RESULT.usage.total_tokens == 5
+
+
+def test_how_guesses_fared_survives_the_journey() -> None:
+    result = replace(RESULT, drafting=Drafting(steps=5, drafted=7, accepted=4))
+    value = json.loads(json.dumps(result_to_json(result, 0.25)))
+    assert result_from_json(value) == result
+    assert value["drafting"] == {"steps": 5, "drafted": 7, "accepted": 4}
+    times = "queue 250.0 ms, prefill 500.0 ms, decode 1000.0 ms"
+    assert describe_result(value) == (f"3 (1 cached) + 2 tokens, stop; 5 steps, 4 of 7 guesses came true; {times}")
+    assert describe_result(result_to_json(RESULT, 0.25)) == f"3 (1 cached) + 2 tokens, stop; {times}"
+
+
+def test_log_probabilities_survive_the_journey() -> None:
+    first = TokenLogprob(5, "hé", -0.5, (TokenLogprob(5, "hé", -0.5), TokenLogprob(9, r"bytes:\xf0", -1.25)))
+    result = replace(RESULT, logprobs=(first, TokenLogprob(7, "<|endoftext|>", -2.0, text_offset=7)))
+    value = json.loads(json.dumps(result_to_json(result, 0.25)))
+    assert result_from_json(value) == result
+    assert value["logprobs"] == [
+        {
+            "token_id": 5,
+            "token": "hé",
+            "logprob": -0.5,
+            "text_offset": 0,
+            "top": [
+                {"token_id": 5, "token": "hé", "logprob": -0.5},
+                {"token_id": 9, "token": r"bytes:\xf0", "logprob": -1.25},
+            ],
+        },
+        {"token_id": 7, "token": "<|endoftext|>", "logprob": -2.0, "text_offset": 7},
+    ]
+    nothing = replace(RESULT, token_ids=(), logprobs=(), finish_reason="cancelled")
+    assert result_from_json(json.loads(json.dumps(result_to_json(nothing, 0.25)))) == nothing
+
+
+def test_a_prompt_s_log_probabilities_survive_the_journey() -> None:
+    first, second = TokenLogprob(5, "A", None), TokenLogprob(6, " b", -1.5, (TokenLogprob(6, " b", -1.5),), 1)
+    result = replace(RESULT, prompt_logprobs=(first, second))
+    value = json.loads(json.dumps(result_to_json(result, 0.25)))
+    assert result_from_json(value) == result
+    assert "logprobs" not in value
+    assert value["prompt_logprobs"] == [
+        {"token_id": 5, "token": "A", "logprob": None, "text_offset": 0},
+        {
+            "token_id": 6,
+            "token": " b",
+            "logprob": -1.5,
+            "text_offset": 1,
+            "top": [{"token_id": 6, "token": " b", "logprob": -1.5}],
+        },
+    ]
+
+
+def test_what_the_last_release_wrote_is_read() -> None:
+    """As it stands in somebody's Redis."""
+    value = json.loads(
+        """{"version": 1, "text": "Ab", "token_ids": [5, 7], "finish_reason": "stop",
+        "usage": {"prompt_tokens": 3, "completion_tokens": 2},
+        "timings": {"queue_seconds": 0.25, "prefill_seconds": 0.5, "decode_seconds": 1.0}, "model": "demo",
+        "logprobs": [{"token_id": 5, "token": "A", "logprob": -0.5, "top": [{"token_id": 5, "token": "A",
+        "logprob": -0.5}]}, {"token_id": 7, "token": "b", "logprob": -2.0}]}"""
+    )
+    told = (TokenLogprob(5, "A", -0.5, (TokenLogprob(5, "A", -0.5),)), TokenLogprob(7, "b", -2.0))
+    # It guessed nothing, so the second token took a step.
+    assert result_from_json(value).drafting == Drafting(steps=1)
+    assert result_from_json({**value, "token_ids": []}).drafting == Drafting()
+    assert result_from_json(value) == replace(RESULT, text="Ab", usage=Usage(3, 2), logprobs=told)
+
+
+def test_what_a_later_release_may_add_to_the_counts_is_passed_over() -> None:
+    value = result_to_json(RESULT, 0.25)
+    value["usage"]["of another kind"] = 7
+    value["drafting"]["of another kind"] = 7
+    assert result_from_json(value) == RESULT
+
+
+ONE = {"token_id": 1, "token": "a", "logprob": -1}
+
+
+@pytest.mark.parametrize(
+    "logprobs",
+    [
+        *(3, [3], [{}], {}, "a", [[]], [None]),
+        *([{**ONE, "top": 3}], [{**ONE, "top": [3]}], [{**ONE, "top": None}], [{**ONE, "text_offset": "3"}]),
+        *(
+            [{**ONE, "text_offset": None}],
+            [{**ONE, "token_id": True}],
+            [{**ONE, "token": 5}],
+            [{**ONE, "logprob": "1"}],
+        ),
+    ],
+)
+@pytest.mark.parametrize("name", ["logprobs", "prompt_logprobs"])
+def test_damaged_log_probabilities_are_refused(name: str, logprobs: object) -> None:
+    with pytest.raises(FastGPT2Error, match="a damaged result"):
+        result_from_json({**result_to_json(RESULT), name: logprobs})
+
+
+def test_every_field_of_a_request_can_be_given_everywhere() -> None:
+    names = {field.name for field in fields(GenerationRequest)} - {"prompt"}
+    assert set(Options.__annotations__) == names
+    assert names < set(JobFields.__annotations__)
+    assert names < set(_LINE_FIELDS)
+
+
+@pytest.mark.parametrize("value", [None, [], {}, {"version": 2}, {"version": 1}, {"version": 1, "text": "a"}])
+def test_what_is_no_result_is_refused(value: object) -> None:
+    with pytest.raises(FastGPT2Error, match=r"not a result|a damaged result"):
+        result_from_json(value)
+
+
+@pytest.mark.parametrize(
+    ("request_", "options", "kwargs"),
+    [
+        (GenerationRequest("My name is"), JobOptions(), {"prompt": "My name is"}),
+        (
+            GenerationRequest("", max_new_tokens=5, stop=("\n", "é"), ignore_eos=True),
+            JobOptions(timeout=2.5),
+            {"prompt": "", "max_new_tokens": 5, "stop": ["\n", "é"], "ignore_eos": True, "timeout": 2.5},
+        ),
+        (
+            GenerationRequest((5, 6), 0, logprobs=0, prompt_logprobs=5, echo=True),
+            JobOptions(stream=True),
+            {
+                "prompt": [5, 6],
+                "max_new_tokens": 0,
+                "logprobs": 0,
+                "prompt_logprobs": 5,
+                "echo": True,
+                "stream": True,
+            },
+        ),
+    ],
+)
+def test_a_job_survives_the_journey(request_: GenerationRequest, options: JobOptions, kwargs: dict[str, Any]) -> None:
+    assert job_to_kwargs(request_, options) == kwargs
+    assert parse_job([], json.loads(json.dumps(kwargs))) == (request_, options)
+    assert parse_job([kwargs.pop("prompt")], kwargs) == (request_, options)
+
+
+@pytest.mark.parametrize("name", ["timeout", "stream"])
+def test_without_a_job_its_options_are_unknown(name: str) -> None:
+    with pytest.raises(BadRequest, match=f"unknown field '{name}'; known are prompt, "):
+        parse_request(["a"], {name: 1})
+
+
+def test_the_prompt_may_come_first() -> None:
+    assert parse_request(("hi",), {"stop": "x"}) == GenerationRequest("hi", stop=("x",))
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "message"),
+    [
+        ([], {}, "prompt is missing"),
+        (["a", "b"], {}, "2 positional arguments"),
+        (["a"], {"prompt": "b"}, "given twice"),
+        (["a"], {"max_tokens": 3}, "unknown field 'max_tokens'; known are prompt, max_new_tokens"),
+        (["a"], {"temperature": 0.7}, "temperature is refused: fastgpt2 decodes greedily"),
+        (["a"], {"top_p": 0.7}, "top_p is refused: .* nothing to sample"),
+        (["a"], {"max_new_tokens": 1.5}, "max_new_tokens must be a whole number, not float"),
+        ([{"a": 1}], {}, "prompt must be a string or a list of token ids, not dict"),
+        (["a"], {"timeout": "5"}, "timeout must be a number of seconds, not str"),
+        (["a"], {"timeout": True}, "timeout must be a number of seconds, not bool"),
+        (["a"], {"timeout": 0}, "timeout must be more than 0 and at most 100000000 seconds"),
+        (["a"], {"timeout": -1.5}, "timeout must be more than 0"),
+        (["a"], {"timeout": math.nan}, "timeout must be more than 0"),
+        (["a"], {"timeout": math.inf}, "timeout must be more than 0"),
+        (["a"], {"stream": 1}, "stream must be true or false, not int"),
+        ("ab", {}, "not a list and a mapping"),
+        ([], [], "not a list and a mapping"),
+    ],
+)
+def test_bad_arguments_are_named(args: Any, kwargs: Any, message: str) -> None:
+    with pytest.raises(BadRequest, match=message):
+        parse_job(args, kwargs)

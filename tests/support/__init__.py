@@ -1,0 +1,1 @@
+"""What tests of several rooms use: processes, servers, a browser, files made for the purpose."""

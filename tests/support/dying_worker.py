@@ -1,0 +1,136 @@
+"""`fastgpt2 worker`, but it kills itself with SIGKILL at a stage of a job: python dying_worker.py STAGE [MARKER].
+
+With a MARKER, a file, only the first process does, and makes it; without one, each does.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from redis.connection import Connection
+
+from fastgpt2.cli import main
+from fastgpt2.engine.network.attention import Attention
+from fastgpt2.worker import ledger
+from fastgpt2.worker.batch import Batch
+from fastgpt2.worker.claims import Claims
+from fastgpt2.worker.ledger import Ledger
+
+POISON = "the poisoned well"
+MARKER = sys.argv[2] if len(sys.argv) > 2 else ""
+
+
+def die() -> None:
+    if MARKER:
+        try:
+            Path(MARKER).open("x").close()
+        except FileExistsError:
+            return
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def before(owner: Any, name: str, when: Callable[..., bool] = lambda *_a, **_k: True) -> None:
+    original = getattr(owner, name)
+
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        if when(*args, **kwargs):
+            die()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, patched)
+
+
+def after(owner: Any, name: str, when: Callable[[Any], bool] = lambda _result: True) -> None:
+    original = getattr(owner, name)
+
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        if when(result):
+            die()
+        return result
+
+    setattr(owner, name, patched)
+
+
+def unheard(owner: Any, name: str) -> None:
+    """What the method says to Redis first is sent, and carried out, but its answer is not read any more."""
+    original, read = getattr(owner, name), Connection.read_response
+
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        def dying(self: Connection, *a: Any, **k: Any) -> Any:
+            answer = read(self, *a, **k)  # it has surely been carried out
+            die()
+            return answer
+
+        Connection.read_response = dying  # type: ignore[assignment,method-assign]
+        try:
+            return original(*args, **kwargs)
+        finally:
+            Connection.read_response = read  # type: ignore[method-assign]
+
+    setattr(owner, name, patched)
+
+
+def in_a_layer(generated: int) -> None:
+    """In the second layer of the network, once some job has so many tokens."""
+    known: list[Batch] = []
+    remember = Batch.__init__
+
+    def init(self: Batch, *args: Any) -> None:
+        remember(self, *args)
+        known.append(self)
+
+    Batch.__init__ = init  # type: ignore[assignment,method-assign]
+
+    def far_enough(_self: Attention, layer: int) -> bool:
+        running = known[0].running if known else []
+        return layer == 1 and any(r.sequence and len(r.sequence.token_ids) >= generated for r in running)
+
+    before(Attention, "run", far_enough)
+
+
+def poisoned(batch: Batch) -> bool:
+    return any(running.prompt.request.prompt == POISON for running in batch.running)
+
+
+STAGES: dict[str, Callable[[], None]] = {
+    "after the claim": lambda: after(Claims, "wait", bool),
+    "claimed and read": lambda: after(Ledger, "read", bool),
+    "the start sent": lambda: unheard(Ledger, "start"),
+    "after the start": lambda: after(Ledger, "start", bool),
+    "mid-prefill": lambda: in_a_layer(0),
+    "mid-decode": lambda: in_a_layer(7),
+    "before the commit": lambda: before(Ledger, "finish"),
+    "the commit sent": lambda: unheard(Ledger, "finish"),
+    "after the commit": lambda: after(Ledger, "finish"),
+    "before the dependents": lambda: before(ledger.Queue, "enqueue_ready_jobs_by_queue"),  # type: ignore[attr-defined]
+    "before the failure's dependents": lambda: before(ledger, "settle"),
+    "before the give-back": lambda: before(Ledger, "give_back"),
+    "the give-back sent": lambda: unheard(Ledger, "give_back"),
+    "the poison": lambda: before(Batch, "step", poisoned),
+}
+
+
+def out_of_memory() -> None:
+    """A step with the poisoned job does not kill: it raises MemoryError, as numpy does at the limit of its memory."""
+    original = Batch.step
+
+    def step(self: Batch) -> Any:
+        if poisoned(self):
+            raise MemoryError("Unable to allocate 1.00 GiB")
+        return original(self)
+
+    Batch.step = step  # type: ignore[method-assign]
+
+
+STAGES["out of memory"] = out_of_memory
+
+if __name__ == "__main__":
+    STAGES[sys.argv[1]]()
+    sys.argv = ["fastgpt2", "worker"]
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""Waiting for what happens, and the processes that fixtures start."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from fastgpt2 import Client
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+
+WaitFor = Callable[..., None]
+StartWorker = Callable[..., subprocess.Popen[str]]
+
+
+def wait_until(condition: Callable[[], object], what: str, seconds: float = 20.0) -> None:
+    """Poll a condition up to a deadline; fails the test with `what` when it passes."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(f"waited {seconds} s for: {what}")
+        time.sleep(0.01)
+
+
+def half_the_time(client: Client, prompt: str) -> float:
+    """In which the worker, once warm, gets through about half of 480 tokens, however fast the machine is today."""
+    client.enqueue(prompt, max_new_tokens=1).result(timeout=60)
+    began = time.monotonic()
+    client.enqueue(prompt, max_new_tokens=480, ignore_eos=True).result(timeout=60)
+    return (time.monotonic() - began) / 2
+
+
+@dataclass
+class RunningEndpoint:
+    """A process of `fastgpt2 api`."""
+
+    process: subprocess.Popen[str]
+    log: Path
+
+    @property
+    def url(self) -> str:
+        return self.log.read_text().partition("endpoint on ")[2].split()[0]
+
+    @property
+    def port(self) -> int:
+        port = urlsplit(self.url).port
+        assert port is not None
+        return port
+
+
+StartEndpoint = Callable[..., RunningEndpoint]

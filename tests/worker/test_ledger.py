@@ -1,0 +1,131 @@
+"""What a worker writes about a job is what RQ's own worker writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis import Redis
+from rq import Queue
+from rq.job import Job
+from rq.results import Result
+from rq.serializers import JSONSerializer
+from support.running import GOLDEN, StartWorker, wait_until
+
+from fastgpt2.protocol.connection import connect
+from fastgpt2.protocol.keys import ATTEMPTS_FIELD, EXECUTION_FIELD, PARTIAL_META
+from fastgpt2.system.redis_server import RedisServer
+
+ENTRY: dict[str, Any] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"][0]
+TASK = "fastgpt2.worker.tasks.generate"
+RQ = str(Path(sys.executable).with_name("rq"))
+
+
+@pytest.fixture
+def queue(redis: Redis, queue_name: str) -> Queue:
+    return Queue(queue_name, connection=redis, serializer=JSONSerializer)
+
+
+def run_by_stock(queue: Queue, server: RedisServer) -> None:
+    command = [RQ, "worker", "--burst", "-S", "json", "-u", server.url, queue.name]
+    environment = {**os.environ, "FASTGPT2_MODEL": "demo"}
+    subprocess.run(command, env=environment, check=True, timeout=60, capture_output=True)
+
+
+def traces(redis: Redis, job: Job) -> dict[str, Any]:
+    """All that Redis holds of a job: the fields of its hash, its status, its keys with their kinds, its registries."""
+    fields: Any = redis.hgetall(job.key)
+    found: Any = redis.keys(f"*{job.id}*")
+    registries = ("finished", "failed", "started", "canceled", "deferred", "scheduled")
+    entries: Any = redis.xrevrange(f"rq:results:{job.id}")
+    return {
+        "fields": sorted(name.decode() for name in fields if name.decode() not in (ATTEMPTS_FIELD, EXECUTION_FIELD)),
+        "status": fields[b"status"],
+        "keys": [(key.decode().replace(job.id, "ID"), redis.type(key), redis.ttl(key) > 0) for key in sorted(found)],
+        "registries": [
+            n for n in registries if job.id in getattr(Queue(job.origin, connection=redis), f"{n}_job_registry")
+        ],
+        "results": [(sorted(each), each[b"type"]) for _, each in entries],
+    }
+
+
+def outcome_of(job: Job) -> Any:
+    result = job.latest_result()
+    assert result is not None
+    if result.type == Result.Type.FAILED:
+        return str(result.exc_string).strip().splitlines()[-1]
+    value: Any = result.return_value
+    return {name: value[name] for name in value if name != "timings"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_new_tokens": 5, "ignore_eos": True},
+        {"max_new_tokens": 5, "result_ttl": 77, "failure_ttl": 88, "job_timeout": 99, "meta": {"a": 1}},
+        {"max_new_tokens": 5, "result_ttl": -1},
+        {"temperature": 1},
+        {"temperature": 1, "failure_ttl": 55, "meta": {"a": 1}},
+        {"max_new_tokens": 100_000},
+        {"max_new_tokens": 5, "stream": True},
+        {"max_new_tokens": 5, "echo": True, "logprobs": 2},
+    ],
+    ids=str,
+)
+def test_a_job_leaves_the_same_traces(
+    queue: Queue, redis: Redis, redis_server: RedisServer, start_worker: StartWorker, options: dict[str, Any]
+) -> None:
+    theirs = queue.enqueue(TASK, ENTRY["prompt"], **options)
+    run_by_stock(queue, redis_server)
+    ours = queue.enqueue(TASK, ENTRY["prompt"], **options)
+    start_worker(FASTGPT2_BURST="1", wait=False)
+    wait_until(lambda: ours.get_status().value in ("finished", "failed"), "the job to end")
+    assert outcome_of(ours) == outcome_of(theirs)
+    assert traces(redis, ours) == traces(redis, theirs)
+
+
+def test_a_result_that_nobody_wants_leaves_nothing(queue: Queue, redis: Redis, start_worker: StartWorker) -> None:
+    job = queue.enqueue(TASK, ENTRY["prompt"], max_new_tokens=2, result_ttl=0)
+    start_worker()
+    wait_until(lambda: not redis.exists(job.key), "the job to be gone")
+    assert not redis.keys(f"*{job.id}*")
+    assert queue.started_job_registry.get_job_ids() == []
+
+
+def test_a_stock_worker_keeps_the_deadline_and_what_it_has(queue: Queue, redis_server: RedisServer) -> None:
+    job = queue.enqueue(TASK, ENTRY["prompt"], max_new_tokens=100, timeout=1e-3)
+    run_by_stock(queue, redis_server)
+    assert "JobTimedOut" in outcome_of(job)
+    partial = job.get_meta(refresh=True)[PARTIAL_META]
+    assert partial["finish_reason"] == "timeout"
+    assert partial["token_ids"] == ENTRY["ids"][:1]
+
+
+def test_what_is_left_beside_what_a_stock_worker_leaves(queue_name: str) -> None:
+    """The pool's figures, every key of which expires, and what names the worker that wrote them."""
+    left: list[dict[str, int]] = []
+    for ours in (False, True):
+        with RedisServer() as server, connect(server.url) as redis:
+            queue = Queue(queue_name, connection=redis, serializer=JSONSerializer)
+            job = queue.enqueue(TASK, ENTRY["prompt"], max_new_tokens=5)
+            if ours:
+                own = {"FASTGPT2_REDIS_URL": server.url, "FASTGPT2_QUEUE": queue_name, "FASTGPT2_MODEL": "demo"}
+                command = [sys.executable, "-m", "fastgpt2", "worker", "--burst", "--name", "w"]
+                subprocess.run(command, env={**os.environ, **own}, check=True, timeout=60, capture_output=True)
+            else:
+                run_by_stock(queue, server)
+            keys: Any = redis.keys()
+            names = {key: key.decode().replace(job.id, "ID").replace(queue_name, "QUEUE") for key in keys}
+            names = {key: re.sub(r":\d+$", ":TIME", name) for key, name in names.items()}
+            left.append({re.sub(r"^rq:worker:\w+$", "rq:worker:NAME", names[key]): redis.ttl(key) for key in keys})
+    theirs, of_ours = left
+    more = {name: ttl for name, ttl in of_ours.items() if name not in theirs}
+    figures = ["latest:QUEUE", "recent:QUEUE:TIME", "told:w", "totals:QUEUE"]
+    assert sorted(more) == [f"fastgpt2:{name}" for name in figures]
+    assert all(ttl > 0 for ttl in more.values())
