@@ -32,6 +32,58 @@ def queues_of(name: str) -> list[str]:
     return [queue_of(name, priority) for priority in PRIORITIES]
 
 
+# RQ's own names (rq/job.py, rq/queue.py, rq/worker/, rq/registry.py, rq/executions.py, rq/results.py).
+QUEUES_KEY = "rq:queues"
+WORKERS_KEY = "rq:workers"
+WORKER_PREFIX = "rq:worker:"
+JOB_PREFIX = "rq:job:"
+QUEUE_PREFIX = "rq:queue:"
+# The sorted sets of jobs in each state, by RQ's word for the state.
+REGISTRY_PREFIXES = {
+    "started": "rq:wip:",
+    "finished": "rq:finished:",
+    "failed": "rq:failed:",
+    "deferred": "rq:deferred:",
+    "scheduled": "rq:scheduled:",
+    "canceled": "rq:canceled:",
+}
+
+
+def job_key(job_id: str) -> str:
+    """Return the key of a job's hash."""
+    return f"{JOB_PREFIX}{job_id}"
+
+
+def results_key(job_id: str) -> str:
+    """Return the key of the Redis stream in which RQ keeps a job's results."""
+    return f"rq:results:{job_id}"
+
+
+def executions_key(job_id: str) -> str:
+    """Return the key of the sorted set of a job's executions."""
+    return f"rq:executions:{job_id}"
+
+
+def queue_key(queue_name: str) -> str:
+    """Return the key of the list of the ids of the jobs that wait in an RQ queue."""
+    return f"{QUEUE_PREFIX}{queue_name}"
+
+
+def registry_key(state: str, queue_name: str) -> str:
+    """Return the key of the sorted set of an RQ queue's jobs in one state, a key of `REGISTRY_PREFIXES`."""
+    return f"{REGISTRY_PREFIXES[state]}{queue_name}"
+
+
+def workers_key(queue_name: str) -> str:
+    """Return the key of the set of the keys of an RQ queue's workers."""
+    return f"{WORKERS_KEY}:{queue_name}"
+
+
+def worker_key(worker_name: str) -> str:
+    """Return the key of a worker's hash."""
+    return f"{WORKER_PREFIX}{worker_name}"
+
+
 def stream_key(job_id: str) -> str:
     """The Redis stream of a job's text; see `fastgpt2.protocol.messages`."""
     return f"fastgpt2:stream:{job_id}"

@@ -1,0 +1,114 @@
+"""Lua scripts, which Redis runs as one command: each stands in a `.lua` file beside the module that uses it.
+
+A file begins with its KEYS and ARGV in comments. Two things in it are filled in when it is read: `$NAME` is the
+constant of that name in `keys.py`, so that a name in Redis is written down once, and a line `-- include NAME` is the
+file `NAME.lua` of this folder. Redis is sent the digest of a script (EVALSHA) and, if it does not know that, the text
+(EVAL), which it then keeps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastgpt2.protocol import keys as names
+
+if TYPE_CHECKING:
+    from redis import Redis
+    from redis.client import Pipeline
+
+# The texts of the scripts that have been used, by their digests.
+_texts: dict[str, str] = {}
+
+
+class Script:
+    """A script of the file `NAME.lua` beside a module.
+
+    Args:
+        module: the module's `__file__`.
+    """
+
+    def __init__(self, module: str, name: str) -> None:
+        self._path = Path(module).with_name(f"{name}.lua")
+
+    @cached_property
+    def text(self) -> str:
+        return _filled_in(self._path.read_text("utf-8"))
+
+    @cached_property
+    def digest(self) -> str:
+        """The SHA1 by which Redis knows the script."""
+        digest = hashlib.sha1(self.text.encode("utf-8"), usedforsecurity=False).hexdigest()
+        _texts[digest] = self.text
+        return digest
+
+    def command(self, keys: Sequence[Any], arguments: Sequence[Any]) -> tuple[Any, ...]:
+        """Return the words of the command that runs the script; see `with_text` for when Redis does not know it."""
+        return "EVALSHA", self.digest, len(keys), *keys, *arguments
+
+    def run(self, connection: Redis, keys: Sequence[Any], arguments: Sequence[Any]) -> Any:
+        """Run the script and return its reply.
+
+        Raises:
+            RedisError
+        """
+        command = self.command(keys, arguments)
+        try:
+            return connection.execute_command(*command)  # type: ignore[no-untyped-call]
+        except Exception as error:
+            if not is_unknown(error):
+                raise
+        return connection.execute_command(*with_text(command))  # type: ignore[no-untyped-call]
+
+    def add(self, pipeline: Pipeline, keys: Sequence[Any], arguments: Sequence[Any]) -> None:
+        """Add the script to a pipeline without a transaction, which `execute` is to send."""
+        pipeline.execute_command(*self.command(keys, arguments))  # type: ignore[no-untyped-call]
+
+    def add_to_transaction(self, pipeline: Pipeline, keys: Sequence[Any], arguments: Sequence[Any]) -> None:
+        """Add the script with its text: in a transaction, a digest that Redis does not know could not be repeated."""
+        pipeline.execute_command(*with_text(self.command(keys, arguments)))  # type: ignore[no-untyped-call]
+
+
+def execute(pipeline: Pipeline) -> list[Any]:
+    """Send a pipeline without a transaction; scripts that Redis does not know are sent once more, with their texts.
+
+    Returns:
+        The replies in the order of the commands, errors among them.
+
+    Raises:
+        RedisError: Redis cannot be reached.
+    """
+    commands = [words for words, _ in pipeline.command_stack]
+    replies: list[Any] = pipeline.execute(raise_on_error=False)
+    unknown = [at for at, reply in enumerate(replies) if is_unknown(reply)]
+    if unknown:
+        for at in unknown:
+            pipeline.execute_command(*with_text(commands[at]))  # type: ignore[no-untyped-call]
+        for at, reply in zip(unknown, pipeline.execute(raise_on_error=False), strict=True):
+            replies[at] = reply
+    return replies
+
+
+def is_unknown(reply: Any) -> bool:
+    """Tell whether a script was not run because Redis does not know its digest, or lets this user send texts only."""
+    from redis.exceptions import NoPermissionError, NoScriptError
+
+    return isinstance(reply, NoScriptError) or (isinstance(reply, NoPermissionError) and "evalsha" in str(reply))
+
+
+def with_text(command: Sequence[Any]) -> tuple[Any, ...]:
+    """Return `Script.command` with the script's text in place of its digest."""
+    _, digest, *others = command
+    return "EVAL", _texts[digest], *others
+
+
+def _filled_in(text: str) -> str:
+    folder = Path(__file__).parent
+    text = re.sub(
+        r"^-- include (\w+)\n", lambda found: (folder / f"{found[1]}.lua").read_text("utf-8"), text, flags=re.M
+    )
+    return re.sub(r"\$([A-Z][A-Z_]*)", lambda found: str(getattr(names, found[1])), text)
