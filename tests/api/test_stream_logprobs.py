@@ -14,7 +14,7 @@ from redis import Redis
 from rq import Queue, Retry
 from rq.serializers import JSONSerializer
 from support.running import GOLDEN, StartWorker
-from test_ledger import run_by_stock
+from support.stock_worker import run_by_stock
 
 from fastgpt2 import Client, GenerationResult, Piece, TokenLogprob
 from fastgpt2.api.client.reader import Assembly

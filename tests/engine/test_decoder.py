@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.models import with_end_of_text
 from support.running import GOLDEN
 
 from fastgpt2 import Engine
@@ -34,14 +35,6 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     made.warm_up()
     yield made
     made.decoder.model.close()
-
-
-def with_end_of_text(tmp_path: Path, token_ids: list[int]) -> Engine:
-    """The shipped model under a config.json that names other tokens the end of text."""
-    folder = shutil.copytree(DEMO_FOLDER, tmp_path / "model")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": token_ids}))
-    return Engine.load(str(folder), max_batch=1)
 
 
 def test_the_golden_file_belongs_to_the_shipped_model() -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.models import with_end_of_text
 from support.running import GOLDEN
-from test_decoder import with_end_of_text
 
 from fastgpt2 import Engine
 from fastgpt2.engine.decoding.records import GenerationRequest, GenerationResult

@@ -254,10 +254,10 @@ def test_a_cache_that_cannot_be_written_costs_memory_only(
 RUN = """
 import logging, resource, sys
 from pathlib import Path
-from fastgpt2.engine import loading, sizing
+from fastgpt2.engine import loading, machine
 from fastgpt2.engine.model.config import read_config
 logging.basicConfig(level="INFO", format="%(message)s")
-sizing.MIN_BYTES = 0
+machine.MIN_BYTES = 0
 limit = int(sys.argv[2])
 if limit:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

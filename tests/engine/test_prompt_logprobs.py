@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from support.models import with_end_of_text
 from support.running import GOLDEN
-from test_decoder import with_end_of_text
 
 from fastgpt2 import Engine, TokenLogprob
 from fastgpt2.engine.decoding.records import GenerationRequest, GenerationResult

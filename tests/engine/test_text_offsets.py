@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.models import with_end_of_text
 from support.running import GOLDEN
-from test_decoder import with_end_of_text
 
 from fastgpt2 import Engine, TokenLogprob
 from fastgpt2.engine.decoding.decoder import Decoder

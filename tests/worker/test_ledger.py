@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from rq.job import Job
 from rq.results import Result
 from rq.serializers import JSONSerializer
 from support.running import GOLDEN, StartWorker, wait_until
+from support.stock_worker import run_by_stock
 
 from fastgpt2.protocol.connection import connect
 from fastgpt2.protocol.keys import ATTEMPTS_FIELD, EXECUTION_FIELD, PARTIAL_META
@@ -24,18 +24,11 @@ from fastgpt2.system.redis_server import RedisServer
 
 ENTRY: dict[str, Any] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"][0]
 TASK = "fastgpt2.worker.tasks.generate"
-RQ = str(Path(sys.executable).with_name("rq"))
 
 
 @pytest.fixture
 def queue(redis: Redis, queue_name: str) -> Queue:
     return Queue(queue_name, connection=redis, serializer=JSONSerializer)
-
-
-def run_by_stock(queue: Queue, server: RedisServer) -> None:
-    command = [RQ, "worker", "--burst", "-S", "json", "-u", server.url, queue.name]
-    environment = {**os.environ, "FASTGPT2_MODEL": "demo"}
-    subprocess.run(command, env=environment, check=True, timeout=60, capture_output=True)
 
 
 def traces(redis: Redis, job: Job) -> dict[str, Any]:
