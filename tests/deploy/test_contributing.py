@@ -100,6 +100,12 @@ def test_the_table_of_rooms_is_what_the_imports_are_held_to() -> None:
     assert {name.strip("`"): set(re.findall(r"`([\w.]+)`", uses)) for name, _, uses in rows} == ROOMS
 
 
+def test_the_list_of_files_has_every_module() -> None:
+    listed = re.findall(r"^\| `(fastgpt2/[\w/]+\.py)` \|", (DOCS / "architecture.md").read_text("utf-8"), re.MULTILINE)
+    modules = {name_of(path) for path in (ROOT / "fastgpt2").rglob("*.py") if not path.name.startswith("__")}
+    assert sorted(listed) == sorted({*modules, "fastgpt2/api/page/__init__.py"})
+
+
 def parsed(path: Path) -> Any:
     return yaml.safe_load(path.read_text("utf-8"))
 
