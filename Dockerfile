@@ -1,6 +1,6 @@
 # docker build -t fastgpt2 .                            numpy's OpenBLAS
-# docker build -t fastgpt2:mkl --build-arg BLAS=mkl .   Intel's MKL beside it; fastgpt2 takes the faster
-# docker build -t fastgpt2:compact --build-arg COMPACT=yes .   LLVM beside it, which compact weights want
+# docker build -t fastgpt2:mkl --build-arg BLAS=mkl .   Intel's MKL beside it; fastgpt2 takes the faster of the two
+# docker build -t fastgpt2:compact --build-arg COMPACT=yes .   LLVM beside it, for weights of fewer bits
 ARG PYTHON_TAG=3.11.14-slim-bookworm
 
 FROM python:${PYTHON_TAG} AS builder
@@ -9,9 +9,10 @@ ARG COMPACT=no
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PIP_NO_COMPILE=1 \
     PYTHONDONTWRITEBYTECODE=1
 WORKDIR /src
-# No pip in it: nothing is installed later.
+# Without pip: nothing is installed later.
 RUN python -m venv --without-pip /venv
-# The dependencies first and alone: a change of the source leaves their layer as it is, here and where it is pulled.
+# The dependencies come first and alone. So a change of the source leaves their layer as it is, here and where the
+# image is pulled.
 COPY pyproject.toml constraints.txt ./
 COPY deploy/image ./deploy/image
 RUN python deploy/image/requirements.py "$BLAS" "$COMPACT" > /tmp/requirements.txt \
@@ -19,7 +20,7 @@ RUN python deploy/image/requirements.py "$BLAS" "$COMPACT" > /tmp/requirements.t
     && sh deploy/image/prune.sh /venv
 COPY README.md LICENSE ./
 COPY fastgpt2 fastgpt2
-# Into a tree of its own, which is laid over the other: /app/venv/...
+# fastgpt2 goes into a tree of its own, /app/venv/..., which is laid over the other one.
 RUN PIP_CONSTRAINT=/src/constraints.txt pip wheel --no-deps --wheel-dir /tmp/wheels . \
     && cp -a /venv /tmp/bare && pip --python /venv/bin/python install --no-deps /tmp/wheels/*.whl \
     && sh deploy/image/prune.sh /venv \
@@ -30,14 +31,14 @@ FROM python:${PYTHON_TAG}
 LABEL org.opencontainers.image.title="fastgpt2" \
       org.opencontainers.image.description="GPT-2 text generation on CPUs: workers of a Redis queue, and an HTTP endpoint" \
       org.opencontainers.image.licenses="MIT"
-# The id is fixed because files in volumes and bind mounts belong to a number. The folders exist, and belong to it,
-# because a new named volume takes over the owner of the folder that it is mounted on.
+# The user's id is fixed, because files in volumes and bind mounts belong to a number. The folders exist and belong to
+# that user, because a new named volume takes over the owner of the folder on which it is mounted.
 RUN useradd --uid 10001 --user-group --no-create-home --home-dir /tmp fastgpt2 \
     && install --directory --owner=fastgpt2 --group=fastgpt2 /cache /access
 COPY --from=builder /venv /venv
 COPY --from=builder /app /
-# A progress bar in a log is hundreds of lines. The file for probes lies where a container whose root is read-only has
-# its only room.
+# Progress bars are off, because one would be hundreds of lines in a log. The file for probes lies in /tmp, the only
+# place where a container with a read-only root can write.
 ENV PATH=/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
@@ -46,7 +47,7 @@ ENV PATH=/venv/bin:$PATH \
     FASTGPT2_ALIVE_FILE=/tmp/alive \
     HF_HUB_DISABLE_PROGRESS_BARS=1 \
     HF_HUB_DISABLE_TELEMETRY=1
-# By number: Kubernetes' runAsNonRoot cannot tell by a name.
+# By number: Kubernetes' runAsNonRoot cannot tell from a name that the user is not root.
 USER 10001:10001
 EXPOSE 8000
 CMD ["fastgpt2", "--help"]

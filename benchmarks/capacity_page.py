@@ -10,7 +10,9 @@ from capacity_plan import KEPT_SECONDS, LENGTHS, SHARE, WORKERS, coefficients, h
 
 from fastgpt2.bench import Values, machine_line
 
-TITLE = "# Capacity: what one Redis bears, and how to plan a thousand workers"
+TITLE = """# Capacity: what one Redis bears, and how to plan a thousand workers
+
+For planners of a large pool: formulas, and the measurements that they rest on."""
 HEAD = (
     "Made by `benchmarks/plot.py` from `benchmarks/results/capacity.json`: do not edit. How it is measured is said at "
     "the head of `benchmarks/bench_capacity.py`. Medians. A core of Redis is its main thread, which carries out all "

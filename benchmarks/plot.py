@@ -53,7 +53,7 @@ def main() -> None:
 
 def written(found: Sequence[tuple[str, Values]], draw: Draw) -> str:
     lines = [
-        "# Results",
+        "# Results\n\nFor everyone who doubts a figure, or wants to compare: all measurements, each with its machine.",
         "",
         "Made by `benchmarks/plot.py` from the files in `benchmarks/results/`: do not edit. What is measured, and how,",
         "is said at the head of each script; [benchmarks/README.md](../benchmarks/README.md) tells which to run.",

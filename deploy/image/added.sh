@@ -1,5 +1,5 @@
 #!/bin/sh
-# added.sh BEFORE AFTER OUT: copy what AFTER has and BEFORE has not to OUT/AFTER.
+# added.sh BEFORE AFTER OUT: copy the files that are in AFTER and not in BEFORE to OUT/AFTER.
 set -eu
 before=$1 after=$2 out=$3
 cd "$after"

@@ -1,7 +1,7 @@
-"""compile_stdlib.py OUT: compile what fastgpt2 imports of Python's own library, into OUT/usr/local/lib/...
+"""compile_stdlib.py OUT: compile the modules of Python's own library that fastgpt2 imports, into OUT/usr/local/lib/...
 
 The official python images come without compiled files, to be small. A container whose root is read-only, or whose user
-may not write there, would compile every module again at each start: half a second.
+may not write there, would compile every module again at each start, which takes half a second.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from py_compile import PycInvalidationMode
 
 import fastgpt2
 
-# Imported late, or by name, by what fastgpt2 uses.
+# Modules that the libraries import late, or by name.
 OTHERS = (
     "asyncio",
     "concurrent.futures.thread",
@@ -32,7 +32,7 @@ for name in (*(module.name for module in pkgutil.walk_packages(fastgpt2.__path__
 library = Path(sysconfig.get_path("stdlib"))
 files = {Path(file) for module in list(sys.modules.values()) if (file := getattr(module, "__file__", None))}
 for file in sorted(file for file in files if file.suffix == ".py" and file.is_relative_to(library)):
-    # Like the rest: by the content's hash, and never looked at again.
+    # As prune.sh does for the rest: by the content's hash, which is never checked again.
     compiled = sys.argv[1] + importlib.util.cache_from_source(str(file))
     py_compile.compile(str(file), compiled, doraise=True, invalidation_mode=PycInvalidationMode.UNCHECKED_HASH)
 print(f"{len(files)} modules", file=sys.stderr)

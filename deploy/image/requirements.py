@@ -1,4 +1,4 @@
-"""What goes into an image beside fastgpt2, a line each: its dependencies, and MKL and LLVM where they are asked for."""
+"""Print what goes into an image beside fastgpt2, one a line: its dependencies, and MKL and LLVM if asked for."""
 
 import sys
 import tomllib

@@ -1,4 +1,4 @@
-"""docker-compose.yml on a real Docker daemon: started as the README says, looked at, and broken in all ways.
+"""docker-compose.yml on a real Docker daemon: started as docs/containers.md says, looked at, and broken in all ways.
 
 Skipped where no daemon answers. Images are built from the tree, so a first run takes a minute.
 """
@@ -53,7 +53,7 @@ def status(pool: Compose) -> dict[str, Any]:
 
 
 def tokens(pool: Compose) -> list[int]:
-    """A hundred, greedily, after the prompt of `ENTRY`."""
+    """Ask for a hundred greedy tokens after the prompt of `ENTRY`."""
     body = {"prompt": ENTRY["prompt"], "max_new_tokens": 100, "ignore_eos": True}
     job = httpx.post(f"{pool.url}/v1/jobs", json=body, trust_env=False).json()["id"]
     answer = httpx.get(f"{pool.url}/v1/jobs/{job}", params={"wait": 30}, timeout=40, trust_env=False)
@@ -112,7 +112,7 @@ def test_redis_wants_a_password_that_stands_in_no_environment(pool: Compose) -> 
 
 
 def test_threads_and_memory_follow_the_limits(pool: Compose) -> None:
-    """WORKER_CPUS is 1 by default, and the machine may have more; a quarter of 600 MB holds keys and values."""
+    """WORKER_CPUS is 1 by default, and the machine may have more. A quarter of 600 MB holds keys and values."""
     for worker in status(pool)["workers"]:
         assert worker["threads"] == 1
         assert worker["kv_bytes_limit"] == 600 * 1024 * 1024 // 4
@@ -153,7 +153,7 @@ def test_the_command_line_is_there_too(pool: Compose) -> None:
 
 
 def test_a_worker_that_crashes_is_back_and_so_is_redis(pool: Compose) -> None:
-    """Killed from outside, as the kernel does it; `docker kill` counts as stopped by hand, and stays so."""
+    """The process is killed from outside, as the kernel does it. `docker kill` counts as a stop by hand, and stays."""
     for service in ("worker", "redis", "api"):
         container = pool.containers(service)[0]
         state = pool.inspect(container)["State"]
@@ -171,7 +171,7 @@ def _answers(pool: Compose) -> bool:
 
 
 def test_an_update_of_the_workers_loses_no_request(pool: Compose) -> None:
-    """One by one replaced, while requests are under way."""
+    """Workers are replaced one by one while requests are under way."""
     old = set(pool.containers("worker"))
     over = time.monotonic() + 600
     counts = []
@@ -200,7 +200,7 @@ def test_an_update_of_the_workers_loses_no_request(pool: Compose) -> None:
 
 
 def test_a_model_is_downloaded_and_packed_once() -> None:
-    """From a hub that this machine plays, which containers reach at their network's gateway."""
+    """The model comes from a hub that this machine plays. Containers reach it at their network's gateway."""
     compose = Compose(f"fastgpt2-test-{uuid.uuid4().hex[:6]}", MODEL="some/model")
     try:
         compose("up", "--build", "--detach", "password")

@@ -74,7 +74,7 @@ def test_an_image_brings_what_is_asked_for_and_nothing_else() -> None:
 
 
 def service_of(name: str, **given: str) -> tuple[list[str], dict[str, str]]:
-    """Of docker-compose.yml: a service's command, and the variables of fastgpt2 that it has if these are given."""
+    """Return a service's command in docker-compose.yml, and those of the given variables that the service takes."""
     service: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))["services"][name]
     return service["command"], {key: value for key, value in given.items() if key in service["environment"]}
 
@@ -86,7 +86,7 @@ def service_of(name: str, **given: str) -> tuple[list[str], dict[str, str]]:
 def test_what_workers_map_has_been_packed(
     client: Client, start_worker: StartWorker, tmp_path: Path, weights: str, drafts: str, kinds: list[str]
 ) -> None:
-    """They cannot write to the volume: the service that packs has to be told what they are told."""
+    """Workers cannot write to the volume. So the service that packs must take the settings that they take."""
     given = {"FASTGPT2_WEIGHTS": weights, "FASTGPT2_DRAFTS": drafts, "FASTGPT2_THREADS": "1"}
     own = {"FASTGPT2_CACHE": str(tmp_path / "cache"), "FASTGPT2_MODEL": "demo"}
     (program, *words), variables = service_of("model", **given)

@@ -1,4 +1,4 @@
-"""The manifests of deploy/kubernetes: by Kubernetes' own schemas, by each other, and by what the code here does."""
+"""The manifests of deploy/kubernetes agree with Kubernetes' schemas, with each other, and with the code here."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ Object = dict[str, Any]
 DOCUMENTS: list[Object] = [
     document for name, text in TEXTS.items() if name != "kustomization.yaml" for document in yaml.safe_load_all(text)
 ]
-# The oldest that docs/kubernetes.md promises, and the newest that there is a schema of.
+# The oldest version that docs/kubernetes.md promises, and the newest that there is a schema of.
 VERSIONS = ("1.30", kubernetes_validate.latest_version())
-# Of what is not Kubernetes' own: models made of the projects' definitions.
+# For objects that are not Kubernetes' own: models made of the projects' definitions.
 MODELS = {
     "keda.sh/v1alpha1": "cloudcoil.models.keda.v1alpha1",
     "monitoring.coreos.com/v1": "cloudcoil.models.prometheus_operator.v1",
@@ -66,7 +66,7 @@ def check(document: Object, version: str) -> None:
         kept = model.model_validate(document).model_dump(mode="json", by_alias=True, exclude_unset=True)
     except (kubernetes_validate.ValidationError, ValueError) as reason:
         raise Refused(str(reason)) from None
-    # The models pass over what they do not know.
+    # The models ignore fields that they do not know.
     if kept != document:
         raise Refused(f"{document} is understood as {kept}")
 
@@ -81,7 +81,7 @@ def named(kind: str, name: str) -> Object:
 
 
 def mappings(value: Any) -> Iterator[Object]:
-    """All mappings in a value, it included."""
+    """Yield all mappings in a value, the value itself included."""
     if isinstance(value, dict):
         yield value
     for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
@@ -102,7 +102,7 @@ def selected(selector: Object) -> set[str]:
 
 
 def environment(container: Object) -> dict[str, str]:
-    """What is set by name and value."""
+    """Return the variables that a container sets by name and value."""
     shared = [named("ConfigMap", source["configMapRef"]["name"])["data"] for source in container.get("envFrom", [])]
     own = {entry["name"]: entry["value"] for entry in container.get("env", []) if "value" in entry}
     return {name: value for data in (*shared, own) for name, value in data.items()}
@@ -120,7 +120,7 @@ def test_every_document_is_of_its_schema(version: str) -> None:
 
 
 def test_a_misspelt_field_is_refused() -> None:
-    """So the checker does check, at every depth: beside the name of whatever has one, and in what a document is for."""
+    """The checker does check, at every depth: beside the name of whatever has one, and in what a document is for."""
     for document in DOCUMENTS:
         places = [found for found in mappings(document) if "name" in found]
         for place in (document, document.get("spec", document), places[0], places[-1]):
@@ -311,7 +311,7 @@ def test_probes_ask_what_answers_them(tmp_path: Path) -> None:
 
 
 def test_redis_starts_with_the_secrets_password_and_stays_below_its_memory(tmp_path: Path) -> None:
-    """The container's own command, with other folders and another program."""
+    """The test runs the container's own command, with other folders and another program."""
     configuration = named("ConfigMap", "fastgpt2-redis")["data"]["redis.conf"]
     (container,) = PODS["fastgpt2-redis"]["spec"]["containers"]
     (bound,) = re.findall(r"^maxmemory (\d+mb)$", configuration, re.MULTILINE)
