@@ -18,7 +18,7 @@ from redis.asyncio import Redis as AsyncRedis
 from support.running import StartWorker, wait_until
 
 from fastgpt2 import Client
-from fastgpt2.api.pool.prometheus import exposition
+from fastgpt2.api.pool.prometheus import render_metrics
 from fastgpt2.protocol.keys import TOTAL_FIELDS, recent_key, totals_key
 from fastgpt2.system.redis_server import RedisServer
 
@@ -31,7 +31,7 @@ def read(redis_server: RedisServer, queue_name: str) -> Read:
     def read(accept: str = "") -> tuple[str, bytes]:
         async def talk() -> tuple[str, bytes]:
             async with AsyncRedis.from_url(redis_server.url) as connection:
-                return await exposition(connection, queue_name, accept)
+                return await render_metrics(connection, queue_name, accept)
 
         return asyncio.run(talk())
 

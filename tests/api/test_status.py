@@ -21,7 +21,7 @@ from support.running import StartWorker, wait_until
 
 from fastgpt2 import Client
 from fastgpt2.api.pool.job_list import read_latest, read_prompts
-from fastgpt2.api.pool.status import not_ready, read_status, sample
+from fastgpt2.api.pool.status import check_readiness, read_status, record_depth
 from fastgpt2.protocol.connection import connect
 from fastgpt2.protocol.keys import RECENT_FIELDS, TOTAL_FIELDS, latest_key, leases_key, queue_of, recent_key, totals_key
 from fastgpt2.system.redis_server import RedisServer
@@ -118,7 +118,7 @@ def test_the_depth_is_noted_while_no_worker_lives(redis: Redis, ask: Ask, client
         client.enqueue("a", priority=priority)
     in_one_bucket(redis)
     at = bucket(redis)
-    ask(sample, queue_name)
+    ask(record_depth, queue_name)
     assert redis.hgetall(recent_key(queue_name, at)) == {b"depth": b"3"}
     ttl: Any = redis.ttl(recent_key(queue_name, at))
     assert 1100 < ttl <= 1200
@@ -165,25 +165,25 @@ def test_a_live_worker(ask: Ask, client: Client, queue_name: str, start_worker: 
 
 
 def test_ready(redis: Redis, ask: Ask, queue_name: str, start_worker: StartWorker) -> None:
-    reason = ask(not_ready, queue_name)
+    reason = ask(check_readiness, queue_name)
     assert "no worker that has loaded its model lives" in reason
     assert "fastgpt2 up" in reason
     process = start_worker()
-    assert ask(not_ready, queue_name) is None
-    assert ask(not_ready, f"{queue_name}-other") is not None
+    assert ask(check_readiness, queue_name) is None
+    assert ask(check_readiness, f"{queue_name}-other") is not None
     process.terminate()
     process.wait(20)
-    assert ask(not_ready, queue_name) is not None
+    assert ask(check_readiness, queue_name) is not None
     # A lease that has lapsed, and one that nobody can have taken.
     now: Any = redis.time()
     for until in (now[0] * 1000 - 1, now[0] * 1000 + 60_000, math.inf):
         redis.zadd(leases_key(queue_name), {"somebody": until})
-        assert ask(not_ready, queue_name) is not None
+        assert ask(check_readiness, queue_name) is not None
     redis.zadd(leases_key(queue_name), {"somebody": now[0] * 1000 + 8000})
-    assert ask(not_ready, queue_name) is None
+    assert ask(check_readiness, queue_name) is None
     redis.delete(leases_key(queue_name))
     redis.set(leases_key(queue_name), "x", ex=10)
-    assert ask(not_ready, queue_name) is not None
+    assert ask(check_readiness, queue_name) is not None
 
 
 HOSTILE: list[Any] = [
@@ -245,7 +245,7 @@ def test_keys_of_the_wrong_kind_are_not_there(redis: Redis, ask: Ask, client: Cl
     assert status["queue"]["by_priority"] == {"high": 0, "normal": 1, "low": 0}
     assert status["workers"] == []
     assert ask(read_latest, queue_name, 10) == []
-    ask(sample, queue_name)
+    ask(record_depth, queue_name)
     for number in range(3):
         redis.sadd(f"rq:workers:{queue_name}-2", f"rq:worker:{queue_name}-{number}")
         redis.set(f"rq:worker:{queue_name}-{number}", "x", ex=60)

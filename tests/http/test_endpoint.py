@@ -23,7 +23,7 @@ from fastgpt2 import Client
 from fastgpt2.api.http import service
 from fastgpt2.api.http.app import create_app
 from fastgpt2.api.http.middleware import MAX_PASSED_OVER_BYTES
-from fastgpt2.api.http.monitoring import FRESH_SECONDS
+from fastgpt2.api.http.monitoring import STATUS_FRESH_SECONDS
 from fastgpt2.api.http.requests import MAX_BODY_BYTES
 from fastgpt2.system.redis_server import RedisServer
 from fastgpt2.system.up import System
@@ -206,11 +206,11 @@ def test_ready(start_endpoint: StartEndpoint, start_worker: StartWorker) -> None
     assert "no worker" in answer.json()["error"]
     worker = start_worker()
     # What Redis said is told for half a second.
-    time.sleep(FRESH_SECONDS)
+    time.sleep(STATUS_FRESH_SECONDS)
     assert httpx.get(f"{endpoint.url}/ready", trust_env=False).json() == {"status": "ready"}
     worker.terminate()
     worker.wait(20)
-    time.sleep(FRESH_SECONDS)
+    time.sleep(STATUS_FRESH_SECONDS)
     assert httpx.get(f"{endpoint.url}/ready", trust_env=False).status_code == 503
 
 
