@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 class NotReady(FastGPT2Error):
-    """No worker can take a job now, or the endpoint is being stopped."""
+    """Raised if no worker can take a job now, or if the endpoint is being stopped."""
 
     http_status = 503
 

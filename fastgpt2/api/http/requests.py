@@ -15,7 +15,7 @@ MAX_BODY_BYTES = 8 << 20
 
 
 class ClientGone(BadRequest):
-    """The client has closed the connection, and nobody reads the answer."""
+    """Raised if the client has closed the connection, so that nobody reads the answer."""
 
     http_status = 499  # as nginx logs it
 

@@ -44,7 +44,7 @@ KEEP_ALIVE = b": waiting\n\n"
 
 
 class BadField(BadRequest):
-    """A field of the request is wrong.
+    """Raised if a field of the request is wrong.
 
     Attributes:
         param: the field's name, as in OpenAI's errors.
@@ -56,7 +56,7 @@ class BadField(BadRequest):
 
 
 class ModelUnknown(BadRequest):
-    """A request names a model that no worker serves."""
+    """Raised if the request names a model that no worker serves."""
 
     http_status = 404
 
