@@ -18,10 +18,10 @@ from fastgpt2.settings import Setting
 
 DESCRIPTION = """Generate text with GPT-2 on CPUs: a pool of worker processes serves a queue in Redis.
 
-  fastgpt2 generate --model demo "My name is"       load a model, continue one prompt, end
+  fastgpt2 generate --model demo "My name is"    continue one prompt, without a queue
 
-  fastgpt2 up --model demo                          start Redis, workers and the HTTP endpoint; then, in another terminal:
-  fastgpt2 enqueue --wait "My name is"              continue the prompt, through the queue"""
+  fastgpt2 up --model demo                       start Redis, workers and the HTTP endpoint; then, in another terminal:
+  fastgpt2 enqueue --wait "My name is"           continue a prompt by the queue"""
 
 EPILOG = (
     "Each option can also be set by the environment variable in its brackets; for an option without a value, the\n"

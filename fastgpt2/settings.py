@@ -238,8 +238,8 @@ PREFIX_MEMORY: Setting[int | None] = Setting(
     "SIZE",
     size_or_none,
     None,
-    "The most memory, on top of --kv-memory, in which a worker keeps the keys and values of prompts for later prompts that "
-    "begin alike, such as 512MB; 0 for none.",
+    "The most memory, on top of --kv-memory, in which a worker keeps the keys and values of prompts for later prompts "
+    "that begin alike, such as 512MB; 0 for none.",
     "an eighth of the memory for keys and values",
 )
 MAX_JOBS: Setting[int | None] = Setting(
