@@ -1,4 +1,4 @@
-"""`/metrics`: what Prometheus would read, by its own parsers and its own checker."""
+"""Tests of `/metrics`, by Prometheus's own parsers and its own checker."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def read(redis_server: RedisServer, queue_name: str) -> Read:
 
 
 def samples(body: bytes) -> dict[tuple[str, ...], float]:
-    """By name and labels' values, each once."""
+    """Return the samples by name and labels' values, each of which must be there once."""
     found: dict[tuple[str, ...], float] = {}
     for family in parse(body.decode()):
         for sample in family.samples:
@@ -59,7 +59,7 @@ def openmetrics_families(body: bytes) -> list[Metric]:
 
 
 def check_histograms(body: bytes) -> None:
-    """Buckets only grow, and the last one is the count."""
+    """Check that the buckets only grow, and that the last one is the count."""
     for family in families(body):
         if family.type != "histogram":
             continue

@@ -1,4 +1,4 @@
-"""What is read back of a pool: of figures written by hand, whose sums are known, and of whatever else stands there."""
+"""Tests of the pool's state: read from figures written by hand, whose sums are known, and from hostile ones."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TASK = "fastgpt2.worker.tasks.generate"
 
 @pytest.fixture
 def ask(redis_server: RedisServer) -> Ask:
-    """Calls one of the endpoint's functions with a connection of its kind."""
+    """Return a function that calls one of the endpoint's functions with a connection of its kind."""
 
     def call(function: Callable[..., Awaitable[T]], *args: Any, **kwargs: Any) -> T:
         async def talk() -> T:
@@ -46,13 +46,13 @@ def ask(redis_server: RedisServer) -> Ask:
 
 
 def bucket(redis: Redis, ago: int = 0) -> int:
-    """The start of the ten seconds of this moment, or of so many before, by Redis's clock."""
+    """Return the start of the present ten seconds by Redis's clock, or of the ten seconds `ago` times before."""
     now: Any = redis.time()
     return int(now[0]) // 10 * 10 - 10 * ago
 
 
 def in_one_bucket(redis: Redis) -> None:
-    """Wait until the ten seconds have room for a test."""
+    """Wait until at least two of the present ten seconds are left for a test."""
 
     def roomy() -> bool:
         now: Any = redis.time()
@@ -122,7 +122,7 @@ def test_the_depth_is_noted_while_no_worker_lives(redis: Redis, ask: Ask, client
     assert redis.hgetall(recent_key(queue_name, at)) == {b"depth": b"3"}
     ttl: Any = redis.ttl(recent_key(queue_name, at))
     assert 1100 < ttl <= 1200
-    # Of ten seconds that are over.
+    # Move the record to ten seconds that are over.
     redis.rename(recent_key(queue_name, at), recent_key(queue_name, at - 10))
     point = ask(read_status, queue_name, history=True)["history"]["points"][-1]
     assert (point["depth"], point["tokens_per_second"], point["batch"]) == (3, 0.0, None)
@@ -174,7 +174,7 @@ def test_ready(redis: Redis, ask: Ask, queue_name: str, start_worker: StartWorke
     process.terminate()
     process.wait(20)
     assert ask(check_readiness, queue_name) is not None
-    # A lease that has lapsed, and one that nobody can have taken.
+    # These leases have lapsed, or end later than any lease could that was taken now.
     now: Any = redis.time()
     for until in (now[0] * 1000 - 1, now[0] * 1000 + 60_000, math.inf):
         redis.zadd(leases_key(queue_name), {"somebody": until})
@@ -203,7 +203,7 @@ HOSTILE: list[Any] = [
 
 
 def check_sane(value: Any) -> None:
-    """No number is negative or none at all, anywhere in it."""
+    """Check that no number in a value is negative, infinite or not a number."""
     json.dumps(value, allow_nan=False)
     if isinstance(value, dict):
         for each in value.values():
@@ -326,7 +326,7 @@ def test_the_prompts_of_jobs(redis: Redis, ask: Ask, client: Client, queue_name:
 
 
 def test_status_takes_the_same_work_however_many_jobs_there_are(redis_server: RedisServer, queue_name: str) -> None:
-    """By Redis's own count of commands."""
+    """Redis itself counts the commands."""
     admin = connect(redis_server.url)
 
     def calls() -> int:
@@ -342,7 +342,7 @@ def test_status_takes_the_same_work_however_many_jobs_there_are(redis_server: Re
 
     queue = Queue(queue_name, connection=admin, serializer=JSONSerializer)
     queue.enqueue(TASK, "a")
-    # Other tests' workers of this server are ended; should one still beat, the smallest of some readings is without.
+    # The workers of other tests have ended. Should one still send a heartbeat, the smallest count is without it.
     few = min(asyncio.run(read()) for _ in range(3))
     admin.rpush(f"rq:queue:{queue_name}", *map(str, range(5000)))
     began = time.monotonic()
