@@ -39,12 +39,12 @@ STOP_LOOK_SECONDS = 0.2
 # status can then say so.
 HEAD_SECONDS = 1.0
 
-# Proxies take a stream on which nothing comes for one that hangs.
+# The time without an event after which a stream sends a sign of life: proxies take a silent stream for one that hangs.
 KEEP_ALIVE_SECONDS = 15.0
 IDEMPOTENCY_HEADER = "idempotency-key"
 MAX_KEY_CHARACTERS = 255
 
-# How long the list of models is used before it is read again.
+# How long the list of models is used before it is read again, and the limit for workers that are asked for theirs.
 MODELS_FRESH_SECONDS = 5.0
 MAX_WORKERS = 1000
 
