@@ -1,4 +1,4 @@
-"""The `fastgpt2` command. Each part is imported by the command that needs it, so that all of them start fast."""
+"""The `fastgpt2` command. Each subcommand imports only what it needs, so that all of them start fast."""
 
 from __future__ import annotations
 
@@ -16,13 +16,17 @@ from fastgpt2 import __version__, settings
 from fastgpt2.errors import BadRequest, FastGPT2Error
 from fastgpt2.settings import Setting
 
-DESCRIPTION = """GPT-2 text generation on CPUs: a pool of worker processes that serve a Redis queue.
+DESCRIPTION = """Generate text with GPT-2 on CPUs: a pool of worker processes serves a queue in Redis.
 
-  fastgpt2 up --model demo            Redis, workers and the HTTP endpoint; then, in another terminal:
-  fastgpt2 enqueue --wait "My name is"
-  fastgpt2 generate --model demo "My name is"       the same without a queue"""
+  fastgpt2 generate --model demo "My name is"    continue one prompt, without a queue
 
-EPILOG = "Every option is also an environment variable; an option wins over its variable, a variable over the default."
+  fastgpt2 up --model demo                       start Redis, workers and the HTTP endpoint; then, in another terminal:
+  fastgpt2 enqueue --wait "My name is"           continue a prompt by the queue"""
+
+EPILOG = (
+    "Each option can also be set by the environment variable in its brackets; for an option without a value, the\n"
+    "variable is yes or no. An option wins over its variable, and a variable over the default."
+)
 
 Values = dict[str, Any]
 
@@ -41,13 +45,17 @@ _REQUEST = (
 _JOB = (settings.PRIORITY, settings.DEADLINE)
 _BATCH = (settings.MAX_BATCH, settings.KV_MEMORY, settings.PREFIX_MEMORY)
 _RECYCLING = (settings.MAX_JOBS, settings.MAX_GROWTH)
-# Options that have a letter too.
+# Options that have a letter as well.
 _LETTERS = {"output": "-o"}
 
 
 @dataclass(frozen=True, slots=True)
 class Positional:
-    """The argument without an option. One that may be left out is None then, or what the setting of its name says."""
+    """The argument that has no option.
+
+    Attributes:
+        optional: it may be left out. Its value is then that of the setting of the same name, or None if there is none.
+    """
 
     name: str
     help: str
@@ -57,7 +65,12 @@ class Positional:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One subcommand: its settings, and what runs it, as "module:function". `details` are for its own `--help`."""
+    """One subcommand.
+
+    Attributes:
+        runs: the function that runs it, as "module:function".
+        details: more sentences for its own `--help`.
+    """
 
     runs: str
     help: str
@@ -71,9 +84,14 @@ class Command:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit status: 0, 1 for a failure, 2 for wrong usage, 3 model, 4 Redis."""
+    """Run the command line.
+
+    Returns:
+        The exit status: 0; 1 for a failure, 2 for wrong usage, 3 for a model that cannot be used, 4 for a Redis that
+        cannot be used, 130 after Ctrl-C, 141 if the reader of the output has gone.
+    """
     given = sys.argv[1:] if argv is None else argv
-    # Of ten commands' options, those of the one that is asked for.
+    # To make the options of all commands takes a while; those of the one that is asked for are enough.
     parser = build_parser([given[0]] if given and given[0] in COMMANDS else COMMANDS)
     _prepare_streams()
     options = parser.parse_args(argv)
@@ -88,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The reader of a pipe has gone (`| head`).
+        # The reader of the pipe has gone (`| head`).
         _drop_output()
         return 141
     except OSError as error:
@@ -112,18 +130,18 @@ def _values(command: Command, options: argparse.Namespace) -> Values:
 
 
 def run() -> NoReturn:
-    """The command: `main`, and out."""
+    """Run `main`, and end the process."""
     status = main()
     with contextlib.suppress(OSError, ValueError):  # closed, or its reader has gone; `main` has said so
         sys.stdout.flush()
         sys.stderr.flush()
-    # Whoever had something to tidy up has done so by now. The system takes down mappings and helper processes at once,
-    # where the interpreter would take as long for it as for five tokens.
+    # All that had to be tidied up has been. The system takes down mappings and helper processes at once, for which the
+    # interpreter would need as long as for five tokens.
     os._exit(status)
 
 
 def _prepare_streams() -> None:
-    """Whatever the terminal cannot show must not lose the rest, and a stream that was closed is no error."""
+    """Let characters that the terminal cannot show be replaced, and output to a closed stream be dropped."""
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
     if sys.stderr is None:
@@ -134,12 +152,12 @@ def _prepare_streams() -> None:
 
 
 def _drop_output() -> None:
-    """Keep the interpreter from flushing once more into a stream that has just failed."""
+    """Keep the interpreter from flushing its buffer into a stream that has just failed."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def build_parser(names: Iterable[str] | None = None) -> argparse.ArgumentParser:
-    """The parser for some of the commands, by default all of them."""
+    """Return the parser for the commands with these names, by default for all."""
     parser = argparse.ArgumentParser(
         "fastgpt2", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -147,9 +165,8 @@ def build_parser(names: Iterable[str] | None = None) -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS if names is None else names:
         command = COMMANDS[name]
-        about = command.help
-        description = f"{about}. {command.details}" if command.details else about
-        sub = subparsers.add_parser(name, help=about, description=description, epilog=EPILOG, allow_abbrev=False)
+        description = f"{command.help} {command.details}"
+        sub = subparsers.add_parser(name, help=command.help, description=description, epilog=EPILOG, allow_abbrev=False)
         if command.positional is not None:
             _add_positional(sub, command.positional)
         for setting in command.settings:
@@ -158,7 +175,7 @@ def build_parser(names: Iterable[str] | None = None) -> argparse.ArgumentParser:
 
 
 def _add_positional(parser: argparse.ArgumentParser, positional: Positional) -> None:
-    # A name of its own: an option of the same name would be lost where this one is left out.
+    # It has a name of its own, as an option of the same name would be lost where this argument is left out.
     parser.add_argument(
         "positional",
         metavar=positional.name.upper(),
@@ -185,12 +202,13 @@ def _add_option(parser: argparse.ArgumentParser, setting: Setting[Any]) -> None:
 COMMANDS = {
     "up": Command(
         "fastgpt2.system.up:run_system",
-        "run it all: Redis (embedded unless --redis-url is given), workers, the HTTP endpoint",
+        "Run everything: Redis (an embedded one unless --redis-url is given), workers and the HTTP endpoint.",
         settings.SYSTEM,
+        details="For example: fastgpt2 up --model gpt2 --workers 4.",
     ),
     "worker": Command(
         "fastgpt2.commands.serving:worker",
-        "run one worker",
+        "Run one worker on a Redis that is running.",
         (
             *_MODEL,
             *_COMPUTE,
@@ -207,7 +225,7 @@ COMMANDS = {
     ),
     "pool": Command(
         "fastgpt2.system.up:run_pool",
-        "run N workers, supervised, on a Redis that is there",
+        "Run N workers on a Redis that is running, and start again those that end.",
         (
             *_MODEL,
             settings.POOL_THREADS,
@@ -226,7 +244,7 @@ COMMANDS = {
     ),
     "api": Command(
         "fastgpt2.commands.serving:api",
-        "run the HTTP endpoint alone",
+        "Run the HTTP endpoint alone, on a Redis that is running.",
         (
             *_QUEUE,
             settings.HOST,
@@ -241,10 +259,12 @@ COMMANDS = {
             settings.LOG_LEVEL,
         ),
     ),
-    "status": Command("fastgpt2.commands.prompts:status", "show the queue and the workers", (*_QUEUE, settings.JSON)),
+    "status": Command(
+        "fastgpt2.commands.prompts:status", "Show the state of the queue and of the workers.", (*_QUEUE, settings.JSON)
+    ),
     "enqueue": Command(
         "fastgpt2.commands.prompts:enqueue",
-        "put a prompt into the queue and print the job's id, or wait for its text",
+        "Put a prompt into the queue and print the job's id, or wait for its text.",
         (
             *_REQUEST,
             *_JOB,
@@ -255,25 +275,26 @@ COMMANDS = {
             settings.TIMEOUT,
             settings.JSON,
         ),
-        Positional("prompt", "the text to continue"),
-        "With --stream, Ctrl-C cancels the job.",
+        Positional("prompt", "The text to continue."),
+        'With --stream, Ctrl-C cancels the job. For example: fastgpt2 enqueue --stream "Once upon a time".',
     ),
     "result": Command(
         "fastgpt2.commands.prompts:result",
-        "wait for a job's result and print it",
+        "Wait for a job's result and print it.",
         (*_QUEUE, settings.TIMEOUT, settings.JSON),
-        Positional("job", "the id that `fastgpt2 enqueue` printed"),
+        Positional("job", "The id that `fastgpt2 enqueue` printed."),
     ),
     "cancel": Command(
         "fastgpt2.commands.prompts:cancel",
-        "take a job out of the queue, or end it while it runs",
+        "Cancel a job: take it out of the queue, or end it while it runs.",
         _QUEUE,
-        Positional("job", "the id that `fastgpt2 enqueue` printed"),
-        "What had been generated by then can be read with `fastgpt2 result`.",
+        Positional("job", "The id that `fastgpt2 enqueue` printed."),
+        "What had been generated by then stays readable: in Python as JobCancelled.partial, over HTTP by GET "
+        "/v1/jobs/JOB.",
     ),
     "batch": Command(
         "fastgpt2.commands.batch:run",
-        "send a file of prompts through the queue, and write a line of JSON for each",
+        "Send a file of prompts through the queue, and write a line of JSON for each.",
         (
             settings.OUTPUT,
             settings.FORMAT,
@@ -284,41 +305,43 @@ COMMANDS = {
             *_QUEUE,
             settings.MAX_QUEUE,
         ),
-        Positional("file", "the prompts; - is standard input"),
-        "A txt file holds a prompt a line. A jsonl file holds on each line a string, or an object with a prompt and "
+        Positional("file", "The file of prompts; - is standard input."),
+        "A txt file holds one prompt a line. A jsonl file holds on each line a string, or an object with a prompt and "
         "any of max_new_tokens, stop, ignore_eos, min_new_tokens, logprobs, prompt_logprobs, echo, timeout, id; the "
-        "options are their defaults. Each line of input gives one line of output, in the same order, and one that "
-        "fails gives an error in its place. An output that exists is continued after its last line: a run that was "
-        "broken off, however that came, is taken up by giving the same command again.",
+        "options give their defaults. Each line of input gives one line of output, in the same order; a prompt that "
+        "fails gives an error in its line. An output that exists is continued after its last line. To go on with a run "
+        "that broke off, however that came, give the same command again. For example: fastgpt2 batch prompts.txt -o "
+        "results.jsonl.",
     ),
     "generate": Command(
         "fastgpt2.commands.prompts:run",
-        "load a model and continue a prompt, without a queue",
+        "Load a model and continue a prompt, without a queue.",
         (*_MODEL, *_COMPUTE, *_REQUEST, settings.TIMINGS, settings.JSON),
-        Positional("prompt", "the text to continue"),
+        Positional("prompt", "The text to continue."),
+        details='For example: fastgpt2 generate --model demo --max-new-tokens 40 "Once upon a time".',
     ),
     "bench": Command(
-        "fastgpt2.bench:run", "measure how fast a model runs here", (*_MODEL, *_ARITHMETIC, settings.JSON)
+        "fastgpt2.bench:run", "Measure how fast a model runs on this machine.", (*_MODEL, *_ARITHMETIC, settings.JSON)
     ),
     "pack": Command(
         "fastgpt2.commands.pack:run",
-        "make a model's packed file in the cache, and print its path and its size in bytes, a tab between; with "
-        "--drafts int8 a second one",
+        "Make a model's packed file in the cache, and print its path and its size in bytes, with a tab between.",
         (*_MODEL, *_COMPUTE, settings.VERIFY, settings.MEASURE),
-        Positional("model", "the same as --model", optional=True),
-        "A large model is packed when it is first loaded: this does it before, and for small ones too. With --measure, "
-        "workers find all that they need in a cache which they cannot write to. The panels' layout can depend on how "
-        "many cores there are: run it with as many as the workers will have.",
+        Positional("model", "The model; the same as --model.", optional=True),
+        "A large model is packed when it is first loaded: this command does so before, and for small models too. With "
+        "--drafts int8 it makes a second file. With --measure, workers find all that they need in a cache to which "
+        "they cannot write. The layout of the file can depend on the number of cores: run the command with as many "
+        "cores as the workers will have.",
     ),
     "cache": Command(
         "fastgpt2.commands.cache:run",
-        "list what lies in the cache of packed files, or remove what is of no more use there",
+        "List what lies in the cache of packed files, or remove what is of no more use there.",
         (settings.ALL, settings.DRY_RUN, settings.JSON),
-        Positional("action", "list, the default, or prune", optional=True, choices=("list", "prune")),
-        "Prune removes the files whose source is gone or has changed, those of outdated formats, the damaged, and what "
-        "a killed process left. A file that is being packed is kept. Workers that run on a file which is removed go on "
-        "with it, as they have it mapped; its room on the disk is free when they end. The cache is the folder "
-        "FASTGPT2_CACHE, by default ~/.cache/fastgpt2. When a file was last used is known to the day, and where the "
-        "disk is mounted with noatime, not at all.",
+        Positional("action", "list (the default) or prune.", optional=True, choices=("list", "prune")),
+        "prune removes files whose source is gone or has changed, files of outdated formats, damaged files, and what a "
+        "killed process left. It keeps a file that is being packed. Workers that run on a file which is removed go on "
+        "with it, as they have mapped it; its room on the disk is free when they end. The cache is the folder "
+        "FASTGPT2_CACHE, by default ~/.cache/fastgpt2. The day of a file's last use comes from the file system, which "
+        "does not know it where the disk is mounted with noatime.",
     ),
 }

@@ -1,4 +1,4 @@
-"""What can go wrong, as types. Each carries the HTTP status and the exit code that it turns into.
+"""The errors of this package. Each class has the HTTP status and the exit code that it turns into.
 
 A message names the thing, the limit and the remedy, so that it can be shown to a person as it is.
 """
@@ -12,94 +12,97 @@ if TYPE_CHECKING:
 
 
 class FastGPT2Error(Exception):
-    """Base of every error that fastgpt2 raises on purpose."""
+    """The base of all errors that fastgpt2 raises on purpose; raised itself where no subclass fits."""
 
     http_status = 500
     exit_code = 1
 
 
 class BadRequest(FastGPT2Error, ValueError):
-    """What was asked for cannot be done: a wrong type, an unknown field, a value out of bounds."""
+    """Raised if what was asked for cannot be done: a wrong type, an unknown field, a value out of bounds."""
 
     http_status = 400
     exit_code = 2
 
 
 class PromptTooLong(BadRequest):
-    """Prompt and continuation together exceed the model's positions."""
+    """Raised if a prompt and its continuation together need more positions than the model has."""
 
 
 class RequestTooLarge(BadRequest):
-    """An HTTP body over the limit."""
+    """Raised if the body of an HTTP request is larger than the limit."""
 
     http_status = 413
 
 
 class RequestTooSlow(BadRequest):
-    """An HTTP body that did not come within its time."""
+    """Raised if the body of an HTTP request does not come within its time."""
 
     http_status = 408
 
 
 class IdempotencyMismatch(BadRequest):
-    """An idempotency key that was used for another request."""
+    """Raised if an idempotency key was already used for a different request."""
 
     http_status = 422
 
 
 class ModelError(FastGPT2Error):
-    """The model cannot be found, read or trusted. A pool does not restart a worker that ends with this."""
+    """Raised if the model cannot be found, read or trusted.
+
+    A pool does not start a worker again that ends with this error.
+    """
 
     http_status = 503
     exit_code = 3
 
 
 class ModelNotFound(ModelError):
-    """No such folder, no such repository, or nothing cached while offline."""
+    """Raised if there is no such folder or repository, or if nothing is cached while offline."""
 
 
 class ConfigError(ModelError):
-    """`config.json` is missing, malformed, or describes something that is not a plain GPT-2."""
+    """Raised if `config.json` is missing or malformed, or describes something that is not a plain GPT-2."""
 
 
 class CheckpointError(ModelError):
-    """A safetensors file is missing, damaged, or does not hold the tensors that the configuration promises."""
+    """Raised if a safetensors file is missing or damaged, or lacks tensors that the configuration promises."""
 
 
 class TokenizerError(ModelError):
-    """The tokenizer's files are missing, damaged, or do not fit the model."""
+    """Raised if the tokenizer's files are missing or damaged, or do not fit the model."""
 
 
 class QueueUnavailable(FastGPT2Error):
-    """Redis cannot be reached or refuses to serve."""
+    """Raised if Redis cannot be reached or refuses to serve."""
 
     http_status = 503
     exit_code = 4
 
 
 class RedisAccessDenied(QueueUnavailable):
-    """Redis answered, and said no: a wrong or missing password, or rights that do not suffice."""
+    """Raised if Redis denies access: the password is wrong or missing, or the user lacks a right."""
 
 
 class RedisServerMissing(FastGPT2Error):
-    """No redis-server or valkey-server to start."""
+    """Raised if this machine has no redis-server or valkey-server to start."""
 
     exit_code = 4
 
 
 class JobNotFound(FastGPT2Error):
-    """No job of that id: never enqueued here, or its result has expired."""
+    """Raised if there is no job of this id: it was never enqueued here, or its result has expired."""
 
     http_status = 404
 
 
 class JobFailed(FastGPT2Error):
-    """The job ended without a result.
+    """Raised if the job ended without a result.
 
     Attributes:
         reason: the worker's sentence.
-        kind: the error's name there.
-        partial: what had been generated of a job that was cancelled, stopped, or out of time; else None.
+        kind: the name of the worker's error.
+        partial: what was generated until then, if the job was cancelled, stopped, or out of time; otherwise None.
     """
 
     http_status = 502
@@ -114,33 +117,41 @@ class JobFailed(FastGPT2Error):
 
 
 class JobCancelled(JobFailed):
-    """The job was cancelled. `partial` is what had been generated, its `finish_reason` "cancelled"."""
+    """Raised if the job was cancelled.
+
+    `partial` is what was generated until then, with the `finish_reason` "cancelled".
+    """
 
     http_status = 409
     how = "was cancelled"
 
 
 class JobStopped(JobFailed):
-    """The job was stopped while it ran, by RQ's `send_stop_job_command`."""
+    """Raised if RQ's `send_stop_job_command` stopped the job while it ran."""
 
     how = "was stopped"
 
 
 class JobTimedOut(JobFailed):
-    """The job's time was up, from its enqueueing or from its start."""
+    """Raised if the job's time was up, which counts from its enqueueing or from its start."""
 
     http_status = 504
     how = "ran out of time"
 
 
 class PoisonJob(JobFailed):
-    """Workers died of the job, time and again, and so it is not tried any more."""
+    """Raised if several workers died while they ran the job, so that it is not tried again."""
 
     how = "was given up as poison"
 
 
 class QueueFull(FastGPT2Error):
-    """The queue is as deep as it may be; nothing was enqueued. `depth` is the number of jobs that wait."""
+    """Raised if as many jobs wait as may; nothing was enqueued.
+
+    Attributes:
+        depth: the number of jobs that wait.
+        limit: the number of jobs that may wait.
+    """
 
     http_status = 429
 
@@ -151,30 +162,30 @@ class QueueFull(FastGPT2Error):
 
 
 class ServiceBusy(FastGPT2Error):
-    """The endpoint holds as many waiting requests as it may; nothing was enqueued."""
+    """Raised if the requests to the endpoint wait for as many jobs as they may; nothing was enqueued."""
 
     http_status = 503
 
 
 class Unauthorized(FastGPT2Error):
-    """The endpoint asks for a token, and the request does not bear it."""
+    """Raised if the endpoint asks for a token that the request does not have."""
 
     http_status = 401
 
 
 class ForbiddenOrigin(FastGPT2Error):
-    """A web page of another site asked. Browsers send such requests for any page that a person opens."""
+    """Raised if a web page of another site asks; browsers send such requests for any page that a person opens."""
 
     http_status = 403
 
 
 class ServiceStopping(FastGPT2Error):
-    """The endpoint is being stopped while a request waits for its result. The job goes on."""
+    """Raised if the endpoint is being stopped while a request waits for its result; the job goes on."""
 
     http_status = 503
 
 
 class ResultTimeout(FastGPT2Error, TimeoutError):
-    """No result within the time that the caller was ready to wait. The job goes on."""
+    """Raised if there is no result within the time that the caller was ready to wait; the job goes on."""
 
     http_status = 504

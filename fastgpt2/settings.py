@@ -1,6 +1,7 @@
-"""Every setting once: its option, its environment variable, its default and how it is read.
+"""All settings, each once: its option, its environment variable, its default and how its text is read.
 
-Precedence: option > environment > default. `max_new_tokens` is `--max-new-tokens` and `FASTGPT2_MAX_NEW_TOKENS`.
+An option wins over the environment, and that over the default. The setting `max_new_tokens` has the option
+`--max-new-tokens` and the variable `FASTGPT2_MAX_NEW_TOKENS`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,12 @@ _FALSE = {"0", "false", "no", "off", ""}
 
 @dataclass(frozen=True)
 class Setting(Generic[T]):
-    """One setting. `shown` is how its default reads in `--help`."""
+    """One setting.
+
+    Attributes:
+        parse: reads the value from a text; raises ValueError with the rest of a sentence that begins with the text.
+        shown: the default as `--help` shows it, where that is not the value itself.
+    """
 
     name: str
     metavar: str
@@ -43,15 +49,15 @@ class Setting(Generic[T]):
         return isinstance(self.default, bool)
 
     def resolve(self, given: str | None = None) -> T:
-        """The value: of the option if `given`, else of the environment, else the default.
+        """Return the value of the option if it is `given`, else that of the environment, else the default.
 
         Raises:
-            BadRequest: the text cannot be read; the message names where it came from.
+            BadRequest: the text cannot be read; the message names the option or the variable.
         """
         text, source = given, self.option
         if text is None:
             text, source = os.environ.get(self.variable), self.variable
-        # An empty variable is what a compose file passes on for one that is not set.
+        # A compose file passes on a variable that is not set as an empty one.
         if text is None or (text == "" and source == self.variable):
             return self.default
         if text == "":
@@ -59,11 +65,14 @@ class Setting(Generic[T]):
         try:
             return self.parse(text)
         except ValueError as reason:
-            # What is secret (the Redis URL) is read by `str`, which never fails, and checked where it is used.
+            # A secret (the Redis URL) gets into no message: it is read by `str`, which never fails, and checked where
+            # it is used.
             raise BadRequest(f"{source}: {text!r} {reason}") from None
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:
+    """Return a reader of whole numbers within these bounds."""
+
     def parse(text: str) -> int:
         try:
             value = int(text)
@@ -90,7 +99,7 @@ _SIZES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 1 << 10,
 
 
 def size(text: str) -> int:
-    """Bytes, of such texts as 2GB, 512M, 1.5GiB."""
+    """Return the bytes that a text such as 2GB, 512M or 1.5GiB names."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt]?i?)b?", text.strip().lower())
     if found is None or found[2] not in _SIZES:
         raise ValueError("is not a size like 2GB or 512MiB")
@@ -101,7 +110,7 @@ def size(text: str) -> int:
 
 
 def size_or_none(text: str) -> int:
-    """Bytes as `size` reads them, and 0 for "0" or "off"."""
+    """Return the bytes as `size` reads them, and 0 for "0" or "off"."""
     return 0 if text.strip().lower() in ("0", "off") else size(text)
 
 
@@ -120,6 +129,8 @@ def word(text: str) -> str:
 
 
 def one_of(*choices: str) -> Callable[[str], str]:
+    """Return a reader of one of these words, in any case."""
+
     def parse(text: str) -> str:
         if text.lower() not in choices:
             raise ValueError(f"is not one of {', '.join(choices)}")
@@ -142,28 +153,35 @@ def log_level(text: str) -> str:
     return text.upper()
 
 
-MODEL = Setting("model", "ID|PATH", str, "gpt2", "hub id, folder, or 'demo' for the small model that comes along")
+MODEL = Setting(
+    "model",
+    "ID|PATH",
+    str,
+    "gpt2",
+    "The model: an id on the hub such as gpt2-medium, a folder, or demo, the small model that comes with fastgpt2.",
+)
 REVISION: Setting[str | None] = Setting(
-    "revision", "REV", str, None, "branch, tag or commit of the hub's repository", "main"
+    "revision", "REV", str, None, "The branch, tag or commit of the model's repository on the hub.", "main"
 )
 REDIS_URL = Setting(
     "redis_url",
     "URL",
     str,
     "redis://127.0.0.1:6379/0",
-    "Redis to use; better set as a variable if it holds a password, or with ?password_file=PATH",
+    "The Redis to use. Other users of this machine can read options: set the variable if the URL holds a password, or "
+    "add ?password_file=PATH to the URL.",
 )
 OWN_REDIS_URL: Setting[str | None] = Setting(
-    "redis_url", "URL", str, None, "Redis to use instead of an embedded one", "embedded"
+    "redis_url", "URL", str, None, "The Redis to use instead of an embedded one.", "an embedded Redis"
 )
-QUEUE = Setting("queue", "NAME", word, "fastgpt2", "name of the RQ queue")
-WORKERS = Setting("workers", "N", whole_number(1, 1024), 2, "number of worker processes")
+QUEUE = Setting("queue", "NAME", word, "fastgpt2", "The name of the RQ queue.")
+WORKERS = Setting("workers", "N", whole_number(1, 1024), 2, "The number of worker processes.")
 THREADS: Setting[int | None] = Setting(
     "threads",
     "N",
     whole_number(1, 1024),
     None,
-    "cores to use, each by a process of its own",
+    "The number of cores to use, each by a process of its own.",
     "all cores, or one for a small model",
 )
 POOL_THREADS: Setting[int | None] = Setting(
@@ -171,7 +189,7 @@ POOL_THREADS: Setting[int | None] = Setting(
     "N",
     whole_number(1, 1024),
     None,
-    "cores a worker uses, each by a process of its own",
+    "The number of cores that each worker uses, each core by a process of its own.",
     "cores / workers, or one for a small model",
 )
 BLAS = Setting(
@@ -179,37 +197,40 @@ BLAS = Setting(
     "NAME",
     one_of("auto", "openblas", "mkl", "compiled"),
     "auto",
-    "what multiplies float32 weights: auto, openblas, mkl or compiled; auto measures what is installed",
+    "The code that multiplies float32 weights: openblas, mkl, compiled, or auto, which measures those that are "
+    "installed and takes the fastest.",
 )
 WEIGHTS = Setting(
     "weights",
     "TYPE",
     one_of("float32", "bfloat16", "int8"),
     "float32",
-    "float32, bfloat16 or int8; the latter two are faster, smaller and not quite the model: texts may differ",
+    "The type of the weights: float32, bfloat16 or int8. The latter two are faster and smaller but rounded, so that "
+    "texts may differ.",
 )
 DRAFTS: Setting[str | int] = Setting(
     "drafts",
     "HOW",
     drafts,
     "auto",
-    "verify several guessed tokens in one step, for the same text: auto, looked up in the text so far, as many as pay; "
-    "1 to 15, so many; int8, as auto and made by int8 weights; off",
+    "How to guess the next tokens, several of which one step then verifies; the text is the same. auto: look them up "
+    "in the text so far, as many as pay. 1 to 15: look up this many. int8: as auto, and guess by int8 weights where "
+    "that promises more. off: guess nothing.",
 )
 MAX_BATCH: Setting[int | None] = Setting(
     "max_batch",
     "N",
     whole_number(1, 1024),
     None,
-    "jobs that a worker decodes together",
-    "as many as pay here, measured",
+    "The most jobs that a worker decodes together.",
+    "as many as pay on this machine, which is measured",
 )
 KV_MEMORY: Setting[int | None] = Setting(
     "kv_memory",
     "SIZE",
     size,
     None,
-    "memory that the keys and values of a worker's jobs may take, such as 2GB; further jobs wait",
+    "The most memory for the keys and values of a worker's jobs, such as 2GB; further jobs wait.",
     "a quarter of the memory, divided by the pool's workers",
 )
 PREFIX_MEMORY: Setting[int | None] = Setting(
@@ -217,18 +238,19 @@ PREFIX_MEMORY: Setting[int | None] = Setting(
     "SIZE",
     size_or_none,
     None,
-    "memory, beside that, in which a worker keeps keys and values of prompts for others that begin alike; 0 for none",
-    "an eighth of that for keys and values",
+    "The most memory, on top of --kv-memory, in which a worker keeps the keys and values of prompts for later prompts "
+    "that begin alike, such as 512MB; 0 for none.",
+    "an eighth of the memory for keys and values",
 )
 MAX_JOBS: Setting[int | None] = Setting(
-    "max_jobs", "N", whole_number(1, 1 << 40), None, "end a worker after so many jobs; a pool starts another", "none"
+    "max_jobs", "N", whole_number(1, 1 << 40), None, "End a worker after N jobs; a pool starts another.", "no limit"
 )
 MAX_GROWTH = Setting(
     "max_growth",
     "SIZE",
     size,
     512 * 1024 * 1024,
-    "end a worker whose own memory has grown by more than this, beside all keys and values",
+    "End a worker whose own memory, without keys and values, has grown by more than this; a pool starts another.",
     "512MiB",
 )
 ALIVE_FILE: Setting[str | None] = Setting(
@@ -236,98 +258,151 @@ ALIVE_FILE: Setting[str | None] = Setting(
     "FILE",
     str,
     None,
-    "for probes: a file that is there while the worker serves, touched every few seconds while its loop turns",
-    "none",
+    "A file for probes: it exists while the worker serves, and is touched every few seconds while the worker's loop "
+    "turns.",
+    "no file",
 )
-BURST = Setting("burst", "", yes_or_no, False, "end when the queue is empty")
-NAME: Setting[str | None] = Setting("name", "NAME", word, None, "name of the worker", "host and process id")
-HOST = Setting("host", "ADDRESS", str, "127.0.0.1", "address that the HTTP endpoint binds to")
+BURST = Setting("burst", "", yes_or_no, False, "End when the queue is empty.")
+NAME: Setting[str | None] = Setting("name", "NAME", word, None, "The name of the worker.", "host and process id")
+HOST = Setting(
+    "host", "ADDRESS", str, "127.0.0.1", "The address that the HTTP endpoint listens on; 0.0.0.0 for all of them."
+)
 HOST_NAME: Setting[str | None] = Setting(
     "host_name",
     "NAME",
     word,
     None,
-    "without a token: serve only requests made to this name, or to localhost, wherever the endpoint is bound to",
-    "none, but of a loopback --host its own",
+    "Without a token, serve only requests that are made to this name or to localhost, whatever address the endpoint "
+    "listens on.",
+    "the address itself if only this machine can reach it, any name otherwise",
 )
-PORT = Setting("port", "PORT", whole_number(0, 65535), 8000, "port of the HTTP endpoint; 0 takes a free one")
-# A variable only: what is an option can be read by every user of the machine.
+PORT = Setting("port", "PORT", whole_number(0, 65535), 8000, "The port of the HTTP endpoint; 0 takes a free one.")
+# A variable only, as every user of the machine can read options.
 TOKEN: Setting[str | None] = Setting(
-    "token", "TOKEN", str, None, "what requests to the HTTP endpoint must bear", "none"
+    "token", "TOKEN", str, None, "The token that requests to the HTTP endpoint must have.", "none"
 )
 TOKEN_FILE: Setting[str | None] = Setting(
     "token_file",
     "FILE",
     str,
     None,
-    "file whose first line is the token that requests to the HTTP endpoint must bear",
-    "that of FASTGPT2_TOKEN, or none",
+    "A file whose first line is the token that requests to the HTTP endpoint must have.",
+    "the token of FASTGPT2_TOKEN, or none",
 )
-INSECURE = Setting("insecure", "", yes_or_no, False, "serve other machines without a token")
+INSECURE = Setting("insecure", "", yes_or_no, False, "Serve other machines without a token.")
 REDIS_PORT = Setting(
-    "redis_port", "PORT", whole_number(0, 65535), 6379, "port of the embedded Redis; a free one if taken"
+    "redis_port",
+    "PORT",
+    whole_number(0, 65535),
+    6379,
+    "The port of the embedded Redis; a free one is taken if this one is in use.",
 )
 REDIS_DIR: Setting[str | None] = Setting(
-    "redis_dir", "DIR", str, None, "where the embedded Redis keeps its append-only file", "temporary, gone at the end"
+    "redis_dir",
+    "DIR",
+    str,
+    None,
+    "The folder in which the embedded Redis keeps its append-only file.",
+    "a temporary folder, removed at the end",
 )
 DRAIN_TIMEOUT = Setting(
-    "drain_timeout", "SECONDS", seconds, 30.0, "how long workers may finish their jobs when told to stop"
+    "drain_timeout",
+    "SECONDS",
+    seconds,
+    30.0,
+    "How long workers may go on with their jobs when they are told to stop.",
+    "30 seconds",
 )
 MAX_QUEUE: Setting[int | None] = Setting(
-    "max_queue", "N", whole_number(1, 1 << 40), None, "refuse new jobs while so many wait", "no limit"
+    "max_queue", "N", whole_number(1, 1 << 40), None, "Refuse new jobs while N jobs wait.", "no limit"
 )
-PRIORITY = Setting("priority", "NAME", one_of("high", "normal", "low"), "normal", "high, normal or low")
+PRIORITY = Setting(
+    "priority", "NAME", one_of("high", "normal", "low"), "normal", "The priority in the queue: high, normal or low."
+)
 MAX_NEW_TOKENS: Setting[int | None] = Setting(
-    "max_new_tokens", "N", whole_number(0, 1 << 20), None, "generate at most so many tokens, perhaps none", "20"
+    "max_new_tokens", "N", whole_number(0, 1 << 20), None, "Generate at most N tokens; N may be 0.", "20"
 )
-STOP: Setting[str | None] = Setting("stop", "TEXT", str, None, "end before this text", "none")
-IGNORE_EOS = Setting("ignore_eos", "", yes_or_no, False, "go on past the end-of-text token")
+STOP: Setting[str | None] = Setting(
+    "stop", "TEXT", str, None, "End the generated text before it contains TEXT.", "none"
+)
+IGNORE_EOS = Setting("ignore_eos", "", yes_or_no, False, "Go on after the end-of-text token.")
 MIN_NEW_TOKENS = Setting(
-    "min_new_tokens", "N", whole_number(0, 1 << 20), 0, "end at no end-of-text token or stop text before so many tokens"
+    "min_new_tokens",
+    "N",
+    whole_number(0, 1 << 20),
+    0,
+    "Generate at least N tokens: until then, neither an end-of-text token nor the stop text ends the text.",
 )
 LOGPROBS: Setting[int | None] = Setting(
     "logprobs",
     "N",
     whole_number(0, 20),
     None,
-    "with --json: each token's log probability, and those of the N likeliest",
+    "In a JSON result, give each token's log probability, and those of the N likeliest tokens in its place.",
     "none",
 )
-ECHO = Setting("echo", "", yes_or_no, False, "with --json: the prompt is part of the text")
+ECHO = Setting("echo", "", yes_or_no, False, "In a JSON result, let the text begin with the prompt.")
 DEADLINE: Setting[float | None] = Setting(
-    "deadline", "SECONDS", seconds, None, "the job fails when it is not done so long after being enqueued", "none"
+    "deadline",
+    "SECONDS",
+    seconds,
+    None,
+    "Let the job fail if it has not ended this long after it was enqueued.",
+    "none",
 )
-STREAM = Setting("stream", "", yes_or_no, False, "print the text as it comes")
+STREAM = Setting("stream", "", yes_or_no, False, "Print the text as it comes.")
 OUTPUT: Setting[str | None] = Setting(
-    "output", "FILE", str, None, "where the results go, a line of JSON each; - is standard output", "-"
+    "output", "FILE", str, None, "The file for the results, a line of JSON each; - is standard output.", "-"
 )
 FORMAT = Setting(
-    "format", "NAME", one_of("auto", "txt", "jsonl"), "auto", "txt, a prompt a line, or jsonl; auto goes by the name"
+    "format",
+    "NAME",
+    one_of("auto", "txt", "jsonl"),
+    "auto",
+    "The format of the prompts: txt (one prompt a line), jsonl, or auto, which goes by the file's name.",
 )
-IN_FLIGHT = Setting("in_flight", "N", whole_number(1, 100_000), 256, "jobs in the queue at once, at most")
-RESTART = Setting("restart", "", yes_or_no, False, "begin anew instead of after the last line of the output")
-TIMINGS = Setting("timings", "", yes_or_no, False, "show how long each part took, on standard error")
-JSON = Setting("json", "", yes_or_no, False, "print the whole result as JSON")
-WAIT = Setting("wait", "", yes_or_no, False, "wait for the result and print it")
+IN_FLIGHT = Setting("in_flight", "N", whole_number(1, 100_000), 256, "The most jobs to have in the queue at once.")
+RESTART = Setting("restart", "", yes_or_no, False, "Begin anew, and not after the last line of the output.")
+TIMINGS = Setting("timings", "", yes_or_no, False, "Print on standard error how long each part took.")
+JSON = Setting("json", "", yes_or_no, False, "Print all that is known, as JSON.")
+WAIT = Setting("wait", "", yes_or_no, False, "Wait for the result and print it.")
 VERIFY = Setting(
-    "verify", "", yes_or_no, False, "check every byte of the packed file, and make it anew if one is wrong"
+    "verify", "", yes_or_no, False, "Check every byte of the packed file, and make it anew if one is wrong."
 )
 MEASURE = Setting(
-    "measure", "", yes_or_no, False, "also measure what a worker with such --threads measures when it first starts here"
+    "measure",
+    "",
+    yes_or_no,
+    False,
+    "Measure also what a worker with the same --threads measures when it first starts on this machine.",
 )
 ALL = Setting(
-    "all", "", yes_or_no, False, "with prune: remove every packed file, and what was measured of this machine"
+    "all", "", yes_or_no, False, "With prune: remove every packed file, and what was measured of this machine."
 )
-DRY_RUN = Setting("dry_run", "", yes_or_no, False, "with prune: say what would go, and remove nothing")
-TIMEOUT = Setting("timeout", "SECONDS", seconds, 60.0, "how long to wait for a result")
+DRY_RUN = Setting("dry_run", "", yes_or_no, False, "With prune: say what would be removed, and remove nothing.")
+TIMEOUT = Setting("timeout", "SECONDS", seconds, 60.0, "How long to wait for a result.", "60 seconds")
 BODY_TIMEOUT = Setting(
-    "body_timeout", "SECONDS", seconds, 20.0, "how long the body of a request to the HTTP endpoint may take to come"
+    "body_timeout",
+    "SECONDS",
+    seconds,
+    20.0,
+    "How long the body of a request to the HTTP endpoint may take to come.",
+    "20 seconds",
 )
-SHOW_PROMPTS = Setting("show_prompts", "", yes_or_no, False, "show the prompts of the latest jobs on the HTTP endpoint")
-LOG_PROMPTS = Setting("log_prompts", "", yes_or_no, False, "write the prompts into the workers' logs")
-LOG_LEVEL = Setting("log_level", "LEVEL", log_level, "INFO", "debug, info, warning or error", "info")
+SHOW_PROMPTS = Setting(
+    "show_prompts", "", yes_or_no, False, "Show prompts in the HTTP endpoint's list of the latest jobs."
+)
+LOG_PROMPTS = Setting("log_prompts", "", yes_or_no, False, "Write prompts into the workers' logs.")
+LOG_LEVEL = Setting(
+    "log_level",
+    "LEVEL",
+    log_level,
+    "INFO",
+    "The least important messages to log: debug, info, warning or error.",
+    "info",
+)
 
-# What `fastgpt2 up` takes.
+# The settings of `fastgpt2 up`.
 SYSTEM: tuple[Setting[Any], ...] = (
     MODEL,
     REVISION,
@@ -361,7 +436,7 @@ SYSTEM: tuple[Setting[Any], ...] = (
 
 
 def of_system(**given: str) -> dict[str, Any]:
-    """The settings of a whole system by name: those given, as text, before the environment's, before the defaults.
+    """Return the settings of a whole system by name. A text that is given wins over the environment.
 
     Raises:
         BadRequest: one of them cannot be read.

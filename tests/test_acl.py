@@ -27,8 +27,8 @@ from support.running import GOLDEN, wait_until
 
 from fastgpt2 import Client
 from fastgpt2.api.pool.job_list import read_latest, read_prompts
-from fastgpt2.api.pool.prometheus import exposition
-from fastgpt2.api.pool.status import not_ready, read_status, sample
+from fastgpt2.api.pool.prometheus import render_metrics
+from fastgpt2.api.pool.status import check_readiness, read_status, record_depth
 from fastgpt2.errors import JobCancelled, QueueFull, RedisAccessDenied
 from fastgpt2.protocol.connection import connect
 
@@ -196,15 +196,15 @@ def test_the_endpoint_and_a_monitor_can_do_their_part(
 
     async def look() -> dict[str, Any]:
         async with AsyncRedis.from_url(server.url_of("monitor")) as connection:
-            assert b"fastgpt2_jobs_ended_total" in (await exposition(connection, "fastgpt2"))[1]
+            assert b"fastgpt2_jobs_ended_total" in (await render_metrics(connection, "fastgpt2"))[1]
             return await read_status(connection, "fastgpt2", history=True)
 
     async def look_closely() -> None:
         async with AsyncRedis.from_url(server.url_of("endpoint")) as connection:
-            assert await not_ready(connection, "fastgpt2") is None
-            await sample(connection, "fastgpt2")
+            assert await check_readiness(connection, "fastgpt2") is None
+            await record_depth(connection, "fastgpt2")
             assert (await read_status(connection, "fastgpt2", history=True))["totals"]["generated_tokens"] > 0
-            assert b"fastgpt2_jobs_ended_total" in (await exposition(connection, "fastgpt2"))[1]
+            assert b"fastgpt2_jobs_ended_total" in (await render_metrics(connection, "fastgpt2"))[1]
             latest = await read_latest(connection, "fastgpt2", 10)
             assert latest
             assert await read_prompts(connection, [latest[0]["id"]]) == {latest[0]["id"]: ENTRIES[0]["prompt"]}

@@ -1,4 +1,4 @@
-"""What is told of guesses, all the way: by the engine, results, OpenAI's usage, counters, lists, the page."""
+"""Tests of all reports about guesses: by the engine, results, OpenAI's usage, counters, lists and the page."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ ENTRIES: list[dict[str, Any]] = json.loads((GOLDEN / "demo_continuations.json").
 NEW = 100
 
 
-def replayed(prompt_ids: Sequence[int], ids: Sequence[int], most: int) -> Drafting:
-    """How a text that is known comes where so many guesses are verified a step, and no more than `NEW` may come."""
+def replay(prompt_ids: Sequence[int], ids: Sequence[int], most: int) -> Drafting:
+    """Return how a known text of at most `NEW` tokens comes if a step verifies at most `most` guesses."""
     lookup, at = Lookup([*prompt_ids, ids[0]]), 1
     steps = drafted = accepted = 0
     while at < len(ids):
@@ -49,8 +49,8 @@ def replayed(prompt_ids: Sequence[int], ids: Sequence[int], most: int) -> Drafti
     return Drafting(steps, drafted, accepted)
 
 
-REPLAYED = [replayed(entry["prompt_ids"], entry["ids"], 4) for entry in ENTRIES]
-# Those of whose guesses most came true, and some did not.
+REPLAYED = [replay(entry["prompt_ids"], entry["ids"], 4) for entry in ENTRIES]
+# The entries of whose guesses most came true, and some did not.
 SOME = sorted(range(len(ENTRIES)), key=lambda n: REPLAYED[n].accepted, reverse=True)[:4]
 
 
@@ -60,7 +60,7 @@ def adds_up(result: GenerationResult) -> bool:
 
 
 @contextmanager
-def asking(url: str) -> Iterator[httpx.Client]:
+def connect_to(url: str) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=url, trust_env=False, timeout=60) as web:
         yield web
 
@@ -80,7 +80,7 @@ def test_the_engine_counts_what_it_did() -> None:
         assert list(result.token_ids) == entry["ids"]
         assert result.drafting == REPLAYED[n]
         assert adds_up(result)
-    # By hand: the first token comes with the prompt, the last one without guesses.
+    # Counted by hand: the first token comes with the prompt, the last one without guesses.
     for new, steps in ((0, 0), (1, 0), (2, 1)):
         told = engine.generate(ENTRIES[SOME[0]]["prompt"], max_new_tokens=new, ignore_eos=True).drafting
         assert told == Drafting(steps=steps)
@@ -101,7 +101,7 @@ def test_what_stands_behind_a_stop_was_not_accepted() -> None:
             stop = engine.tokenizer.decode(ids[:end])[-250:]
             result = engine.generate(prompt, max_new_tokens=NEW, ignore_eos=True, stop=stop)
             assert (result.finish_reason, list(result.token_ids)) == ("stop", ids[:end])
-            assert result.drafting == replayed(prompt_ids, result.token_ids, 15)
+            assert result.drafting == replay(prompt_ids, result.token_ids, 15)
             assert adds_up(result)
 
 
@@ -117,14 +117,14 @@ def test_all_the_way(
     start_worker(FASTGPT2_DRAFTS="4", FASTGPT2_NAME=f"w-{queue_name}")
     asked: Any = {"max_new_tokens": NEW, "ignore_eos": True}
     expected: list[Drafting] = []
-    # One at a time: beside the prompt of another nothing is guessed.
+    # One at a time, as nothing is guessed beside the prompt of another.
     for n in SOME:
         result = client.enqueue(ENTRIES[n]["prompt"], **asked).result(60)
         assert list(result.token_ids) == ENTRIES[n]["ids"]
         expected.append(result.drafting)
     assert expected == [REPLAYED[n] for n in SOME]
     one, told = ENTRIES[SOME[0]], REPLAYED[SOME[0]]
-    with asking(start_endpoint().url) as web:
+    with connect_to(start_endpoint().url) as web:
         job = web.post("/v1/jobs", json={"prompt": one["prompt"], **asked}).json()["id"]
         record = web.get(f"/v1/jobs/{job}", params={"wait": 60}).json()
         assert record["result"]["drafting"] == {
@@ -144,7 +144,7 @@ def test_all_the_way(
         events = web.post("/v1/completions", json=streamed).text.split("\n\n")
         assert json.loads(events[-3].removeprefix("data: "))["usage"]["completion_tokens_details"] == details
         expected += [told] * 3
-        # Two at once: how much is guessed depends on when the other's prompt is read.
+        # With two at once, the number of guesses depends on when the other's prompt is read.
         both = web.post("/v1/completions", json={**body, "prompt": [one["prompt"], ENTRIES[SOME[1]]["prompt"]]}).json()
         of_both = both["usage"]["completion_tokens_details"]
         accepted = sum(each.accepted for each in expected) + of_both["accepted_prediction_tokens"]
@@ -205,7 +205,7 @@ def test_other_weights(
     weights: str,
     drafts: str,
 ) -> None:
-    """Whatever they are, drafts change nothing but the number of steps."""
+    """With other weights, too, drafts change nothing but the number of steps."""
     start_worker(FASTGPT2_WEIGHTS=weights, FASTGPT2_DRAFTS=drafts)
     plain = Engine.load("demo", weights=weights, max_batch=1, drafts="off")
     jobs = [client.enqueue(ENTRIES[n]["prompt"], max_new_tokens=NEW, ignore_eos=True) for n in SOME]
@@ -215,7 +215,7 @@ def test_other_weights(
         assert adds_up(result)
     drafted = sum(job.result(0).drafting.drafted for job in jobs)
     assert drafted > 0 or drafts != "4"
-    with asking(start_endpoint().url) as web:
+    with connect_to(start_endpoint().url) as web:
         wait_until(lambda: total_of(redis, queue_name, "drafted_tokens") == drafted, "all to be counted")
         assert f"fastgpt2_drafted_tokens_total {drafted}.0" in web.get("/metrics").text.splitlines()
         (worker,) = web.get("/status").json()["workers"]

@@ -1,4 +1,4 @@
-"""Where a password and a prompt do not appear."""
+"""Tests that a password and a prompt do not appear where they must not."""
 
 from __future__ import annotations
 

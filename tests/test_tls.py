@@ -1,4 +1,4 @@
-"""`rediss://` with an authority of the test's own."""
+"""Tests of `rediss://`, with a certificate authority of their own."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastgpt2.errors import QueueUnavailable
 
 
 class TLSRedis(OpenRedis):
-    """On a port that speaks TLS only."""
+    """A Redis on a port that speaks TLS only."""
 
     def __init__(self, folder: Path, name: str) -> None:
         authority = trustme.CA()
@@ -43,7 +43,7 @@ class TLSRedis(OpenRedis):
         )
 
     def _wait_until_ready(self, _binary: Path) -> None:
-        """By the port: what it speaks there, and as whom, is what the tests are about."""
+        """Wait until the port is open; what Redis speaks there, and with which certificate, is for the tests."""
         deadline = time.monotonic() + 10
         while self.poll() is None and time.monotonic() < deadline:
             with suppress(OSError):
@@ -63,7 +63,7 @@ class TLSRedis(OpenRedis):
         return f"{self.plain_url}?ssl_ca_certs={self.authority}"
 
 
-def started(folder: Path, name: str) -> TLSRedis:
+def start_server(folder: Path, name: str) -> TLSRedis:
     server = TLSRedis(folder, name)
     try:
         server.start()
@@ -79,7 +79,7 @@ def started(folder: Path, name: str) -> TLSRedis:
 
 @pytest.fixture(autouse=True)
 def _debians_redis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has TLS, which the bundled one has not. The package redis-tools has its program, which goes by its name."""
+    """Use Debian's Redis, which has TLS; the bundled one has not. redis-tools has the program under another name."""
     program = shutil.which("redis-check-rdb")
     if program is not None:
         (tmp_path / "bin").mkdir()
@@ -89,7 +89,7 @@ def _debians_redis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[TLSRedis]:
-    made = started(tmp_path, "127.0.0.1")
+    made = start_server(tmp_path, "127.0.0.1")
     yield made
     made.stop()
 
@@ -128,7 +128,7 @@ def test_plain_words_to_a_port_that_speaks_tls_and_the_other_way_round(server: T
 
 
 def test_a_certificate_of_another_name_is_refused(tmp_path: Path) -> None:
-    server = started(tmp_path, "elsewhere.example")
+    server = start_server(tmp_path, "elsewhere.example")
     try:
         with Client(server.url) as client, pytest.raises(QueueUnavailable, match="certificate is not valid for"):
             client.enqueue("a")

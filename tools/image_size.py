@@ -1,8 +1,8 @@
-"""What an image takes to pull: its layers as a registry keeps them, compressed, and which of them its base has already.
+"""The bytes that it takes to pull an image: its layers, compressed as a registry keeps them, and which are its base's.
 
     python tools/image_size.py fastgpt2 --base python:3.11.14-slim-bookworm
 
-Layers are compressed by gzip at its default level, as `docker push` does. Needs the `docker` command.
+The script compresses layers with gzip at its default level, as `docker push` does. It needs the `docker` command.
 """
 
 from __future__ import annotations
@@ -22,7 +22,12 @@ CHUNK_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Sizes in bytes, and the command that made it."""
+    """One layer of an image.
+
+    Attributes:
+        command: the line of the Dockerfile that made it.
+        plain, compressed: sizes in bytes.
+    """
 
     digest: str
     command: str
@@ -30,32 +35,33 @@ class Layer:
     compressed: int
 
 
-def layers(image: str) -> list[Layer]:
-    """The layers of an image that the local daemon has, the base's first."""
+def read_layers(image: str) -> list[Layer]:
+    """Return the layers of an image that the local daemon has, the base's first."""
     if ":" not in image.rpartition("/")[2]:
-        image += ":latest"  # a name without a tag would be all of its images
+        image += ":latest"  # a name without a tag means all images of this name
     with tempfile.TemporaryDirectory() as folder:
         archive = Path(folder) / "image.tar"
         subprocess.run(["docker", "save", "--output", str(archive), image], check=True)
         with tarfile.open(archive) as tar:
-            (manifest,) = _json(tar, "manifest.json")
-            config = _json(tar, manifest["Config"])
+            (manifest,) = _read_json(tar, "manifest.json")
+            config = _read_json(tar, manifest["Config"])
             commands = [step.get("created_by", "") for step in config["history"] if not step.get("empty_layer")]
             found = []
             for name, digest, command in zip(manifest["Layers"], config["rootfs"]["diff_ids"], commands, strict=True):
                 file = tar.extractfile(name)
                 assert file is not None
-                found.append(Layer(digest, command, *_sizes(file)))
+                found.append(Layer(digest, command, *_measure(file)))
     return found
 
 
-def _json(tar: tarfile.TarFile, name: str) -> Any:
+def _read_json(tar: tarfile.TarFile, name: str) -> Any:
     file = tar.extractfile(name)
     assert file is not None
     return json.load(file)
 
 
-def _sizes(file: IO[bytes]) -> tuple[int, int]:
+def _measure(file: IO[bytes]) -> tuple[int, int]:
+    """Return the size of a file, plain and compressed, in bytes."""
     packer = zlib.compressobj(wbits=31)
     plain = compressed = 0
     while chunk := file.read(CHUNK_BYTES):
@@ -66,12 +72,12 @@ def _sizes(file: IO[bytes]) -> tuple[int, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("image")
-    parser.add_argument("--base", required=True, help="the image that its Dockerfile is FROM")
+    parser.add_argument("image", help="the name of the image, with or without a tag")
+    parser.add_argument("--base", required=True, help="the image that its Dockerfile begins FROM")
     options = parser.parse_args()
-    based_on = {layer.digest for layer in layers(options.base)}
+    based_on = {layer.digest for layer in read_layers(options.base)}
     totals = dict.fromkeys(("base", "added"), (0, 0))
-    for layer in layers(options.image):
+    for layer in read_layers(options.image):
         kind = "base" if layer.digest in based_on else "added"
         print(f"{kind:6} {layer.plain / 1e6:8.1f} {layer.compressed / 1e6:8.1f} MB  {layer.command[:80]}")
         totals[kind] = totals[kind][0] + layer.plain, totals[kind][1] + layer.compressed

@@ -11,11 +11,12 @@
 DIR holds `sherlock-holmes.txt` (The Adventures of Sherlock Holmes, Project Gutenberg no. 1661) and
 `shakespeare.txt` ("tiny Shakespeare", 40,000 lines of the plays). Both are in the public domain.
 
-The first run learns English, the second, without dropout, on the stories and the first quarter of the plays, to write
-it: a model of this size that has not nearly learnt its texts by heart falls into loops when decoded greedily.
+The first run teaches the model English. The second, without dropout, on the stories and the first quarter of the plays,
+teaches it to write: a model of this size that does not nearly know its texts by heart falls into loops when it decodes
+greedily.
 
-torch and transformers are tools of this script only: fastgpt2 itself needs neither. The architecture is GPT-2's
-(Radford et al. 2019), the tokenizer a byte-level BPE of its own; the last 5% of each text are held out.
+Only this script needs torch and transformers; fastgpt2 itself needs neither. The architecture is that of GPT-2 (Radford
+et al. 2019), the tokenizer a byte-level BPE of its own. The last 5% of each text are held out.
 """
 
 from __future__ import annotations
@@ -39,16 +40,17 @@ N_POSITIONS = 512
 
 
 def read_documents(corpus: Path, play_lines: int) -> list[str]:
-    """The twelve stories, each a document, and the first `play_lines` of the plays as one, without front matter."""
+    """Return the twelve stories, each a document, and the first `play_lines` of the plays as one; no front matter."""
     stories = (corpus / "sherlock-holmes.txt").read_text("utf-8")
     parts = re.split(r"^(?:ADVENTURE +)?[IVX]+\. +[A-Z' -]+[A-Z]$", stories, flags=re.MULTILINE)
     plays = "".join((corpus / "shakespeare.txt").read_text("utf-8").splitlines(keepends=True)[:play_lines])
     documents = [re.sub(r"\n{3,}", "\n\n", part).strip() for part in [*parts[1:], plays]]
-    # A chapter that opens with its number alone ("I.") would teach the model to start there.
+    # A chapter that begins with its number alone ("I.") would teach the model to begin so too.
     return [re.sub(r"^I\.\s+", "", document) for document in documents if len(document) > 5000]
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
+    """Return a byte-level BPE tokenizer of this many tokens, trained on the texts."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -64,13 +66,13 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
 
 
 def encode_documents(tokenizer: Tokenizer, documents: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(train ids, held-out ids), documents set off by the end-of-text token on both sides."""
+    """Return the token ids to train on and those held out. An end-of-text token stands before and after a document."""
     end = tokenizer.token_to_id(END_OF_TEXT)
     train, held_out = [end], [end]
     for document in documents:
         cut = int(len(document) * (1 - HELD_OUT))
         cut = document.rfind("\n\n", 0, cut)
-        # The end of each document is seen in training, so that the model learns where texts end.
+        # Training sees the end of each document, so that the model learns where texts end.
         tail = document[cut:]
         middle = tail.rfind("\n\n", 0, len(tail) - 200)
         train += [*tokenizer.encode(document[:cut] + tail[middle:]).ids, end]
@@ -79,8 +81,8 @@ def encode_documents(tokenizer: Tokenizer, documents: list[str]) -> tuple[torch.
 
 
 @torch.no_grad()
-def held_out_loss(model: GPT2LMHeadModel, ids: torch.Tensor) -> float:
-    """Mean negative log-likelihood a token, in nats, over consecutive windows of n_positions."""
+def measure_loss(model: GPT2LMHeadModel, ids: torch.Tensor) -> float:
+    """Return the mean negative log-likelihood of a token, in nats, over consecutive windows of n_positions."""
     model.eval()
     losses = [
         model(window[None], labels=window[None]).loss.item()
@@ -92,6 +94,7 @@ def held_out_loss(model: GPT2LMHeadModel, ids: torch.Tensor) -> float:
 
 
 def train(model: GPT2LMHeadModel, train_ids: torch.Tensor, held_out: torch.Tensor, options: argparse.Namespace) -> None:
+    """Train for `options.steps` steps of AdamW, at a rate that rises for a while and then falls as a cosine."""
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     other = [p for p in model.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW(
@@ -118,7 +121,7 @@ def train(model: GPT2LMHeadModel, train_ids: torch.Tensor, held_out: torch.Tenso
         if step % 100 == 99 or step == options.steps - 1:
             seconds = time.monotonic() - started
             print(
-                f"step {step + 1}/{options.steps} loss {loss.item():.3f} held-out {held_out_loss(model, held_out):.3f}"
+                f"step {step + 1}/{options.steps} loss {loss.item():.3f} held-out {measure_loss(model, held_out):.3f}"
                 f" {seconds:.0f} s, {(step + 1) * options.batch * N_POSITIONS / seconds:.0f} tokens/s",
                 flush=True,
             )
@@ -154,23 +157,36 @@ def write_checkpoint(model: GPT2LMHeadModel, out: Path) -> None:
 
 
 def load_checkpoint(model: GPT2LMHeadModel, out: Path) -> None:
+    """Load the weights that `write_checkpoint` wrote."""
     stored = {f"transformer.{name}": tensor.float() for name, tensor in load_file(out / "model.safetensors").items()}
-    model.load_state_dict(stored, strict=False)  # the head, tied to wte, is not stored
+    model.load_state_dict(stored, strict=False)  # the head is tied to wte, and not stored
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--corpus", type=Path, required=True, help="the folder with the two texts")
+    parser.add_argument("--out", type=Path, required=True, help="the folder for the model")
     parser.add_argument("--vocab-size", type=int, default=2048)
     parser.add_argument("--n-layer", type=int, default=5)
     parser.add_argument("--n-head", type=int, default=7)
     parser.add_argument("--n-embd", type=int, default=224)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--resume", action="store_true", help="go on from the weights in --out, with a new schedule")
-    parser.add_argument("--play-lines", type=int, default=40_000, help="how many of the plays' lines to train on")
-    parser.add_argument("--batch", type=int, default=8, help=f"windows of {N_POSITIONS} tokens a step")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the weights in --out, with a new schedule of the rate"
+    )
+    parser.add_argument(
+        "--play-lines",
+        type=int,
+        default=40_000,
+        help="the number of lines of the plays to train on (default: %(default)d)",
+    )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=8,
+        help=f"the number of windows of {N_POSITIONS} tokens in a step (default: %(default)d)",
+    )
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=1661)
     options = parser.parse_args()

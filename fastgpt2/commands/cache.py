@@ -1,4 +1,7 @@
-"""`fastgpt2 cache`: lists the cache folder, or removes what is of no more use there."""
+"""`fastgpt2 cache` lists the cache folder, or removes what is of no more use there.
+
+It looks only at regular files directly in the folder, and only at those whose names fastgpt2 gives.
+"""
 
 from __future__ import annotations
 
@@ -23,21 +26,35 @@ from fastgpt2.engine.model.checkpoint import MAX_HEADER_BYTES, Checkpoint, Tenso
 from fastgpt2.engine.model.packing import FORMAT, checksum
 from fastgpt2.errors import BadRequest, CheckpointError, FastGPT2Error
 
+# The name of a packed file, of its lock, or of the file that is renamed to it when it is whole. The first format had no
+# layouts.
+_NAME = re.compile(
+    r"(?P<model>.+)-(?P<identity>[0-9a-f]{16})(?:-(?P<layout>[\w-]+))?\.v(?P<format>\d+)\.(safetensors|lock|tmp)"
+)
+_CALIBRATION_TMP = re.compile(r"calibration\.\d+\.tmp")
+
+# Measurements are written within milliseconds. The process id in the name may be that of another container.
+_ABANDONED_SECONDS = 60.0
+
+# Without this flag, a look at a file by this command would count as its last use. Linux has it, for the file's owner.
+_NOATIME = getattr(os, "O_NOATIME", 0)
+
 
 def run(values: dict[str, Any]) -> int:
-    """
+    """Run the command.
+
     Raises:
-        BadRequest: an option that only `prune` takes.
+        BadRequest: an option was given that only `prune` takes.
         FastGPT2Error: the folder cannot be read or written.
     """
-    pruning = values["action"] == "prune"
-    if not pruning and (values["all"] or values["dry_run"]):
-        raise BadRequest("--all and --dry-run are for `fastgpt2 cache prune`")
+    prunes = values["action"] == "prune"
+    if not prunes and (values["all"] or values["dry_run"]):
+        raise BadRequest("--all and --dry-run are for `fastgpt2 cache prune`; leave them out")
     try:
         folder = cache_folder()
     except OSError as reason:
-        raise FastGPT2Error(f"the cache has no place ({reason}); set FASTGPT2_CACHE to a folder") from None
-    if pruning:
+        raise FastGPT2Error(f"there is no cache folder ({reason}); set FASTGPT2_CACHE to a folder") from None
+    if prunes:
         _prune(folder, values["all"], values["dry_run"], values["json"])
     else:
         _list(folder, values["json"])
@@ -45,24 +62,30 @@ def run(values: dict[str, Any]) -> int:
 
 
 def _list(folder: Path, as_json: bool) -> None:
-    found = entries(folder)
+    found = list_entries(folder)
     total = sum(entry.size for entry in found)
     if as_json:
-        listed = [entry.as_json() for entry in found]
-        print(json.dumps({"folder": str(folder), "bytes": total, "files": listed}, indent=2))
+        files = [entry.as_json() for entry in found]
+        print(json.dumps({"folder": str(folder), "bytes": total, "files": files}, indent=2))
         return
     if not found:
         print(f"nothing in {folder}")
         return
     rows = [("MODEL", "LAYOUT", "SIZE", "CHANGED", "USED", "STATE", "FILE")]
     for entry in found:
-        texts = (entry.model or "-", entry.layout or "-", _size(entry.size), _day(entry.changed), _day(entry.used))
+        texts = (
+            entry.model or "-",
+            entry.layout or "-",
+            _format_size(entry.size),
+            _format_day(entry.changed),
+            _format_day(entry.used),
+        )
         rows.append((*texts, str(entry.state), str(entry.path)))
-    widths = [max(len(_shown(row[column])) for row in rows) for column in range(6)]
+    widths = [max(len(_escape(row[column])) for row in rows) for column in range(6)]
     for row in rows:
-        cells = [_shown(cell).ljust(width) for cell, width in zip(row, widths, strict=False)]
-        print("  ".join([*cells, _shown(row[6])]))
-    print(f"{len(found)} file{'s' if len(found) > 1 else ''}, {_size(total)}")
+        cells = [_escape(cell).ljust(width) for cell, width in zip(row, widths, strict=False)]
+        print("  ".join([*cells, _escape(row[6])]))
+    print(f"{len(found)} file{'s' if len(found) > 1 else ''}, {_format_size(total)}")
 
 
 def _prune(folder: Path, everything: bool, dry_run: bool, as_json: bool) -> None:
@@ -74,51 +97,34 @@ def _prune(folder: Path, everything: bool, dry_run: bool, as_json: bool) -> None
             continue
         if gone:
             verb = "would remove" if dry_run else "removed"
-            print(f"{verb} {_shown(str(entry.path))} ({entry.state}, {_size(entry.size)})")
+            print(f"{verb} {_escape(str(entry.path))} ({entry.state}, {_format_size(entry.size)})")
         else:
-            print(f"kept {_shown(str(entry.path))}: it is being packed", file=sys.stderr)
+            print(f"kept {_escape(str(entry.path))}: it is being packed", file=sys.stderr)
     freed = sum(entry.size for entry in removed)
     if as_json:
         lists = {"removed": [entry.as_json() for entry in removed], "kept": [entry.as_json() for entry in kept]}
         print(json.dumps({"folder": str(folder), "dry_run": dry_run, "freed_bytes": freed, **lists}, indent=2))
     elif removed:
-        print(f"{'would free' if dry_run else 'freed'} {_size(freed)}")
+        print(f"{'would free' if dry_run else 'freed'} {_format_size(freed)}")
     else:
         print(f"nothing to remove in {folder}")
 
 
-def _size(count: int) -> str:
+def _format_size(count: int) -> str:
     return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count} B"
 
 
-def _day(seconds: float) -> str:
+def _format_day(seconds: float) -> str:
     return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d")
 
 
-def _shown(text: str) -> str:
-    """Nothing that a terminal would obey: a model's name comes from a file."""
+def _escape(text: str) -> str:
+    """Replace what a terminal would obey: a model's name comes from a file."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
-# NOTE commands.cached_files: What lies in the cache folder, and the removal of what is of no more use there.
-#
-# Only regular files directly in the folder are looked at, and only those whose names fastgpt2 gives.
-
-# A packed file, its lock, or the file that is renamed to it when it is whole. The first format knew no layouts.
-_NAME = re.compile(
-    r"(?P<model>.+)-(?P<identity>[0-9a-f]{16})(?:-(?P<layout>[\w-]+))?\.v(?P<format>\d+)\.(safetensors|lock|tmp)"
-)
-_CALIBRATION_TMP = re.compile(r"calibration\.\d+\.tmp")
-
-# Measurements are written within milliseconds. The process id in the name may be another container's.
-_ABANDONED_SECONDS = 60.0
-
-# Else this command's own look at a file would count as its last use. Linux only, and only for the file's owner.
-_NOATIME = getattr(os, "O_NOATIME", 0)
-
-
 class State(StrEnum):
-    """What is to be said of a file."""
+    """What can be said of a file in the cache."""
 
     OK = "ok"
     BUSY = "being packed"
@@ -131,17 +137,19 @@ class State(StrEnum):
     LEFTOVER = "leftover"
 
 
-# Not those of a newer release, and not what cannot be looked at now: it may be another user's, or a disk's that rests.
+# Files of a newer release are of use to it. A file that cannot be read now may be another user's, or on a disk that is
+# not mounted at the moment.
 OF_NO_USE = frozenset({State.DAMAGED, State.OUTDATED, State.CHANGED, State.GONE, State.LEFTOVER})
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A file of the cache.
+    """A file in the cache.
 
     Attributes:
-        changed, used: seconds since 1970; `used` as the file system keeps it.
-        model, layout, format: None for what is no packed file.
+        changed, used: the moments of its last change and of its last use, in seconds since 1970, as the file system
+            keeps them.
+        model, layout, format: None for a file that is not a packed file.
     """
 
     path: Path
@@ -166,8 +174,8 @@ class Entry:
         }
 
 
-def entries(folder: Path) -> list[Entry]:
-    """The cache's files by name. None, if there is no such folder.
+def list_entries(folder: Path) -> list[Entry]:
+    """Return the files in the cache by name; [] if the folder does not exist.
 
     Raises:
         FastGPT2Error: the folder cannot be read.
@@ -178,20 +186,20 @@ def entries(folder: Path) -> list[Entry]:
         return []
     except OSError as reason:
         raise FastGPT2Error(f"the cache {folder} cannot be read ({reason.strerror or reason})") from None
-    found = [_entry(path) for path in paths]
+    found = [_find_entry(path) for path in paths]
     return [entry for entry in found if entry is not None]
 
 
 def prune(folder: Path, everything: bool = False, dry_run: bool = False) -> Iterator[tuple[Entry, bool]]:
-    """Remove what is of no use, or `everything`; a packed file's lock goes with it.
+    """Remove the files that are of no use, or `everything`; a packed file's lock goes with it.
 
     Yields:
-        Each file in question, and whether it is removed (`dry_run`: would be); one that is being packed is not.
+        Each file in question, and whether it is removed, or with `dry_run` would be. A file that is being packed stays.
 
     Raises:
         FastGPT2Error: the folder cannot be read, or a file in it cannot be removed.
     """
-    for entry in entries(folder):
+    for entry in list_entries(folder):
         if entry.state is State.BUSY:
             yield entry, False
         elif everything or entry.state in OF_NO_USE:
@@ -207,37 +215,37 @@ def prune(folder: Path, everything: bool = False, dry_run: bool = False) -> Iter
 
 
 def _remove(entry: Entry, everything: bool) -> bool:
-    """Remove a file, unless it has gone or become of use since it was looked at.
+    """Remove a file, unless it has gone or has become of use since it was listed; tell whether it was removed.
 
     Raises:
-        BlockingIOError: it is being packed.
-        OSError: it cannot be removed.
+        BlockingIOError: the file is being packed.
+        OSError: the file cannot be removed.
     """
     path, lock = entry.path, entry.path.with_suffix(".lock")
     if not _NAME.fullmatch(path.name):
         path.unlink(missing_ok=True)
         return True
     with locked(lock, wait=False):
-        now = _looked_at(path)
+        now = _inspect(path)
         removed = now is not None and (everything or now.state in OF_NO_USE)
         if removed and path != lock:
             path.unlink(missing_ok=True)
-        if not _of_a_lock(lock):
+        if not _has_locked_file(lock):
             lock.unlink(missing_ok=True)
         return removed
 
 
-def _entry(path: Path) -> Entry | None:
-    """What is to be said of a file; None where it is not the cache's, has gone, or is the lock of another."""
+def _find_entry(path: Path) -> Entry | None:
+    """Return the entry of a file; None if the file is not the cache's, has gone, or is the lock of another file."""
     lock = path.with_suffix(".lock")
     if _NAME.fullmatch(path.name) and is_locked(lock):
-        entry = _looked_at(path, State.BUSY)
+        entry = _inspect(path, State.BUSY)
         return None if path == lock else entry
-    return _looked_at(path)
+    return _inspect(path)
 
 
-def _looked_at(path: Path, state: State | None = None) -> Entry | None:
-    """The same without regard to locks. A `state` that is known already is taken as it is."""
+def _inspect(path: Path, state: State | None = None) -> Entry | None:
+    """Return the same without a look at locks. A `state` that is known already is taken over."""
     try:
         status = path.lstat()
     except FileNotFoundError:
@@ -252,32 +260,32 @@ def _looked_at(path: Path, state: State | None = None) -> Entry | None:
         abandoned = _CALIBRATION_TMP.fullmatch(path.name) and time.time() - status.st_mtime > _ABANDONED_SECONDS
         return Entry(path, State.LEFTOVER, *facts) if abandoned else None
     if path.suffix == ".lock":
-        return None if _of_a_lock(path) else Entry(path, State.LEFTOVER, *facts)
+        return None if _has_locked_file(path) else Entry(path, State.LEFTOVER, *facts)
     known = (parts["layout"], int(parts["format"]))
     if path.suffix == ".tmp":
         return Entry(path, state or State.LEFTOVER, *facts, parts["model"], *known)
-    judged, model = _judged(path, parts)
-    return Entry(path, state or judged, *facts, model or parts["model"], *known)
+    found, model = _read_state(path, parts)
+    return Entry(path, state or found, *facts, model or parts["model"], *known)
 
 
-def _of_a_lock(lock: Path) -> bool:
-    """Whether there is what the lock is for."""
+def _has_locked_file(lock: Path) -> bool:
+    """Tell whether the file exists that the lock is for."""
     return any(lock.with_suffix(suffix).exists() for suffix in (".safetensors", ".tmp"))
 
 
-def _judged(path: Path, parts: re.Match[str]) -> tuple[State, str | None]:
-    """A packed file's state, and its model's name where that can be read."""
+def _read_state(path: Path, parts: re.Match[str]) -> tuple[State, str | None]:
+    """Return a packed file's state, and its model's name if that can be read."""
     model = None
     fd = -1
     try:
         fd = _open(path)
-        metadata = _metadata(fd)
+        metadata = _read_metadata(fd)
         model = None if metadata is None else metadata.get("model")
         if int(parts["format"]) != FORMAT:
             return State.OUTDATED if int(parts["format"]) < FORMAT else State.NEWER, model
         if metadata is None or metadata.get("source_identity") != parts["identity"]:
             return State.DAMAGED, model
-        # As `packing` has it: the time of change tells whether the checksum needs to be looked at.
+        # As in `packing`: only if the time of change differs does the checksum need to be computed.
         if str(os.fstat(fd).st_mtime_ns) != metadata.get("sealed") and f"{checksum(fd):08x}" != metadata.get("crc32"):
             return State.DAMAGED, model
     except OSError:
@@ -285,7 +293,7 @@ def _judged(path: Path, parts: re.Match[str]) -> tuple[State, str | None]:
     finally:
         if fd >= 0:
             os.close(fd)
-    return _state_of_source(metadata), model
+    return _find_source_state(metadata), model
 
 
 def _open(path: Path) -> int:
@@ -296,8 +304,8 @@ def _open(path: Path) -> int:
         return os.open(path, flags)
 
 
-def _metadata(fd: int) -> dict[str, str] | None:
-    """The texts in a packed file's header; None if it has none, or is not as long as its header says."""
+def _read_metadata(fd: int) -> dict[str, str] | None:
+    """Return the texts in a packed file's header; None if it has none, or is not as long as the header says."""
     size = os.fstat(fd).st_size
     with os.fdopen(os.dup(fd), "rb") as file:
         try:
@@ -311,7 +319,7 @@ def _metadata(fd: int) -> dict[str, str] | None:
             return None
 
 
-def _state_of_source(metadata: dict[str, str]) -> State:
+def _find_source_state(metadata: dict[str, str]) -> State:
     try:
         sources = [Path(name) for name in json.loads(metadata["source"])]
     except (KeyError, ValueError, TypeError):
@@ -325,26 +333,22 @@ def _state_of_source(metadata: dict[str, str]) -> State:
         return State.UNREADABLE
     if not all(os.access(source, os.R_OK) for source in sources):
         return State.UNREADABLE
-    return State.OK if _unchanged(sources, metadata) else State.CHANGED
+    return State.OK if _is_unchanged(sources, metadata["source_identity"]) else State.CHANGED
 
 
-def _unchanged(sources: list[Path], metadata: dict[str, str]) -> bool:
-    """Whether the sources still have the identity that they were packed under.
+def _is_unchanged(sources: list[Path], wanted: str) -> bool:
+    """Tell whether the sources still have the identity under which they were packed.
 
-    It depends on the shards' order, which is that of their names in the model's folder. In the hub's cache the sources
-    are called otherwise; the folders that link to them are tried then.
+    The identity depends on the order of the shards, which is that of their names in the model's folder. In the hub's
+    cache the sources have other names; there, the folders that link to them are tried.
     """
-    wanted = metadata["source_identity"]
     with suppress(CheckpointError, OSError):
         tensors: dict[str, TensorInfo] = {}
         for source in sources:
             tensors.update(map_file(source)[0])
         if Checkpoint(tensors, {}).identity == wanted:
             return True
-    folders = {folder for source in sources for folder in source.parent.parent.glob("snapshots/*")}
-    if "folder" in metadata:
-        folders.add(Path(metadata["folder"]))
-    for folder in folders:
+    for folder in {folder for source in sources for folder in source.parent.parent.glob("snapshots/*")}:
         with suppress(CheckpointError, OSError):
             if Checkpoint.open(folder).identity == wanted:
                 return True

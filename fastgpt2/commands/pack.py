@@ -1,4 +1,4 @@
-"""`fastgpt2 pack`: a model's packed file, made in the cache before the first worker needs it."""
+"""`fastgpt2 pack` makes a model's packed file in the cache, before the first worker needs it."""
 
 from __future__ import annotations
 
@@ -13,30 +13,34 @@ if TYPE_CHECKING:
 
 
 def run(values: dict[str, Any]) -> int:
-    """
+    """Run the command.
+
     Raises:
         ModelError: the model cannot be found or used, or the cache cannot be written.
     """
-    # Before numpy is imported.
+    # This comes before numpy is imported.
     from fastgpt2.engine.machine import hold_to_one_thread
 
     hold_to_one_thread()
     kinds = [values["weights"], *(["int8"] if values["drafts"] == "int8" else [])]
-    made = [_verified(values, weights) for weights in kinds]
+    files = [_pack_and_verify(values, weights) for weights in kinds]
     if values["measure"]:
         _measure(values)
-    for packed in made:
+    for packed in files:
         print(packed.path, os.fstat(packed.fd).st_size, sep="\t")
     return 0
 
 
-def _verified(values: dict[str, Any], weights: str) -> Packed:
+def _pack_and_verify(values: dict[str, Any], weights: str) -> Packed:
     packed = _pack(values, weights)
-    if values["verify"] and not _intact(packed):
+    if values["verify"] and not _is_intact(packed):
         _discard(packed)
         packed = _pack(values, weights)
-        if not _intact(packed):
-            raise ModelError(f"{packed.path}: reads otherwise than it was written a moment ago; is the disk sound?")
+        if not _is_intact(packed):
+            raise ModelError(
+                f"{packed.path} reads otherwise than it was written a moment ago: check the disk, or set "
+                "FASTGPT2_CACHE to a folder on another"
+            )
     return packed
 
 
@@ -51,14 +55,14 @@ def _pack(values: dict[str, Any], weights: str) -> Packed:
 
 
 def _measure(values: dict[str, Any]) -> None:
-    """What a worker finds out when it loads the model is kept beside the packed file."""
+    """Load the model as a worker does, which keeps what it measures beside the packed file."""
     from fastgpt2.engine.engine import Engine
 
     names = ("revision", "threads", "blas", "weights", "drafts")
     Engine.load(values["model"], **{name: values[name] for name in names})
 
 
-def _intact(packed: Packed) -> bool:
+def _is_intact(packed: Packed) -> bool:
     from fastgpt2.engine.model.checkpoint import read_metadata
     from fastgpt2.engine.model.packing import checksum
 
@@ -71,7 +75,7 @@ def _discard(packed: Packed) -> None:
 
     assert packed.path is not None
     print(
-        f"{packed.path} is damaged; packing anew. Workers that run on it go on with it until they are restarted",
+        f"{packed.path} is damaged; packing anew. Workers that use the file go on with it until they are restarted",
         file=sys.stderr,
     )
     with locked(packed.path.with_suffix(".lock")):

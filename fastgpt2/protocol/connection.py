@@ -1,4 +1,4 @@
-"""Connections to Redis, and its errors in words. No password appears in any message."""
+"""Connections to Redis, and its errors in words that a person understands. No message holds a password."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ if TYPE_CHECKING:
 
 CONNECT_SECONDS = 5.0
 
-# Longer than any blocking command here waits (readers for two seconds). A Redis that says nothing for so long is away.
+# Longer than any blocking command here waits (readers for two seconds). A Redis that is silent for this long is away.
 SOCKET_SECONDS = 5.0
 
-# Until when, on the monotonic clock, whoever asks just now wants the answer, if sooner.
+# The moment on the monotonic clock until which the caller wants the answer, where that comes before `SOCKET_SECONDS`.
 ANSWER_BY: ContextVar[float] = ContextVar("ANSWER_BY", default=math.inf)
 
-# Whoever waits for a result holds a connection; redis-py's own limit is 100. Redis itself stops at 10,000.
+# Everybody who waits for a result holds a connection. redis-py's own limit is 100, that of Redis 10,000.
 MAX_CONNECTIONS = 2000
 
 
 def connect(url: str) -> Redis:
-    """A lazy connection pool: nothing is sent yet.
+    """Return a connection pool; nothing is sent yet.
 
-    No command is retried behind the caller's back: a repeated LMOVE or RPUSH takes or adds a job twice.
+    The library repeats no command by itself: a repeated LMOVE or RPUSH would take or add a job twice.
 
     Raises:
-        BadRequest: not a Redis URL.
+        BadRequest: the URL cannot be used.
     """
     from redis import Redis
     from redis.backoff import NoBackoff
@@ -46,14 +46,17 @@ def connect(url: str) -> Redis:
         bare, credentials = without_password_file(url)
         client = Redis.from_url(bare, retry=Retry(NoBackoff(), 0), **_options(), **credentials)
         pool: Any = client.connection_pool
-        pool.connection_class = _bounded(pool.connection_class)
+        pool.connection_class = _keep_to_deadline(pool.connection_class)
         pool.make_connection()
     return client
 
 
 @cache
-def _bounded(kind: type[Any]) -> type[Any]:
-    """The kind of connection that keeps to `ANSWER_BY`. It closes itself when the time is over, as ever."""
+def _keep_to_deadline(kind: type[Any]) -> type[Any]:
+    """Return a subclass of this kind of connection that waits for no answer beyond `ANSWER_BY`.
+
+    As without it, a connection closes itself when the time is over.
+    """
 
     def read_response(self: Any, *args: Any, **kwargs: Any) -> Any:
         left = ANSWER_BY.get() - time.monotonic()
@@ -71,13 +74,13 @@ def _bounded(kind: type[Any]) -> type[Any]:
 
 
 def connect_async(url: str) -> AsyncRedis:
-    """A connection pool for asyncio, for what may be said twice: a command that fails is tried once more.
+    """Return a connection pool for asyncio, whose commands may be sent twice: one that fails is tried once more.
 
-    So that the first one after a restart of Redis, on a connection that is dead without knowing, succeeds. The scripts
+    After a restart of Redis a connection is dead without knowing, and the first command on it would fail. The scripts
     that enqueue and cancel a job may be repeated.
 
     Raises:
-        BadRequest: not a Redis URL.
+        BadRequest: the URL cannot be used.
     """
     from redis.asyncio import Redis
     from redis.asyncio.retry import Retry
@@ -103,21 +106,21 @@ def _options() -> dict[str, Any]:
 
 @contextmanager
 def _url_errors() -> Iterator[None]:
-    """What the library says of a URL may quote the password in it, so its words are not passed on."""
+    """Replace what the library says of a URL, as that may quote the password in it."""
     try:
         yield
     except FastGPT2Error:
         raise
     except (ValueError, TypeError):
         raise BadRequest(
-            "the Redis URL cannot be used; it reads redis://[user:password@]host:port/0, rediss://... or unix:///path, "
-            "with the characters / # ? @ [ ] of a password percent-encoded, perhaps ?password_file=/path in place of "
-            "the password, and no options that redis-py does not know"
+            "the Redis URL cannot be used; write redis://[user:password@]host:port/0, rediss://... or unix:///path, "
+            "percent-encode the characters / # ? @ [ ] of a password or give ?password_file=/path in its place, and "
+            "leave out options that redis-py does not know"
         ) from None
 
 
 def without_password(url: str) -> str:
-    """The URL as it may be shown: without user, password and options."""
+    """Return the URL as it may be shown: without user, password and options."""
     scheme, _, rest = url.partition("://")
     user, at, place = rest.rpartition("@")
     place = place.partition("?")[0]
@@ -126,24 +129,24 @@ def without_password(url: str) -> str:
 
 @contextmanager
 def redis_errors(url: str) -> Iterator[None]:
-    """Turn what the redis library raises into a QueueUnavailable that names the server and the remedy."""
+    """Turn errors of the redis library into a QueueUnavailable that names the server and the remedy."""
     from redis.exceptions import RedisError
 
     try:
         yield
-    except FastGPT2Error:  # one of them, ResultTimeout, is an OSError too
+    except FastGPT2Error:  # ResultTimeout is an OSError too
         raise
     except (RedisError, OSError) as reason:
         raise in_words(url, reason) from None
 
 
 def in_words(url: str, reason: Exception) -> QueueUnavailable:
-    """The error that a person should see for one of the redis library's: RedisAccessDenied when waiting cannot help."""
+    """Return the error that a person should see for one of the library's; RedisAccessDenied if waiting cannot help."""
     from redis.exceptions import AuthenticationError, AuthorizationError, NoPermissionError
 
     where, text = f"Redis at {without_password(url)}", str(reason)
-    denied = isinstance(reason, AuthenticationError | AuthorizationError | NoPermissionError)
-    if denied or any(word in text for word in ("NOAUTH", "WRONGPASS", "NOPERM", "Authentication required")):
+    is_denial = isinstance(reason, AuthenticationError | AuthorizationError | NoPermissionError)
+    if is_denial or any(word in text for word in ("NOAUTH", "WRONGPASS", "NOPERM", "Authentication required")):
         return RedisAccessDenied(
             f"{where} denied access ({text}); check the user and password in FASTGPT2_REDIS_URL, and the user's rights"
         )
@@ -155,9 +158,9 @@ def in_words(url: str, reason: Exception) -> QueueUnavailable:
     )
 
 
-_NO_ANSWER = "it does not answer: see whether it hangs, or something between drops what is sent"
+_NO_ANSWER = "it does not answer: check whether it hangs, or a firewall drops what is sent"
 
-# What Redis, or the library, says; and what helps.
+# Words in an error of Redis or of the library, and what helps.
 _REMEDIES = (
     (("maxmemory",), "its memory is full: raise maxmemory, or wait until results expire"),
     (("read only replica", "READONLY"), "it is a replica: name the primary in FASTGPT2_REDIS_URL"),
@@ -165,13 +168,13 @@ _REMEDIES = (
     (("MISCONF",), "it cannot save its data: make room on its disk"),
     (("max number of clients",), "it has too many clients: raise its maxclients"),
     (("CERTIFICATE_VERIFY_FAILED", "certificate verify failed"), "name its authority: rediss://...?ssl_ca_certs=FILE"),
-    (("SSL", "WRONG_VERSION_NUMBER"), "it may not speak TLS there: redis:// instead of rediss://, or another port"),
+    (("SSL", "WRONG_VERSION_NUMBER"), "it may not speak TLS there: use redis:// instead of rediss://, or another port"),
     (("Timeout", "timed out"), _NO_ANSWER),
 )
 
 
 def address_of(connection: Redis) -> str:
-    """Where a connection leads, as a URL without secrets."""
+    """Return where a connection leads, as a URL without secrets."""
     kwargs = connection.connection_pool.connection_kwargs
     if "path" in kwargs:
         return f"unix://{kwargs['path']}"

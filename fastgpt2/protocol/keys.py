@@ -36,6 +36,8 @@ def queues_of(name: str) -> list[str]:
 QUEUES_KEY = "rq:queues"
 WORKERS_KEY = "rq:workers"
 WORKER_PREFIX = "rq:worker:"
+# After a worker's key: the set of its executions, each "job id:execution id".
+EXECUTIONS_SUFFIX = ":executions"
 JOB_PREFIX = "rq:job:"
 QUEUE_PREFIX = "rq:queue:"
 # The sorted sets of jobs in each state, by RQ's word for the state.

@@ -1,7 +1,7 @@
 """A Redis password that stands in a file: `redis://host:6379/0?password_file=/run/secrets/redis`.
 
-An environment can be read by `docker inspect` and by whoever may read a pod's manifest; a file is given to those alone
-who need it. It is read for each new connection, so that another password can be put there while everything runs.
+`docker inspect` shows a container's environment, and so does a pod's manifest; a file is given only to those who need
+it. The file is read for each new connection, so that the password can be changed while everything runs.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ MAX_PASSWORD_CHARACTERS = 4096
 
 
 class PasswordFile(CredentialProvider):
-    """The first line of a file, for redis-py.
+    """The password in the first line of a file, for redis-py.
 
     Raises:
-        BadRequest: the file cannot be read, or has no such line.
+        BadRequest: the file cannot be read, or its first line cannot be a password.
     """
 
     def __init__(self, path: str, user: str | None) -> None:
@@ -31,13 +31,13 @@ class PasswordFile(CredentialProvider):
         self._password = self._read()
 
     def get_credentials(self) -> tuple[str] | tuple[str, str]:
-        # It is just being replaced, perhaps; Redis says whether the last one still holds.
+        # Perhaps the file is being replaced now. Redis tells whether the last password is still right.
         with contextlib.suppress(BadRequest):
             self._password = self._read()
         return (self._password,) if self._user is None else (self._user, self._password)
 
     async def get_credentials_async(self) -> tuple[str] | tuple[str, str]:
-        """redis-py's own warns that it should be overridden. A line of a local file keeps no loop waiting."""
+        """Return the same; redis-py's own method warns. To read a line of a local file does not hold up the loop."""
         return self.get_credentials()
 
     def _read(self) -> str:
@@ -55,11 +55,14 @@ class PasswordFile(CredentialProvider):
 
 
 def without_password_file(url: str) -> tuple[str, dict[str, Any]]:
-    """The URL as redis-py knows it, and what else to tell it: nothing, if the URL names no file.
+    """Split a URL that may name a password file.
+
+    Returns:
+        The URL as redis-py knows it, and redis-py's further arguments; none if the URL names no file.
 
     Raises:
         BadRequest: as `PasswordFile`; or the URL has a password too, or names several files.
-        ValueError: it is no URL.
+        ValueError: the text is no URL.
     """
     parts = urlsplit(url)
     options = parse_qsl(parts.query, keep_blank_values=True)
@@ -71,7 +74,7 @@ def without_password_file(url: str) -> tuple[str, dict[str, Any]]:
     others = urlencode([(name, value) for name, value in options if name != OPTION])
     place = parts.netloc.rpartition("@")[2]
     bare = SplitResult(parts.scheme, place, parts.path, others, "").geturl()
-    if parts.scheme == "unix":  # `geturl` leaves out the slashes of an empty host
+    if parts.scheme == "unix":  # `geturl` leaves out the two slashes before an empty host
         bare = f"unix://{place}{parts.path}{'?' + others if others else ''}"
     user = unquote(parts.username) if parts.username else None
     return bare, {"credential_provider": PasswordFile(files[0], user)}

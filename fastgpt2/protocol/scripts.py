@@ -19,6 +19,7 @@ from fastgpt2.protocol import keys as names
 
 if TYPE_CHECKING:
     from redis import Redis
+    from redis.asyncio import Redis as AsyncRedis
     from redis.client import Pipeline
 
 # The texts of the scripts that have been used, by their digests.
@@ -63,6 +64,16 @@ class Script:
             if not is_unknown(error):
                 raise
         return connection.execute_command(*with_text(command))  # type: ignore[no-untyped-call]
+
+    async def run_async(self, connection: AsyncRedis, keys: Sequence[Any], arguments: Sequence[Any]) -> Any:
+        """See `run`."""
+        command = self.command(keys, arguments)
+        try:
+            return await connection.execute_command(*command)  # type: ignore[no-untyped-call]
+        except Exception as error:
+            if not is_unknown(error):
+                raise
+        return await connection.execute_command(*with_text(command))  # type: ignore[no-untyped-call]
 
     def add(self, pipeline: Pipeline, keys: Sequence[Any], arguments: Sequence[Any]) -> None:
         """Add the script to a pipeline without a transaction, which `execute` is to send."""

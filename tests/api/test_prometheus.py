@@ -1,4 +1,4 @@
-"""`/metrics`: what Prometheus would read, by its own parsers and its own checker."""
+"""Tests of `/metrics`, by Prometheus's own parsers and its own checker."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from redis.asyncio import Redis as AsyncRedis
 from support.running import StartWorker, wait_until
 
 from fastgpt2 import Client
-from fastgpt2.api.pool.prometheus import exposition
+from fastgpt2.api.pool.prometheus import render_metrics
 from fastgpt2.protocol.keys import TOTAL_FIELDS, recent_key, totals_key
 from fastgpt2.system.redis_server import RedisServer
 
@@ -31,7 +31,7 @@ def read(redis_server: RedisServer, queue_name: str) -> Read:
     def read(accept: str = "") -> tuple[str, bytes]:
         async def talk() -> tuple[str, bytes]:
             async with AsyncRedis.from_url(redis_server.url) as connection:
-                return await exposition(connection, queue_name, accept)
+                return await render_metrics(connection, queue_name, accept)
 
         return asyncio.run(talk())
 
@@ -39,7 +39,7 @@ def read(redis_server: RedisServer, queue_name: str) -> Read:
 
 
 def samples(body: bytes) -> dict[tuple[str, ...], float]:
-    """By name and labels' values, each once."""
+    """Return the samples by name and labels' values, each of which must be there once."""
     found: dict[tuple[str, ...], float] = {}
     for family in parse(body.decode()):
         for sample in family.samples:
@@ -59,7 +59,7 @@ def openmetrics_families(body: bytes) -> list[Metric]:
 
 
 def check_histograms(body: bytes) -> None:
-    """Buckets only grow, and the last one is the count."""
+    """Check that the buckets only grow, and that the last one is the count."""
     for family in families(body):
         if family.type != "histogram":
             continue

@@ -1,4 +1,4 @@
-"""What is read back of a pool: of figures written by hand, whose sums are known, and of whatever else stands there."""
+"""Tests of the pool's state: read from figures written by hand, whose sums are known, and from hostile ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from support.running import StartWorker, wait_until
 
 from fastgpt2 import Client
 from fastgpt2.api.pool.job_list import read_latest, read_prompts
-from fastgpt2.api.pool.status import not_ready, read_status, sample
+from fastgpt2.api.pool.status import check_readiness, read_status, record_depth
 from fastgpt2.protocol.connection import connect
 from fastgpt2.protocol.keys import RECENT_FIELDS, TOTAL_FIELDS, latest_key, leases_key, queue_of, recent_key, totals_key
 from fastgpt2.system.redis_server import RedisServer
@@ -33,7 +33,7 @@ TASK = "fastgpt2.worker.tasks.generate"
 
 @pytest.fixture
 def ask(redis_server: RedisServer) -> Ask:
-    """Calls one of the endpoint's functions with a connection of its kind."""
+    """Return a function that calls one of the endpoint's functions with a connection of its kind."""
 
     def call(function: Callable[..., Awaitable[T]], *args: Any, **kwargs: Any) -> T:
         async def talk() -> T:
@@ -46,13 +46,13 @@ def ask(redis_server: RedisServer) -> Ask:
 
 
 def bucket(redis: Redis, ago: int = 0) -> int:
-    """The start of the ten seconds of this moment, or of so many before, by Redis's clock."""
+    """Return the start of the present ten seconds by Redis's clock, or of the ten seconds `ago` times before."""
     now: Any = redis.time()
     return int(now[0]) // 10 * 10 - 10 * ago
 
 
 def in_one_bucket(redis: Redis) -> None:
-    """Wait until the ten seconds have room for a test."""
+    """Wait until at least two of the present ten seconds are left for a test."""
 
     def roomy() -> bool:
         now: Any = redis.time()
@@ -118,11 +118,11 @@ def test_the_depth_is_noted_while_no_worker_lives(redis: Redis, ask: Ask, client
         client.enqueue("a", priority=priority)
     in_one_bucket(redis)
     at = bucket(redis)
-    ask(sample, queue_name)
+    ask(record_depth, queue_name)
     assert redis.hgetall(recent_key(queue_name, at)) == {b"depth": b"3"}
     ttl: Any = redis.ttl(recent_key(queue_name, at))
     assert 1100 < ttl <= 1200
-    # Of ten seconds that are over.
+    # Move the record to ten seconds that are over.
     redis.rename(recent_key(queue_name, at), recent_key(queue_name, at - 10))
     point = ask(read_status, queue_name, history=True)["history"]["points"][-1]
     assert (point["depth"], point["tokens_per_second"], point["batch"]) == (3, 0.0, None)
@@ -165,25 +165,25 @@ def test_a_live_worker(ask: Ask, client: Client, queue_name: str, start_worker: 
 
 
 def test_ready(redis: Redis, ask: Ask, queue_name: str, start_worker: StartWorker) -> None:
-    reason = ask(not_ready, queue_name)
+    reason = ask(check_readiness, queue_name)
     assert "no worker that has loaded its model lives" in reason
     assert "fastgpt2 up" in reason
     process = start_worker()
-    assert ask(not_ready, queue_name) is None
-    assert ask(not_ready, f"{queue_name}-other") is not None
+    assert ask(check_readiness, queue_name) is None
+    assert ask(check_readiness, f"{queue_name}-other") is not None
     process.terminate()
     process.wait(20)
-    assert ask(not_ready, queue_name) is not None
-    # A lease that has lapsed, and one that nobody can have taken.
+    assert ask(check_readiness, queue_name) is not None
+    # These leases have lapsed, or end later than any lease could that was taken now.
     now: Any = redis.time()
     for until in (now[0] * 1000 - 1, now[0] * 1000 + 60_000, math.inf):
         redis.zadd(leases_key(queue_name), {"somebody": until})
-        assert ask(not_ready, queue_name) is not None
+        assert ask(check_readiness, queue_name) is not None
     redis.zadd(leases_key(queue_name), {"somebody": now[0] * 1000 + 8000})
-    assert ask(not_ready, queue_name) is None
+    assert ask(check_readiness, queue_name) is None
     redis.delete(leases_key(queue_name))
     redis.set(leases_key(queue_name), "x", ex=10)
-    assert ask(not_ready, queue_name) is not None
+    assert ask(check_readiness, queue_name) is not None
 
 
 HOSTILE: list[Any] = [
@@ -203,7 +203,7 @@ HOSTILE: list[Any] = [
 
 
 def check_sane(value: Any) -> None:
-    """No number is negative or none at all, anywhere in it."""
+    """Check that no number in a value is negative, infinite or not a number."""
     json.dumps(value, allow_nan=False)
     if isinstance(value, dict):
         for each in value.values():
@@ -245,7 +245,7 @@ def test_keys_of_the_wrong_kind_are_not_there(redis: Redis, ask: Ask, client: Cl
     assert status["queue"]["by_priority"] == {"high": 0, "normal": 1, "low": 0}
     assert status["workers"] == []
     assert ask(read_latest, queue_name, 10) == []
-    ask(sample, queue_name)
+    ask(record_depth, queue_name)
     for number in range(3):
         redis.sadd(f"rq:workers:{queue_name}-2", f"rq:worker:{queue_name}-{number}")
         redis.set(f"rq:worker:{queue_name}-{number}", "x", ex=60)
@@ -326,7 +326,7 @@ def test_the_prompts_of_jobs(redis: Redis, ask: Ask, client: Client, queue_name:
 
 
 def test_status_takes_the_same_work_however_many_jobs_there_are(redis_server: RedisServer, queue_name: str) -> None:
-    """By Redis's own count of commands."""
+    """Redis itself counts the commands."""
     admin = connect(redis_server.url)
 
     def calls() -> int:
@@ -342,7 +342,7 @@ def test_status_takes_the_same_work_however_many_jobs_there_are(redis_server: Re
 
     queue = Queue(queue_name, connection=admin, serializer=JSONSerializer)
     queue.enqueue(TASK, "a")
-    # Other tests' workers of this server are ended; should one still beat, the smallest of some readings is without.
+    # The workers of other tests have ended. Should one still send a heartbeat, the smallest count is without it.
     few = min(asyncio.run(read()) for _ in range(3))
     admin.rpush(f"rq:queue:{queue_name}", *map(str, range(5000)))
     began = time.monotonic()

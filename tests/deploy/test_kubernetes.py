@@ -25,9 +25,9 @@ from rq.registry import StartedJobRegistry
 from support.running import wait_until
 
 from fastgpt2 import settings
-from fastgpt2.api.http.access import _OPEN
+from fastgpt2.api.http.access import OPEN_ROUTES
 from fastgpt2.api.http.serve import SHUTDOWN_SECONDS
-from fastgpt2.api.pool.prometheus import exposition
+from fastgpt2.api.pool.prometheus import render_metrics
 from fastgpt2.cli import COMMANDS
 from fastgpt2.protocol.connection import connect
 from fastgpt2.protocol.keys import queues_of
@@ -293,7 +293,7 @@ def test_probes_ask_what_answers_them(tmp_path: Path) -> None:
     (api,) = PODS["fastgpt2-api"]["spec"]["containers"]
     paths = {name: api[name]["httpGet"]["path"] for name in ("readinessProbe", "livenessProbe")}
     assert paths == {"readinessProbe": "/ready", "livenessProbe": "/health"}
-    assert all(("GET", path) in _OPEN for path in paths.values())
+    assert all(("GET", path) in OPEN_ROUTES for path in paths.values())
     (worker,) = PODS["fastgpt2-worker"]["spec"]["containers"]
     alive = environment(worker)["FASTGPT2_ALIVE_FILE"]
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
@@ -365,7 +365,7 @@ def test_the_autoscalers_metric_is_made_of_what_the_endpoint_exposes(redis_serve
 
     async def ask() -> bytes:
         async with AsyncRedis.from_url(redis_server.url) as connection:
-            return (await exposition(connection, settings.QUEUE.default))[1]
+            return (await render_metrics(connection, settings.QUEUE.default))[1]
 
     samples = [s for family in text_string_to_metric_families(asyncio.run(ask()).decode()) for s in family.samples]
     assert {s.labels["priority"] for s in samples if s.name == "fastgpt2_queue_jobs"} == {"high", "normal", "low"}

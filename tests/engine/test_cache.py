@@ -138,7 +138,7 @@ class TestPack:
     def test_a_disk_that_keeps_nothing_is_named(
         self, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(pack_command, "_intact", lambda _packed: False)
+        monkeypatch.setattr(pack_command, "_is_intact", lambda _packed: False)
         assert main(["pack", str(folder), "--verify"]) == 3
         assert "reads otherwise than it was written a moment ago" in capsys.readouterr().err
 

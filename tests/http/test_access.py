@@ -1,4 +1,4 @@
-"""Who may use the HTTP endpoint: real servers, real requests; what was sent is written byte by byte."""
+"""Tests of who may use the HTTP endpoint: real servers and real requests, which are written byte by byte."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ POSTED = ("/", "/health", "/ready")
 
 
 def ask(port: int, path: str, *headers: tuple[str, bytes], method: str = "GET", body: bytes = b"") -> tuple[int, str]:
-    """(status, body)"""
+    """Return (status, body)."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
     connection.putrequest(method, path, skip_host=any(name == "Host" for name, _ in headers))
     for name, value in headers:
@@ -84,8 +84,8 @@ def test_with_a_token_everything_but_the_probes_asks_for_it(
     assert ask(port, "/status", bearer(TOKEN), ("Host", b"elsewhere.example"))[0] == 200
 
 
-def told(port: int, sent: bytes) -> bytes:
-    """The first line of the answer to what need not be a whole request."""
+def send_raw(port: int, sent: bytes) -> bytes:
+    """Send bytes that need not be a whole request, and return the first line of the answer."""
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
         connection.sendall(sent)
         with connection.makefile("rb") as answer:
@@ -95,11 +95,13 @@ def told(port: int, sent: bytes) -> bytes:
 def test_nobody_is_waited_for_who_has_no_token(start_endpoint: StartEndpoint) -> None:
     port = start_endpoint(FASTGPT2_TOKEN=TOKEN).port
     head = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n"
-    assert told(port, head + b"\r\n").startswith(b"HTTP/1.1 401 "), "of the body not a byte was sent"
-    assert told(port, head + b"X: " + b"x" * (MAX_HEAD_BYTES + 1)).startswith(b"HTTP/1.1 400 "), "the head never ends"
+    assert send_raw(port, head + b"\r\n").startswith(b"HTTP/1.1 401 "), "of the body not a byte was sent"
+    assert send_raw(port, head + b"X: " + b"x" * (MAX_HEAD_BYTES + 1)).startswith(b"HTTP/1.1 400 "), (
+        "the head never ends"
+    )
     upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: eA==\r\n"
     asked = b"GET /status HTTP/1.1\r\nHost: localhost\r\n" + upgrade + b"\r\n"
-    assert told(port, asked).startswith(b"HTTP/1.1 401 ")
+    assert send_raw(port, asked).startswith(b"HTTP/1.1 401 ")
 
 
 def test_without_a_token_only_requests_to_this_machine_by_name_are_served(start_endpoint: StartEndpoint) -> None:

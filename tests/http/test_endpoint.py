@@ -1,4 +1,4 @@
-"""The endpoint's manners: bounds, deadlines, a full queue, a Redis that is away, the same request again, its end."""
+"""Tests of the endpoint in trouble: bounds, deadlines, a full queue, no Redis, the same request again, its stop."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fastgpt2 import Client
 from fastgpt2.api.http import service
 from fastgpt2.api.http.app import create_app
 from fastgpt2.api.http.middleware import MAX_PASSED_OVER_BYTES
-from fastgpt2.api.http.monitoring import FRESH_SECONDS
+from fastgpt2.api.http.monitoring import STATUS_FRESH_SECONDS
 from fastgpt2.api.http.requests import MAX_BODY_BYTES
 from fastgpt2.system.redis_server import RedisServer
 from fastgpt2.system.up import System
@@ -40,8 +40,8 @@ def error_of(answer: httpx.Response) -> tuple[int, str]:
     return answer.status_code, answer.json()["error"]["code"]
 
 
-def raw(port: int, sent: bytes) -> tuple[int, str]:
-    """Status and text of the answer to what need not be a whole request."""
+def send_raw(port: int, sent: bytes) -> tuple[int, str]:
+    """Send bytes that need not be a whole request, and return the answer's status and text."""
     with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
         connection.sendall(sent)
         answer = http.client.HTTPResponse(connection)
@@ -49,7 +49,7 @@ def raw(port: int, sent: bytes) -> tuple[int, str]:
         return answer.status, answer.read().decode()
 
 
-def queued(client: Client) -> list[str]:
+def queued_ids(client: Client) -> list[str]:
     ids: Any = client.connection.lrange(f"rq:queue:{client.queue_name}", 0, -1)
     return [job_id.decode() for job_id in ids]
 
@@ -61,7 +61,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(start_endpoint: StartEndpoi
     endpoint = start_endpoint("--body-timeout", "0.2")
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n"
     began = time.monotonic()
-    status, text = raw(endpoint.port, head + b'{"prompt":')
+    status, text = send_raw(endpoint.port, head + b'{"prompt":')
     assert status == 408
     assert "did not come within 0.2 s" in text
     assert time.monotonic() - began < 10
@@ -70,15 +70,15 @@ def test_a_body_that_does_not_come_is_not_waited_for(start_endpoint: StartEndpoi
 
 def test_a_body_that_is_too_large(start_endpoint: StartEndpoint) -> None:
     endpoint = start_endpoint()
-    # Most clients send it all before they read an answer.
+    # Most clients send the whole body before they read an answer.
     for size in (MAX_BODY_BYTES + 1, 3 * MAX_BODY_BYTES):
         answer = httpx.post(f"{endpoint.url}/v1/completions", content=b" " * size, trust_env=False, timeout=60)
         assert answer.status_code == 413
         assert f"the body has {size} bytes; the limit is {MAX_BODY_BYTES}" in answer.json()["error"]["message"]
-    # What would take too long to pass over is refused by what it says of itself.
+    # A body too long to pass over is refused by its stated length.
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % (1 << 40)
-    assert raw(endpoint.port, head)[0] == 413
-    # And what says nothing of itself, as soon as it is too large.
+    assert send_raw(endpoint.port, head)[0] == 413
+    # A body without a stated length is refused as soon as it is too large.
     with socket.create_connection(("127.0.0.1", endpoint.port), timeout=20) as connection:
         connection.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
         chunk = b"100000\r\n" + b" " * (1 << 20) + b"\r\n"
@@ -94,7 +94,7 @@ def test_an_answer_that_comes_before_the_request_was_read_reaches_its_client(sta
     endpoint = start_endpoint(FASTGPT2_TOKEN="correct-horse-battery-staple")
     for size in (10, 1000, 100_000, 10_000_000):
         for path in ("/v1/completions", "/nothing"):
-            # Head and body in two parts, as many clients send them: the answer to the head must not break the other.
+            # Many clients send head and body in two parts; the answer to the head must not break off the body.
             connection = http.client.HTTPConnection("127.0.0.1", endpoint.port, timeout=20)
             connection.putrequest("POST", path)
             connection.putheader("Content-Length", str(size))
@@ -142,7 +142,7 @@ def test_a_path_cannot_write_lines_into_the_log(start_endpoint: StartEndpoint) -
     assert "\\n2026-01-01 INFO forged\\x1b" in line
 
 
-# What is refused, and until when.
+# Refusals, and readiness.
 
 
 def test_a_full_queue(start_endpoint: StartEndpoint, client: Client) -> None:
@@ -158,7 +158,7 @@ def test_a_full_queue(start_endpoint: StartEndpoint, client: Client) -> None:
         assert answer.headers["retry-after"] == "1"
     assert post(endpoint, "/generate", {"inputs": "a"}).json()["error_type"] == "QueueFull"
     jobs[0].cancel()
-    # Of two prompts only one has room: neither stays.
+    # If only one of two prompts has room, neither is enqueued.
     assert post(endpoint, "/v1/completions", {"prompt": ["a", "b"]}).status_code == 429
     assert client.connection.llen(f"rq:queue:{client.queue_name}") == 1
     jobs[1].cancel()
@@ -172,7 +172,7 @@ def test_too_much_waits(redis_server: RedisServer, client: Client, monkeypatch: 
             answer = web.post("/v1/completions", json={"prompt": ["a", "b"], "stream": stream})
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "service_busy")
             assert answer.headers["retry-after"] == "1"
-        assert queued(client) == []
+        assert queued_ids(client) == []
         assert web.post("/v1/completions", json={"prompt": "a"}).status_code == 504, "one may wait, if in vain"
 
 
@@ -205,12 +205,12 @@ def test_ready(start_endpoint: StartEndpoint, start_worker: StartWorker) -> None
     assert answer.status_code == 503
     assert "no worker" in answer.json()["error"]
     worker = start_worker()
-    # What Redis said is told for half a second.
-    time.sleep(FRESH_SECONDS)
+    # The endpoint repeats what Redis said for half a second.
+    time.sleep(STATUS_FRESH_SECONDS)
     assert httpx.get(f"{endpoint.url}/ready", trust_env=False).json() == {"status": "ready"}
     worker.terminate()
     worker.wait(20)
-    time.sleep(FRESH_SECONDS)
+    time.sleep(STATUS_FRESH_SECONDS)
     assert httpx.get(f"{endpoint.url}/ready", trust_env=False).status_code == 503
 
 
@@ -237,7 +237,7 @@ def test_a_redis_that_is_away(start_endpoint: StartEndpoint) -> None:
 
 
 def reads_streams(client: Client) -> bool:
-    """Whether some connection waits in a blocking read."""
+    """Tell whether some connection waits in a blocking read."""
     return any(other["cmd"] == "xread" and "b" in other["flags"] for other in client.connection.client_list())
 
 
@@ -251,11 +251,11 @@ def test_a_redis_that_goes_away_while_a_stream_waits(start_endpoint: StartEndpoi
     asker.start()
     with Client(server.url, "q") as client:
         wait_until(lambda: client.connection.llen("rq:queue:q") == 1, "the job to be enqueued")
-        # Sooner, the endpoint might not have heard that it is, and would say so.
+        # Before that, the endpoint might not have heard that the job is enqueued, and would answer with an error.
         wait_until(lambda: reads_streams(client), "the endpoint to wait for what comes of it")
         server.stop()
         server = RedisServer(server.port, tmp_path / "redis").start()
-        (job_id,) = queued(client)
+        (job_id,) = queued_ids(client)
         client.cancel(job_id)
     asker.join(30)
     server.stop()
@@ -291,11 +291,11 @@ def test_who_hung_up_may_ask_again(start_endpoint: StartEndpoint, start_worker: 
     assert post(endpoint, "/v1/completions", {"prompt": "a"}, **key).status_code == 200
 
 
-# The end.
+# The stop of the endpoint.
 
 
 def test_streams_end_with_an_event_when_the_endpoint_stops(start_endpoint: StartEndpoint, client: Client) -> None:
-    """By SIGINT here, by SIGTERM in the next test."""
+    """SIGINT stops the endpoint here, SIGTERM in the next test."""
     endpoint = start_endpoint("--timeout", "60")
     answers: list[httpx.Response] = []
     asked: list[tuple[str, Any]] = [
@@ -323,7 +323,7 @@ def test_streams_end_with_an_event_when_the_endpoint_stops(start_endpoint: Start
     assert client.connection.llen(queue) == 3, "the jobs go on"
     assert "endpoint has stopped" in endpoint.log.read_text()
     assert "Traceback" not in endpoint.log.read_text()
-    for job_id in queued(client):
+    for job_id in queued_ids(client):
         client.cancel(job_id)
 
 

@@ -1,4 +1,4 @@
-"""The page that `GET /` gives a browser, in a real one, with the whole system behind it."""
+"""Tests of the page that `GET /` gives a browser, in a real browser and with the whole system behind it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SET_HIDDEN = """(hidden) => {
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Of this module: while playwright runs, its thread has an event loop, and `asyncio.run` would refuse."""
+    """Run a browser for this module only: while playwright runs, `asyncio.run` refuses, as the thread has a loop."""
     with chromium() as browser:
         yield browser
 
@@ -59,7 +59,7 @@ def tabs(browser: Browser) -> Iterator[Tabs]:
 
 @contextmanager
 def load(system: System, count: int = 48) -> Iterator[list[Job]]:
-    """Long jobs that keep both workers busy for as long as the test needs."""
+    """Enqueue long jobs, which keep both workers busy for as long as the test needs."""
     with Client(system.redis_url) as client:
         jobs = [
             client.enqueue("a", max_new_tokens=480, ignore_eos=True, priority="low", stream=True) for _ in range(count)
@@ -73,7 +73,7 @@ def load(system: System, count: int = 48) -> Iterator[list[Job]]:
 
 @contextmanager
 def waiting_jobs(system: System, count: int) -> Iterator[None]:
-    """A queue that is never shorter, however fast the workers are: what they take is put in again."""
+    """Keep a queue from getting shorter, however fast the workers are: a new job follows for each that they take."""
     enough, jobs = threading.Event(), []
 
     def fill() -> None:
@@ -95,8 +95,8 @@ def waiting_jobs(system: System, count: int) -> Iterator[None]:
 
 
 @contextmanager
-def paused(system: System) -> Iterator[None]:
-    """The workers do nothing for a while, shorter than their leases."""
+def pause_workers(system: System) -> Iterator[None]:
+    """Pause the workers for a while that is shorter than their leases."""
     workers = [child for child in system.pool.children if child.is_worker]
     for worker in workers:
         worker.signal(signal.SIGSTOP)
@@ -108,7 +108,7 @@ def paused(system: System) -> Iterator[None]:
 
 
 def own_endpoint(system: System) -> dict[str, str]:
-    """The environment of another endpoint on the same pool."""
+    """Return the environment of another endpoint on the same pool."""
     return {"FASTGPT2_REDIS_URL": system.redis_url, "FASTGPT2_QUEUE": "fastgpt2"}
 
 
@@ -117,20 +117,20 @@ def golden_text(tokens: int) -> str:
 
 
 def text_of(value: object) -> str:
-    """Of what Redis holds."""
+    """Return the text of bytes that come from Redis."""
     assert isinstance(value, bytes)
     return value.decode()
 
 
-def ended(page: Page, text: str | re.Pattern[str]) -> None:
+def expect_end(page: Page, text: str | re.Pattern[str]) -> None:
     expect(page.locator("#answer-end")).to_contain_text(text, timeout=30_000)
 
 
-def is_serving(page: Page) -> None:
+def expect_workers(page: Page) -> None:
     expect(page.locator("#workers tbody tr")).to_have_count(2)
 
 
-def no_violations(page: Page) -> None:
+def expect_no_violations(page: Page) -> None:
     results = Axe().run(page, options={})
     assert results.violations_count == 0, results.generate_report()
     assert len(results.response["passes"]) > 15, "it looked at something"
@@ -138,7 +138,7 @@ def no_violations(page: Page) -> None:
 
 class TestDocument:
     def fetch(self, url: str, accept: str | None) -> tuple[str, dict[str, str], str]:
-        """(content type, headers by lower-case name, body)"""
+        """Return (content type, headers by lower-case name, body)."""
         headers = {} if accept is None else {"accept": accept}
         with OPENER.open(urllib.request.Request(f"{url}/", headers=headers), timeout=30) as answer:
             kind = answer.headers["content-type"]
@@ -183,10 +183,10 @@ class TestPrompt:
         page.get_by_label("At most").fill("40")
         with page.expect_response("**/v1/completions") as answered:
             page.get_by_role("button", name="Generate").click()
-        ended(page, "Stopped at the limit")
+        expect_end(page, "Stopped at the limit")
         assert page.get_by_role("log", name="Answer").text_content() == ENTRY["prompt"] + golden_text(40)
-        ended(page, f"{len(ENTRY['prompt_ids'])} + 40 tokens")
-        ended(page, "tokens/s")
+        expect_end(page, f"{len(ENTRY['prompt_ids'])} + 40 tokens")
+        expect_end(page, "tokens/s")
         expect(page.get_by_role("button", name="Generate")).to_be_enabled()
         expect(page.get_by_role("button", name="Cancel", exact=True)).to_be_disabled()
         job_id = answered.value.headers["x-job-id"]
@@ -194,15 +194,15 @@ class TestPrompt:
         expect(row).to_contain_text("finished")
         expect(row).to_contain_text(re.compile(rf"{len(ENTRY['prompt_ids'])}\s\+\s40"))
         assert ENTRY["prompt"] not in page.locator("#jobs").inner_text()
-        # Another one, in the same place.
+        # Another answer comes in the same place.
         page.get_by_label("At most").fill("3")
         page.get_by_role("button", name="Generate").click()
-        ended(page, "+ 3 tokens")
+        expect_end(page, "+ 3 tokens")
         assert page.get_by_role("log", name="Answer").text_content() == ENTRY["prompt"] + golden_text(3)
 
     def test_by_keyboard_alone(self, system: System, tabs: Tabs) -> None:
         page = tabs.open(system.http_url)
-        is_serving(page)
+        expect_workers(page)
         for _ in range(10):
             page.keyboard.press("Tab")
             if page.evaluate("document.activeElement.id") == "prompt":
@@ -212,18 +212,18 @@ class TestPrompt:
         expect(page.get_by_label("At most")).to_be_focused()
         page.keyboard.type("5")
         page.keyboard.press("Control+Enter")
-        ended(page, "+ 5 tokens")
+        expect_end(page, "+ 5 tokens")
         assert page.locator("#answer").text_content() == ENTRY["prompt"] + golden_text(5)
         expect(page.get_by_label("At most")).to_be_focused()
         page.keyboard.press("Tab")
         expect(page.get_by_role("button", name="Generate")).to_be_focused()
         page.keyboard.press("Space")
-        ended(page, "+ 5 tokens")
+        expect_end(page, "+ 5 tokens")
         expect(page.get_by_role("button", name="Generate")).to_be_focused()
 
     def test_cancelling_midway_cancels_the_job(self, system: System, tabs: Tabs) -> None:
         page = tabs.open(system.http_url)
-        is_serving(page)
+        expect_workers(page)
         page.get_by_role("textbox", name="Prompt").fill("a")
         page.get_by_label("At most").fill("480")
         with load(system, 16):
@@ -231,7 +231,7 @@ class TestPrompt:
                 page.get_by_role("button", name="Generate").click()
             expect(page.locator("#answer")).to_have_text(re.compile(r"^a.{3,}", re.DOTALL))
             page.get_by_role("button", name="Cancel", exact=True).click()
-            ended(page, re.compile("^Cancelled"))
+            expect_end(page, re.compile("^Cancelled"))
         with Client(system.redis_url) as client, pytest.raises(JobCancelled) as caught:
             client.result(answered.value.headers["x-job-id"], timeout=20)
         assert caught.value.partial is not None
@@ -257,17 +257,17 @@ class TestPrompt:
         page = tabs.open(system.http_url)
         page.get_by_role("textbox", name="Prompt").fill("the " * 700)
         page.get_by_role("button", name="Generate").click()
-        ended(page, re.compile("^Failed: .*512 positions"))
+        expect_end(page, re.compile("^Failed: .*512 positions"))
         expect(page.get_by_role("button", name="Generate")).to_be_enabled()
 
     def test_hostile_text_is_text(self, system: System, tabs: Tabs, start_endpoint: StartEndpoint) -> None:
         page = tabs.open(start_endpoint(**own_endpoint(system), FASTGPT2_SHOW_PROMPTS="1").url)
-        is_serving(page)
+        expect_workers(page)
         before = page.locator("script, img").count()
         page.get_by_role("textbox", name="Prompt").fill(HOSTILE)
         page.get_by_label("At most").fill("4")
         page.get_by_role("button", name="Generate").click()
-        ended(page, "+ 4 tokens")
+        expect_end(page, "+ 4 tokens")
         expect(page.locator("#answer .asked")).to_have_text(HOSTILE)
         expect(page.locator("#jobs td.prompt").first).to_be_visible()
         expect(page.locator("#jobs td.prompt", has_text=HOSTILE[:20])).not_to_have_count(0)
@@ -278,7 +278,7 @@ class TestPrompt:
 class TestFigures:
     def test_workers_are_listed_by_name(self, system: System, tabs: Tabs) -> None:
         page = tabs.open(system.http_url)
-        is_serving(page)
+        expect_workers(page)
         with Client(system.redis_url) as client:
             names = [text_of(key).removeprefix("rq:worker:") for key in client.connection.smembers(WORKERS_KEY)]
         assert len(names) == 2
@@ -290,7 +290,7 @@ class TestFigures:
 
     def test_load_shows_and_goes(self, system: System, tabs: Tabs) -> None:
         page = tabs.open(system.http_url)
-        is_serving(page)
+        expect_workers(page)
         depth = page.locator("figure", has_text="Queue depth")
         with waiting_jobs(system, 200):
             expect(page.locator("#state")).to_contain_text(re.compile(r"^Serving.*\s[\d,]+\swaiting"))
@@ -299,13 +299,13 @@ class TestFigures:
             expect(page.locator("#jobs [data-kind=started]").first).to_be_visible()
             occupancy = page.locator("figure", has_text="Batch occupancy").locator(".now span")
             expect(occupancy).to_have_text(re.compile(r"^[1-9]\d*\s%$"))
-            # The depth is noted every ten seconds; what was never noted cannot show afterwards.
+            # The depth is recorded every ten seconds; without a record nothing could show afterwards.
             expect(depth.get_by_role("img")).to_have_attribute("aria-label", re.compile(r"highest [\d,]{3,},"))
         expect(page.locator("#state")).to_contain_text(re.compile(r"^Idle.*\s0\swaiting"))
         expect(depth.get_by_role("img")).to_have_attribute(
             "aria-label", re.compile(r"^Queue depth, last 15 minutes: now 0, highest [\d,]{3,}, lowest 0")
         )
-        # The look back, by arrow keys: native, so that a screen reader says it.
+        # One looks back with the arrow keys, by a native control, so that a screen reader says the values.
         back = depth.get_by_role("slider", name="Queue depth: look back")
         back.focus()
         page.keyboard.press("ArrowLeft")
@@ -318,7 +318,7 @@ class TestFigures:
         page = tabs.open(system.http_url)
         with load(system, 4) as jobs:
             wait_until(lambda: jobs[2].status() == "started", "the job to start")
-            with paused(system):  # or it might end before somebody has pressed the button
+            with pause_workers(system):  # or it might end before somebody has pressed the button
                 button = page.get_by_role("button", name=f"Cancel job {jobs[2].id[:8]}")
                 button.focus()
                 page.keyboard.press("Enter")
@@ -341,7 +341,7 @@ class TestFigures:
         page.route("**/status*", note)
         page.clock.install()
         page.goto(system.http_url)
-        is_serving(page)
+        expect_workers(page)
         with page.expect_response("**/status"):
             page.clock.run_for(2_500)
         page.evaluate(SET_HIDDEN, True)
@@ -364,21 +364,21 @@ class TestToken:
         expect(field).to_be_focused()
         expect(field).to_have_attribute("type", "password")
         expect(page.locator("#prompt")).to_be_hidden()
-        no_violations(page)
+        expect_no_violations(page)
         page.keyboard.type("wrong-horse-battery-staple")
         page.keyboard.press("Enter")
         expect(page.locator("#token-note")).to_have_text("That token was refused.")
         expect(field).to_have_value("")
         page.keyboard.type(TOKEN)
         page.keyboard.press("Enter")
-        is_serving(page)
+        expect_workers(page)
         expect(page.get_by_role("textbox", name="Prompt")).to_be_focused()
         page.keyboard.type(ENTRY["prompt"])
         page.keyboard.press("Control+Enter")
-        ended(page, "+ 60 tokens")
+        expect_end(page, "+ 60 tokens")
         assert page.locator("#answer").text_content() == ENTRY["prompt"] + golden_text(60)
         page.reload()
-        is_serving(page)
+        expect_workers(page)
         assert page.evaluate("Object.values(sessionStorage)") == [TOKEN]
         assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
         assert TOKEN not in page.content()
@@ -401,7 +401,7 @@ def test_redis_goes_away_and_comes_back(tabs: Tabs, start_endpoint: StartEndpoin
         expect(page.locator("#as-of")).to_have_text(re.compile(r"as of \d\d:\d\d:\d\d"))
         expect(page.get_by_role("status").first).to_have_text("Redis is away")
         expect(page.locator("figure .now span").first, "what was known stays").to_have_text("1")
-        no_violations(page)
+        expect_no_violations(page)
         server = RedisServer(server.port, tmp_path / "redis").start()
         expect(state).to_have_text("No workers · 1\u00a0waiting")
         expect(page.locator("#as-of")).to_have_text(re.compile(r"^\d\d:\d\d:\d\d"))
@@ -413,36 +413,36 @@ class TestLook:
     @pytest.mark.parametrize("scheme", ["light", "dark"])
     def test_axe_finds_nothing(self, system: System, tabs: Tabs, scheme: str) -> None:
         page = tabs.open(system.http_url, color_scheme=scheme)
-        is_serving(page)
+        expect_workers(page)
         with load(system, 16):
             page.get_by_role("textbox", name="Prompt").fill("a")
             page.get_by_role("button", name="Generate").click()
-            ended(page, "tokens/s")
+            expect_end(page, "tokens/s")
             expect(page.locator("#jobs button:visible").first).to_be_visible()
             page.evaluate(SET_HIDDEN, True)  # so that all of it stays as it is
-        no_violations(page)
+        expect_no_violations(page)
 
     def test_a_phone_scrolls_down_only(self, system: System, tabs: Tabs) -> None:
         page = tabs.open(system.http_url, **PHONE)
-        is_serving(page)
+        expect_workers(page)
         page.get_by_role("textbox", name="Prompt").fill("x" * 300)
         page.get_by_role("button", name="Generate").click()
-        ended(page, "tokens/s")
+        expect_end(page, "tokens/s")
         with load(system):
             expect(page.locator("#jobs button:visible").first).to_be_visible()
             assert page.evaluate("document.scrollingElement.scrollWidth <= innerWidth")
-            # The tables do, each for itself, and by keyboard too.
+            # The tables scroll sideways, each for itself, and by keyboard too.
             for name in ("Workers", "Latest jobs"):
                 table = page.get_by_role("group", name=name)
                 assert table.evaluate("(element) => element.scrollWidth > element.clientWidth")
                 table.focus()
                 page.keyboard.press("ArrowRight")
                 expect(table).not_to_have_js_property("scrollLeft", 0)
-        no_violations(page)
+        expect_no_violations(page)
 
     def test_nothing_moves_for_who_asks_for_that(self, system: System, tabs: Tabs) -> None:
         page = tabs.open(system.http_url, reduced_motion="reduce")
-        is_serving(page)
+        expect_workers(page)
         page.get_by_role("textbox", name="Prompt").fill("a")
         page.get_by_label("At most").fill("480")
         with load(system, 16):
@@ -450,4 +450,4 @@ class TestLook:
             expect(page.locator("#answer.coming")).to_be_visible()
             assert page.evaluate("document.getAnimations().length") == 0
             page.get_by_role("button", name="Cancel", exact=True).click()
-            ended(page, "Cancelled")
+            expect_end(page, "Cancelled")

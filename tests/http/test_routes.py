@@ -1,4 +1,4 @@
-"""The HTTP endpoint, over real HTTP, with real workers behind it."""
+"""Tests of the HTTP endpoint, over real HTTP and with real workers behind it."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from fastgpt2.errors import JobCancelled
 from fastgpt2.system.redis_server import RedisServer
 from fastgpt2.system.up import System
 
-# Past any proxy that the environment names.
+# It ignores any proxy that the environment names.
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 ENTRIES: list[dict[str, Any]] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"]
 ENTRY = ENTRIES[0]
 
 
 def call(url: str, body: Any = None, method: str | None = None) -> tuple[int, str, Any]:
-    """(status, content type, body, parsed if it is JSON)"""
+    """Return (status, content type, body); a JSON body is parsed."""
     data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"content-type": "application/json"}, method=method)
     try:
@@ -75,7 +75,7 @@ def test_the_fields_of_a_job(system: System) -> None:
     (answer,) = call(url, {"inputs": ENTRY["prompt"], "parameters": parameters})[2]
     assert answer["generated_text"] == ENTRY["prompt"] + text
     assert [entry["token_id"] for entry in answer["logprobs"]] == ENTRY["ids"][:9]
-    # Token ids: the worker knows how they read.
+    # With token ids as the prompt, the worker knows its text.
     parameters = {"max_new_tokens": 9, "ignore_eos": True}
     prompt = next(entry for entry in ENTRIES if entry["prompt"] == "My name is")
     own = text_of(prompt["ids"][:9])
@@ -116,7 +116,7 @@ def test_status_tells_queue_jobs_and_workers(system: System) -> None:
             assert worker["age_seconds"] >= 0
             assert worker["heartbeat_age_seconds"] < 60
             assert Path(f"/proc/{worker['pid']}").exists()
-        # More than two workers take at once.
+        # These are more jobs than two workers decode at once.
         room = sum(worker["max_batch"] for worker in before["workers"])
         low: dict[str, Any] = {"priority": "low", "max_new_tokens": 480, "ignore_eos": True}
         jobs = [client.enqueue("a", **low) for _ in range(room + 5)]
@@ -190,7 +190,7 @@ def test_a_page_of_another_site_is_refused(system: System) -> None:
 
 
 def test_more_requests_wait_than_redis_py_allows_connections(system: System) -> None:
-    """Its own limit is 100 a pool."""
+    """The library's own limit is 100 connections for a pool."""
     statuses: list[int] = []
     body = {"inputs": "a", "parameters": {"max_new_tokens": 1}}
     threads = [

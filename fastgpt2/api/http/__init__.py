@@ -1,1 +1,1 @@
-"""The HTTP endpoint; uses client, pool, page and protocol."""
+"""The room of the HTTP endpoint; it uses client, pool, page, protocol and the records of a generation."""

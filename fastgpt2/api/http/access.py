@@ -1,4 +1,4 @@
-"""Who may use the HTTP endpoint: a bearer token, and without one this machine only."""
+"""The check of who may use the HTTP endpoint: whoever has the token, and without a token this machine only."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ if TYPE_CHECKING:
 
 MIN_TOKEN_CHARACTERS = 16
 MAX_TOKEN_CHARACTERS = 1024
-# Probes have no token. None of these tells more than that this process answers and whether the pool serves.
-_OPEN = frozenset((method, path) for method in ("GET", "HEAD") for path in ("/", "/health", "/ready"))
+# Probes have no token. These routes only tell that this process answers, and whether the pool serves.
+OPEN_ROUTES = frozenset((method, path) for method in ("GET", "HEAD") for path in ("/", "/health", "/ready"))
 
 
 def read_token(file: str | None) -> str | None:
-    """The token of `FASTGPT2_TOKEN`, or of the first line of a file; None if there is neither.
+    """Return the token of `FASTGPT2_TOKEN` or of the first line of a file; None if there is neither.
 
-    There is no option for it: the arguments of a process can be read by every user of the machine.
+    No option holds a token, since every user of the machine can read the arguments of a process.
 
     Raises:
-        BadRequest: both are given, the file cannot be read, or it is no token; the message does not quote it.
+        BadRequest: both are given, the file cannot be read, or the text cannot be a token. The message does not quote
+            the token.
     """
     token = settings.TOKEN.resolve()
     source = settings.TOKEN.variable
@@ -55,10 +56,10 @@ def read_token(file: str | None) -> str | None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach what is bound to an address or a name.
+    """Tell whether only this machine can reach a socket that is bound to this address or name.
 
     Raises:
-        BadRequest: a name that nobody knows.
+        BadRequest: the name is unknown.
     """
     try:
         found = {info[4][0] for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
@@ -77,23 +78,23 @@ def _is_loopback_address(text: str) -> bool:
 
 
 def refuse_exposure(host: str, token: str | None, insecure: bool) -> None:
-    """Raise BadRequest where everybody who reaches the machine could use the endpoint, and nobody said so."""
+    """Raise BadRequest if everybody who reaches the machine could use the endpoint, unless `insecure` allows it."""
     if token is None and not insecure and not is_loopback(host):
         raise BadRequest(
             f"{host} can be reached from other machines, and there is no token: set FASTGPT2_TOKEN or --token-file, "
-            "bind to 127.0.0.1, or say --insecure if something else keeps strangers out"
+            "listen on --host 127.0.0.1, or give --insecure if something else keeps strangers out"
         )
 
 
 class Access:
-    """ASGI middleware that refuses a request before its body is read.
+    """Middleware that refuses a request before its body is read.
 
     Args:
-        token: what every request must bear, those for the page's frame and of probes apart.
-        local: without a token, the name or address of this machine that it is asked by; None if any name will do. Only
-            requests to that name, or another of this machine's, are then served: a web page could have its own name
-            lead here (DNS rebinding), and would pass for one of ours.
-        refuse: makes the answer of an error.
+        token: the token that every request must bear, except those for the page's frame and those of probes.
+        local: where there is no token, the name or address by which this machine is asked; None if any name will do.
+            Only requests to this name, or to another of this machine's names, are then served. Otherwise a web page
+            could have its own name lead here (DNS rebinding), and would pass for the endpoint's own page.
+        refuse: makes the response for an error.
     """
 
     def __init__(
@@ -105,19 +106,18 @@ class Access:
         self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        error = self._objection(scope) if scope["type"] == "http" else None
-        await (self._app if error is None else self._refuse(error, scope))(scope, receive, send)
+        error = self._find_objection(scope) if scope["type"] == "http" else None
+        answer = self._app if error is None else self._refuse(error, scope)
+        await answer(scope, receive, send)
 
-    def _objection(self, scope: Scope) -> FastGPT2Error | None:
-        if (scope["method"], scope["path"]) in _OPEN:
+    def _find_objection(self, scope: Scope) -> FastGPT2Error | None:
+        if (scope["method"], scope["path"]) in OPEN_ROUTES:
             return None
         if self._expected is not None:
-            return (
-                None
-                if self._bears_token(scope)
-                else Unauthorized("this endpoint asks for a token: send Authorization: Bearer TOKEN")
-            )
-        host = _only(scope, b"host").decode("latin-1")
+            if _bears_token(scope, self._expected):
+                return None
+            return Unauthorized("this endpoint asks for a token: send the header Authorization: Bearer TOKEN")
+        host = _single_header(scope, b"host").decode("latin-1")
         if self._own_names is not None and not _is_host_of(host, self._own_names):
             return ForbiddenOrigin(
                 f"this endpoint serves its own machine only, and {host[:100]!r} is not its name: ask 127.0.0.1 or "
@@ -125,22 +125,21 @@ class Access:
             )
         return None
 
-    def _bears_token(self, scope: Scope) -> bool:
-        assert self._expected is not None
-        given = _only(scope, b"authorization")
-        scheme, _, token = given.partition(b" ")
-        # The scheme is case-insensitive (RFC 9110, 11.1). All of the token is compared, however early it differs.
-        return hmac.compare_digest(scheme.capitalize() + b" " + token.strip(), self._expected)
+
+def _bears_token(scope: Scope, expected: bytes) -> bool:
+    scheme, _, token = _single_header(scope, b"authorization").partition(b" ")
+    # The scheme is case-insensitive (RFC 9110, 11.1). The whole token is compared, however early a difference comes.
+    return hmac.compare_digest(scheme.capitalize() + b" " + token.strip(), expected)
 
 
-def _only(scope: Any, name: bytes) -> bytes:
-    """The value of a header; nothing if it is not there or there twice."""
+def _single_header(scope: Any, name: bytes) -> bytes:
+    """Return the value of a header; nothing if the request has none of that name, or more than one."""
     values: list[bytes] = [value for key, value in scope["headers"] if key == name]
     return values[0] if len(values) == 1 else b""
 
 
 def _is_host_of(host: str, names: set[str]) -> bool:
-    """Whether a Host header, with or without a port, has one of the names or a loopback address."""
+    """Tell whether a Host header, with or without a port, holds one of the names or a loopback address."""
     found = re.fullmatch(r"(?:\[([^\[\]]+)\]|([^:\[\]]+))(?::\d*)?", host)
     if found is None:
         return False

@@ -1,4 +1,4 @@
-"""The HTTP application: its routes, and what stands around them."""
+"""The HTTP application: its routes, the middleware around them, and the handlers of errors."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from fastgpt2.api.http import responses as answers
 from fastgpt2.api.http.access import Access
 from fastgpt2.api.http.completions import Completions
 from fastgpt2.api.http.generate import Generate
 from fastgpt2.api.http.jobs import Jobs
-from fastgpt2.api.http.middleware import Lingering, RequestLog
-from fastgpt2.api.http.monitoring import Observe
+from fastgpt2.api.http.middleware import LingeringClose, RequestLog
+from fastgpt2.api.http.monitoring import Monitoring
 from fastgpt2.api.http.openapi import show_document
+from fastgpt2.api.http.responses import handle_error, handle_unforeseen, handle_unknown_route, respond
 from fastgpt2.api.http.service import Bounds, Models, Service
 from fastgpt2.errors import FastGPT2Error
 
@@ -35,56 +35,60 @@ def create_app(
     token: str | None = None,
     local: str | None = "localhost",
 ) -> Starlette:
-    """The ASGI application; see `Service`, and `Access` for the last two.
+    """Return the ASGI application of the endpoint.
+
+    Args:
+        bounds, stopping: see `Service`.
+        token, local: see `Access`.
 
     Raises:
-        BadRequest: not a Redis URL.
+        BadRequest: the Redis URL cannot be used.
     """
     service = Service(redis_url, queue, bounds, stopping)
-    observe, completions = Observe(service), Completions(service, Models(service.client))
+    monitoring, completions = Monitoring(service), Completions(service, Models(service.client))
     generate, jobs = Generate(service), Jobs(service)
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
-        async with service.running():
-            history = asyncio.create_task(observe.keep_history())
+        async with service.run():
+            history = asyncio.create_task(monitoring.keep_history())
             yield
             history.cancel()
 
     routes: dict[str, dict[str, Handler]] = {
-        "/": {"GET": observe.home, "POST": generate.original},
+        "/": {"GET": monitoring.home, "POST": generate.original},
         "/generate": {"POST": generate.generate},
         "/generate_stream": {"POST": generate.generate_stream},
         "/v1/completions": {"POST": completions.create},
         "/v1/models": {"GET": completions.list_models},
         "/v1/models/{model:path}": {"GET": completions.show_model},
-        "/v1/jobs": {"GET": observe.jobs, "POST": jobs.create},
+        "/v1/jobs": {"GET": monitoring.jobs, "POST": jobs.create},
         "/v1/jobs/{job_id}": {"GET": jobs.show, "DELETE": jobs.cancel},
         "/v1/jobs/{job_id}/stream": {"GET": jobs.follow},
-        "/health": {"GET": observe.health},
-        "/ready": {"GET": observe.ready},
-        "/status": {"GET": observe.status},
-        "/metrics": {"GET": observe.metrics},
+        "/health": {"GET": monitoring.health},
+        "/ready": {"GET": monitoring.ready},
+        "/status": {"GET": monitoring.status},
+        "/metrics": {"GET": monitoring.metrics},
         "/openapi.json": {"GET": show_document},
     }
     return Starlette(
         routes=[_route(path, handlers) for path, handlers in routes.items()],
         middleware=[
             Middleware(RequestLog),
-            Middleware(Lingering),
-            Middleware(Access, token=token, local=local, refuse=answers.answer),
+            Middleware(LingeringClose),
+            Middleware(Access, token=token, local=local, refuse=respond),
         ],
         exception_handlers={
-            FastGPT2Error: answers.refuse,
-            HTTPException: answers.refuse_route,
-            Exception: answers.own_fault,
+            FastGPT2Error: handle_error,
+            HTTPException: handle_unknown_route,
+            Exception: handle_unforeseen,
         },
         lifespan=lifespan,
     )
 
 
 def _route(path: str, handlers: Mapping[str, Handler]) -> Route:
-    """One for all methods of a path, so that what is refused is told all that are not."""
+    """Return one route for all methods of a path, so that the refusal of another method lists them all."""
 
     async def handle(request: Request) -> Response:
         return await handlers["GET" if request.method == "HEAD" else request.method](request)

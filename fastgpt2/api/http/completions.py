@@ -19,14 +19,14 @@ from fastgpt2.api.http.requests import read_object
 from fastgpt2.api.http.responses import (
     JSON,
     KEEP_ALIVE,
-    Appended,
+    AppendOnlyTexts,
     BadField,
     EventStream,
     ModelUnknown,
     error_object,
     event,
 )
-from fastgpt2.api.http.service import Models, Service, Waiting
+from fastgpt2.api.http.service import Models, PendingJobs, Service
 from fastgpt2.engine.decoding.records import MAX_NEW_TOKENS, GenerationResult, TokenLogprob
 from fastgpt2.errors import BadRequest, FastGPT2Error, PromptTooLong
 from fastgpt2.protocol.messages import Piece
@@ -45,13 +45,13 @@ class Completions:
     async def list_models(self, _request: Request) -> Response:
         """`GET /v1/models`"""
         return JSON(
-            {"object": "list", "data": [_model_object(*pair) for pair in sorted((await self._models.served()).items())]}
+            {"object": "list", "data": [_model_object(*pair) for pair in sorted((await self._models.read()).items())]}
         )
 
     async def show_model(self, request: Request) -> Response:
         """`GET /v1/models/{model}`"""
         name = request.path_params["model"]
-        served = await self._models.served()
+        served = await self._models.read()
         if name not in served:
             raise _unknown(name, served)
         return JSON(_model_object(name, served[name]))
@@ -60,7 +60,7 @@ class Completions:
         """`POST /v1/completions`"""
         body = await read_object(request, self._service.bounds.body_timeout, EXAMPLE)
         completion = parse_completion(body)
-        served = await self._models.served()
+        served = await self._models.read()
         # Without a worker nobody knows: the job waits for one.
         if completion.model is not None and served and completion.model not in served:
             raise _unknown(completion.model, served)
@@ -85,15 +85,15 @@ class Completions:
     ) -> AsyncIterator[tuple[Mapping[str, str], AsyncIterator[bytes]]]:
         try:
             async with self._service.submit(request, completion.plans, completion.asked) as waiting:
-                served = await self._models.served()
+                served = await self._models.read()
                 model = completion.model or next(iter(served), "")
                 yield _headers(waiting), _chunks(waiting, completion, _envelope(waiting, model))
         except FastGPT2Error as error:
             raise in_this_apis_words(error) from None
 
 
-async def _chunks(waiting: Waiting, completion: Completion, envelope: dict[str, Any]) -> AsyncIterator[bytes]:
-    results, appended = [], Appended()
+async def _chunks(waiting: PendingJobs, completion: Completion, envelope: dict[str, Any]) -> AsyncIterator[bytes]:
+    results, appended = [], AppendOnlyTexts()
     usage = {"usage": None} if completion.include_usage else {}
     async for item in waiting.events():
         if item is None:
@@ -129,12 +129,12 @@ def _model_object(name: str, created: int) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": created, "owned_by": "fastgpt2"}
 
 
-def _headers(waiting: Waiting) -> dict[str, str]:
+def _headers(waiting: PendingJobs) -> dict[str, str]:
     """The job by which a request can be cancelled or looked up, if it is one."""
     return {"x-job-id": waiting.jobs[0].id} if len(waiting.jobs) == 1 else {}
 
 
-def _envelope(waiting: Waiting, model: str) -> dict[str, Any]:
+def _envelope(waiting: PendingJobs, model: str) -> dict[str, Any]:
     return {
         "id": f"cmpl-{waiting.jobs[0].id}",
         "object": "text_completion",

@@ -16,8 +16,8 @@ from starlette.responses import Response
 from fastgpt2.api.client.enqueue import JobPlan, plan_job
 from fastgpt2.api.client.outcome import unwrapped
 from fastgpt2.api.http.requests import read_object
-from fastgpt2.api.http.responses import JSON, KEEP_ALIVE, Appended, EventStream, error_object, event
-from fastgpt2.api.http.service import Service, Waiting
+from fastgpt2.api.http.responses import JSON, KEEP_ALIVE, AppendOnlyTexts, EventStream, error_object, event
+from fastgpt2.api.http.service import PendingJobs, Service
 from fastgpt2.engine.decoding.records import GenerationResult, TokenLogprob
 from fastgpt2.errors import BadRequest, FastGPT2Error
 from fastgpt2.protocol.messages import Piece, refuse_unknown, result_to_json
@@ -157,10 +157,10 @@ class Generate:
             yield {"x-job-id": waiting.jobs[0].id}, _token_events(waiting, asked)
 
 
-async def _token_events(waiting: Waiting, asked: Generation) -> AsyncIterator[bytes]:
+async def _token_events(waiting: PendingJobs, asked: Generation) -> AsyncIterator[bytes]:
     """An event for each token as soon as the next one, or the end, tells what it adds to the text."""
     text, tokens = "", list[TokenLogprob]()
-    sent, appended = 0, Appended()
+    sent, appended = 0, AppendOnlyTexts()
     async for item in waiting.events():
         if item is None:
             yield KEEP_ALIVE

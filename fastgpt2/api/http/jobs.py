@@ -14,7 +14,7 @@ from fastgpt2.api.client.enqueue import once_each, plan_job
 from fastgpt2.api.client.outcome import Outcome, job_key, unwrapped
 from fastgpt2.api.http.requests import read_object
 from fastgpt2.api.http.responses import JSON, KEEP_ALIVE, EventStream, error_object, event
-from fastgpt2.api.http.service import Service, Waiting, idempotency_key
+from fastgpt2.api.http.service import PendingJobs, Service, idempotency_key
 from fastgpt2.api.pool.job_list import epoch
 from fastgpt2.errors import BadRequest, FastGPT2Error, JobFailed, JobNotFound
 from fastgpt2.protocol.connection import redis_errors
@@ -57,7 +57,7 @@ class Jobs:
         wait = _number(request, "wait", 0.0, MAX_WAIT_SECONDS)
         if wait:
             with self._service.attend(request, job_id, streamed=False, timeout=wait) as waiting:
-                await waiting.settle()
+                await waiting.wait()
         return JSON(await self._described(job_id), headers={"x-job-id": job_id})
 
     async def follow(self, request: Request) -> Response:
@@ -119,7 +119,7 @@ class Jobs:
         return {**described, **_end(await self._client.outcome(job_id))}
 
 
-async def _text_events(waiting: Waiting, known: int) -> AsyncIterator[bytes]:
+async def _text_events(waiting: PendingJobs, known: int) -> AsyncIterator[bytes]:
     """Each event's id is how many characters there are with it, so that a reader who comes again goes on from there."""
     async for item in waiting.events():
         if item is None:

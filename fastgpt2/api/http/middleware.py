@@ -1,7 +1,7 @@
-"""Answers that come before the request has been read: they must reach a client that still sends it.
+"""The ASGI middleware around all routes: the log of requests, and answers that must reach a client still sending.
 
-A server that answers and closes while data is on its way to it has the system reset the connection, and most clients
-then never see the answer (RFC 9112, 9.6).
+An answer may come before its request has been read. If the server then closes while data is still coming, the system
+resets the connection, and most clients never see the answer (RFC 9112, 9.6). `LingeringClose` prevents that.
 """
 
 from __future__ import annotations
@@ -17,59 +17,70 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+log = logging.getLogger("fastgpt2.http")
 
-# So much is read and passed over, and for so long.
+# The limits for the rest of a request that is read and thrown away.
 MAX_PASSED_OVER_BYTES = 64 << 20
 LINGER_SECONDS = 5.0
-_SAY_THAT_THERE_IS_A_BODY = (b"content-length", b"transfer-encoding")
+
+# A request with one of these headers has a body.
+_BODY_HEADERS = (b"content-length", b"transfer-encoding")
+
+REQUEST_ID = b"x-request-id"
+JOB_ID = b"x-job-id"
+
+# These are asked for so often that lines of their success would fill the log.
+_QUIET_PATHS = frozenset({"/", "/health", "/ready", "/metrics", "/status", "/v1/jobs"})
 
 
-class Lingering:
-    """ASGI middleware. Sends an answer whole, and only then, before it is said to be over, reads what was not read."""
+class LingeringClose:
+    """Middleware that sends a whole answer, and reads the rest of the request before it ends the answer."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not any(name in _SAY_THAT_THERE_IS_A_BODY for name, _ in scope["headers"]):
-            await self._app(scope, receive, send)
+        if scope["type"] == "http" and any(name in _BODY_HEADERS for name, _ in scope["headers"]):
+            exchange = _LingeringExchange(receive, send)
+            receive, send = exchange.receive, exchange.send
+        await self._app(scope, receive, send)
+
+
+class _LingeringExchange:
+    """One request with a body, and its answer."""
+
+    def __init__(self, receive: Receive, send: Send) -> None:
+        self._receive, self._send = receive, send
+        self._is_read = False
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._is_read = self._is_read or not message.get("more_body", False)
+        return message
+
+    async def send(self, message: Message) -> None:
+        is_last = message["type"] == "http.response.body" and not message.get("more_body", False)
+        if self._is_read or not is_last:
+            await self._send(message)
             return
-        read = False
+        await self._send({**message, "more_body": True})
+        await self._pass_over_rest()
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
-        async def noting() -> Message:
-            nonlocal read
-            message = await receive()
-            read = read or not message.get("more_body", False)
-            return message
-
-        async def lingering(message: Message) -> None:
-            over = message["type"] == "http.response.body" and not message.get("more_body", False)
-            if read or not over:
-                await send(message)
-                return
-            await send({**message, "more_body": True})
-            left = MAX_PASSED_OVER_BYTES
-            with suppress(TimeoutError):
-                async with asyncio.timeout(LINGER_SECONDS):
-                    while not read and left > 0:
-                        left -= len((await noting()).get("body", b""))
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-        await self._app(scope, noting, lingering)
-
-
-# NOTE api.http.request_log: Each request has an id, in its answer and in the log, where it takes a line: what, how it
-# went, how long it took.
-log = logging.getLogger("fastgpt2.http")
-REQUEST_ID = b"x-request-id"
-JOB_ID = b"x-job-id"
-
-# Asked for so often that lines of their success would be all there is to read.
-_QUIET = frozenset({"/", "/health", "/ready", "/metrics", "/status", "/v1/jobs"})
+    async def _pass_over_rest(self) -> None:
+        left = MAX_PASSED_OVER_BYTES
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_SECONDS):
+                while not self._is_read and left > 0:
+                    left -= len((await self.receive()).get("body", b""))
 
 
 class RequestLog:
-    """ASGI middleware, the outermost. Takes over the id that a client or a proxy gives, if it is a plain word."""
+    """The outermost middleware: it gives each request an id, in the answer and in the request's line of the log.
+
+    The line says what was asked, how that went, and how long it took. An id that a client or a proxy gives is kept, if
+    it is a plain word.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -78,38 +89,50 @@ class RequestLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began = time.perf_counter()
-        request_id = _given(scope) or uuid.uuid4().hex
-        status, job_id, whole = 0, "", False
-
-        async def noting(message: Message) -> None:
-            nonlocal status, job_id, whole
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                headers = list(message.get("headers", ()))
-                job_id = next((value.decode("latin-1") for name, value in headers if name == JOB_ID), "")
-                message = {**message, "headers": [*headers, (REQUEST_ID, request_id.encode())]}
-            elif message["type"] == "http.response.body":
-                whole = not message.get("more_body", False)
-            await send(message)
-
+        answer = _LoggedAnswer(scope, send)
         try:
-            await self._app(scope, receive, noting)
+            await self._app(scope, receive, answer.send)
         finally:
-            level = (
-                logging.DEBUG
-                if scope["path"] in _QUIET and status < 400 and scope["method"] != "POST"
-                else logging.INFO
-            )
-            log.log(
-                level,
-                "%s %s %d in %.1f ms%s%s, request %s",
-                *(scope["method"], ascii(scope["path"][:200])[1:-1], status, (time.perf_counter() - began) * 1e3),
-                *("" if whole else ", cut short", f", job {job_id}" if job_id else "", request_id),
-            )
+            answer.write_line()
 
 
-def _given(scope: Scope) -> str | None:
+class _LoggedAnswer:
+    """The answer to one request."""
+
+    def __init__(self, scope: Scope, send: Send) -> None:
+        self._began = time.perf_counter()
+        self._scope, self._send = scope, send
+        self._request_id = _find_request_id(scope) or uuid.uuid4().hex
+        self._status, self._job_id, self._is_whole = 0, "", False
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._status = message["status"]
+            headers = list(message.get("headers", ()))
+            self._job_id = next((value.decode("latin-1") for name, value in headers if name == JOB_ID), "")
+            message = {**message, "headers": [*headers, (REQUEST_ID, self._request_id.encode())]}
+        elif message["type"] == "http.response.body":
+            self._is_whole = not message.get("more_body", False)
+        await self._send(message)
+
+    def write_line(self) -> None:
+        method, path = self._scope["method"], self._scope["path"]
+        is_quiet = path in _QUIET_PATHS and self._status < 400 and method != "POST"
+        log.log(
+            logging.DEBUG if is_quiet else logging.INFO,
+            "%s %s %d in %.1f ms%s%s, request %s",
+            method,
+            ascii(path[:200])[1:-1],
+            self._status,
+            (time.perf_counter() - self._began) * 1e3,
+            "" if self._is_whole else ", cut short",
+            f", job {self._job_id}" if self._job_id else "",
+            self._request_id,
+        )
+
+
+def _find_request_id(scope: Scope) -> str | None:
+    """Return the id that the request brings; None if there is none, more than one, or one that is not a plain word."""
     values = [value for name, value in scope["headers"] if name == REQUEST_ID]
     if len(values) != 1 or not re.fullmatch(rb"[A-Za-z0-9._:-]{1,128}", values[0]):
         return None

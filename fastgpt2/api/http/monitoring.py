@@ -1,11 +1,13 @@
-"""What an operator, a probe or Prometheus asks: alive, ready, status, metrics, the latest jobs; and the page."""
+"""The routes for an operator, a probe or Prometheus: alive, ready, status, metrics, the list of jobs; and the page."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, Generic, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
@@ -13,37 +15,55 @@ from starlette.responses import PlainTextResponse, Response
 from fastgpt2.api.http.jobs import DEFAULT_LISTED, MAX_LISTED
 from fastgpt2.api.http.responses import JSON
 from fastgpt2.api.http.service import Service
-from fastgpt2.api.pool.job_list import listed
-from fastgpt2.api.pool.status import not_ready, read_status, sample
+from fastgpt2.api.pool.job_list import list_jobs
+from fastgpt2.api.pool.status import check_readiness, read_status, record_depth
 from fastgpt2.errors import BadRequest, FastGPT2Error, QueueUnavailable
 from fastgpt2.protocol.connection import redis_errors
 
 log = logging.getLogger("fastgpt2.http")
 
-# However many ask, Redis is asked so often at most.
-FRESH_SECONDS = 0.5
-SAMPLE_SECONDS = 10.0
+# Redis is asked at most once in this time for each figure, however many clients ask.
+STATUS_FRESH_SECONDS = 0.5
+DEPTH_SECONDS = 10.0
+
+T = TypeVar("T")
 
 
 class NotReady(FastGPT2Error):
-    """No worker could take a job now."""
+    """Raised if no worker can take a job now, or if the endpoint is being stopped."""
 
     http_status = 503
 
 
-class Observe:
-    """The routes."""
+class FreshValue(Generic[T]):
+    """A value that is read again once it is older than `STATUS_FRESH_SECONDS`, for one request at a time."""
+
+    def __init__(self, read: Callable[[], Awaitable[T]]) -> None:
+        self._read = read
+        self._reading = asyncio.Lock()
+        self._read_at = -math.inf
+
+    async def get(self) -> T:
+        """Return the value; raise what reading it raises."""
+        async with self._reading:
+            if time.monotonic() - self._read_at > STATUS_FRESH_SECONDS:
+                self._value = await self._read()
+                self._read_at = time.monotonic()
+            return self._value
+
+
+class Monitoring:
+    """The handlers of these routes."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
         self._client = service.client
-        self._statuses: dict[bool, tuple[float, dict[str, Any]]] = {}
-        self._reading = asyncio.Lock()
-        self._readiness: tuple[float, str | None] | None = None
-        self._asking = asyncio.Lock()
+        self._obstacle = FreshValue(self._find_obstacle)
+        self._status = FreshValue(lambda: self._read_status(history=False))
+        self._status_with_history = FreshValue(lambda: self._read_status(history=True))
 
     async def home(self, request: Request) -> Response:
-        """`GET /`: the page for a browser; `Ok` for a program, as the original has it."""
+        """Answer `GET /`: with the page for a browser, with `Ok` for a program, as the original does."""
         if "text/html" not in request.headers.get("accept", ""):
             return PlainTextResponse("Ok", headers={"vary": "accept"})
         from fastgpt2.api.page import page
@@ -52,84 +72,79 @@ class Observe:
         return Response(body, headers={**headers, "vary": "accept"})
 
     async def health(self, _request: Request) -> Response:
-        """`GET /health`: this process answers. Says nothing of Redis or of workers; `/ready` does."""
+        """Answer `GET /health`: this process lives. Whether Redis and workers do is for `/ready` to tell."""
         return JSON({"status": "ok"})
 
     async def ready(self, _request: Request) -> Response:
-        """`GET /ready`: whether a job that is sent now would be run. Open to strangers: no name or address is in it.
+        """Answer `GET /ready`: a job that is sent now would be run. It names no host, as anybody may ask.
 
         Raises:
             NotReady
         """
         if self._service.stopping:
             raise NotReady("the endpoint is being stopped")
-        reason = await self._why_not_ready()
-        if reason is not None:
-            raise NotReady(reason)
+        obstacle = await self._obstacle.get()
+        if obstacle is not None:
+            raise NotReady(obstacle)
         return JSON({"status": "ready"})
 
-    async def _why_not_ready(self) -> str | None:
-        async with self._asking:
-            if self._readiness is None or time.monotonic() - self._readiness[0] > FRESH_SECONDS:
-                try:
-                    with redis_errors(self._client.redis_url):
-                        reason = await not_ready(self._client.connection, self._client.queue_name)
-                except QueueUnavailable:
-                    reason = "Redis cannot be used; /status says why"
-                self._readiness = time.monotonic(), reason
-            return self._readiness[1]
+    async def _find_obstacle(self) -> str | None:
+        try:
+            with redis_errors(self._client.redis_url):
+                return await check_readiness(self._client.connection, self._client.queue_name)
+        except QueueUnavailable:
+            return "Redis cannot be used; /status says why"
 
     async def status(self, request: Request) -> Response:
-        """`GET /status`, with `?history=true` for the last minutes."""
-        return JSON(await self._status(_flag(request, "history")))
+        """Answer `GET /status`: the state of the pool, with `?history=true` also that of the last 15 minutes."""
+        history = _parse_flag(request, "history")
+        return JSON(await (self._status_with_history if history else self._status).get())
 
-    async def _status(self, history: bool) -> dict[str, Any]:
-        async with self._reading:
-            read_at, status = self._statuses.get(history, (0.0, {}))
-            if not status or time.monotonic() - read_at > FRESH_SECONDS:
-                with redis_errors(self._client.redis_url):
-                    status = await read_status(self._client.connection, self._client.queue_name, history)
-                self._statuses[history] = time.monotonic(), status
-            return status
+    async def _read_status(self, history: bool) -> dict[str, Any]:
+        with redis_errors(self._client.redis_url):
+            return await read_status(self._client.connection, self._client.queue_name, history)
 
     async def metrics(self, request: Request) -> Response:
-        """`GET /metrics`, for Prometheus."""
-        from fastgpt2.api.pool.prometheus import exposition
+        """Answer `GET /metrics`, for Prometheus."""
+        from fastgpt2.api.pool.prometheus import render_metrics
 
         with redis_errors(self._client.redis_url):
-            kind, body = await exposition(
+            kind, body = await render_metrics(
                 self._client.connection, self._client.queue_name, request.headers.get("accept", "")
             )
         return Response(body, headers={"content-type": kind})
 
     async def jobs(self, request: Request) -> Response:
-        """`GET /v1/jobs?limit=20`: those in hand, and the latest that have ended."""
-        limit = _limit(request)
-        status = await self._status(False)
-        jobs = await listed(self._client, status["workers"], limit, self._service.bounds.show_prompts)
+        """Answer `GET /v1/jobs?limit=20`: the jobs that workers have claimed, and the latest that have ended."""
+        limit = _parse_limit(request)
+        status = await self._status.get()
+        jobs = await list_jobs(self._client, status["workers"], limit, self._service.bounds.show_prompts)
         return JSON({"object": "list", "data": jobs})
 
     async def keep_history(self) -> None:
-        """A task: workers tell what they do, but only an endpoint sees a queue that nobody serves."""
+        """Record the queue's depth every ten seconds, until cancelled.
+
+        Workers report what they do, but only an endpoint sees a queue that nobody serves.
+        """
         while True:
             try:
                 with redis_errors(self._client.redis_url):
-                    await sample(self._client.connection, self._client.queue_name)
+                    await record_depth(self._client.connection, self._client.queue_name)
             except QueueUnavailable:
-                pass  # whoever asks is told
+                pass  # whoever asks the endpoint is told
             except Exception:
-                log.exception("unforeseen, while noting the queue's depth; going on")
-            await asyncio.sleep(SAMPLE_SECONDS)
+                log.exception("an unforeseen error while the queue's depth was recorded; going on")
+            await asyncio.sleep(DEPTH_SECONDS)
 
 
-def _flag(request: Request, name: str) -> bool:
+def _parse_flag(request: Request, name: str) -> bool:
     text = request.query_params.get(name, "false").lower()
     if text not in ("true", "false", "1", "0"):
         raise BadRequest(f"{name} must be true or false, not {text[:40]!r}")
     return text in ("true", "1")
 
 
-def _limit(request: Request) -> int:
+def _parse_limit(request: Request) -> int:
     text = request.query_params.get("limit", str(DEFAULT_LISTED))
     if not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) <= MAX_LISTED:
         raise BadRequest(f"limit must be a whole number from 1 to {MAX_LISTED}, not {text[:40]!r}")

@@ -1,4 +1,4 @@
-"""Who asked: the request's body, read within its bounds, and whether anybody still waits for the answer."""
+"""What comes from a client: the body of a request, read within its bounds, and the news that the client is gone."""
 
 from __future__ import annotations
 
@@ -14,40 +14,42 @@ from fastgpt2.errors import BadRequest, ForbiddenOrigin, RequestTooLarge, Reques
 MAX_BODY_BYTES = 8 << 20
 
 
-class CallerGone(BadRequest):
-    """The client has hung up; nobody reads what is answered."""
+class ClientGone(BadRequest):
+    """Raised if the client has closed the connection, so that nobody reads the answer."""
 
     http_status = 499  # as nginx logs it
 
 
 async def read_object(request: Request, seconds: float, example: str) -> dict[str, Any]:
-    """The JSON object in the body, read only up to the limit and only for so long.
+    """Read the JSON object in the body, up to `MAX_BODY_BYTES` and for at most `seconds`.
 
     Args:
-        example: a body that would do, for the message.
+        example: a body that would be accepted, for the error message.
 
     Raises:
         RequestTooLarge, RequestTooSlow, ForbiddenOrigin
-        BadRequest: not JSON, or not an object.
+        BadRequest: the body is not JSON, or not an object.
     """
-    _refuse_foreign(request)
+    _refuse_foreign_page(request)
     try:
         async with asyncio.timeout(seconds):
-            body = await _read(request)
+            body = await _read_body(request)
     except TimeoutError:
-        raise RequestTooSlow(f"the body did not come within {seconds:g} s; send it faster, or less of it") from None
+        raise RequestTooSlow(
+            f"the body did not come within {seconds:g} s; send it faster, send less, or raise --body-timeout"
+        ) from None
     except ClientDisconnect:
-        raise CallerGone("the client hung up") from None
+        raise ClientGone("the client closed the connection") from None
     try:
         value = json.loads(body, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as reason:
-        raise BadRequest(f"the body is not JSON ({reason})") from None
+        raise BadRequest(f"the body is not JSON ({reason}); send an object such as {example}") from None
     if not isinstance(value, dict):
-        raise BadRequest(f"the body must be an object: {example}")
+        raise BadRequest(f"the body must be an object such as {example}")
     return value
 
 
-async def _read(request: Request) -> bytearray:
+async def _read_body(request: Request) -> bytearray:
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:
         raise RequestTooLarge(f"the body has {length[:20]} bytes; the limit is {MAX_BODY_BYTES}: send less at once")
@@ -60,27 +62,33 @@ async def _read(request: Request) -> bytearray:
 
 
 def _refuse_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no JSON")
+    """Refuse NaN and Infinity, which Python's JSON has and the standard has not."""
+    raise ValueError(f"{text} is not a JSON value")
 
 
-def _refuse_foreign(request: Request) -> None:
+def _refuse_foreign_page(request: Request) -> None:
     """Raise ForbiddenOrigin for a request that a browser sends on behalf of a page from elsewhere."""
     origin = request.headers.get("origin")
     if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
-        raise ForbiddenOrigin(f"requests from pages of {origin[:100]!r} are refused")
+        raise ForbiddenOrigin(
+            f"requests from pages of {origin[:100]!r} are refused; only the endpoint's own page may send them"
+        )
 
 
-class Caller:
-    """Notices that the client hangs up, once the body has been read. A context manager.
+class DisconnectListener:
+    """A task that notices when the client closes the connection, once the body has been read. A context manager.
+
+    Args:
+        on_disconnect: is called then.
 
     Attributes:
-        gone: whether it has.
+        is_gone: tells whether the client has closed the connection.
     """
 
-    def __init__(self, request: Request, noticed: Callable[[], None]) -> None:
+    def __init__(self, request: Request, on_disconnect: Callable[[], None]) -> None:
         self._request = request
-        self._noticed = noticed
-        self.gone = False
+        self._on_disconnect = on_disconnect
+        self.is_gone = False
 
     def __enter__(self) -> Self:
         self._task = asyncio.create_task(self._listen())
@@ -92,5 +100,5 @@ class Caller:
     async def _listen(self) -> None:
         while (await self._request.receive())["type"] != "http.disconnect":
             pass
-        self.gone = True
-        self._noticed()
+        self.is_gone = True
+        self._on_disconnect()

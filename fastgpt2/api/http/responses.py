@@ -1,4 +1,8 @@
-"""Answers: JSON, and errors in the shape that a route's clients know."""
+"""Answers: JSON, errors in the shape that a route's clients know, and streams of server-sent events.
+
+The head of a stream waits for its first event, so that a request which fails at once gets a status of its own. The
+format is that of WHATWG HTML, "Server-sent events".
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from fastgpt2.api.http.requests import CallerGone
+from fastgpt2.api.http.requests import ClientGone
 from fastgpt2.errors import (
     BadRequest,
     FastGPT2Error,
@@ -29,15 +33,22 @@ from fastgpt2.protocol.messages import Piece
 
 log = logging.getLogger("fastgpt2.http")
 
-# What a client is told to wait when the queue is full, or the endpoint busy.
+# The wait that a client is advised when the queue is full, or the endpoint is busy or being stopped.
 RETRY_AFTER_SECONDS = 1
 
-# Routes below are OpenAI's, or in their manner.
+# The routes that begin so are OpenAI's, or speak in their manner.
 OPENAI_PREFIX = "/v1/"
+
+# A comment, which clients pass over.
+KEEP_ALIVE = b": waiting\n\n"
 
 
 class BadField(BadRequest):
-    """A field that is wrong, by name: OpenAI's `param`."""
+    """Raised if a field of the request is wrong.
+
+    Attributes:
+        param: the field's name, as in OpenAI's errors.
+    """
 
     def __init__(self, param: str, message: str) -> None:
         super().__init__(message)
@@ -45,21 +56,22 @@ class BadField(BadRequest):
 
 
 class ModelUnknown(BadRequest):
-    """A request for a model that no worker serves."""
+    """Raised if the request names a model that no worker serves."""
 
     http_status = 404
 
 
 class JSON(Response):
-    """Compact JSON in UTF-8, as it is; what cannot be (a lone surrogate) is escaped."""
+    """An answer of compact JSON in UTF-8."""
 
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        return dumps(content)
+        return encode_json(content)
 
 
-def dumps(value: Any) -> bytes:
+def encode_json(value: Any) -> bytes:
+    """Return a value as JSON in UTF-8; all that is not ASCII is escaped if the value holds a lone surrogate."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     try:
         return text.encode()
@@ -68,7 +80,7 @@ def dumps(value: Any) -> bytes:
 
 
 def error_object(error: FastGPT2Error, openai: bool) -> dict[str, Any]:
-    """The body that tells of an error: as OpenAI's API has it, or as the original's other routes do."""
+    """Return the body that tells of an error, as OpenAI's API has it or as the original's routes do."""
     if not openai:
         return {"error": str(error), "error_type": type(error).__name__}
     kind, code = _kind_and_code(error)
@@ -99,90 +111,85 @@ def _snake_case(name: str) -> str:
     return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")
 
 
-def answer(error: FastGPT2Error, scope: Scope) -> Response:
-    """The response of an error."""
+def respond(error: FastGPT2Error, scope: Scope) -> Response:
+    """Return the response to a request that ends with an error."""
     headers = {}
     if isinstance(error, QueueFull | ServiceBusy | ServiceStopping):
         headers["retry-after"] = str(RETRY_AFTER_SECONDS)
     elif isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"
-    return JSON(error_object(error, is_openai(scope)), error.http_status, headers)
+    return JSON(error_object(error, is_openai_route(scope)), error.http_status, headers)
 
 
-def is_openai(scope: Scope) -> bool:
+def is_openai_route(scope: Scope) -> bool:
     path: str = scope["path"]
     return path.startswith(OPENAI_PREFIX)
 
 
-async def refuse(request: Request, error: Exception) -> Response:
-    """Starlette's handler of our own errors."""
+async def handle_error(request: Request, error: Exception) -> Response:
+    """Answer with one of our own errors, for Starlette."""
     assert isinstance(error, FastGPT2Error)
-    if isinstance(error, CallerGone):
+    if isinstance(error, ClientGone):
         return Response(status_code=error.http_status)
-    return answer(error, request.scope)
+    return respond(error, request.scope)
 
 
-async def refuse_route(request: Request, error: Exception) -> Response:
-    """Starlette's handler of unknown routes and methods."""
+async def handle_unknown_route(request: Request, error: Exception) -> Response:
+    """Answer a request for a route or a method that does not exist, for Starlette."""
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path[:200]}: {error.detail}"
-    return _other(request, error.status_code, "HTTPException", "invalid_request_error", message, error.headers)
+    return _respond_with(request, error.status_code, "HTTPException", "invalid_request_error", message, error.headers)
 
 
-async def own_fault(request: Request, error: Exception) -> Response:
-    """Starlette's handler of what was not foreseen."""
+async def handle_unforeseen(request: Request, error: Exception) -> Response:
+    """Log an error that nobody foresaw, and answer with one that says no more, for Starlette."""
     log.error("%s %s failed", request.method, request.url.path, exc_info=error)
     message = "an unforeseen error; the endpoint's log has the details"
-    return _other(request, 500, "InternalError", "server_error", message)
+    return _respond_with(request, 500, "InternalError", "server_error", message)
 
 
-def _other(
+def _respond_with(
     request: Request, status: int, kind: str, openai_kind: str, message: str, headers: Mapping[str, str] | None = None
 ) -> Response:
-    if is_openai(request.scope):
+    if is_openai_route(request.scope):
         body: dict[str, Any] = {"error": {"message": message, "type": openai_kind, "param": None, "code": None}}
     else:
         body = {"error": message, "error_type": kind}
     return JSON(body, status, headers)
 
 
-# NOTE api.http.event_stream: A response of server-sent events, whose head waits a moment, so that what fails at once
-# has its own status.
-#
-# Format: WHATWG HTML, "Server-sent events".
-
-# A comment, which clients pass over.
-KEEP_ALIVE = b": waiting\n\n"
-
-
 def event(data: Any, name: str = "", event_id: str = "") -> bytes:
-    """One event; its data as JSON, which has no line ends."""
+    """Return one event. Its data is JSON, which has no line ends."""
     head = (f"event: {name}\n" if name else "") + (f"id: {event_id}\n" if event_id else "")
-    return b"%sdata: %s\n\n" % (head.encode(), dumps(data))
+    return b"%sdata: %s\n\n" % (head.encode(), encode_json(data))
 
 
-class Appended:
-    """Sees to it that the texts of a stream only grow, where its format has no way to take anything back."""
+class AppendOnlyTexts:
+    """The texts of a stream whose format has no way to take anything back: they may only grow."""
 
     def __init__(self) -> None:
-        self._upto: dict[int, int] = {}
+        self._lengths: dict[int, int] = {}
 
     def add(self, number: int, piece: Piece) -> None:
-        """Raises FastGPT2Error for a piece that takes the place of some of its text."""
-        if piece.at < self._upto.get(number, 0):
+        """Take in a piece of the text with this number.
+
+        Raises:
+            FastGPT2Error: the piece replaces some of the text.
+        """
+        if piece.at < self._lengths.get(number, 0):
             raise FastGPT2Error(
-                "the job was started again elsewhere and came out otherwise than what has been sent of it: ask again"
+                "the job was started again by another worker, whose text differs from what was sent: ask again"
             )
-        self._upto[number] = piece.at + len(piece.text)
+        self._lengths[number] = piece.at + len(piece.text)
 
 
 class EventStream(Response):
-    """Sends events as they come.
+    """A response that sends events as they come.
 
     Args:
-        source: a context that gives the headers and the events, each as bytes. What is raised before the first of them
-            is answered as the error of any request; what is raised later becomes an event.
-        error_event: makes that event, and whatever ends a stream.
+        source: a context that gives the headers, and the events, each as bytes. An error before the first event is
+            answered like the error of any request; a later one becomes an event.
+        error_event: makes that event, and what the format has at the end of a stream.
     """
 
     def __init__(
@@ -205,13 +212,13 @@ class EventStream(Response):
                     await _send(send, body)
                 if not begun:
                     await send(_head(headers))
-        except CallerGone as gone:
+        except ClientGone as gone:
             if not begun:
                 await Response(status_code=gone.http_status)(scope, receive, send)
             return
         except FastGPT2Error as error:
             if not begun:
-                await answer(error, scope)(scope, receive, send)
+                await respond(error, scope)(scope, receive, send)
                 return
             await _send(send, self._error_event(error))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -221,7 +228,7 @@ def _head(headers: Mapping[str, str]) -> dict[str, Any]:
     both = {
         "content-type": "text/event-stream; charset=utf-8",
         "cache-control": "no-store",
-        # nginx would hold events back until it has a bufferful.
+        # Without this, nginx would hold events back until its buffer is full.
         "x-accel-buffering": "no",
         **headers,
     }

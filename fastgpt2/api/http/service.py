@@ -1,4 +1,4 @@
-"""What the routes share: the client, the reader of all jobs that are waited for, the bounds, and being stopped."""
+"""What the routes share: the client, the jobs that requests wait for, their bounds, the stop, and the served models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any, Self
 
 from starlette.requests import Request
@@ -16,43 +15,49 @@ from starlette.requests import Request
 from fastgpt2.api.client.async_client import AsyncClient
 from fastgpt2.api.client.enqueue import JobPlan, once_each
 from fastgpt2.api.client.outcome import Outcome, unwrapped
-from fastgpt2.api.http.requests import Caller, CallerGone
+from fastgpt2.api.http.requests import ClientGone, DisconnectListener
 from fastgpt2.api.http.watch import Watch, Watched
+from fastgpt2.api.pool.snapshot import to_epoch
 from fastgpt2.engine.decoding.records import GenerationResult
 from fastgpt2.errors import BadRequest, FastGPT2Error, ResultTimeout, ServiceBusy, ServiceStopping
 from fastgpt2.protocol.connection import redis_errors
+from fastgpt2.protocol.keys import workers_key
 from fastgpt2.protocol.messages import Piece
 
 log = logging.getLogger("fastgpt2.http")
 
-# Jobs that are waited for at once, over all requests.
+# The limit for jobs that are waited for at once, over all requests.
 MAX_WAITING = 2000
 
-# How long requests in hand may go on once the endpoint is told to stop.
-GRACE_SECONDS = 5.0
+# How long requests may go on once the endpoint is told to stop.
+STOP_GRACE_SECONDS = 5.0
 
-# How often it is looked whether the endpoint is to stop.
-LOOK_SECONDS = 0.2
+# The time between two looks whether the endpoint is told to stop.
+STOP_LOOK_SECONDS = 0.2
 
-# How long the first event of a stream is waited for before its head is sent: what cannot be done, a worker that is not
-# busy refuses in milliseconds, and then the status can say so.
+# How long a stream's head waits for the first event. A worker with room refuses a bad request in milliseconds, and the
+# status can then say so.
 HEAD_SECONDS = 1.0
 
-# Proxies take a stream on which nothing comes for one that hangs.
+# The time without an event after which a stream sends a sign of life: proxies take a silent stream for one that hangs.
 KEEP_ALIVE_SECONDS = 15.0
 IDEMPOTENCY_HEADER = "idempotency-key"
 MAX_KEY_CHARACTERS = 255
 
+# How long the list of models is used before it is read again, and the limit for workers that are asked for theirs.
+MODELS_FRESH_SECONDS = 5.0
+MAX_WORKERS = 1000
+
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What a request may take.
+    """The limits of a request.
 
     Attributes:
-        timeout: seconds that it is waited for a result.
-        body_timeout: seconds within which a body must have come.
-        max_queue: refuse requests while so many jobs wait.
-        show_prompts: whether lists of jobs have their prompts.
+        timeout: the seconds to wait for a result.
+        body_timeout: the seconds within which a body must have come.
+        max_queue: the number of waiting jobs from which on requests are refused; None for no limit.
+        show_prompts: tells whether lists of jobs contain prompts.
     """
 
     timeout: float = 60.0
@@ -62,25 +67,29 @@ class Bounds:
 
 
 class Service:
-    """One endpoint's dealings with the pool.
+    """The pool as one endpoint uses it.
 
     Args:
-        stopping: whether the server is being stopped; a request may then wait for `GRACE_SECONDS` more.
+        stopping: tells whether the server is being stopped. A request may then wait for `STOP_GRACE_SECONDS` more.
+
+    Attributes:
+        pending: the requests that wait for jobs now.
+        is_closing: tells whether that time is over too.
     """
 
     def __init__(self, redis_url: str, queue: str, bounds: Bounds, stopping: Callable[[], bool]) -> None:
         self.client = AsyncClient(redis_url, queue, bounds.max_queue)
         self.bounds = bounds
         self.watch = Watch(self.client)
+        self.pending: set[PendingJobs] = set()
+        self.is_closing = False
         self._stopping = stopping
-        self._waiting: set[Waiting] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self.closing = False
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        """Open for requests."""
-        tasks = [asyncio.create_task(self.watch.run()), asyncio.create_task(self._heed_stop())]
+    async def run(self) -> AsyncIterator[None]:
+        """Be open for requests within the context."""
+        tasks = [asyncio.create_task(self.watch.run()), asyncio.create_task(self._close_after_stop())]
         try:
             yield
         finally:
@@ -93,21 +102,23 @@ class Service:
     def stopping(self) -> bool:
         return self._stopping()
 
-    async def _heed_stop(self) -> None:
+    async def _close_after_stop(self) -> None:
         while not self.stopping:
-            await asyncio.sleep(LOOK_SECONDS)
-        await asyncio.sleep(GRACE_SECONDS)
-        self.closing = True
-        for waiting in self._waiting:
-            waiting.signal.set()
+            await asyncio.sleep(STOP_LOOK_SECONDS)
+        await asyncio.sleep(STOP_GRACE_SECONDS)
+        self.is_closing = True
+        for jobs in self.pending:
+            jobs.signal.set()
 
     @asynccontextmanager
-    async def submit(self, request: Request, plans: Sequence[JobPlan], asked: object) -> AsyncIterator[Waiting]:
-        """Enqueue the jobs of a request, all or none, and wait for them; those that have not ended at the end of the
-        context, as the client has hung up, or time is up, or one has failed, are cancelled.
+    async def submit(self, request: Request, plans: Sequence[JobPlan], asked: object) -> AsyncIterator[PendingJobs]:
+        """Enqueue the jobs of a request, all or none, and wait for them within the context.
+
+        At the end of the context, jobs that have not ended are cancelled: the client is gone, or time is up, or one of
+        the jobs has failed.
 
         Args:
-            asked: what the request asks for; its `repr` is compared with that of an earlier one of the same
+            asked: what the request asks for. Its `repr` is compared with that of an earlier request that has the same
                 idempotency key.
 
         Raises:
@@ -118,29 +129,32 @@ class Service:
         once = None if key is None else once_each(key, len(plans), asked)
         job_ids = await self.client.enqueue_all(plans, once)
         streamed = [plan.options.stream for plan in plans]
-        with Waiting(self, request, job_ids, streamed, once is None, self.bounds.timeout) as waiting:
+        with PendingJobs(self, request, job_ids, streamed, once is None, self.bounds.timeout) as pending:
             try:
-                yield waiting
+                yield pending
             finally:
-                left = [job.id for job in waiting.jobs if job.outcome is None]
-                if left and not self.closing:
-                    self._in_background(self._cancel(left))
+                left = [job.id for job in pending.jobs if job.outcome is None]
+                if left and not self.is_closing:
+                    self._run_in_background(self._cancel(left))
 
-    def attend(self, request: Request, job_id: str, streamed: bool, timeout: float | None = None) -> Waiting:
-        """Wait for a job that is there already; it goes on whatever becomes of the request. A context manager.
+    def attend(self, request: Request, job_id: str, streamed: bool, timeout: float | None = None) -> PendingJobs:
+        """Wait within a context for a job that exists; it goes on whatever becomes of the request.
 
         Raises:
             ServiceBusy
         """
         self._check_room(1)
-        return Waiting(self, request, [job_id], [streamed], False, timeout or self.bounds.timeout)
+        return PendingJobs(self, request, [job_id], [streamed], False, timeout or self.bounds.timeout)
 
     def _check_room(self, jobs: int) -> None:
         if len(self.watch) + jobs > MAX_WAITING:
-            raise ServiceBusy(f"{MAX_WAITING} jobs are waited for already; nothing was enqueued, try again later")
+            raise ServiceBusy(
+                f"requests to this endpoint wait for {len(self.watch)} jobs, the limit is {MAX_WAITING}; nothing was "
+                "enqueued, try again later"
+            )
 
-    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
-        """What no request waits for; finished before the endpoint closes."""
+    def _run_in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run what no request waits for. It is finished before the endpoint closes."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -150,26 +164,25 @@ class Service:
             with suppress(FastGPT2Error):
                 await self.client.cancel(job_id)
 
-    def enter(self, waiting: Waiting) -> None:
-        self._waiting.add(waiting)
-
-    def leave(self, waiting: Waiting) -> None:
-        self._waiting.discard(waiting)
-
 
 def idempotency_key(request: Request) -> str | None:
-    """Raises BadRequest."""
+    """Return the request's idempotency key, or None if it has none.
+
+    Raises:
+        BadRequest: the key is empty or too long.
+    """
     key = request.headers.get(IDEMPOTENCY_HEADER)
     if key is not None and not 1 <= len(key) <= MAX_KEY_CHARACTERS:
         raise BadRequest(f"{IDEMPOTENCY_HEADER} must have 1 to {MAX_KEY_CHARACTERS} characters, not {len(key)}")
     return key
 
 
-class Waiting:
-    """The jobs of one request while it waits for them. A context manager.
+class PendingJobs:
+    """The jobs that one request waits for. A context manager.
 
     Attributes:
-        jobs: in the order of the request.
+        jobs: the jobs in the order of the request.
+        signal: is set when there may be something new.
     """
 
     def __init__(
@@ -183,7 +196,7 @@ class Waiting:
     ) -> None:
         self.signal = asyncio.Event()
         self._service = service
-        self._caller = Caller(request, self.signal.set)
+        self._listener = DisconnectListener(request, self.signal.set)
         self._timeout = timeout
         self.jobs: list[Watched] = [
             service.watch.follow(job_id, stream, self.signal, new)
@@ -194,25 +207,27 @@ class Waiting:
         loop = asyncio.get_running_loop()
         self._deadline = time.monotonic() + self._timeout
         self._timer = loop.call_later(self._timeout, self.signal.set)
-        self._caller.__enter__()
-        self._service.enter(self)
+        self._listener.__enter__()
+        self._service.pending.add(self)
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._service.leave(self)
-        self._caller.__exit__(*error)
+        self._service.pending.discard(self)
+        self._listener.__exit__(*error)
         self._timer.cancel()
         for job in self.jobs:
             self._service.watch.drop(job)
 
     async def events(self) -> AsyncIterator[tuple[int, Piece | Outcome] | None]:
-        """The number of a job, with a piece of its text or, as its last, how it ended; until all have ended.
+        """Give what comes of the jobs, until all have ended.
 
-        None where nothing has come for so long that somebody might think that nothing will.
+        Yields:
+            A job's number, with a piece of its text or, as its last, how it ended. None where nothing has come for so
+            long that a proxy might take the stream for one that hangs.
 
         Raises:
-            CallerGone: the client has hung up.
-            ResultTimeout: they have not ended in time.
+            ClientGone: the client has closed the connection.
+            ResultTimeout: the jobs have not ended in time.
             ServiceStopping: the endpoint stops.
         """
         loop = asyncio.get_running_loop()
@@ -228,7 +243,7 @@ class Waiting:
                     yield number, job.outcome
             if not left:
                 return
-            await self._heed(next(iter(left.values())).id)
+            await self._check_worth_waiting(next(iter(left.values())).id)
             if loop.time() >= quiet_until:
                 quiet_until = loop.time() + KEEP_ALIVE_SECONDS
                 yield None
@@ -236,17 +251,17 @@ class Waiting:
             await self.signal.wait()
             timer.cancel()
 
-    async def _heed(self, job_id: str) -> None:
-        """Raises if there is no more use, or no more time, in waiting; the job is one of those that are waited for."""
-        if self._caller.gone:
-            raise CallerGone("the client hung up")
+    async def _check_worth_waiting(self, job_id: str) -> None:
+        """Raise if nobody waits any more, or no longer may; the job is one of those that have not ended."""
+        if self._listener.is_gone:
+            raise ClientGone("the client closed the connection")
         if time.monotonic() >= self._deadline:
             raise await self._service.client.timed_out(job_id, self._timeout)
-        if self._service.closing:
+        if self._service.is_closing:
             raise ServiceStopping(f"the endpoint is being stopped; job {job_id} goes on")
 
     async def results(self) -> list[GenerationResult]:
-        """All their results.
+        """Wait for all jobs, and return their results in the order of the request.
 
         Raises:
             What `events` raises, and the error of the first job that has failed.
@@ -257,28 +272,23 @@ class Waiting:
                 found[event[0]] = unwrapped(event[1])
         return [found[number] for number in range(len(self.jobs))]
 
-    async def settle(self) -> None:
-        """Wait until they have ended, or time is up."""
+    async def wait(self) -> None:
+        """Wait until all jobs have ended, or time is up."""
         with suppress(ResultTimeout):
             async for _ in self.events():
                 pass
 
 
-# NOTE api.http.models: Which models the live workers serve, looked up anew every few seconds.
-FRESH_SECONDS = 5.0
-MAX_WORKERS = 1000
-
-
 class Models:
-    """Read from the workers' own entries."""
+    """The models that live workers serve, read from the workers' own hashes in Redis."""
 
     def __init__(self, client: AsyncClient) -> None:
         self._client = client
         self._known: dict[str, int] = {}
         self._fresh_until = 0.0
 
-    async def served(self) -> dict[str, int]:
-        """Each model's id, and since when one serves it, in seconds since 1970; the first is the one that most serve.
+    async def read(self) -> dict[str, int]:
+        """Return each model's id, and since when a worker serves it (seconds since 1970); the most served model first.
 
         Raises:
             QueueUnavailable
@@ -287,31 +297,23 @@ class Models:
             return self._known
         with redis_errors(self._client.redis_url):
             connection = self._client.connection
-            names = await connection.smembers(f"rq:workers:{self._client.queue_name}")
+            names = await connection.smembers(workers_key(self._client.queue_name))
             async with connection.pipeline(transaction=False) as pipeline:
                 for name in sorted(names)[:MAX_WORKERS]:
                     pipeline.hmget(name, ["model", "birth"])
                 answers = await pipeline.execute() if names else []
-        self._known = _count(answers)
-        self._fresh_until = time.monotonic() + FRESH_SECONDS if self._known else 0.0
+        self._known = _count_models(answers)
+        # A pool without models may get its first one at any moment.
+        self._fresh_until = time.monotonic() + MODELS_FRESH_SECONDS if self._known else 0.0
         return self._known
 
 
-def _count(answers: list[tuple[bytes | None, bytes | None]]) -> dict[str, int]:
+def _count_models(answers: list[tuple[bytes | None, bytes | None]]) -> dict[str, int]:
     workers: dict[str, int] = {}
     since: dict[str, int] = {}
     for model, birth in answers:
         if model:
             name = model.decode("utf-8", "replace")
             workers[name] = workers.get(name, 0) + 1
-            since[name] = min(since.get(name, 1 << 62), _seconds(birth))
+            since[name] = min(since.get(name, 1 << 62), max(0, int(to_epoch(birth) or 0)))
     return {name: since[name] for name in sorted(workers, key=lambda name: (-workers[name], name))}
-
-
-def _seconds(moment: bytes | None) -> int:
-    """RQ notes moments as ISO 8601 in UTC."""
-    try:
-        then = datetime.fromisoformat((moment or b"").decode("ascii"))
-    except ValueError:
-        return 0
-    return max(0, int((then if then.tzinfo else then.replace(tzinfo=UTC)).timestamp()))

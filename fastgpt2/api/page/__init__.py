@@ -1,4 +1,4 @@
-"""The page that a browser gets: one document, its style and its script within, and headers that allow nothing else."""
+"""The page for a browser: one document that holds its style and its script, with headers that allow nothing else."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 _FOLDER = Path(__file__).parent
 _STYLE = '<link rel="stylesheet" href="page.css">'
 _SCRIPT = '<script type="module" src="page.js"></script>'
-# One module in parts, for they share one scope: each uses what those before it declare.
+# The parts of one module. They share one scope: each uses what the parts before it declare.
 _SCRIPT_PARTS = ("words.js", "requests.js", "charts.js", "tables.js", "prompt.js", "page.js")
 
 
 def page() -> tuple[bytes, dict[str, str]]:
-    """The document and its headers. Put together once a process."""
+    """Return the document and its headers; it is put together once in a process."""
     document, policy = _document()
     return document, {
         "content-type": "text/html; charset=utf-8",
@@ -24,16 +24,16 @@ def page() -> tuple[bytes, dict[str, str]]:
         "referrer-policy": "no-referrer",
         "cross-origin-opener-policy": "same-origin",
         "cross-origin-resource-policy": "same-origin",
-        # A page of yesterday's version would ask today's endpoint for what it has no more.
+        # A stored page of an older version would ask this endpoint for what it no longer has.
         "cache-control": "no-store",
-        # Who does not ask for HTML gets another answer at the same address.
+        # A client that does not ask for HTML gets another answer at the same address.
         "vary": "Accept",
     }
 
 
 @cache
 def _document() -> tuple[bytes, str]:
-    """The document and its Content-Security-Policy, which allows its own style and script by their hashes."""
+    """Return the document and its Content-Security-Policy, which allows its own style and script by their hashes."""
     style = _read("page.css")
     script = "\n".join(_read(name) for name in _SCRIPT_PARTS)
     document = _read("index.html")
@@ -49,7 +49,7 @@ def _document() -> tuple[bytes, str]:
         "base-uri 'none'",
         "form-action 'none'",
         "frame-ancestors 'none'",
-        # No text can become markup or code, whatever a later change of the script does.
+        # Whatever a later change of the script does, no text can become markup or code.
         "require-trusted-types-for 'script'",
         "trusted-types 'none'",
     )
@@ -57,7 +57,7 @@ def _document() -> tuple[bytes, str]:
 
 
 def _read(name: str) -> str:
-    """With line ends as a browser counts them, however the files were checked out."""
+    """Return a file's text, with line ends as a browser counts them, however the files were checked out."""
     return (_FOLDER / name).read_text("utf-8")
 
 

@@ -1,4 +1,4 @@
-// Four figures over the last 15 minutes: the endpoint's history, and what was seen since its last point.
+// Four charts of the last 15 minutes: the endpoint's history, and what this page has seen since its last point.
 
 const SPAN = 900; // s
 const PLOT = { width: 900, height: 100 };
@@ -10,7 +10,7 @@ const CHARTS = [
     lines: ["depth"],
     least: 5,
     read: whole,
-    detail: ({ queue }) => joined(
+    detail: ({ queue }) => join(
       ...Object.entries(queue?.by_priority ?? {}).map(([name, depth]) => `${name}\u00a0${whole(depth)}`),
       isNumber(queue?.oldest_wait_seconds) && `oldest\u00a0${age(queue.oldest_wait_seconds)}`,
     ),
@@ -21,7 +21,7 @@ const CHARTS = [
     lines: ["tokens_per_second"],
     least: 10,
     read: roughly,
-    detail: ({ rates }) => joined(...["1m", "5m", "15m"].map(
+    detail: ({ rates }) => join(...["1m", "5m", "15m"].map(
       (span) => `${span.replace("m", "\u00a0min")}\u00a0${roughly(rates?.[span]?.tokens_per_second)}`,
     )),
   },
@@ -31,7 +31,7 @@ const CHARTS = [
     lines: ["batch_occupancy"],
     most: 1,
     read: percent,
-    detail: ({ workers, rates }) => joined(
+    detail: ({ workers, rates }) => join(
       `${whole(total(workers, "in_hand"))} of ${whole(total(workers, "max_batch"))} in hand`,
       `mean batch\u00a0${roughly(rates?.["1m"]?.batch)}`,
     ),
@@ -44,48 +44,48 @@ const CHARTS = [
     lines: ["first_token_seconds", "queue_seconds"],
     least: 0.01,
     read: duration,
-    detail: ({ rates }) => joined(
+    detail: ({ rates }) => join(
       `of it waiting\u00a0${duration(rates?.["1m"]?.queue_seconds)}`,
       `then a token\u00a0${duration(rates?.["1m"]?.token_seconds)}`,
     ),
   },
 ];
 
-/** What all charts draw: points in time, each with the figures of that moment. */
+/** The points in time that all charts draw, each with the figures of that moment. */
 const timeline = {
   points: [],
-  totals: [], // [time, tokens generated so far] of the last looks
+  totals: [], // [time, tokens generated so far] at the last looks
   step: 10, // s
   end: 0,
 
-  /** Take in a status. Its history, where it has one, is the truth up to its last point; looks go on from there. */
+  /** Take in a status. Its history, if it has one, counts up to its last point; this page's looks go on from there. */
   add(status) {
     this.end = status.time ?? Date.now() / 1000;
     const { seconds, points } = status.history ?? {};
     if (isNumber(seconds) && seconds > 0) this.step = seconds;
     if (Array.isArray(points)) {
-      // A point tells of the seconds that begin with it; it is drawn where they end.
+      // A point stands for the seconds that begin with it; it is drawn where they end.
       const past = points.map((point) => ({ ...point, at: point.at + this.step, batch_occupancy: occupancyOf(point) }));
       const last = past.at(-1)?.at ?? -Infinity;
-      this.points = [...past, ...this.points.filter((point) => point.seen && point.at > last)];
+      this.points = [...past, ...this.points.filter((point) => point.isLook && point.at > last)];
     }
-    this.points.push(this.look(status));
+    this.points.push(this.pointOf(status));
     this.points = this.points.filter((point) => point.at >= this.end - SPAN && point.at <= this.end);
   },
 
-  /** This moment as a point of the history. Of times that jobs took, only the history has means. */
-  look({ queue, workers, totals }) {
+  /** Return this moment as a point of the history. Only the history has means of the times that jobs took. */
+  pointOf({ queue, workers, totals }) {
     const slots = total(workers, "max_batch");
     return {
       at: this.end,
-      seen: true,
+      isLook: true,
       depth: queue?.depth,
       tokens_per_second: this.rate(totals?.generated_tokens),
       batch_occupancy: slots ? total(workers, "in_hand") / slots : 0,
     };
   },
 
-  /** Tokens a second since a look of about ten seconds ago: workers tell once a second, each when it likes. */
+  /** Return the tokens a second since a look about ten seconds ago: workers report once a second, not all at once. */
   rate(generated) {
     this.totals = this.totals.filter(([at]) => at < this.end && at >= this.end - this.step - 1);
     const [at, before] = this.totals[0] ?? [];
@@ -94,7 +94,7 @@ const timeline = {
     return this.points.at(-1)?.tokens_per_second;
   },
 
-  /** The point nearest to a moment, `offset` seconds before the end, of those that know the figure; or null. */
+  /** Return the point with a known figure that is nearest to a moment, given as seconds before the end; or null. */
   near(offset, key) {
     const distance = (point) => Math.abs(point.at - this.end - offset);
     return this.points
@@ -103,12 +103,12 @@ const timeline = {
   },
 };
 
-/** The mean over the steps of that time; where there were none, the slots were empty. */
+/** Return the mean over the steps of that time, or 0 if there were none, as the slots were empty then. */
 function occupancyOf(point) {
   return point.batch_occupancy ?? (isNumber(point.tokens_per_second) ? 0 : null);
 }
 
-/** One figure: its value now, its curve, a read-out of any moment by pointer, finger or arrow keys. */
+/** A chart: the value now, the curve, and a read-out of any moment by pointer, finger or arrow keys. */
 class Chart {
   constructor(plan) {
     this.plan = plan;
@@ -123,11 +123,11 @@ class Chart {
     part("h3").textContent = plan.title;
     part("small").textContent = plan.note ?? plan.unit;
     this.range.setAttribute("aria-label", `${plan.title}: look back`);
-    // The wash is under the last figure, which is part of the first; the first is on top.
+    // The area lies under the last curve, whose figure is part of the first one's; the first curve is on top.
     this.area = this.path(plan.lines.length > 1 ? "area second" : "area");
     this.curves = plan.lines.map((_, nth) => this.path(nth ? "curve second" : "curve"));
     this.svg.append(this.curves[0]);
-    this.offset = null; // seconds before the end that are read out; null is now
+    this.offset = null; // the moment that is read out, in seconds before the end; null is now
     this.follow(part(".plot"));
   }
 
@@ -158,17 +158,17 @@ class Chart {
   show(status) {
     const { plan } = this;
     this.status = status;
-    say(this.now, plan.read(plan.now ? plan.now(status) : timeline.points.at(-1)[plan.lines[0]]));
+    setText(this.now, plan.read(plan.now ? plan.now(status) : timeline.points.at(-1)[plan.lines[0]]));
     const values = plan.lines.flatMap((key) => timeline.points.map((point) => point[key])).filter(isNumber);
-    const most = plan.most ?? roundedUp(Math.max(plan.least, ...values));
-    say(this.top, plan.read(most).replace(/\.(\d*?)0+(?=\D|$)/, (_, kept) => kept && `.${kept}`)); // no 2.00 s
+    const most = plan.most ?? roundUp(Math.max(plan.least, ...values));
+    setText(this.top, plan.read(most).replace(/\.(\d*?)0+(?=\D|$)/, (_, kept) => kept && `.${kept}`)); // no 2.00 s
     plan.lines.forEach((key, nth) => this.curves[nth].setAttribute("d", curve(key, most)));
     this.area.setAttribute("d", curve(plan.lines.at(-1), most, true));
     this.svg.setAttribute("aria-label", this.summary());
     this.readOut();
   }
 
-  /** What the picture shows, in words. */
+  /** Return what the chart shows, in words. */
   summary() {
     const { title, lines, read } = this.plan;
     const values = timeline.points.map((point) => point[lines[0]]).filter(isNumber);
@@ -183,25 +183,25 @@ class Chart {
     const point = offset === null ? null : timeline.near(offset, plan.lines[0]);
     this.cursor.hidden = point === null;
     if (point === null) {
-      say(this.detail, this.status ? plan.detail(this.status) : "");
+      setText(this.detail, this.status ? plan.detail(this.status) : "");
       this.range.setAttribute("aria-valuetext", `now, ${this.now.textContent}`);
       return;
     }
     this.cursor.style.left = `${100 * (1 + (point.at - timeline.end) / SPAN)}%`;
     const values = plan.lines.map((key) => plan.read(point[key])).join(", of it waiting\u00a0");
-    const text = joined(clock(point.at), `${values} ${plan.unit}`.trim());
-    say(this.detail, text);
+    const text = join(clock(point.at), `${values} ${plan.unit}`.trim());
+    setText(this.detail, text);
     this.range.setAttribute("aria-valuetext", text);
   }
 }
 
-/** The next round number: an axis ends there, and most of it is used. */
-function roundedUp(value) {
+/** Return the next round number, at which an axis ends, so that most of the axis is used. */
+function roundUp(value) {
   const size = 10 ** Math.floor(Math.log10(value));
   return size * [1, 1.5, 2, 3, 4, 5, 6, 8, 10].find((step) => step * size >= value * 0.999999);
 }
 
-/** SVG path data of one figure. A time of which nothing is known is a gap; a point between two is a dash. */
+/** Return the SVG path data of one figure. A time without points is a gap, and a single point between gaps a dash. */
 function curve(key, most, closed = false) {
   const runs = [[]];
   let before = -Infinity;

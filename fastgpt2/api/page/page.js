@@ -1,31 +1,31 @@
-// The page: looks at the endpoint every two seconds, and says how it is.
+// The page: it looks at the endpoint every two seconds, and shows the state of the pool.
 
 const PERIOD = 2_000; // ms
 const LONGEST_PERIOD = 8_000; // ms, while nobody answers
 
 let period = PERIOD;
 let timer = 0;
-let looking = false;
+let isLooking = false;
 let historyDue = 0; // on the clock of performance.now()
-let shown = false;
-let told = "";
+let isShown = false;
+let lastNews = "";
 
-/** Look once, and again in a while. Not while nobody sees the page, nor while it waits for a token. */
+/** Look once, and again after a while; but not while nobody sees the page, nor while it waits for a token. */
 async function look() {
   clearTimeout(timer);
-  if (looking || document.hidden || !byId("token-form").hidden) return;
-  looking = true;
+  if (isLooking || document.hidden || !byId("token-form").hidden) return;
+  isLooking = true;
   try {
-    const seen = await asked();
-    if (seen) show(...seen);
+    const found = await readPool();
+    if (found) show(...found);
   } finally {
-    looking = false;
+    isLooking = false;
     timer = setTimeout(look, period);
   }
 }
 
-/** The status and the latest jobs; or nothing, and the page says why. */
-async function asked() {
+/** Return the status and the latest jobs; or null, and the page says why. */
+async function readPool() {
   const withHistory = performance.now() >= historyDue;
   try {
     const [status, jobs] = await Promise.all([
@@ -45,7 +45,7 @@ async function asked() {
 }
 
 function show(status, jobs) {
-  shown = true;
+  isShown = true;
   for (const section of document.querySelectorAll("main > section")) section.hidden = false;
   document.body.classList.remove("stale");
   showCharts(status);
@@ -55,21 +55,21 @@ function show(status, jobs) {
   const waiting = `${whole(status.queue?.depth)}\u00a0waiting`;
   const kind = !workers.length ? "alone" : workers.some((worker) => worker.in_hand) ? "serving" : "idle";
   const word = { alone: "No workers", serving: "Serving", idle: "Idle" }[kind];
-  showState(kind, word, workers.length ? joined(models, count(workers.length, "worker", "workers"), waiting) : waiting);
-  say(byId("as-of"), clock(timeline.end));
+  showState(kind, word, workers.length ? join(models, count(workers.length, "worker", "workers"), waiting) : waiting);
+  setText(byId("as-of"), clock(timeline.end));
   tellChange(workers.length ? `Serving, ${count(workers.length, "worker", "workers")}` : "No workers");
 }
 
-/** What is on the page stays there, marked as what was. */
+/** Show an error. What is on the page stays there, marked as old. */
 function showTrouble(error) {
   document.body.classList.add("stale");
-  const [word, reason] = troubleOf(error);
-  showState("trouble", word, joined(reason, "asking again"));
-  if (shown) say(byId("as-of"), `as of ${clock(timeline.end)}`);
-  tellChange(joined(word, reason));
+  const [word, reason] = describeTrouble(error);
+  showState("trouble", word, join(reason, "asking again"));
+  if (isShown) setText(byId("as-of"), `as of ${clock(timeline.end)}`);
+  tellChange(join(word, reason));
 }
 
-function troubleOf({ status, message, explained }) {
+function describeTrouble({ status, message, explained }) {
   if (!status) return ["The endpoint does not answer", ""];
   if (status === 503) return [explained ? "Redis is away" : "The endpoint is busy", ""];
   return ["The endpoint refuses", message];
@@ -78,29 +78,29 @@ function troubleOf({ status, message, explained }) {
 function showState(kind, word, rest) {
   const state = byId("state");
   state.dataset.kind = kind;
-  say(state.firstElementChild, word);
-  say(state.lastElementChild, rest && ` · ${rest}`);
+  setText(state.firstElementChild, word);
+  setText(state.lastElementChild, rest && ` · ${rest}`);
 }
 
-/** For a screen reader: what has just happened. */
+/** Tell a screen reader what has just happened. */
 function announce(text) {
-  say(byId("news"), text);
+  setText(byId("news"), text);
 }
 
-/** Of how the pool is, only that it has become different. */
+/** Announce the state of the pool, if it has changed. */
 function tellChange(text) {
-  if (text !== told) announce(text);
-  told = text;
+  if (text !== lastNews) announce(text);
+  lastNews = text;
 }
 
-/** Ask for the token; what it opens is put away. */
+/** Ask for the token, and hide what it protects. */
 function lock() {
   const tried = token.read() !== null;
   token.write(null);
   for (const section of document.querySelectorAll("main > section")) section.hidden = true;
   showState("locked", "Locked", "");
-  say(byId("as-of"), "");
-  say(byId("token-note"), tried ? "That token was refused." : "It is kept in this tab until you close it.");
+  setText(byId("as-of"), "");
+  setText(byId("token-note"), tried ? "That token was refused." : "It is kept in this tab until you close it.");
   byId("token-form").hidden = false;
   byId("token").value = "";
   byId("token").focus();
@@ -108,7 +108,7 @@ function lock() {
 
 byId("token-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  // What a header cannot hold cannot be a token either.
+  // A token holds no characters that a header cannot hold.
   token.write(byId("token").value.replace(/[^!-~]/g, ""));
   byId("token").value = "";
   byId("token-form").hidden = true;

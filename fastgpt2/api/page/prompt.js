@@ -1,9 +1,9 @@
-// A prompt tried out: its text as it comes.
+// The form that tries a prompt, and the text as it comes.
 
 const CANCEL_WITHIN = 3_000; // ms
 
 const trial = {
-  abort: null, // of the request under way, else null
+  abort: null, // the AbortController of the request under way, else null
   job: null,
   cancelled: false,
 
@@ -21,7 +21,7 @@ const trial = {
     } catch (error) {
       if (error.status === 401) lock();
       const reason = error instanceof Refusal ? error.message : "the endpoint does not answer";
-      answer.end(this.cancelled ? joined("Cancelled", answer.summary()) : `Failed: ${reason}`, !this.cancelled);
+      answer.end(this.cancelled ? join("Cancelled", answer.summary()) : `Failed: ${reason}`, !this.cancelled);
     } finally {
       this.abort = null;
       this.showButtons();
@@ -29,7 +29,7 @@ const trial = {
     }
   },
 
-  /** Throws Refusal, or what `ask` throws. */
+  /** Read an answer to its end. Throws what `ask` throws. */
   async read(prompt, answer) {
     const reply = await ask("v1/completions", {
       method: "POST",
@@ -53,7 +53,7 @@ const trial = {
     throw new Refusal("the stream broke off", 0);
   },
 
-  /** By the job's name, that its end be told; by hanging up, where it has none yet or nothing comes of it. */
+  /** Cancel the job by its id, so that its end still comes; if there is no id yet, or no end, close the connection. */
   async cancel() {
     if (this.abort === null) return;
     this.cancelled = true;
@@ -69,7 +69,7 @@ const trial = {
   },
 };
 
-/** The text on the page, and what it took to come. */
+/** The text on the page, and how long it took to come. */
 class Answer {
   constructor(prompt) {
     this.box = byId("answer");
@@ -79,9 +79,9 @@ class Answer {
     this.started = performance.now();
     this.first = null;
     this.box.replaceChildren();
-    this.box.append(made("span", "asked", prompt));
+    this.box.append(makeElement("span", "asked", prompt));
     this.box.classList.add("coming");
-    say(byId("answer-end"), "");
+    setText(byId("answer-end"), "");
     byId("answer-end").classList.remove("failed");
   }
 
@@ -94,7 +94,7 @@ class Answer {
     this.pending += choice.text;
   }
 
-  /** Once a frame; a piece of its own each time, so that a screen reader hears what is new and no more. */
+  /** Show what has come, once a frame. Each time it is a node of its own: a screen reader says only what is new. */
   flush() {
     if (!this.pending) return;
     const { scrollTop, scrollHeight, clientHeight } = this.box;
@@ -108,7 +108,7 @@ class Answer {
     this.flush();
     this.box.classList.remove("coming");
     byId("answer-end").classList.toggle("failed", failed);
-    say(byId("answer-end"), text);
+    setText(byId("answer-end"), text);
   }
 
   summary() {
@@ -116,7 +116,7 @@ class Answer {
     const { usage, first } = this;
     const accepted = usage?.completion_tokens_details?.accepted_prediction_tokens;
     const speed = usage && first !== null && now > first ? (usage.completion_tokens - 1) / ((now - first) / 1000) : 0;
-    return joined(
+    return join(
       this.reason && { length: "Stopped at the limit", stop: "Ended by itself" }[this.reason],
       usage && `${whole(usage.prompt_tokens)} + ${whole(usage.completion_tokens)} tokens`,
       usage?.prompt_tokens_details?.cached_tokens > 0 && `${whole(usage.prompt_tokens_details.cached_tokens)} cached`,

@@ -1,9 +1,9 @@
-// What is asked of the endpoint, and the token that it may want with it.
+// Requests to the endpoint, and the token that it may ask for.
 
 const ANSWER_WITHIN = 15_000; // ms
 const TOKEN_KEY = "fastgpt2-token";
 
-/** The endpoint said no. `status` is HTTP's, 0 for an error within a stream; `explained`, whether it said why. */
+/** A refusal by the endpoint. `status` is HTTP's, 0 for an error within a stream; `explained`: it gave a reason. */
 class Refusal extends Error {
   constructor(message, status, explained = true) {
     super(message);
@@ -15,7 +15,7 @@ class Refusal extends Error {
 const token = {
   value: null,
 
-  /** This tab's alone, and gone with it. Where the browser keeps nothing, it lasts until the page is left. */
+  /** Return the token, which only this tab keeps. If the browser stores nothing, it lasts until the page is left. */
   read() {
     try {
       this.value ??= sessionStorage.getItem(TOKEN_KEY);
@@ -33,15 +33,15 @@ const token = {
 };
 
 /**
- * Ask for a route, by an address relative to the page's: it may stand behind a prefix.
- * Throws Refusal; TypeError if nobody answers; an AbortError or TimeoutError as the signal has it.
+ * Ask for a route, by an address relative to the page's, which may stand behind a prefix.
+ * Throws Refusal; TypeError if nobody answers; an AbortError or TimeoutError if the signal says so.
  */
 async function ask(path, options = {}) {
   const headers = new Headers(options.headers);
   if (token.read() !== null) headers.set("Authorization", `Bearer ${token.read()}`);
   const answer = await fetch(path, { ...options, headers, cache: "no-store", redirect: "error" });
   if (answer.ok) return answer;
-  const sentence = await sentenceOf(answer);
+  const sentence = await readSentence(answer);
   throw new Refusal(sentence ?? `status ${answer.status}`, answer.status, sentence !== null);
 }
 
@@ -50,8 +50,8 @@ async function askJson(path, options = {}) {
   return answer.json();
 }
 
-/** What an answer says is the matter: some routes put it in an object, as OpenAI's do. Null if it says nothing. */
-async function sentenceOf(answer) {
+/** Return the message of an error, or null if there is none. Some routes put it in an object, as OpenAI's API does. */
+async function readSentence(answer) {
   try {
     const { error } = await answer.json();
     return error?.message ?? error ?? null;
@@ -64,7 +64,7 @@ function cancelJob(id) {
   return askJson(`v1/jobs/${encodeURIComponent(id)}`, { method: "DELETE" });
 }
 
-/** The data of each server-sent event of a body. */
+/** Yield the data of each server-sent event in a body. */
 async function* eventsOf(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";

@@ -1,13 +1,14 @@
-// The workers and the latest jobs.
+// The tables of workers and of the latest jobs.
 
 /**
- * A table's body. An item keeps its row, which is changed only where the item has: a selection, the focus and the place
- * of a screen reader survive each look at the endpoint.
+ * The body of a table. An item keeps its row, and the row changes only where the item has changed: a selection, the
+ * focus and the place of a screen reader survive each look at the endpoint.
  */
 class Rows {
   /**
-   * columns: each with `text` of an item, and what else it has: `note`, a second line; `title`; `kind`, for the style;
-   * `control`, made once a row and shown each time; `head`, if it names the row; `style`, the class of its cells.
+   * columns: each has `text`, which gives an item's text, and may have `note`, a second line; `title`; `kind`, for the
+   * style; `control`, which makes a control for a row, and `showControl`, which updates it; `head`, if the column names
+   * the row; `style`, the class of its cells.
    */
   constructor(table, keyOf, columns) {
     this.body = table.tBodies[0];
@@ -38,20 +39,20 @@ class Rows {
   }
 
   add(key) {
-    const row = made("tr");
+    const row = makeElement("tr");
     for (const column of this.columns) {
-      const cell = made(column.head ? "th" : "td", column.style);
+      const cell = makeElement(column.head ? "th" : "td", column.style);
       if (column.head) cell.scope = "row";
       if (column.control) cell.append(column.control(key));
-      else cell.append(made("span"));
-      if (column.note) cell.append(made("small"));
+      else cell.append(makeElement("span"));
+      if (column.note) cell.append(makeElement("small"));
       row.append(cell);
     }
     this.rows.set(key, row);
     return row;
   }
 
-  /** Moving a row takes the focus away, at once; hiding its button does so a little later. */
+  /** Give the focus back: to move a row takes it away at once, to hide the row's button does so a little later. */
   keepFocus(focused) {
     if (focused === document.body) return;
     const stays = focused.isConnected && focused.checkVisibility();
@@ -63,8 +64,8 @@ class Rows {
 function showCell(cell, column, item) {
   const [first, second] = cell.children;
   if (column.showControl) column.showControl(first, item);
-  else say(first, column.text(item));
-  if (column.note) say(second, column.note(item) || "");
+  else setText(first, column.text(item));
+  if (column.note) setText(second, column.note(item) || "");
   if (column.title) first.title = column.title(item) ?? "";
   if (column.kind) first.dataset.kind = column.kind(item);
 }
@@ -74,7 +75,7 @@ const workerRows = new Rows(byId("workers"), (worker) => worker.name, [
     head: true,
     text: (worker) => worker.name,
     title: (worker) => worker.name,
-    note: (worker) => joined(
+    note: (worker) => join(
       worker.host, isNumber(worker.pid) && `pid\u00a0${worker.pid}`,
       isNumber(worker.threads) && count(worker.threads, "core", "cores"), worker.blas ?? worker.computes_by,
       worker.drafts && worker.drafts !== "off" && `drafts\u00a0${worker.drafts}`,
@@ -114,12 +115,12 @@ const workerRows = new Rows(byId("workers"), (worker) => worker.name, [
 
 const JOBS_ASKED = 100;
 const JOBS_SHOWN = 20;
-const RUNNING_SHOWN = 6; // if as many others would have to go
+const RUNNING_SHOWN = 6; // at least, where jobs that have ended would fill the table
 
-// RQ's words, where others say it better.
+// RQ's words for which there are better ones.
 const JOB_STATES = { queued: "waiting", started: "running", canceled: "cancelled" };
 
-let moment = 0; // the endpoint's clock at the last look, in seconds
+let moment = 0; // the endpoint's clock at the last look, in seconds since 1970
 
 const jobRows = new Rows(byId("jobs"), (job) => job.id, [
   { head: true, text: (job) => job.id.slice(0, 8), title: (job) => job.id, style: "id" },
@@ -131,61 +132,61 @@ const jobRows = new Rows(byId("jobs"), (job) => job.id, [
     style: "state",
   },
   { text: promptOf, title: promptOf, style: "prompt" },
-  { text: tokensOf, title: sparedOf, style: "number" },
+  { text: tokensOf, title: savingsOf, style: "number" },
   { text: (job) => duration(job.queue_seconds), style: "number" },
   { text: (job) => duration(firstTokenOf(job)), style: "number" },
   { text: (job) => roughly(speedOf(job)), style: "number" },
   { text: (job) => job.worker ?? UNKNOWN, title: (job) => job.worker, style: "name" },
   { text: (job) => (isNumber(job.ended_at) ? ago(moment - job.ended_at) : UNKNOWN), style: "number" },
-  { control: cancelButton, showControl: showCancelButton, style: "control" },
+  { control: makeCancelButton, showControl: showCancelButton, style: "control" },
 ]);
 
 function ago(seconds) {
   return isNumber(seconds) ? `${age(seconds)} ago` : UNKNOWN;
 }
 
-/** A prompt may be token ids. */
+/** Return a job's prompt, which may be token ids. */
 function promptOf(job) {
   return Array.isArray(job.prompt) ? job.prompt.join(" ") : job.prompt ?? "";
 }
 
-/** Of its prompt, and generated. */
+/** Return the number of prompt tokens, and of generated ones. */
 function tokensOf({ prompt_tokens: prompt, completion_tokens: generated }) {
   return isNumber(prompt ?? generated) ? `${whole(prompt)}\u00a0+\u00a0${whole(generated)}` : UNKNOWN;
 }
 
-/** Tokens of its prompt that were not computed, and guesses that saved a step each. */
-function sparedOf({ cached_tokens: cached, drafted, accepted }) {
-  return joined(
+/** Return how many prompt tokens were not computed, and how many guesses saved a step each. */
+function savingsOf({ cached_tokens: cached, drafted, accepted }) {
+  return join(
     cached > 0 && `${whole(cached)} of the prompt's were cached`,
     drafted > 0 && `${whole(accepted)} of ${whole(drafted)} guesses came true`,
   );
 }
 
-/** Seconds from being enqueued to the first token, which ends the prefill. */
+/** Return the seconds from a job's enqueueing to its first token, which ends the prefill. */
 function firstTokenOf(job) {
   return isNumber(job.prefill_seconds) ? (job.queue_seconds ?? 0) + job.prefill_seconds : null;
 }
 
-/** Tokens a second after the first. */
+/** Return the tokens a second after the first token. */
 function speedOf(job) {
   return job.completion_tokens > 1 && job.decode_seconds > 0 ? (job.completion_tokens - 1) / job.decode_seconds : null;
 }
 
-/** As many as there is room for; however many run, some of those that have ended, and the other way round. */
-function selection(jobs) {
-  const running = jobs.filter(isUnderWay);
-  const ended = jobs.filter((job) => !isUnderWay(job));
+/** Choose the jobs to show: some that have ended however many run, and some that run however many have ended. */
+function chooseJobs(jobs) {
+  const running = jobs.filter(isActive);
+  const ended = jobs.filter((job) => !isActive(job));
   const count = Math.min(running.length, Math.max(RUNNING_SHOWN, JOBS_SHOWN - ended.length));
   return { shown: [...running.slice(0, count), ...ended.slice(0, JOBS_SHOWN - count)], more: running.length - count };
 }
 
-function isUnderWay(job) {
+function isActive(job) {
   return job.status === "queued" || job.status === "started";
 }
 
-function cancelButton(id) {
-  const button = made("button", "", "Cancel");
+function makeCancelButton(id) {
+  const button = makeElement("button", "", "Cancel");
   button.type = "button";
   button.setAttribute("aria-label", `Cancel job ${id.slice(0, 8)}`);
   button.addEventListener("click", async () => {
@@ -204,16 +205,16 @@ function cancelButton(id) {
 }
 
 function showCancelButton(button, job) {
-  button.hidden = !isUnderWay(job);
+  button.hidden = !isActive(job);
 }
 
-/** A list of terms and figures in the margin. */
+/** Show a list of terms and figures in the margin. */
 function showList(list, entries) {
   entries.forEach(([term, text], nth) => {
-    const pair = list.children[nth] ?? list.appendChild(made("div"));
-    if (!pair.children.length) pair.append(made("dt"), made("dd"));
-    say(pair.firstElementChild, term);
-    say(pair.lastElementChild, text);
+    const pair = list.children[nth] ?? list.appendChild(makeElement("div"));
+    if (!pair.children.length) pair.append(makeElement("dt"), makeElement("dd"));
+    setText(pair.firstElementChild, term);
+    setText(pair.lastElementChild, text);
   });
   while (list.children.length > entries.length) list.lastElementChild.remove();
 }
@@ -229,9 +230,9 @@ function showTables(status, jobs) {
     ...(totals?.drafted_tokens > 0 ? [["drafts taken", percent(totals.accepted_tokens / totals.drafted_tokens)]] : []),
   ]);
   byId("jobs").classList.toggle("with-prompts", jobs.some((job) => job.prompt !== undefined));
-  const { shown, more } = selection(jobs);
+  const { shown, more } = chooseJobs(jobs);
   jobRows.show(shown);
-  say(byId("more-jobs"), more ? `and ${whole(more)} more running` : "");
+  setText(byId("more-jobs"), more ? `and ${whole(more)} more running` : "");
   const counts = status.jobs ?? {};
   showList(byId("counts"), [
     ["waiting", whole(counts.queued)],

@@ -1,17 +1,17 @@
-// How figures read. Whatever is not known reads as a dash.
+// The text of figures; one that is not known is a dash. And the helpers that put text on the page.
 
 const UNKNOWN = "–";
-const grouped = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
+const wholeFormat = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 
 function isNumber(value) {
   return typeof value === "number" && Number.isFinite(value);
 }
 
 function whole(value) {
-  return isNumber(value) ? grouped.format(value) : UNKNOWN;
+  return isNumber(value) ? wholeFormat.format(value) : UNKNOWN;
 }
 
-/** A rate or a mean: with a decimal where that is more than noise. */
+/** Return a rate or a mean, with a decimal where that is more than noise. */
 function roughly(value) {
   return isNumber(value) && value > 0 && value < 9.95 ? value.toFixed(1) : whole(value);
 }
@@ -21,10 +21,10 @@ function percent(fraction) {
 }
 
 function megabytes(bytes) {
-  return isNumber(bytes) ? grouped.format(bytes / 1e6) : UNKNOWN;
+  return isNumber(bytes) ? wholeFormat.format(bytes / 1e6) : UNKNOWN;
 }
 
-/** A duration, to two or three figures. */
+/** Return a duration, to two or three figures. */
 function duration(seconds) {
   if (!isNumber(seconds)) return UNKNOWN;
   if (seconds < 0.00995) return `${(1000 * seconds).toFixed(1)}\u00a0ms`;
@@ -33,7 +33,7 @@ function duration(seconds) {
   return age(seconds);
 }
 
-/** A duration in its largest unit alone. */
+/** Return a duration in its largest unit alone. */
 function age(seconds) {
   if (!isNumber(seconds)) return UNKNOWN;
   const units = [[86400, "d"], [3600, "h"], [60, "min"]];
@@ -49,18 +49,18 @@ function count(number, one, many) {
   return `${whole(number)}\u00a0${number === 1 ? one : many}`;
 }
 
-/** The sum of what is known; null if nothing is. */
+/** Return the sum of the known values, or null if none is known. */
 function sum(values) {
   const known = values.filter(isNumber);
   return known.length ? known.reduce((total, value) => total + value, 0) : null;
 }
 
-/** The sum of one figure of many things. */
+/** Return the sum of one figure over many things. */
 function total(things, name) {
   return sum(things.map((thing) => thing[name]));
 }
 
-function joined(...parts) {
+function join(...parts) {
   return parts.filter(Boolean).join(" · ");
 }
 
@@ -68,13 +68,13 @@ function byId(id) {
   return document.getElementById(id);
 }
 
-/** Set an element's text, if it is another: a selection in it survives, and nobody is told of what is as it was. */
-function say(element, text) {
+/** Set an element's text if it differs: a selection in the element survives, and a screen reader stays silent. */
+function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
-/** An element with a class and a text. Text is all that ever comes in from outside. */
-function made(name, kind = "", text = "") {
+/** Make an element with a class and a text. All that comes from outside gets onto the page as text. */
+function makeElement(name, kind = "", text = "") {
   const element = document.createElement(name);
   if (kind) element.className = kind;
   if (text) element.textContent = text;

@@ -1,1 +1,1 @@
-"""The state of a pool, for people and for Prometheus; uses protocol."""
+"""The room that reads the state of a pool, for people and for Prometheus; it uses protocol."""

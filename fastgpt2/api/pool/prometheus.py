@@ -1,4 +1,7 @@
-"""What the pool has done and is doing, for Prometheus: its own library writes it down, from what stands in Redis."""
+"""The metrics of a pool, for Prometheus.
+
+The figures are those that stand in Redis; Prometheus's own library writes them in its formats.
+"""
 
 from __future__ import annotations
 
@@ -37,55 +40,72 @@ if TYPE_CHECKING:
 
 WORKER_STATES = ("starting", "started", "suspended", "busy", "idle")
 _COUNTERS = {
-    PROMPT_TOKENS: ("fastgpt2_prompt_tokens", "Prompt tokens read, of jobs that left a worker."),
-    CACHED_TOKENS: ("fastgpt2_cached_tokens", "Those of them that were not computed: another prompt began alike."),
-    GENERATED_TOKENS: ("fastgpt2_generated_tokens", "Tokens generated, also of jobs that were started again."),
-    DRAFTED_TOKENS: ("fastgpt2_drafted_tokens", "Guesses that were verified, of jobs that left a worker."),
-    ACCEPTED_TOKENS: ("fastgpt2_accepted_tokens", "Those of them that came true, each of which saved a step."),
+    PROMPT_TOKENS: ("fastgpt2_prompt_tokens", "Prompt tokens that were read, of jobs that left a worker."),
+    CACHED_TOKENS: (
+        "fastgpt2_cached_tokens",
+        "Prompt tokens that were not computed, as an earlier prompt began alike; of jobs that left a worker.",
+    ),
+    GENERATED_TOKENS: ("fastgpt2_generated_tokens", "Generated tokens, also those of jobs that were started again."),
+    DRAFTED_TOKENS: ("fastgpt2_drafted_tokens", "Guessed tokens that were verified, of jobs that left a worker."),
+    ACCEPTED_TOKENS: (
+        "fastgpt2_accepted_tokens",
+        "Guessed tokens that came true, each of which saved a step; of jobs that left a worker.",
+    ),
     RETRIED: ("fastgpt2_jobs_retried", "Jobs that failed and were enqueued again, as their Retry asks."),
-    GIVEN_BACK: ("fastgpt2_jobs_given_back", "Jobs that a worker put back into the queue, mostly as it was stopped."),
-    RECOVERIES: ("fastgpt2_job_recoveries", "Jobs taken back from workers that died, to run again."),
-    REFUSED: ("fastgpt2_jobs_refused", "Attempts to enqueue that were refused, as the queue was full."),
+    GIVEN_BACK: (
+        "fastgpt2_jobs_given_back",
+        "Jobs that a worker put back into the queue, in most cases because the worker was stopped.",
+    ),
+    RECOVERIES: ("fastgpt2_job_recoveries", "Jobs that were taken back from workers that died, to run again."),
+    REFUSED: ("fastgpt2_jobs_refused", "Attempts to enqueue that were refused because the queue was full."),
 }
 _HISTOGRAMS = (
-    (QUEUE_SECONDS, "fastgpt2_job_queue_seconds", "From being enqueued to the start, of jobs that finished."),
+    (
+        QUEUE_SECONDS,
+        "fastgpt2_job_queue_seconds",
+        "Seconds from a job's enqueueing to its start, for jobs that finished.",
+    ),
     (
         FIRST_TOKEN_SECONDS,
         "fastgpt2_time_to_first_token_seconds",
-        "From being enqueued to the first token, so queue and prefill, of jobs that finished.",
+        "Seconds from a job's enqueueing to its first token (queue and prefill), for jobs that finished.",
     ),
     (
         TOKEN_SECONDS,
         "fastgpt2_time_per_output_token_seconds",
-        "Mean time of a job's tokens after the first, of jobs that finished.",
+        "Mean seconds for each of a job's tokens after the first, for jobs that finished.",
     ),
-    (BATCH_SIZE, "fastgpt2_step_batch_size", "Sequences decoded together, by step."),
+    (BATCH_SIZE, "fastgpt2_step_batch_size", "Sequences that a step decodes together."),
     (
         KV_USED,
         "fastgpt2_kv_used_ratio",
-        "Part of the memory for keys and values that is reserved, looked at four times a second while jobs run.",
+        "Reserved part of the memory for keys and values, sampled four times a second while jobs run.",
     ),
 )
 
-# Of each worker: a field of its hash, the metric, what it says. As old as its heartbeat.
-_OF_WORKERS = (
-    ("tokens_per_second", "fastgpt2_worker_tokens_per_second", "Tokens that a worker generates, over ten seconds."),
-    ("max_batch", "fastgpt2_worker_max_batch_size", "Sequences that a worker decodes together at most."),
+# For each worker: a field of its hash, the metric, and what the metric means. The values are as old as its heartbeat.
+_WORKER_GAUGES = (
+    ("tokens_per_second", "fastgpt2_worker_tokens_per_second", "Tokens per second of a worker, over ten seconds."),
+    ("max_batch", "fastgpt2_worker_max_batch_size", "Most sequences that a worker decodes together."),
     ("kv_bytes", "fastgpt2_worker_kv_bytes", "Memory that a worker has reserved for keys and values."),
     ("kv_bytes_limit", "fastgpt2_worker_kv_limit_bytes", "Memory that a worker may use for keys and values."),
     ("prefix_bytes", "fastgpt2_worker_prefix_bytes", "Memory in which a worker keeps prompts' keys and values."),
-    ("prefix_bytes_limit", "fastgpt2_worker_prefix_limit_bytes", "Memory that a worker may use for that."),
-    ("private_bytes", "fastgpt2_worker_private_memory_bytes", "Memory of a worker's processes that is theirs alone."),
+    (
+        "prefix_bytes_limit",
+        "fastgpt2_worker_prefix_limit_bytes",
+        "Memory that a worker may use to keep prompts' keys and values.",
+    ),
+    ("private_bytes", "fastgpt2_worker_private_memory_bytes", "Memory that only a worker's own processes use."),
     ("shared_bytes", "fastgpt2_worker_shared_memory_bytes", "Memory of a worker that other processes map too."),
-    ("restarts", "fastgpt2_worker_slot_restarts", "How often a worker was started again in this one's place."),
+    ("restarts", "fastgpt2_worker_slot_restarts", "How often a supervisor has started a worker again in this place."),
 )
 
 
-async def exposition(connection: Redis, queue: str, accept: str = "") -> tuple[str, bytes]:
-    """The metrics of a pool.
+async def render_metrics(connection: Redis, queue: str, accept: str = "") -> tuple[str, bytes]:
+    """Write the metrics of a pool in the format that Prometheus asks for.
 
     Args:
-        accept: the request's header of that name: Prometheus asks for its text format or for OpenMetrics.
+        accept: the request's header of that name. It names Prometheus's text format or OpenMetrics.
 
     Returns:
         The content type, and the body.
@@ -97,13 +117,13 @@ async def exposition(connection: Redis, queue: str, accept: str = "") -> tuple[s
     from prometheus_client.exposition import choose_encoder
 
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Pool(await read_snapshot(connection, queue)))
+    registry.register(_PoolCollector(await read_snapshot(connection, queue)))
     encode, content_type = choose_encoder(accept)
     return content_type, encode(registry)
 
 
-class _Pool:
-    """A collector, as prometheus_client calls what yields metrics."""
+class _PoolCollector:
+    """The metrics of one snapshot. prometheus_client calls what yields metrics a collector."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
@@ -112,26 +132,26 @@ class _Pool:
         return []
 
     def collect(self) -> Iterator[Metric]:
-        yield from _now(self._snapshot)
+        yield from _queue_gauges(self._snapshot)
         yield from _counters(self._snapshot.totals)
         for histogram, name, meaning in _HISTOGRAMS:
             yield _histogram(histogram, name, meaning, self._snapshot.totals)
-        yield from _workers(self._snapshot)
+        yield from _worker_gauges(self._snapshot)
 
 
-def _now(snapshot: Snapshot) -> Iterator[Metric]:
+def _queue_gauges(snapshot: Snapshot) -> Iterator[Metric]:
     from prometheus_client.metrics_core import GaugeMetricFamily
 
-    # A gauge, not an info: that is of OpenMetrics only.
+    # A gauge, since only OpenMetrics knows an info.
     info = GaugeMetricFamily(
-        "fastgpt2_build_info", "The version of the endpoint, and of Redis.", labels=["version", "redis"]
+        "fastgpt2_build_info", "Versions of the endpoint and of Redis; the value is 1.", labels=["version", "redis"]
     )
     info.add_metric([__version__, snapshot.redis_version], 1)
     yield info
-    depths = GaugeMetricFamily("fastgpt2_queue_jobs", "Jobs that wait, by priority.", labels=["priority"])
+    depths = GaugeMetricFamily("fastgpt2_queue_jobs", "Waiting jobs, by priority.", labels=["priority"])
     waits = GaugeMetricFamily(
         "fastgpt2_queue_oldest_wait_seconds",
-        "How long the job at the head of a queue has waited, 0 if there is none; absent if it cannot be told.",
+        "Seconds that the job at the head of a queue has waited; 0 if none waits, absent if that cannot be read.",
         labels=["priority"],
     )
     for priority, depth in snapshot.depths.items():
@@ -142,7 +162,7 @@ def _now(snapshot: Snapshot) -> Iterator[Metric]:
     yield depths
     yield waits
     jobs = GaugeMetricFamily(
-        "fastgpt2_jobs", "Jobs that Redis has, by RQ's states; ended ones until they expire.", labels=["state"]
+        "fastgpt2_jobs", "Jobs that Redis holds, by RQ's states; ended jobs count until they expire.", labels=["state"]
     )
     for state, count in {"queued": sum(snapshot.depths.values()), **snapshot.jobs}.items():
         jobs.add_metric([state], count)
@@ -153,14 +173,14 @@ def _counters(totals: Mapping[str, Any]) -> Iterator[Metric]:
     from prometheus_client.metrics_core import CounterMetricFamily
 
     ended = CounterMetricFamily(
-        "fastgpt2_jobs_ended", "Jobs that ended, by RQ's status and by why.", labels=["outcome", "reason"]
+        "fastgpt2_jobs_ended", "Jobs that ended, by RQ's status and by reason.", labels=["outcome", "reason"]
     )
     for outcome in OUTCOMES:
         ended.add_metric(outcome, _count(totals, ended_field(*outcome)))
     yield ended
     restarts = CounterMetricFamily(
         "fastgpt2_worker_restarts",
-        "Workers started again by their supervisor: after one died, or ended in good order.",
+        "Workers that their supervisor started again, after one died or after one ended in good order.",
         labels=["reason"],
     )
     for reason in RESTARTS:
@@ -176,24 +196,26 @@ def _histogram(histogram: Histogram, name: str, meaning: str, totals: Mapping[st
     upto, buckets = 0, []
     for bound, field in zip((*histogram.bounds, math.inf), histogram.fields, strict=True):
         upto += _count(totals, field)
-        # As Prometheus writes it, so that a rule may name it: "1.0", "+Inf".
+        # Prometheus writes bounds like this ("1.0", "+Inf"), and its rules name them so.
         buckets.append(("+Inf" if bound == math.inf else str(float(bound)), float(upto)))
     return HistogramMetricFamily(name, meaning, buckets=buckets, sum_value=real(totals.get(histogram.sum_field)) or 0.0)
 
 
-def _workers(snapshot: Snapshot) -> Iterator[Metric]:
+def _worker_gauges(snapshot: Snapshot) -> Iterator[Metric]:
     from prometheus_client.metrics_core import GaugeMetricFamily
 
     states = dict.fromkeys((*WORKER_STATES, "other"), 0)
     ages = GaugeMetricFamily(
-        "fastgpt2_worker_heartbeat_age_seconds", "Since a worker was heard of last.", labels=["worker"]
+        "fastgpt2_worker_heartbeat_age_seconds", "Seconds since a worker's last heartbeat.", labels=["worker"]
     )
-    jobs = GaugeMetricFamily("fastgpt2_worker_jobs", "Jobs in a worker's hands.", labels=["worker"])
-    gauges = {field: GaugeMetricFamily(name, meaning, labels=["worker"]) for field, name, meaning in _OF_WORKERS}
-    # Names that were cut could be the same.
+    jobs = GaugeMetricFamily(
+        "fastgpt2_worker_jobs", "Jobs that a worker has claimed, also running ones.", labels=["worker"]
+    )
+    gauges = {field: GaugeMetricFamily(name, meaning, labels=["worker"]) for field, name, meaning in _WORKER_GAUGES}
+    # By name, as two names that were cut short can be the same.
     for name, entry in {entry.name: entry for entry in snapshot.workers}.items():
         fields = entry.fields
-        jobs.add_metric([name], entry.in_hand)
+        jobs.add_metric([name], entry.claimed_count)
         state = text(fields.get("state"))
         states[state if state in states else "other"] += 1
         age = seconds_since(fields.get("last_heartbeat"), snapshot.time)

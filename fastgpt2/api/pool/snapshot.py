@@ -1,4 +1,4 @@
-"""The state of a pool at one moment, read in two round trips: bounded work however many jobs there are."""
+"""The state of a pool at one moment. Two round trips read it, with bounded work however many jobs there are."""
 
 from __future__ import annotations
 
@@ -8,54 +8,59 @@ from typing import TYPE_CHECKING, Any
 
 from fastgpt2.protocol.keys import (
     BUCKET_SECONDS,
+    EXECUTIONS_SUFFIX,
+    JOB_PREFIX,
     PRIORITIES,
     RECENT_FIELDS,
+    REGISTRY_PREFIXES,
     TOTAL_FIELDS,
+    WORKER_PREFIX,
+    queue_key,
     queues_of,
     recent_key,
+    registry_key,
     totals_key,
+    workers_key,
 )
 from fastgpt2.protocol.untrusted import by_name, checked, text, whole
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-
-# RQ's names for the sorted sets of jobs in each state (rq/registry.py).
-_REGISTRIES = {
-    "started": "rq:wip",
-    "finished": "rq:finished",
-    "failed": "rq:failed",
-    "deferred": "rq:deferred",
-    "scheduled": "rq:scheduled",
-    "canceled": "rq:canceled",
-}
 MAX_WORKERS_SHOWN = 1000
 
-# Of each worker's jobs in hand.
+# The limit for one worker's claimed jobs.
 MAX_JOBS_SHOWN = 100
 
-# RQ's ids are of 36; an entry's may be anything.
+# RQ's own ids have 36 bytes, but an entry of a queue may be anything.
 MAX_ID_BYTES = 1000
 
-# Fields of a worker's hash: RQ's, and those that `fastgpt2.worker.reporting` adds.
+# The fields of a worker's hash: RQ's, and those that `fastgpt2.worker.reporting` adds.
 _WORKER_FIELDS = (
     "state", "birth", "last_heartbeat", "hostname", "pid", "model", "computes_by", "fastgpt2_version", "max_batch",
     "kv_bytes", "kv_bytes_limit", "tokens", "steps", "step_seconds", "successful_job_count", "failed_job_count",
     "total_working_time", "tokens_per_second", "batch_mean", "private_bytes", "shared_bytes", "threads", "blas",
     "restarts", "prefix_bytes", "prefix_bytes_limit", "weights", "drafts",
 )  # fmt: skip
-_WORKER_PREFIX = b"rq:worker:"
+
+# Keys that come from Redis are bytes, which need not be text.
+_JOB_PREFIX, _WORKER_PREFIX, _EXECUTIONS = JOB_PREFIX.encode(), WORKER_PREFIX.encode(), EXECUTIONS_SUFFIX.encode()
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerEntry:
-    """A registered worker: its fields as they stand in Redis, some of its jobs in hand, and how many these are."""
+    """A registered worker.
+
+    Attributes:
+        fields: the fields of its hash as they stand in Redis.
+        claimed_jobs: the ids of jobs that it has claimed, running ones among them; at most `MAX_JOBS_SHOWN`.
+        claimed_count: how many jobs it has claimed.
+    """
 
     name: str
     fields: dict[str, Any]
-    jobs: list[str]
-    in_hand: int
+    claimed_jobs: list[str]
+    claimed_count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +68,15 @@ class Snapshot:
     """The state of a pool.
 
     Attributes:
-        time: by Redis's clock, in seconds since 1970.
-        depths: jobs that wait, by priority.
-        waits: for how many seconds the job at the head of each queue has waited, by priority; None where the queue is
-            empty, or it cannot be told: not by a user of Redis who may not read jobs.
-        jobs: counts by RQ's states, those that wait apart.
-        totals: of `measures.TOTAL_FIELDS`, what there is, as it stands in Redis.
-        recent: of each ten seconds asked for, the latest first, the moment at which they began, and of
-            `measures.RECENT_FIELDS` what there is.
-        redis_version: of Redis or Valkey.
+        time: the moment by Redis's clock, in seconds since 1970.
+        depths: the number of waiting jobs, by priority.
+        waits: the seconds that the job at the head of each queue has waited, by priority. None where the queue is
+            empty, and where this user of Redis may not read jobs.
+        jobs: the number of jobs by RQ's states, without those that wait.
+        totals: those of `keys.TOTAL_FIELDS` that there are, as they stand in Redis.
+        recent: for each bucket of ten seconds that was asked for, the latest first: the moment at which the bucket
+            began, and those of `keys.RECENT_FIELDS` that there are.
+        redis_version: the version of Redis or Valkey.
     """
 
     time: float
@@ -85,46 +90,45 @@ class Snapshot:
 
 
 async def read_snapshot(connection: Redis, queue: str, buckets: int = 0) -> Snapshot:
-    """The state of a queue and its workers.
+    """Read the state of a queue and its workers.
 
     Args:
-        buckets: how many of the recent hashes to read, that of this moment included.
+        buckets: the number of recent hashes to read, that of this moment included.
 
     Raises:
         RedisError
     """
     queues = queues_of(queue)
-    # Keys are bytes where they come from Redis: they need not be text.
     pipeline: Any = connection.pipeline(transaction=False)
     for name in queues:
-        pipeline.llen(f"rq:queue:{name}")
+        pipeline.llen(queue_key(name))
     for name in queues:
-        pipeline.lindex(f"rq:queue:{name}", 0)
-    for registry in _REGISTRIES.values():
+        pipeline.lindex(queue_key(name), 0)
+    for state in REGISTRY_PREFIXES:
         for name in queues:
-            pipeline.zcard(f"{registry}:{name}")
+            pipeline.zcard(registry_key(state, name))
     pipeline.time()
     pipeline.info("server")
-    pipeline.srandmember(f"rq:workers:{queue}", MAX_WORKERS_SHOWN)
+    pipeline.srandmember(workers_key(queue), MAX_WORKERS_SHOWN)
     pipeline.hmget(totals_key(queue), list(TOTAL_FIELDS))
     *counts, time, server, members, totals = checked(await pipeline.execute(raise_on_error=False))
     rows = [counts[at : at + len(queues)] for at in range(0, len(counts), len(queues))]
-    (depths, heads), registries = ([*map(_count, rows[0])], rows[1]), rows[2:]
+    depths, heads, registries = list(map(_count, rows[0])), rows[1], rows[2:]
     now = time[0] + time[1] / 1e6
 
     keys = sorted(key for key in members or () if isinstance(key, bytes) and key.startswith(_WORKER_PREFIX))
     waiting = [at for at, head in enumerate(heads) if isinstance(head, bytes) and len(head) <= MAX_ID_BYTES]
     starts = [int(now) // BUCKET_SECONDS * BUCKET_SECONDS - BUCKET_SECONDS * ago for ago in range(buckets)]
     for at in waiting:
-        pipeline.hget(b"rq:job:" + heads[at], "enqueued_at")
+        pipeline.hget(_JOB_PREFIX + heads[at], "enqueued_at")
     for key in keys:
         pipeline.hmget(key, list(_WORKER_FIELDS))
-        pipeline.srandmember(key + b":executions", MAX_JOBS_SHOWN)
-        pipeline.scard(key + b":executions")
+        pipeline.srandmember(key + _EXECUTIONS, MAX_JOBS_SHOWN)
+        pipeline.scard(key + _EXECUTIONS)
     for start in starts:
         pipeline.hmget(recent_key(queue, start), list(RECENT_FIELDS))
     replies = await pipeline.execute(raise_on_error=False) if len(pipeline) else []
-    enqueued, answers = _readable(replies[: len(waiting)]), checked(replies[len(waiting) :])
+    enqueued, answers = _allow_denials(replies[: len(waiting)]), checked(replies[len(waiting) :])
     of_workers, of_buckets = answers[: 3 * len(keys)], answers[3 * len(keys) :]
     waits: list[float | None] = [None] * len(queues)
     for at, moment in zip(waiting, enqueued, strict=True):
@@ -134,40 +138,46 @@ async def read_snapshot(connection: Redis, queue: str, buckets: int = 0) -> Snap
         time=now,
         depths=dict(zip(PRIORITIES, depths, strict=True)),
         waits=dict(zip(PRIORITIES, waits, strict=True)),
-        jobs=dict(zip(_REGISTRIES, (sum(map(_count, row)) for row in registries), strict=True)),
-        workers=[entry for each in entries if (entry := _worker(*each)) is not None],
+        jobs=dict(zip(REGISTRY_PREFIXES, (sum(map(_count, row)) for row in registries), strict=True)),
+        workers=[entry for each in entries if (entry := _read_worker(*each)) is not None],
         totals=by_name(TOTAL_FIELDS, totals),
         recent=[(start, by_name(RECENT_FIELDS, reply)) for start, reply in zip(starts, of_buckets, strict=True)],
         redis_version=text(server.get("valkey_version") or server.get("redis_version")),
     )
 
 
-def seconds_since(moment: Any, now: float) -> float | None:
-    """RQ notes moments as ISO 8601 in UTC."""
+def to_epoch(moment: Any) -> float | None:
+    """Return a moment in seconds since 1970, or None if it is none. RQ writes moments as ISO 8601 in UTC."""
     try:
         then = datetime.fromisoformat(text(moment))
-        return max(0.0, now - (then if then.tzinfo else then.replace(tzinfo=UTC)).timestamp())
+        return (then if then.tzinfo else then.replace(tzinfo=UTC)).timestamp()
     except (ValueError, OverflowError):
         return None
 
 
-def _worker(key: bytes, values: Any, executions: Any, in_hand: Any) -> WorkerEntry | None:
-    """None for a worker that was killed: it stays in the set until RQ's upkeep finds its hash expired."""
+def seconds_since(moment: Any, now: float) -> float | None:
+    """Return the seconds from one of RQ's moments until now, at least 0; None if it is none."""
+    then = to_epoch(moment)
+    return None if then is None else max(0.0, now - then)
+
+
+def _read_worker(key: bytes, values: Any, executions: Any, claimed_count: Any) -> WorkerEntry | None:
+    """Return None for a worker that was killed: its key stays in the set until RQ's upkeep finds its hash expired."""
     fields = by_name(_WORKER_FIELDS, values)
     if not fields:
         return None
     name = text(key.removeprefix(_WORKER_PREFIX))
     # RQ keeps a worker's executions as "job id:execution id".
-    jobs = sorted({text(execution).rpartition(":")[0] for execution in executions or ()})
-    return WorkerEntry(name, fields, jobs, _count(in_hand))
+    claimed_jobs = sorted({text(execution).rpartition(":")[0] for execution in executions or ()})
+    return WorkerEntry(name, fields, claimed_jobs, _count(claimed_count))
 
 
 def _count(reply: Any) -> int:
     return whole(reply) or 0
 
 
-def _readable(replies: list[Any]) -> list[Any]:
-    """The replies; None where this user of Redis may not read jobs."""
+def _allow_denials(replies: list[Any]) -> list[Any]:
+    """Return the replies, with None in place of each that denies this user of Redis to read a job."""
     from redis.exceptions import NoPermissionError
 
     return checked([None if isinstance(reply, NoPermissionError) else reply for reply in replies])

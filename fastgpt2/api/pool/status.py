@@ -1,4 +1,8 @@
-"""What the pool is doing, as JSON: read from Redis, so that every endpoint tells the same."""
+"""What the pool is doing now, what it did lately, and whether it would serve a job.
+
+All of it is read from Redis, so that every endpoint tells the same. What the pool did lately stands there as workers
+report it, in one hash for each ten seconds: rates, means and the history come from these.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,6 @@ from fastgpt2.protocol.keys import (
     OF_JOBS,
     OUTCOMES,
     RECENT_FIELDS,
-    RECENT_TTL_SECONDS,
     RESTARTS,
     ROOM,
     SEQUENCES,
@@ -30,25 +33,36 @@ from fastgpt2.protocol.keys import (
     recent_key,
     restarts_field,
 )
+from fastgpt2.protocol.scripts import Script
 from fastgpt2.protocol.untrusted import real, text, whole
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
+# The points of the history: fifteen minutes.
+POINTS = 90
+WINDOWS = {"1m": 60, "5m": 300, "15m": 900}
+
+# All points, and the ten seconds that are not over yet.
+BUCKETS = POINTS + 1
+
+_RECORD_DEPTH = Script(__file__, "record_depth")
+_COUNT_LEASES = Script(__file__, "count_leases")
+
 
 async def read_status(connection: Redis, queue: str, history: bool = False) -> dict[str, Any]:
-    """The state of a queue and its workers, as JSON.
+    """Read the state of a queue and its workers, as JSON.
 
     Args:
-        history: also what the pool did in each ten seconds of the last fifteen minutes.
+        history: add what the pool did in each ten seconds of the last fifteen minutes.
 
     Returns:
-        `queue`: name, depth, the depth by priority, and for how long the job at the head of a queue has waited at most
-        (None if none waits); `jobs`: counts by RQ's states (finished and failed ones until they expire); `totals`:
-        what was counted since the pool was first used; `rates`: of the last 1, 5 and 15 minutes, None for a mean of
-        nothing; `models`: those that the workers serve; `workers`: each with its state, age and time since its last
-        heartbeat (seconds), model, counts, pace, memory and the jobs in hand. What a worker says of itself is as old as
-        its heartbeat.
+        `queue`: the queue's name, its depth, the depth by priority, and the longest time in seconds that the job at
+        the head of a queue has waited (None if no job waits). `jobs`: counts by RQ's states; finished and failed jobs
+        count until they expire. `totals`: what was counted since the pool was first used. `rates`: those of the last
+        1, 5 and 15 minutes, and None for a mean of nothing. `models`: the models that the workers serve. `workers`:
+        each with its state, age and time since its last heartbeat (seconds), model, counts, pace, memory and the jobs
+        that it has claimed (`in_hand` is their number). What a worker says of itself is as old as its heartbeat.
 
     Raises:
         RedisError
@@ -56,7 +70,7 @@ async def read_status(connection: Redis, queue: str, history: bool = False) -> d
     snapshot = await read_snapshot(connection, queue, BUCKETS)
     depth = sum(snapshot.depths.values())
     waits = [seconds for seconds in snapshot.waits.values() if seconds is not None]
-    workers = [_worker(entry, snapshot.time) for entry in snapshot.workers]
+    workers = [_describe_worker(entry, snapshot.time) for entry in snapshot.workers]
     status = {
         "version": __version__,
         "time": round(snapshot.time, 3),
@@ -68,16 +82,16 @@ async def read_status(connection: Redis, queue: str, history: bool = False) -> d
         },
         "jobs": {"queued": depth, **snapshot.jobs},
         "totals": _totals(snapshot),
-        "rates": rates(snapshot.recent, snapshot.time),
+        "rates": _rates(snapshot.recent, snapshot.time),
         "models": sorted({worker["model"] for worker in workers if worker["model"]}),
         "workers": workers,
         "redis": {"version": snapshot.redis_version},
     }
-    return {**status, "history": points(snapshot.recent)} if history else status
+    return {**status, "history": _history(snapshot.recent)} if history else status
 
 
 def _totals(snapshot: Snapshot) -> dict[str, Any]:
-    """Counts since the pool was first used, or left alone for a month."""
+    """Return the counts since the pool was first used, or since it was used again after a month without use."""
     totals = snapshot.totals
     return {
         **{name: whole(totals.get(name)) or 0 for name in COUNTS},
@@ -89,7 +103,7 @@ def _totals(snapshot: Snapshot) -> dict[str, Any]:
     }
 
 
-def _worker(entry: WorkerEntry, now: float) -> dict[str, Any]:
+def _describe_worker(entry: WorkerEntry, now: float) -> dict[str, Any]:
     fields = entry.fields
     max_batch = whole(fields.get("max_batch")) or 1
     batch_mean = real(fields.get("batch_mean"))
@@ -109,8 +123,8 @@ def _worker(entry: WorkerEntry, now: float) -> dict[str, Any]:
         "threads": whole(fields.get("threads")),
         "version": text(fields.get("fastgpt2_version")) or None,
         "restarts": whole(fields.get("restarts")),
-        "in_hand": entry.in_hand,
-        "jobs": entry.jobs,
+        "in_hand": entry.claimed_count,
+        "jobs": entry.claimed_jobs,
         "max_batch": max_batch,
         "batch_mean": batch_mean,
         "batch_occupancy": None if batch_mean is None else round(min(1.0, batch_mean / max_batch), 4),
@@ -136,39 +150,17 @@ def _age(moment: Any, now: float) -> float | None:
     return None if seconds is None else round(seconds, 1)
 
 
-# NOTE api.recent: What the pool did lately, from what workers told by ten seconds at a time: rates, means, a history.
-POINTS = 90
-WINDOWS = {"1m": 60, "5m": 300, "15m": 900}
-
-# All points, and the ten seconds that are not over yet.
-BUCKETS = POINTS + 1
-
-# What the recent hashes of one pool begin with, and its queues. The time is Redis's own, as with what workers tell.
-_SAMPLE = f"""
-local now, depth = tonumber(redis.call('TIME')[1]), 0
-for i = 2, #ARGV do
-    local length = redis.pcall('LLEN', 'rq:queue:' .. ARGV[i])
-    if type(length) == 'number' then depth = depth + length end
-end
-local key = ARGV[1] .. string.format('%d', now - now % {BUCKET_SECONDS})
-redis.pcall('HSET', key, '{DEPTH}', depth)
-redis.pcall('EXPIRE', key, {RECENT_TTL_SECONDS})
-return depth
-"""
-
-
-async def sample(connection: Redis, queue: str) -> None:
-    """Note how many jobs wait, for the history. To be called every ten seconds, by any number of endpoints.
+async def record_depth(connection: Redis, queue: str) -> None:
+    """Write down how many jobs wait, for the history. Any number of endpoints may do so, every ten seconds each.
 
     Raises:
         RedisError
     """
-    # The keys are no KEYS: a user of Redis would need all rights to them, not only those that are used.
-    await connection.eval(_SAMPLE, 0, recent_key(queue, ""), *queues_of(queue))
+    await _RECORD_DEPTH.run_async(connection, (), (recent_key(queue, ""), *queues_of(queue)))
 
 
-def rates(recent: Sequence[tuple[int, dict[str, Any]]], now: float) -> dict[str, dict[str, float | None]]:
-    """By window: of as many full buckets as it has, and the one that is not over yet.
+def _rates(recent: Sequence[tuple[int, dict[str, Any]]], now: float) -> dict[str, dict[str, float | None]]:
+    """Return the figures of each window, over all its full buckets and the one that is not over yet.
 
     Args:
         recent: `Snapshot.recent`, of `BUCKETS` buckets.
@@ -185,8 +177,8 @@ def rates(recent: Sequence[tuple[int, dict[str, Any]]], now: float) -> dict[str,
     return found
 
 
-def points(recent: Sequence[tuple[int, dict[str, Any]]]) -> dict[str, Any]:
-    """A point for each ten seconds that are over, the oldest first; null is what nobody told."""
+def _history(recent: Sequence[tuple[int, dict[str, Any]]]) -> dict[str, Any]:
+    """Return a point for each ten seconds that are over, the oldest first; None is a figure that nobody reported."""
     found = []
     for start, fields in reversed(recent[1:]):
         counts = {field: real(value) or 0.0 for field, value in fields.items()}
@@ -214,29 +206,17 @@ def _mean(total: float, count: float) -> float | None:
     return round(total / count, 6) if count else None
 
 
-# NOTE api.readiness: Whether the pool would serve a job now.
+async def check_readiness(connection: Redis, queue: str) -> str | None:
+    """Return why no job would be served now, as a sentence that anybody may read; None if at least one worker lives.
 
-# ARGV: the leases, the length of one in ms. How many reach beyond this moment by Redis's clock, and no further than any
-# can that was taken now. Not by KEYS, to which a user of Redis would need all rights.
-_LIVING = """
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local count = redis.pcall('ZCOUNT', ARGV[1], '(' .. string.format('%.0f', now), string.format('%.0f', now + ARGV[2]))
-if type(count) ~= 'number' then return 0 end
-return count
-"""
-
-
-async def not_ready(connection: Redis, queue: str) -> str | None:
-    """Why no job would be served now, as a sentence for everybody to read; None if at least one worker lives.
-
-    A worker takes a lease when its model is loaded and warmed up, and loses it seconds after it was heard of last.
+    A worker takes a lease once its model is loaded and warmed up. The lease ends seconds after the worker's last sign
+    of life.
 
     Raises:
         RedisError: Redis cannot be reached, which is a reason of its own.
     """
-    living: Any = await connection.eval(_LIVING, 0, leases_key(queue), int(LEASE_SECONDS * 1000))
-    if living:
+    leases = await _COUNT_LEASES.run_async(connection, (), (leases_key(queue), int(LEASE_SECONDS * 1000)))
+    if leases:
         return None
     return (
         "no worker that has loaded its model lives on this queue: start some with `fastgpt2 up` or `fastgpt2 pool`, or "
