@@ -19,7 +19,6 @@ from fastgpt2.protocol.messages import (
     describe_result,
     job_to_kwargs,
     parse_job,
-    parse_request,
     result_from_json,
     result_to_json,
 )
@@ -176,14 +175,8 @@ def test_a_job_survives_the_journey(request_: GenerationRequest, options: JobOpt
     assert parse_job([kwargs.pop("prompt")], kwargs) == (request_, options)
 
 
-@pytest.mark.parametrize("name", ["timeout", "stream"])
-def test_without_a_job_its_options_are_unknown(name: str) -> None:
-    with pytest.raises(BadRequest, match=f"unknown field '{name}'; known are prompt, "):
-        parse_request(["a"], {name: 1})
-
-
 def test_the_prompt_may_come_first() -> None:
-    assert parse_request(("hi",), {"stop": "x"}) == GenerationRequest("hi", stop=("x",))
+    assert parse_job(("hi",), {"stop": "x"}) == (GenerationRequest("hi", stop=("x",)), JobOptions())
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,12 @@ import asyncio
 import json
 import zlib
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from fastgpt2.api.client.outcome import job_key
 from fastgpt2.protocol.connection import redis_errors
 from fastgpt2.protocol.keys import MAX_LATEST, latest_key
-from fastgpt2.protocol.untrusted import checked, read, real, text, whole
+from fastgpt2.protocol.untrusted import check_replies, epoch_seconds, read, real, text, whole
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -62,7 +61,7 @@ async def read_latest(connection: Redis, queue: str, limit: int) -> list[dict[st
         return []
     pipeline = connection.pipeline(transaction=False)
     pipeline.lrange(latest_key(queue), 0, min(limit, MAX_LATEST) - 1)
-    (entries,) = checked(await pipeline.execute(raise_on_error=False))
+    (entries,) = check_replies(await pipeline.execute(raise_on_error=False))
     return [record for entry in entries or () if (record := _record(entry)) is not None]
 
 
@@ -124,15 +123,6 @@ def _prompt(data: bytes) -> str | list[int] | None:
     return ids if all(isinstance(each, int) and not isinstance(each, bool) for each in ids) else None
 
 
-def epoch(moment: str | None) -> float | None:
-    """RQ notes moments as ISO 8601 in UTC."""
-    try:
-        then = datetime.fromisoformat(moment or "")
-    except ValueError:
-        return None
-    return round((then if then.tzinfo else then.replace(tzinfo=UTC)).timestamp(), 3)
-
-
 async def listed(
     client: AsyncClient, workers: list[dict[str, Any]], limit: int, show_prompts: bool
 ) -> list[dict[str, Any]]:
@@ -164,7 +154,7 @@ async def _in_hand(client: AsyncClient, workers: list[dict[str, Any]], limit: in
     for (job_id, worker), fields in zip(pairs, answers, strict=True):
         if isinstance(fields, list) and fields[0] is not None:
             status, *moments = (None if field is None else field.decode("utf-8", "replace") for field in fields)
-            enqueued_at, started_at = map(epoch, moments)
+            enqueued_at, started_at = map(epoch_seconds, moments)
             waited = None if enqueued_at is None or started_at is None else round(max(0.0, started_at - enqueued_at), 3)
             found.append({**_UNKNOWN, "id": job_id, "status": status, "worker": worker, "queue_seconds": waited})
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from fastgpt2.protocol.keys import (
@@ -15,7 +14,7 @@ from fastgpt2.protocol.keys import (
     recent_key,
     totals_key,
 )
-from fastgpt2.protocol.untrusted import by_name, checked, text, whole
+from fastgpt2.protocol.untrusted import by_name, check_replies, seconds_since, text, whole
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -107,7 +106,7 @@ async def read_snapshot(connection: Redis, queue: str, buckets: int = 0) -> Snap
     pipeline.info("server")
     pipeline.srandmember(f"rq:workers:{queue}", MAX_WORKERS_SHOWN)
     pipeline.hmget(totals_key(queue), list(TOTAL_FIELDS))
-    *counts, time, server, members, totals = checked(await pipeline.execute(raise_on_error=False))
+    *counts, time, server, members, totals = check_replies(await pipeline.execute(raise_on_error=False))
     rows = [counts[at : at + len(queues)] for at in range(0, len(counts), len(queues))]
     (depths, heads), registries = ([*map(_count, rows[0])], rows[1]), rows[2:]
     now = time[0] + time[1] / 1e6
@@ -124,7 +123,7 @@ async def read_snapshot(connection: Redis, queue: str, buckets: int = 0) -> Snap
     for start in starts:
         pipeline.hmget(recent_key(queue, start), list(RECENT_FIELDS))
     replies = await pipeline.execute(raise_on_error=False) if len(pipeline) else []
-    enqueued, answers = _readable(replies[: len(waiting)]), checked(replies[len(waiting) :])
+    enqueued, answers = _readable(replies[: len(waiting)]), check_replies(replies[len(waiting) :])
     of_workers, of_buckets = answers[: 3 * len(keys)], answers[3 * len(keys) :]
     waits: list[float | None] = [None] * len(queues)
     for at, moment in zip(waiting, enqueued, strict=True):
@@ -140,15 +139,6 @@ async def read_snapshot(connection: Redis, queue: str, buckets: int = 0) -> Snap
         recent=[(start, by_name(RECENT_FIELDS, reply)) for start, reply in zip(starts, of_buckets, strict=True)],
         redis_version=text(server.get("valkey_version") or server.get("redis_version")),
     )
-
-
-def seconds_since(moment: Any, now: float) -> float | None:
-    """RQ notes moments as ISO 8601 in UTC."""
-    try:
-        then = datetime.fromisoformat(text(moment))
-        return max(0.0, now - (then if then.tzinfo else then.replace(tzinfo=UTC)).timestamp())
-    except (ValueError, OverflowError):
-        return None
 
 
 def _worker(key: bytes, values: Any, executions: Any, in_hand: Any) -> WorkerEntry | None:
@@ -170,4 +160,4 @@ def _readable(replies: list[Any]) -> list[Any]:
     """The replies; None where this user of Redis may not read jobs."""
     from redis.exceptions import NoPermissionError
 
-    return checked([None if isinstance(reply, NoPermissionError) else reply for reply in replies])
+    return check_replies([None if isinstance(reply, NoPermissionError) else reply for reply in replies])
