@@ -161,7 +161,7 @@ _FAULTS_OF_ENTRIES = ("WRONGTYPE", "not an integer", "not a valid float", "would
 
 def is_of_entry(error: Exception) -> bool:
     """Tell whether an error is about a key that is not what it should be: to try again would not help."""
-    return isinstance(error, ResponseError) and any(words in str(error) for words in _FAULTS_OF_ENTRIES)
+    return isinstance(error, ResponseError) and any(phrase in str(error) for phrase in _FAULTS_OF_ENTRIES)
 
 
 def read_moment(value: Any) -> datetime | None:

@@ -89,7 +89,7 @@ def test_a_prompt_s_log_probabilities_survive_the_journey() -> None:
 
 
 def test_what_the_last_release_wrote_is_read() -> None:
-    """As it stands in somebody's Redis."""
+    """The value is as it stands in somebody's Redis."""
     value = json.loads(
         """{"version": 1, "text": "Ab", "token_ids": [5, 7], "finish_reason": "stop",
         "usage": {"prompt_tokens": 3, "completion_tokens": 2},

@@ -46,7 +46,7 @@ class NeutralParameters:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerParameters:
-    """What a caller wants to be told, checked when made.
+    """What a caller wants to see in the answer, checked when made.
 
     Args:
         return_full_text: the answer begins with the prompt. None means so for `POST /` only.
@@ -233,11 +233,11 @@ async def _token_events(waiting: Waiting, asked: Generation) -> AsyncIterator[by
         result = unwrapped(what)
         tokens = list(result.logprobs or ())
         for number in range(sent, len(tokens)):
-            told = _token_event(number, tokens, result.text)
+            body = _token_event(number, tokens, result.text)
             if number == len(tokens) - 1:
-                told["generated_text"] = asked.text(result)
-                told["details"] = _summary(result) if asked.details else None
-            yield event(told)
+                body["generated_text"] = asked.text(result)
+                body["details"] = _summary(result) if asked.details else None
+            yield event(body)
 
 
 def _token_event(number: int, tokens: list[TokenLogprob], text: str) -> TokenEvent:

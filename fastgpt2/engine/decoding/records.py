@@ -80,8 +80,8 @@ class GenerationRequest:
     Args:
         prompt: the text to continue, or its token ids. An empty prompt starts from the model's beginning-of-text token.
         max_new_tokens: the most tokens to generate. None means 20, or `min_new_tokens` if that is more, or fewer where
-            the model's positions leave less room. 0 generates nothing: the prompt may then fill all positions, and is
-            read only for what is to be told of it.
+            the model's positions leave less room. 0 generates nothing: the prompt may then fill all positions, and
+            the model reads it only if the result tells of it.
         stop: generation ends before the first of these strings, and the text is cut there. One string may stand alone.
         ignore_eos: go on past the end-of-text token.
         min_new_tokens: the number of tokens that come before the one with which an end-of-text token or a stop string
