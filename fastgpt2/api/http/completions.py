@@ -92,42 +92,23 @@ def _check_prompts(name: str, value: Any) -> list[str | list[int]]:
     return value
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StreamOptions:
-    """What a stream has beside the text. There is nothing to obfuscate."""
-
-    include_usage: bool = False
-    include_obfuscation: bool = False
-
-
-def _check_stream_options(name: str, value: Any) -> StreamOptions:
-    if not isinstance(value, dict) or not value.keys() <= fields_of(StreamOptions).keys():
+def _check_stream_options(name: str, value: Any) -> dict[str, bool]:
+    if not isinstance(value, dict) or not value.keys() <= _STREAM_FLAGS.keys():
         raise BadRequest(f'{name} must be an object: {{"include_usage": true}}')
-    return StreamOptions(**{key: flag().check(f"{name}.{key}", part) for key, part in value.items()})
+    return {key: flag().check(f"{name}.{key}", part) for key, part in value.items()}
 
 
-def _prompts_schema() -> dict[str, Any]:
-    several = {"type": "array", "minItems": 1, "maxItems": MAX_PROMPTS}
-    one = {"type": "string"}
-    return {
-        "anyOf": [
-            one,
-            {**several, "items": one},
-            {**TOKEN_IDS_SCHEMA, "minItems": 1},
-            {**several, "items": TOKEN_IDS_SCHEMA},
-        ]
-    }
-
+_TEXT = {"type": "string"}
+_SEVERAL = {"type": "array", "minItems": 1, "maxItems": MAX_PROMPTS}
+_IDS = {**TOKEN_IDS_SCHEMA, "minItems": 1}
+_PROMPT_KINDS = [_TEXT, {**_SEVERAL, "items": _TEXT}, _IDS, {**_SEVERAL, "items": TOKEN_IDS_SCHEMA}]
+# There is nothing to obfuscate.
+_STREAM_FLAGS = dict.fromkeys(("include_usage", "include_obfuscation"), flag().schema)
 
 _TOP_P = Field({"type": "number", "exclusiveMinimum": 0, "maximum": 1}, _check_top_p)
-_PROMPTS = Field(_prompts_schema(), _check_prompts)
+_PROMPTS = Field({"anyOf": _PROMPT_KINDS}, _check_prompts)
 _STREAM_OPTIONS = Field(
-    {
-        "type": "object",
-        "properties": {name: known.schema for name, known in fields_of(StreamOptions).items()},
-        "additionalProperties": False,
-    },
-    _check_stream_options,
+    {"type": "object", "properties": _STREAM_FLAGS, "additionalProperties": False}, _check_stream_options
 )
 
 
@@ -144,7 +125,7 @@ class CompletionRequest:
     max_tokens: Annotated[NewTokens, f"{DEFAULT_MAX_TOKENS} by default."] = DEFAULT_MAX_TOKENS
     stop: StopStrings = ()
     stream: bool = False
-    stream_options: Annotated[StreamOptions, _STREAM_OPTIONS, "With `stream` only."] | None = None
+    stream_options: Annotated[dict[str, bool], _STREAM_OPTIONS, "With `stream` only."] | None = None
     echo: bool = False
     logprobs: Annotated[Logprobs, "With `echo`, of the prompt's tokens too."] | None = None
     temperature: Annotated[float, _ONLY_ZERO, _NOTHING_ELSE] | None = None
@@ -172,7 +153,7 @@ class CompletionRequest:
     @property
     def include_usage(self) -> bool:
         """Tell whether a stream ends with token counts."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and self.stream_options.get("include_usage", False)
 
     @property
     def prompt_logprobs(self) -> int | None:
