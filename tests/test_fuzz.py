@@ -1,6 +1,6 @@
-"""Hostile input: whatever comes, it ends in one of our errors or a valid value, in bounded time and memory.
+"""Hostile input: whatever comes ends in one of our errors or in a valid value, in bounded time and memory.
 
-`HYPOTHESIS_PROFILE=long` looks a hundred times as long; without it the examples are the same each time.
+`HYPOTHESIS_PROFILE=long` tries a hundred times as many examples; without it the examples are the same each time.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from fastgpt2.engine.model.hub import DEMO_FOLDER
 from fastgpt2.engine.model.packing import open_packed
 from fastgpt2.engine.model.tokenizer import Tokenizer
 from fastgpt2.errors import BadRequest, CheckpointError, ConfigError, FastGPT2Error, TokenizerError
-from fastgpt2.protocol import untrusted as payload
+from fastgpt2.protocol import untrusted
 from fastgpt2.protocol.messages import entry_to_piece, parse_job, result_from_json
 from fastgpt2.system.redis_server import RedisServer
 from fastgpt2.worker.rq_job import GenerationJob
@@ -78,7 +78,7 @@ json_bytes = st.one_of(st.binary(max_size=200), values.map(lambda value: json.du
 
 @contextmanager
 def little_memory(most: int = 64 << 20) -> Iterator[None]:
-    """Of Python's own; what numpy and the maps take is claimed sizes' business too, and tracemalloc sees numpy's."""
+    """Assert that the block takes little memory of Python's own, and of numpy's, which tracemalloc sees too."""
     tracemalloc.start()
     try:
         yield
@@ -108,7 +108,7 @@ def little_memory(most: int = 64 << 20) -> Iterator[None]:
 def test_a_payload_is_plain_values_or_a_value_error(data: bytes) -> None:
     with little_memory():
         try:
-            value = payload.read(data)
+            value = untrusted.read(data)
         except ValueError:
             return
     assert isinstance(value, None | bool | int | float | str | bytes | list | tuple | dict)
@@ -175,7 +175,7 @@ def test_arguments_are_a_request_or_a_bad_request(args: list[Any], kwargs: dict[
 @example({b"data": b'["os.system", null, ["true"], {}]', b"success_callback_name": b"os.system"})
 def test_an_entry_is_asked_for_a_request_and_nothing_more(fields: dict[bytes, bytes]) -> None:
     with little_memory(128 << 20):
-        job = GenerationJob("x", connection=Redis(), serializer=payload.JSONOnlySerializer)
+        job = GenerationJob("x", connection=Redis(), serializer=untrusted.JSONOnlySerializer)
         try:
             job.restore(fields)
         except MemoryError:

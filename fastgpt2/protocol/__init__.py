@@ -1,1 +1,1 @@
-"""What both ends of the queue speak; uses the engine's records and errors."""
+"""The language of both ends of the queue, client and worker; uses only the engine's records and errors."""

@@ -1,4 +1,8 @@
-"""Reading what stands in Redis: JSON or the plain values of a pickle, of bounded size, and nothing that could run."""
+"""What stands in Redis, read with care: whoever may write there may have written anything.
+
+A payload is JSON or a pickle of plain values, of bounded size, and nothing that could run. A reply of Redis is read as
+a number, a text or a moment, within bounds, and as nothing if it is something else.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import ResponseError
 
 from fastgpt2.engine.decoding.records import MAX_PROMPT_BYTES
 
@@ -19,7 +23,12 @@ from fastgpt2.engine.decoding.records import MAX_PROMPT_BYTES
 MAX_PAYLOAD_BYTES = 8 * MAX_PROMPT_BYTES
 MAX_PICKLE_OPCODES = 1 << 18
 
-# What plain values are made of. No opcode that names a class, calls anything, or takes a length to allocate on trust.
+# The most that a number may be, so that sums of many stay exact enough and finite.
+MOST = 2.0**63
+MAX_TEXT_CHARACTERS = 200
+_MAX_NUMBER_BYTES = 40
+
+# Plain values are made of these. No opcode names a class, calls anything, or takes a length to allocate on trust.
 _PLAIN_OPCODES = frozenset(
     {
         "APPEND", "APPENDS", "BINBYTES", "BINFLOAT", "BINGET", "BININT", "BININT1", "BININT2", "BINPUT", "BINUNICODE",
@@ -31,7 +40,7 @@ _PLAIN_OPCODES = frozenset(
 
 
 class JSONOnlySerializer:
-    """Writes JSON, and reads what `read` reads. RQ's own default would unpickle, which runs whatever a pickle says."""
+    """Writes JSON, and reads what `read` reads. RQ's own default unpickles, which runs whatever a pickle says."""
 
     @staticmethod
     def dumps(value: Any) -> bytes:
@@ -43,7 +52,7 @@ class JSONOnlySerializer:
 
 
 class PlainPickleSerializer:
-    """For jobs that came pickled, whose enqueuers read their results as pickles: writes those, of plain values."""
+    """Writes pickles of plain values, for jobs that came pickled: who enqueued them reads the results as pickles."""
 
     @staticmethod
     def dumps(value: Any) -> bytes:
@@ -55,15 +64,15 @@ class PlainPickleSerializer:
 
 
 def is_pickle(data: bytes) -> bool:
-    """Protocol 2 and later begin so; JSON never does."""
+    """Tell whether the data are a pickle of protocol 2 or later. JSON never begins like one."""
     return data[:1] == pickle.PROTO
 
 
 def read(data: bytes) -> Any:
-    """The value of a JSON text, or of a pickle that holds plain values only.
+    """Return the value of a JSON text, or of a pickle that holds plain values only.
 
     Raises:
-        ValueError: neither, too large, or nested too deeply.
+        ValueError: the data are neither, too large, or nested too deeply.
     """
     if len(data) > MAX_PAYLOAD_BYTES:
         raise ValueError(f"{len(data)} bytes; the limit is {MAX_PAYLOAD_BYTES}")
@@ -82,7 +91,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def _unpickle(data: bytes) -> Any:
-    """Every opcode is looked at first: the unpickler would allocate whatever index or length a pickle states."""
+    """Unpickle after a look at every opcode: the unpickler allocates whatever index or length a pickle states."""
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(data), 1):
             if opcode.name not in _PLAIN_OPCODES:
@@ -96,32 +105,20 @@ def _unpickle(data: bytes) -> Any:
         raise ValueError(f"a damaged pickle ({reason})") from None
 
 
-# NOTE api.replies: What Redis answered, taken with care: whoever may write there may have written anything.
-
-# What a number may be at most, so that sums of many stay exact enough and finite.
-MOST = 2.0**63
-_MAX_NUMBER_BYTES = 40
-MAX_TEXT_CHARACTERS = 200
-
-
-def checked(replies: Sequence[Any]) -> list[Any]:
-    """The replies of a pipeline; None for each that says that its key is of another kind than it should be.
+def check_replies(replies: Sequence[Any]) -> list[Any]:
+    """Return the replies of a pipeline, with None for each that says that its key is of another kind than it should be.
 
     Raises:
         RedisError: the first other error among them.
     """
-    found = []
     for reply in replies:
-        if isinstance(reply, Exception):
-            if not is_of_entry(reply):  # type: ignore[arg-type]
-                raise reply
-            reply = None
-        found.append(reply)
-    return found
+        if isinstance(reply, Exception) and not is_of_entry(reply):
+            raise reply
+    return [None if isinstance(reply, Exception) else reply for reply in replies]
 
 
 def real(value: Any) -> float | None:
-    """A number from 0 on; None if it is none, or more than anything here could be."""
+    """Return a number from 0 on, or None if the value is none, or more than anything here could be."""
     if isinstance(value, bytes | str):
         if len(value) > _MAX_NUMBER_BYTES:
             return None
@@ -135,7 +132,7 @@ def real(value: Any) -> float | None:
 
 
 def whole(value: Any) -> int | None:
-    """A whole number from 0 on, as `real`."""
+    """Return a whole number from 0 on, or None as `real` does."""
     if isinstance(value, bytes | str) and len(value) <= _MAX_NUMBER_BYTES:
         try:
             value = int(value)
@@ -145,7 +142,7 @@ def whole(value: Any) -> int | None:
 
 
 def text(value: Any) -> str:
-    """At most so many characters; empty if it is none."""
+    """Return the first 200 characters of a text, or "" if the value is none."""
     if isinstance(value, bytes):
         # No character has more than four bytes.
         value = value[: 4 * MAX_TEXT_CHARACTERS].decode("utf-8", "replace")
@@ -153,27 +150,42 @@ def text(value: Any) -> str:
 
 
 def by_name(names: Sequence[str], reply: Any) -> dict[str, Any]:
-    """The answer to an HMGET; without what is not there."""
+    """Return the answer to an HMGET by the names of the fields, without those that are not there."""
     values = reply if isinstance(reply, list) else []
     return {name: value for name, value in zip(names, values, strict=False) if value is not None}
 
 
-# What Redis says when an entry is not what it should be, as opposed to when it cannot serve.
+# Redis says this when an entry is not what it should be, as opposed to when it cannot serve.
 _FAULTS_OF_ENTRIES = ("WRONGTYPE", "not an integer", "not a valid float", "would overflow")
 
 
-def is_of_entry(error: RedisError) -> bool:
-    """Whether the error tells of a key that is not what it should be: trying again would not help."""
-    return isinstance(error, ResponseError) and any(words in str(error) for words in _FAULTS_OF_ENTRIES)
+def is_of_entry(error: Exception) -> bool:
+    """Tell whether an error is about a key that is not what it should be: to try again would not help."""
+    return isinstance(error, ResponseError) and any(phrase in str(error) for phrase in _FAULTS_OF_ENTRIES)
 
 
-def seconds_between(earlier: datetime | None, later: datetime | None) -> float:
-    """Time between two moments that RQ noted; 0 where one is missing or the clocks of two machines disagree."""
-    if earlier is None or later is None:
-        return 0.0
-    return max(0.0, (_aware(later) - _aware(earlier)).total_seconds())
+def read_moment(value: Any) -> datetime | None:
+    """Return a moment that RQ wrote, or None if it is none. RQ writes ISO 8601 in UTC, with or without the zone."""
+    try:
+        then = value if isinstance(value, datetime) else datetime.fromisoformat(text(value))
+        return then.astimezone(UTC) if then.tzinfo else then.replace(tzinfo=UTC)
+    except (ValueError, OverflowError):  # the first day of year 1, east of Greenwich
+        return None
 
 
-def _aware(moment: datetime) -> datetime:
-    """RQ notes moments in UTC, with or without saying so."""
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+def epoch_seconds(value: Any) -> float | None:
+    """Return a moment that RQ wrote in seconds since 1970, to a millisecond, or None if the value is none."""
+    then = read_moment(value)
+    return None if then is None else round(then.timestamp(), 3)
+
+
+def seconds_since(value: Any, now: float) -> float | None:
+    """Return how long ago a moment that RQ wrote was: 0 if it lies after `now`, None if the value is no moment."""
+    then = read_moment(value)
+    return None if then is None else max(0.0, now - then.timestamp())
+
+
+def seconds_between(earlier: Any, later: Any) -> float:
+    """Return the time between two moments that RQ wrote: 0 if one is missing or the clocks of two machines disagree."""
+    begin, end = read_moment(earlier), read_moment(later)
+    return 0.0 if begin is None or end is None else max(0.0, (end - begin).total_seconds())

@@ -317,7 +317,7 @@ class GenerationWorker(RQWorker):
         least = -(-len(prompt.encode()) // self._description.longest_token_bytes) if isinstance(prompt, str) else 0
         if least + request.least_room > n_positions:
             raise PromptTooLong(
-                f"prompt tokens {least} or more, over {request.positions_in_words(n_positions)}: shorten the prompt"
+                f"prompt tokens {least} or more, over {request.describe_positions(n_positions)}: shorten the prompt"
             )
 
     def _step(self) -> None:

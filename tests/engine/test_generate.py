@@ -130,7 +130,7 @@ def test_what_clients_send_for_not_at_all_is_taken(system: System, engine: Engin
         ({"inputs": "a", "parameters": {"watermark": True}}, "unknown field 'watermark'"),
         ({"inputs": "a", "parameters": {"truncate": 5}}, "unknown field 'truncate'"),
         ({"inputs": "a", "parameters": {"details": 1}}, "details must be true or false"),
-        ({"inputs": "a", "parameters": {"top_n_tokens": 99}}, "logprobs must be between 0 and 20"),
+        ({"inputs": "a", "parameters": {"top_n_tokens": 99}}, "top_n_tokens must be between 0 and 20, not 99"),
         ({"inputs": "a", "more": 1}, "unknown field 'more'"),
     ],
 )

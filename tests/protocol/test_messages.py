@@ -19,7 +19,6 @@ from fastgpt2.protocol.messages import (
     describe_result,
     job_to_kwargs,
     parse_job,
-    parse_request,
     result_from_json,
     result_to_json,
 )
@@ -90,7 +89,7 @@ def test_a_prompt_s_log_probabilities_survive_the_journey() -> None:
 
 
 def test_what_the_last_release_wrote_is_read() -> None:
-    """As it stands in somebody's Redis."""
+    """The value is as it stands in somebody's Redis."""
     value = json.loads(
         """{"version": 1, "text": "Ab", "token_ids": [5, 7], "finish_reason": "stop",
         "usage": {"prompt_tokens": 3, "completion_tokens": 2},
@@ -176,14 +175,8 @@ def test_a_job_survives_the_journey(request_: GenerationRequest, options: JobOpt
     assert parse_job([kwargs.pop("prompt")], kwargs) == (request_, options)
 
 
-@pytest.mark.parametrize("name", ["timeout", "stream"])
-def test_without_a_job_its_options_are_unknown(name: str) -> None:
-    with pytest.raises(BadRequest, match=f"unknown field '{name}'; known are prompt, "):
-        parse_request(["a"], {name: 1})
-
-
 def test_the_prompt_may_come_first() -> None:
-    assert parse_request(("hi",), {"stop": "x"}) == GenerationRequest("hi", stop=("x",))
+    assert parse_job(("hi",), {"stop": "x"}) == (GenerationRequest("hi", stop=("x",)), JobOptions())
 
 
 @pytest.mark.parametrize(

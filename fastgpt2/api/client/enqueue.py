@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypedDict
+from typing import Annotated, Any, TypeAlias, TypedDict
 
 from rq.job import Job as RQJob
 from rq.job import JobStatus
@@ -16,12 +16,13 @@ from rq.utils import now
 from fastgpt2.api.client.flow import Call, call
 from fastgpt2.engine.decoding.records import GenerationRequest
 from fastgpt2.errors import BadRequest, IdempotencyMismatch, PromptTooLong, QueueFull
-from fastgpt2.protocol.keys import COUNT, PRIORITIES, REFUSED, Priority, once_key, queue_of, queues_of, totals_key
+from fastgpt2.fields import check_fields, refusal, whole
+from fastgpt2.protocol.keys import COUNT, REFUSED, Priority, once_key, queue_of, queues_of, totals_key
 from fastgpt2.protocol.messages import TASK, JobOptions, job_to_kwargs, parse_job
 
 DEFAULT_JOB_TIMEOUT_SECONDS = 600
 RESULT_TTL_SECONDS = 24 * 3600
-MAX_SECONDS = 10**8
+Seconds = Annotated[int, whole(1, 10**8, "seconds")]
 MODEL_LIMITS_SECONDS = 30.0
 NO_OPTIONS = JobOptions()
 
@@ -82,14 +83,11 @@ class JobPlan:
     request: GenerationRequest
     options: JobOptions = NO_OPTIONS
     priority: Priority = "normal"
-    job_timeout: int = DEFAULT_JOB_TIMEOUT_SECONDS
-    result_ttl: int = RESULT_TTL_SECONDS
+    job_timeout: Seconds = DEFAULT_JOB_TIMEOUT_SECONDS
+    result_ttl: Seconds = RESULT_TTL_SECONDS
 
     def __post_init__(self) -> None:
-        _check_seconds("job_timeout", self.job_timeout)
-        _check_seconds("result_ttl", self.result_ttl)
-        if self.priority not in PRIORITIES:
-            raise BadRequest(f"priority must be one of {', '.join(PRIORITIES)}, not {str(self.priority)[:100]!r}")
+        check_fields(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,15 +121,10 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _check_seconds(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_SECONDS:
-        raise BadRequest(f"{name} must be a whole number of seconds from 1 to {MAX_SECONDS}, not {str(value)[:100]}")
-
-
 def check_max_queue(value: object) -> None:
-    """Raise BadRequest for what is neither None nor a number of jobs."""
+    """Raise BadRequest unless the value is None or a number of jobs."""
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise BadRequest(f"max_queue must be a whole number from 1, or None for no limit, not {str(value)[:100]}")
+        raise refusal("max_queue", "a whole number from 1, or None for no limit", value)
 
 
 def enqueue_call(
@@ -211,7 +204,7 @@ class ModelLimits:
             tokens = max(1, len(request.prompt))
             has, needs = f"{tokens} tokens", str(tokens)
         if tokens + request.least_room > n_positions:
-            raise PromptTooLong(f"the prompt has {has}, over {request.positions_in_words(n_positions)}: shorten it")
+            raise PromptTooLong(f"the prompt has {has}, over {request.describe_positions(n_positions)}: shorten it")
         room = n_positions - tokens
         for name, value in (("max_new_tokens", request.max_new_tokens), ("min_new_tokens", request.min_new_tokens)):
             if value is not None and value > room:

@@ -1,13 +1,17 @@
-"""`POST /v1/completions` and `GET /v1/models`, as OpenAI's API has them, for a model that decodes greedily."""
+"""`POST /v1/completions` and `GET /v1/models`, as OpenAI's API has them, for a model that decodes greedily.
+
+A request is checked and becomes plans of jobs, one a prompt; their results, or the pieces of their texts, become the
+answer. Source: OpenAI's API reference, "Create completion" (the legacy one), and how its Python client types it.
+"""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -27,57 +31,304 @@ from fastgpt2.api.http.responses import (
     event,
 )
 from fastgpt2.api.http.service import Models, PendingJobs, Service
-from fastgpt2.engine.decoding.records import MAX_NEW_TOKENS, GenerationResult, TokenLogprob
+from fastgpt2.engine.decoding.records import (
+    TOKEN_IDS_SCHEMA,
+    Count,
+    GenerationResult,
+    Logprobs,
+    NewTokens,
+    StopStrings,
+    TokenLogprob,
+)
 from fastgpt2.errors import BadRequest, FastGPT2Error, PromptTooLong
+from fastgpt2.fields import Field, check_fields, fields_of, flag, one_of, only, refusal, text
+from fastgpt2.protocol.keys import Priority
 from fastgpt2.protocol.messages import Piece
 
 EXAMPLE = '{"model": "gpt2", "prompt": "Once upon a time", "max_tokens": 16}'
 DONE = b"data: [DONE]\n\n"
 
+# OpenAI's own.
+DEFAULT_MAX_TOKENS = 16
+MAX_PROMPTS = 256
+MAX_MODEL_CHARACTERS = 500
+
+# An hour is enough: the answer goes out at once.
+RESULT_TTL_SECONDS = 3600
+
+# Our fields by the names that this API has for them.
+_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
+
+_GREEDY = "fastgpt2 decodes greedily, always taking the likeliest token"
+_ONLY_ZERO = only(0, f"must be 0 or left out: {_GREEDY}")
+_ONLY_ONE = only(1, f"must be 1 or left out, there being one likeliest text: {_GREEDY}")
+_NO_BIAS = only({}, f"must be empty or left out: {_GREEDY}")
+_NO_SUFFIX = only("", "must be empty or left out: GPT-2 continues texts, it fills none in")
+_TOP_P_RULE = f"must be 1 or left out, unless temperature is 0, when it may be anything from 0 to 1: {_GREEDY}"
+_NOTHING_ELSE = "Greedy decoding takes nothing else."
+
+
+def _check_top_p(name: str, value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= 1:
+        raise BadRequest(f"{name} {_TOP_P_RULE}")
+    return value
+
+
+def _check_prompts(name: str, value: Any) -> list[str | list[int]]:
+    """Return the prompts, texts or lists of token ids, of which one may stand alone. Each is checked as a job's."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
+        kinds = "a string, a list of strings, a list of token ids, or a list of such lists"
+        raise refusal(name, kinds, value, of_type=True)
+    if not value:
+        raise BadRequest(f"{name} is an empty list; leave it out to begin a new text")
+    if not isinstance(value[0], str | list):
+        return [value]
+    if len(value) > MAX_PROMPTS:
+        raise BadRequest(f"{name} holds {len(value)} prompts; the limit is {MAX_PROMPTS} a request: send more requests")
+    if not all(isinstance(prompt, type(value[0])) for prompt in value):
+        raise BadRequest(f"{name}, a list, must hold prompts of one kind: strings, or lists of token ids")
+    return value
+
+
+def _check_stream_options(name: str, value: Any) -> dict[str, bool]:
+    if not isinstance(value, dict) or not value.keys() <= _STREAM_FLAGS.keys():
+        raise BadRequest(f'{name} must be an object: {{"include_usage": true}}')
+    return {key: flag().check(f"{name}.{key}", part) for key, part in value.items()}
+
+
+_TEXT = {"type": "string"}
+_SEVERAL = {"type": "array", "minItems": 1, "maxItems": MAX_PROMPTS}
+_IDS = {**TOKEN_IDS_SCHEMA, "minItems": 1}
+_PROMPT_KINDS = [_TEXT, {**_SEVERAL, "items": _TEXT}, _IDS, {**_SEVERAL, "items": TOKEN_IDS_SCHEMA}]
+# There is nothing to obfuscate.
+_STREAM_FLAGS = dict.fromkeys(("include_usage", "include_obfuscation"), flag().schema)
+
+_TOP_P = Field({"type": "number", "exclusiveMinimum": 0, "maximum": 1}, _check_top_p)
+_PROMPTS = Field({"anyOf": _PROMPT_KINDS}, _check_prompts)
+_STREAM_OPTIONS = Field(
+    {"type": "object", "properties": _STREAM_FLAGS, "additionalProperties": False}, _check_stream_options
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompletionRequest:
+    """The body of a request, checked when made: OpenAI's fields, then vLLM's and this package's own.
+
+    Raises:
+        BadRequest: a field has a wrong type, is out of bounds, or asks for what greedy decoding cannot give.
+    """
+
+    model: Annotated[str, text(1, MAX_MODEL_CHARACTERS)] | None = None
+    prompt: Annotated[list[str | list[int]], _PROMPTS] = field(default_factory=lambda: [""])
+    max_tokens: Annotated[NewTokens, f"{DEFAULT_MAX_TOKENS} by default."] = DEFAULT_MAX_TOKENS
+    stop: StopStrings = ()
+    stream: bool = False
+    stream_options: Annotated[dict[str, bool], _STREAM_OPTIONS, "With `stream` only."] | None = None
+    echo: bool = False
+    logprobs: Annotated[Logprobs, "With `echo`, of the prompt's tokens too."] | None = None
+    temperature: Annotated[float, _ONLY_ZERO, _NOTHING_ELSE] | None = None
+    top_p: Annotated[float, _TOP_P, "1, unless temperature is 0."] = 1
+    n: Annotated[int, _ONLY_ONE, _NOTHING_ELSE] = 1
+    best_of: Annotated[int, _ONLY_ONE, _NOTHING_ELSE] = 1
+    presence_penalty: Annotated[float, _ONLY_ZERO, _NOTHING_ELSE] = 0
+    frequency_penalty: Annotated[float, _ONLY_ZERO, _NOTHING_ELSE] = 0
+    logit_bias: Annotated[dict[str, float], _NO_BIAS] | None = None
+    suffix: Annotated[str, _NO_SUFFIX, _NOTHING_ELSE] = ""
+    seed: int | None = None
+    user: str | None = None
+
+    ignore_eos: bool = False
+    min_tokens: NewTokens = 0
+    priority: Priority = "normal"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.top_p != 1 and self.temperature is None:
+            raise BadRequest(f"top_p {_TOP_P_RULE}")
+        if self.stream_options is not None and not self.stream:
+            raise BadRequest("stream_options goes with stream: true")
+
+    @property
+    def include_usage(self) -> bool:
+        """Tell whether a stream ends with token counts."""
+        return self.stream_options is not None and self.stream_options.get("include_usage", False)
+
+    @property
+    def prompt_logprobs(self) -> int | None:
+        """Return how many likeliest tokens are asked for at each of the prompt's tokens."""
+        return self.logprobs if self.echo else None
+
+    def plans(self) -> list[JobPlan]:
+        """Return a plan of a job for each prompt.
+
+        Raises:
+            BadRequest: a prompt, or what is asked of it, cannot be; the message has the names of a job's fields.
+        """
+        fields = {
+            "max_new_tokens": self.max_tokens,
+            "min_new_tokens": self.min_tokens,
+            "stop": self.stop,
+            "ignore_eos": self.ignore_eos,
+            "logprobs": self.logprobs,
+            "prompt_logprobs": self.prompt_logprobs,
+            "echo": self.echo,
+            # The log probabilities of a prompt come with the result only, and they must come first.
+            "stream": self.stream and self.prompt_logprobs is None,
+            "result_ttl": RESULT_TTL_SECONDS,
+            "priority": self.priority,
+        }
+        return [plan_job(prompt, fields) for prompt in self.prompt]
+
+
+class LogprobLists(TypedDict):
+    """OpenAI's form of log probabilities: a list of each kind, with an entry a token."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[Count]
+
+
+class Choice(TypedDict):
+    """The continuation of a prompt, or a piece of it."""
+
+    index: Count
+    text: str
+    logprobs: LogprobLists | None
+    finish_reason: Annotated[str, one_of("stop", "length")] | None
+
+
+class CachedTokens(TypedDict):
+    """The tokens of prompts that were not computed."""
+
+    cached_tokens: Count
+
+
+class PredictedTokens(TypedDict):
+    """How guesses fared. OpenAI's predictions come from the caller, and are counted by the same names."""
+
+    accepted_prediction_tokens: Count
+    rejected_prediction_tokens: Count
+
+
+class CompletionUsage(TypedDict):
+    """Token counts of a request."""
+
+    prompt_tokens: Count
+    completion_tokens: Count
+    total_tokens: Count
+    prompt_tokens_details: CachedTokens
+    completion_tokens_details: PredictedTokens
+
+
+class CompletionBody(TypedDict):
+    """An answer, or an event of a stream."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: Count
+    model: str
+    system_fingerprint: str
+    choices: list[Choice]
+    usage: NotRequired[CompletionUsage | None]
+
+
+class ModelBody(TypedDict):
+    """A model that workers serve."""
+
+    id: str
+    object: Literal["model"]
+    created: Count
+    owned_by: str
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A request, checked, and what it comes to.
+
+    Attributes:
+        plans: a job for each prompt.
+        asked: the fields that were given, in one order, to compare with another request.
+    """
+
+    request: CompletionRequest
+    plans: list[JobPlan]
+    asked: list[tuple[str, Any]]
+
+
+def parse_completion(body: Mapping[str, Any]) -> Completion:
+    """Read the body of a request.
+
+    Raises:
+        BadRequest: a field is unknown, of a wrong type, out of bounds, or asks for what greedy decoding cannot give.
+    """
+    given = {name: value for name, value in body.items() if value is not None}
+    known = fields_of(CompletionRequest)
+    for name in given:
+        if name not in known:
+            raise BadField(name[:100], f"unknown field {name[:100]!r}; known are {', '.join(sorted(known))}")
+    try:
+        request = CompletionRequest(**given)
+        return Completion(request, request.plans(), sorted(given.items(), key=lambda pair: pair[0]))
+    except BadRequest as error:
+        raise translate_error(error) from None
+
+
+def translate_error(error: FastGPT2Error) -> FastGPT2Error:
+    """Return the error with our fields by the names of this API, and the field that it begins with as its `param`."""
+    message = re.sub("|".join(_NAMES), lambda match: _NAMES[match[0]], str(error))
+    if type(error) is PromptTooLong:
+        return PromptTooLong(message)
+    if type(error) is not BadRequest:
+        return error
+    word = re.split(r"\W", message, maxsplit=1)[0]
+    return BadField(word, message) if word in fields_of(CompletionRequest) else BadRequest(message)
+
 
 class Completions:
-    """The routes."""
+    """The routes of completions and models."""
 
     def __init__(self, service: Service, models: Models) -> None:
         self._service = service
         self._models = models
 
     async def list_models(self, _request: Request) -> Response:
-        """`GET /v1/models`"""
-        return JSON(
-            {"object": "list", "data": [_model_object(*pair) for pair in sorted((await self._models.read()).items())]}
-        )
+        """Answer `GET /v1/models`."""
+        served = await self._models.read()
+        return JSON({"object": "list", "data": [_model_body(*pair) for pair in sorted(served.items())]})
 
     async def show_model(self, request: Request) -> Response:
-        """`GET /v1/models/{model}`"""
+        """Answer `GET /v1/models/{model}`."""
         name = request.path_params["model"]
         served = await self._models.read()
         if name not in served:
             raise _unknown(name, served)
-        return JSON(_model_object(name, served[name]))
+        return JSON(_model_body(name, served[name]))
 
     async def create(self, request: Request) -> Response:
-        """`POST /v1/completions`"""
+        """Answer `POST /v1/completions`."""
         body = await read_object(request, self._service.bounds.body_timeout, EXAMPLE)
         completion = parse_completion(body)
         served = await self._models.read()
-        # Without a worker nobody knows: the job waits for one.
-        if completion.model is not None and served and completion.model not in served:
-            raise _unknown(completion.model, served)
-        if completion.stream:
+        # Without a worker nobody knows the models: the job waits for a worker.
+        model = completion.request.model
+        if model is not None and served and model not in served:
+            raise _unknown(model, served)
+        if completion.request.stream:
             return EventStream(self._events(request, completion), _error_event)
         try:
             async with self._service.submit(request, completion.plans, completion.asked) as waiting:
                 results = await waiting.results()
         except FastGPT2Error as error:
-            raise in_this_apis_words(error) from None
-        envelope = _envelope(waiting, results[0].model)
-        envelope["choices"] = [
+            raise translate_error(error) from None
+        choices = [
             _choice(number, result.text, result.finish_reason, _logprobs_of(result, completion))
             for number, result in enumerate(results)
         ]
-        envelope["usage"] = _usage(results)
-        return JSON(envelope, headers=_headers(waiting))
+        answer: CompletionBody = {**_envelope(waiting, results[0].model), "choices": choices, "usage": _usage(results)}
+        return JSON(answer, headers=_headers(waiting))
 
     @asynccontextmanager
     async def _events(
@@ -86,15 +337,16 @@ class Completions:
         try:
             async with self._service.submit(request, completion.plans, completion.asked) as waiting:
                 served = await self._models.read()
-                model = completion.model or next(iter(served), "")
+                model = completion.request.model or next(iter(served), "")
                 yield _headers(waiting), _chunks(waiting, completion, _envelope(waiting, model))
         except FastGPT2Error as error:
-            raise in_this_apis_words(error) from None
+            raise translate_error(error) from None
 
 
-async def _chunks(waiting: PendingJobs, completion: Completion, envelope: dict[str, Any]) -> AsyncIterator[bytes]:
+async def _chunks(waiting: PendingJobs, completion: Completion, envelope: CompletionBody) -> AsyncIterator[bytes]:
     results, appended = [], AppendOnlyTexts()
-    usage = {"usage": None} if completion.include_usage else {}
+    if completion.request.include_usage:
+        envelope["usage"] = None
     async for item in waiting.events():
         if item is None:
             yield KEEP_ALIVE
@@ -102,17 +354,17 @@ async def _chunks(waiting: PendingJobs, completion: Completion, envelope: dict[s
         number, what = item
         if isinstance(what, Piece):
             appended.add(number, what)
-            logprobs = _logprobs(what.logprobs) if completion.logprobs is not None else None
+            logprobs = _logprobs(what.logprobs) if completion.request.logprobs is not None else None
             choice = _choice(number, what.text, None, logprobs)
         else:
             result = unwrapped(what)
             results.append(result)
             if not completion.plans[number].options.stream:
                 choice = _choice(number, result.text, None, _logprobs_of(result, completion))
-                yield event({**envelope, "choices": [choice], **usage})
+                yield event({**envelope, "choices": [choice]})
             choice = _choice(number, "", result.finish_reason, None)
-        yield event({**envelope, "choices": [choice], **usage})
-    if completion.include_usage:
+        yield event({**envelope, "choices": [choice]})
+    if completion.request.include_usage:
         yield event({**envelope, "choices": [], "usage": _usage(results)})
     yield DONE
 
@@ -125,40 +377,41 @@ def _unknown(name: str, served: Iterable[str]) -> ModelUnknown:
     return ModelUnknown(f"no worker serves the model {name[:200]!r}; served are: {', '.join(sorted(served)) or 'none'}")
 
 
-def _model_object(name: str, created: int) -> dict[str, Any]:
+def _model_body(name: str, created: int) -> ModelBody:
     return {"id": name, "object": "model", "created": created, "owned_by": "fastgpt2"}
 
 
 def _headers(waiting: PendingJobs) -> dict[str, str]:
-    """The job by which a request can be cancelled or looked up, if it is one."""
+    """Return a header with the job by which a request can be cancelled or looked up, if the request is one job."""
     return {"x-job-id": waiting.jobs[0].id} if len(waiting.jobs) == 1 else {}
 
 
-def _envelope(waiting: PendingJobs, model: str) -> dict[str, Any]:
+def _envelope(waiting: PendingJobs, model: str) -> CompletionBody:
     return {
         "id": f"cmpl-{waiting.jobs[0].id}",
         "object": "text_completion",
         "created": int(time.time()),
         "model": model,
-        # What equal texts can be expected of.
+        # Equal texts can be expected of equal fingerprints.
         "system_fingerprint": f"fastgpt2-{__version__}",
+        "choices": [],
     }
 
 
-def _choice(number: int, text: str, finish_reason: str | None, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+def _choice(number: int, text: str, finish_reason: str | None, logprobs: LogprobLists | None) -> Choice:
     return {"index": number, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
-def _logprobs_of(result: GenerationResult, completion: Completion) -> dict[str, Any] | None:
-    if completion.logprobs is None:
+def _logprobs_of(result: GenerationResult, completion: Completion) -> LogprobLists | None:
+    if completion.request.logprobs is None:
         return None
-    # What a stop string has cut from the text is not told of either.
+    # A token that a stop string has cut from the text has no entry either.
     generated = [entry for entry in result.logprobs or () if entry.text_offset < len(result.text)]
     return _logprobs([*(result.prompt_logprobs or ()), *generated])
 
 
-def _logprobs(entries: Sequence[TokenLogprob]) -> dict[str, Any]:
-    """OpenAI's four lists. Of the top, in its object, tokens that read alike are one: the likelier."""
+def _logprobs(entries: Sequence[TokenLogprob]) -> LogprobLists:
+    """Return OpenAI's four lists. Among the likeliest tokens, those that read alike are one entry: the likelier."""
     return {
         "tokens": [entry.token for entry in entries],
         "token_logprobs": [entry.logprob for entry in entries],
@@ -167,17 +420,18 @@ def _logprobs(entries: Sequence[TokenLogprob]) -> dict[str, Any]:
     }
 
 
-def _top(entry: TokenLogprob) -> dict[str, float | None] | None:
-    """The likeliest tokens and the one that was taken; of the first of a prompt nothing is known."""
+def _top(entry: TokenLogprob) -> dict[str, float] | None:
+    """Return the likeliest tokens and the one that was taken, or None for the first token of a prompt."""
     if entry.logprob is None:
         return None
-    top: dict[str, float | None] = {}
+    top: dict[str, float] = {}
     for other in (*entry.top, entry):
-        top.setdefault(other.token, other.logprob)
+        if other.logprob is not None:
+            top.setdefault(other.token, other.logprob)
     return top
 
 
-def _usage(results: Iterable[GenerationResult]) -> dict[str, Any]:
+def _usage(results: Iterable[GenerationResult]) -> CompletionUsage:
     prompt, completion, cached, drafted, accepted = 0, 0, 0, 0, 0
     for result in results:
         prompt += result.usage.prompt_tokens
@@ -190,188 +444,8 @@ def _usage(results: Iterable[GenerationResult]) -> dict[str, Any]:
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": cached},
-        # OpenAI's predictions come from the caller, and are counted by the same names.
         "completion_tokens_details": {
             "accepted_prediction_tokens": accepted,
             "rejected_prediction_tokens": drafted - accepted,
         },
     }
-
-
-# NOTE api.http.completions_request: What a request to OpenAI's `POST /v1/completions` asks for, as plans of jobs.
-#
-# Source: OpenAI's API reference, "Create completion" (the legacy one), and how its Python client types it.
-
-# OpenAI's own.
-DEFAULT_MAX_TOKENS = 16
-MAX_PROMPTS = 256
-MAX_MODEL_CHARACTERS = 500
-
-# As long as for whoever reads a stream of results: the answer goes out at once.
-RESULT_TTL_SECONDS = 3600
-_GREEDY = "fastgpt2 decodes greedily, always taking the likeliest token"
-
-# Our fields by the names that this API has for them.
-_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
-_FIELDS = frozenset(
-    {
-        "model", "prompt", "best_of", "echo", "frequency_penalty", "logit_bias", "logprobs", "max_tokens", "n",
-        "presence_penalty", "seed", "stop", "stream", "stream_options", "suffix", "temperature", "top_p", "user",
-        # Not OpenAI's: as in vLLM, and this package's own.
-        "ignore_eos", "min_tokens", "priority",
-    }
-)  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """A request, checked.
-
-    Attributes:
-        plans: a job for each prompt.
-        asked: all of it, in one order, to compare with another.
-    """
-
-    model: str | None
-    plans: list[JobPlan]
-    stream: bool
-    include_usage: bool
-    echo: bool
-    logprobs: int | None
-    asked: list[tuple[str, Any]]
-
-
-def parse_completion(body: Mapping[str, Any]) -> Completion:
-    """Read the body of a request.
-
-    Raises:
-        BadRequest: a field is unknown, ill-typed, out of bounds, or asks for what greedy decoding cannot give.
-    """
-    given = {name: value for name, value in body.items() if value is not None}
-    for name in given:
-        if name not in _FIELDS:
-            raise BadField(name[:100], f"unknown field {name[:100]!r}; known are {', '.join(sorted(_FIELDS))}")
-    _refuse_sampling(given)
-    stream = _flag(given, "stream")
-    include_usage = _stream_options(given, stream)
-    echo, logprobs = _flag(given, "echo"), _whole(given, "logprobs", 0, 20)
-    max_tokens = _whole(given, "max_tokens", 0, MAX_NEW_TOKENS)
-    fields: dict[str, Any] = {
-        "max_new_tokens": DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
-        "min_new_tokens": _whole(given, "min_tokens", 0, MAX_NEW_TOKENS) or 0,
-        "stop": given.get("stop", ()),
-        "ignore_eos": _flag(given, "ignore_eos"),
-        "logprobs": logprobs,
-        "echo": echo,
-        # The log probabilities of a prompt come with the result only, and they must come first.
-        "stream": stream and not (echo and logprobs is not None),
-        "result_ttl": RESULT_TTL_SECONDS,
-        "priority": given.get("priority", "normal"),
-    }
-    if echo and logprobs is not None:
-        fields["prompt_logprobs"] = logprobs
-    try:
-        plans = [plan_job(prompt, fields) for prompt in _prompts(given.get("prompt", ""))]
-    except BadRequest as error:
-        raise in_this_apis_words(error) from None
-    asked = sorted(given.items(), key=lambda pair: pair[0])
-    return Completion(_model(given), plans, stream, include_usage, echo, logprobs, asked)
-
-
-def in_this_apis_words(error: FastGPT2Error) -> FastGPT2Error:
-    """The error with our fields by the names that they have here, and the field that it begins with as its `param`."""
-    message = re.sub("|".join(_NAMES), lambda match: _NAMES[match[0]], str(error))
-    if type(error) is PromptTooLong:
-        return PromptTooLong(message)
-    word = message.partition(" ")[0].rstrip(",:")
-    if type(error) is BadRequest:
-        return BadField(word, message) if word in _FIELDS else BadRequest(message)
-    return error
-
-
-def _prompts(value: Any) -> list[str | list[int]]:
-    """One prompt or a list of them: texts, or token ids."""
-    if isinstance(value, str):
-        return [value]
-    if not isinstance(value, list):
-        raise BadField(
-            "prompt", "prompt must be a string, a list of strings, a list of token ids, or a list of such lists"
-        )
-    if not value:
-        raise BadField("prompt", "prompt is an empty list; leave it out to begin a new text")
-    if not isinstance(value[0], str | list):
-        return [value]
-    if len(value) > MAX_PROMPTS:
-        raise BadField(
-            "prompt", f"prompt holds {len(value)} prompts; the limit is {MAX_PROMPTS} a request: send more requests"
-        )
-    if not all(isinstance(prompt, type(value[0])) for prompt in value):
-        raise BadField("prompt", "prompt, a list, must hold prompts of one kind: strings, or lists of token ids")
-    return value
-
-
-def _model(given: Mapping[str, Any]) -> str | None:
-    model = given.get("model")
-    if model is not None and (not isinstance(model, str) or not 1 <= len(model) <= MAX_MODEL_CHARACTERS):
-        raise BadField("model", f"model must be a string of 1 to {MAX_MODEL_CHARACTERS} characters")
-    return model
-
-
-def _refuse_sampling(given: Mapping[str, Any]) -> None:
-    """Take what asks for greedy decoding, or makes no difference to it, and nothing else."""
-    greedy = given.get("temperature") == 0
-    rules: dict[str, tuple[Callable[[Any], bool], str]] = {
-        "temperature": (lambda value: _is_number(value) and value == 0, "must be 0 or left out"),
-        "n": (lambda value: value == 1, "must be 1 or left out, there being one likeliest text"),
-        "best_of": (lambda value: value == 1, "must be 1 or left out, there being one likeliest text"),
-        "top_p": (
-            lambda value: _is_number(value) and 0 < value <= 1 and (greedy or value == 1),
-            "must be 1 or left out, unless temperature is 0, when it may be anything from 0 to 1",
-        ),
-        "presence_penalty": (lambda value: _is_number(value) and value == 0, "must be 0 or left out"),
-        "frequency_penalty": (lambda value: _is_number(value) and value == 0, "must be 0 or left out"),
-        "logit_bias": (lambda value: value == {}, "must be empty or left out"),
-        "suffix": (lambda value: value == "", "must be empty or left out: GPT-2 continues texts, it fills none in"),
-    }
-    for name, (allowed, rule) in rules.items():
-        if name in given and (isinstance(given[name], bool) or not allowed(given[name])):
-            reason = rule if name == "suffix" else f"{rule}: {_GREEDY}"
-            raise BadField(name, f"{name} {reason}")
-    if "seed" in given and (not isinstance(given["seed"], int) or isinstance(given["seed"], bool)):
-        raise BadField("seed", "seed must be a whole number")
-    if not isinstance(given.get("user", ""), str):
-        raise BadField("user", "user must be a string")
-
-
-def _stream_options(given: Mapping[str, Any], stream: bool) -> bool:
-    options = given.get("stream_options")
-    if options is None:
-        return False
-    if not stream:
-        raise BadField("stream_options", "stream_options goes with stream: true")
-    if not isinstance(options, dict) or not set(options) <= {"include_usage", "include_obfuscation"}:
-        raise BadField("stream_options", 'stream_options must be an object: {"include_usage": true}')
-    for name, value in options.items():
-        if not isinstance(value, bool):
-            raise BadField("stream_options", f"stream_options.{name} must be true or false")
-    return bool(options.get("include_usage", False))
-
-
-def _flag(given: Mapping[str, Any], name: str) -> bool:
-    value = given.get(name, False)
-    if not isinstance(value, bool):
-        raise BadField(name, f"{name} must be true or false")
-    return value
-
-
-def _whole(given: Mapping[str, Any], name: str, low: int, high: int) -> int | None:
-    value = given.get(name)
-    if value is None:
-        return None
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise BadField(name, f"{name} must be a whole number from {low} to {high}, not {str(value)[:40]}")
-    return value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)

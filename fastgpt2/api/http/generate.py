@@ -5,10 +5,10 @@ Source: Narsil's fast_gpt2, and the OpenAPI document of Hugging Face's text-gene
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -18,27 +18,89 @@ from fastgpt2.api.client.outcome import unwrapped
 from fastgpt2.api.http.requests import read_object
 from fastgpt2.api.http.responses import JSON, KEEP_ALIVE, AppendOnlyTexts, EventStream, error_object, event
 from fastgpt2.api.http.service import PendingJobs, Service
-from fastgpt2.engine.decoding.records import GenerationResult, TokenLogprob
+from fastgpt2.engine.decoding.records import Count, GenerationResult, Logprobs, TokenLogprob
 from fastgpt2.errors import BadRequest, FastGPT2Error
-from fastgpt2.protocol.messages import Piece, refuse_unknown, result_to_json
+from fastgpt2.fields import check_fields, fields_of, flag, only
+from fastgpt2.protocol.messages import Piece, TokenObject, logprobs_to_json, refuse_unknown
 
 EXAMPLE = '{"inputs": "a prompt"}'
 RESULT_TTL_SECONDS = 3600
 END_OF_TEXT = "<|endoftext|>"
+_GREEDY = "Greedy decoding takes nothing else."
 
-# What clients send for "not at all": taken, where it is that, and else refused with the sampling parameters.
-_NEUTRAL: dict[str, Callable[[Any], bool]] = {
-    "best_of": lambda value: value == 1,
-    "do_sample": lambda value: value is False,
-    "frequency_penalty": lambda value: value == 0,
-    "repetition_penalty": lambda value: value == 1,
-    "seed": lambda value: isinstance(value, int) and not isinstance(value, bool),
-    "temperature": lambda value: value == 0,
-    "top_p": lambda value: value == 1,
-    "typical_p": lambda value: value == 1,
-    "watermark": lambda value: value is False,
-}
-_FLAGS = ("return_full_text", "details", "decoder_input_details")
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NeutralParameters:
+    """Parameters that clients send for "not at all". Any other value is refused, as all sampling parameters are."""
+
+    best_of: Annotated[Any, only(1), _GREEDY] = None
+    do_sample: Annotated[Any, only(False), _GREEDY] = None
+    frequency_penalty: Annotated[Any, only(0), _GREEDY] = None
+    repetition_penalty: Annotated[Any, only(1), _GREEDY] = None
+    seed: int | None = None
+    temperature: Annotated[Any, only(0), _GREEDY] = None
+    top_p: Annotated[Any, only(1), _GREEDY] = None
+    typical_p: Annotated[Any, only(1), _GREEDY] = None
+    watermark: Annotated[Any, only(False), _GREEDY] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerParameters:
+    """What a caller wants to see in the answer, checked when made.
+
+    Args:
+        return_full_text: the answer begins with the prompt. None means so for `POST /` only.
+        details: the answer tells of each token.
+        decoder_input_details: it tells of each of the prompt's tokens too.
+        top_n_tokens: how many of the likeliest tokens it names at each place.
+    """
+
+    return_full_text: bool | None = None
+    details: bool = False
+    decoder_input_details: bool = False
+    top_n_tokens: Logprobs | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+class TokenBody(TypedDict):
+    """A token in an answer."""
+
+    id: Count
+    text: str
+    logprob: float | None
+    special: NotRequired[bool]
+
+
+class DetailsBody(TypedDict):
+    """What an answer tells beside the text."""
+
+    finish_reason: Literal["length", "eos_token", "stop_sequence"]
+    generated_tokens: Count
+    input_length: Count
+    seed: None
+    prefill: NotRequired[list[TokenBody]]
+    tokens: NotRequired[list[TokenBody]]
+    top_tokens: NotRequired[list[list[TokenBody]]]
+
+
+class GeneratedBody(TypedDict):
+    """An answer."""
+
+    generated_text: str
+    details: NotRequired[DetailsBody]
+    logprobs: NotRequired[list[TokenObject]]
+
+
+class TokenEvent(TypedDict):
+    """An event of a stream: a token; the last one has the whole text."""
+
+    index: Count
+    token: TokenBody
+    top_tokens: list[TokenBody]
+    generated_text: str | None
+    details: DetailsBody | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +108,8 @@ class Generation:
     """A request, checked.
 
     Attributes:
-        full_text: whether the answer begins with the prompt.
-        details: whether it tells of each token; `prefill` of those of the prompt too.
+        full_text: the answer begins with the prompt.
+        details: the answer tells of each token; with `prefill`, of those of the prompt too.
         listed: the answer is a list of one, as the original's.
     """
 
@@ -59,8 +121,9 @@ class Generation:
     listed: bool
 
     def text(self, result: GenerationResult) -> str:
+        """Return the text of the answer."""
         prompt = self.plan.request.prompt
-        # Of token ids the worker has put together what they read as.
+        # With `echo`, the worker has put the prompt there: what token ids read as.
         return f"{prompt}{result.text}" if self.full_text and not self.plan.request.echo else result.text
 
 
@@ -71,7 +134,7 @@ def parse_generation(body: Mapping[str, Any], listed: bool, stream: bool = False
         listed: as `POST /` has it: the full text is the default, and `stream` a field.
 
     Raises:
-        BadRequest: a field is unknown, ill-typed, out of bounds, or asks for what greedy decoding cannot give.
+        BadRequest: a field is unknown, of a wrong type, out of bounds, or asks for what greedy decoding cannot give.
     """
     refuse_unknown(body, ("inputs", "parameters", "stream") if listed else ("inputs", "parameters"))
     parameters = body.get("parameters")
@@ -81,57 +144,50 @@ def parse_generation(body: Mapping[str, Any], listed: bool, stream: bool = False
         raise BadRequest("parameters must be an object")
     if "inputs" not in body:
         raise BadRequest(f"inputs is missing: send {EXAMPLE}")
-    stream = stream or _flag(body, "stream", False)
+    stream = stream or flag().check("stream", body.get("stream", False))
     fields = {name: value for name, value in parameters.items() if value is not None}
-    for name, is_neutral in _NEUTRAL.items():
-        if name in fields and is_neutral(fields[name]):
-            del fields[name]
-    full_text, details, prefill = (_flag(fields, name, listed and name == _FLAGS[0]) for name in _FLAGS)
-    for name in _FLAGS:
-        fields.pop(name, None)
+    _drop_neutral(fields)
+    answer = AnswerParameters(**{name: fields.pop(name) for name in fields_of(AnswerParameters) if name in fields})
     for name in ("prompt", "stream"):
         if name in fields:
             hint = "; the prompt goes into inputs" if name == "prompt" else ""
             raise BadRequest(f"unknown field {name!r} in parameters{hint}")
-    _ask_for_details(fields, details or stream, prefill)
-    plan = plan_job(body["inputs"], {"result_ttl": RESULT_TTL_SECONDS, **fields, "stream": stream})
-    if full_text and not stream and not isinstance(plan.request.prompt, str):
-        # What token ids read as, only the worker can tell.
-        plan = replace(plan, request=replace(plan.request, echo=True))
-    return Generation(plan, full_text, details, prefill, stream, listed)
-
-
-def _ask_for_details(fields: dict[str, Any], tokens: bool, prefill: bool) -> None:
-    top = fields.pop("top_n_tokens", None)
-    if tokens or top is not None:
-        fields.setdefault("logprobs", 0 if top is None else top)
-    if prefill:
+    if answer.details or stream or answer.top_n_tokens is not None:
+        fields.setdefault("logprobs", answer.top_n_tokens or 0)
+    if answer.decoder_input_details:
         fields["prompt_logprobs"] = 0
+    plan = plan_job(body["inputs"], {"result_ttl": RESULT_TTL_SECONDS, **fields, "stream": stream})
+    full_text = listed if answer.return_full_text is None else answer.return_full_text
+    if full_text and not stream and not isinstance(plan.request.prompt, str):
+        # Only the worker can tell what token ids read as.
+        plan = replace(plan, request=replace(plan.request, echo=True))
+    return Generation(plan, full_text, answer.details, answer.decoder_input_details, stream, listed)
 
 
-def _flag(fields: Mapping[str, Any], name: str, default: bool) -> bool:
-    value = fields.get(name, default)
-    if not isinstance(value, bool):
-        raise BadRequest(f"{name} must be true or false")
-    return value
+def _drop_neutral(fields: dict[str, Any]) -> None:
+    for name, field in fields_of(NeutralParameters).items():
+        if name in fields:
+            with suppress(BadRequest):
+                field.check(name, fields[name])
+                del fields[name]
 
 
 class Generate:
-    """The routes."""
+    """The routes of the original and of text-generation-inference."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
 
     async def original(self, request: Request) -> Response:
-        """`POST /`: `[{"generated_text": "..."}]`, or a stream."""
+        """Answer `POST /`: with `[{"generated_text": "..."}]`, or a stream."""
         return await self._answer(request, parse_generation(await self._read(request), listed=True))
 
     async def generate(self, request: Request) -> Response:
-        """`POST /generate`: `{"generated_text": "..."}`"""
+        """Answer `POST /generate`: with `{"generated_text": "..."}`."""
         return await self._answer(request, parse_generation(await self._read(request), listed=False))
 
     async def generate_stream(self, request: Request) -> Response:
-        """`POST /generate_stream`: an event a token"""
+        """Answer `POST /generate_stream`: with an event for each token."""
         return await self._answer(request, parse_generation(await self._read(request), listed=False, stream=True))
 
     async def _read(self, request: Request) -> dict[str, Any]:
@@ -142,11 +198,11 @@ class Generate:
             return EventStream(self._events(request, asked), _error_event)
         async with self._service.submit(request, [asked.plan], asked.plan) as waiting:
             (result,) = await waiting.results()
-        answer: dict[str, Any] = {"generated_text": asked.text(result)}
+        answer: GeneratedBody = {"generated_text": asked.text(result)}
         if asked.details:
             answer["details"] = _details(result, asked.prefill)
         elif result.logprobs is not None:
-            answer["logprobs"] = result_to_json(result)["logprobs"]
+            answer["logprobs"] = logprobs_to_json(result.logprobs)
         return JSON([answer] if asked.listed else answer, headers={"x-job-id": waiting.jobs[0].id})
 
     @asynccontextmanager
@@ -158,7 +214,7 @@ class Generate:
 
 
 async def _token_events(waiting: PendingJobs, asked: Generation) -> AsyncIterator[bytes]:
-    """An event for each token as soon as the next one, or the end, tells what it adds to the text."""
+    """Yield an event for each token as soon as the next token, or the end, shows what it adds to the text."""
     text, tokens = "", list[TokenLogprob]()
     sent, appended = 0, AppendOnlyTexts()
     async for item in waiting.events():
@@ -177,13 +233,14 @@ async def _token_events(waiting: PendingJobs, asked: Generation) -> AsyncIterato
         result = unwrapped(what)
         tokens = list(result.logprobs or ())
         for number in range(sent, len(tokens)):
-            last: dict[str, Any] = {}
+            body = _token_event(number, tokens, result.text)
             if number == len(tokens) - 1:
-                last = {"generated_text": asked.text(result), "details": _summary(result) if asked.details else None}
-            yield event({**_token_event(number, tokens, result.text), **last})
+                body["generated_text"] = asked.text(result)
+                body["details"] = _summary(result) if asked.details else None
+            yield event(body)
 
 
-def _token_event(number: int, tokens: list[TokenLogprob], text: str) -> dict[str, Any]:
+def _token_event(number: int, tokens: list[TokenLogprob], text: str) -> TokenEvent:
     return {
         "index": number + 1,
         "token": _token(number, tokens, text),
@@ -193,19 +250,20 @@ def _token_event(number: int, tokens: list[TokenLogprob], text: str) -> dict[str
     }
 
 
-def _token(number: int, tokens: list[TokenLogprob], text: str) -> dict[str, Any]:
-    """A token with what it adds to the text: nothing, if it only begins a character."""
-    token = tokens[number]
-    special = token.token == END_OF_TEXT
-    upto = tokens[number + 1].text_offset if number + 1 < len(tokens) else len(text)
-    return {**_bare(token), "text": token.token if special else text[token.text_offset : upto], "special": special}
+def _token(number: int, tokens: list[TokenLogprob], text: str) -> TokenBody:
+    """Return a token with what it adds to the text: nothing, if it only begins a character."""
+    body = _bare(tokens[number])
+    if not body["special"]:
+        end = tokens[number + 1].text_offset if number + 1 < len(tokens) else len(text)
+        body["text"] = text[tokens[number].text_offset : end]
+    return body
 
 
-def _bare(token: TokenLogprob) -> dict[str, Any]:
+def _bare(token: TokenLogprob) -> TokenBody:
     return {"id": token.token_id, "text": token.token, "logprob": token.logprob, "special": token.token == END_OF_TEXT}
 
 
-def _details(result: GenerationResult, prefill: bool) -> dict[str, Any]:
+def _details(result: GenerationResult, prefill: bool) -> DetailsBody:
     tokens = list(result.logprobs or ())
     prompt = result.prompt_logprobs or () if prefill else ()
     return {
@@ -216,17 +274,19 @@ def _details(result: GenerationResult, prefill: bool) -> dict[str, Any]:
     }
 
 
-def _summary(result: GenerationResult) -> dict[str, Any]:
-    reason = "length"
-    if result.finish_reason == "stop":
-        ended = bool(result.logprobs) and result.logprobs is not None and result.logprobs[-1].token == END_OF_TEXT
-        reason = "eos_token" if ended else "stop_sequence"
+def _summary(result: GenerationResult) -> DetailsBody:
     return {
-        "finish_reason": reason,
+        "finish_reason": _finish_reason(result),
         "generated_tokens": result.usage.completion_tokens,
         "input_length": result.usage.prompt_tokens,
         "seed": None,
     }
+
+
+def _finish_reason(result: GenerationResult) -> Literal["length", "eos_token", "stop_sequence"]:
+    if result.finish_reason != "stop":
+        return "length"
+    return "eos_token" if result.logprobs and result.logprobs[-1].token == END_OF_TEXT else "stop_sequence"
 
 
 def _error_event(error: FastGPT2Error) -> bytes:

@@ -1,47 +1,85 @@
-"""`/v1/jobs`: work that is left behind, asked for later, followed, cancelled."""
+"""`/v1/jobs`: a client enqueues a job, leaves, and asks for it later, follows its text, or cancels it."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from fastgpt2.api.client.enqueue import once_each, plan_job
+from fastgpt2.api.client.enqueue import JobPlan, once_each, plan_job
 from fastgpt2.api.client.outcome import Outcome, job_key, unwrapped
 from fastgpt2.api.http.requests import read_object
 from fastgpt2.api.http.responses import JSON, KEEP_ALIVE, EventStream, error_object, event
 from fastgpt2.api.http.service import PendingJobs, Service, idempotency_key
-from fastgpt2.api.pool.job_list import epoch
+from fastgpt2.engine.decoding.records import Count
 from fastgpt2.errors import BadRequest, FastGPT2Error, JobFailed, JobNotFound
+from fastgpt2.fields import fields_of, one_of
 from fastgpt2.protocol.connection import redis_errors
 from fastgpt2.protocol.keys import ATTEMPTS_FIELD, queues_of
-from fastgpt2.protocol.messages import Piece, refuse_unknown, result_to_json
+from fastgpt2.protocol.messages import Piece, ResultObject, refuse_unknown, result_to_json
+from fastgpt2.protocol.untrusted import epoch_seconds, text, whole
 
 EXAMPLE = '{"prompt": "Once upon a time", "max_new_tokens": 20}'
 MAX_LISTED = 100
 DEFAULT_LISTED = 20
 MAX_WAIT_SECONDS = 60.0
-FIELDS = (
-    "prompt", "max_new_tokens", "min_new_tokens", "stop", "ignore_eos", "logprobs", "prompt_logprobs", "echo",
-    "timeout", "stream", "priority", "job_timeout", "result_ttl",
-)  # fmt: skip
+
+
+_STATUSES = "queued", "started", "finished", "failed", "stopped", "canceled", "deferred", "scheduled", "expired"
+
+
+class OpenAIError(TypedDict):
+    """An error as OpenAI's API has it."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class EndEvent(TypedDict):
+    """How a job ended: its result, or its error and what there is of a result. Both are null before the end."""
+
+    result: Annotated[dict[str, Any], ResultObject, "Of a job that was cut short, what there is of it."] | None
+    error: OpenAIError | None
+
+
+class JobBody(EndEvent):
+    """A job; its moments are in seconds since 1970."""
+
+    id: str
+    object: Literal["job"]
+    status: Annotated[str, one_of(*_STATUSES)]
+    enqueued_at: float | None
+    started_at: float | None
+    ended_at: float | None
+    worker: str | None
+    attempts: Count
+    cancelled: NotRequired[bool]
+
+
+class TextEvent(TypedDict):
+    """New text of a job, and how many characters come before it."""
+
+    text: str
+    at: Count
 
 
 class Jobs:
-    """The routes."""
+    """The routes of jobs."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
         self._client = service.client
 
     async def create(self, request: Request) -> Response:
-        """`POST /v1/jobs`: 202, and where to ask for it."""
+        """Answer `POST /v1/jobs`: with 202, and where to ask for the job."""
         body = await read_object(request, self._service.bounds.body_timeout, EXAMPLE)
-        refuse_unknown(body, FIELDS)
+        refuse_unknown(body, fields_of(JobPlan))
         if "prompt" not in body:
             raise BadRequest(f"prompt is missing: send {EXAMPLE}")
         fields = {name: value for name, value in body.items() if name != "prompt" and value is not None}
@@ -49,19 +87,19 @@ class Jobs:
         key = idempotency_key(request)
         once = None if key is None else once_each(f"job {key}", 1, plan)
         (job_id,) = await self._client.enqueue_all([plan], once)
-        return JSON(await self._described(job_id), 202, {"location": f"/v1/jobs/{job_id}", "x-job-id": job_id})
+        return JSON(await self._describe(job_id), 202, {"location": f"/v1/jobs/{job_id}", "x-job-id": job_id})
 
     async def show(self, request: Request) -> Response:
-        """`GET /v1/jobs/{id}`, with `?wait=SECONDS` when it has ended, or time is up."""
+        """Answer `GET /v1/jobs/{id}`: with `?wait=SECONDS`, when the job has ended or the time is up."""
         job_id = await self._known(request)
         wait = _number(request, "wait", 0.0, MAX_WAIT_SECONDS)
         if wait:
             with self._service.attend(request, job_id, streamed=False, timeout=wait) as waiting:
                 await waiting.wait()
-        return JSON(await self._described(job_id), headers={"x-job-id": job_id})
+        return JSON(await self._describe(job_id), headers={"x-job-id": job_id})
 
     async def follow(self, request: Request) -> Response:
-        """`GET /v1/jobs/{id}/stream`: its text as it comes, from where `Last-Event-ID` says."""
+        """Answer `GET /v1/jobs/{id}/stream`: with the job's text as it comes, from where `Last-Event-ID` says."""
         job_id = await self._known(request)
         known = request.headers.get("last-event-id", "0")
         if not re.fullmatch(r"\d{1,9}", known):
@@ -69,10 +107,10 @@ class Jobs:
         return EventStream(self._events(request, job_id, int(known)), _error_event)
 
     async def cancel(self, request: Request) -> Response:
-        """`DELETE /v1/jobs/{id}`"""
+        """Answer `DELETE /v1/jobs/{id}`."""
         job_id = await self._known(request)
         cancelled = await self._client.cancel(job_id)
-        return JSON({**await self._described(job_id), "cancelled": cancelled}, headers={"x-job-id": job_id})
+        return JSON({**await self._describe(job_id), "cancelled": cancelled}, headers={"x-job-id": job_id})
 
     @asynccontextmanager
     async def _events(
@@ -82,10 +120,10 @@ class Jobs:
             yield {"x-job-id": job_id}, _text_events(waiting, known)
 
     async def _known(self, request: Request) -> str:
-        """The id in the path, of a job of this pool.
+        """Return the id in the path.
 
         Raises:
-            JobNotFound
+            JobNotFound: it is not the id of a job of this pool.
         """
         job_id: str = request.path_params["job_id"]
         error = JobNotFound(f"no job {job_id[:100]!r}: it was never enqueued here, or its result has expired")
@@ -97,30 +135,31 @@ class Jobs:
             raise error
         return job_id
 
-    async def _described(self, job_id: str) -> dict[str, Any]:
+    async def _describe(self, job_id: str) -> JobBody:
         names = ("status", "enqueued_at", "started_at", "ended_at", "worker_name", ATTEMPTS_FIELD)
         with redis_errors(self._client.redis_url):
             fields: Any = await self._client.connection.hmget(job_key(job_id), list(names))
-        text = {
-            name: value.decode("utf-8", "replace")
-            for name, value in zip(names, fields, strict=True)
-            if value is not None
-        }
-        described: dict[str, Any] = {
+        status, enqueued_at, started_at, ended_at, worker, attempts = fields
+        end = _end(await self._client.outcome(job_id))
+        return {
             "id": job_id,
             "object": "job",
-            "status": text.get("status", "expired"),
-            "enqueued_at": epoch(text.get("enqueued_at")),
-            "started_at": epoch(text.get("started_at")),
-            "ended_at": epoch(text.get("ended_at")),
-            "worker": text.get("worker_name") or None,
-            "attempts": int(text.get(ATTEMPTS_FIELD, "0")) if text.get(ATTEMPTS_FIELD, "0").isdecimal() else 0,
+            "status": text(status) or "expired",
+            "enqueued_at": epoch_seconds(enqueued_at),
+            "started_at": epoch_seconds(started_at),
+            "ended_at": epoch_seconds(ended_at),
+            "worker": text(worker) or None,
+            "attempts": whole(attempts) or 0,
+            "result": end["result"],
+            "error": end["error"],
         }
-        return {**described, **_end(await self._client.outcome(job_id))}
 
 
 async def _text_events(waiting: PendingJobs, known: int) -> AsyncIterator[bytes]:
-    """Each event's id is how many characters there are with it, so that a reader who comes again goes on from there."""
+    """Yield the events of a job's text, and of its end.
+
+    The id of an event is the number of characters up to the event's end: a reader who comes again goes on from there.
+    """
     async for item in waiting.events():
         if item is None:
             yield KEEP_ALIVE
@@ -135,8 +174,7 @@ async def _text_events(waiting: PendingJobs, known: int) -> AsyncIterator[bytes]
             yield event(_end(unwrapped(what)), "end")
 
 
-def _end(outcome: Outcome | None) -> dict[str, Any]:
-    """How a job ended: its result, or its error and what there is of a result."""
+def _end(outcome: Outcome | None) -> EndEvent:
     if outcome is None:
         return {"result": None, "error": None}
     if not isinstance(outcome, FastGPT2Error):
@@ -144,7 +182,7 @@ def _end(outcome: Outcome | None) -> dict[str, Any]:
     partial = outcome.partial if isinstance(outcome, JobFailed) else None
     return {
         "result": None if partial is None else result_to_json(partial, partial.timings.queue_seconds),
-        **error_object(outcome, openai=True),
+        "error": error_object(outcome, openai=True)["error"],
     }
 
 

@@ -1,16 +1,33 @@
-"""The OpenAPI document of the endpoint: what each route takes and gives. The tests hold the code to it."""
+"""The OpenAPI document of the endpoint: what each route takes and gives. The tests hold the code to it.
+
+Requests and answers are described where they are read and built; what other rooms answer is described here.
+"""
 
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from fastgpt2 import __version__
-from fastgpt2.api.http import schemas
+from fastgpt2.api.client.enqueue import JobPlan
+from fastgpt2.api.http.completions import CompletionBody, CompletionRequest, ModelBody
+from fastgpt2.api.http.generate import AnswerParameters, GeneratedBody, NeutralParameters, TokenEvent
+from fastgpt2.api.http.jobs import (
+    DEFAULT_LISTED,
+    MAX_LISTED,
+    MAX_WAIT_SECONDS,
+    EndEvent,
+    JobBody,
+    OpenAIError,
+    TextEvent,
+)
 from fastgpt2.api.http.responses import JSON
+from fastgpt2.api.http.schemas import body_schema, nullable, object_schema, schema_of
+from fastgpt2.engine.decoding.records import Count, Prompt
+from fastgpt2.fields import Schema
 
 Object = dict[str, Any]
 
@@ -41,22 +58,64 @@ _ENQUEUES = (*_BODY, 422, 429, 503)
 _RUNS = (*_ENQUEUES, 409, 502, 504)
 
 
+# A job in the list of the jobs that run and of the latest that have ended.
+_LISTED_JOB: dict[str, Any] = {
+    "id": str,
+    "status": str,
+    **dict.fromkeys(("finish_reason", "error", "worker"), str | None),
+    **dict.fromkeys(("prompt_tokens", "cached_tokens", "completion_tokens"), int | None),
+    **dict.fromkeys(("steps", "drafted", "accepted"), int | None),
+    **dict.fromkeys(("queue_seconds", "prefill_seconds", "decode_seconds", "ended_at"), float | None),
+    "prompt": Annotated[str | list[Count] | None, "If the operator shows prompts."],
+}
+
+
 async def show_document(_request: Request) -> Response:
-    """`GET /openapi.json`"""
+    """Answer `GET /openapi.json`."""
     return JSON(document())
 
 
 @cache
 def document() -> Object:
+    """Return the document."""
     return {
         "openapi": "3.1.0",
         "info": {"title": "fastgpt2", "version": __version__, "description": _DESCRIPTION, "license": {"name": "MIT"}},
         "paths": {**_original_paths(), **_openai_paths(), **_job_paths(), **_operating_paths()},
         "components": {
-            "schemas": schemas.SCHEMAS,
+            "schemas": _schemas(),
             "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
         },
         "security": [{}, {"token": []}],
+    }
+
+
+def _schemas() -> dict[str, Schema]:
+    prompt, flag, generated = schema_of(Prompt), schema_of(bool), schema_of(GeneratedBody)
+    parameters = body_schema(JobPlan, AnswerParameters, NeutralParameters, required=(), without=("prompt", "stream"))
+    generate = {"inputs": prompt, "parameters": nullable(parameters)}
+    listed_job = object_schema(_LISTED_JOB, ("id", "status"))
+    of_list, queue = {"object": Literal["list"]}, object_schema({"name": str, "depth": Count})
+    status = {"version": str, "queue": queue, "jobs": dict[str, Count], "workers": list[dict[str, Any]]}
+    return {
+        "OriginalRequest": object_schema({**generate, "stream": flag}, ("inputs",), closed=True),
+        "GenerateRequest": object_schema(generate, ("inputs",), closed=True),
+        "Generated": generated,
+        "GeneratedList": {"type": "array", "items": generated, "minItems": 1, "maxItems": 1},
+        "TokenEvent": schema_of(TokenEvent),
+        "CompletionRequest": body_schema(CompletionRequest, required=()),
+        "Completion": schema_of(CompletionBody),
+        "Model": schema_of(ModelBody),
+        "ModelList": object_schema({**of_list, "data": list[ModelBody]}),
+        "JobRequest": body_schema(JobPlan, required=("prompt",)),
+        "Job": schema_of(JobBody),
+        "JobList": object_schema({**of_list, "data": {"type": "array", "items": listed_job}}),
+        "TextEvent": schema_of(TextEvent),
+        "EndEvent": schema_of(EndEvent),
+        "State": object_schema({"status": str}),
+        "Status": object_schema(status),
+        "Error": object_schema({"error": str, "error_type": str}),
+        "OpenAIError": object_schema({"error": OpenAIError}),
     }
 
 
@@ -118,8 +177,8 @@ def _openai_paths() -> Object:
 
 def _job_paths() -> Object:
     job_id = _path("job_id", {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,128}$"})
-    limit = {"type": "integer", "minimum": 1, "maximum": 100, "default": 20}
-    wait = {"type": "number", "minimum": 0, "maximum": 60, "default": 0}
+    limit = {"type": "integer", "minimum": 1, "maximum": MAX_LISTED, "default": DEFAULT_LISTED}
+    wait = {"type": "number", "minimum": 0, "maximum": MAX_WAIT_SECONDS, "default": 0}
     known = {"type": "string", "pattern": "^[0-9]{1,9}$"}
     created = _operation("create_job", "Enqueue a job, and leave", _json("Job"), _ENQUEUES, "JobRequest", openai=True)
     created["responses"]["202"] = created["responses"].pop("200")
@@ -127,7 +186,7 @@ def _job_paths() -> Object:
         "/v1/jobs": {
             "get": _operation(
                 "list_jobs",
-                "The jobs in hand, and the latest that have ended",
+                "The jobs that workers run, and the latest that have ended",
                 _json("JobList"),
                 (400, *_REDIS),
                 openai=True,
@@ -139,7 +198,7 @@ def _job_paths() -> Object:
             "parameters": [job_id],
             "get": _operation(
                 "show_job",
-                "How a job is, or how it ended; with `wait`, once it has ended or so many seconds are over",
+                "How a job is, or how it ended; with `wait`, once it has ended or that many seconds are over",
                 _json("Job"),
                 (400, 404, *_REDIS),
                 openai=True,
@@ -225,7 +284,10 @@ def _json(schema: str) -> Object:
 
 
 def _events(*schemas: str) -> Object:
-    """An event's fields, as OpenAPI 3.2 spells them for each item; its data is JSON, but for OpenAI's `[DONE]`."""
+    """Return the content of a stream of events, whose fields are spelt as OpenAPI 3.2 does for each item.
+
+    An event's data is JSON, but for OpenAI's `[DONE]`.
+    """
     data = {
         "type": "string",
         "contentMediaType": "application/json",

@@ -17,12 +17,12 @@ from fastgpt2.api.client.enqueue import JobPlan, once_each
 from fastgpt2.api.client.outcome import Outcome, unwrapped
 from fastgpt2.api.http.requests import ClientGone, DisconnectListener
 from fastgpt2.api.http.watch import Watch, Watched
-from fastgpt2.api.pool.snapshot import to_epoch
 from fastgpt2.engine.decoding.records import GenerationResult
 from fastgpt2.errors import BadRequest, FastGPT2Error, ResultTimeout, ServiceBusy, ServiceStopping
 from fastgpt2.protocol.connection import redis_errors
 from fastgpt2.protocol.keys import workers_key
 from fastgpt2.protocol.messages import Piece
+from fastgpt2.protocol.untrusted import epoch_seconds
 
 log = logging.getLogger("fastgpt2.http")
 
@@ -315,5 +315,5 @@ def _count_models(answers: list[tuple[bytes | None, bytes | None]]) -> dict[str,
         if model:
             name = model.decode("utf-8", "replace")
             workers[name] = workers.get(name, 0) + 1
-            since[name] = min(since.get(name, 1 << 62), max(0, int(to_epoch(birth) or 0)))
+            since[name] = min(since.get(name, 1 << 62), max(0, int(epoch_seconds(birth) or 0)))
     return {name: since[name] for name in sorted(workers, key=lambda name: (-workers[name], name))}

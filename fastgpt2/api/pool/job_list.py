@@ -8,11 +8,10 @@ import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fastgpt2.api.pool.snapshot import to_epoch
 from fastgpt2.protocol.connection import redis_errors
 from fastgpt2.protocol.keys import MAX_LATEST, job_key, latest_key
 from fastgpt2.protocol.scripts import Script
-from fastgpt2.protocol.untrusted import checked, read, real, text, whole
+from fastgpt2.protocol.untrusted import check_replies, epoch_seconds, read, real, text, whole
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -69,7 +68,7 @@ async def _read_claimed(connection: Redis, workers: list[dict[str, Any]], limit:
     for (job_id, worker), fields in zip(pairs, answers, strict=True):
         if isinstance(fields, list) and fields[0] is not None:
             status = fields[0].decode("utf-8", "replace")
-            enqueued_at, started_at = map(to_epoch, fields[1:])
+            enqueued_at, started_at = map(epoch_seconds, fields[1:])
             waited = None if enqueued_at is None or started_at is None else round(max(0.0, started_at - enqueued_at), 3)
             found.append({**_UNKNOWN, "id": job_id, "status": status, "worker": worker, "queue_seconds": waited})
     return found
@@ -91,7 +90,7 @@ async def read_latest(connection: Redis, queue: str, limit: int) -> list[dict[st
         return []
     pipeline = connection.pipeline(transaction=False)
     pipeline.lrange(latest_key(queue), 0, min(limit, MAX_LATEST) - 1)
-    (entries,) = checked(await pipeline.execute(raise_on_error=False))
+    (entries,) = check_replies(await pipeline.execute(raise_on_error=False))
     return [record for entry in entries or () if (record := _parse_record(entry)) is not None]
 
 
@@ -149,9 +148,3 @@ def _find_prompt(data: bytes) -> str | list[int] | None:
         return None
     ids = list(prompt[:MAX_PROMPT_SHOWN])
     return ids if all(isinstance(each, int) and not isinstance(each, bool) for each in ids) else None
-
-
-def epoch(moment: str | None) -> float | None:
-    """Return one of RQ's moments in seconds since 1970, to the millisecond; None if it is none."""
-    then = to_epoch(moment)
-    return None if then is None else round(then, 3)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fastgpt2 import __version__
-from fastgpt2.api.pool.snapshot import Snapshot, read_snapshot, seconds_since
+from fastgpt2.api.pool.snapshot import Snapshot, read_snapshot
 from fastgpt2.protocol.keys import (
     ACCEPTED_TOKENS,
     BATCH_SIZE,
@@ -32,7 +32,7 @@ from fastgpt2.protocol.keys import (
     ended_field,
     restarts_field,
 )
-from fastgpt2.protocol.untrusted import real, text, whole
+from fastgpt2.protocol.untrusted import real, seconds_since, text, whole
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from fastgpt2.protocol.keys import (
@@ -22,7 +21,7 @@ from fastgpt2.protocol.keys import (
     totals_key,
     workers_key,
 )
-from fastgpt2.protocol.untrusted import by_name, checked, text, whole
+from fastgpt2.protocol.untrusted import by_name, check_replies, seconds_since, text, whole
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -111,7 +110,7 @@ async def read_snapshot(connection: Redis, queue: str, buckets: int = 0) -> Snap
     pipeline.info("server")
     pipeline.srandmember(workers_key(queue), MAX_WORKERS_SHOWN)
     pipeline.hmget(totals_key(queue), list(TOTAL_FIELDS))
-    *counts, time, server, members, totals = checked(await pipeline.execute(raise_on_error=False))
+    *counts, time, server, members, totals = check_replies(await pipeline.execute(raise_on_error=False))
     rows = [counts[at : at + len(queues)] for at in range(0, len(counts), len(queues))]
     depths, heads, registries = list(map(_count, rows[0])), rows[1], rows[2:]
     now = time[0] + time[1] / 1e6
@@ -128,7 +127,7 @@ async def read_snapshot(connection: Redis, queue: str, buckets: int = 0) -> Snap
     for start in starts:
         pipeline.hmget(recent_key(queue, start), list(RECENT_FIELDS))
     replies = await pipeline.execute(raise_on_error=False) if len(pipeline) else []
-    enqueued, answers = _allow_denials(replies[: len(waiting)]), checked(replies[len(waiting) :])
+    enqueued, answers = _allow_denials(replies[: len(waiting)]), check_replies(replies[len(waiting) :])
     of_workers, of_buckets = answers[: 3 * len(keys)], answers[3 * len(keys) :]
     waits: list[float | None] = [None] * len(queues)
     for at, moment in zip(waiting, enqueued, strict=True):
@@ -144,21 +143,6 @@ async def read_snapshot(connection: Redis, queue: str, buckets: int = 0) -> Snap
         recent=[(start, by_name(RECENT_FIELDS, reply)) for start, reply in zip(starts, of_buckets, strict=True)],
         redis_version=text(server.get("valkey_version") or server.get("redis_version")),
     )
-
-
-def to_epoch(moment: Any) -> float | None:
-    """Return a moment in seconds since 1970, or None if it is none. RQ writes moments as ISO 8601 in UTC."""
-    try:
-        then = datetime.fromisoformat(text(moment))
-        return (then if then.tzinfo else then.replace(tzinfo=UTC)).timestamp()
-    except (ValueError, OverflowError):
-        return None
-
-
-def seconds_since(moment: Any, now: float) -> float | None:
-    """Return the seconds from one of RQ's moments until now, at least 0; None if it is none."""
-    then = to_epoch(moment)
-    return None if then is None else max(0.0, now - then)
 
 
 def _read_worker(key: bytes, values: Any, executions: Any, claimed_count: Any) -> WorkerEntry | None:
@@ -180,4 +164,4 @@ def _allow_denials(replies: list[Any]) -> list[Any]:
     """Return the replies, with None in place of each that denies this user of Redis to read a job."""
     from redis.exceptions import NoPermissionError
 
-    return checked([None if isinstance(reply, NoPermissionError) else reply for reply in replies])
+    return check_replies([None if isinstance(reply, NoPermissionError) else reply for reply in replies])

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastgpt2 import __version__
-from fastgpt2.api.pool.snapshot import Snapshot, WorkerEntry, read_snapshot, seconds_since
+from fastgpt2.api.pool.snapshot import Snapshot, WorkerEntry, read_snapshot
 from fastgpt2.protocol.keys import (
     BUCKET_SECONDS,
     COUNTS,
@@ -34,7 +34,7 @@ from fastgpt2.protocol.keys import (
     restarts_field,
 )
 from fastgpt2.protocol.scripts import Script
-from fastgpt2.protocol.untrusted import real, text, whole
+from fastgpt2.protocol.untrusted import real, seconds_since, text, whole
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis

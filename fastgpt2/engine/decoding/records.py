@@ -1,11 +1,12 @@
-"""What is asked of a generation and what comes back: plain, validated records. Imports nothing heavy."""
+"""What a caller asks of a generation, and what comes back: plain records, checked when made. Imports nothing heavy."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from fastgpt2.errors import BadRequest, PromptTooLong
+from fastgpt2.fields import Field, check_fields, refusal, type_name, whole
 
 FinishReason = Literal["stop", "length", "cancelled", "timeout"]
 DEFAULT_MAX_NEW_TOKENS = 20
@@ -16,8 +17,60 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_LOGPROBS = 20
 
-# Far beyond any vocabulary; what a model does not have, the decoder refuses.
+# Far beyond any vocabulary. The decoder refuses an id that its own model does not have.
 MAX_TOKEN_ID = (1 << 31) - 1
+
+
+def _check_prompt(name: str, prompt: Any) -> str | tuple[int, ...]:
+    if isinstance(prompt, list | tuple):
+        return _check_token_ids(name, tuple(prompt))
+    if not isinstance(prompt, str):
+        raise refusal(name, "a string or a list of token ids", prompt, of_type=True)
+    try:
+        size = len(prompt.encode("utf-8"))
+    except UnicodeEncodeError as error:
+        character = f"lone surrogate U+{ord(prompt[error.start]):04X} at character {error.start}"
+        raise BadRequest(f"{name} is not valid Unicode: {character}") from None
+    if size > MAX_PROMPT_BYTES:
+        raise PromptTooLong(f"{name} has {size} bytes; the limit is {MAX_PROMPT_BYTES}: shorten it")
+    return prompt
+
+
+def _check_token_ids(name: str, ids: tuple[Any, ...]) -> tuple[int, ...]:
+    if len(ids) > MAX_PROMPT_TOKENS:
+        raise PromptTooLong(f"{name} has {len(ids)} tokens; the limit is {MAX_PROMPT_TOKENS}: shorten it")
+    for token_id in ids:
+        if not isinstance(token_id, int) or isinstance(token_id, bool):
+            raise BadRequest(f"{name}, a list, must hold token ids, not {type_name(token_id)}")
+        if not 0 <= token_id <= MAX_TOKEN_ID:
+            raise BadRequest(f"{name} holds {str(token_id)[:40]}, which is no token id")
+    return ids
+
+
+def _check_stop(name: str, stop: Any) -> tuple[str, ...]:
+    # JSON has no tuples, and one stop string is commonly given bare.
+    strings = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(strings, list | tuple):
+        raise refusal(name, "a string or a list of strings", stop, of_type=True)
+    if len(strings) > MAX_STOP_STRINGS:
+        raise BadRequest(f"{name} holds {len(strings)} strings; the limit is {MAX_STOP_STRINGS}")
+    for text in strings:
+        if not isinstance(text, str):
+            raise BadRequest(f"{name} must hold strings, not {type_name(text)}")
+        if not 1 <= len(text) <= MAX_STOP_CHARACTERS:
+            raise BadRequest(f"a {name} string must have 1 to {MAX_STOP_CHARACTERS} characters, not {len(text)}")
+    return tuple(strings)
+
+
+TOKEN_IDS_SCHEMA = {"type": "array", "items": whole(0, MAX_TOKEN_ID).schema, "maxItems": MAX_PROMPT_TOKENS}
+_STOP_STRING_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARACTERS}
+_STOP_STRINGS_SCHEMA = {"type": "array", "items": _STOP_STRING_SCHEMA, "maxItems": MAX_STOP_STRINGS}
+
+Prompt = Annotated[str | tuple[int, ...], Field({"anyOf": [{"type": "string"}, TOKEN_IDS_SCHEMA]}, _check_prompt)]
+StopStrings = Annotated[tuple[str, ...], Field({"anyOf": [_STOP_STRING_SCHEMA, _STOP_STRINGS_SCHEMA]}, _check_stop)]
+Count = Annotated[int, whole(0)]
+NewTokens = Annotated[int, whole(0, MAX_NEW_TOKENS)]
+Logprobs = Annotated[int, whole(0, MAX_LOGPROBS)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,60 +78,49 @@ class GenerationRequest:
     """One prompt and how to continue it, checked when made.
 
     Args:
-        prompt: the text to continue, or its token ids; empty means: start from the model's beginning-of-text token.
-        max_new_tokens: at most so many tokens are generated; None means 20, or `min_new_tokens` if that is more, or
-            fewer where the model's positions leave less room. 0 generates nothing: the prompt is read, if anything is
-            to be told of it, and may fill all positions.
-        stop: generation ends before the first of these strings; they are cut from the text.
+        prompt: the text to continue, or its token ids. An empty prompt starts from the model's beginning-of-text token.
+        max_new_tokens: the most tokens to generate. None means 20, or `min_new_tokens` if that is more, or fewer where
+            the model's positions leave less room. 0 generates nothing: the prompt may then fill all positions, and
+            the model reads it only if the result tells of it.
+        stop: generation ends before the first of these strings, and the text is cut there. One string may stand alone.
         ignore_eos: go on past the end-of-text token.
-        min_new_tokens: so many tokens come before the one with which an end-of-text token or a stop string ends the
-            text; until then the likeliest other token is taken instead of the former, and the latter is text.
-        logprobs: tell each generated token's log probability, and those of this many likeliest tokens.
-        prompt_logprobs: tell so of each of the prompt's tokens, given those before it.
+        min_new_tokens: the number of tokens that come before the one with which an end-of-text token or a stop string
+            ends the text. Until then the likeliest other token is taken instead of an end-of-text token, and a stop
+            string is text like any other.
+        logprobs: give each generated token's log probability, and those of this many likeliest tokens.
+        prompt_logprobs: give the same for each of the prompt's tokens, given those before it.
         echo: the result's text begins with the prompt.
 
     Raises:
-        BadRequest: a wrong type or a value out of bounds; the message names the field and the bound.
+        BadRequest: a field has a wrong type or is out of bounds; the message names the field and the bound.
     """
 
-    prompt: str | tuple[int, ...]
-    max_new_tokens: int | None = None
-    stop: tuple[str, ...] = ()
+    prompt: Prompt
+    max_new_tokens: Annotated[NewTokens | None, f"{DEFAULT_MAX_NEW_TOKENS} by default."] = None
+    stop: StopStrings = ()
     ignore_eos: bool = False
-    min_new_tokens: int = 0
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
+    min_new_tokens: NewTokens = 0
+    logprobs: Logprobs | None = None
+    prompt_logprobs: Logprobs | None = None
     echo: bool = False
 
     def __post_init__(self) -> None:
-        # JSON has no tuples, and one stop string is commonly given bare.
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        if isinstance(stop, list | tuple):
-            object.__setattr__(self, "stop", tuple(stop))
-        if isinstance(self.prompt, list):
-            object.__setattr__(self, "prompt", tuple(self.prompt))
-        _check_prompt(self.prompt)
-        _check_whole("max_new_tokens", self.max_new_tokens, 0, MAX_NEW_TOKENS, optional=True)
-        _check_stop(self.stop)
-        most = MAX_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
-        _check_whole("min_new_tokens", self.min_new_tokens, 0, most)
-        for name in ("logprobs", "prompt_logprobs"):
-            _check_whole(name, getattr(self, name), 0, MAX_LOGPROBS, optional=True)
-        for name in ("ignore_eos", "echo"):
-            if not isinstance(getattr(self, name), bool):
-                raise BadRequest(f"{name} must be true or false, not {_type_name(getattr(self, name))}")
+        check_fields(self)
+        if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
+            raise refusal("min_new_tokens", f"between 0 and {self.max_new_tokens}", self.min_new_tokens)
 
     @property
     def least_room(self) -> int:
-        """How many positions the prompt must leave: one for a new token, none if there shall be none."""
+        """Return how many positions the prompt must leave: 1 for a new token, 0 if no token is to be generated."""
         return 0 if self.max_new_tokens == 0 else 1
 
-    def positions_in_words(self, n_positions: int) -> str:
-        """What a prompt has to fit into, for messages."""
-        return f"the model's {n_positions} positions" + ", one of which a new token needs" * self.least_room
+    def describe_positions(self, n_positions: int) -> str:
+        """Return the positions that a prompt has to fit into, for messages."""
+        described = f"the model's {n_positions} positions"
+        return f"{described}, one of which a new token needs" if self.least_room else described
 
     def room(self, prompt_tokens: int, n_positions: int) -> int:
-        """The number of tokens to generate at most, for a prompt of `prompt_tokens` on `n_positions` positions.
+        """Return the most tokens to generate after a prompt of `prompt_tokens`, on a model of `n_positions` positions.
 
         Raises:
             PromptTooLong: prompt and continuation do not fit; the message says by how much.
@@ -86,7 +128,7 @@ class GenerationRequest:
         left = n_positions - prompt_tokens
         if left < self.least_room:
             raise PromptTooLong(
-                f"prompt tokens {prompt_tokens}, over {self.positions_in_words(n_positions)}: "
+                f"prompt tokens {prompt_tokens}, over {self.describe_positions(n_positions)}: "
                 f"shorten the prompt by at least {self.least_room - left} tokens"
             )
         name, wanted = "max_new_tokens", self.max_new_tokens
@@ -110,12 +152,12 @@ class Usage:
     """Token counts, named as in OpenAI's API.
 
     Attributes:
-        cached_tokens: of the prompt's, those that were not computed, as another prompt had begun with the same ones.
+        cached_tokens: how many of the prompt's tokens were not computed, as another prompt began with the same ones.
     """
 
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int = 0
+    prompt_tokens: Count
+    completion_tokens: Count
+    cached_tokens: Annotated[Count, "How many of the prompt's tokens were not computed."] = 0
 
     @property
     def total_tokens(self) -> int:
@@ -124,23 +166,23 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Drafting:
-    """How the tokens after the first one came: steps + accepted = completion tokens - 1, if there are any.
+    """How the tokens after the first came: steps + accepted = completion tokens - 1, if there are any tokens.
 
     Attributes:
-        steps: those that gave tokens after the first, which comes with the last step of the prompt.
-        drafted: guesses that they verified beside the next token.
-        accepted: those of them that were taken as tokens, and each saved a step. The others came untrue, or stood
+        steps: the steps that gave the tokens after the first, which comes with the last step of the prompt.
+        drafted: the guesses that these steps verified beside the next token.
+        accepted: the guesses that were taken as tokens, each of which saved a step. The others were wrong, or stood
             behind the end.
     """
 
-    steps: int = 0
-    drafted: int = 0
-    accepted: int = 0
+    steps: Annotated[Count, "The steps that gave the tokens after the first."] = 0
+    drafted: Annotated[Count, "The guesses that these steps verified."] = 0
+    accepted: Annotated[Count, "The guesses that came true, each of which saved a step."] = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds: waiting in the queue, reading the prompt up to the first token, and all further tokens."""
+    """Seconds: waiting in the queue, reading the prompt up to the first token, and generating all further tokens."""
 
     queue_seconds: float
     prefill_seconds: float
@@ -149,17 +191,17 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token and its log probability, natural, under the model's distribution before anything is excluded.
+    """A token and its log probability: natural, and under the model's distribution before anything is excluded.
 
     Attributes:
-        token: its text; where its bytes are no whole characters, "bytes:" and their escapes, as in OpenAI's API; of a
-            special token its name, such as "<|endoftext|>".
-        logprob: None of the first token of a prompt, which nothing comes before.
-        top: the likeliest tokens at its place, the likeliest first, as many as were asked for; they have neither `top`
+        token: the token's text. Where its bytes are no whole characters, "bytes:" and their escapes, as in OpenAI's
+            API; of a special token its name, such as "<|endoftext|>".
+        logprob: None for the first token of a prompt, which nothing comes before.
+        top: the likeliest tokens at this place, the likeliest first, as many as were asked for. They have neither `top`
             nor a `text_offset`.
-        text_offset: where, in characters of the result's text, the one begins that this token's first byte belongs to.
-            Of a prompt's token in the prompt alone. Not less than the text's length if a stop string has cut the token
-            off or it ends the text itself.
+        text_offset: where, in characters of the result's text, the character begins that this token's first byte
+            belongs to. For a prompt's token, in the prompt alone. Not less than the text's length if a stop string has
+            cut the token off or the token ends the text itself.
     """
 
     token_id: int
@@ -174,17 +216,17 @@ class GenerationResult:
     """A continuation.
 
     Attributes:
-        text: the generated text without special tokens, cut before a stop string; after the prompt with `echo`.
-        token_ids: every token generated, the end-of-text token and those of a stop string included.
+        text: the generated text without special tokens, cut before a stop string; with `echo`, after the prompt.
+        token_ids: every generated token, also the end-of-text token and the tokens of a stop string.
         finish_reason: "stop" at the end-of-text token or a stop string, "length" at `max_new_tokens`; "cancelled" or
-            "timeout" for what had been generated of a job that was ended so.
+            "timeout" if the job was ended so, when the result holds what had been generated.
         usage: token counts.
         timings: where the time went.
-        model: the model's id, as the worker or the engine was told it.
-        logprobs: one for each of `token_ids`, where they were asked for.
-        prompt_logprobs: one for each of the prompt's tokens, where they were asked for; fewer if the generation was
-            ended while it read the prompt.
-        drafting: in how many steps, and by how many guesses that came true.
+        model: the model's id, as the worker or the engine was given it.
+        logprobs: one for each of `token_ids`, if they were asked for.
+        prompt_logprobs: one for each of the prompt's tokens, if they were asked for; fewer if the generation was ended
+            while it read the prompt.
+        drafting: in how many steps the tokens came, and by how many guesses that came true.
     """
 
     text: str
@@ -196,54 +238,3 @@ class GenerationResult:
     logprobs: tuple[TokenLogprob, ...] | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     drafting: Drafting = Drafting()
-
-
-def _check_prompt(prompt: object) -> None:
-    if isinstance(prompt, tuple):
-        _check_prompt_ids(prompt)
-        return
-    if not isinstance(prompt, str):
-        raise BadRequest(f"prompt must be a string or a list of token ids, not {_type_name(prompt)}")
-    try:
-        size = len(prompt.encode("utf-8"))
-    except UnicodeEncodeError as error:
-        raise BadRequest(
-            f"prompt is not valid Unicode: lone surrogate U+{ord(prompt[error.start]):04X} at character {error.start}"
-        ) from None
-    if size > MAX_PROMPT_BYTES:
-        raise PromptTooLong(f"prompt has {size} bytes; the limit is {MAX_PROMPT_BYTES}: shorten it")
-
-
-def _check_prompt_ids(ids: tuple[object, ...]) -> None:
-    if len(ids) > MAX_PROMPT_TOKENS:
-        raise PromptTooLong(f"prompt has {len(ids)} tokens; the limit is {MAX_PROMPT_TOKENS}: shorten it")
-    for token_id in ids:
-        if not isinstance(token_id, int) or isinstance(token_id, bool):
-            raise BadRequest(f"prompt, a list, must hold token ids, not {_type_name(token_id)}")
-        if not 0 <= token_id <= MAX_TOKEN_ID:
-            raise BadRequest(f"prompt holds {str(token_id)[:40]}, which is no token id")
-
-
-def _check_whole(name: str, value: object, low: int, high: int, optional: bool = False) -> None:
-    if value is None and optional:
-        return
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise BadRequest(f"{name} must be a whole number, not {_type_name(value)}")
-    if not low <= value <= high:
-        raise BadRequest(f"{name} must be between {low} and {high}, not {str(value)[:40]}")
-
-
-def _check_stop(stop: object) -> None:
-    if not isinstance(stop, tuple):
-        raise BadRequest(f"stop must be a string or a list of strings, not {_type_name(stop)}")
-    if len(stop) > MAX_STOP_STRINGS:
-        raise BadRequest(f"stop holds {len(stop)} strings; the limit is {MAX_STOP_STRINGS}")
-    for text in stop:
-        if not isinstance(text, str):
-            raise BadRequest(f"stop must hold strings, not {_type_name(text)}")
-        if not 1 <= len(text) <= MAX_STOP_CHARACTERS:
-            raise BadRequest(f"a stop string must have 1 to {MAX_STOP_CHARACTERS} characters, not {len(text)}")
-
-
-def _type_name(value: object) -> str:
-    return "null" if value is None else type(value).__name__
