@@ -40,13 +40,17 @@ EXECUTION_PREFIX = "rq:execution:"
 
 STARTED_PREFIX = "rq:wip:"
 CANCELED_PREFIX = "rq:canceled:"
+DEFERRED_PREFIX = "rq:deferred:"
+SCHEDULED_PREFIX = "rq:scheduled:"
+# Jobs whose dependencies have finished, and which wait to be put into their queue.
+READY_PREFIX = "rq:ready:"
 # The sorted sets of a queue's jobs in each state, by RQ's word for the state.
 REGISTRY_PREFIXES = {
     "started": STARTED_PREFIX,
     "finished": "rq:finished:",
     "failed": "rq:failed:",
-    "deferred": "rq:deferred:",
-    "scheduled": "rq:scheduled:",
+    "deferred": DEFERRED_PREFIX,
+    "scheduled": SCHEDULED_PREFIX,
     "canceled": CANCELED_PREFIX,
 }
 
@@ -217,6 +221,9 @@ RESTARTS = (DIED, ENDED)
 def ended_field(status: str, reason: str) -> str:
     """Return the field of the totals that counts jobs of one of `OUTCOMES`."""
     return f"ended:{status}:{reason}"
+
+
+CANCELED_FIELD = ended_field(*CANCELED)
 
 
 def restarts_field(reason: str) -> str:

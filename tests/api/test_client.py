@@ -23,7 +23,8 @@ from rq.serializers import JSONSerializer
 from support.running import GOLDEN, StartWorker, half_the_time, wait_until
 
 from fastgpt2 import Client, Job, settings
-from fastgpt2.api.client.enqueue import enqueue_call, plan_job
+from fastgpt2.api.client.enqueue import enqueue_command, plan_job
+from fastgpt2.api.client.flow import Command, Flow
 from fastgpt2.errors import (
     BadRequest,
     JobCancelled,
@@ -162,10 +163,14 @@ class TestMaxQueue:
                 Client(redis_server.url, max_queue=bad)
 
 
+def send(command: Command) -> Flow[Any]:
+    return (yield command)
+
+
 def test_what_is_sent_twice_comes_in_once(client: Client, redis: Redis) -> None:
     """A client that did not hear the answer may ask again."""
-    job_id, script = enqueue_call(plan_job("a", {}), client.queue_name, None, redis)
-    assert [getattr(redis, script.method)(*script.args) for _ in range(2)] == [0, 0]
+    job_id, command = enqueue_command(plan_job("a", {}), client.queue_name, None)
+    assert [client._driver.run(send(command)) for _ in range(2)] == [0, 0]
     assert redis.lrange(f"rq:queue:{client.queue_name}", 0, -1) == [job_id.encode()]
 
 

@@ -163,7 +163,7 @@ class TestFullQueue:
             found: list[Any] = []
             reader = threading.Thread(target=lambda: found.extend(limited.map(["b"], max_new_tokens=1)))
             reader.start()
-            wait_until(lambda: limited._session.contact.made, "the first refusal")
+            wait_until(lambda: limited._session.retries.answered, "the first refusal")
             assert len(waiting(redis, client)) == 3
             start_worker()
             reader.join(30)

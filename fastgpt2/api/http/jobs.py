@@ -10,15 +10,15 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from fastgpt2.api.client.enqueue import once_each, plan_job
-from fastgpt2.api.client.outcome import Outcome, job_key, unwrapped
+from fastgpt2.api.client.enqueue import idempotency_keys, plan_job
+from fastgpt2.api.client.outcome import Outcome, unwrap
 from fastgpt2.api.http.requests import read_object
 from fastgpt2.api.http.responses import JSON, KEEP_ALIVE, EventStream, error_object, event
 from fastgpt2.api.http.service import Service, Waiting, idempotency_key
 from fastgpt2.api.pool.job_list import epoch
 from fastgpt2.errors import BadRequest, FastGPT2Error, JobFailed, JobNotFound
 from fastgpt2.protocol.connection import redis_errors
-from fastgpt2.protocol.keys import ATTEMPTS_FIELD, queues_of
+from fastgpt2.protocol.keys import ATTEMPTS_FIELD, job_key, queues_of
 from fastgpt2.protocol.messages import Piece, refuse_unknown, result_to_json
 
 EXAMPLE = '{"prompt": "Once upon a time", "max_new_tokens": 20}'
@@ -47,8 +47,8 @@ class Jobs:
         fields = {name: value for name, value in body.items() if name != "prompt" and value is not None}
         plan = plan_job(body["prompt"], fields)
         key = idempotency_key(request)
-        once = None if key is None else once_each(f"job {key}", 1, plan)
-        (job_id,) = await self._client.enqueue_all([plan], once)
+        keys = None if key is None else idempotency_keys(f"job {key}", 1, plan)
+        (job_id,) = await self._service.driver.run(self._service.session.enqueue_all([plan], keys))
         return JSON(await self._described(job_id), 202, {"location": f"/v1/jobs/{job_id}", "x-job-id": job_id})
 
     async def show(self, request: Request) -> Response:
@@ -116,7 +116,7 @@ class Jobs:
             "worker": text.get("worker_name") or None,
             "attempts": int(text.get(ATTEMPTS_FIELD, "0")) if text.get(ATTEMPTS_FIELD, "0").isdecimal() else 0,
         }
-        return {**described, **_end(await self._client.outcome(job_id))}
+        return {**described, **_end(await self._service.driver.run(self._service.session.outcome(job_id)))}
 
 
 async def _text_events(waiting: Waiting, known: int) -> AsyncIterator[bytes]:
@@ -132,7 +132,7 @@ async def _text_events(waiting: Waiting, known: int) -> AsyncIterator[bytes]:
             if new:
                 yield event({"text": new, "at": start}, event_id=str(start + len(new)))
         else:
-            yield event(_end(unwrapped(what)), "end")
+            yield event(_end(unwrap(what)), "end")
 
 
 def _end(outcome: Outcome | None) -> dict[str, Any]:

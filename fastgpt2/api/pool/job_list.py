@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from fastgpt2.api.client.outcome import job_key
 from fastgpt2.protocol.connection import redis_errors
-from fastgpt2.protocol.keys import MAX_LATEST, latest_key
+from fastgpt2.protocol.keys import MAX_LATEST, job_key, latest_key
 from fastgpt2.protocol.untrusted import checked, read, real, text, whole
 
 if TYPE_CHECKING:
