@@ -292,7 +292,7 @@ COMMANDS = {
         "broken off, however that came, is taken up by giving the same command again.",
     ),
     "generate": Command(
-        "fastgpt2.commands.prompts:run",
+        "fastgpt2.commands.prompts:generate",
         "load a model and continue a prompt, without a queue",
         (*_MODEL, *_COMPUTE, *_REQUEST, settings.TIMINGS, settings.JSON),
         Positional("prompt", "the text to continue"),
