@@ -67,7 +67,7 @@ def run(values: dict[str, Any]) -> int:
     reader = LineReader(_is_json(values["format"], source), _job_fields(values))
     session = Session(values["redis_url"], values["queue"], values["max_queue"])
     with (
-        Driver(session.redis_url) as driver,
+        closing(Driver(session.redis_url)) as driver,
         _open(source) as file,
         closing(Results(target, values["restart"])) as results,
     ):

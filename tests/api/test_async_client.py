@@ -1,4 +1,4 @@
-"""The asyncio client: the same names, the same behaviour, and a loop that goes on meanwhile."""
+"""The asyncio client has the names and the behaviour of the blocking one, and the event loop goes on meanwhile."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Use = Callable[[Callable[[AsyncClient], Awaitable[Any]]], Any]
 
 @pytest.fixture
 def use(redis_server: RedisServer, queue_name: str) -> Use:
-    """Runs a coroutine with a client of the test's queue."""
+    """Return a function that runs a coroutine with a client of the test's queue."""
 
     def run(body: Callable[[AsyncClient], Awaitable[Any]]) -> Any:
         async def main() -> Any:

@@ -49,7 +49,7 @@ def text_of(watched: JobReader) -> str:
 def test_who_joins_wakes_the_reader(
     redis_server: RedisServer, redis: Redis, queue_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would else sit out its read, each time."""
+    """Otherwise the reader would finish its blocking read first, each time."""
     monkeypatch.setattr(reader_module, "READ_SECONDS", 4.0)
 
     async def main() -> None:
@@ -122,7 +122,7 @@ def test_what_is_no_entry_of_a_stream_is_passed_over(redis_server: RedisServer, 
 def test_a_key_of_the_wrong_kind_ends_its_own_job_and_no_other(
     redis_server: RedisServer, redis: Redis, queue_name: str, key: str
 ) -> None:
-    """All jobs are read together, and Redis refuses the whole of a read for one such key."""
+    """All jobs are read together, and for one such key Redis refuses the whole read."""
 
     async def main() -> None:
         async with watching(redis_server, queue_name) as (client, watch):

@@ -20,7 +20,7 @@ import math
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Self, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from fastgpt2.errors import RedisAccessDenied
 from fastgpt2.protocol.connection import ANSWER_BY, connect, connect_async, in_words
@@ -142,42 +142,8 @@ def _means_away(error: Exception) -> bool:
     )
 
 
-class _Progress(Generic[T]):
-    """How far a flow has come.
-
-    Attributes:
-        step: what the driver does next; None when the flow has ended.
-        result: what the flow has returned.
-    """
-
-    result: T
-
-    def __init__(self, flow: Flow[T], redis_url: str) -> None:
-        self._flow = flow
-        self._redis_url = redis_url
-        self.step: Step | None = None
-        self.resume(None, None)
-
-    def resume(self, reply: Any, error: Exception | None) -> None:
-        """Give the flow a reply or an error, and go on to its next step.
-
-        Raises:
-            QueueUnavailable: the flow let an error of the redis library pass.
-        """
-        try:
-            self.step = self._flow.send(reply) if error is None else self._flow.throw(error)
-        except StopIteration as end:
-            self.step, self.result = None, end.value
-        except Exception as escaped:
-            from redis.exceptions import RedisError
-
-            if escaped is error and isinstance(error, RedisError | OSError):
-                raise in_words(self._redis_url, error) from None
-            raise
-
-
 class Driver:
-    """Runs flows over connections of the blocking redis library. A context manager; safe for several threads.
+    """Runs flows over connections of the blocking redis library; safe for several threads.
 
     Raises:
         BadRequest: not a Redis URL.
@@ -194,16 +160,19 @@ class Driver:
             QueueUnavailable: Redis cannot be reached, or refuses to serve.
             Exception: what the flow raises.
         """
-        progress = _Progress(flow, self.redis_url)
-        while (step := progress.step) is not None:
-            reply: Any = None
-            error: Exception | None = None
+        reply: Any = None
+        error: Exception | None = None
+        while True:
+            try:
+                step = _advance(flow, reply, error, self.redis_url)
+            except StopIteration as end:
+                result: T = end.value
+                return result
+            reply, error = None, None
             try:
                 reply = self._take(step)
             except Exception as reason:
                 error = reason
-            progress.resume(reply, error)
-        return progress.result
 
     def _take(self, step: Step) -> Any:
         if isinstance(step, Pause):
@@ -232,12 +201,6 @@ class Driver:
     def close(self) -> None:
         self.connection.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 class AsyncDriver:
     """Runs flows over connections of the asyncio redis library. They are made inside the running loop, when needed.
@@ -252,10 +215,15 @@ class AsyncDriver:
 
     async def run(self, flow: Flow[T]) -> T:
         """See `Driver.run`."""
-        progress = _Progress(flow, self.redis_url)
-        while (step := progress.step) is not None:
-            reply: Any = None
-            error: Exception | None = None
+        reply: Any = None
+        error: Exception | None = None
+        while True:
+            try:
+                step = _advance(flow, reply, error, self.redis_url)
+            except StopIteration as end:
+                result: T = end.value
+                return result
+            reply, error = None, None
             try:
                 reply = await self._take(step)
             except TimeoutError:
@@ -264,8 +232,6 @@ class AsyncDriver:
                 error = NoReply("Timeout: no answer")
             except Exception as reason:
                 error = reason
-            progress.resume(reply, error)
-        return progress.result
 
     async def _take(self, step: Step) -> Any:
         if isinstance(step, Pause):
@@ -300,6 +266,27 @@ class AsyncDriver:
 
     async def aclose(self) -> None:
         await self.connection.aclose()
+
+
+def _advance(flow: Flow[Any], reply: Any, error: Exception | None, redis_url: str) -> Step:
+    """Give a flow the reply or the error, and return its next step.
+
+    Raises:
+        StopIteration: the flow has returned.
+        QueueUnavailable: the flow has let the redis library's error pass.
+    """
+    try:
+        return flow.send(reply) if error is None else flow.throw(error)
+    except Exception as escaped:
+        if escaped is error and _is_of_redis(error):
+            raise in_words(redis_url, error) from None
+        raise
+
+
+def _is_of_redis(error: Exception) -> bool:
+    from redis.exceptions import RedisError
+
+    return isinstance(error, RedisError | OSError)
 
 
 def _call(connection: Any, request: Command) -> Any:
