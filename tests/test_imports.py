@@ -91,7 +91,7 @@ ROOMS: dict[str, set[str]] = {
     "protocol": {RECORDS},
     "worker": {"protocol", "engine"},
     "api.client": {"protocol", RECORDS},
-    "api.pool": {"api.client", "protocol"},
+    "api.pool": {"protocol"},
     "api.page": set(),
     "api.http": {"api.client", "api.pool", "api.page", "protocol", RECORDS},
     "system": {"api.http", "worker", "protocol", "engine.model"},

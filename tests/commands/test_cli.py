@@ -290,13 +290,14 @@ class TestSettings:
         assert (done.returncode, "--blas: 'atlas' is not one of" in done.stderr) == (2, True)
         code = """if True:
             import sys
-            from fastgpt2 import Engine, settings, system
+            from fastgpt2 import Engine, settings
             from fastgpt2.cli import main
+            from fastgpt2.system import up
             Engine.load = lambda *_, **given: sys.exit(f"blas {given['blas']}, threads {given['threads']}")
             if sys.argv[1] != "up":
                 main(sys.argv[1:])
-            system.Pool.start = lambda pool: None
-            started = system.System(settings.of_system(blas="mkl", port="0"))
+            up.Pool.start = lambda pool: None
+            started = up.System(settings.of_system(blas="mkl", port="0"))
             started.redis_url = "redis://127.0.0.1:1/0"
             started._start_children()
             print([child.environment["FASTGPT2_BLAS"] for child in started.pool.children], file=sys.stderr)
