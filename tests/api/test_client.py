@@ -174,6 +174,17 @@ def test_what_is_sent_twice_comes_in_once(client: Client, redis: Redis) -> None:
     assert redis.lrange(f"rq:queue:{client.queue_name}", 0, -1) == [job_id.encode()]
 
 
+def test_scripts_that_redis_does_not_know_are_sent_once_more(client: Client, redis: Redis) -> None:
+    """Alone and in a pipeline: a restart of Redis loses the scripts."""
+    redis.script_flush()
+    job = client.enqueue("a")
+    redis.script_flush()
+    more = client._driver.run(client._session.enqueue_all([plan_job("b", {}), plan_job("c", {})]))
+    assert redis.lrange(f"rq:queue:{client.queue_name}", 0, -1) == [one.encode() for one in (job.id, *more)]
+    redis.script_flush()
+    assert job.cancel()
+
+
 def test_waiting_without_a_worker_says_so(client: Client) -> None:
     job = client.enqueue("a")
     started = time.monotonic()
