@@ -16,7 +16,7 @@ from redis_use import memory_used, metered
 from rq import Queue
 from rq.worker_registration import clean_worker_registry
 
-from fastgpt2.api.client.flow import carry_out
+from fastgpt2.api.client.flow import Driver
 from fastgpt2.api.client.session import Session
 from fastgpt2.api.pool.status import read_status
 from fastgpt2.bench import Values
@@ -127,9 +127,10 @@ def reads(connection: Any, url: str, entry: Values, count: int) -> Values:
             pipeline.sadd(f"rq:workers:{QUEUE}", f"rq:worker:paper.{number}")
         pipeline.execute()
     queue = Queue(QUEUE, connection, serializer=JSONOnlySerializer)
+    driver = Driver(url)
 
     def ask_limits() -> None:
-        carry_out(connection, url, Session(url, QUEUE, None).refresh_limits())
+        driver.run(Session(url, QUEUE, None).refresh_limits())
 
     ways: dict[str, Callable[[], object]] = {
         "status": partial(asyncio.run, look(url)),

@@ -1,4 +1,4 @@
-"""The whole system at work: an embedded Redis, two workers, the endpoint, a handful of prompts. `make demo` runs it.
+"""The whole system at work on a handful of prompts: an embedded Redis, two workers, the endpoint. `make demo` runs it.
 
 It uses the small model that comes with the package, so nothing is downloaded. Ctrl-C stops everything cleanly.
 """
@@ -27,9 +27,9 @@ PROMPTS = [
 
 
 def main() -> int:
-    # SIGTERM and a closed terminal as Ctrl-C: whatever is running is unwound, and with it the system stopped.
+    # SIGTERM and a closed terminal act as Ctrl-C does: the contexts are left, and so the system is stopped.
     on_stop_signals(signal.default_int_handler)
-    # The demo's system is its own, whatever your settings are.
+    # The demo's system does not depend on your settings.
     for name in [name for name in os.environ if name.startswith("FASTGPT2_")]:
         del os.environ[name]
     started = time.monotonic()
@@ -50,6 +50,7 @@ def main() -> int:
 
 
 def show_jobs(system: System) -> None:
+    """Enqueue the prompts and print their continuations with the times that they took."""
     with Client(system.redis_url) as client:
         jobs = [client.enqueue(prompt, max_new_tokens=40, stop="\n\n") for prompt in PROMPTS]
         for prompt, job in zip(PROMPTS, jobs, strict=True):
@@ -64,8 +65,9 @@ def show_jobs(system: System) -> None:
 
 
 def show_endpoint(system: System) -> None:
+    """Ask the HTTP endpoint for a continuation and for its status, and print both."""
     body = json.dumps({"inputs": "The game is", "parameters": {"max_new_tokens": 12}}).encode()
-    # Past any proxy: the endpoint is on this machine.
+    # The endpoint is on this machine, so a proxy is passed by.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(f"{system.http_url}/", body, timeout=30) as answer:
         print(f"\nPOST / {body.decode()}\n  {answer.read().decode()}")

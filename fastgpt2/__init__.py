@@ -2,8 +2,8 @@
 
     from fastgpt2 import Client, Engine
 
-`Client` enqueues jobs and reads their results, `AsyncClient` does so for asyncio; they import neither numpy nor a
-tokenizer. `Engine` generates in this process, without a queue. All are imported when first asked for, so that
+`Client` enqueues jobs and reads their results, `AsyncClient` does the same for asyncio; they import neither numpy nor a
+tokenizer. `Engine` generates in this process, without a queue. Each is imported when it is first used, so that
 `import fastgpt2` costs nothing.
 """
 

@@ -314,7 +314,7 @@ COMMANDS = {
         "results.jsonl.",
     ),
     "generate": Command(
-        "fastgpt2.commands.prompts:run",
+        "fastgpt2.commands.prompts:generate",
         "Load a model and continue a prompt, without a queue.",
         (*_MODEL, *_COMPUTE, *_REQUEST, settings.TIMINGS, settings.JSON),
         Positional("prompt", "The text to continue."),

@@ -1,1 +1,1 @@
-"""What people and programs talk to; uses protocol, nothing of worker and no numpy."""
+"""The side of the queue that people and programs talk to; it uses protocol, nothing of worker and no numpy."""

@@ -1,1 +1,1 @@
-"""What the subcommands run; uses every other folder."""
+"""The functions that the subcommands run; they use api, worker, protocol and engine."""

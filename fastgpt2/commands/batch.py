@@ -1,4 +1,8 @@
-"""`fastgpt2 batch`: a file of prompts through the queue, a line of JSON for each, and on from there when broken off."""
+"""`fastgpt2 batch`: a file of prompts through the queue, one line of JSON for each.
+
+A run that was broken off goes on after the last line of its output. Input and output are never held whole: this module
+reads one line, sends it, and writes its result.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +17,16 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fastgpt2.api.client.bulk import RESULT_TTL_SECONDS, Item, Progress
-from fastgpt2.api.client.client import Client
+from fastgpt2.api.client.bulk import BULK_RESULT_TTL_SECONDS, BulkRun, Item, ProgressBar, run_bulk
 from fastgpt2.api.client.enqueue import NO_OPTIONS, JobPlan, plan_job
+from fastgpt2.api.client.flow import Driver
 from fastgpt2.api.client.outcome import Outcome
+from fastgpt2.api.client.session import Session
 from fastgpt2.commands.prompts import request_fields
 from fastgpt2.engine.decoding.records import GenerationResult
 from fastgpt2.errors import BadRequest, FastGPT2Error, JobFailed
@@ -29,10 +34,22 @@ from fastgpt2.process import on_stop_signals
 from fastgpt2.protocol.messages import job_to_kwargs, refuse_unknown, result_to_json
 
 JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
+MAX_LINE_BYTES = 8 << 20
+MAX_ID_CHARACTERS = 256
+DIGEST_DIGITS = 16
+
+# Lines that are read ahead of a pipe, each of up to `MAX_LINE_BYTES`.
+READ_AHEAD = 8
+
+_LINE_FIELDS = (
+    "prompt", "max_new_tokens", "stop", "ignore_eos", "min_new_tokens", "logprobs", "prompt_logprobs", "echo",
+    "timeout", "id",
+)  # fmt: skip
 
 
 def run(values: dict[str, Any]) -> int:
-    """
+    """Run the command.
+
     Returns:
         0, 1 if some lines are errors, 130 if interrupted.
 
@@ -41,29 +58,29 @@ def run(values: dict[str, Any]) -> int:
         FastGPT2Error: a file cannot be read or written.
         QueueUnavailable: Redis stays away; what has been written stays.
     """
-    # However it is told to end, what is in flight is cancelled.
+    # However the command is told to end, what is in flight is cancelled.
     on_stop_signals(signal.default_int_handler)
     source = None if values["file"] == "-" else Path(values["file"])
-    output = values["output"]
-    target = None if output in (None, "-") else Path(output)
+    target = None if values["output"] in (None, "-") else Path(values["output"])
     if source is not None and target is not None and target.exists() and source.exists() and source.samefile(target):
         raise BadRequest(f"{source} is both input and output; name another file with -o")
-    reader = LineReader(_is_json(values["format"], source), _fields(values))
+    reader = LineReader(_is_json(values["format"], source), _job_fields(values))
+    session = Session(values["redis_url"], values["queue"], values["max_queue"])
     with (
-        Client(values["redis_url"], values["queue"], values["max_queue"]) as client,
+        closing(Driver(session.redis_url)) as driver,
         _open(source) as file,
         closing(Results(target, values["restart"])) as results,
     ):
         lines = reader.read(file)
         try:
             results.resume(lines)
-            _send(client, lines, results, source, values["in_flight"])
+            _send(session, driver, lines, results, source, values["in_flight"])
         except KeyboardInterrupt:
-            print(f"\ninterrupted: {_standing(results, target)}", file=sys.stderr)
+            print(f"\ninterrupted: {_progress_text(results, target)}", file=sys.stderr)
             return 130
         except FastGPT2Error as error:
             if results.done and not isinstance(error, BadRequest):
-                print(_standing(results, target), file=sys.stderr)
+                print(_progress_text(results, target), file=sys.stderr)
             raise
         if results.errors:
             print(f"{results.errors} of {results.done} lines are errors", file=sys.stderr)
@@ -76,78 +93,74 @@ def _is_json(form: str, source: Path | None) -> bool:
     return form == "jsonl"
 
 
-def _fields(values: dict[str, Any]) -> dict[str, Any]:
-    of_job = {"timeout": values["deadline"], "priority": values["priority"], "result_ttl": RESULT_TTL_SECONDS}
-    return {**request_fields(values), **of_job}
+def _job_fields(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the `JobFields` that the options give."""
+    return {
+        **request_fields(values),
+        "timeout": values["deadline"],
+        "priority": values["priority"],
+        "result_ttl": BULK_RESULT_TTL_SECONDS,
+    }
 
 
 def _open(source: Path | None) -> AbstractContextManager[BinaryIO]:
     if source is None:
-        return nullcontext(sys.stdin.buffer)  # to close it would wait for whoever reads it
+        return nullcontext(sys.stdin.buffer)  # closing it would wait for whoever reads it
     try:
         return source.open("rb")
     except OSError as reason:
         raise FastGPT2Error(f"{source}: cannot be read ({reason.strerror})") from None
 
 
-def _standing(results: Results, target: Path | None) -> str:
+def _progress_text(results: Results, target: Path | None) -> str:
     if target is None:
         return f"{results.done} results have been written"
     return f"{target} holds {results.done} results; the same command goes on from there"
 
 
-def _send(client: Client, lines: Iterator[Line], results: Results, source: Path | None, in_flight: int) -> None:
-    """Lines in, results out."""
-    if not client.workers():
-        queue = client.queue_name
-        print(f"no worker listens on the queue {queue!r} yet; waiting for `fastgpt2 up` or `pool`", file=sys.stderr)
+def _send(
+    session: Session, driver: Driver, lines: Iterator[Line], results: Results, source: Path | None, in_flight: int
+) -> None:
+    """Send all lines, and write their results as they come, in the order of the lines."""
+    if not driver.run(session.workers()):
+        print(
+            f"no worker listens on the queue {session.queue!r} yet; waiting for `fastgpt2 up` or `pool`",
+            file=sys.stderr,
+        )
     regular = source is not None and source.is_file()
     sent: deque[Line] = deque()
-
-    def items() -> Iterator[Item]:
-        for line in lines if regular else as_they_come(lines):
-            if line is None:
-                yield None
-            else:
-                sent.append(line)
-                yield line.item
-
-    with ExitStack() as stack:
-        shown = sys.stderr.isatty()
-        total = count_lines(source) if shown and regular and source is not None else None
-        bar = stack.enter_context(Progress(total, shown, results.done))
-        for _, outcome in stack.enter_context(closing(client.fly(items(), in_flight))):
-            results.write(sent.popleft(), _as_json(outcome))
+    bulk = BulkRun(session, _items(lines if regular else read_ahead(lines), sent), in_flight, ordered=True)
+    shown = sys.stderr.isatty()
+    total = count_lines(source) if shown and regular and source is not None else None
+    with ProgressBar(total, shown, results.done) as bar, closing(run_bulk(driver, bulk)) as ends:
+        for _, outcome in ends:
+            results.write(sent.popleft(), _outcome_to_json(outcome))
             bar.add(outcome)
 
 
-def _as_json(outcome: Outcome) -> dict[str, Any]:
+def _items(lines: Iterable[Line | None], sent: deque[Line]) -> Iterator[Item]:
+    """Yield the job of each line, and note the line as sent."""
+    for line in lines:
+        if line is None:
+            yield None
+        else:
+            sent.append(line)
+            yield line.item
+
+
+def _outcome_to_json(outcome: Outcome) -> dict[str, Any]:
     if isinstance(outcome, GenerationResult):
-        return _result_as_json(outcome)
+        return _result_without_ids(outcome)
     value: dict[str, Any] = {"error": str(outcome), "error_type": type(outcome).__name__}
     if isinstance(outcome, JobFailed) and outcome.partial is not None:
-        value["partial"] = _result_as_json(outcome.partial)
+        value["partial"] = _result_without_ids(outcome.partial)
     return value
 
 
-def _result_as_json(result: GenerationResult) -> dict[str, Any]:
+def _result_without_ids(result: GenerationResult) -> dict[str, Any]:
     value = result_to_json(result, result.timings.queue_seconds)
     del value["token_ids"]
     return value
-
-
-# NOTE commands.batch_files: What `fastgpt2 batch` reads and writes: lines of prompts, and a file of results that a
-# later run can go on with.
-MAX_LINE_BYTES = 8 << 20
-MAX_ID_CHARACTERS = 256
-DIGEST_DIGITS = 16
-
-# Lines that are read ahead of a pipe, each of up to `MAX_LINE_BYTES`.
-READ_AHEAD = 8
-_LINE_FIELDS = (
-    "prompt", "max_new_tokens", "stop", "ignore_eos", "min_new_tokens", "logprobs", "prompt_logprobs", "echo",
-    "timeout", "id",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +168,8 @@ class Line:
     """A line of input.
 
     Attributes:
-        item: the job that it asks for, or what is wrong with it.
-        digest: of what determines its result.
+        item: the job that the line asks for, or what is wrong with the line.
+        digest: of what determines the line's result.
         id: the caller's own, if there is one.
     """
 
@@ -167,18 +180,18 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class _TooLong:
-    """A line that was not kept."""
+    """A line over `MAX_LINE_BYTES`, of which only this is kept."""
 
     size: int
     digest: str
 
 
 class LineReader:
-    """Makes jobs of lines.
+    """Turns lines into jobs.
 
     Args:
-        is_json: lines are JSON, not prompts.
-        fields: the `JobFields` that hold for all lines, unless a line says otherwise.
+        is_json: the lines are JSON, not prompts.
+        fields: the `JobFields` of all lines, unless a line says otherwise.
 
     Raises:
         BadRequest: a field is out of bounds.
@@ -190,7 +203,7 @@ class LineReader:
         self._fields = fields
 
     def read(self, file: BinaryIO) -> Iterator[Line]:
-        """The lines of a file, of which no more than one is held."""
+        """Yield the lines of a file; no more than one is held at a time."""
         for number, raw in enumerate(_raw_lines(file)):
             if isinstance(raw, _TooLong):
                 error = BadRequest(f"the line has {raw.size} bytes; the limit is {MAX_LINE_BYTES}")
@@ -212,7 +225,7 @@ class LineReader:
             return Line(BadRequest(f"the line is not UTF-8 (byte {reason.start})"), _digest(raw))
         except BadRequest as error:
             return Line(error, _digest(raw), line_id)
-        # Not the times and the priority, which do not change what comes out.
+        # The times and the priority are left out: they do not change the result.
         determines = {**job_to_kwargs(plan.request, NO_OPTIONS), "id": line_id}
         return Line(plan, _digest(json.dumps(determines, sort_keys=True).encode()), line_id)
 
@@ -241,7 +254,7 @@ def _checked_id(value: object) -> str | int | None:
 
 
 def _raw_lines(file: BinaryIO) -> Iterator[bytes | _TooLong]:
-    """Lines without their ends; of one that is too long, its size and digest."""
+    """Yield the lines without their ends; of a line that is too long, its size and digest."""
     while line := file.readline(MAX_LINE_BYTES + 2):
         if line.endswith(b"\n") or len(line) <= MAX_LINE_BYTES:
             yield line.removesuffix(b"\n").removesuffix(b"\r")
@@ -259,7 +272,7 @@ def _digest(data: bytes) -> str:
 
 
 def count_lines(path: Path) -> int:
-    """How many lines a file has, the last one with or without its end."""
+    """Return how many lines a file has, the last one with or without its end."""
     count, last = 0, b"\n"
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -268,8 +281,8 @@ def count_lines(path: Path) -> int:
     return count + (last != b"\n")
 
 
-def as_they_come(lines: Iterator[Line]) -> Iterator[Line | None]:
-    """Lines of a pipe, read by a thread; None while there is none, so that what has ended is not kept waiting."""
+def read_ahead(lines: Iterator[Line]) -> Iterator[Line | None]:
+    """Yield lines that a thread reads from a pipe; None while there is none, so that results need not wait for it."""
     ready: queue.Queue[Line | BaseException | None] = queue.Queue(READ_AHEAD)
 
     def read() -> None:
@@ -295,14 +308,14 @@ def as_they_come(lines: Iterator[Line]) -> Iterator[Line | None]:
 
 
 class Results:
-    """Where the results go: a file, locked against other runs and continued if it holds some, or standard output.
+    """The output: a file, locked against other runs and continued if it holds results, or standard output.
 
     Args:
         path: None for standard output.
         restart: begin anew.
 
     Attributes:
-        done: lines that are there.
+        done: how many lines the output has.
         errors: how many of them are errors.
 
     Raises:
@@ -328,10 +341,10 @@ class Results:
             raise FastGPT2Error(f"{path}: cannot be written ({reason.strerror})") from None
 
     def resume(self, lines: Iterable[Line]) -> None:
-        """Take the lines from the input whose results are there, and cut a result that was not written to its end.
+        """Skip the input lines whose results are there, and cut off a result that was not written to its end.
 
         Raises:
-            BadRequest: they are results of something else.
+            BadRequest: the results belong to another input or other options.
         """
         if self._file is None or not self._continues:
             return
@@ -359,13 +372,13 @@ class Results:
                 "begin anew with --restart, or name another file with -o"
             )
         self.done += 1
-        self.errors += failed
+        self.errors += int(failed)
 
     def write(self, line: Line, value: dict[str, Any]) -> None:
-        """Append a line, at once.
+        """Append the result of a line, at once.
 
         Raises:
-            FastGPT2Error: it cannot be written; what has been written stays.
+            FastGPT2Error: the result cannot be written; what has been written stays.
         """
         own = {"index": self.done} if line.id is None else {"index": self.done, "id": line.id}
         text = json.dumps({**own, **value, "input": line.digest}) + "\n"
@@ -375,7 +388,7 @@ class Results:
         else:
             self._append(text.encode())
         self.done += 1
-        self.errors += "error" in value
+        self.errors += int("error" in value)
 
     def _append(self, data: bytes) -> None:
         assert self._file is not None

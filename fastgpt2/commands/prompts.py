@@ -1,4 +1,7 @@
-"""`fastgpt2 generate`: no queue; load, generate, print."""
+"""The commands for one prompt or one job: `fastgpt2 generate`, `enqueue`, `result`, `cancel`; and `fastgpt2 status`.
+
+`generate` loads a model and needs no queue. The others ask a running pool.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ if TYPE_CHECKING:
     from fastgpt2.protocol.messages import Piece
 
 
-def run(values: dict[str, Any]) -> int:
+def generate(values: dict[str, Any]) -> int:
+    """Load a model, continue the prompt, print the result."""
     from fastgpt2.engine.engine import Engine
     from fastgpt2.engine.machine import hold_to_one_thread
 
@@ -48,15 +52,12 @@ def run(values: dict[str, Any]) -> int:
         ]
         for name, seconds in lines:
             print(f"{name} {seconds * 1e3:.2f} ms", file=sys.stderr)
-    # With `echo` the text begins with it.
-    print_result(result, values, prompt="" if request.echo else None)
+    print_result(result, values)
     return 0
 
 
-# NOTE commands.queue: What a person asks a running pool: `fastgpt2 status`, `enqueue`, `result`, `cancel`.
-
-
 def status(values: dict[str, Any]) -> int:
+    """Print what the queue and the workers do, in words or as JSON."""
     import asyncio
 
     from fastgpt2.api.pool.status import read_status
@@ -101,6 +102,11 @@ def _status_text(status: dict[str, Any]) -> str:
 
 
 def enqueue(values: dict[str, Any]) -> int:
+    """Enqueue the prompt, and print the job's id, or wait for its text.
+
+    Raises:
+        BadRequest: a value is out of bounds, or --stream is given with --json.
+    """
     from fastgpt2.api.client.client import Client
     from fastgpt2.protocol.messages import JobOptions
 
@@ -124,6 +130,7 @@ def enqueue(values: dict[str, Any]) -> int:
 
 
 def result(values: dict[str, Any]) -> int:
+    """Wait for a job's result and print it."""
     from fastgpt2.api.client.client import Client
 
     with Client(values["redis_url"], values["queue"]) as client:
@@ -132,6 +139,7 @@ def result(values: dict[str, Any]) -> int:
 
 
 def cancel(values: dict[str, Any]) -> int:
+    """Cancel a job, and say whether it had ended."""
     from fastgpt2.api.client.client import Client
 
     with Client(values["redis_url"], values["queue"]) as client:
@@ -142,11 +150,8 @@ def cancel(values: dict[str, Any]) -> int:
     return 0
 
 
-# NOTE commands.texts: A prompt from the command line, and a result onto standard output: what several commands share.
-
-
 def request_fields(values: dict[str, Any]) -> dict[str, Any]:
-    """What the options say of a request, by the names of its fields."""
+    """Return the fields of a `GenerationRequest` that the options give, without the prompt."""
     return {
         "max_new_tokens": values["max_new_tokens"],
         "stop": [values["stop"]] if values["stop"] else [],
@@ -158,7 +163,8 @@ def request_fields(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def request_of(values: dict[str, Any]) -> GenerationRequest:
-    """
+    """Return the request that the options give.
+
     Raises:
         BadRequest: a value is out of bounds.
     """
@@ -167,30 +173,30 @@ def request_of(values: dict[str, Any]) -> GenerationRequest:
     return GenerationRequest(values["prompt"], **request_fields(values))
 
 
-def print_result(result: GenerationResult, values: dict[str, Any], prompt: str | None = None) -> None:
-    """The text after its prompt, by default that of the command line; or, if asked for, all as JSON."""
+def print_result(result: GenerationResult, values: dict[str, Any]) -> None:
+    """Print the text after its prompt or, on request, all of the result as JSON."""
     if values["json"]:
         from fastgpt2.protocol.messages import result_to_json
 
         print(json.dumps(result_to_json(result, result.timings.queue_seconds)))
         return
-    print((_before(values) if prompt is None else prompt) + result.text)
+    print(_prompt_to_print(values) + result.text)
 
 
 def print_pieces(pieces: Iterable[Piece], values: dict[str, Any]) -> None:
-    """The text after its prompt, as it comes."""
+    """Print the text after its prompt, as it comes."""
     text = ""
-    print(_before(values), end="", flush=True)
+    print(_prompt_to_print(values), end="", flush=True)
     for piece in pieces:
         if piece.at < len(text):
-            print("\n(started again elsewhere, it comes out otherwise)", file=sys.stderr, flush=True)
-            print(_before(values) + text[: piece.at], end="")
+            print("\n(the job was started again on another worker, and its text differs)", file=sys.stderr, flush=True)
+            print(_prompt_to_print(values) + text[: piece.at], end="")
         print(piece.text, end="", flush=True)
         text = text[: piece.at] + piece.text
     print(flush=True)
 
 
-def _before(values: dict[str, Any]) -> str:
-    """The prompt, unless it is part of the result's text."""
+def _prompt_to_print(values: dict[str, Any]) -> str:
+    """Return the prompt of the command line; empty if there is none, or if the result's text begins with it."""
     prompt: str = "" if values.get("echo") else values.get("prompt", "")
     return prompt

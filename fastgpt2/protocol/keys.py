@@ -1,4 +1,7 @@
-"""The names that this package adds to RQ's in Redis, and the queues by priority, in one place."""
+"""Every name in Redis that both ends of the queue use: RQ's own, this package's, and the fields of the pool's figures.
+
+A Lua script finds the constants here as `$NAME`; see `fastgpt2.protocol.scripts`.
+"""
 
 from __future__ import annotations
 
@@ -6,33 +9,24 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+# --- Queues: one RQ queue for each priority ---
+
 Priority = Literal["high", "normal", "low"]
 PRIORITIES: tuple[Priority, ...] = get_args(Priority)
 
-# A field of the job's hash, beside RQ's: how often it has been started.
-ATTEMPTS_FIELD = "fastgpt2_attempts"
-
-# The id of the execution that has the job: only what runs under it may write the job's end.
-EXECUTION_FIELD = "fastgpt2_execution"
-
-# How many workers have died, or fallen silent, with the job in their hands.
-CRASHES_FIELD = "fastgpt2_crashes"
-
-# A key of the job's metadata: what had been generated of a job that did not finish, as a result's JSON.
-PARTIAL_META = "partial"
-
 
 def queue_of(name: str, priority: Priority) -> str:
-    """The RQ queue for jobs of a priority: that of the given name, or one beside it."""
+    """Return the RQ queue for jobs of a priority: the one of the given name, or one beside it."""
     return name if priority == "normal" else f"{name}-{priority}"
 
 
 def queues_of(name: str) -> list[str]:
-    """All queues of a name, in the order in which workers look at them."""
+    """Return the RQ queues of all priorities, in the order in which workers look at them."""
     return [queue_of(name, priority) for priority in PRIORITIES]
 
 
-# RQ's own names (rq/job.py, rq/queue.py, rq/worker/, rq/registry.py, rq/executions.py, rq/results.py).
+# --- RQ's own names (rq/job.py, rq/queue.py, rq/worker/, rq/registry.py, rq/executions.py, rq/results.py) ---
+
 QUEUES_KEY = "rq:queues"
 WORKERS_KEY = "rq:workers"
 WORKER_PREFIX = "rq:worker:"
@@ -40,14 +34,26 @@ WORKER_PREFIX = "rq:worker:"
 EXECUTIONS_SUFFIX = ":executions"
 JOB_PREFIX = "rq:job:"
 QUEUE_PREFIX = "rq:queue:"
-# The sorted sets of jobs in each state, by RQ's word for the state.
+RESULTS_PREFIX = "rq:results:"
+
+# All executions of a job; one execution, by the ids of the job and of itself with a colon between.
+EXECUTIONS_PREFIX = "rq:executions:"
+EXECUTION_PREFIX = "rq:execution:"
+
+STARTED_PREFIX = "rq:wip:"
+CANCELED_PREFIX = "rq:canceled:"
+DEFERRED_PREFIX = "rq:deferred:"
+SCHEDULED_PREFIX = "rq:scheduled:"
+# Jobs whose dependencies have finished, and which wait to be put into their queue.
+READY_PREFIX = "rq:ready:"
+# The sorted sets of a queue's jobs in each state, by RQ's word for the state.
 REGISTRY_PREFIXES = {
-    "started": "rq:wip:",
+    "started": STARTED_PREFIX,
     "finished": "rq:finished:",
     "failed": "rq:failed:",
-    "deferred": "rq:deferred:",
-    "scheduled": "rq:scheduled:",
-    "canceled": "rq:canceled:",
+    "deferred": DEFERRED_PREFIX,
+    "scheduled": SCHEDULED_PREFIX,
+    "canceled": CANCELED_PREFIX,
 }
 
 
@@ -58,12 +64,12 @@ def job_key(job_id: str) -> str:
 
 def results_key(job_id: str) -> str:
     """Return the key of the Redis stream in which RQ keeps a job's results."""
-    return f"rq:results:{job_id}"
+    return f"{RESULTS_PREFIX}{job_id}"
 
 
 def executions_key(job_id: str) -> str:
     """Return the key of the sorted set of a job's executions."""
-    return f"rq:executions:{job_id}"
+    return f"{EXECUTIONS_PREFIX}{job_id}"
 
 
 def queue_key(queue_name: str) -> str:
@@ -86,63 +92,90 @@ def worker_key(worker_name: str) -> str:
     return f"{WORKER_PREFIX}{worker_name}"
 
 
+# --- This package's fields in a job's hash, and in its metadata ---
+
+# How often the job has been started.
+ATTEMPTS_FIELD = "fastgpt2_attempts"
+
+# The id of the execution that has the job: only what runs under it may write the job's end.
+EXECUTION_FIELD = "fastgpt2_execution"
+
+# How many workers have died, or fallen silent, while they ran the job.
+CRASHES_FIELD = "fastgpt2_crashes"
+
+# A key of the job's metadata: what had been generated of a job that did not finish, as a result's JSON.
+PARTIAL_META = "partial"
+
+# A job that this many workers have died of runs alone from then on: if it is the cause, it takes no other along.
+SUSPECT_CRASHES = 2
+
+# --- This package's keys ---
+
+# For how long a worker counts as alive after each renewal of its lease.
+LEASE_SECONDS = 9.0
+
+
 def stream_key(job_id: str) -> str:
-    """The Redis stream of a job's text; see `fastgpt2.protocol.messages`."""
+    """Return the key of the Redis stream of a job's text; see `fastgpt2.protocol.messages`."""
     return f"fastgpt2:stream:{job_id}"
 
 
 def leases_key(name: str) -> str:
-    """Of a queue of this name and those beside it: its workers, each with the time until which it counts as alive."""
+    """Return the key of a pool's leases: each of its workers with the time until which it counts as alive."""
     return f"fastgpt2:leases:{name}"
 
 
-def taken_key(worker_name: str, queue_name: str) -> str:
-    """The jobs of one RQ queue that a worker has in its hands: from being claimed until their end is written."""
+def claimed_key(worker_name: str, queue_name: str) -> str:
+    """Return the key of the list of the jobs of one RQ queue that a worker has claimed.
+
+    A job stays in it until its end is written.
+    """
     return f"fastgpt2:taken:{worker_name}:{queue_name}"
 
 
 def once_key(digest: str) -> str:
-    """What is kept of a request that is to be carried out once: its job, and what it asked for."""
+    """Return the key of what is kept of a request that must run only once: its job, and what it asked for."""
     return f"fastgpt2:once:{digest}"
 
 
 def wake_key(name: str) -> str:
-    """A Redis stream of no content, by which a reader of many streams wakes itself."""
+    """Return the key of a Redis stream without content, by which a reader of many streams wakes itself."""
     return f"fastgpt2:wake:{name}"
 
 
 def totals_key(name: str) -> str:
-    """What the pool of a queue has done since it was first started: a hash; see `fastgpt2.protocol.keys`."""
+    """Return the key of the hash of all that a pool has done since it was first started."""
     return f"fastgpt2:totals:{name}"
 
 
 def recent_key(name: str, bucket: int | str) -> str:
-    """What the pool did in the ten seconds that began at `bucket`, by Redis's clock: a hash."""
+    """Return the key of the hash of what a pool did in the ten seconds that began at `bucket`, by Redis's clock."""
     return f"fastgpt2:recent:{name}:{bucket}"
 
 
 def latest_key(name: str) -> str:
-    """The jobs of a queue that ended last, the last one first: a list of JSON records."""
+    """Return the key of the list of the jobs of a queue that ended last: JSON records, the last one first."""
     return f"fastgpt2:latest:{name}"
 
 
-def told_key(worker_name: str) -> str:
-    """Which of its figures a worker told last, so that none count twice if the answer was lost."""
+def last_report_key(worker_name: str) -> str:
+    """Return the key of the mark of a worker's last report: a report whose answer was lost must not count twice."""
     return f"fastgpt2:told:{worker_name}"
 
 
-# NOTE worker.measures: What is counted of a pool, and under which fields it stands in Redis; written by workers, read
-# by the endpoint.
+# --- A pool's figures: what workers count, and the endpoint reads ---
 #
-# All of it only grows: counts, sums, and histograms as counts by bucket. The totals of a pool are one hash, the same
-# for ten seconds at a time are another each (`names.totals_key`, `names.recent_key`).
+# All of them only grow: counts, sums, and histograms as counts by bucket. The totals of a pool are one hash
+# (`totals_key`); each ten seconds have a hash of their own (`recent_key`).
+
 TOTALS_TTL_SECONDS = 30 * 24 * 3600
 BUCKET_SECONDS = 10
 
-# Longer than the longest of the rates, by what clocks and tellings may be late.
+# More than the time over which the slowest of the rates is taken, to allow for late clocks and late reports.
 RECENT_TTL_SECONDS = 20 * 60
 LATEST_TTL_SECONDS = 24 * 3600
 MAX_LATEST = 100
+
 PROMPT_TOKENS = "prompt_tokens"
 CACHED_TOKENS = "cached_tokens"
 GENERATED_TOKENS = "generated_tokens"
@@ -182,22 +215,31 @@ OUTCOMES = (
 )
 
 # Why a worker was started again: it died, or it had ended in good order (`--max-jobs`, `--max-growth`).
-DIED, ENDED = RESTARTS = ("died", "ended")
+DIED = "died"
+ENDED = "ended"
+RESTARTS = (DIED, ENDED)
 
 
 def ended_field(status: str, reason: str) -> str:
+    """Return the field of the totals that counts jobs of one of `OUTCOMES`."""
     return f"ended:{status}:{reason}"
 
 
+CANCELED_FIELD = ended_field(*CANCELED)
+
+
 def restarts_field(reason: str) -> str:
+    """Return the field of the totals that counts restarts for one of `RESTARTS`."""
     return f"restarts:{reason}"
 
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """Observations by size: how many are at most `bounds[i]` and more than the bound before, and their sum.
+    """Counts observations by size, and adds them up.
 
-    A field is named for its bound, so that what another release counted by other bounds is not mixed up with it.
+    Bucket i counts observations of at most `bounds[i]` that are more than the bound before; the last bucket counts
+    those over all bounds. A field is named for its bound, so that the counts of another release, which may have other
+    bounds, are not mixed up with these.
     """
 
     name: str
@@ -205,7 +247,7 @@ class Histogram:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """Of the buckets; the last one has what is over all bounds."""
+        """The fields of the buckets, one more than there are bounds."""
         return tuple(self._field(at) for at in range(len(self.bounds) + 1))
 
     @property
@@ -213,6 +255,7 @@ class Histogram:
         return f"{self.name}:sum"
 
     def field_of(self, value: float) -> str:
+        """Return the field of the bucket that an observation belongs to."""
         return self._field(bisect_left(self.bounds, value))
 
     def _field(self, at: int) -> str:
@@ -228,7 +271,7 @@ BATCH_SIZE = Histogram("batch_size", (1, 2, 4, 6, 8, 12, 16, 24, 32, 64))
 KV_USED = Histogram("kv_used", (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1))
 HISTOGRAMS = (QUEUE_SECONDS, FIRST_TOKEN_SECONDS, TOKEN_SECONDS, BATCH_SIZE, KV_USED)
 
-# What one job gives an observation of, at its end.
+# Those to which each job adds one observation, at its end.
 OF_JOBS = (QUEUE_SECONDS, FIRST_TOKEN_SECONDS, TOKEN_SECONDS)
 TOTAL_FIELDS = (
     *COUNTS,
@@ -237,15 +280,20 @@ TOTAL_FIELDS = (
     *(field for histogram in HISTOGRAMS for field in (*histogram.fields, histogram.sum_field)),
 )
 
-# Of ten seconds: tokens generated; jobs that workers ended, and those of them that failed; steps, the sequences in all
-# of them, and how many there was room for; of what jobs observe, the sum and how many did; how many jobs waited.
-TOKENS, JOBS, FAILED, STEPS, SEQUENCES, ROOM, DEPTH = RECENT_COUNTS = (
-    "tokens", "jobs", "failed", "steps", "sequences", "room", "depth",
-)  # fmt: skip
+# The fields of a recent hash: tokens generated; jobs that workers ended, and those of them that failed; steps, the
+# sequences in all of these steps, and how many there was room for; how many jobs waited.
+TOKENS = "tokens"
+JOBS = "jobs"
+FAILED = "failed"
+STEPS = "steps"
+SEQUENCES = "sequences"
+ROOM = "room"
+DEPTH = "depth"
+RECENT_COUNTS = (TOKENS, JOBS, FAILED, STEPS, SEQUENCES, ROOM, DEPTH)
 
 
 def count_field(histogram: Histogram) -> str:
-    """In a recent hash: how many observations there were."""
+    """Return the field of a recent hash that says how many observations its sum is of."""
     return f"{histogram.name}:count"
 
 
@@ -262,7 +310,3 @@ local function count(key, field, by)
     redis.pcall('EXPIRE', key, {TOTALS_TTL_SECONDS})
 end
 """
-
-# After so many deaths of workers that had it in hand a job is run alone: if it is the cause, it takes nobody along.
-SUSPECT_CRASHES = 2
-LEASE_SECONDS = 9.0

@@ -13,7 +13,7 @@ from redis.exceptions import RedisError
 from rq import Queue
 from rq.suspension import WORKERS_SUSPENDED
 
-from fastgpt2.protocol.keys import CRASHES_FIELD, SUSPECT_CRASHES, taken_key
+from fastgpt2.protocol.keys import CRASHES_FIELD, SUSPECT_CRASHES, claimed_key
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -82,7 +82,7 @@ class Claims:
         self._queues = list(queues)
         self._keys = [WORKERS_SUSPENDED]
         for queue in queues:
-            self._keys += (queue.key, taken_key(worker_name, queue.name))
+            self._keys += (queue.key, claimed_key(worker_name, queue.name))
         self._worker_name = worker_name
         self._turn = 0
         self._waiting: list[_Waiting] = []
@@ -109,7 +109,7 @@ class Claims:
         """Everything that Redis has as taken, in the order in which it was: also what this worker never heard of."""
         with self._connection.pipeline(transaction=False) as pipeline:
             for queue in self._queues:
-                pipeline.lrange(taken_key(self._worker_name, queue.name), 0, -1)
+                pipeline.lrange(claimed_key(self._worker_name, queue.name), 0, -1)
             lists = pipeline.execute()
         return self._known([(queue, raw) for queue, ids in zip(self._queues, lists, strict=True) for raw in ids])
 
@@ -119,7 +119,7 @@ class Claims:
             for queue in self._queues:
                 ids = [job_id for of, job_id in reversed(claims) if of == queue]
                 if ids:
-                    pipeline.eval(_PUT_BACK, 2, queue.key, taken_key(self._worker_name, queue.name), *ids)
+                    pipeline.eval(_PUT_BACK, 2, queue.key, claimed_key(self._worker_name, queue.name), *ids)
             pipeline.execute()
 
     def wait(self, seconds: float) -> list[Claim]:
@@ -177,7 +177,7 @@ class Claims:
                 known.append((queue, raw.decode("utf-8")))
             except UnicodeDecodeError:
                 log.warning("%s: an entry of the queue %s is no job's id: %r", self._worker_name, queue.name, raw[:100])
-                self._connection.lrem(taken_key(self._worker_name, queue.name), 1, raw)  # type: ignore[arg-type]
+                self._connection.lrem(claimed_key(self._worker_name, queue.name), 1, raw)  # type: ignore[arg-type]
         return known
 
     def _unblock(self, client_ids: Iterable[int]) -> None:
@@ -192,7 +192,7 @@ class _Waiting:
 
     def __init__(self, connection: Redis, queue: Queue, worker_name: str) -> None:
         self.queue = queue
-        self._keys = queue.key, taken_key(worker_name, queue.name)
+        self._keys = queue.key, claimed_key(worker_name, queue.name)
         self._pool = connection.connection_pool
         self._connection: Any = self._pool.get_connection()
         self._connection.send_command("CLIENT", "ID")

@@ -102,18 +102,18 @@ class Taken:
 
     Attributes:
         job_key: of its hash.
-        taken_key: the worker's list that must have the job: a worker that was taken for dead starts nothing.
+        claimed_key: the worker's list that must have the job: a worker that was taken for dead starts nothing.
     """
 
     job_key: str
     worker: str
-    taken_key: str
+    claimed_key: str
     job_id: str
     queue: str
     write: Callable[[Pipeline], None]
 
     def script(self) -> tuple[str, list[str], list[str]]:
-        return _TAKEN, [self.job_key, self.taken_key], [self.worker, self.job_id, self.queue]
+        return _TAKEN, [self.job_key, self.claimed_key], [self.worker, self.job_id, self.queue]
 
 
 def carry_out(connection: Redis, everything: Sequence[Held | Taken]) -> list[tuple[Verdict, Any]]:

@@ -25,7 +25,7 @@ from rq.utils import now as utc_now
 from rq.utils import utcformat
 from rq.worker import BaseWorker, WorkerStatus
 
-from fastgpt2.protocol.keys import ATTEMPTS_FIELD, CRASHES_FIELD, EXECUTION_FIELD, PARTIAL_META, stream_key, taken_key
+from fastgpt2.protocol.keys import ATTEMPTS_FIELD, CRASHES_FIELD, EXECUTION_FIELD, PARTIAL_META, claimed_key, stream_key
 from fastgpt2.protocol.messages import STREAM_TTL_SECONDS, Piece, end_entry, piece_to_entry
 from fastgpt2.worker.batch import Started
 from fastgpt2.worker.claims import Claim
@@ -124,7 +124,7 @@ class Ledger:
         return started
 
     def _taken(self, queue: Queue) -> str:
-        return taken_key(self._worker.name, queue.name)
+        return claimed_key(self._worker.name, queue.name)
 
     def _begin(self, started: Started, pipeline: Pipeline) -> None:
         job, queue, worker = started.job, started.queue, self._worker

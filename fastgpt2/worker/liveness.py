@@ -109,13 +109,13 @@ class Lease:
         if self._thread is not None:
             self._thread.join(timeout=5)
 
-    def leave(self, taken_keys: list[str]) -> None:
+    def leave(self, claimed_keys: list[str]) -> None:
         """Give the lease up; one who leaves jobs behind is left on the list, to be found.
 
         Raises:
             RedisError
         """
-        self._connection.eval(_LEAVE, 1 + len(taken_keys), self._key, *taken_keys, self._name)
+        self._connection.eval(_LEAVE, 1 + len(claimed_keys), self._key, *claimed_keys, self._name)
 
     def beat(self) -> None:
         """Renew it, and look at the others'.

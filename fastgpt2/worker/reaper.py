@@ -27,12 +27,12 @@ from fastgpt2.protocol.keys import (
     EXECUTION_FIELD,
     POISON,
     RECOVERIES,
+    claimed_key,
     ended_field,
     leases_key,
     queues_of,
     restarts_field,
     stream_key,
-    taken_key,
     totals_key,
 )
 from fastgpt2.protocol.messages import STREAM_TTL_SECONDS, end_entry
@@ -158,7 +158,7 @@ class Reaper:
         """
         keys = [self._leases_key]
         for queue in self._queues:
-            keys += (queue.key, taken_key(worker_name, queue.name))
+            keys += (queue.key, claimed_key(worker_name, queue.name))
         limits = MAX_CRASHES, int(FORGET_SECONDS * 1000)
         names = [queue.name for queue in self._queues]
         reply: Any = self._connection.eval(
@@ -168,7 +168,7 @@ class Reaper:
             return None
         put_back, poison, over = ([as_text(job_id) for job_id in ids] for ids in reply[1:4])
         for queue in self._queues:
-            key = taken_key(worker_name, queue.name)
+            key = claimed_key(worker_name, queue.name)
             for job_id in {as_text(job_id) for job_id in self._connection.lrange(key, 0, -1)} if poison or over else ():
                 if job_id in poison:
                     self._give_up(queue, job_id, worker_name)
@@ -220,7 +220,7 @@ class Reaper:
         log.error("job %s %s: %s", job_id, PoisonJob.how, error.reason)
 
     def _fail_malformed(self, queue: Queue, job_id: str, reason: Exception, worker_name: str) -> None:
-        fail_malformed(queue, job_id, reason, worker_name, taken_key(worker_name, queue.name))
+        fail_malformed(queue, job_id, reason, worker_name, claimed_key(worker_name, queue.name))
         self.count(ended_field("failed", "malformed"))
 
     def count(self, field: str) -> None:

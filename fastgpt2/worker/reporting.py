@@ -45,9 +45,9 @@ from fastgpt2.protocol.keys import (
     Histogram,
     count_field,
     ended_field,
+    last_report_key,
     latest_key,
     recent_key,
-    told_key,
     totals_key,
 )
 from fastgpt2.worker.recycling import Memory
@@ -116,7 +116,7 @@ class Figures:
 
     def __init__(self, connection: Redis, queue: str, worker_name: str, batch: Batch, decoder: Decoder) -> None:
         self._connection = connection
-        self._keys = totals_key(queue), told_key(worker_name), latest_key(queue)
+        self._keys = totals_key(queue), last_report_key(worker_name), latest_key(queue)
         self._recent_prefix = recent_key(queue, "")
         self._name = worker_name
         self._batch, self._decoder = batch, decoder

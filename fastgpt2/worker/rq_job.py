@@ -100,18 +100,18 @@ class GenerationJob(Job):
         )
 
 
-def fail_malformed(queue: Queue, job_id: str, reason: Exception, worker_name: str, taken_key: str) -> BadRequest:
+def fail_malformed(queue: Queue, job_id: str, reason: Exception, worker_name: str, claimed_key: str) -> BadRequest:
     """Record the failure of an entry that RQ cannot turn into a Job, and so cannot fail itself. Returns the failure.
 
     Where a key of the job is of another kind than it should be, what cannot be written is left out.
 
     Args:
-        taken_key: the worker's list that holds the job, and will not any more.
+        claimed_key: the worker's list that holds the job, and will not any more.
     """
     error = BadRequest(f"the job's entry in Redis is malformed ({type(reason).__name__}: {str(reason)[:200]})")
     job = GenerationJob(job_id, connection=queue.connection, serializer=JSONOnlySerializer)
     with queue.connection.pipeline() as pipeline:
-        pipeline.lrem(taken_key, 1, job_id)
+        pipeline.lrem(claimed_key, 1, job_id)
         pipeline.hset(job.key, "status", JobStatus.FAILED.value)
         pipeline.expire(job.key, MALFORMED_TTL_SECONDS)
         pipeline.zadd(queue.failed_job_registry.key, {job_id: int(time.time()) + MALFORMED_TTL_SECONDS})

@@ -24,7 +24,7 @@ from rq.worker import BaseWorker, WorkerStatus
 from fastgpt2.errors import BadRequest, RedisAccessDenied
 from fastgpt2.process import on_stop_signals
 from fastgpt2.protocol.connection import address_of, in_words
-from fastgpt2.protocol.keys import queues_of, taken_key
+from fastgpt2.protocol.keys import claimed_key, queues_of
 from fastgpt2.protocol.untrusted import JSONOnlySerializer
 from fastgpt2.worker.liveness import Lease
 from fastgpt2.worker.reaper import Reaper
@@ -124,7 +124,7 @@ class RQWorker(BaseWorker):
         self.lease.stop()
         try:
             self._scheduler.release_locks()
-            self.lease.leave([taken_key(self.name, queue.name) for queue in self.queues])
+            self.lease.leave([claimed_key(self.name, queue.name) for queue in self.queues])
             self.teardown()
         except RedisError as reason:
             log.warning("%s: could not sign off (%s)", self.name, reason)

@@ -1,4 +1,4 @@
-"""The asyncio client: the same names, the same behaviour, and a loop that goes on meanwhile."""
+"""The asyncio client has the names and the behaviour of the blocking one, and the event loop goes on meanwhile."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from support.running import GOLDEN, StartWorker, wait_until
 from fastgpt2 import AsyncClient, Client, GenerationRequest, GenerationResult
 from fastgpt2.api.client.async_client import AsyncJob, AsyncTextStream
 from fastgpt2.api.client.client import Job, TextStream
+from fastgpt2.api.client.enqueue import plan_job
 from fastgpt2.errors import (
     BadRequest,
     JobCancelled,
@@ -36,7 +37,7 @@ Use = Callable[[Callable[[AsyncClient], Awaitable[Any]]], Any]
 
 @pytest.fixture
 def use(redis_server: RedisServer, queue_name: str) -> Use:
-    """Runs a coroutine with a client of the test's queue."""
+    """Return a function that runs a coroutine with a client of the test's queue."""
 
     def run(body: Callable[[AsyncClient], Awaitable[Any]]) -> Any:
         async def main() -> Any:
@@ -135,6 +136,18 @@ def test_cancel(use: Use, start_worker: StartWorker) -> None:
         assert caught.value.partial is not None
 
     use(body)
+
+
+def test_scripts_that_redis_does_not_know_are_sent_once_more(use: Use, client: Client, redis: Redis) -> None:
+    async def body(other: AsyncClient) -> list[str]:
+        redis.script_flush()
+        job = await other.enqueue("a")
+        redis.script_flush()
+        plans = [plan_job("b", {}), plan_job("c", {})]
+        return [job.id, *await other._driver.run(other._session.enqueue_all(plans))]
+
+    enqueued = use(body)
+    assert redis.lrange(f"rq:queue:{client.queue_name}", 0, -1) == [job_id.encode() for job_id in enqueued]
 
 
 def test_stream(use: Use, start_worker: StartWorker) -> None:

@@ -23,7 +23,8 @@ from rq.serializers import JSONSerializer
 from support.running import GOLDEN, StartWorker, half_the_time, wait_until
 
 from fastgpt2 import Client, Job, settings
-from fastgpt2.api.client.enqueue import enqueue_call, plan_job
+from fastgpt2.api.client.enqueue import enqueue_command, plan_job
+from fastgpt2.api.client.flow import Command, Flow
 from fastgpt2.errors import (
     BadRequest,
     JobCancelled,
@@ -55,7 +56,7 @@ def test_enqueue_and_result(client: Client, start_worker: StartWorker) -> None:
     assert result.timings.prefill_seconds > 0
     assert result.timings.decode_seconds > 0
     assert job.status() == "finished"
-    # A handle made from the id alone, and asked again.
+    # The same by a handle that is made from the id alone.
     assert client.job(job.id).result(timeout=1) == result
 
 
@@ -119,7 +120,7 @@ def test_priorities_are_queues_of_their_own(client: Client, redis: Redis) -> Non
 
 class TestMaxQueue:
     def test_a_full_queue_refuses_and_writes_nothing_but_a_count(self, queue_name: str) -> None:
-        """Jobs of all priorities count, those that are at work do not."""
+        """Waiting jobs of all priorities count, running jobs do not."""
         with RedisServer() as server, Client(server.url, queue_name, max_queue=3) as client:
             for priority in PRIORITIES:
                 client.enqueue("a", priority=priority)
@@ -162,11 +163,26 @@ class TestMaxQueue:
                 Client(redis_server.url, max_queue=bad)
 
 
+def send(command: Command) -> Flow[Any]:
+    return (yield command)
+
+
 def test_what_is_sent_twice_comes_in_once(client: Client, redis: Redis) -> None:
     """A client that did not hear the answer may ask again."""
-    job_id, script = enqueue_call(plan_job("a", {}), client.queue_name, None, redis)
-    assert [getattr(redis, script.method)(*script.args) for _ in range(2)] == [0, 0]
+    job_id, command = enqueue_command(plan_job("a", {}), client.queue_name, None)
+    assert [client._driver.run(send(command)) for _ in range(2)] == [0, 0]
     assert redis.lrange(f"rq:queue:{client.queue_name}", 0, -1) == [job_id.encode()]
+
+
+def test_scripts_that_redis_does_not_know_are_sent_once_more(client: Client, redis: Redis) -> None:
+    """Alone and in a pipeline: a restart of Redis loses the scripts."""
+    redis.script_flush()
+    job = client.enqueue("a")
+    redis.script_flush()
+    more = client._driver.run(client._session.enqueue_all([plan_job("b", {}), plan_job("c", {})]))
+    assert redis.lrange(f"rq:queue:{client.queue_name}", 0, -1) == [one.encode() for one in (job.id, *more)]
+    redis.script_flush()
+    assert job.cancel()
 
 
 def test_waiting_without_a_worker_says_so(client: Client) -> None:
@@ -191,13 +207,13 @@ def test_waiting_begins_before_the_worker(client: Client, start_worker: StartWor
 def test_a_result_that_comes_between_two_reads_is_not_waited_for(
     client: Client, redis: Redis, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would be found only when the blocking read, of two seconds, has passed in vain."""
+    """Otherwise the client would find it only after a blocking read of two seconds."""
     start_worker()
     blocked: list[Any] = []
     xread = client.connection.xread
 
     def finish_first(streams: Any, **options: Any) -> Any:
-        # The job was looked at before it ended; the blocking read comes after.
+        # The client queried the job's state before it ended; the blocking read comes after.
         wait_until(lambda: redis.exists(*streams), "the job to end")
         blocked.append(xread(streams, **options))
         return blocked[-1]
@@ -218,7 +234,7 @@ def test_a_failure_is_raised_as_what_it_is(client: Client, start_worker: StartWo
 
 
 def test_a_defect_in_the_worker_is_a_failed_job(client: Client, redis: Redis) -> None:
-    """As a stock worker records it: a traceback, of which the last line counts."""
+    """A stock worker records a traceback, of which the last line counts."""
     from rq.results import Result
 
     job = client.enqueue("a")
@@ -257,7 +273,7 @@ class TestCancel:
             assert job.result(timeout=30).finish_reason in ("stop", "length")
 
     def test_a_job_that_runs(self, client: Client, redis: Redis, start_worker: StartWorker) -> None:
-        """The worker ends it and keeps what it had; its neighbours go on."""
+        """The worker ends the job and keeps what was generated; its other jobs go on."""
         start_worker()
         job = client.enqueue(ENTRY["prompt"], max_new_tokens=480, ignore_eos=True, result_ttl=50)
         other = client.enqueue(ENTRY["prompt"], max_new_tokens=100, ignore_eos=True)
@@ -285,7 +301,7 @@ class TestCancel:
             client.cancel("nonsense")
 
     def test_against_a_worker_that_finishes(self, client: Client, start_worker: StartWorker) -> None:
-        """Whoever comes first: never both, and the answer is true."""
+        """Whoever comes first ends the job, never both, and `cancel` answers truly."""
         start_worker()
         jobs = [client.enqueue(ENTRY["prompt"], max_new_tokens=1 + n % 7, ignore_eos=True) for n in range(60)]
         answers = []
@@ -302,7 +318,7 @@ class TestCancel:
             assert job.status() == ("canceled" if cancelled else "finished")
 
     def test_a_worker_that_died(self, client: Client, redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Nobody will write down what it had generated; that is waited for in bounds."""
+        """Nobody will write down what it had generated; the client waits for that only for a limited time."""
         monkeypatch.setattr("fastgpt2.api.client.outcome.LETTING_GO_SECONDS", 0.2)
         job = client.enqueue("a")
         redis.hset(f"rq:job:{job.id}", mapping={"status": "started", "worker_name": "dead"})
@@ -361,7 +377,7 @@ def test_new_fields_reach_the_model(client: Client, start_worker: StartWorker) -
 
 
 def test_prompts_are_scored(client: Client, start_worker: StartWorker) -> None:
-    """Beside a job that decodes; the numbers are transformers'."""
+    """Prompts are scored beside a job that decodes. The expected numbers are transformers'."""
     start_worker()
     busy = client.enqueue(ENTRY["prompt"], max_new_tokens=400, ignore_eos=True)
     scores = json.loads((GOLDEN / "demo_prompt_scores.json").read_text("utf-8"))["scores"]
@@ -547,7 +563,7 @@ def test_many_threads_share_a_client(client: Client, start_worker: StartWorker) 
 
 
 def test_the_readme_example_in_a_fresh_process(redis_server: RedisServer, client: Client, tmp_path: Path) -> None:
-    """The client alone: no numpy, no tokenizer in the process that enqueues and waits."""
+    """The process that enqueues and waits imports no numpy and no tokenizer."""
     script = tmp_path / "script.py"
     script.write_text(
         "import sys\n"

@@ -1,4 +1,4 @@
-"""Many prompts at once: in order or as they come, never more in the queue than was said, and all of them once."""
+"""Many prompts at once: results in order or as they come, no more jobs in the queue than allowed, each job once."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_results_come_in_the_order_of_the_prompts(client: Client, start_worker: 
 
 
 def test_as_completed_tells_the_number(client: Client, start_worker: StartWorker) -> None:
-    """A long one at the front keeps nobody waiting."""
+    """A long job at the front does not keep the others waiting."""
     start_worker()
     requests = [
         GenerationRequest(entry["prompt"], 100 if n == 0 else 5, ignore_eos=True)
@@ -51,7 +51,7 @@ def test_as_completed_tells_the_number(client: Client, start_worker: StartWorker
 
 
 def test_prompts_are_read_as_there_is_room(client: Client, redis: Redis, start_worker: StartWorker) -> None:
-    """Without end, and in order: one that is slow holds the others back, as their results would pile up."""
+    """The prompts are endless, the results in order: a slow job holds others back, as their results would pile up."""
     read: list[int] = []
 
     def endless() -> Iterator[GenerationRequest]:
@@ -126,7 +126,7 @@ class TestErrors:
         assert waiting(redis, client) == []
 
     def test_cancelled_by_somebody_else(self, client: Client, redis: Redis, start_worker: StartWorker) -> None:
-        """Which writes no result that could be waited for."""
+        """A cancellation writes no result that the client could wait for."""
         found: list[Any] = []
         reader = threading.Thread(
             target=lambda: found.extend(client.map(["a", "b"], return_exceptions=True, max_new_tokens=2))
@@ -163,7 +163,7 @@ class TestFullQueue:
             found: list[Any] = []
             reader = threading.Thread(target=lambda: found.extend(limited.map(["b"], max_new_tokens=1)))
             reader.start()
-            wait_until(lambda: limited._session.contact.made, "the first refusal")
+            wait_until(lambda: limited._session.retries.answered, "the first refusal")
             assert len(waiting(redis, client)) == 3
             start_worker()
             reader.join(30)
@@ -174,7 +174,7 @@ class TestFullQueue:
 def test_redis_is_restarted(
     tmp_path_factory: pytest.TempPathFactory, queue_name: str, start_worker: StartWorker
 ) -> None:
-    """While jobs are enqueued and waited for: all are done, none twice."""
+    """Redis restarts while jobs are enqueued and waited for: all of them are done, none twice."""
     folder = tmp_path_factory.mktemp("redis")
     server = RedisServer(folder=folder).start()
     try:
@@ -206,7 +206,7 @@ def count_to_strings(server: RedisServer) -> Iterator[str]:
 
 
 def test_prompts_that_cannot_be_read(client: Client, redis: Redis) -> None:
-    """An error of their own, whatever it is; what is in flight is cancelled."""
+    """Whatever error the prompts raise comes out, and the jobs in flight are cancelled."""
 
     def prompts() -> Iterator[str]:
         yield "a"

@@ -1,4 +1,4 @@
-"""Log probabilities in a job's stream: each token's once, with the text in which it begins, whatever gets lost."""
+"""Log probabilities in a job's stream: each comes once, with the text in which its token begins, whatever gets lost."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def told(*tokens: tuple[str, int], first_id: int = 0, logprob: float = -1.0) -> 
 
 
 def held(pieces: list[Piece]) -> tuple[str, list[TokenLogprob]]:
-    """What a reader holds who does as `Piece` says."""
+    """Return what a reader holds who does as `Piece` says."""
     text, tokens = "", list[TokenLogprob]()
     for piece in pieces:
         assert piece.at <= len(text)
@@ -49,7 +49,7 @@ def in_text(result: GenerationResult) -> list[TokenLogprob]:
 
 
 def assert_as_the_result(pieces: list[Piece], result: GenerationResult | None) -> None:
-    """Nothing taken back, nothing twice, and each token in the first piece whose text reaches beyond its begin."""
+    """Check that nothing was taken back or came twice, and each token came with the piece that reaches its begin."""
     assert result is not None
     assert "".join(piece.text for piece in pieces) == result.text
     assert [one for piece in pieces for one in piece.logprobs] == in_text(result)
@@ -71,7 +71,7 @@ class TestAssembly:
         assert assembly.complete("abcdef", (self.A, self.B, self.C)) is None
 
     def test_the_same_tokens_from_another_machine(self) -> None:
-        """Their values are other ones in the last digits."""
+        """The log probabilities of another machine differ in the last digits."""
         assembly = Assembly()
         assembly.add(Piece("abcd", 0, 1, (self.A, self.B)))
         others = told(("ab", 0), ("cd", 2), ("ef", 4), logprob=-1.0000001)
@@ -86,7 +86,7 @@ class TestAssembly:
         assert assembly.complete("abcX", (self.A, other)) is None
 
     def test_other_tokens_within_the_same_text(self) -> None:
-        """A token that a stop string held the rest of: first the token is another, then its text."""
+        """A stop string held back the rest of a token: first the token differs, then its text."""
         assembly = Assembly()
         assembly.add(Piece("abcdef", 0, 1, (self.A, self.B, self.C)))
         (other,) = told(("cX", 2), first_id=1000)
@@ -115,7 +115,7 @@ class TestAssembly:
 
     @pytest.mark.parametrize("seed", range(50))
     def test_any_losses_and_repetitions(self, seed: int) -> None:
-        """Attempts that break off, pieces cut anyhow, some lost: text and tokens are the result's, and given once."""
+        """Attempts break off, pieces are cut anyhow and get lost: text and tokens are the result's, and given once."""
         dice = random.Random(seed)
         text = ENTRIES[seed % len(ENTRIES)]["text"]
         begins, at = [], 0
@@ -180,7 +180,7 @@ def test_nothing_of_what_a_stop_string_cuts_off(client: Client, start_worker: St
     start_worker()
     for begin in range(24, 33):
         stop = ENTRY["text"][begin : begin + 9]
-        # What is held back for one that does not come is given after all.
+        # What was held back for a stop string that does not come is given after all.
         spoilt = ENTRY["text"][8:16] + "\u2603"
         stream = client.stream(ENTRY["prompt"], max_new_tokens=60, stop=[stop, spoilt], logprobs=1)
         pieces = list(stream)
@@ -191,7 +191,7 @@ def test_nothing_of_what_a_stop_string_cuts_off(client: Client, start_worker: St
 
 
 def of_bytes(folder: Path) -> Path:
-    """The demo model under a vocabulary in which the tokens of a known continuation are bytes of characters."""
+    """Make the demo model with a vocabulary in which the tokens of a known continuation are bytes of characters."""
     shutil.copytree(DEMO_FOLDER, folder)
     stored = json.loads((folder / "tokenizer.json").read_text("utf-8"))
     tokenizer = Tokenizer.from_folder(DEMO_FOLDER)
@@ -207,7 +207,7 @@ def of_bytes(folder: Path) -> Path:
 
 
 def test_characters_of_many_tokens(client: Client, start_worker: StartWorker, tmp_path: Path) -> None:
-    """By decoding up to the first byte of each: the last character of that is the one that a token begins in."""
+    """Decode up to the first byte of each token: the last character of that is the one that the token begins in."""
     folder = of_bytes(tmp_path / "model")
     tokenizer = Tokenizer.from_folder(folder)
     start_worker(FASTGPT2_MODEL=str(folder))
@@ -293,7 +293,7 @@ def test_numbers_of_what_comes_before(field: bytes, value: bytes) -> None:
 
 
 def test_the_largest_entry_that_a_job_can_make_in_one_piece_fits() -> None:
-    """A stop string holds back 255 characters; their tokens, with the 20 likeliest of each."""
+    """A stop string holds back 255 characters; their tokens come with the 20 likeliest of each."""
     one = TokenLogprob(50_000, "\u2603" * 20, -12.345678901234567)
     tokens = tuple(TokenLogprob(50_000, "\u2603", -1.234567890123456, (one,) * 20, 100_000) for _ in range(255))
     entry = piece_to_entry(Piece("a" * 255, 0, 1, tokens))
@@ -303,7 +303,7 @@ def test_the_largest_entry_that_a_job_can_make_in_one_piece_fits() -> None:
 
 
 def test_strange_entries_are_passed_over(client: Client, redis: Redis, start_worker: StartWorker) -> None:
-    """What they may have stood for comes with the result."""
+    """Whatever they stood for comes with the result."""
     job = client.enqueue(ENTRY["prompt"], max_new_tokens=10, ignore_eos=True, logprobs=1, stream=True)
     for logprobs in HOSTILE:
         redis.xadd(stream_key(job.id), {"attempt": 1, "at": 0, "text": "x", "token_at": 0, "logprobs": logprobs})

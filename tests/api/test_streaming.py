@@ -1,4 +1,4 @@
-"""A job's text as it comes: every character once, whatever happens to the worker, the stream or the reader."""
+"""A job's text as it comes: every character comes once, whatever happens to worker, stream or reader."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def pieces_of(text: str, attempt: int, size: int = 3) -> list[Piece]:
 
 
 def held(pieces: list[Piece]) -> str:
-    """What a reader holds who does as `Piece` says."""
+    """Return what a reader holds who does as `Piece` says."""
     text = ""
     for piece in pieces:
         assert piece.at <= len(text)
@@ -73,7 +73,7 @@ class TestAssembly:
 
     @pytest.mark.parametrize("seed", range(50))
     def test_any_losses_and_repetitions(self, seed: int) -> None:
-        """Attempts that break off, pieces cut anyhow, some lost: the text is the result's, and given once if equal."""
+        """Attempts break off, pieces are cut anyhow and get lost: the text is the result's, and given once if equal."""
         rng = random.Random(seed)
         text = ENTRIES[seed % len(ENTRIES)]["text"]
         assembly, given = Assembly(), []
@@ -112,7 +112,7 @@ def test_the_first_piece_comes_before_the_last_token(client: Client, start_worke
 
 
 def test_stop_strings_and_echo(client: Client, start_worker: StartWorker) -> None:
-    """What a stop string cuts was never given; an echo comes first."""
+    """Text that a stop string cuts is never given; an echo comes first."""
     start_worker()
     stop = ENTRY["text"][30:36]
     stream = client.stream(ENTRIES[1]["prompt"], max_new_tokens=60, echo=True, ignore_eos=True)
@@ -216,7 +216,7 @@ class TestErrors:
 
 
 def test_a_killed_worker(client: Client, redis: Redis, start_worker: StartWorker) -> None:
-    """RQ's own upkeep puts the job back; the text goes on where it stood, and comes out once."""
+    """RQ's own clean-up puts the job back; the text goes on where it stood, and comes out once."""
     queue = Queue(client.queue_name, connection=redis, serializer=JSONSerializer)
     first = start_worker()
     stock = queue.enqueue(
@@ -231,7 +231,7 @@ def test_a_killed_worker(client: Client, redis: Redis, start_worker: StartWorker
     first.wait()
     queue.started_job_registry.cleanup(timestamp=time.time() + 10**6)
     assert stock.get_status() == "queued"
-    # Some of what a dead worker may have written once more.
+    # A piece that a dead worker may have written once more.
     redis.xadd(stream_key(stock.id), piece_to_entry(pieces[0]))
     start_worker(wait=False)
     pieces += stream

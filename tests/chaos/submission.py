@@ -20,9 +20,10 @@ from rq.serializers import JSONSerializer
 
 from chaos.cluster import QUEUE
 from fastgpt2 import Client
-from fastgpt2.api.client.enqueue import enqueue_call, plan_job
+from fastgpt2.api.client.enqueue import enqueue_command, plan_job
 from fastgpt2.errors import FastGPT2Error, JobFailed
 from fastgpt2.protocol.keys import PRIORITIES
+from fastgpt2.protocol.scripts import with_text
 
 ENTRIES: list[dict[str, Any]] = json.loads(
     (Path(__file__).parent.parent / "golden" / "demo_continuations.json").read_text("utf-8")
@@ -75,7 +76,7 @@ class Submission:
         if kind == "deadline":
             fields["timeout"] = 60.0
         plan = plan_job(entry["prompt"], {**fields, "priority": self._random.choice(PRIORITIES)})
-        job_id, call = enqueue_call(plan, QUEUE, None, self._connection)
+        job_id, call = enqueue_command(plan, QUEUE, None)
         if kind == "refused":  # as a plain RQ client could have it
             at = call.args.index("data") + 1
             data = b'["os.system", null, ["true"], {}]'
@@ -86,7 +87,7 @@ class Submission:
         elif kind == "deadline":
             job.may_fail = "took longer than the 60 s"
         job.may_be_cancelled = kind == "cancelled"
-        self._say(lambda: self._connection.eval(*call.args), tend)
+        self._say(lambda: self._connection.execute_command(*with_text(call.args)), tend)  # type: ignore[no-untyped-call]
         self.everything.append(job)
         if kind == "stream":
             self._read(job)

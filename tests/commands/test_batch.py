@@ -1,4 +1,4 @@
-"""`fastgpt2 batch`: every line of input gives one line of output, once, in order, whatever happens on the way."""
+"""`fastgpt2 batch` writes one line of output for each line of input, once, in order, whatever happens meanwhile."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fastgpt2.errors import BadRequest
 from fastgpt2.system.redis_server import RedisServer
 
 ENTRIES: list[dict[str, Any]] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"]
-# A prompt a line.
+# One prompt on each line.
 LINES = [entry for entry in ENTRIES if "\n" not in entry["prompt"] and "\r" not in entry["prompt"]]
 FEW = ["--max-new-tokens", "4", "--ignore-eos"]
 
@@ -34,7 +34,7 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture
 def start(redis_server: RedisServer, client: Client, tmp_path: Path) -> Start:
-    """Starts `fastgpt2 batch` in the test's folder."""
+    """Return a function that starts `fastgpt2 batch` in the test's folder."""
 
     def run(*arguments: str, **options: Any) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -50,7 +50,7 @@ def start(redis_server: RedisServer, client: Client, tmp_path: Path) -> Start:
 
 @pytest.fixture
 def batch(start: Start) -> Callable[..., tuple[int, str, str]]:
-    """Runs it to its end: (status, standard output, standard error)."""
+    """Return a function that runs it to its end and returns (status, standard output, standard error)."""
 
     def run(*arguments: str, stdin: str | None = None) -> tuple[int, str, str]:
         process = start(*arguments, **({} if stdin is None else {"stdin": subprocess.PIPE}))
@@ -168,7 +168,7 @@ def test_bad_lines_are_errors_in_their_places(tmp_path: Path, start_worker: Star
 
 
 def test_lines_of_text_are_taken_as_they_are(tmp_path: Path, start_worker: StartWorker, batch: Any) -> None:
-    """Empty ones, line ends of another system, the mark of UTF-8, one that is not."""
+    """A line may be empty, end as on another system, follow the mark of UTF-8, or not be UTF-8."""
     start_worker()
     (tmp_path / "in.txt").write_bytes(b"\xef\xbb\xbfMy name is\r\n\n\xff\xfe\n  \nMy name is")
     status, _, _ = batch("in.txt", "-o", "out.jsonl", *FEW)
@@ -183,7 +183,7 @@ def test_lines_of_text_are_taken_as_they_are(tmp_path: Path, start_worker: Start
 
 
 def text_of(prompt: str) -> str:
-    """The golden text of four tokens."""
+    """Return the golden text of four tokens."""
     from fastgpt2.engine.model.hub import DEMO_FOLDER
     from fastgpt2.engine.model.tokenizer import Tokenizer
 
@@ -227,7 +227,7 @@ class TestPipes:
 
 class TestBrokenOff:
     def test_killed_and_taken_up(self, tmp_path: Path, start_worker: StartWorker, start: Start, batch: Any) -> None:
-        """With -9, again and again: every line is there once."""
+        """The process is killed with -9, again and again: every line is there once."""
         start_worker()
         prompts = LINES * 3
         write_prompts(tmp_path / "in.txt", prompts)
@@ -284,7 +284,7 @@ class TestBrokenOff:
             assert "--restart, or name another file with -o" in err
         assert (tmp_path / "out.jsonl").read_text() == before
         assert (tmp_path / "notes.txt").read_text() == "my notes\n"
-        # What does not change the results may be otherwise.
+        # Options that do not change the results may differ.
         assert batch("in.txt", "-o", "out.jsonl", *FEW, "--priority", "low", "--deadline", "50")[0] == 0
         assert (tmp_path / "out.jsonl").read_text() == before
         assert batch("shorter.txt", "-o", "out.jsonl", *FEW, "--restart")[0] == 0

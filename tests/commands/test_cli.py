@@ -285,7 +285,7 @@ class TestSettings:
         assert (done.returncode, f"{name}: '{value}' is not" in done.stderr) == (2, True)
 
     def test_a_blas_reaches_the_engine(self) -> None:
-        """By option, by variable, and from `up` to its workers."""
+        """The setting comes by option, by variable, and from `up` to its workers."""
         done = run("generate", "--blas", "atlas", "a", FASTGPT2_MODEL="demo")
         assert (done.returncode, "--blas: 'atlas' is not one of" in done.stderr) == (2, True)
         code = """if True:

@@ -10,10 +10,10 @@ from contextlib import asynccontextmanager, suppress
 import pytest
 from redis import Redis
 
+from fastgpt2.api.client import reader as reader_module
 from fastgpt2.api.client.async_client import AsyncClient
-from fastgpt2.api.client.enqueue import plan_job
-from fastgpt2.api.http import watch as watch_module
-from fastgpt2.api.http.watch import Watch, Watched
+from fastgpt2.api.client.reader import JobReader
+from fastgpt2.api.http.watch import Watch
 from fastgpt2.errors import FastGPT2Error, JobCancelled, JobNotFound
 from fastgpt2.protocol.keys import stream_key
 from fastgpt2.protocol.messages import Piece, piece_to_entry
@@ -42,29 +42,29 @@ def run(main: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(main())  # type: ignore[arg-type]
 
 
-def text_of(watched: Watched) -> str:
+def text_of(watched: JobReader) -> str:
     return "".join(piece.text for piece in watched.pieces())
 
 
 def test_who_joins_wakes_the_reader(
     redis_server: RedisServer, redis: Redis, queue_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would else sit out its read, each time."""
-    monkeypatch.setattr(watch_module, "WAIT_SLICE_SECONDS", 4.0)
+    """Otherwise the reader would finish its blocking read first, each time."""
+    monkeypatch.setattr(reader_module, "READ_SECONDS", 4.0)
 
     async def main() -> None:
         async with watching(redis_server, queue_name) as (client, watch):
             signal = asyncio.Event()
             began = time.monotonic()
-            first = await client.enqueue_plan(plan_job("a", {}))
+            first = await client.enqueue("a")
             watch.follow(first.id, True, signal, new=True)
             for number in range(10):
-                job = await client.enqueue_plan(plan_job("a", {}))
+                job = await client.enqueue("a")
                 watched = watch.follow(job.id, True, signal, new=True)
                 redis.xadd(stream_key(job.id), piece_to_entry(Piece(f"text {number}", 0, 1)))
                 seen: list[str] = []
 
-                def came(watched: Watched = watched, seen: list[str] = seen) -> bool:
+                def came(watched: JobReader = watched, seen: list[str] = seen) -> bool:
                     seen.append(text_of(watched))
                     return bool(seen[-1])
 
@@ -79,7 +79,7 @@ def test_a_job_that_is_none_and_one_that_ended_long_since(redis_server: RedisSer
     async def main() -> None:
         async with watching(redis_server, queue_name) as (client, watch):
             signal = asyncio.Event()
-            job = await client.enqueue_plan(plan_job("a", {}))
+            job = await client.enqueue("a")
             await client.cancel(job.id)
             ended, none = (watch.follow(job_id, True, signal, new=False) for job_id in (job.id, "nothing"))
             await until(lambda: ended.outcome and none.outcome, signal)
@@ -94,7 +94,7 @@ def test_what_is_no_entry_of_a_stream_is_passed_over(redis_server: RedisServer, 
     async def main() -> None:
         async with watching(redis_server, queue_name) as (client, watch):
             signal = asyncio.Event()
-            job = await client.enqueue_plan(plan_job("a", {}))
+            job = await client.enqueue("a")
             watched = watch.follow(job.id, True, signal, new=True)
             for entry in (
                 {"x": "y"},
@@ -122,15 +122,12 @@ def test_what_is_no_entry_of_a_stream_is_passed_over(redis_server: RedisServer, 
 def test_a_key_of_the_wrong_kind_ends_its_own_job_and_no_other(
     redis_server: RedisServer, redis: Redis, queue_name: str, key: str
 ) -> None:
-    """All jobs are read together, and Redis refuses the whole of a read for one such key."""
+    """All jobs are read together, and for one such key Redis refuses the whole read."""
 
     async def main() -> None:
         async with watching(redis_server, queue_name) as (client, watch):
             signal = asyncio.Event()
-            spoiled, *others = [
-                watch.follow((await client.enqueue_plan(plan_job("a", {}))).id, True, signal, new=True)
-                for _ in range(3)
-            ]
+            spoiled, *others = [watch.follow((await client.enqueue("a")).id, True, signal, new=True) for _ in range(3)]
             redis.set(key.format(spoiled.id), "a string")
             await until(lambda: spoiled.outcome, signal)
             assert type(spoiled.outcome) is FastGPT2Error

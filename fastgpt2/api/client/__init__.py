@@ -1,1 +1,1 @@
-"""The clients, blocking and asyncio, and what they share; uses protocol."""
+"""The clients, blocking and asyncio, and what they share; they use protocol."""

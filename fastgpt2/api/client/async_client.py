@@ -2,44 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from contextlib import aclosing, suppress
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 
-from fastgpt2.api.client.bulk import RESULT_TTL_SECONDS as READ_SOON_SECONDS
-from fastgpt2.api.client.bulk import Flight, Item, Progress, length_of
-from fastgpt2.api.client.client import IN_FLIGHT
+from fastgpt2.api.client.bulk import (
+    BULK_RESULT_TTL_SECONDS,
+    DEFAULT_IN_FLIGHT,
+    BulkRun,
+    ProgressBar,
+    length_of,
+    run_bulk_async,
+)
 from fastgpt2.api.client.enqueue import (
     DEFAULT_JOB_TIMEOUT_SECONDS,
+    DEFAULT_RESULT_TTL_SECONDS,
     NO_OPTIONS,
-    RESULT_TTL_SECONDS,
     JobFields,
     JobPlan,
-    Once,
-    Prompt,
+    PromptLike,
     plan_each,
     plan_job,
 )
-from fastgpt2.api.client.flow import Contact, Talk, carry_out_async
-from fastgpt2.api.client.outcome import Outcome, unwrapped
-from fastgpt2.api.client.reader import Following
+from fastgpt2.api.client.flow import AsyncDriver
+from fastgpt2.api.client.outcome import Outcome, unwrap
+from fastgpt2.api.client.reader import JobReader, ReadLoop
 from fastgpt2.api.client.session import Session
 from fastgpt2.engine.decoding.records import GenerationRequest, GenerationResult
 from fastgpt2.errors import FastGPT2Error
-from fastgpt2.protocol.connection import connect_async
 from fastgpt2.protocol.keys import Priority
 from fastgpt2.protocol.messages import JobOptions, Piece
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-T = TypeVar("T")
-
 
 class AsyncClient:
     """A queue of generation jobs, for one event loop; see `Client`.
 
-    What is sent is sent once more if the connection has died meanwhile: scripts see to it that no job comes in twice.
+    If the connection has died meanwhile, a command is sent once more: scripts make sure that no job comes in twice.
 
     Raises:
         BadRequest: not a Redis URL, or no number of jobs.
@@ -47,8 +48,8 @@ class AsyncClient:
 
     def __init__(self, redis_url: str | None = None, queue: str | None = None, max_queue: int | None = None) -> None:
         self._session = Session(redis_url, queue, max_queue)
-        # Connections are made when they are first used, inside the running loop.
-        self.connection: Redis = connect_async(self._session.redis_url)
+        self._driver = AsyncDriver(self._session.redis_url)
+        self.connection: Redis = self._driver.connection
 
     @property
     def redis_url(self) -> str:
@@ -60,7 +61,7 @@ class AsyncClient:
 
     async def enqueue(self, prompt: str | list[int], **fields: Unpack[JobFields]) -> AsyncJob:
         """See `Client.enqueue`."""
-        return await self.enqueue_plan(plan_job(prompt, fields))
+        return await self._enqueue(plan_job(prompt, fields))
 
     async def enqueue_request(
         self,
@@ -69,64 +70,47 @@ class AsyncClient:
         *,
         priority: Priority = "normal",
         job_timeout: int = DEFAULT_JOB_TIMEOUT_SECONDS,
-        result_ttl: int = RESULT_TTL_SECONDS,
+        result_ttl: int = DEFAULT_RESULT_TTL_SECONDS,
     ) -> AsyncJob:
         """See `Client.enqueue_request`."""
-        return await self.enqueue_plan(JobPlan(request, options, priority, job_timeout, result_ttl))
+        return await self._enqueue(JobPlan(request, options, priority, job_timeout, result_ttl))
 
-    async def enqueue_plan(self, plan: JobPlan) -> AsyncJob:
-        """See `Client.enqueue_plan`."""
-        return AsyncJob(self, await self.carry_out(self._session.enqueue(plan, self.connection)))
-
-    async def enqueue_all(self, plans: Sequence[JobPlan], once: Sequence[Once] | None = None) -> list[str]:
-        """`enqueue_plan` for several at once, all of them or none; see `Session.enqueue_all`."""
-        return await self.carry_out(self._session.enqueue_all(plans, self.connection, once))
-
-    async def timed_out(self, job_id: str, timeout: float) -> FastGPT2Error:
-        """See `Session.timed_out`."""
-        return await self.carry_out(self._session.timed_out(job_id, timeout))
-
-    async def outcome(self, job_id: str) -> Outcome | None:
-        """How a job ended; None while it has not. See `Session.outcome`."""
-        return await self.carry_out(self._session.outcome(job_id))
-
-    @property
-    def contact(self) -> Contact:
-        return self._session.contact
+    async def _enqueue(self, plan: JobPlan) -> AsyncJob:
+        return self.job(await self._driver.run(self._session.enqueue(plan)))
 
     def job(self, job_id: str) -> AsyncJob:
         """See `Client.job`."""
-        return AsyncJob(self, job_id)
+        return AsyncJob(job_id, self._session, self._driver)
 
     async def status(self, job_id: str) -> str:
         """See `Job.status`."""
-        return await self.carry_out(self._session.status(job_id))
+        return await self._driver.run(self._session.status(job_id))
 
     async def result(self, job_id: str, timeout: float | None = None) -> GenerationResult:
         """See `Job.result`."""
-        return await self.carry_out(self._session.result(job_id, timeout))
+        return await self._driver.run(self._session.result(job_id, timeout))
 
     async def cancel(self, job_id: str) -> bool:
         """See `Job.cancel`."""
-        return await self.carry_out(self._session.cancel(job_id))
+        return await self._driver.run(self._session.cancel(job_id))
 
     async def workers(self) -> int:
         """See `Client.workers`."""
-        return await self.carry_out(self._session.workers())
+        return await self._driver.run(self._session.workers())
 
     async def stream(
-        self, prompt: Prompt | AsyncJob, *, read_timeout: float | None = None, **fields: Unpack[JobFields]
+        self, prompt: PromptLike | AsyncJob, *, read_timeout: float | None = None, **fields: Unpack[JobFields]
     ) -> AsyncTextStream:
-        """See `Client.stream`. Leaving a loop early is not enough here: `async with`, or `aclose`, ends the job."""
+        """See `Client.stream`. To leave the loop early does not cancel the job here: use `async with`, or `aclose`."""
         if isinstance(prompt, AsyncJob):
-            return AsyncTextStream(self, prompt, read_timeout, cancels=False)
-        job = await self.enqueue_plan(plan_job(prompt, {**fields, "stream": True}))
-        return AsyncTextStream(self, job, read_timeout, cancels=True)
+            return prompt.stream(read_timeout)
+        job = await self._enqueue(plan_job(prompt, {**fields, "stream": True}))
+        return AsyncTextStream(job, self._session, self._driver, read_timeout, cancels=True)
 
     @overload
     def map(
         self,
-        prompts: Iterable[Prompt],
+        prompts: Iterable[PromptLike],
         *,
         in_flight: int = ...,
         return_exceptions: Literal[False] = ...,
@@ -137,7 +121,7 @@ class AsyncClient:
     @overload
     def map(
         self,
-        prompts: Iterable[Prompt],
+        prompts: Iterable[PromptLike],
         *,
         in_flight: int = ...,
         return_exceptions: bool,
@@ -147,22 +131,22 @@ class AsyncClient:
 
     async def map(
         self,
-        prompts: Iterable[Prompt],
+        prompts: Iterable[PromptLike],
         *,
-        in_flight: int = IN_FLIGHT,
+        in_flight: int = DEFAULT_IN_FLIGHT,
         return_exceptions: bool = False,
         progress: bool = False,
         **fields: Unpack[JobFields],
     ) -> AsyncGenerator[Outcome, None]:
-        """See `Client.map`. To end it early for certain, put it into `contextlib.aclosing`, as all such generators."""
-        async with aclosing(self._fly(prompts, in_flight, True, progress, fields)) as ends:
+        """See `Client.map`. To end the generator early for certain, put it into `contextlib.aclosing`."""
+        async with aclosing(self._run_bulk(prompts, in_flight, True, progress, fields)) as ends:
             async for _, outcome in ends:
-                yield outcome if return_exceptions else unwrapped(outcome)
+                yield outcome if return_exceptions else unwrap(outcome)
 
     @overload
     def as_completed(
         self,
-        prompts: Iterable[Prompt],
+        prompts: Iterable[PromptLike],
         *,
         in_flight: int = ...,
         return_exceptions: Literal[False] = ...,
@@ -173,7 +157,7 @@ class AsyncClient:
     @overload
     def as_completed(
         self,
-        prompts: Iterable[Prompt],
+        prompts: Iterable[PromptLike],
         *,
         in_flight: int = ...,
         return_exceptions: bool,
@@ -183,51 +167,31 @@ class AsyncClient:
 
     async def as_completed(
         self,
-        prompts: Iterable[Prompt],
+        prompts: Iterable[PromptLike],
         *,
-        in_flight: int = IN_FLIGHT,
+        in_flight: int = DEFAULT_IN_FLIGHT,
         return_exceptions: bool = False,
         progress: bool = False,
         **fields: Unpack[JobFields],
     ) -> AsyncGenerator[tuple[int, Outcome], None]:
         """See `Client.as_completed`, and `map`."""
-        async with aclosing(self._fly(prompts, in_flight, False, progress, fields)) as ends:
+        async with aclosing(self._run_bulk(prompts, in_flight, False, progress, fields)) as ends:
             async for number, outcome in ends:
-                yield number, outcome if return_exceptions else unwrapped(outcome)
+                yield number, outcome if return_exceptions else unwrap(outcome)
 
-    async def _fly(
-        self, prompts: Iterable[Prompt], in_flight: int, ordered: bool, progress: bool, fields: Mapping[str, Any]
+    async def _run_bulk(
+        self, prompts: Iterable[PromptLike], in_flight: int, ordered: bool, progress: bool, fields: Mapping[str, Any]
     ) -> AsyncGenerator[tuple[int, Outcome], None]:
-        plans = plan_each(prompts, {"result_ttl": READ_SOON_SECONDS, **fields})
-        with Progress(length_of(prompts), progress) as bar:
-            async with aclosing(self.fly(plans, in_flight, ordered)) as ends:
+        plans = plan_each(prompts, {"result_ttl": BULK_RESULT_TTL_SECONDS, **fields})
+        bulk = BulkRun(self._session, plans, in_flight, ordered)
+        with ProgressBar(length_of(prompts), progress) as bar:
+            async with aclosing(run_bulk_async(self._driver, bulk)) as ends:
                 async for number, outcome in ends:
                     bar.add(outcome)
                     yield number, outcome
 
-    async def fly(
-        self, items: Iterable[Item], in_flight: int, ordered: bool = True
-    ) -> AsyncGenerator[tuple[int, Outcome], None]:
-        """See `Client.fly`."""
-        flight = Flight(self._session, items, in_flight, ordered, self.connection)
-        try:
-            while (end := await self.carry_out(flight.next())) is not None:
-                yield end
-        except BaseException:
-            with suppress(FastGPT2Error):
-                await self.carry_out(flight.cancel())
-            raise
-
-    async def carry_out(self, talk: Talk[T]) -> T:
-        """Hold one of the session's talks."""
-        return await carry_out_async(self.connection, self.redis_url, talk)
-
-    def follow(self, job_id: str, timeout: float | None) -> Following:
-        """For `AsyncTextStream`."""
-        return Following(self._session, job_id, timeout)
-
     async def aclose(self) -> None:
-        await self.connection.aclose()
+        await self._driver.aclose()
 
     async def __aenter__(self) -> Self:
         return self
@@ -239,25 +203,26 @@ class AsyncClient:
 class AsyncJob:
     """A handle on one job; see `Job`."""
 
-    def __init__(self, client: AsyncClient, job_id: str) -> None:
+    def __init__(self, job_id: str, session: Session, driver: AsyncDriver) -> None:
         self.id = job_id
-        self._client = client
+        self._session = session
+        self._driver = driver
 
     async def status(self) -> str:
         """See `Job.status`."""
-        return await self._client.status(self.id)
+        return await self._driver.run(self._session.status(self.id))
 
     async def result(self, timeout: float | None = None) -> GenerationResult:
         """See `Job.result`."""
-        return await self._client.result(self.id, timeout)
+        return await self._driver.run(self._session.result(self.id, timeout))
 
     async def cancel(self) -> bool:
         """See `Job.cancel`."""
-        return await self._client.cancel(self.id)
+        return await self._driver.run(self._session.cancel(self.id))
 
     def stream(self, timeout: float | None = None) -> AsyncTextStream:
         """See `Job.stream`."""
-        return AsyncTextStream(self._client, self, timeout, cancels=False)
+        return AsyncTextStream(self, self._session, self._driver, timeout, cancels=False)
 
     def __repr__(self) -> str:
         return f"AsyncJob({self.id!r})"
@@ -266,20 +231,29 @@ class AsyncJob:
 class AsyncTextStream(AsyncIterator[Piece]):
     """The text of a job as it comes; see `TextStream`."""
 
-    def __init__(self, client: AsyncClient, job: AsyncJob, timeout: float | None, cancels: bool) -> None:
+    def __init__(
+        self, job: AsyncJob, session: Session, driver: AsyncDriver, timeout: float | None, cancels: bool
+    ) -> None:
         self.job = job
-        self._client = client
-        self._following = client.follow(job.id, timeout)
+        self._session = session
+        self._driver = driver
+        self._reader = JobReader(job.id, streamed=True)
+        self._loop = ReadLoop(session.retries, timeout)
+        self._ended = False
         self._cancels = cancels
 
     @property
     def result(self) -> GenerationResult | None:
-        return self._following.result
+        return self._reader.result
 
     async def __anext__(self) -> Piece:
-        piece = await self._client.carry_out(self._following.next())
+        if self._ended:
+            raise StopAsyncIteration
+        self._ended = True  # unless a piece comes
+        piece = await self._driver.run(self._session.next_piece(self._reader, self._loop))
         if piece is None:
             raise StopAsyncIteration
+        self._ended = False
         return piece
 
     async def aclose(self) -> None:

@@ -1,7 +1,16 @@
-"""What is said to Redis, apart from how it gets there: one set of decisions for the blocking client and for asyncio.
+"""Flows say what is sent to Redis, not how it gets there (sans I/O): both clients share the same decisions.
 
-A talk is a generator. It yields what is to be asked, gets the answer back, or has the library's error raised where it
-stands, and returns what came of it. `carry_out` and `carry_out_async` are the only code that touches a connection.
+A flow is a generator. It yields one step after the other, a `Command`, a `Pipeline` of commands or a `Pause`, and is
+sent Redis's reply, or the redis library's error is thrown in. What it returns is the result. For example:
+
+    def depth_of(queue: str) -> Flow[int]:
+        depth: int = yield command("llen", queue_key(queue))
+        return depth
+
+    Driver(url).run(depth_of("fastgpt2"))              # blocking, over redis.Redis
+    await AsyncDriver(url).run(depth_of("fastgpt2"))   # the same flow, over redis.asyncio.Redis
+
+One flow calls another by `yield from`. Only the two drivers touch a connection.
 """
 
 from __future__ import annotations
@@ -9,31 +18,28 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from fastgpt2.errors import RedisAccessDenied
-from fastgpt2.protocol.connection import ANSWER_BY, in_words
-
-if TYPE_CHECKING:
-    from redis import Redis
-    from redis.asyncio import Redis as AsyncRedis
+from fastgpt2.protocol.connection import ANSWER_BY, connect, connect_async, in_words
+from fastgpt2.protocol.scripts import Script, execute, is_unknown, with_text
 
 T = TypeVar("T")
 
-# So long after a deadline an answer may still come: Redis itself counts the time that a read waits.
+# How long after a deadline a reply may still come: Redis itself counts the time for which a read waits.
 GRACE_SECONDS = 0.5
 
-# How long a read goes on asking for a Redis that has answered before and is away.
+# How long a read is repeated while Redis is away, if it has answered before; and the pauses in between.
 RECONNECT_SECONDS = 30.0
 FIRST_PAUSE_SECONDS = 0.05
 LONGEST_PAUSE_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """One command, by the name of its method on a connection."""
+class Command:
+    """One command, by the name of its method on a connection of the redis library."""
 
     method: str
     args: tuple[Any, ...] = ()
@@ -41,11 +47,19 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
-class Together:
-    """Several commands in one round trip, and with `at_once` in one transaction; answered by a list."""
+class Pipeline:
+    """Several commands in one round trip, on request as one transaction. The reply is a list."""
 
-    calls: tuple[Call, ...]
-    at_once: bool = False
+    commands: tuple[Command, ...]
+    transaction: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Bounded:
+    """A request whose reply is wanted before `deadline`, on the monotonic clock; a bit later it is given up."""
+
+    request: Command | Pipeline
+    deadline: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,156 +67,245 @@ class Pause:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class Within:
-    """What is asked, and until when, on the monotonic clock, the answer is wanted; a bit later it is given up."""
+Step: TypeAlias = Command | Pipeline | Bounded | Pause
+Flow: TypeAlias = Generator[Step, Any, T]
 
-    ask: Call | Together
-    deadline: float
-
-
-Ask: TypeAlias = Call | Together | Pause | Within
-Talk: TypeAlias = Generator[Ask, Any, T]
+# The entries of one Redis stream: (id, {field: value}), bytes throughout.
+Entries: TypeAlias = Sequence[tuple[Any, Any]]
 
 
-def call(method: str, *args: Any) -> Call:
-    return Call(method, args)
+def command(method: str, *args: Any) -> Command:
+    return Command(method, args)
 
 
-def read_streams(after: dict[str, bytes | str], seconds: float) -> Call:
-    """Wait for entries after the given ones, at least a millisecond: none at all would mean for ever."""
-    return Call("xread", (after,), max(1, int(seconds * 1000)))
+def script_command(script: Script, keys: Sequence[Any], arguments: Sequence[Any]) -> Command:
+    """Return the command that runs a script. A driver repeats it with the script's text if Redis wants that."""
+    return Command("execute_command", script.command(keys, arguments))
 
 
-def entries_by_key(reply: Any) -> dict[str, list[tuple[Any, Any]]]:
-    """The answer to `read_streams`, whichever protocol the connection speaks."""
+def read_streams(positions: Mapping[str, bytes | str], seconds: float) -> Command:
+    """Return the command that waits for stream entries after the given ids, by key.
+
+    It waits for at least a millisecond: to Redis, zero means for ever.
+    """
+    return Command("xread", (positions,), max(1, int(seconds * 1000)))
+
+
+def entries_by_key(reply: Any) -> dict[str, Entries]:
+    """Return the entries in a reply to `read_streams`, whichever protocol the connection speaks."""
     if isinstance(reply, dict):  # RESP3, where the entries are a list in a list
         return {key.decode(): [entry for part in parts for entry in part] for key, parts in reply.items()}
     return {key.decode(): entries for key, entries in reply or ()}
 
 
-class Contact:
-    """Whether Redis has answered this client yet: one that never did is not away but missing, or mistaken."""
+class Retries:
+    """The repetition of reads while Redis is away.
+
+    Attributes:
+        answered: Redis has answered this client before. A Redis that never did is not away but missing, or its URL is
+            wrong: then nothing is repeated.
+    """
 
     def __init__(self) -> None:
-        self.made = False
+        self.answered = False
 
-    def patiently(self, ask: Call | Together, deadline: float) -> Talk[Any]:
-        """The answer to what may be asked twice, asked again while Redis is away.
+    def ask(self, request: Command | Pipeline, deadline: float = math.inf) -> Flow[Any]:
+        """Return the reply to a request that may be sent twice; send it again while Redis is away.
 
-        For `RECONNECT_SECONDS` at most, and not past the `deadline` (on the monotonic clock); then the library's error
-        is raised.
+        It is repeated for at most `RECONNECT_SECONDS`, and not past the `deadline` (on the monotonic clock). Then the
+        redis library's error is raised.
         """
-        away_since, pause = 0.0, FIRST_PAUSE_SECONDS
+        away_since, pause = math.inf, FIRST_PAUSE_SECONDS
         while True:
             try:
-                answer = yield Within(ask, deadline)
-            except Exception as reason:
+                reply = yield Bounded(request, deadline)
+            except Exception as error:
                 now = time.monotonic()
-                away_since = away_since or now
+                away_since = min(away_since, now)
                 too_late = now + pause > min(away_since + RECONNECT_SECONDS, deadline)
-                if not self.made or too_late or not _is_away(reason):
+                if not self.answered or too_late or not _means_away(error):
                     raise
                 yield Pause(pause)
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
             else:
-                self.made = True
-                return answer
+                self.answered = True
+                return reply
 
 
-def _is_away(reason: Exception) -> bool:
+def _means_away(error: Exception) -> bool:
     from redis.exceptions import ConnectionError as NoConnection
-    from redis.exceptions import TimeoutError as NoAnswer
+    from redis.exceptions import TimeoutError as NoReply
 
-    # One that is loading its data is a ConnectionError to the library, but so is one that wants a password.
-    return isinstance(reason, NoConnection | NoAnswer | OSError) and not isinstance(
-        in_words("", reason), RedisAccessDenied
+    # To the library, a Redis that loads its data is a ConnectionError, but so is one that wants a password.
+    return isinstance(error, NoConnection | NoReply | OSError) and not isinstance(
+        in_words("", error), RedisAccessDenied
     )
 
 
-def carry_out(connection: Redis, url: str, talk: Talk[T]) -> T:
-    """Hold a talk over a connection of the blocking library; what the library raises ends it as an error in words."""
-    answer: Any = None
-    error: Exception | None = None
-    while True:
+class Driver:
+    """Runs flows over connections of the blocking redis library; safe for several threads.
+
+    Raises:
+        BadRequest: not a Redis URL.
+    """
+
+    def __init__(self, redis_url: str) -> None:
+        self.redis_url = redis_url
+        self.connection = connect(redis_url)
+
+    def run(self, flow: Flow[T]) -> T:
+        """Run a flow and return its result.
+
+        Raises:
+            QueueUnavailable: Redis cannot be reached, or refuses to serve.
+            Exception: what the flow raises.
+        """
+        reply: Any = None
+        error: Exception | None = None
+        while True:
+            try:
+                step = _advance(flow, reply, error, self.redis_url)
+            except StopIteration as end:
+                result: T = end.value
+                return result
+            reply, error = None, None
+            try:
+                reply = self._take(step)
+            except Exception as reason:
+                error = reason
+
+    def _take(self, step: Step) -> Any:
+        if isinstance(step, Pause):
+            time.sleep(step.seconds)
+            return None
+        if not isinstance(step, Bounded):
+            return self._send(step)
+        bound = ANSWER_BY.set(step.deadline + GRACE_SECONDS)
         try:
-            ask = talk.send(answer) if error is None else talk.throw(error)
-        except StopIteration as end:
-            result: T = end.value
-            return result
-        except Exception as escaped:
-            if escaped is error:
-                raise _said(url, escaped) from None
-            raise
-        answer, error = None, None
-        bound = ANSWER_BY.set(ask.deadline + GRACE_SECONDS if isinstance(ask, Within) else math.inf)
-        ask = ask.ask if isinstance(ask, Within) else ask
-        try:
-            if isinstance(ask, Pause):
-                time.sleep(ask.seconds)
-            elif isinstance(ask, Together):
-                with connection.pipeline(transaction=ask.at_once) as pipeline:
-                    _put(pipeline, ask)
-                    answer = pipeline.execute()
-            else:
-                answer = _send(connection, ask)
-        except Exception as reason:
-            error = reason
+            return self._send(step.request)
         finally:
             ANSWER_BY.reset(bound)
 
-
-async def carry_out_async(connection: AsyncRedis, url: str, talk: Talk[T]) -> T:
-    """`carry_out` over a connection of the asyncio library."""
-    answer: Any = None
-    error: Exception | None = None
-    while True:
+    def _send(self, request: Command | Pipeline) -> Any:
+        if isinstance(request, Pipeline):
+            with self.connection.pipeline(transaction=request.transaction) as pipeline:
+                _queue_all(pipeline, request.commands)
+                return _without_errors(execute(pipeline))
         try:
-            ask = talk.send(answer) if error is None else talk.throw(error)
-        except StopIteration as end:
-            result: T = end.value
-            return result
-        except Exception as escaped:
-            if escaped is error:
-                raise _said(url, escaped) from None
-            raise
-        answer, error = None, None
+            return _call(self.connection, request)
+        except Exception as error:
+            if not is_unknown(error):
+                raise
+        return _call(self.connection, _with_text(request))
+
+    def close(self) -> None:
+        self.connection.close()
+
+
+class AsyncDriver:
+    """Runs flows over connections of the asyncio redis library. They are made inside the running loop, when needed.
+
+    Raises:
+        BadRequest: not a Redis URL.
+    """
+
+    def __init__(self, redis_url: str) -> None:
+        self.redis_url = redis_url
+        self.connection = connect_async(redis_url)
+
+    async def run(self, flow: Flow[T]) -> T:
+        """See `Driver.run`."""
+        reply: Any = None
+        error: Exception | None = None
+        while True:
+            try:
+                step = _advance(flow, reply, error, self.redis_url)
+            except StopIteration as end:
+                result: T = end.value
+                return result
+            reply, error = None, None
+            try:
+                reply = await self._take(step)
+            except TimeoutError:
+                from redis.exceptions import TimeoutError as NoReply
+
+                error = NoReply("Timeout: no answer")
+            except Exception as reason:
+                error = reason
+
+    async def _take(self, step: Step) -> Any:
+        if isinstance(step, Pause):
+            return await asyncio.sleep(step.seconds)
+        if not isinstance(step, Bounded):
+            return await self._send(step)
+        left = step.deadline + GRACE_SECONDS - time.monotonic()
+        async with asyncio.timeout(left if math.isfinite(left) else None):
+            return await self._send(step.request)
+
+    async def _send(self, request: Command | Pipeline) -> Any:
+        if isinstance(request, Pipeline):
+            return await self._send_pipeline(request)
         try:
-            if isinstance(ask, Pause):
-                await asyncio.sleep(ask.seconds)
-            elif isinstance(ask, Within):
-                left = ask.deadline + GRACE_SECONDS - time.monotonic()
-                async with asyncio.timeout(left if math.isfinite(left) else None):
-                    answer = await _ask_async(connection, ask.ask)
-            else:
-                answer = await _ask_async(connection, ask)
-        except TimeoutError:
-            from redis.exceptions import TimeoutError as NoAnswer
+            return await _call(self.connection, request)
+        except Exception as error:
+            if not is_unknown(error):
+                raise
+        return await _call(self.connection, _with_text(request))
 
-            error = NoAnswer("Timeout: no answer")
-        except Exception as reason:
-            error = reason
+    async def _send_pipeline(self, request: Pipeline) -> list[Any]:
+        """As `fastgpt2.protocol.scripts.execute` does for the blocking library."""
+        async with self.connection.pipeline(transaction=request.transaction) as pipeline:
+            _queue_all(pipeline, request.commands)
+            replies = await pipeline.execute(raise_on_error=False)
+            unknown = [at for at, reply in enumerate(replies) if isinstance(reply, Exception) and is_unknown(reply)]
+            if unknown:
+                _queue_all(pipeline, [_with_text(request.commands[at]) for at in unknown])
+                for at, reply in zip(unknown, await pipeline.execute(raise_on_error=False), strict=True):
+                    replies[at] = reply
+            return _without_errors(replies)
 
-
-async def _ask_async(connection: AsyncRedis, ask: Call | Together) -> Any:
-    if isinstance(ask, Together):
-        async with connection.pipeline(transaction=ask.at_once) as pipeline:
-            _put(pipeline, ask)
-            return await pipeline.execute()
-    return await _send(connection, ask)
+    async def aclose(self) -> None:
+        await self.connection.aclose()
 
 
-def _said(url: str, error: Exception) -> Exception:
+def _advance(flow: Flow[Any], reply: Any, error: Exception | None, redis_url: str) -> Step:
+    """Give a flow the reply or the error, and return its next step.
+
+    Raises:
+        StopIteration: the flow has returned.
+        QueueUnavailable: the flow has let the redis library's error pass.
+    """
+    try:
+        return flow.send(reply) if error is None else flow.throw(error)
+    except Exception as escaped:
+        if escaped is error and _is_of_redis(error):
+            raise in_words(redis_url, error) from None
+        raise
+
+
+def _is_of_redis(error: Exception) -> bool:
     from redis.exceptions import RedisError
 
-    return in_words(url, error) if isinstance(error, RedisError | OSError) else error
+    return isinstance(error, RedisError | OSError)
 
 
-def _send(connection: Any, ask: Call) -> Any:
-    blocking = {} if ask.block is None else {"block": ask.block}
-    return getattr(connection, ask.method)(*ask.args, **blocking)
+def _call(connection: Any, request: Command) -> Any:
+    blocking = {} if request.block is None else {"block": request.block}
+    return getattr(connection, request.method)(*request.args, **blocking)
 
 
-def _put(pipeline: Any, ask: Together) -> None:
-    for one in ask.calls:
-        _send(pipeline, one)
+def _queue_all(pipeline: Any, commands: Sequence[Command]) -> None:
+    for one in commands:
+        _call(pipeline, one)
+
+
+def _with_text(request: Command) -> Command:
+    return Command(request.method, with_text(request.args))
+
+
+def _without_errors(replies: list[Any]) -> list[Any]:
+    """Return the replies of a pipeline; raise the first error among them, if there is one."""
+    for reply in replies:
+        if isinstance(reply, Exception):
+            raise reply
+    return replies

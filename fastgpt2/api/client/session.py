@@ -1,50 +1,42 @@
-"""What both clients say to Redis about one job: enqueue it, ask how it is, wait for its end, cancel it."""
+"""What both clients say to Redis about one job: enqueue it, ask for its status, wait for its end, cancel it."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
-from typing import Any
+from itertools import repeat
 
 from fastgpt2 import settings
 from fastgpt2.api.client.enqueue import (
-    RESULT_TTL_SECONDS,
+    DEFAULT_RESULT_TTL_SECONDS,
+    IdempotencyKey,
     JobPlan,
     ModelLimits,
-    Once,
     check_max_queue,
-    enqueue_call,
-    enqueued,
+    enqueue_command,
+    read_enqueue_reply,
 )
-from fastgpt2.api.client.flow import (
-    Call,
-    Contact,
-    Pause,
-    Talk,
-    Together,
-    Within,
-    call,
-    entries_by_key,
-    read_streams,
-)
-from fastgpt2.api.client.outcome import Awaited, Outcome, job_key, known_status, unwrapped
+from fastgpt2.api.client.flow import Bounded, Command, Flow, Pipeline, Retries, command, script_command
+from fastgpt2.api.client.outcome import Outcome, PendingResult, decode_status, unwrap
+from fastgpt2.api.client.reader import JobReader, ReadLoop
 from fastgpt2.engine.decoding.records import GenerationResult
 from fastgpt2.errors import FastGPT2Error, JobNotFound, ResultTimeout
-from fastgpt2.protocol.keys import CANCELED, COUNT, ended_field, queues_of, totals_key
+from fastgpt2.protocol.keys import job_key, queues_of, totals_key, workers_key
+from fastgpt2.protocol.messages import Piece
+from fastgpt2.protocol.scripts import Script
 
-# How long one blocking read lasts; between two of them jobs are looked at, as a cancellation writes no result.
-WAIT_SLICE_SECONDS = 2.0
+_CANCEL = Script(__file__, "cancel")
 
-# How often a job is looked at whose worker is about to write down what it had generated.
-LOOK_SECONDS = 0.03
+# How long the reasons for a timeout may take to be read.
+EXPLANATION_SECONDS = 1.0
 
 
 class Session:
-    """The talks of one client; see `fastgpt2.api.client.flow`. It holds no connection itself.
+    """The flows of one client. A session holds no connection: a driver of `flow` runs its flows.
 
-    Args:
-        connection: any of the redis library's, for RQ's records.
+    Attributes:
+        retries: the repetition of reads while Redis is away.
+        limits: what the live workers' models can take.
 
     Raises:
         BadRequest: `max_queue` is no number of jobs.
@@ -55,175 +47,123 @@ class Session:
         self.redis_url = redis_url or settings.REDIS_URL.resolve()
         self.queue = queue or settings.QUEUE.resolve()
         self.max_queue = settings.MAX_QUEUE.resolve() if max_queue is None else max_queue
-        self.contact = Contact()
-        self._limits = ModelLimits()
+        self.retries = Retries()
+        self.limits = ModelLimits()
 
-    def enqueue(self, plan: JobPlan, connection: Any) -> Talk[str]:
-        """Returns the job's id.
+    def enqueue(self, plan: JobPlan) -> Flow[str]:
+        """Enqueue a job and return its id.
 
         Raises:
             PromptTooLong, QueueFull
         """
-        (job_id,) = yield from self.enqueue_all([plan], connection)
+        (job_id,) = yield from self.enqueue_all([plan])
         return job_id
 
-    def enqueue_all(
-        self, plans: Sequence[JobPlan], connection: Any, once: Sequence[Once] | None = None
-    ) -> Talk[list[str]]:
-        """All of them or none. Returns their ids.
+    def enqueue_all(self, plans: Sequence[JobPlan], keys: Sequence[IdempotencyKey] | None = None) -> Flow[list[str]]:
+        """Enqueue several jobs, all or none, and return their ids.
 
         Args:
-            once: of each, that it is to be enqueued once; its id is then that of the first time.
+            keys: one for each plan. Where an earlier request with the same key enqueued the job, its id is returned.
 
         Raises:
             PromptTooLong, QueueFull, IdempotencyMismatch
         """
         yield from self.refresh_limits()
         for plan in plans:
-            self._limits.check(plan.request)
-        keys: Sequence[Once | None] = once or [None] * len(plans)
+            self.limits.check(plan.request)
         made = [
-            enqueue_call(plan, self.queue, self.max_queue, connection, key)
-            for plan, key in zip(plans, keys, strict=True)
+            enqueue_command(plan, self.queue, self.max_queue, key)
+            for plan, key in zip(plans, keys or repeat(None, len(plans)), strict=True)
         ]
-        answers = [(yield made[0][1])] if len(made) == 1 else (yield Together(tuple(script for _, script in made)))
-        self.contact.made = True
-        ends = [self.enqueued(job_id, answer) for (job_id, _), answer in zip(made, answers, strict=True)]
-        refused = next((end for end in ends if isinstance(end, FastGPT2Error)), None)
-        if refused is not None:
-            new = [end for (job_id, _), end in zip(made, ends, strict=True) if end == job_id]
-            if new:
-                yield Together(tuple(cancel_call(job_id, self.queue) for job_id in new))
-            raise refused
-        return [end for end in ends if isinstance(end, str)]
+        commands = tuple(one for _, one in made)
+        replies = [(yield commands[0])] if len(commands) == 1 else (yield Pipeline(commands))
+        self.retries.answered = True
+        outcomes = [
+            read_enqueue_reply(job_id, reply, self.queue, self.max_queue)
+            for (job_id, _), reply in zip(made, replies, strict=True)
+        ]
+        refusal = next((outcome for outcome in outcomes if isinstance(outcome, FastGPT2Error)), None)
+        if refusal is None:
+            return [outcome for outcome in outcomes if isinstance(outcome, str)]
+        new = [job_id for (job_id, _), outcome in zip(made, outcomes, strict=True) if outcome == job_id]
+        if new:
+            yield Pipeline(tuple(cancel_command(job_id, self.queue) for job_id in new))
+        raise refusal
 
-    def check_limits(self, plan: JobPlan) -> None:
-        """Raises PromptTooLong, going by what `refresh_limits` read."""
-        self._limits.check(plan.request)
-
-    def enqueued(self, job_id: str, answer: Any) -> str | FastGPT2Error:
-        """See `fastgpt2.api.client.enqueue.enqueued`."""
-        return enqueued(job_id, answer, self.queue, self.max_queue)
-
-    def refresh_limits(self) -> Talk[None]:
+    def refresh_limits(self) -> Flow[None]:
         """Read what the live workers' models can take, unless it was read just now."""
-        if self._limits.are_fresh():
+        if self.limits.are_fresh():
             return
-        names = yield call("smembers", f"rq:workers:{self.queue}")
-        asked = tuple(call("hmget", name, "n_positions", "longest_token_bytes") for name in names)
-        self._limits.note((yield Together(asked)) if asked else [])
+        names = yield command("smembers", workers_key(self.queue))
+        asked = tuple(command("hmget", name, "n_positions", "longest_token_bytes") for name in names)
+        self.limits.update((yield Pipeline(asked)) if asked else [])
 
-    def status(self, job_id: str) -> Talk[str]:
-        """Raises JobNotFound."""
-        return known_status(job_id, (yield call("hget", job_key(job_id), "status")))
+    def status(self, job_id: str) -> Flow[str]:
+        """Return RQ's status of a job.
 
-    def cancel(self, job_id: str) -> Talk[bool]:
-        """Whether it had not ended yet. Raises JobNotFound."""
-        return was_cancelled(job_id, (yield cancel_call(job_id, self.queue)))
+        Raises:
+            JobNotFound
+        """
+        return decode_status(job_id, (yield command("hget", job_key(job_id), "status")))
 
-    def workers(self) -> Talk[int]:
-        """How many workers are registered on the queue."""
-        count: int = yield call("scard", f"rq:workers:{self.queue}")
+    def cancel(self, job_id: str) -> Flow[bool]:
+        """Cancel a job. Returns False if it had ended already.
+
+        Raises:
+            JobNotFound
+        """
+        reply = yield cancel_command(job_id, self.queue)
+        if reply < 0:
+            raise JobNotFound(f"no job {job_id!r}: it was never enqueued here, or its result has expired")
+        return bool(reply)
+
+    def workers(self) -> Flow[int]:
+        """Return how many workers are registered on the queue."""
+        count: int = yield command("scard", workers_key(self.queue))
         return count
 
-    def result(self, job_id: str, timeout: float | None) -> Talk[GenerationResult]:
-        """Wait for the job's end."""
-        job, deadline = Awaited(job_id), deadline_in(timeout)
+    def result(self, job_id: str, timeout: float | None) -> Flow[GenerationResult]:
+        """Wait for a job's end. Returns its result, or raises what `Job.result` raises."""
+        reader, loop = JobReader(job_id), ReadLoop(self.retries, timeout)
+        while reader.outcome is None:
+            yield from self._wait(reader, loop)
+        return unwrap(reader.outcome)
+
+    def next_piece(self, reader: JobReader, loop: ReadLoop) -> Flow[Piece | None]:
+        """Wait for the next piece of a job's text. Returns None at its end, or raises what `Job.result` raises."""
         while True:
-            answers = yield from self.contact.patiently(job.look(), deadline)
-            ended = job.seen(answers, time.monotonic())
-            if ended is None:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise (yield from self.timed_out(job_id, timeout))
-                if job.letting_go:
-                    yield Pause(min(LOOK_SECONDS, left))
-                    continue
-                # After what was read, not after what is there by now: that would be waited for in vain.
-                news = read_streams({job.key: job.after}, min(WAIT_SLICE_SECONDS, left))
-                reply = entries_by_key((yield from self.contact.patiently(news, deadline)))
-                ended = job.heard(reply.get(job.key, []))
-            if ended is not None:
-                return unwrapped(ended)
+            for piece in reader.pieces():
+                return piece
+            if reader.outcome is not None:
+                unwrap(reader.outcome)
+                return None
+            yield from self._wait(reader, loop)
 
-    def outcome(self, job_id: str) -> Talk[Outcome | None]:
-        """How the job ended, JobNotFound if there is none; None while it has not."""
-        job = Awaited(job_id)
-        return job.seen((yield job.look()), time.monotonic())
+    def _wait(self, reader: JobReader, loop: ReadLoop) -> Flow[None]:
+        yield from loop.turn([reader])
+        if loop.timed_out and reader.outcome is None:
+            raise (yield from self.timeout_error(reader.id, loop.timeout))
 
-    def timed_out(self, job_id: str, timeout: float | None) -> Talk[FastGPT2Error]:
-        """What to raise when the caller would not wait any longer."""
-        soon = time.monotonic() + 1.0
-        calls = call("hget", job_key(job_id), "status"), call("scard", f"rq:workers:{self.queue}")
-        status, workers = yield Within(Together(calls), soon)
-        status = known_status(job_id, status)
+    def outcome(self, job_id: str) -> Flow[Outcome | None]:
+        """Return how a job ended, JobNotFound if there is no such job; None if it has not ended."""
+        pending = PendingResult(job_id)
+        pending.on_state((yield pending.query()), time.monotonic())
+        return pending.outcome
+
+    def timeout_error(self, job_id: str, timeout: float | None) -> Flow[FastGPT2Error]:
+        """Return what to raise when the caller waits no longer: it says where the job stands.
+
+        Raises:
+            JobNotFound
+        """
+        asked = command("hget", job_key(job_id), "status"), command("scard", workers_key(self.queue))
+        status, workers = yield Bounded(Pipeline(asked), time.monotonic() + EXPLANATION_SECONDS)
+        status = decode_status(job_id, status)
         hint = "" if workers else f"; no worker listens on the queue {self.queue!r}: start `fastgpt2 up`"
         return ResultTimeout(f"job {job_id} is {status}, no result within {timeout:g} s{hint}")
 
 
-def deadline_in(timeout: float | None) -> float:
-    """On the monotonic clock."""
-    return math.inf if timeout is None else time.monotonic() + timeout
-
-
-# NOTE api.cancelling: Cancelling a job by one script, so that it cannot overwrite the end that a worker writes at the
-# same moment.
-
-# As `rq.job.Job.cancel` does (status, queue, registries), but only for what has not ended, and with an expiry.
-# Cancelled jobs are registered for ever by RQ: a few whose hash has expired are taken off on the way.
-_CANCEL = f"""
--- KEYS: the job. ARGV: its id, the seconds that it is kept if it does not say, the totals of a pool, and the queues of
--- this pool: for a job of another one, nothing is counted. 1 if cancelled, 0 if it had ended.
-{COUNT}
-local status, origin, ttl = unpack(redis.call("HMGET", KEYS[1], "status", "origin", "result_ttl"))
-if not status then
-    return -1
-end
-if status == "finished" or status == "failed" or status == "stopped" or status == "canceled" then
-    return 0
-end
-origin, ttl = origin or "", tonumber(ttl or 0) or 0
-if ttl <= 0 then
-    ttl = tonumber(ARGV[2])
-end
-redis.call("HSET", KEYS[1], "status", "canceled")
-redis.call("EXPIRE", KEYS[1], ttl)
-redis.call("LREM", "rq:queue:" .. origin, 0, ARGV[1])
-if status == "started" then
-    for _, execution in ipairs(redis.call("ZRANGE", "rq:executions:" .. ARGV[1], 0, -1)) do
-        redis.call("ZREM", "rq:wip:" .. origin, ARGV[1] .. ":" .. execution)
-    end
-else
-    redis.call("HSET", KEYS[1], "worker_name", "")
-    for _, registry in ipairs({{"deferred", "scheduled", "ready"}}) do
-        redis.call("ZREM", "rq:" .. registry .. ":" .. origin, ARGV[1])
-    end
-end
-local now, registry = tonumber(redis.call("TIME")[1]), "rq:canceled:" .. origin
-for _, id in ipairs(redis.call("ZRANGEBYSCORE", registry, "-inf", now, "LIMIT", 0, 100)) do
-    if redis.call("EXISTS", "rq:job:" .. id) == 0 then
-        redis.call("ZREM", registry, id)
-    end
-end
-redis.call("ZADD", registry, now + ttl, ARGV[1])
-for i = 4, #ARGV do
-    if ARGV[i] == origin then
-        count(ARGV[3], "{ended_field(*CANCELED)}", 1)
-    end
-end
-return 1
-"""
-
-
-def cancel_call(job_id: str, queue: str) -> Call:
-    """What cancels a job that is not over, and counts it among the pool's; see `was_cancelled` for its answer."""
-    # The totals are no KEYS: a user of Redis would need all rights to them, not only to count.
-    words = job_id, RESULT_TTL_SECONDS, totals_key(queue), *queues_of(queue)
-    return call("eval", _CANCEL, 1, job_key(job_id), *words)
-
-
-def was_cancelled(job_id: str, answer: Any) -> bool:
-    """Raises JobNotFound."""
-    if answer < 0:
-        raise JobNotFound(f"no job {job_id!r}: it was never enqueued here, or its result has expired")
-    return bool(answer)
+def cancel_command(job_id: str, queue: str) -> Command:
+    """Return the command that cancels a job which has not ended, and counts it for the pool; see `cancel.lua`."""
+    arguments = job_id, DEFAULT_RESULT_TTL_SECONDS, totals_key(queue), *queues_of(queue)
+    return script_command(_CANCEL, [job_key(job_id)], arguments)

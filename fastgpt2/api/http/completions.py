@@ -18,7 +18,7 @@ from starlette.responses import Response
 
 from fastgpt2 import __version__
 from fastgpt2.api.client.enqueue import JobPlan, plan_job
-from fastgpt2.api.client.outcome import unwrapped
+from fastgpt2.api.client.outcome import unwrap
 from fastgpt2.api.http.requests import read_object
 from fastgpt2.api.http.responses import (
     JSON,
@@ -357,7 +357,7 @@ async def _chunks(waiting: PendingJobs, completion: Completion, envelope: Comple
             logprobs = _logprobs(what.logprobs) if completion.request.logprobs is not None else None
             choice = _choice(number, what.text, None, logprobs)
         else:
-            result = unwrapped(what)
+            result = unwrap(what)
             results.append(result)
             if not completion.plans[number].options.stream:
                 choice = _choice(number, result.text, None, _logprobs_of(result, completion))

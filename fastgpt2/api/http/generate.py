@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from fastgpt2.api.client.enqueue import JobPlan, plan_job
-from fastgpt2.api.client.outcome import unwrapped
+from fastgpt2.api.client.outcome import unwrap
 from fastgpt2.api.http.requests import read_object
 from fastgpt2.api.http.responses import JSON, KEEP_ALIVE, AppendOnlyTexts, EventStream, error_object, event
 from fastgpt2.api.http.service import PendingJobs, Service
@@ -230,7 +230,7 @@ async def _token_events(waiting: PendingJobs, asked: Generation) -> AsyncIterato
                 yield event(_token_event(number, tokens, text))
             sent = max(sent, len(tokens) - 1)
             continue
-        result = unwrapped(what)
+        result = unwrap(what)
         tokens = list(result.logprobs or ())
         for number in range(sent, len(tokens)):
             body = _token_event(number, tokens, result.text)

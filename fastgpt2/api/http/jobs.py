@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 from starlette.requests import Request
 from starlette.responses import Response
 
-from fastgpt2.api.client.enqueue import JobPlan, once_each, plan_job
-from fastgpt2.api.client.outcome import Outcome, job_key, unwrapped
+from fastgpt2.api.client.enqueue import JobPlan, idempotency_keys, plan_job
+from fastgpt2.api.client.outcome import Outcome, unwrap
 from fastgpt2.api.http.requests import read_object
 from fastgpt2.api.http.responses import JSON, KEEP_ALIVE, EventStream, error_object, event
 from fastgpt2.api.http.service import PendingJobs, Service, idempotency_key
@@ -19,7 +19,7 @@ from fastgpt2.engine.decoding.records import Count
 from fastgpt2.errors import BadRequest, FastGPT2Error, JobFailed, JobNotFound
 from fastgpt2.fields import fields_of, one_of
 from fastgpt2.protocol.connection import redis_errors
-from fastgpt2.protocol.keys import ATTEMPTS_FIELD, queues_of
+from fastgpt2.protocol.keys import ATTEMPTS_FIELD, job_key, queues_of
 from fastgpt2.protocol.messages import Piece, ResultObject, refuse_unknown, result_to_json
 from fastgpt2.protocol.untrusted import epoch_seconds, text, whole
 
@@ -85,8 +85,8 @@ class Jobs:
         fields = {name: value for name, value in body.items() if name != "prompt" and value is not None}
         plan = plan_job(body["prompt"], fields)
         key = idempotency_key(request)
-        once = None if key is None else once_each(f"job {key}", 1, plan)
-        (job_id,) = await self._client.enqueue_all([plan], once)
+        keys = None if key is None else idempotency_keys(f"job {key}", 1, plan)
+        (job_id,) = await self._service.driver.run(self._service.session.enqueue_all([plan], keys))
         return JSON(await self._describe(job_id), 202, {"location": f"/v1/jobs/{job_id}", "x-job-id": job_id})
 
     async def show(self, request: Request) -> Response:
@@ -140,7 +140,7 @@ class Jobs:
         with redis_errors(self._client.redis_url):
             fields: Any = await self._client.connection.hmget(job_key(job_id), list(names))
         status, enqueued_at, started_at, ended_at, worker, attempts = fields
-        end = _end(await self._client.outcome(job_id))
+        end = _end(await self._service.driver.run(self._service.session.outcome(job_id)))
         return {
             "id": job_id,
             "object": "job",
@@ -171,7 +171,7 @@ async def _text_events(waiting: PendingJobs, known: int) -> AsyncIterator[bytes]
             if new:
                 yield event({"text": new, "at": start}, event_id=str(start + len(new)))
         else:
-            yield event(_end(unwrapped(what)), "end")
+            yield event(_end(unwrap(what)), "end")
 
 
 def _end(outcome: Outcome | None) -> EndEvent:

@@ -13,10 +13,11 @@ from typing import Any, Self
 from starlette.requests import Request
 
 from fastgpt2.api.client.async_client import AsyncClient
-from fastgpt2.api.client.enqueue import JobPlan, once_each
-from fastgpt2.api.client.outcome import Outcome, unwrapped
+from fastgpt2.api.client.enqueue import JobPlan, idempotency_keys
+from fastgpt2.api.client.outcome import Outcome, unwrap
+from fastgpt2.api.client.reader import JobReader
 from fastgpt2.api.http.requests import ClientGone, DisconnectListener
-from fastgpt2.api.http.watch import Watch, Watched
+from fastgpt2.api.http.watch import Watch
 from fastgpt2.engine.decoding.records import GenerationResult
 from fastgpt2.errors import BadRequest, FastGPT2Error, ResultTimeout, ServiceBusy, ServiceStopping
 from fastgpt2.protocol.connection import redis_errors
@@ -79,6 +80,8 @@ class Service:
 
     def __init__(self, redis_url: str, queue: str, bounds: Bounds, stopping: Callable[[], bool]) -> None:
         self.client = AsyncClient(redis_url, queue, bounds.max_queue)
+        # For what the client has no method for, the routes run flows of its session themselves.
+        self.session, self.driver = self.client._session, self.client._driver
         self.bounds = bounds
         self.watch = Watch(self.client)
         self.pending: set[PendingJobs] = set()
@@ -126,10 +129,10 @@ class Service:
         """
         self._check_room(len(plans))
         key = idempotency_key(request)
-        once = None if key is None else once_each(key, len(plans), asked)
-        job_ids = await self.client.enqueue_all(plans, once)
+        keys = None if key is None else idempotency_keys(key, len(plans), asked)
+        job_ids = await self.driver.run(self.session.enqueue_all(plans, keys))
         streamed = [plan.options.stream for plan in plans]
-        with PendingJobs(self, request, job_ids, streamed, once is None, self.bounds.timeout) as pending:
+        with PendingJobs(self, request, job_ids, streamed, keys is None, self.bounds.timeout) as pending:
             try:
                 yield pending
             finally:
@@ -198,7 +201,7 @@ class PendingJobs:
         self._service = service
         self._listener = DisconnectListener(request, self.signal.set)
         self._timeout = timeout
-        self.jobs: list[Watched] = [
+        self.jobs: list[JobReader] = [
             service.watch.follow(job_id, stream, self.signal, new)
             for job_id, stream in zip(job_ids, streamed, strict=True)
         ]
@@ -256,7 +259,7 @@ class PendingJobs:
         if self._listener.is_gone:
             raise ClientGone("the client closed the connection")
         if time.monotonic() >= self._deadline:
-            raise await self._service.client.timed_out(job_id, self._timeout)
+            raise await self._service.driver.run(self._service.session.timeout_error(job_id, self._timeout))
         if self._service.is_closing:
             raise ServiceStopping(f"the endpoint is being stopped; job {job_id} goes on")
 
@@ -269,7 +272,7 @@ class PendingJobs:
         found: dict[int, GenerationResult] = {}
         async for event in self.events():
             if event is not None and not isinstance(event[1], Piece):
-                found[event[0]] = unwrapped(event[1])
+                found[event[0]] = unwrap(event[1])
         return [found[number] for number in range(len(self.jobs))]
 
     async def wait(self) -> None:

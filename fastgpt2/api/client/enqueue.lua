@@ -1,0 +1,42 @@
+-- Put a job into its queue, unless the queue is full or an earlier request with the same idempotency key asked for it.
+-- The script may be repeated: a job that is there already was sent by the same client, which did not hear the answer.
+--
+-- KEYS: 1 the job's hash; 2 its queue; 3 the set of queues; 4 and on: the queues that count towards the limit; the last
+--       one: the hash kept of the idempotency key, or the job's hash once more.
+-- ARGV: 1 the job's id; 2 how many jobs may wait, or 0 for no limit; 3 the key of the pool's totals, where a refusal is
+--       counted; 4 a digest of what the request asks for, or "" without an idempotency key; 5 for how many seconds the
+--       digest is kept; 6 and on: the fields of the job's hash and their values.
+-- Returns 0 if the job is in its queue; the number of waiting jobs if the queue is full; for an earlier request with
+--         this key the id of its job, or "" if it asked for something else.
+-- include count
+if redis.call("EXISTS", KEYS[1]) == 1 then
+    return 0
+end
+if ARGV[4] ~= "" then
+    local known = redis.call("HMGET", KEYS[#KEYS], "job", "asked")
+    local status = known[1] and redis.call("HGET", "$JOB_PREFIX" .. known[1], "status")
+    if status and known[2] ~= ARGV[4] then
+        return ""
+    elseif status and status ~= "canceled" then
+        return known[1]
+    end
+end
+local limit = tonumber(ARGV[2])
+if limit > 0 then
+    local depth = 0
+    for i = 4, #KEYS - 1 do
+        depth = depth + redis.call("LLEN", KEYS[i])
+    end
+    if depth >= limit then
+        count(ARGV[3], "$REFUSED", 1)
+        return depth
+    end
+end
+if ARGV[4] ~= "" then
+    redis.call("HSET", KEYS[#KEYS], "job", ARGV[1], "asked", ARGV[4])
+    redis.call("EXPIRE", KEYS[#KEYS], ARGV[5])
+end
+redis.call("SADD", KEYS[3], KEYS[2])
+redis.call("HSET", KEYS[1], unpack(ARGV, 6))
+redis.call("RPUSH", KEYS[2], ARGV[1])
+return 0
