@@ -429,12 +429,12 @@ def test_cache_folder_is_the_client_s_own(caller: Caller) -> None:
     code = """
 import importlib, json, os, sys
 from huggingface_hub import constants
-from fastgpt2.engine.model.hub import cache_folder
+from fastgpt2.engine.model.hub import hub_cache_folder
 pairs = []
 for environment in json.loads(sys.argv[1]):
     os.environ.update(environment)
     importlib.reload(constants)
-    pairs.append((str(cache_folder()), constants.HF_HUB_CACHE))
+    pairs.append((str(hub_cache_folder()), constants.HF_HUB_CACHE))
     for name in environment:
         del os.environ[name]
 print(json.dumps(pairs))
