@@ -60,13 +60,13 @@ def machine() -> Values:
     """What a measurement is worth little without. Imports numpy: hold BLAS to one thread before."""
     import numpy
 
-    from fastgpt2.engine.kernels.openblas import numpys_kernel
+    from fastgpt2.engine.kernels.openblas import identify_blas
     from fastgpt2.engine.machine import cpu_name, usable_cores
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     system = f"{platform.system()} {platform.release()} {platform.machine()}"
     hardware = {"cpu": cpu_name(), "cores": usable_cores(), "memory_gb": round(memory / 1e9, 1), "system": system}
-    software = {"python": platform.python_version(), "numpy": numpy.__version__, "blas": numpys_kernel()}
+    software = {"python": platform.python_version(), "numpy": numpy.__version__, "blas": identify_blas()}
     return {**hardware, **software, "fastgpt2": __version__, "date": time.strftime("%Y-%m-%d %H:%M %Z")}
 
 

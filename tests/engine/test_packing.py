@@ -19,12 +19,13 @@ from safetensors.numpy import load_file
 from support.running import GOLDEN
 
 from fastgpt2.cli import main
-from fastgpt2.engine import machine as sizing
+from fastgpt2.engine import machine
 from fastgpt2.engine.engine import Engine
+from fastgpt2.engine.kernels.panels import Layout
 from fastgpt2.engine.loading import load_network
 from fastgpt2.engine.model.checkpoint import Checkpoint
 from fastgpt2.engine.model.config import read_config
-from fastgpt2.engine.model.packing import Layout, Packed, checksum, pack_path, packed_in_cache, packed_in_memory
+from fastgpt2.engine.model.packing import PackedFile, checksum, pack_in_cache, pack_in_memory, pack_path
 from fastgpt2.engine.model.weights import expected_shapes
 from fastgpt2.engine.network.gpt2 import GPT2
 from fastgpt2.engine.network.step import Segment
@@ -37,7 +38,7 @@ NARROW = Layout("16", lambda _n_in, _n_out: 16)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of the test's own, and tiny checkpoints large enough for it."""
     monkeypatch.setenv("FASTGPT2_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(sizing, "MIN_BYTES", 0)
+    monkeypatch.setattr(machine, "MIN_BYTES", 0)
     return tmp_path / "cache"
 
 
@@ -46,10 +47,10 @@ def folder(tmp_path: Path) -> Path:
     return shutil.copytree(GOLDEN / "checkpoints" / "masks_misaligned", tmp_path / "model")
 
 
-def pack(folder: Path, cache: Path) -> Packed:
+def pack(folder: Path, cache: Path) -> PackedFile:
     checkpoint, config = Checkpoint.open(folder), read_config(folder / "config.json")
     path = pack_path(cache, checkpoint, "some/model", NARROW)
-    return packed_in_cache(path, checkpoint, config, "some/model", NARROW)
+    return pack_in_cache(path, checkpoint, config, "some/model", NARROW)
 
 
 def load(folder: Path) -> GPT2:
@@ -84,7 +85,7 @@ def unpacked(stored: NDArray[Any], shape: tuple[int, ...], transposed: bool) -> 
 def test_a_packed_file_holds_the_checkpoint(case: str, in_cache: bool, cache: Path) -> None:
     folder = GOLDEN / "checkpoints" / case
     original, config = Checkpoint.open(folder), read_config(folder / "config.json")
-    packed = pack(folder, cache) if in_cache else packed_in_memory(original, config, case, NARROW)
+    packed = pack(folder, cache) if in_cache else pack_in_memory(original, config, case, NARROW)
     # A standard file, by the library's judgement.
     stored = load_file(packed_files(cache)[0] if in_cache else f"/proc/self/fd/{packed.fd}")
     head = "wte.weight" if config.tie_word_embeddings else "lm_head.weight"
@@ -156,7 +157,7 @@ def test_a_spoiled_record_of_measurements_is_measured_anew(folder: Path, cache: 
 
 
 def test_a_small_model_leaves_nothing_in_the_cache(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sizing, "MIN_BYTES", 64 << 20)
+    monkeypatch.setattr(machine, "MIN_BYTES", 64 << 20)
     assert_right(folder, load(folder))
     assert not cache.exists()
 
@@ -212,7 +213,7 @@ def test_a_file_of_another_shape_is_made_anew(folder: Path, cache: Path, caplog:
     pack(folder, cache)
     (path,) = packed_files(cache)
     checkpoint, config = Checkpoint.open(folder), read_config(folder / "config.json")
-    packed_in_cache(path, checkpoint, config, "some/model", Layout("16", lambda _n_in, _n_out: 32))
+    pack_in_cache(path, checkpoint, config, "some/model", Layout("16", lambda _n_in, _n_out: 32))
     assert f"{path} is damaged; packing anew" in caplog.text
 
 
@@ -254,10 +255,10 @@ def test_a_cache_that_cannot_be_written_costs_memory_only(
 RUN = """
 import logging, resource, sys
 from pathlib import Path
-from fastgpt2.engine import loading, sizing
+from fastgpt2.engine import loading, machine
 from fastgpt2.engine.model.config import read_config
 logging.basicConfig(level="INFO", format="%(message)s")
-sizing.MIN_BYTES = 0
+machine.MIN_BYTES = 0
 limit = int(sys.argv[2])
 if limit:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
