@@ -1,4 +1,4 @@
-"""What is measured of a machine: found where it is, kept, and taken up again."""
+"""What is measured on a machine is found where it is, kept, and taken up again."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Array = NDArray[np.float32]
 
 
 class Rounding:
-    """A BLAS that takes another kernel from so many rows on: the same product, but for its last bit."""
+    """A BLAS that takes another kernel for more than `most` rows: the same product, but for its last bit."""
 
     name = "rounding"
     exact = False
@@ -95,7 +95,7 @@ def test_panels_of_a_plain_layout_are_shared_evenly() -> None:
 
 def test_the_fastest_width_is_the_one_that_takes_the_least_time() -> None:
     class Slow:
-        """Panels of 32 at once; for any other, a nap."""
+        """A BLAS that is quick for panels of 32 columns, and takes a nap for any other."""
 
         name = "slow"
         exact = False
@@ -188,7 +188,7 @@ def test_the_batch_of_a_large_model_is_measured_once(
 
 
 def test_what_was_measured_with_more_memory_is_known_with_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker's container has less than that of the one which packs; with more memory than then, more is tried."""
+    """A worker's container has less memory than the one that packs. With more memory than then, more is tried."""
     monkeypatch.setattr(step_times, "is_large", lambda config: config.n_layer > 0)
     config = read_config(DEMO_FOLDER / "config.json")
     tried: list[int] = []

@@ -1,4 +1,4 @@
-"""Compiled products: right for every shape, the same bits whatever stands beside a row, chosen by measurement."""
+"""Compiled products are right for every shape, give a row its bits whatever stands beside it, and win by the clock."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def products() -> dict[tuple[str, Registers | None], CompiledProduct]:
 
 
 def stored(kind: str, rng: np.random.Generator, shape: tuple[int, ...]) -> tuple[NDArray[Any], NDArray[np.float64]]:
-    """Random weights as they lie in a file, and the numbers that they are."""
+    """Return random weights as they lie in a file, and the numbers that they are."""
     if kind == "int8":
         whole = rng.integers(-127, 128, shape).astype(np.int8)
         return whole, whole.astype(np.float64)
@@ -49,7 +49,7 @@ def stored(kind: str, rng: np.random.Generator, shape: tuple[int, ...]) -> tuple
 
 
 def multiply(product: CompiledProduct, x: Array, panels: NDArray[Any]) -> Array:
-    """Rows that lie apart, as in a buffer that is wider, into columns of a wider buffer."""
+    """Multiply rows that lie apart, as in a buffer that is wider, into columns of a wider buffer."""
     rows, n = x.shape[0], panels.shape[0]
     wide = np.full((rows, x.shape[1] + 3), np.nan, np.float32)
     wide[:, : x.shape[1]] = x
@@ -80,7 +80,7 @@ def test_products_are_right_and_a_rows_bits_its_own(
 
 
 def test_no_panels_and_no_rows_are_no_work(products: dict[tuple[str, Registers | None], CompiledProduct]) -> None:
-    """The share of a process when there are more processes than panels."""
+    """A process has no panels if there are more processes than panels."""
     product = products["int8", None]
     assert multiply(product, np.ones((3, 5), np.float32), np.empty((0, 5, COMPILED_WIDTH), np.int8)).shape == (3, 0)
     assert multiply(product, np.ones((0, 5), np.float32), np.ones((2, 5, COMPILED_WIDTH), np.int8)).shape == (0, 32)

@@ -1,4 +1,4 @@
-"""What a container's CPU quota comes to."""
+"""A container's CPU quota is counted in whole cores."""
 
 from __future__ import annotations
 

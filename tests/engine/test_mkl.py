@@ -1,4 +1,4 @@
-"""MKL on the same panels: right, asked for by name, or chosen by measurement."""
+"""MKL multiplies the same panels, asked for by name or chosen by measurement."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ needs_mkl = pytest.mark.skipif(not mkl.is_installed(), reason="MKL is not instal
     ("n", "chunks", "m", "n_in", "width"), [(1, 1, 1, 5, 16), (3, 2, 7, 33, 32), (5, 1, 2, 768, 64)]
 )
 def test_a_product(n: int, chunks: int, m: int, n_in: int, width: int) -> None:
-    """Rows that lie apart, as in a buffer that is wider, into columns of a wider buffer."""
+    """The rows lie apart, as in a buffer that is wider, and the result goes into columns of a wider buffer."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((1, chunks, m, n_in + 3), np.float32)[..., :n_in]
     panels = rng.standard_normal((n, 1, n_in, width), np.float32)
@@ -43,7 +43,7 @@ def test_a_product(n: int, chunks: int, m: int, n_in: int, width: int) -> None:
 
 @needs_mkl
 def test_no_panels_are_no_work() -> None:
-    """The share of a process when there are more processes than panels."""
+    """A process has no panels if there are more processes than panels."""
     nothing = np.empty((0, 1, 5, 16), np.float32)
     mkl.MKLProduct()(np.ones((1, 1, 2, 5), np.float32), nothing, np.empty((0, 1, 2, 16), np.float32))
 

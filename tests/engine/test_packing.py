@@ -1,4 +1,4 @@
-"""Packed weights: made once, mapped by all, made anew when they do not fit, done without when they cannot be kept."""
+"""Packed files are made once, mapped by all, made anew if they do not fit, and done without if they cannot be kept."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NARROW = Layout("16", lambda _n_in, _n_out: 16)
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of the test's own, and tiny checkpoints large enough for it."""
+    """Give the test a cache of its own, for which tiny checkpoints are large enough."""
     monkeypatch.setenv("FASTGPT2_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(machine, "MIN_BYTES", 0)
     return tmp_path / "cache"
@@ -69,7 +69,7 @@ def assert_right(folder: Path, network: GPT2) -> None:
 
 
 def unpacked(stored: NDArray[Any], shape: tuple[int, ...], transposed: bool) -> NDArray[Any]:
-    """What a tensor of the packed file says, written out the slow way; and that nothing else is in it."""
+    """Unpack a tensor of the packed file the slow way, and check that nothing else is in it."""
     if stored.ndim < 3:
         assert not stored[shape[0] :].any()
         return stored[: shape[0]]
@@ -136,7 +136,7 @@ def test_a_large_model_is_packed_on_its_first_load_and_measured_once(
 def test_what_a_worker_would_measure_is_measured_with_it(
     cache: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """So that a worker whose cache is a read-only volume has it."""
+    """A worker whose cache is a read-only volume needs these measurements there."""
     caplog.set_level(logging.INFO)
     assert main(["pack", "demo", "--measure", "--threads", "1"]) == 0
     (path,) = packed_files(cache)
@@ -189,7 +189,7 @@ def test_a_changed_byte_is_noticed(folder: Path, cache: Path, caplog: pytest.Log
 
 
 def test_a_copied_file_is_checked_and_taken(folder: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """As a volume or an image layer is: the same bytes under another time."""
+    """A volume or the layer of an image has the same bytes under another time."""
     pack(folder, cache)
     (path,) = packed_files(cache)
     inode, sealed = path.stat().st_ino, path.stat().st_mtime_ns
@@ -316,7 +316,7 @@ def test_a_full_disk_is_no_loss(folder: Path, cache: Path) -> None:
 def test_a_disk_with_too_little_room_is_known_before_it_is_filled(
     folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What `statvfs` would say of a small volume; the rest is real."""
+    """The free space is what `statvfs` would say of a small volume; the rest is real."""
     little = shutil.disk_usage(folder)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: little)
     assert_right(folder, load(folder))

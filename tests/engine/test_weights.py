@@ -1,4 +1,4 @@
-"""Compact weights: rounded as said, packed once beside the float32 file, computed with as they are stored."""
+"""Compact weights are rounded as documented, packed beside the float32 file, and computed with as they are stored."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def logits(network: GPT2, ids: list[int]) -> Array:
 
 
 def test_bfloat16_is_rounded_to_the_nearest() -> None:
-    """bfloat16 has 8 bits of precision: from 1 on its numbers are 2**-7 apart."""
+    """bfloat16 has 8 bits of precision, so that its numbers from 1 on are 2**-7 apart."""
     step = 2.0**-7
     given = [1.0, 1 + step, 1 + 0.49 * step, 1 + 0.51 * step, 1 + 0.5 * step, 1 + 1.5 * step, -(1 + 0.51 * step), 0.0]
     nearest = [1.0, 1 + step, 1.0, 1 + step, 1.0, 1 + 2 * step, -(1 + step), 0.0]
@@ -77,7 +77,7 @@ def test_int8_has_a_scale_a_column() -> None:
 
 
 def rounded(kind: str, columns: Array) -> Array:
-    """What becomes of a weight [K, N], written down anew."""
+    """Round a weight [K, N] as it should be rounded, by code of the test's own."""
     if kind == "bfloat16":
         flat = [struct.unpack(">H", struct.pack(">f", x)[:2])[0] << 16 for x in columns.ravel().tolist()]
         low = np.array(flat, np.uint32).view(np.float32)
@@ -93,7 +93,7 @@ def rounded(kind: str, columns: Array) -> Array:
 @pytest.mark.parametrize("kind", ["bfloat16", "int8"])
 @pytest.mark.parametrize("name", ["odd_heads", "untied", "masks_misaligned"])
 def test_what_is_computed_is_float32_of_the_rounded_weights(tmp_path: Path, name: str, kind: str) -> None:
-    """A checkpoint of the rounded numbers, run as float32, is what the compact one must give."""
+    """The compact weights must give what a checkpoint of the rounded numbers gives in float32."""
     source = GOLDEN / "checkpoints" / name
     folder = shutil.copytree(source, tmp_path / "model")
     tensors = load_file(source / "model.safetensors")
