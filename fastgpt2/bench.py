@@ -40,7 +40,7 @@ READ_BYTES = 512 << 20
 # Megabytes of weights that may well stay in a last-level cache.
 SMALL_MB = 64
 
-# Rounds of a measurement; after so many seconds the fewest that make a median are enough.
+# Rounds of a measurement; after _ENOUGH_SECONDS, the fewest that make a median do.
 _ROUNDS = 7
 _FEWEST_ROUNDS = 3
 _ENOUGH_SECONDS = 10.0

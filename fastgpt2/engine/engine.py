@@ -102,7 +102,7 @@ class Engine:
             kv_memory: bytes that the keys and values of all sequences may take; None for a quarter of the memory
                 that this process may use, or of its share of it among the workers of a pool.
             prefix_memory: bytes, beside these, in which keys and values of prompts are kept for others that begin
-                alike; 0 to keep none, None for an eighth of `kv_memory`, or of what that comes to.
+                alike; 0 to keep none, None for an eighth of the bytes for keys and values.
             blas: what multiplies float32 weights: openblas (what numpy brought), mkl (the extra of that name), compiled
                 (by LLVM, the extra `compact`), or auto for the fastest here.
             weights: float32, as everybody computes the checkpoint; bfloat16 or int8 (the extra `compact`), a half and a

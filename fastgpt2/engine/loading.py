@@ -33,7 +33,7 @@ WEIGHTS_CHOICES = ("float32", "bfloat16", "int8")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadOptions:
-    """How a model is to be loaded. `Engine.load` says what each option means.
+    """The options of a load, checked. `Engine.load` says what each one means.
 
     Raises:
         BadRequest: an option has a value that it cannot have.

@@ -21,8 +21,8 @@ Array = NDArray[np.float32]
 # Widths of panels that are tried, beside PLAIN. 64 is the widest tile of OpenBLAS's small-matrix kernels.
 WIDTHS = (64, 32, 16)
 
-# The choice for a CPU whose BLAS has no small-matrix kernel: as few panels as there are processes to share them, but
-# none wider than PLAIN_WIDTH. It stands beside the widths, in the cache as well, as the width 0.
+# The choice for a CPU whose BLAS has no small-matrix kernel: as few panels as there are cores, but none wider than
+# PLAIN_WIDTH. It stands among the widths, and in the cache, as 0.
 PLAIN = 0
 PLAIN_WIDTH = 1024
 

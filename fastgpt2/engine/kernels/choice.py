@@ -107,7 +107,7 @@ def choose_width(kernel: Kernel, measurements: Measurements, n_in: int, timed: b
 
 
 def width_of(choice: int, n_out: int, parts: int) -> int:
-    """Return the width that a choice comes to for a matrix of `n_out` columns.
+    """Return the width of the panels of a matrix of `n_out` columns, by the choice that was made.
 
     Args:
         parts: processes that should be able to share PLAIN panels evenly.

@@ -28,7 +28,8 @@ MAX_CHUNK = 16
 # are left over. AVX2's does so at three.
 MIN_CHUNK = 4
 
-# Calls whose arguments are remembered. Batches of all sizes, in all layers of a large model, come to fewer.
+# Calls whose arguments are remembered; beyond that, remembering begins anew. A batch makes the same calls at every step
+# for as long as it keeps its size.
 _MAX_REMEMBERED_CALLS = 4096
 
 

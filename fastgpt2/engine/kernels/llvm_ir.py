@@ -21,11 +21,8 @@ from fastgpt2.engine.kernels.panels import COMPILED_WIDTH, STORED_TYPES
 # Bytes that come from memory together.
 CACHE_LINE = 64
 
-# More rows in a tile would leave too few registers for the panels' columns.
-MAX_TILE_ROWS = 12
-
-# More panels side by side are more streams than a core follows.
-MAX_TILE_PANELS = 8
+# Rows and panels of a tile, at most. Each size of tile is a function of its own, compiled at every start.
+MAX_TILE_ROWS, MAX_TILE_PANELS = 12, 8
 
 _ARGUMENTS = "ptr %x, i64 %x_stride, ptr %w, i64 %n, i64 %k, ptr %out, i64 %out_stride"
 

@@ -64,14 +64,15 @@ def _make_arguments(x: Array, panels: Array, out: Array) -> tuple[Any, ...]:
     # ctypes keeps no reference to what an address points at.
     a._arrays = (x_addresses, panel_addresses, out_addresses)  # type: ignore[attr-defined]
     # The function takes arrays with one entry a group, and there is one group.
-    no, rows, columns, depth = _ints(_NO_TRANSPOSE), _ints(m), _ints(width), _ints(x.shape[3])
-    lda, ldb, ldc = (_ints(array.strides[2] // x.itemsize) for array in (x, panels, out))
+    no, rows, columns, depth = _one_int(_NO_TRANSPOSE), _one_int(m), _one_int(width), _one_int(x.shape[3])
+    lda, ldb, ldc = (_one_int(array.strides[2] // x.itemsize) for array in (x, panels, out))
     alpha, beta = (ctypes.c_float * 1)(1.0), (ctypes.c_float * 1)(0.0)
-    layout, groups, size = ctypes.c_int(_ROW_MAJOR), ctypes.c_int(1), _ints(n * chunks)
+    layout, groups, size = ctypes.c_int(_ROW_MAJOR), ctypes.c_int(1), _one_int(n * chunks)
     return (layout, no, no, rows, columns, depth, alpha, a, lda, b, ldb, beta, c, ldc, groups, size)
 
 
-def _ints(value: int) -> ctypes.Array[ctypes.c_int]:
+def _one_int(value: int) -> ctypes.Array[ctypes.c_int]:
+    """Return an array of one int."""
     return (ctypes.c_int * 1)(value)
 
 

@@ -84,7 +84,7 @@ class GPT2Config:
 
     @property
     def n_parameters(self) -> int:
-        """How many numbers the weights are."""
+        """The count of numbers in all weights."""
         n, inner = self.n_embd, self.n_inner
         block = 4 * n + 3 * n * (n + 1) + n * (n + 1) + inner * (n + 1) + n * (inner + 1)
         tables = (self.vocab_size + self.n_positions) * n + (0 if self.tie_word_embeddings else self.vocab_size * n)

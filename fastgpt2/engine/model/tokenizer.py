@@ -60,7 +60,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """How many tokens there are, added ones included."""
+        """The number of tokens, added ones included."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     @property
@@ -135,7 +135,7 @@ class IncrementalDetokenizer:
 
     @property
     def unfinished(self) -> bool:
-        """Whether bytes of an unfinished character are held back."""
+        """True while bytes of an unfinished character are held back."""
         return bool(self._decoder.getstate()[0])
 
     def breaks_off(self, token_id: int) -> bool:
