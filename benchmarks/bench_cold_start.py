@@ -42,7 +42,7 @@ from common import (
 from fastgpt2.bench import Values, median, summary, table
 from fastgpt2.engine.model.hub import find_model
 
-IMPORTS = "import fastgpt2.cli, fastgpt2.engine.decoding.decoder, fastgpt2.engine.loading, tokenizers"
+IMPORTS = "import fastgpt2.cli, fastgpt2.engine.decoding.decoder, fastgpt2.engine.kernels.choice, tokenizers"
 LABELS = {
     "whole_process": "whole process",
     "imports": "imports",

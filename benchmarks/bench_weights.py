@@ -27,7 +27,8 @@ from common import HERE, begin, heading, parse, parser, progress, write
 from numpy.typing import NDArray
 
 from fastgpt2.bench import Values, table
-from fastgpt2.engine.engine import WEIGHTS_CHOICES, Engine
+from fastgpt2.engine.engine import Engine
+from fastgpt2.engine.loading import WEIGHTS_CHOICES
 from fastgpt2.engine.network.gpt2 import GPT2
 from fastgpt2.engine.network.step import Segment
 

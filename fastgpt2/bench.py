@@ -1,4 +1,9 @@
-"""`fastgpt2 bench`, and what the scripts in `benchmarks/` share with it. Imports nothing heavy."""
+"""`fastgpt2 bench`: how fast a model decodes here, beside how fast this machine reads memory.
+
+A decode step reads nearly all weights once, so that memory is its bound. Steps are timed in rounds with passes over
+memory by as many processes, so that what slows the machine for a while slows both. The scripts in `benchmarks/` share
+the measuring, the statistics and the tables. Nothing heavy is imported at the head.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +27,27 @@ if TYPE_CHECKING:
     from fastgpt2.engine.network.gpt2 import GPT2
 
 Values = dict[str, Any]
+
+# Options of the command that `Engine.load` takes too.
 OPTIONS = ("model", "revision", "threads", "blas", "weights")
-# Sequences decoded together, the tokens that each has behind it, and the length of a prompt.
+
+# Sequences that are decoded together, the tokens that each holds, and the tokens of a prompt.
 ROWS, CONTEXT, PROMPT = (1, 2, 4, 8, 16), 64, 256
-# More than a last-level cache holds, and what may well stay in one.
-READ_BYTES, SMALL_MB = 512 << 20, 64
-# Rounds, the fewest that make a median, and when to be content with those.
-_ROUNDS, _FEWEST_ROUNDS, _ENOUGH_SECONDS = 7, 3, 10.0
+
+# Bytes that are read to measure the memory: more than a last-level cache holds.
+READ_BYTES = 512 << 20
+
+# Megabytes of weights that may well stay in a last-level cache.
+SMALL_MB = 64
+
+# Rounds of a measurement; after _ENOUGH_SECONDS, the fewest that make a median do.
+_ROUNDS = 7
+_FEWEST_ROUNDS = 3
+_ENOUGH_SECONDS = 10.0
 
 
 def quantile(samples: Sequence[float], q: float) -> float:
-    """With linear interpolation between neighbours, as numpy's."""
+    """Return the q-quantile, with linear interpolation between neighbours, as numpy's."""
     at = q * (len(samples) - 1)
     below, above = (sorted(samples)[i] for i in (math.floor(at), math.ceil(at)))
     return below + (above - below) * (at % 1)
@@ -43,13 +58,13 @@ def median(samples: Sequence[float]) -> float:
 
 
 def summary(samples: Sequence[float], scale: float = 1.0) -> dict[str, float]:
-    """Median, quartiles and number of samples."""
+    """Return median, quartiles and number of samples, the first three times `scale`."""
     q1, middle, q3 = (quantile(samples, q) * scale for q in (0.25, 0.5, 0.75))
     return {"median": middle, "q1": q1, "q3": q3, "n": len(samples)}
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned: the first to the left, the others to the right."""
+    """Return a table with its columns aligned: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
     sides = "<" + ">" * (len(widths) - 1)
     cells = [[f"{c:{side}{w}}" for c, side, w in zip(line, sides, widths, strict=True)] for line in (headers, *rows)]
@@ -57,57 +72,74 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def machine() -> Values:
-    """What a measurement is worth little without. Imports numpy: hold BLAS to one thread before."""
+    """Return the facts without which a measurement is worth little. Imports numpy: hold BLAS to one thread before."""
     import numpy
 
-    from fastgpt2.engine.kernels.openblas import numpys_kernel
+    from fastgpt2.engine.kernels.openblas import identify_blas
     from fastgpt2.engine.machine import cpu_name, usable_cores
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     system = f"{platform.system()} {platform.release()} {platform.machine()}"
     hardware = {"cpu": cpu_name(), "cores": usable_cores(), "memory_gb": round(memory / 1e9, 1), "system": system}
-    software = {"python": platform.python_version(), "numpy": numpy.__version__, "blas": numpys_kernel()}
+    software = {"python": platform.python_version(), "numpy": numpy.__version__, "blas": identify_blas()}
     return {**hardware, **software, "fastgpt2": __version__, "date": time.strftime("%Y-%m-%d %H:%M %Z")}
 
 
 def machine_line(facts: Values) -> str:
+    """Return the facts of `machine` in one line."""
     line = "{cpu}, {cores} cores, {memory_gb} GB, {system}; Python {python}, numpy {numpy}, {blas}; {date}"
     return line.format(**facts)
 
 
 @contextmanager
 def readers(count: int) -> Iterator[Callable[[int], float]]:
-    """Processes that read one mapping at the same time: what the machine's memory gives.
+    """Start processes that read one mapping at the same time, to find what the machine's memory gives.
 
-    As the engine does: processes, not threads, and a file's shared pages. They sleep while they are not asked. What is
-    yielded gives the bytes a second that so many of them read together, in the median of three passes.
+    They are as the engine's: processes, not threads, and a file's shared pages. While they are not asked, they sleep.
+
+    Yields:
+        A function that returns the bytes a second that a number of them read together, in the median of three passes.
     """
     from fastgpt2.engine.machine import anonymous_file
 
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    ones, n, pipe = b"\0\0\x80\x3f" * (1 << 20), READ_BYTES // 4, subprocess.PIPE
+    ones = b"\0\0\x80\x3f" * (1 << 20)
     with os.fdopen(anonymous_file("fastgpt2-bench"), "wb", buffering=0) as file, ExitStack() as stack:
         file.writelines([ones] * (READ_BYTES // len(ones)))
-        fd, processes = file.fileno(), list[Any]()
-        for _ in range(count):
-            command = [sys.executable, "-c", f"from fastgpt2.bench import read_when_asked; read_when_asked({fd})"]
-            started = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, pass_fds=(fd,), env=environment)
-            processes.append(stack.enter_context(started))  # it ends with its input
+        # A process ends with its input, which the stack closes.
+        processes = [stack.enter_context(_start_reader(file.fileno())) for _ in range(count)]
         for process in processes:
             process.stdout.readline()
+        yield lambda asked: median([_time_pass(processes[:asked]) for _ in range(3)])
 
-        def one_pass(asked: list[Any]) -> float:
-            for rank, process in enumerate(asked):
-                print(n * rank // len(asked), n * (rank + 1) // len(asked), file=process.stdin, flush=True)
-            # One clock for all processes: from when the first began to when the last was done.
-            starts, stops = zip(*(map(float, process.stdout.readline().split()) for process in asked), strict=True)
-            return float(READ_BYTES / (max(stops) - min(starts)))
 
-        yield lambda asked: median([one_pass(processes[:asked]) for _ in range(3)])
+def _start_reader(fd: int) -> Any:
+    """Start a process that runs `read_when_asked` on the file of that descriptor."""
+    return subprocess.Popen(
+        [sys.executable, "-c", f"from fastgpt2.bench import read_when_asked; read_when_asked({fd})"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        pass_fds=(fd,),
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+    )
+
+
+def _time_pass(processes: Sequence[Any]) -> float:
+    """Have the processes read the mapping once, each its share, and return the bytes a second of all together."""
+    numbers = READ_BYTES // 4
+    for rank, process in enumerate(processes):
+        first, stop = numbers * rank // len(processes), numbers * (rank + 1) // len(processes)
+        print(first, stop, file=process.stdin, flush=True)
+    # One clock for all processes: from when the first began to when the last was done.
+    starts, stops = zip(*(map(float, process.stdout.readline().split()) for process in processes), strict=True)
+    return float(READ_BYTES / (max(stops) - min(starts)))
 
 
 def read_when_asked(fd: int) -> None:
-    """What such a process does: for "first stop" on its input, add up the squares of those numbers of the mapping."""
+    """Run one reader: for each line "first stop" of the input, add up the squares of those numbers of the mapping.
+
+    Prints when it began and when it was done, by the clock of all processes.
+    """
     from fastgpt2.engine.machine import hold_to_one_thread
 
     hold_to_one_thread()
@@ -116,7 +148,8 @@ def read_when_asked(fd: int) -> None:
     numbers = np.frombuffer(mmap.mmap(fd, READ_BYTES, prot=mmap.PROT_READ), np.float32)
     ask = f"0 {numbers.size}"  # the first time unasked, so that every page is mapped
     while ask:
-        part = numbers[slice(*map(int, ask.split()))]
+        first, stop = map(int, ask.split())
+        part = numbers[first:stop]
         start = time.perf_counter()
         np.dot(part, part)
         print(start, time.perf_counter(), flush=True)
@@ -124,19 +157,23 @@ def read_when_asked(fd: int) -> None:
 
 
 class Timed:
-    """Steps of a loaded engine, timed from outside: `forward` and the choice of the likeliest token."""
+    """Steps of a loaded engine, timed from outside: `forward` and the choice of the likeliest token.
+
+    Args:
+        rows: the most sequences that a step is timed for.
+        context: tokens that each of them holds.
+    """
 
     def __init__(self, engine: Engine, rows: int, context: int = CONTEXT) -> None:
-        """For up to so many sequences of so many tokens each."""
         self.model, self._room = engine.decoder.model, engine.config.n_positions - 1
-        # Nothing reserved: on a small machine, so many sequences of all positions would not be let in.
+        # Nothing is reserved: on a small machine, `rows` sequences of all positions would not be let in.
         self._slots = [self.model.cache.allot(0) for _ in range(rows)]
         self.model.wait_until_ready()
         for index in range(rows):
             self.read(index, min(context, self._room))
 
     def decode(self, rows: int, steps: int = 5, context: int = CONTEXT) -> list[float]:
-        """Seconds of each of some steps with a new token each for so many sequences, after one that is not counted."""
+        """Return the seconds of each of `steps` steps of `rows` sequences, a new token each, after one not counted."""
         from fastgpt2.engine.network.step import Segment
 
         seconds = []
@@ -150,11 +187,14 @@ class Timed:
         return seconds[1:]
 
     def read(self, index: int, tokens: int) -> float:
-        """Seconds for a prompt of so many tokens, up to its first new one. It is that sequence's from now on."""
+        """Return the seconds for a prompt of `tokens` tokens, up to its first new one.
+
+        The sequence of that index holds the prompt from then on.
+        """
         from fastgpt2.engine.network.step import Segment
 
-        started = time.perf_counter()
-        self.model.cache.lengths[slot := self._slots[index]] = 0
+        started, slot = time.perf_counter(), self._slots[index]
+        self.model.cache.lengths[slot] = 0
         for at in range(0, tokens, self.model.max_rows):
             stop = min(at + self.model.max_rows, tokens)
             ids = [i % self.model.config.vocab_size for i in range(at, stop)]  # any will do
@@ -163,17 +203,17 @@ class Timed:
 
 
 def settle() -> None:
-    """Wait until the engine's helpers sleep: after a step they look for another one, and keep a core busy."""
+    """Wait until the engine's helpers sleep: after a step they look for the next one, and keep a core busy."""
     from fastgpt2.engine.network.step import SPIN_SECONDS
 
     time.sleep(3 * SPIN_SECONDS)
 
 
 def step_bytes(config: GPT2Config, weight_bytes: int = 4) -> int:
-    """The weights that a decode step reads, whatever the layout: all but the embeddings, of which it reads rows.
+    """Return the bytes of weights that a decode step reads in any layout: all but the embeddings, whose rows it reads.
 
     Args:
-        weight_bytes: of a number in a matrix; biases and norms are float32.
+        weight_bytes: bytes of a number in a matrix; biases and norms are float32.
     """
     from fastgpt2.engine.model.weights import expected_shapes
 
@@ -182,74 +222,103 @@ def step_bytes(config: GPT2Config, weight_bytes: int = 4) -> int:
 
 
 def weight_bytes(model: GPT2) -> int:
-    """Of a number in a matrix, as a network has them."""
+    """Return the bytes of a number in a network's matrices."""
     return int(model._weights.lm_head.array.itemsize)
 
 
 def layout(model: GPT2) -> Values:
-    """How a network is laid out and multiplied here: panels as inputs x columns."""
-    block, product = model._weights.blocks[0], model._kernel.product.name
-    panels = ", ".join(f"{linear.weight.n_in}x{linear.weight.width}" for linear in (block.c_fc, block.mlp_c_proj))
-    facts = {"blas": product, "panels": panels, "processes": model.size, "exact": model.exact}
-    return {**facts, "step_mb": step_bytes(model.config, weight_bytes(model)) / 1e6}
+    """Return how a network is laid out and multiplied here; panels as inputs x columns."""
+    block = model._weights.blocks[0]
+    return {
+        "blas": model._kernel.product.name,
+        "panels": ", ".join(f"{x.weight.n_in}x{x.weight.width}" for x in (block.c_fc, block.mlp_c_proj)),
+        "processes": model.size,
+        "exact": model.exact,
+        "step_mb": step_bytes(model.config, weight_bytes(model)) / 1e6,
+    }
 
 
 def layout_line(facts: Values) -> str:
+    """Return the facts of `layout` in one line."""
     line = "{step_mb:.1f} MB of weights a step; {blas}, panels {panels}, processes {processes}, batch-invariant {exact}"
     return line.format(**facts)
 
 
 def decode_entry(rows: int, rounds: Sequence[Sequence[float]], rates: Sequence[float], n_bytes: int) -> Values:
-    """From the seconds of each round's steps, and the bytes a second that as many processes read just before them."""
+    """Return the figures of steps with `rows` rows.
+
+    Args:
+        rounds: the seconds of each step of each round.
+        rates: the bytes a second that as many processes read just before each round.
+        n_bytes: what a step reads.
+    """
     ms = summary([seconds for steps in rounds for seconds in steps], 1e3)
     shares = [n_bytes / median(steps) / rate for steps, rate in zip(rounds, rates, strict=True)]
-    speed = {"tokens_per_s": rows / ms["median"] * 1e3, "gb_per_s": n_bytes / ms["median"] / 1e6}
-    return {"rows": rows, "ms": ms, **speed, "share": summary(shares)}
+    return {
+        "rows": rows,
+        "ms": ms,
+        "tokens_per_s": rows / ms["median"] * 1e3,
+        "gb_per_s": n_bytes / ms["median"] / 1e6,
+        "share": summary(shares),
+    }
 
 
 def decode_table(entries: Sequence[Values]) -> str:
+    """Return the entries of `decode_entry` as a table."""
     line = "{rows}|{ms[median]:.2f}|{ms[q1]:.2f}-{ms[q3]:.2f}|{tokens_per_s:.0f}|{gb_per_s:.1f}|{share[median]:.0%}"
     headers = ["rows", "ms/step", "quartiles", "tokens/s", "GB/s", "of the bandwidth"]
     return table(headers, [line.format(**entry).split("|") for entry in entries])
 
 
 def measure(engine: Engine) -> Values:
-    """In rounds of reading memory, steps and a prompt, so that what slows the machine for a while slows all of them."""
+    """Measure memory, steps and a prompt in rounds, so that what slows the machine for a while slows all of them."""
     model, facts, timed = engine.decoder.model, machine(), Timed(engine, max(ROWS))
     n_bytes, prompt = step_bytes(engine.config, weight_bytes(model)), min(PROMPT, engine.config.n_positions)
-    decode: dict[int, tuple[list[list[float]], list[float]]] = {rows: ([], []) for rows in ROWS}
-    rates: dict[int, list[float]] = {count: [] for count in sorted({1, model.size, facts["cores"]})}
-    prefill, enough = list[float](), time.monotonic() + _ENOUGH_SECONDS
-    with readers(max(rates)) as rate:
+    bandwidth: dict[int, list[float]] = {count: [] for count in sorted({1, model.size, facts["cores"]})}
+    steps: dict[int, list[list[float]]] = {rows: [] for rows in ROWS}
+    rates: dict[int, list[float]] = {rows: [] for rows in ROWS}
+    prefill: list[float] = []
+    enough = time.monotonic() + _ENOUGH_SECONDS
+    with readers(max(bandwidth)) as read_rate:
         while len(prefill) < (_ROUNDS if time.monotonic() < enough else _FEWEST_ROUNDS):
-            for count, found in rates.items():
-                found.append(rate(count))
-            for rows, (rounds, beside) in decode.items():
-                beside.append(rate(model.size))
-                rounds.append(timed.decode(rows))
+            for count, found in bandwidth.items():
+                found.append(read_rate(count))
+            for rows in ROWS:
+                rates[rows].append(read_rate(model.size))
+                steps[rows].append(timed.decode(rows))
                 settle()
             prefill.append(timed.read(0, prompt))
             settle()
-    result: Values = {"model": engine.model, "machine": facts, "layout": layout(model)}
-    result["bandwidth_gb_per_s"] = {str(count): summary(found, 1e-9) for count, found in rates.items()}
-    result["decode"] = [decode_entry(rows, *found, n_bytes) for rows, found in decode.items()]
-    result["prefill"] = {"tokens": prompt, "ms": summary(prefill, 1e3), "tokens_per_s": prompt / median(prefill)}
-    return result
+    return {
+        "model": engine.model,
+        "machine": facts,
+        "layout": layout(model),
+        "bandwidth_gb_per_s": {str(count): summary(found, 1e-9) for count, found in bandwidth.items()},
+        "decode": [decode_entry(rows, steps[rows], rates[rows], n_bytes) for rows in ROWS],
+        "prefill": {"tokens": prompt, "ms": summary(prefill, 1e3), "tokens_per_s": prompt / median(prefill)},
+    }
 
 
 def report(result: Values) -> str:
+    """Return what `measure` found as lines for people."""
     rates = [f"{count}: {rate['median']:.1f}" for count, rate in result["bandwidth_gb_per_s"].items()]
     prompt = "a prompt of {tokens} tokens: {ms[median]:.0f} ms, {tokens_per_s:.0f} tokens/s".format(**result["prefill"])
-    lines = [machine_line(result["machine"]), f"{result['model']}: {layout_line(result['layout'])}"]
-    lines += [f"memory, GB/s by number of processes that read: {', '.join(rates)}", "", decode_table(result["decode"])]
-    lines += ["", f"{prompt}; rows: sequences of {CONTEXT} tokens decoded together; medians of rounds in turn"]
+    lines = [
+        machine_line(result["machine"]),
+        f"{result['model']}: {layout_line(result['layout'])}",
+        f"memory, GB/s by number of processes that read: {', '.join(rates)}",
+        "",
+        decode_table(result["decode"]),
+        "",
+        f"{prompt}; rows: sequences of {CONTEXT} tokens decoded together; medians of rounds in turn",
+    ]
     if result["layout"]["step_mb"] < SMALL_MB:
         lines.append("so small a model may stay in the processor's caches: memory is no bound then")
     return "\n".join(lines)
 
 
 def run(values: Values) -> int:
-    """The command: load the model, measure, print a table or JSON."""
+    """Run the command: load the model, measure, print a table or JSON."""
     from fastgpt2.engine.engine import Engine
 
     result = measure(Engine.load(max_batch=max(ROWS), **{name: values[name] for name in OPTIONS}))

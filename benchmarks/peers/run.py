@@ -40,7 +40,7 @@ drafts: dict[str, int] = {}
 def fastgpt2(folder: str, job: dict[str, Any], variant: str) -> tuple[str, float, Generate]:
     import fastgpt2
     import fastgpt2.engine.decoding.decoder
-    import fastgpt2.engine.loading
+    import fastgpt2.engine.kernels.choice
     from fastgpt2.engine.decoding.records import GenerationRequest
     from fastgpt2.engine.decoding.sequence import Prompt
 

@@ -20,8 +20,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from fastgpt2.engine.machine import FILE as CALIBRATION_FILE
-from fastgpt2.engine.machine import cache_folder, is_locked, locked
+from fastgpt2.engine.machine import MEASUREMENTS_FILE, cache_folder, is_locked, locked
 from fastgpt2.engine.model.checkpoint import MAX_HEADER_BYTES, Checkpoint, TensorInfo, map_file
 from fastgpt2.engine.model.packing import FORMAT, checksum
 from fastgpt2.errors import BadRequest, CheckpointError, FastGPT2Error
@@ -255,7 +254,7 @@ def _inspect(path: Path, state: State | None = None) -> Entry | None:
     facts = (status.st_size, status.st_mtime, status.st_atime)
     parts = _NAME.fullmatch(path.name)
     if parts is None:
-        if path.name == CALIBRATION_FILE:
+        if path.name == MEASUREMENTS_FILE:
             return Entry(path, State.OK, *facts)
         abandoned = _CALIBRATION_TMP.fullmatch(path.name) and time.time() - status.st_mtime > _ABANDONED_SECONDS
         return Entry(path, State.LEFTOVER, *facts) if abandoned else None

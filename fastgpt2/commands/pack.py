@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fastgpt2.errors import ModelError
 
 if TYPE_CHECKING:
-    from fastgpt2.engine.model.packing import Packed
+    from fastgpt2.engine.model.packing import PackedFile
 
 
 def run(values: dict[str, Any]) -> int:
@@ -31,7 +31,7 @@ def run(values: dict[str, Any]) -> int:
     return 0
 
 
-def _pack_and_verify(values: dict[str, Any], weights: str) -> Packed:
+def _pack_and_verify(values: dict[str, Any], weights: str) -> PackedFile:
     packed = _pack(values, weights)
     if values["verify"] and not _is_intact(packed):
         _discard(packed)
@@ -44,7 +44,7 @@ def _pack_and_verify(values: dict[str, Any], weights: str) -> Packed:
     return packed
 
 
-def _pack(values: dict[str, Any], weights: str) -> Packed:
+def _pack(values: dict[str, Any], weights: str) -> PackedFile:
     from fastgpt2.engine.loading import pack_model
     from fastgpt2.engine.model.config import CONFIG_FILE, read_config
     from fastgpt2.engine.model.hub import find_model
@@ -62,7 +62,7 @@ def _measure(values: dict[str, Any]) -> None:
     Engine.load(values["model"], **{name: values[name] for name in names})
 
 
-def _is_intact(packed: Packed) -> bool:
+def _is_intact(packed: PackedFile) -> bool:
     from fastgpt2.engine.model.checkpoint import read_metadata
     from fastgpt2.engine.model.packing import checksum
 
@@ -70,7 +70,7 @@ def _is_intact(packed: Packed) -> bool:
     return f"{checksum(packed.fd):08x}" == read_metadata(packed.path).get("crc32")
 
 
-def _discard(packed: Packed) -> None:
+def _discard(packed: PackedFile) -> None:
     from fastgpt2.engine.machine import locked
 
     assert packed.path is not None

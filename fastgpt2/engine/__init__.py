@@ -1,1 +1,1 @@
-"""A loaded model, text in and text out; uses errors, and nothing else from outside this folder."""
+"""A loaded model: text in, text out; uses errors, and nothing else from outside this folder."""

@@ -1,27 +1,132 @@
-"""A model folder -> a network: in which layout, by which BLAS, packed where, on how many processes."""
+"""From a model's name to a decoder: folder, configuration, packed weights, network, tokenizer, in that order.
+
+`load_decoder` is the table of contents. Nothing heavy is imported at the head of this module: the tokenizer's parser
+and the helper processes get ready on other cores while numpy is imported and the weights are mapped.
+"""
 
 from __future__ import annotations
 
-import logging
-import sys
+import contextlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING
 
-import numpy as np
+from fastgpt2.engine.decoding.lookup import MOST_DRAFTS
+from fastgpt2.engine.machine import fair_share_of_kv_memory, hold_to_one_thread, processes_for
+from fastgpt2.engine.model.config import CONFIG_FILE, GPT2Config, read_config
+from fastgpt2.engine.model.hub import find_model
+from fastgpt2.engine.model.tokenizer import Tokenizer
+from fastgpt2.errors import BadRequest, TokenizerError
 
-from fastgpt2.engine.kernels import product_named
-from fastgpt2.engine.kernels.calibration import choose_width, faster, width_of
-from fastgpt2.engine.kernels.kernel import Kernel
-from fastgpt2.engine.kernels.llvm_ir import WIDTH
-from fastgpt2.engine.kernels.openblas import NumpyProduct, numpys_kernel
-from fastgpt2.engine.machine import Calibration, cache_folder, cpu_name, hold_to_one_thread, is_large, usable_cores
-from fastgpt2.engine.model.checkpoint import Checkpoint
-from fastgpt2.engine.model.config import GPT2Config
-from fastgpt2.engine.model.packing import Layout, Packed, Plan, pack_path, packed_in_cache, packed_in_memory
-from fastgpt2.engine.network.gpt2 import DEFAULT_MAX_ROWS, GPT2, PREFILL_ROWS_BESIDE
-from fastgpt2.engine.network.helpers import Shape
-from fastgpt2.errors import ModelError
+if TYPE_CHECKING:
+    from fastgpt2.engine.decoding.decoder import Decoder
+    from fastgpt2.engine.model.packing import PackedFile
+    from fastgpt2.engine.network.gpt2 import GPT2
+    from fastgpt2.engine.network.helpers import HelperProcesses
 
-log = logging.getLogger("fastgpt2.engine")
+BLAS_CHOICES = ("auto", "openblas", "mkl", "compiled")
+DRAFTS_CHOICES = ("off", "auto", "int8")
+WEIGHTS_CHOICES = ("float32", "bfloat16", "int8")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """The options of a load, checked. `Engine.load` says what each one means.
+
+    Raises:
+        BadRequest: an option has a value that it cannot have.
+    """
+
+    revision: str | None
+    threads: int | None
+    max_batch: int | None
+    kv_memory: int | None
+    prefix_memory: int | None
+    blas: str
+    weights: str
+    drafts: str | int
+
+    def __post_init__(self) -> None:
+        if self.max_batch is not None and self.max_batch < 1:
+            raise BadRequest(f"max_batch must be 1 or more, not {self.max_batch}")
+        if self.blas not in BLAS_CHOICES:
+            raise BadRequest(f"blas must be one of {', '.join(BLAS_CHOICES)}, not {self.blas!r}")
+        if self.weights not in WEIGHTS_CHOICES:
+            raise BadRequest(f"weights must be one of {', '.join(WEIGHTS_CHOICES)}, not {self.weights!r}")
+        if self.drafts not in DRAFTS_CHOICES and not (type(self.drafts) is int and 1 <= self.drafts <= MOST_DRAFTS):
+            choices = ", ".join(DRAFTS_CHOICES)
+            raise BadRequest(f"drafts must be {choices} or 1 to {MOST_DRAFTS}, not {self.drafts!r}")
+        if self.drafts == "int8" == self.weights:
+            raise BadRequest("drafts by int8 weights are of no use to int8 weights; leave out one of the two")
+        if self.threads is not None and self.threads < 1:
+            raise BadRequest(f"threads must be 1 or more, not {self.threads}")
+
+    @property
+    def most_drafts(self) -> int | None:
+        """Guesses to look up for each sequence in a step: 0 for none, None for as many as pay."""
+        if isinstance(self.drafts, int):
+            return self.drafts
+        return 0 if self.drafts == "off" else None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadTimes:
+    """Seconds from the start of `load_decoder` until each part was there. Tokenizer and weights load side by side."""
+
+    mapped: float
+    tokenizer: float
+    loaded: float
+
+
+def load_decoder(model: str, options: LoadOptions) -> tuple[Decoder, LoadTimes]:
+    """Load a model, until it can take requests.
+
+    Raises:
+        ModelError, BadRequest: as `Engine.load`.
+    """
+    started = perf_counter()
+    hold_to_one_thread()
+    folder = find_model(model, options.revision)
+    config = read_config(folder / CONFIG_FILE)
+    size = processes_for(config, options.threads)
+    # The tokenizer's parser releases the GIL, and helpers are other processes.
+    with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as thread:
+        beside = thread.submit(_load_beside, folder, size, started)
+        from fastgpt2.engine.decoding.decoder import Decoder
+        from fastgpt2.engine.decoding.drafter import Drafter
+        from fastgpt2.engine.kernels.choice import open_measurements
+        from fastgpt2.engine.network.prefixes import prefixes_within
+        from fastgpt2.engine.network.step_times import row_costs, settle, slots_to_map
+
+        kv_bytes = _kv_bytes(config, options.kv_memory)
+        prefixes = prefixes_within(config, options.prefix_memory, kv_bytes)
+        network = load_network(
+            folder,
+            config,
+            model,
+            n_slots=slots_to_map(config) if options.max_batch is None else options.max_batch,
+            size=size,
+            blas=options.blas,
+            weights=options.weights,
+            kv_memory=kv_bytes,
+            draft_weights="int8" if options.drafts == "int8" else None,
+        )
+        mapped = perf_counter() - started
+        tokenizer, tokenizer_done, processes = beside.result()
+    if processes is not None:
+        network.start_helpers(processes)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise TokenizerError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model's vocabulary {config.vocab_size}"
+        )
+    measurements, most_drafts = open_measurements(config), options.most_drafts
+    if options.max_batch is None:
+        settle(network, measurements)
+    costs = row_costs(network, measurements, options.max_batch is None) if most_drafts is None else None
+    decoder = Decoder(network, tokenizer, prefixes, Drafter(network, most_drafts, costs))
+    return decoder, LoadTimes(mapped, tokenizer_done, perf_counter() - started)
 
 
 def load_network(
@@ -36,145 +141,82 @@ def load_network(
     kv_memory: int | None = None,
     draft_weights: str | None = None,
 ) -> GPT2:
-    """
+    """Load the network of a model's folder.
+
     Args:
         model: its name, for people.
         n_slots: sequences that it has room for.
         size: processes to run it on, from `processes_for`.
-        blas: openblas, mkl, compiled, or auto for the fastest of those that are here.
+        blas: openblas, mkl, compiled, or auto for the fastest of those that are installed.
         weights: float32, bfloat16 or int8; the latter two are always multiplied by compiled code.
-        kv_memory: bytes for keys and values; None for what so many sequences can take at most.
+        kv_memory: bytes for keys and values; None for what `n_slots` sequences can take at most.
         draft_weights: another set of weights, for guesses.
 
     Raises:
         ModelError: the checkpoint cannot be used, or there is no memory for it.
-        BadRequest: MKL or llvmlite is asked for and not here.
+        BadRequest: MKL or llvmlite is asked for and is not installed.
     """
     # Threads of BLAS beside processes that spin for each other would cost a hundredfold.
     hold_to_one_thread()
+    from fastgpt2.engine.kernels.choice import choose_kernel, open_measurements
+    from fastgpt2.engine.model.checkpoint import Checkpoint
+    from fastgpt2.engine.model.packing import pack
+    from fastgpt2.engine.network.gpt2 import DEFAULT_MAX_ROWS, GPT2, PREFILL_ROWS_BESIDE
+    from fastgpt2.engine.network.helpers import Shape
+
     checkpoint = Checkpoint.open(folder)
-    calibration = measured_here(config)
-    kernel, layout = choose(config, calibration, blas, weights)
+    measurements = open_measurements(config)
+    kernel, layout = choose_kernel(config, measurements, blas, weights)
     packed = pack(checkpoint, config, model, layout)
-    shape = Shape(n_slots, max(DEFAULT_MAX_ROWS, n_slots + PREFILL_ROWS_BESIDE), size)
     draft = None
     if draft_weights is not None:
-        drafts_kernel, drafts_layout = choose(config, calibration, blas, draft_weights)
-        draft = pack(checkpoint, config, model, drafts_layout), drafts_kernel
+        draft_kernel, draft_layout = choose_kernel(config, measurements, blas, draft_weights)
+        draft = pack(checkpoint, config, model, draft_layout), draft_kernel
+    shape = Shape(n_slots, max(DEFAULT_MAX_ROWS, n_slots + PREFILL_ROWS_BESIDE), size)
     return GPT2(config, packed, kernel, shape, kv_memory, draft)
 
 
-def pack_model(folder: Path, config: GPT2Config, model: str, blas: str, weights: str) -> Packed:
-    """The packed file of a model in the cache, of a small one too; `blas` and `weights` as for `load_network`.
+def pack_model(folder: Path, config: GPT2Config, model: str, blas: str, weights: str) -> PackedFile:
+    """Return the packed file of a model in the cache, also of a small one, writing it if there is none.
+
+    Args:
+        model, blas, weights: as for `load_network`.
 
     Raises:
         ModelError: as `load_network`, or the cache cannot be written.
     """
     # What is measured for the layout is measured as a worker multiplies.
     hold_to_one_thread()
-    _, layout = choose(config, measured_here(config), blas, weights)
-    return pack(Checkpoint.open(folder), config, model, layout, always=True)
+    from fastgpt2.engine.kernels.choice import choose_kernel, open_measurements
+    from fastgpt2.engine.model.checkpoint import Checkpoint
+    from fastgpt2.engine.model.packing import pack
+
+    _, layout = choose_kernel(config, open_measurements(config), blas, weights)
+    return pack(Checkpoint.open(folder), config, model, layout, must_keep=True)
 
 
-def measured_here(config: GPT2Config) -> Calibration:
-    """What is known of this machine, for large models kept in the cache."""
-    folder = None
-    if is_large(config):
-        try:
-            folder = cache_folder()
-        except OSError:
-            log.debug("no cache folder to keep measurements in")
-    return Calibration(folder, f"{numpys_kernel()}, numpy {np.__version__}, {cpu_name()}")
+def _kv_bytes(config: GPT2Config, asked: int | None) -> int:
+    """Return the bytes for keys and values: as asked for, else a share of the memory, enough for one sequence."""
+    from fastgpt2.engine.network.kv_cache import sequence_bytes
+
+    least = sequence_bytes(config)
+    if asked is None:
+        return max(least, fair_share_of_kv_memory())
+    if asked < least:
+        raise BadRequest(
+            f"kv_memory is {asked} bytes; one sequence of the model's {config.n_positions} positions needs {least}"
+        )
+    return asked
 
 
-def choose(config: GPT2Config, calibration: Calibration, blas: str, weights: str) -> tuple[Kernel, Layout]:
-    """What multiplies here, and the layout that it multiplies.
+def _load_beside(folder: Path, size: int, started: float) -> tuple[Tokenizer, float, HelperProcesses | None]:
+    """Start the helper processes, then load the tokenizer. The number is the seconds until the tokenizer was there."""
+    processes = None
+    if size > 1:
+        from fastgpt2.engine.network.helpers import HelperProcesses
 
-    Raises:
-        BadRequest: what is asked for is not here.
-    """
-    if weights != "float32" or blas == "compiled":
-        return _compiled(calibration, weights)
-    kernel = Kernel(NumpyProduct(), calibration)
-    layout = layout_for(config, kernel, calibration)
-    if blas == "mkl":
-        return Kernel(product_named("mkl"), calibration), layout
-    if blas == "openblas" or not is_large(config):
-        return kernel, layout
-    return _fastest(config, calibration, kernel, layout)
-
-
-def _compiled(calibration: Calibration, weights: str) -> tuple[Kernel, Layout]:
-    layout = Layout("compiled" if weights == "float32" else weights, lambda _n_in, _n_out: WIDTH, weights)
-    return Kernel(product_named(f"compiled-{weights}"), calibration), layout
-
-
-def _fastest(config: GPT2Config, calibration: Calibration, kernel: Kernel, layout: Layout) -> tuple[Kernel, Layout]:
-    """Of what is installed, by the clock, once a machine."""
-    from fastgpt2.engine.kernels import compiled, mkl
-
-    n_in, width, best = config.n_embd, layout.width(config.n_embd, config.n_inner), kernel.product.name
-
-    def loaded(name: str) -> Kernel:
-        return Kernel(product_named(name), calibration)
-
-    if mkl.installed():
-
-        def mkl_is_faster() -> int:
-            return int(faster(kernel, loaded("mkl"), n_in, width, width))
-
-        if calibration.get(f"mkl {mkl.version_key()} faster {n_in}x{width}", mkl_is_faster):
-            best = "mkl"
-    if compiled.available():
-
-        def compiled_is_faster() -> int:
-            return int(faster(loaded(best), _compiled(calibration, "float32")[0], n_in, width, WIDTH))
-
-        if calibration.get(f"compiled faster than {best} {n_in}x{width}", compiled_is_faster):
-            return _compiled(calibration, "float32")
-    # Only now: what is not used is not loaded.
-    return (kernel if best == kernel.product.name else loaded(best)), layout
-
-
-def layout_for(config: GPT2Config, kernel: Kernel, calibration: Calibration) -> Layout:
-    """The layout that this machine multiplies best with."""
-    parts = usable_cores()
-    choices = {
-        n_in: choose_width(kernel, calibration, n_in, timed=is_large(config))
-        for n_in in (config.n_embd, config.n_inner)
-    }
-    name = "-".join(str(choice or f"plain{parts}") for choice in dict.fromkeys(choices.values()))
-    return Layout(name, lambda n_in, n_out: width_of(choices[n_in], n_out, parts))
-
-
-def pack(
-    checkpoint: Checkpoint,
-    config: GPT2Config,
-    model: str,
-    layout: Layout,
-    always: bool = False,
-) -> Packed:
-    """The packed file: in the cache if the model is large, or `always`; else, or where that cannot be, in memory.
-
-    Raises:
-        ModelError: as `load_network`. With `always`, also when the cache cannot be written.
-    """
-    try:
-        path = pack_path(cache_folder(), checkpoint, model, layout)
-        if always or is_large(config) or path.exists():
-            return packed_in_cache(path, checkpoint, config, model, layout, progress=sys.stderr.isatty())
-    except OSError as reason:
-        if always:
-            raise ModelError(f"the packed weights cannot be kept ({reason}); set FASTGPT2_CACHE to a folder") from None
-        if is_large(config):
-            log.warning(
-                "the packed weights cannot be kept (%s); this process makes panels of them in memory of its own, "
-                "%.0f MB, as every other will, and once more at every start. Set FASTGPT2_CACHE to a folder that can "
-                "be written",
-                reason,
-                Plan.of(checkpoint, config, layout).data_bytes / 1e6,
-            )
-    try:
-        return packed_in_memory(checkpoint, config, model, layout)
-    except OSError as reason:
-        raise ModelError(f"no memory to hold the weights of {model} ({reason})") from None
+        # If that fails, the first step tries again, and complains.
+        with contextlib.suppress(OSError):
+            processes = HelperProcesses(size - 1)
+    tokenizer = Tokenizer.from_folder(folder)
+    return tokenizer, perf_counter() - started, processes

@@ -1,4 +1,10 @@
-"""What this machine offers: cores, memory, BLAS threads, a cache folder, what was measured. Imports nothing heavy."""
+"""What this machine offers: cores, memory, a place to keep things, and what was measured on it.
+
+Everything that depends on the machine is asked here, in this order: how many cores and how much memory this process may
+use, which in a container is less than the machine has; how BLAS is held to one thread; what a model's size decides; the
+cache folder, which keeps packed weights, and its locks; the store of measurements, in the same folder. Nothing heavy is
+imported, numpy least of all: whoever loads a model asks most of this before.
+"""
 
 from __future__ import annotations
 
@@ -17,40 +23,75 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastgpt2.engine.model.config import GPT2Config
 
-# Of this process's share of the memory: weights, the system's cache of files, and other programs need the rest.
+log = logging.getLogger("fastgpt2.engine")
+
+# Keys and values get this part of the process's memory (1 / KV_SHARE). The weights, the system's cache of files and
+# other programs need the rest.
 KV_SHARE = 4
+
+# BLAS libraries read these once, when numpy loads them.
+THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+
+# Below this, sharing saves less than a file in the cache costs, and a helper process costs more than it brings.
+MIN_BYTES = 64 << 20
+
+# In the cache folder.
+MEASUREMENTS_FILE = "calibration.json"
+
+# Whether the thread variables were set before numpy read them. Asking the library takes 9 ms of a cold start.
+_held = False
+
+
+def usable_cores() -> int:
+    """Return the cores that this process may use: with taskset, a cpuset or a CPU quota, fewer than the machine's."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    return max(1, min(cores, _cpu_quota() or cores))
+
+
+def _cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Return the whole cores that the control group's CPU quota pays for, at least 1; None if there is no quota.
+
+    That is what `docker run --cpus` sets. Source: `cpu.max` in the kernel's admin-guide/cgroup-v2.rst,
+    `cpu.cfs_quota_us` in scheduler/sched-bwc.rst.
+    """
+    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            quota, period = " ".join((root / name).read_text() for name in files).split()
+            return None if quota in ("max", "-1") else max(1, int(quota) // int(period))
+        except (OSError, ValueError, ZeroDivisionError):
+            continue
+    return None
 
 
 def usable_memory(root: Path = Path("/")) -> int:
-    """Bytes that this process may use: what the machine has, or less where a control group limits it.
+    """Return the bytes that this process may use: what the machine has, or less if a control group limits it.
 
     Source: `memory.max` in the kernel's admin-guide/cgroup-v2.rst, `memory.limit_in_bytes` in cgroup-v1/memory.rst.
     """
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min([physical, *_limits(root)])
+    return min([physical, *_memory_limits(root)])
 
 
-def fair_share_of_kv_memory() -> int:
-    """Bytes for keys and values: this process's, as one of so many workers that a supervisor has started here."""
-    workers = os.environ.get("FASTGPT2_POOL_WORKERS", "")
-    return usable_memory() // KV_SHARE // max(1, int(workers) if workers.isdecimal() else 1)
-
-
-def _limits(root: Path) -> Iterator[int]:
-    """The limits of this process's control group and of all above it. Within a container its own is the topmost."""
-    for hierarchy, group, name in _groups(root):
+def _memory_limits(root: Path) -> Iterator[int]:
+    """Yield the limits of this process's control group and of all above it. In a container its own is the topmost."""
+    for hierarchy, group, name in _memory_groups(root):
         for folder in (group, *group.parents):
             try:
                 limit = (root / "sys/fs/cgroup" / hierarchy / str(folder).lstrip("/") / name).read_text().strip()
             except OSError:
                 continue
-            # "max"; version 1 has a number beyond any memory instead.
+            # No limit is "max" in version 2; in version 1 it is a number beyond any memory.
             if limit.isdecimal():
                 yield int(limit)
 
 
-def _groups(root: Path) -> Iterator[tuple[str, Path, str]]:
-    """Hierarchy, group, and the file with the limit: lines of /proc/self/cgroup are "0::/group", "9:memory:/group"."""
+def _memory_groups(root: Path) -> Iterator[tuple[str, Path, str]]:
+    """Yield hierarchy, group, and the name of the file with the limit, of each group that this process is in.
+
+    The lines of /proc/self/cgroup read "0::/group" in version 2, "9:memory:/group" in version 1.
+    """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -63,42 +104,31 @@ def _groups(root: Path) -> Iterator[tuple[str, Path, str]]:
             yield "memory", Path(group), "memory.limit_in_bytes"
 
 
-# NOTE engine.blas: Which BLAS, and how many threads: the one place that touches either. Imports neither numpy nor a
-# BLAS.
-
-# Read by the libraries once, when numpy loads them.
-THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
-
-# Whether the variables were set before numpy read them. Asking the library takes 9 ms of a cold start.
-_held = False
-
-
-def usable_cores() -> int:
-    """The cores that this process may use: under taskset, a cpuset or a CPU quota, fewer than the machine's."""
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    return max(1, min(cores, _quota() or cores))
-
-
 def fair_share_of_cores() -> int:
-    """The cores that are this process's to use, as one of so many workers that a supervisor has started here."""
+    """Return the cores that are this process's to use, as one of the workers that a supervisor has started here."""
+    return max(1, usable_cores() // _workers())
+
+
+def fair_share_of_kv_memory() -> int:
+    """Return the bytes for this process's keys and values, as one of the workers that a supervisor has started here."""
+    return usable_memory() // KV_SHARE // _workers()
+
+
+def _workers() -> int:
+    """Return how many workers share this machine; 1 if no supervisor says so."""
     workers = os.environ.get("FASTGPT2_POOL_WORKERS", "")
-    return max(1, usable_cores() // max(1, int(workers) if workers.isdecimal() else 1))
+    return max(1, int(workers)) if workers.isdecimal() else 1
 
 
-def _quota(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Whole cores that the control group's CPU quota pays for (`docker run --cpus`), at least one; None without one.
-
-    Source: `cpu.max` in the kernel's admin-guide/cgroup-v2.rst, `cpu.cfs_quota_us` in scheduler/sched-bwc.rst.
-    """
-    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
-        try:
-            quota, period = " ".join((root / name).read_text() for name in files).split()
-            return None if quota in ("max", "-1") else max(1, int(quota) // int(period))
-        except (OSError, ValueError, ZeroDivisionError):
-            continue
-    return None
+def cpu_name() -> str:
+    """Return the CPU's model as the system tells it, for records of what was measured on it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("model name", "CPU part")):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
 
 
 def hold_to_one_thread() -> None:
@@ -119,33 +149,16 @@ def hold_to_one_thread() -> None:
         _held = True
 
 
-def cpu_name() -> str:
-    """The CPU's model as the system tells it, for records of what was measured on it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("model name", "CPU part")):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-# NOTE engine.sizing: What is decided by a model's size, before anything heavy is imported.
-
-# Below this, sharing saves less than a file in the cache costs, and a helper process more than it brings.
-MIN_BYTES = 64 << 20
-
-
 def is_large(config: GPT2Config) -> bool:
-    """Whether its weights are worth a file in the cache and more than one process."""
+    """Tell whether a model's weights are worth a file in the cache and more than one process."""
     return 4 * config.n_parameters >= MIN_BYTES
 
 
 def processes_for(config: GPT2Config, threads: int | None) -> int:
-    """Processes to run a model on: as many as asked for, else this process's share of the cores if it is large.
+    """Return the number of processes to run a model on, no more than it has heads.
 
-    One where processes cannot see each other's writes in order: they can on x86, by its memory model, and elsewhere
-    that is not relied on. No more than the model has heads.
+    It is as many as asked for, else this process's share of the cores if the model is large, else 1. It is 1 also where
+    processes are not known to see each other's writes in order. On x86 they do, by its memory model.
     """
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "i686"):
         return 1
@@ -154,11 +167,10 @@ def processes_for(config: GPT2Config, threads: int | None) -> int:
     return min(threads, config.n_head)
 
 
-# NOTE engine.cache: The folder that keeps packed weights and what was measured: where it is, and who may write in it.
-
-
 def cache_folder() -> Path:
-    """`FASTGPT2_CACHE`, else `$XDG_CACHE_HOME/fastgpt2`, else `~/.cache/fastgpt2`.
+    """Return the folder for packed weights and measurements, which need not exist.
+
+    It is `FASTGPT2_CACHE`, else `$XDG_CACHE_HOME/fastgpt2`, else `~/.cache/fastgpt2`.
 
     Raises:
         FileNotFoundError: there is no home folder.
@@ -173,20 +185,20 @@ def cache_folder() -> Path:
 
 @contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[None]:
-    """An exclusive lock among processes, given up by the kernel however its holder ends.
+    """Hold an exclusive lock among processes, which the kernel gives up however its holder ends.
 
-    The holder may delete the file. Whoever waited for it then begins anew, with the file that has its name by now:
-    else two processes could hold a lock of one name.
+    The holder may delete the file. A process that waited for it then begins anew, with the file that has the name by
+    then; else two processes could hold a lock of one name.
 
     Raises:
-        BlockingIOError: another process holds it, and `wait` is not set.
+        BlockingIOError: another process holds the lock, and `wait` is not set.
         OSError: the file cannot be made.
     """
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _names(path, fd):
+            if _leads_to(path, fd):
                 yield
                 return
         finally:
@@ -194,7 +206,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds that lock now. Makes no file, and hinders nobody who asks the same."""
+    """Tell whether a process holds that lock now. Makes no file, and hinders nobody who asks the same."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
@@ -208,8 +220,8 @@ def is_locked(path: Path) -> bool:
     return False
 
 
-def _names(path: Path, fd: int) -> bool:
-    """Whether the path leads to the open file, and not to another or to none."""
+def _leads_to(path: Path, fd: int) -> bool:
+    """Tell whether the path leads to the open file, and not to another or to none."""
     try:
         return os.path.samestat(path.lstat(), os.fstat(fd))
     except FileNotFoundError:
@@ -217,7 +229,7 @@ def _names(path: Path, fd: int) -> bool:
 
 
 def anonymous_file(name: str) -> int:
-    """The descriptor of an unnamed file: in memory where the system can (Linux), else a temporary one without a name.
+    """Return the descriptor of a new file without a path: in memory if the system can (Linux), else on disk.
 
     Raises:
         OSError: neither can be had.
@@ -230,47 +242,41 @@ def anonymous_file(name: str) -> int:
         return os.dup(file.fileno())
 
 
-FILE = "calibration.json"
+class Measurements:
+    """The store of what was measured for one BLAS on one CPU: whole numbers by name, in a file of the cache folder.
 
+    Args:
+        folder: where the file is kept; with None, or where it cannot be written, numbers are kept in this object only.
+        machine: the BLAS and the CPU; for others, everything is measured anew.
+    """
 
-log = logging.getLogger("fastgpt2.engine")
+    def __init__(self, folder: Path | None, machine: str) -> None:
+        self._path = folder / MEASUREMENTS_FILE if folder is not None else None
+        self._machine = machine
+        self._numbers: dict[str, Any] = self._read().get(machine, {})
 
-
-class Calibration:
-    """What was measured for one BLAS on one CPU."""
-
-    def __init__(self, folder: Path | None, key: str) -> None:
-        """
-        Args:
-            folder: where it is kept; None, or one that cannot be written, keeps it in this process.
-            key: of the BLAS and the CPU: for another, everything is measured anew.
-        """
-        self._path = folder / FILE if folder is not None else None
-        self._key = key
-        self._known: dict[str, Any] = self._read().get(key, {})
-
-    def known(self, name: str) -> int | None:
-        """What has been measured under a name."""
-        value = self._known.get(name)
+    def find(self, name: str) -> int | None:
+        """Return the number of that name; None if it was not measured yet."""
+        value = self._numbers.get(name)
         return value if isinstance(value, int) else None
 
-    def get(self, name: str, measure: Callable[[], int]) -> int:
-        """What is known under a name, or else what `measure` finds."""
-        value = self.known(name)
-        if value is not None:
-            return value
-        found = self._known[name] = measure()
-        self._write()
-        return found
+    def find_or_measure(self, name: str, measure: Callable[[], int]) -> int:
+        """Return the number of that name, measuring and keeping it if it was not measured yet."""
+        value = self.find(name)
+        if value is None:
+            value = self._numbers[name] = measure()
+            self._write()
+        return value
 
     def _read(self) -> dict[str, Any]:
+        """Return the numbers of all machines in the file, by machine; {} if there is no file or it is spoiled."""
         try:
-            known = json.loads(self._path.read_text("utf-8")) if self._path is not None else {}
+            machines = json.loads(self._path.read_text("utf-8")) if self._path is not None else {}
         except (OSError, ValueError, RecursionError):
             return {}
-        if not isinstance(known, dict) or not isinstance(known.get(self._key, {}), dict):
+        if not isinstance(machines, dict) or not isinstance(machines.get(self._machine, {}), dict):
             return {}
-        return known
+        return machines
 
     def _write(self) -> None:
         if self._path is None:
@@ -278,10 +284,10 @@ class Calibration:
         temporary = self._path.with_suffix(f".{os.getpid()}.tmp")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            # Two processes may measure at once; what one of them writes last is as right as the other's.
-            known = self._read()
-            known[self._key] = {**known.get(self._key, {}), **self._known}
-            temporary.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", "utf-8")
+            # Two processes may measure at once. What one of them writes last is as right as the other's.
+            machines = self._read()
+            machines[self._machine] = {**machines.get(self._machine, {}), **self._numbers}
+            temporary.write_text(json.dumps(machines, indent=1, sort_keys=True) + "\n", "utf-8")
             temporary.replace(self._path)
         except OSError as reason:
             log.debug("%s: not kept (%s)", self._path, reason)

@@ -18,7 +18,7 @@ from support.running import GOLDEN, StartWorker, wait_until
 from fastgpt2 import Client, settings
 from fastgpt2.cli import COMMANDS, Command, build_parser
 from fastgpt2.engine.decoding.lookup import MOST_DRAFTS
-from fastgpt2.engine.engine import BLAS_CHOICES, DRAFTS_CHOICES, WEIGHTS_CHOICES
+from fastgpt2.engine.loading import BLAS_CHOICES, DRAFTS_CHOICES, WEIGHTS_CHOICES
 from fastgpt2.errors import BadRequest
 from fastgpt2.system.redis_server import RedisServer
 from fastgpt2.system.up import System

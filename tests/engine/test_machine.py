@@ -1,4 +1,4 @@
-"""What a container's CPU quota comes to."""
+"""A container's CPU quota is counted in whole cores."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fastgpt2.engine import machine as blas
+from fastgpt2.engine import machine
 
 
 @pytest.mark.parametrize(
@@ -27,4 +27,4 @@ def test_whole_cores_of_a_quota(tmp_path: Path, files: dict[str, str], cores: in
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert blas._quota(tmp_path) == cores
+    assert machine._cpu_quota(tmp_path) == cores

@@ -1,4 +1,4 @@
-"""MKL on the same panels: right, asked for by name, or chosen by measurement."""
+"""MKL multiplies the same panels, asked for by name or chosen by measurement."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from support.running import GOLDEN
 
 from fastgpt2 import Engine
-from fastgpt2.engine import machine as sizing
+from fastgpt2.engine import machine
 from fastgpt2.engine.kernels import compiled, mkl
 from fastgpt2.engine.loading import load_network
 from fastgpt2.engine.model.config import read_config
@@ -18,7 +18,7 @@ from fastgpt2.errors import BadRequest
 
 FOLDER = GOLDEN / "checkpoints" / "odd_heads"
 
-needs_mkl = pytest.mark.skipif(not mkl.installed(), reason="MKL is not installed")
+needs_mkl = pytest.mark.skipif(not mkl.is_installed(), reason="MKL is not installed")
 
 
 @needs_mkl
@@ -26,7 +26,7 @@ needs_mkl = pytest.mark.skipif(not mkl.installed(), reason="MKL is not installed
     ("n", "chunks", "m", "n_in", "width"), [(1, 1, 1, 5, 16), (3, 2, 7, 33, 32), (5, 1, 2, 768, 64)]
 )
 def test_a_product(n: int, chunks: int, m: int, n_in: int, width: int) -> None:
-    """Rows that lie apart, as in a buffer that is wider, into columns of a wider buffer."""
+    """The rows lie apart, as in a buffer that is wider, and the result goes into columns of a wider buffer."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((1, chunks, m, n_in + 3), np.float32)[..., :n_in]
     panels = rng.standard_normal((n, 1, n_in, width), np.float32)
@@ -43,7 +43,7 @@ def test_a_product(n: int, chunks: int, m: int, n_in: int, width: int) -> None:
 
 @needs_mkl
 def test_no_panels_are_no_work() -> None:
-    """The share of a process when there are more processes than panels."""
+    """A process has no panels if there are more processes than panels."""
     nothing = np.empty((0, 1, 5, 16), np.float32)
     mkl.MKLProduct()(np.ones((1, 1, 2, 5), np.float32), nothing, np.empty((0, 1, 2, 16), np.float32))
 
@@ -51,9 +51,9 @@ def test_no_panels_are_no_work() -> None:
 @needs_mkl
 def test_auto_measures_once_and_says_what_it_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTGPT2_CACHE", str(tmp_path))
-    monkeypatch.setattr(sizing, "MIN_BYTES", 0)
+    monkeypatch.setattr(machine, "MIN_BYTES", 0)
     # The third that might be taken; `test_compiled.py` has it.
-    monkeypatch.setattr(compiled, "available", lambda: False)
+    monkeypatch.setattr(compiled, "is_installed", lambda: False)
     config = read_config(FOLDER / "config.json")
     described = {load_network(FOLDER, config, "m", n_slots=1, size=1, blas="auto").describe() for _ in range(2)}
     (known,) = json.loads((tmp_path / "calibration.json").read_text()).values()

@@ -1,4 +1,4 @@
-"""Packed weights: made once, mapped by all, made anew when they do not fit, done without when they cannot be kept."""
+"""Packed files are made once, mapped by all, made anew if they do not fit, and done without if they cannot be kept."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from safetensors.numpy import load_file
 from support.running import GOLDEN
 
 from fastgpt2.cli import main
-from fastgpt2.engine import machine as sizing
+from fastgpt2.engine import machine
 from fastgpt2.engine.engine import Engine
+from fastgpt2.engine.kernels.panels import Layout
 from fastgpt2.engine.loading import load_network
 from fastgpt2.engine.model.checkpoint import Checkpoint
 from fastgpt2.engine.model.config import read_config
-from fastgpt2.engine.model.packing import Layout, Packed, checksum, pack_path, packed_in_cache, packed_in_memory
+from fastgpt2.engine.model.packing import PackedFile, checksum, pack_in_cache, pack_in_memory, pack_path
 from fastgpt2.engine.model.weights import expected_shapes
 from fastgpt2.engine.network.gpt2 import GPT2
 from fastgpt2.engine.network.step import Segment
@@ -35,9 +36,9 @@ NARROW = Layout("16", lambda _n_in, _n_out: 16)
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of the test's own, and tiny checkpoints large enough for it."""
+    """Give the test a cache of its own, for which tiny checkpoints are large enough."""
     monkeypatch.setenv("FASTGPT2_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(sizing, "MIN_BYTES", 0)
+    monkeypatch.setattr(machine, "MIN_BYTES", 0)
     return tmp_path / "cache"
 
 
@@ -46,10 +47,10 @@ def folder(tmp_path: Path) -> Path:
     return shutil.copytree(GOLDEN / "checkpoints" / "masks_misaligned", tmp_path / "model")
 
 
-def pack(folder: Path, cache: Path) -> Packed:
+def pack(folder: Path, cache: Path) -> PackedFile:
     checkpoint, config = Checkpoint.open(folder), read_config(folder / "config.json")
     path = pack_path(cache, checkpoint, "some/model", NARROW)
-    return packed_in_cache(path, checkpoint, config, "some/model", NARROW)
+    return pack_in_cache(path, checkpoint, config, "some/model", NARROW)
 
 
 def load(folder: Path) -> GPT2:
@@ -68,7 +69,7 @@ def assert_right(folder: Path, network: GPT2) -> None:
 
 
 def unpacked(stored: NDArray[Any], shape: tuple[int, ...], transposed: bool) -> NDArray[Any]:
-    """What a tensor of the packed file says, written out the slow way; and that nothing else is in it."""
+    """Unpack a tensor of the packed file the slow way, and check that nothing else is in it."""
     if stored.ndim < 3:
         assert not stored[shape[0] :].any()
         return stored[: shape[0]]
@@ -84,7 +85,7 @@ def unpacked(stored: NDArray[Any], shape: tuple[int, ...], transposed: bool) -> 
 def test_a_packed_file_holds_the_checkpoint(case: str, in_cache: bool, cache: Path) -> None:
     folder = GOLDEN / "checkpoints" / case
     original, config = Checkpoint.open(folder), read_config(folder / "config.json")
-    packed = pack(folder, cache) if in_cache else packed_in_memory(original, config, case, NARROW)
+    packed = pack(folder, cache) if in_cache else pack_in_memory(original, config, case, NARROW)
     # A standard file, by the library's judgement.
     stored = load_file(packed_files(cache)[0] if in_cache else f"/proc/self/fd/{packed.fd}")
     head = "wte.weight" if config.tie_word_embeddings else "lm_head.weight"
@@ -135,7 +136,7 @@ def test_a_large_model_is_packed_on_its_first_load_and_measured_once(
 def test_what_a_worker_would_measure_is_measured_with_it(
     cache: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """So that a worker whose cache is a read-only volume has it."""
+    """A worker whose cache is a read-only volume needs these measurements there."""
     caplog.set_level(logging.INFO)
     assert main(["pack", "demo", "--measure", "--threads", "1"]) == 0
     (path,) = packed_files(cache)
@@ -156,7 +157,7 @@ def test_a_spoiled_record_of_measurements_is_measured_anew(folder: Path, cache: 
 
 
 def test_a_small_model_leaves_nothing_in_the_cache(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sizing, "MIN_BYTES", 64 << 20)
+    monkeypatch.setattr(machine, "MIN_BYTES", 64 << 20)
     assert_right(folder, load(folder))
     assert not cache.exists()
 
@@ -188,7 +189,7 @@ def test_a_changed_byte_is_noticed(folder: Path, cache: Path, caplog: pytest.Log
 
 
 def test_a_copied_file_is_checked_and_taken(folder: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """As a volume or an image layer is: the same bytes under another time."""
+    """A volume or the layer of an image has the same bytes under another time."""
     pack(folder, cache)
     (path,) = packed_files(cache)
     inode, sealed = path.stat().st_ino, path.stat().st_mtime_ns
@@ -212,7 +213,7 @@ def test_a_file_of_another_shape_is_made_anew(folder: Path, cache: Path, caplog:
     pack(folder, cache)
     (path,) = packed_files(cache)
     checkpoint, config = Checkpoint.open(folder), read_config(folder / "config.json")
-    packed_in_cache(path, checkpoint, config, "some/model", Layout("16", lambda _n_in, _n_out: 32))
+    pack_in_cache(path, checkpoint, config, "some/model", Layout("16", lambda _n_in, _n_out: 32))
     assert f"{path} is damaged; packing anew" in caplog.text
 
 
@@ -315,7 +316,7 @@ def test_a_full_disk_is_no_loss(folder: Path, cache: Path) -> None:
 def test_a_disk_with_too_little_room_is_known_before_it_is_filled(
     folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What `statvfs` would say of a small volume; the rest is real."""
+    """The free space is what `statvfs` would say of a small volume; the rest is real."""
     little = shutil.disk_usage(folder)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: little)
     assert_right(folder, load(folder))

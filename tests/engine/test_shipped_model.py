@@ -1,4 +1,4 @@
-"""The model that comes along: small, float16, its own tokenizer, and English."""
+"""The model that is shipped is small, in float16, has its own tokenizer, and knows English."""
 
 from __future__ import annotations
 

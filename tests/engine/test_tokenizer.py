@@ -1,4 +1,4 @@
-"""Text and token ids, against OpenAI's own encoder.py run over the real GPT-2 vocabulary."""
+"""Text and token ids are those of OpenAI's own encoder.py, run over the real GPT-2 vocabulary."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_longest_token_bounds_every_text(gpt2: Tokenizer, gpt2_folder: Path) -> 
 
 
 def test_the_longest_token_is_found_beyond_gaps_in_the_numbers(tmp_path: Path) -> None:
-    """A vocabulary whose longest token has a number far beyond how many tokens there are."""
+    """The vocabulary's longest token has an id far beyond the number of tokens."""
     stored = json.loads((DEMO_FOLDER / "tokenizer.json").read_text("utf-8"))
     vocabulary = stored["model"]["vocab"]
     longest = max(vocabulary, key=len)

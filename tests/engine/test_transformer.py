@@ -25,7 +25,7 @@ TOLERANCE = 1e-4
 @pytest.fixture(params=["openblas", "mkl"])
 def blas(request: pytest.FixtureRequest) -> str:
     """Either, wherever MKL is installed: the test extra asks for it on x86-64."""
-    if request.param == "mkl" and not mkl.installed():
+    if request.param == "mkl" and not mkl.is_installed():
         pytest.skip("MKL is not installed")
     return str(request.param)
 

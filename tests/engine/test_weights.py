@@ -1,4 +1,4 @@
-"""Compact weights: rounded as said, packed once beside the float32 file, computed with as they are stored."""
+"""Compact weights are rounded as documented, packed beside the float32 file, and computed with as they are stored."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from support.running import GOLDEN
 
 from fastgpt2 import Engine
 from fastgpt2.cli import main
-from fastgpt2.engine import machine as sizing
-from fastgpt2.engine.kernels.panels import scales_of, stored_as
+from fastgpt2.engine import machine
+from fastgpt2.engine.kernels.panels import compute_scales, narrow
 from fastgpt2.engine.loading import load_network
 from fastgpt2.engine.model.config import read_config
 from fastgpt2.engine.network.gpt2 import GPT2
@@ -50,17 +50,17 @@ def logits(network: GPT2, ids: list[int]) -> Array:
 
 
 def test_bfloat16_is_rounded_to_the_nearest() -> None:
-    """bfloat16 has 8 bits of precision: from 1 on its numbers are 2**-7 apart."""
+    """bfloat16 has 8 bits of precision, so that its numbers from 1 on are 2**-7 apart."""
     step = 2.0**-7
     given = [1.0, 1 + step, 1 + 0.49 * step, 1 + 0.51 * step, 1 + 0.5 * step, 1 + 1.5 * step, -(1 + 0.51 * step), 0.0]
     nearest = [1.0, 1 + step, 1.0, 1 + step, 1.0, 1 + 2 * step, -(1 + step), 0.0]
-    bits = stored_as("bfloat16", np.array([given], np.float32))
+    bits = narrow("bfloat16", np.array([given], np.float32))
     assert bits.dtype == np.uint16
     # The upper half of a float32, by its definition.
     assert [struct.unpack(">f", struct.pack(">HH", int(b), 0))[0] for b in bits[0]] == nearest
     largest, infinite, undefined = (
         struct.unpack(">f", struct.pack(">HH", int(b), 0))[0]
-        for b in stored_as("bfloat16", np.array([[3.4e38, np.inf, np.nan]], np.float32))[0]
+        for b in narrow("bfloat16", np.array([[3.4e38, np.inf, np.nan]], np.float32))[0]
     )
     assert (largest, infinite) == (math.inf, math.inf)
     assert math.isnan(undefined)
@@ -69,15 +69,15 @@ def test_bfloat16_is_rounded_to_the_nearest() -> None:
 def test_int8_has_a_scale_a_column() -> None:
     columns = np.array([[1.27, -10.0, 0.0], [0.6, 5.0, 0.0], [-0.014, 0.05, 0.0]], np.float32)
     # 1.27 in 127 steps is 0.01 a step; 5 is half of 10, so 63.5 steps, as near to 63 as to 64, and 64 is even.
-    np.testing.assert_allclose(scales_of(columns), [0.01, 10 / 127, 0.0], rtol=1e-6)
-    whole = stored_as("int8", columns)
+    np.testing.assert_allclose(compute_scales(columns), [0.01, 10 / 127, 0.0], rtol=1e-6)
+    whole = narrow("int8", columns)
     assert whole.dtype == np.int8
     assert whole[:, 0].tolist() == [127, 60, -1]
     assert whole[:, 1:].tolist() == [[-127, 0], [64, 0], [1, 0]]
 
 
 def rounded(kind: str, columns: Array) -> Array:
-    """What becomes of a weight [K, N], written down anew."""
+    """Round a weight [K, N] as it should be rounded, by code of the test's own."""
     if kind == "bfloat16":
         flat = [struct.unpack(">H", struct.pack(">f", x)[:2])[0] << 16 for x in columns.ravel().tolist()]
         low = np.array(flat, np.uint32).view(np.float32)
@@ -93,7 +93,7 @@ def rounded(kind: str, columns: Array) -> Array:
 @pytest.mark.parametrize("kind", ["bfloat16", "int8"])
 @pytest.mark.parametrize("name", ["odd_heads", "untied", "masks_misaligned"])
 def test_what_is_computed_is_float32_of_the_rounded_weights(tmp_path: Path, name: str, kind: str) -> None:
-    """A checkpoint of the rounded numbers, run as float32, is what the compact one must give."""
+    """The compact weights must give what a checkpoint of the rounded numbers gives in float32."""
     source = GOLDEN / "checkpoints" / name
     folder = shutil.copytree(source, tmp_path / "model")
     tensors = load_file(source / "model.safetensors")
@@ -117,7 +117,7 @@ def test_what_is_computed_is_float32_of_the_rounded_weights(tmp_path: Path, name
 def test_packed_once_beside_the_float32_file(
     cache: Path, monkeypatch: pytest.MonkeyPatch, kind: str, dtype: str
 ) -> None:
-    monkeypatch.setattr(sizing, "MIN_BYTES", 0)
+    monkeypatch.setattr(machine, "MIN_BYTES", 0)
     folder = GOLDEN / "checkpoints" / "odd_heads"
     load(folder, "float32")
     load(folder, kind)

@@ -1,4 +1,4 @@
-"""Rows times panels of weights: the products that everything else is made of; uses nothing but errors and machine."""
+"""Rows times panels of weights: the product that everything else is made of; uses errors and machine."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from fastgpt2.engine.kernels.kernel import Product
 from fastgpt2.engine.kernels.openblas import NumpyProduct
 
 
-def product_named(name: str) -> Product:
-    """
+def make_product(name: str) -> Product:
+    """Return the product of that name: "openblas", "mkl", or "compiled-" and a kind of weights ("compiled-int8").
+
     Raises:
-        BadRequest: that BLAS, or llvmlite for compact weights, is not here.
+        BadRequest: MKL, or llvmlite for a compiled product, is not installed.
     """
     if name.startswith("compiled-"):
         from fastgpt2.engine.kernels.compiled import CompiledProduct

@@ -1,4 +1,11 @@
-"""The one product that everything is made of: a few rows by panels of weights."""
+"""A kernel: a product of a few rows by panels of weights, and how many rows it may take at once.
+
+Everything that the network computes is made of this one product. A row's result must have the same bits whatever rows
+stand beside it; else a text would depend on the texts that happen to share its batch. A BLAS keeps to that for as long
+as it takes one and the same code for every number of rows: OpenBLAS takes its small-matrix kernel up to 1e6
+multiplications (`sgemm_small_kernel_permit_skylakex.c`). That bound is OpenBLAS's own affair and may change, so the
+largest such number of rows is found by trying (`find_largest_exact_chunk`), and more rows go in chunks of that size.
+"""
 
 from __future__ import annotations
 
@@ -10,58 +17,76 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgpt2.engine.kernels.openblas import NumpyProduct
-from fastgpt2.engine.machine import Calibration
+from fastgpt2.engine.machine import Measurements
 
 Array = NDArray[np.float32]
 
+# The most rows in a chunk. More gain nothing: the panel is in the second-level cache after the first.
+MAX_CHUNK = 16
+
+# Where fewer rows than this agree, they do by chance: it is how a kernel for larger products deals with the rows that
+# are left over. AVX2's does so at three.
+MIN_CHUNK = 4
+
+# Calls whose arguments are remembered; beyond that, remembering begins anew. A batch makes the same calls at every step
+# for as long as it keeps its size.
+_MAX_REMEMBERED_CALLS = 4096
+
 
 class Product(Protocol):
-    """Multiplies chunks of rows by panels, on the calling thread, with the GIL released."""
+    """Multiplies chunks of rows by panels, on the calling thread, with the GIL released.
+
+    Attributes:
+        name: for logs, for the keys of measurements, and for `make_product` in another process.
+        exact: a row has the same bits however many rows stand beside it, so that nothing has to be tried.
+    """
 
     name: str
+    exact: bool
 
     def __call__(self, x: Array, panels: NDArray[Any], out: Array) -> None:
-        """out[n, c] = x[0, c] @ panels[n, 0]; x [1, C, m, K], panels [n, 1, K, P], out [n, C, m, P], a strided view.
+        """Compute out[n, c] = x[0, c] @ panels[n, 0]. Panels of int8 are taken as the whole numbers that they hold.
 
-        Panels of int8 are multiplied as the whole numbers that they hold.
+        Args:
+            x: [1, C, m, K], C chunks of m rows.
+            panels: [n, 1, K, P].
+            out: [n, C, m, P], a strided view.
 
-        The three arrays must be long-lived: a product may remember their addresses.
+        All three must live as long as the product: it may remember their addresses.
         """
 
 
-class Calls:
-    """What a foreign function is called with, worked out once for each three arrays.
+class ArgumentCache:
+    """The arguments of calls of a foreign function, worked out once for each three arrays that come again and again.
 
-    They are the same for as long as a batch keeps its size; beyond so many, it begins anew.
+    Args:
+        make: works the arguments out, from x, panels and out as `Product` has them.
     """
 
-    def __init__(self, arguments: Callable[[Array, NDArray[Any], Array], tuple[Any, ...]], most: int = 4096) -> None:
-        self._arguments, self._most = arguments, most
+    def __init__(self, make: Callable[[Array, NDArray[Any], Array], tuple[Any, ...]]) -> None:
+        self._make = make
         # The arrays are kept beside the arguments, so that no other array can come to have their ids.
-        self._known: dict[tuple[int, int, int], tuple[Any, ...]] = {}
+        self._remembered: dict[tuple[int, int, int], tuple[tuple[Any, ...], Array, NDArray[Any], Array]] = {}
 
-    def arguments(self, x: Array, panels: NDArray[Any], out: Array) -> tuple[Any, ...]:
+    def get(self, x: Array, panels: NDArray[Any], out: Array) -> tuple[Any, ...]:
+        """Return the arguments for these arrays, from memory if possible."""
         key = (id(x), id(panels), id(out))
-        known = self._known.get(key)
-        if known is None:
-            if len(self._known) >= self._most:
-                self._known.clear()
-            known = self._known[key] = (self._arguments(x, panels, out), x, panels, out)
-        found: tuple[Any, ...] = known[0]
-        return found
-
-
-# NOTE engine.rows: How many rows the kernel takes at once.
+        entry = self._remembered.get(key)
+        if entry is None:
+            if len(self._remembered) >= _MAX_REMEMBERED_CALLS:
+                self._remembered.clear()
+            entry = self._remembered[key] = (self._make(x, panels, out), x, panels, out)
+        return entry[0]
 
 
 @dataclass(frozen=True, slots=True)
-class Chunking:
-    """Rows go in equal chunks.
+class RowChunks:
+    """The equal chunks in which rows go through a product.
 
     Attributes:
-        most: rows in a chunk; None for all at once.
+        most: rows in a chunk at most; None for all rows in one chunk.
         least: a smaller chunk is filled up with rows that nobody looks at. One row alone would take BLAS's
-            matrix-vector kernel, which rounds differently; two take the same as many.
+            matrix-vector kernel, which rounds differently; two rows take the same kernel as more.
         exact: whether a row's bits do not depend on its neighbours.
     """
 
@@ -69,8 +94,8 @@ class Chunking:
     least: int
     exact: bool
 
-    def of(self, rows: int) -> tuple[int, int]:
-        """Number of chunks, and rows in each; together at least `rows`, and fewer than a chunk more."""
+    def split(self, rows: int) -> tuple[int, int]:
+        """Return the number of chunks and the rows in each: together at least `rows`, and less than a chunk more."""
         if self.most is None or rows <= self.most:
             return 1, max(rows, self.least)
         # Kernels take rows by fours.
@@ -78,71 +103,66 @@ class Chunking:
         return chunks, max(-(-rows // chunks), self.least)
 
 
-# The most rows in a chunk. More gain nothing: the panel is in the second-level cache after the first.
-MAX_CHUNK = 16
-
-# Fewer that agree are a chance of how a kernel for larger products deals with what is left over: AVX2's does at three.
-MIN_CHUNK = 4
-
-
 class Kernel:
-    """A product, and how many rows it takes at once."""
+    """A product, with the number of rows that it takes at once for each shape of panel.
 
-    def __init__(self, product: Product, calibration: Calibration | None, known: dict[str, int] | None = None) -> None:
-        """
-        Args:
-            calibration: where to look, and to keep, how many rows go at once.
-            known: the same from another process's `known()`.
-        """
-        self.product = product
-        self._calibration = calibration or Calibration(None, "")
-        self._known = dict(known or {})
+    Args:
+        measurements: where exact chunks are looked up, and kept; None for this object only.
+        exact_chunks: those of another process's kernel, so that both cut the same rows into the same chunks.
 
-    def known(self) -> dict[str, int]:
-        """The largest exact chunk, by shape of panel, of all that was asked for so far."""
-        return dict(self._known)
-
-    def chunking(self, n_in: int, width: int) -> Chunking:
-        """For panels of weights, n_in by width."""
-        if self.product.name.startswith("compiled-"):
-            return Chunking(None, 1, exact=True)
-        return _chunking(self._most(self.product, n_in, width))
-
-    def attention_chunking(self, positions: int, head_dim: int, block: int) -> Chunking:
-        """For queries by blocks of keys, and probabilities by values; always by numpy's own BLAS."""
-        shapes = ((head_dim, block), (positions, head_dim))
-        return _chunking(min(self._most(NumpyProduct(), *shape) for shape in shapes))
-
-    def _most(self, product: Product, n_in: int, width: int) -> int:
-        name = f"{product.name} exact {n_in}x{width}"
-        if name not in self._known:
-            self._known[name] = self._calibration.get(name, lambda: largest_exact_chunk(product, n_in, width))
-        return self._known[name]
-
-
-def _chunking(most: int) -> Chunking:
-    return Chunking(most, 2, exact=True) if most >= MIN_CHUNK else Chunking(None, 1, exact=False)
-
-
-def largest_exact_chunk(product: Product, n_in: int, width: int) -> int:
-    """The most rows, up to `MAX_CHUNK`, for which each has the bits that it has beside one other; 0 if not even two.
-
-    That is so as long as BLAS takes the same kernel for all of them: OpenBLAS's small-matrix kernel up to 1e6
-    multiplications (`sgemm_small_kernel_permit_skylakex.c`). Found by looking, as the bound is OpenBLAS's own affair.
+    Attributes:
+        exact_chunks: the rows in the largest exact chunk, by product and shape of panel, of all asked for so far.
     """
+
+    def __init__(
+        self, product: Product, measurements: Measurements | None = None, exact_chunks: dict[str, int] | None = None
+    ) -> None:
+        self.product = product
+        self.exact_chunks = exact_chunks or {}
+        self._measurements = measurements or Measurements(None, "")
+
+    def row_chunks(self, n_in: int, width: int) -> RowChunks:
+        """Return the chunks for a product by panels of weights, n_in by width."""
+        if self.product.exact:
+            return RowChunks(None, 1, exact=True)
+        return _chunks_of(self._largest_exact_chunk(self.product, n_in, width))
+
+    def attention_row_chunks(self, positions: int, head_dim: int, block: int) -> RowChunks:
+        """Return the chunks for queries by blocks of keys and for probabilities by values.
+
+        Attention is always multiplied by numpy's own BLAS.
+        """
+        shapes = ((head_dim, block), (positions, head_dim))
+        return _chunks_of(min(self._largest_exact_chunk(NumpyProduct(), *shape) for shape in shapes))
+
+    def _largest_exact_chunk(self, product: Product, n_in: int, width: int) -> int:
+        name = f"{product.name} exact {n_in}x{width}"
+        if name not in self.exact_chunks:
+            self.exact_chunks[name] = self._measurements.find_or_measure(
+                name, lambda: find_largest_exact_chunk(product, n_in, width)
+            )
+        return self.exact_chunks[name]
+
+
+def _chunks_of(most: int) -> RowChunks:
+    return RowChunks(most, 2, exact=True) if most >= MIN_CHUNK else RowChunks(None, 1, exact=False)
+
+
+def find_largest_exact_chunk(product: Product, n_in: int, width: int) -> int:
+    """Return the most rows, up to `MAX_CHUNK`, that all have the bits that each has beside one other; 0 if none do."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((1, 1, MAX_CHUNK + 1, n_in), np.float32)
     panel = rng.standard_normal((1, 1, n_in, width), np.float32)
 
-    def rows(first: int, last: int) -> Array:
+    def multiply(first: int, last: int) -> Array:
         out: Array = np.empty((1, 1, last - first, width), np.float32)
         product(x[:, :, first:last], panel, out)
         return out.reshape(last - first, width)
 
-    pairs = np.stack([rows(i, i + 2)[0] for i in range(MAX_CHUNK)])
+    pairs = np.stack([multiply(i, i + 2)[0] for i in range(MAX_CHUNK)])
     largest = 0
     for m in range(2, MAX_CHUNK + 1):
-        if not np.array_equal(rows(0, m), pairs[:m]):
+        if not np.array_equal(multiply(0, m), pairs[:m]):
             break
         largest = m
     return largest

@@ -1,8 +1,11 @@
-"""A product of rows by panels of float32 or compact weights, as LLVM's assembly language: text in, text out.
+"""A product of rows by panels of float32 or compact weights, in LLVM's assembly language: text in, text out.
 
-What is written down is what an optimizing compiler would have to find: a tile of some rows by some panels has all its
-sums in registers, goes through K once, and widens each weight once for all its rows. Sums of one row are never split
-or reordered, whatever stands beside it, so that its bits do not depend on its neighbours.
+The text spells out what an optimizing compiler would have to find. A tile of some rows by some panels has all its sums
+in registers, goes through K once, and widens each weight once for all its rows. The sum of one row is never split or
+reordered, whatever stands beside the row, so that its bits do not depend on its neighbours.
+
+From the inside out: `_tile` multiplies a few rows by a few panels, `_strip` a few rows by all panels, `_multiply` all
+rows by all panels.
 
 Grammar: https://llvm.org/docs/LangRef.html
 """
@@ -11,67 +14,79 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-# Columns of a panel: a row of it is one or two registers wide on every CPU, and four panels read side by side are four
-# streams, which keep one core's share of the memory busy.
-WIDTH = 16
+from fastgpt2.engine.kernels.panels import COMPILED_WIDTH, STORED_TYPES
 
-# The type of a stored weight, and its size.
-STORED = {"float32": ("float", 4), "bfloat16": ("i16", 2), "int8": ("i8", 1)}
+# Bytes that come from memory together.
 CACHE_LINE = 64
+
+# Rows and panels of a tile, at most. Each size of tile is a function of its own, compiled at every start.
+MAX_TILE_ROWS, MAX_TILE_PANELS = 12, 8
+
 _ARGUMENTS = "ptr %x, i64 %x_stride, ptr %w, i64 %n, i64 %k, ptr %out, i64 %out_stride"
 
 
 @dataclass(frozen=True, slots=True)
 class Registers:
-    """Of a CPU: float32 numbers in a vector register, and how many such registers may hold sums."""
+    """The vector registers of a CPU.
+
+    Attributes:
+        lanes: float32 numbers in a register.
+        sums: registers that may hold sums.
+    """
 
     lanes: int
     sums: int
 
     @classmethod
     def of(cls, features: set[str]) -> Registers:
-        """By LLVM's names of what the CPU has. Of 16 registers four are needed otherwise, of 32 eight."""
+        """Return those of a CPU with these features, by LLVM's names.
+
+        Of 16 registers four are needed for other things than sums, of 32 eight.
+        """
         if "avx512f" in features:
             return cls(16, 24)
-        return cls(8, 12) if "avx" in features else cls(4, 24 if "neon" in features else 12)
+        if "avx" in features:
+            return cls(8, 12)
+        return cls(4, 24 if "neon" in features else 12)
 
     @property
     def vectors(self) -> int:
-        """Registers for a panel's columns."""
-        return WIDTH // self.lanes
+        """Registers that a panel's columns take."""
+        return COMPILED_WIDTH // self.lanes
 
     @property
     def most_rows(self) -> int:
-        """Rows of a tile of one panel."""
-        return min(12, self.sums // self.vectors)
+        """Rows of the largest tile of one panel."""
+        return min(MAX_TILE_ROWS, self.sums // self.vectors)
 
     def panels(self, rows: int) -> int:
-        """Panels of a tile of so many rows: sums enough to keep the multipliers busy, and several streams."""
-        most = max(1, min(8, self.sums // (rows * self.vectors)))
+        """Return the panels of a tile of `rows` rows: sums enough to keep the multipliers busy, and several streams."""
+        most = max(1, min(MAX_TILE_PANELS, self.sums // (rows * self.vectors)))
         return 1 << (most.bit_length() - 1)
 
 
-def module(weights: str, registers: Registers) -> str:
-    """The function `multiply(x, x_stride, w, n, k, out, out_stride, rows)`; strides in bytes.
+def write_module(weights: str, registers: Registers) -> str:
+    """Return a module with the function `multiply(x, x_stride, w, n, k, out, out_stride, rows)`; strides in bytes.
 
-    out[r, c] = sum over k of x[r, k] * w[c // WIDTH, k, c % WIDTH]; x float32 [rows, k], w [n, k, WIDTH] as stored,
-    out float32 [rows, at least n * WIDTH].
+    With P = COMPILED_WIDTH: out[r, c] = sum over k of x[r, k] * w[c // P, k, c % P]; x float32 [rows, k], w [n, k, P]
+    as stored, out float32 [rows, at least n * P].
     """
     most, lanes = registers.most_rows, registers.lanes
     sizes = {(rows, panels) for rows in range(1, most + 1) for panels in (1, registers.panels(rows))}
     tiles = [_tile(weights, lanes, rows, panels) for rows, panels in sorted(sizes)]
     strips = [_strip(weights, rows, registers.panels(rows)) for rows in range(1, most + 1)]
     vector = f"<{lanes} x float>"
-    declared = (
+    declarations = (
         f"declare {vector} @llvm.fmuladd.v{lanes}f32({vector}, {vector}, {vector})\n"
         "declare void @llvm.prefetch.p0(ptr, i32, i32, i32)"
     )
-    return "\n\n".join((declared, *tiles, *strips, _multiply(weights, most))) + "\n"
+    return "\n\n".join((declarations, *tiles, *strips, _multiply(weights, most))) + "\n"
 
 
 class _Function:
-    """Lines of one function, and names that occur once in it."""
+    """The lines of one function while it is written, and the names in it, each of which is given once."""
 
     def __init__(self, head: str) -> None:
         self.lines = [head + " {", "entry:"]
@@ -82,16 +97,17 @@ class _Function:
         return "\n".join((*self.lines, "}"))
 
     def do(self, instruction: str) -> None:
+        """Add an instruction that gives nothing."""
         self.lines.append("  " + instruction)
 
     def let(self, instruction: str) -> str:
-        """The name of what an instruction gives."""
+        """Add an instruction, and return the name of what it gives."""
         self._names += 1
         self.do(f"%v{self._names} = {instruction}")
         return f"%v{self._names}"
 
     def at(self, base: str, offset: str | int) -> str:
-        """An address so many bytes further on."""
+        """Return the name of the address `offset` bytes after `base`."""
         return self.let(f"getelementptr i8, ptr {base}, i64 {offset}")
 
     def begin(self, block: str) -> None:
@@ -106,13 +122,14 @@ class _Function:
         carried: tuple[str, Sequence[str]],
         body: Callable[[str, list[str]], list[str]],
     ) -> list[str]:
-        """For i from the first bound, in steps, as long as a whole step is left: `body` turns values into new ones.
+        """Add a loop from the first bound on, in steps, for as long as a whole step is left.
 
         Args:
-            carried: the type of the values, and what they are at first.
+            carried: the type of the values that go from one round to the next, and what they are at first.
+            body: writes one round; gets the names of the counter and of the values, returns those of the new values.
 
         Returns:
-            The counter and the values after it.
+            The names of the counter and of the values after the loop.
         """
         first, last = bounds
         kind, values = carried
@@ -125,47 +142,56 @@ class _Function:
         self.do(f"%{name}.more = icmp sle i64 %{name}.i, {limit}")
         self.do(f"br i1 %{name}.more, label %{name}.body, label %{name}.done")
         self.begin(f"{name}.body")
-        found = body(f"%{name}.i", slots)
+        new_values = body(f"%{name}.i", slots)
         self.do(f"%{name}.next = add i64 %{name}.i, {step}")
         self.do(f"br label %{name}")
         back = self.block
         heads = [f"  %{name}.i = phi i64 [ {first}, %{came_from} ], [ %{name}.next, %{back} ]"]
         heads += [
             f"  {slot} = phi {kind} [ {value}, %{came_from} ], [ {new}, %{back} ]"
-            for slot, value, new in zip(slots, values, found, strict=True)
+            for slot, value, new in zip(slots, values, new_values, strict=True)
         ]
         self.lines[head:head] = heads
         self.begin(f"{name}.done")
         return [f"%{name}.i", *slots]
 
+    def switch(self, value: str, most: int, case: str, otherwise: str) -> None:
+        """Go to the block `case` + N for a value N from 1 to `most`, else to `otherwise`."""
+        cases = " ".join(f"i64 {n}, label %{case}{n}" for n in range(1, most + 1))
+        self.do(f"switch i64 {value}, label %{otherwise} [ {cases} ]")
 
-def _widened(f: _Function, weights: str, lanes: int, address: str) -> str:
-    """A vector of stored weights as float32; of int8 the whole numbers."""
-    stored, size = STORED[weights]
-    loaded = f.let(f"load <{lanes} x {stored}>, ptr {address}, align {size}")
+    def call(self, name: str, w: str, x: str, out: str, n: str) -> None:
+        """Call a tile or a strip."""
+        self.do(f"call void @{name}(ptr {x}, i64 %x_stride, ptr {w}, i64 {n}, i64 %k, ptr {out}, i64 %out_stride)")
+
+
+def _load_widened(f: _Function, weights: str, lanes: int, address: str) -> str:
+    """Load a vector of stored weights as float32; of int8 the whole numbers."""
+    stored = STORED_TYPES[weights]
+    loaded = f.let(f"load <{lanes} x {stored.llvm}>, ptr {address}, align {stored.itemsize}")
     if weights == "float32":
         return loaded
     whole, vector = f"<{lanes} x i32>", f"<{lanes} x float>"
     if weights == "int8":
         number = f.let(f"sext <{lanes} x i8> {loaded} to {whole}")
         return f.let(f"sitofp {whole} {number} to {vector}")
-    # The upper half of a float32.
+    # A bfloat16 is the upper half of a float32.
     bits = f.let(f"zext <{lanes} x i16> {loaded} to {whole}")
     shifted = f.let(f"shl {whole} {bits}, <{', '.join(['i32 16'] * lanes)}>")
     return f.let(f"bitcast {whole} {shifted} to {vector}")
 
 
-def _repeated(f: _Function, lanes: int, address: str) -> str:
-    """One float32 in every lane of a vector."""
+def _load_repeated(f: _Function, lanes: int, address: str) -> str:
+    """Load one float32 into every lane of a vector."""
     vector = f"<{lanes} x float>"
     one = f.let(f"insertelement {vector} poison, float {f.let(f'load float, ptr {address}, align 4')}, i32 0")
     return f.let(f"shufflevector {vector} {one}, {vector} poison, <{lanes} x i32> zeroinitializer")
 
 
-def _multiplied(
+def _add_products(
     f: _Function, weights: str, lanes: int, xs: Sequence[str], places: Sequence[str], sums: Sequence[str]
 ) -> list[str]:
-    """Sums, with one more product each: of every row's number, at `xs`, and every vector of weights, at `places`."""
+    """Add one product to each sum: of every row's number, at `xs`, and every vector of weights, at `places`."""
     vector, result = f"<{lanes} x float>", list(sums)
 
     def add(row: int, column: int, number: str, weight: str) -> None:
@@ -175,54 +201,54 @@ def _multiplied(
 
     # Whichever of the two are fewer stay in registers while the others pass by.
     if len(xs) <= len(places):
-        numbers = [_repeated(f, lanes, x) for x in xs]
+        numbers = [_load_repeated(f, lanes, x) for x in xs]
         for column, place in enumerate(places):
-            weight = _widened(f, weights, lanes, place)
+            weight = _load_widened(f, weights, lanes, place)
             for row, number in enumerate(numbers):
                 add(row, column, number, weight)
     else:
-        columns = [_widened(f, weights, lanes, place) for place in places]
+        columns = [_load_widened(f, weights, lanes, place) for place in places]
         for row, x in enumerate(xs):
-            number = _repeated(f, lanes, x)
+            number = _load_repeated(f, lanes, x)
             for column, weight in enumerate(columns):
                 add(row, column, number, weight)
     return result
 
 
 def _tile(weights: str, lanes: int, rows: int, panels: int) -> str:
-    """Some rows by some panels that follow each other; `n` is not looked at."""
+    """Write the function that multiplies some rows by some panels that follow each other; it does not look at `n`."""
     f = _Function(f"define internal void @tile_{rows}_{panels}({_ARGUMENTS})")
-    vector, vectors, size = f"<{lanes} x float>", WIDTH // lanes, STORED[weights][1]
-    row_bytes = WIDTH * size
+    vector, vectors, itemsize = f"<{lanes} x float>", COMPILED_WIDTH // lanes, STORED_TYPES[weights].itemsize
+    row_bytes = COMPILED_WIDTH * itemsize
     panel_bytes = f.let(f"mul i64 %k, {row_bytes}")
     xs, ws = ["%x"], ["%w"]
     for _ in range(1, rows):
         xs.append(f.at(xs[-1], "%x_stride"))
     for _ in range(1, panels):
         ws.append(f.at(ws[-1], panel_bytes))
-    # What the next tile will read; a core that reads one stream does not ask for the next one by itself.
+    # What the next tile will read: a core that reads one stream does not ask for the next one by itself.
     ahead = f.let(f"mul i64 {panel_bytes}, {panels}")
     prefetches = rows > 1 or weights == "int8"
 
-    def multiplied(k: str, sums: list[str]) -> list[str]:
+    def one_k(k: str, sums: list[str]) -> list[str]:
         at_x, at_w = f.let(f"mul i64 {k}, 4"), f.let(f"mul i64 {k}, {row_bytes}")
-        places = [f.at(f.at(w, at_w), i * lanes * size) for w in ws for i in range(vectors)]
-        return _multiplied(f, weights, lanes, [f.at(x, at_x) for x in xs], places, sums)
+        places = [f.at(f.at(w, at_w), i * lanes * itemsize) for w in ws for i in range(vectors)]
+        return _add_products(f, weights, lanes, [f.at(x, at_x) for x in xs], places, sums)
 
-    def lines(k: str, sums: list[str]) -> list[str]:
-        """As many k as fill a cache line of a panel."""
+    def one_line(k: str, sums: list[str]) -> list[str]:
+        """Write the products for all k that one cache line of a panel holds."""
         if prefetches:
             at = f.let(f"mul i64 {k}, {row_bytes}")
             for w in ws:
                 address = f.at(f.at(w, at), ahead)
                 f.do(f"call void @llvm.prefetch.p0(ptr {address}, i32 0, i32 3, i32 1)")
         for i in range(CACHE_LINE // row_bytes):
-            sums = multiplied(f.let(f"add i64 {k}, {i}"), sums)
+            sums = one_k(f.let(f"add i64 {k}, {i}"), sums)
         return sums
 
     zeros = ["zeroinitializer"] * (rows * panels * vectors)
-    at, *sums = f.loop("lines", ("0", "%k"), CACHE_LINE // row_bytes, (vector, zeros), lines)
-    _, *sums = f.loop("rest", (at, "%k"), 1, (vector, sums), multiplied)
+    at, *sums = f.loop("lines", ("0", "%k"), CACHE_LINE // row_bytes, (vector, zeros), one_line)
+    _, *sums = f.loop("rest", (at, "%k"), 1, (vector, sums), one_k)
     out = "%out"
     for row in range(rows):
         if row:
@@ -233,73 +259,67 @@ def _tile(weights: str, lanes: int, rows: int, panels: int) -> str:
     return str(f)
 
 
-def _call(f: _Function, name: str, w: str, x: str, out: str, n: str) -> None:
-    """Of a tile or a strip."""
-    f.do(f"call void @{name}(ptr {x}, i64 %x_stride, ptr {w}, i64 {n}, i64 %k, ptr {out}, i64 %out_stride)")
-
-
 def _at_panel(f: _Function, weights: str, panel: str) -> tuple[str, str]:
-    """Where a panel begins, and its columns in the first row of the result."""
-    panel_bytes = f.let(f"mul i64 %k, {WIDTH * STORED[weights][1]}")
-    return f.at("%w", f.let(f"mul i64 {panel}, {panel_bytes}")), f.at("%out", f.let(f"mul i64 {panel}, {WIDTH * 4}"))
+    """Return the address of a panel, and that of its columns in the first row of the result."""
+    panel_bytes = f.let(f"mul i64 %k, {COMPILED_WIDTH * STORED_TYPES[weights].itemsize}")
+    w = f.at("%w", f.let(f"mul i64 {panel}, {panel_bytes}"))
+    return w, f.at("%out", f.let(f"mul i64 {panel}, {COMPILED_WIDTH * 4}"))
 
 
 def _strip(weights: str, rows: int, panels: int) -> str:
-    """Some rows by all n panels, as many at a time as a tile holds, then one at a time."""
+    """Write the function for some rows by all n panels: as many panels at a time as a tile holds, then one by one."""
     f = _Function(f"define internal void @strip_{rows}({_ARGUMENTS})")
 
-    def tiles(panels: int) -> Callable[[str, list[str]], list[str]]:
-        def body(panel: str, _values: list[str]) -> list[str]:
-            w, out = _at_panel(f, weights, panel)
-            _call(f, f"tile_{rows}_{panels}", w, "%x", out, "%n")
-            return []
+    def call_tile(panels: int, panel: str, _values: list[str]) -> list[str]:
+        w, out = _at_panel(f, weights, panel)
+        f.call(f"tile_{rows}_{panels}", w, "%x", out, "%n")
+        return []
 
-        return body
-
-    (at,) = f.loop("several", ("0", "%n"), panels, ("", ()), tiles(panels))
-    f.loop("single", (at, "%n"), 1, ("", ()), tiles(1))
+    (at,) = f.loop("several", ("0", "%n"), panels, ("", ()), partial(call_tile, panels))
+    f.loop("single", (at, "%n"), 1, ("", ()), partial(call_tile, 1))
     f.do("ret void")
     return str(f)
 
 
 def _multiply(weights: str, most: int) -> str:
-    """Few rows in one strip; more in equal parts, a panel at a time, so that it is read from memory once."""
+    """Write the function for all rows by all panels.
+
+    Few rows are one strip. More go in equal parts, a panel at a time, so that each panel is read from memory once.
+    """
     f = _Function(f"define void @multiply({_ARGUMENTS}, i64 %rows)")
-    few = " ".join(f"i64 {rows}, label %strip{rows}" for rows in range(1, most + 1))
-    f.do(f"switch i64 %rows, label %many [ {few} ]")
+    f.switch("%rows", most, "strip", "many")
     for rows in range(1, most + 1):
         f.begin(f"strip{rows}")
-        _call(f, f"strip_{rows}", "%w", "%x", "%out", "%n")
+        f.call(f"strip_{rows}", "%w", "%x", "%out", "%n")
         f.do("ret void")
     f.begin("many")
     parts = f.let(f"udiv i64 {f.let(f'add i64 %rows, {most - 1}')}, {most}")
 
-    def panel(index: str, _values: list[str]) -> list[str]:
-        w, out = _at_panel(f, weights, index)
-        _parts(f, most, parts, w, out)
+    def all_rows(panel: str, _values: list[str]) -> list[str]:
+        w, out = _at_panel(f, weights, panel)
+        _loop_over_parts(f, most, parts, w, out)
         return []
 
-    f.loop("panels", ("0", "%n"), 1, ("", ()), panel)
+    f.loop("panels", ("0", "%n"), 1, ("", ()), all_rows)
     f.do("ret void")
     return str(f)
 
 
-def _parts(f: _Function, most: int, parts: str, w: str, out: str) -> None:
-    """All rows by one panel."""
+def _loop_over_parts(f: _Function, most: int, parts: str, w: str, out: str) -> None:
+    """Write the loop for all rows by one panel, a part of the rows in each round."""
 
-    def part(index: str, _values: list[str]) -> list[str]:
+    def one_part(index: str, _values: list[str]) -> list[str]:
         first = f.let(f"udiv i64 {f.let(f'mul i64 %rows, {index}')}, {parts}")
         following = f.let(f"add i64 {index}, 1")
         stop = f.let(f"udiv i64 {f.let(f'mul i64 %rows, {following}')}, {parts}")
         x = f.at("%x", f.let(f"mul i64 {first}, %x_stride"))
         rows_out = f.at(out, f.let(f"mul i64 {first}, %out_stride"))
-        cases = " ".join(f"i64 {rows}, label %part{rows}" for rows in range(1, most + 1))
-        f.do(f"switch i64 {f.let(f'sub i64 {stop}, {first}')}, label %parted [ {cases} ]")
+        f.switch(f.let(f"sub i64 {stop}, {first}"), most, "part", "parted")
         for rows in range(1, most + 1):
             f.begin(f"part{rows}")
-            _call(f, f"tile_{rows}_1", w, x, rows_out, "1")
+            f.call(f"tile_{rows}_1", w, x, rows_out, "1")
             f.do("br label %parted")
         f.begin("parted")
         return []
 
-    f.loop("parts", ("0", parts), 1, ("", ()), part)
+    f.loop("parts", ("0", parts), 1, ("", ()), one_part)

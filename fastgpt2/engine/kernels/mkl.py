@@ -1,4 +1,4 @@
-"""Intel's MKL, called on the same mapped panels; from PyPI's `mkl`, the extra of that name."""
+"""The product by Intel's MKL, on the same mapped panels; the library is PyPI's `mkl`, the extra of that name."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgpt2.engine.kernels.kernel import Calls
+from fastgpt2.engine.kernels.kernel import ArgumentCache
 from fastgpt2.errors import BadRequest
 
 Array = NDArray[np.float32]
 
-# oneMKL's mkl_service.h and mkl_cblas.h
+# Source: oneMKL's mkl_service.h and mkl_cblas.h.
 _SEQUENTIAL, _LP64 = 1, 0
 _ROW_MAJOR, _NO_TRANSPOSE = 101, 111
 
@@ -26,75 +26,68 @@ class MKLProduct:
     """`cblas_sgemm_batch`, sequential: the engine's processes are the parallelism.
 
     Raises:
-        BadRequest: MKL is not installed, or not one that has the function.
+        BadRequest: MKL is not installed, or is one that does not have the function.
     """
 
     name = "mkl"
+    exact = False
 
     def __init__(self) -> None:
         library = _load()
         library.MKL_Set_Threading_Layer(_SEQUENTIAL)
         library.MKL_Set_Interface_Layer(_LP64)
-        self._batch = library.cblas_sgemm_batch
-        self._batch.restype = None
-        version = ctypes.create_string_buffer(256)
-        library.MKL_Get_Version_String(version, 256)
-        self.version = version.value.decode("ascii", "replace").strip()
-        self._calls = Calls(_arguments)
+        self._multiply = library.cblas_sgemm_batch
+        self._multiply.restype = None
+        self._arguments = ArgumentCache(_make_arguments)
 
     def __call__(self, x: Array, panels: NDArray[Any], out: Array) -> None:
-        arguments = self._calls.arguments(x, panels, out)
+        arguments = self._arguments.get(x, panels, out)
         if arguments:
-            self._batch(*arguments)
+            self._multiply(*arguments)
 
 
-def _arguments(x: Array, panels: Array, out: Array) -> tuple[Any, ...]:
-    """One group of n * C equal products: every chunk of rows by every panel. Empty when there is nothing to do."""
+def _make_arguments(x: Array, panels: Array, out: Array) -> tuple[Any, ...]:
+    """Return the arguments for one group of n * C equal products, every chunk of rows by every panel; () if n is 0."""
     n, chunks, m, width = out.shape
-    n_in = x.shape[3]
     if n == 0:
         return ()
-    item = x.itemsize
-    n_index, c_index = (i.ravel() for i in np.indices((n, chunks), np.uint64))
+    n_index, c_index = (index.ravel() for index in np.indices((n, chunks), np.uint64))
 
-    def addresses(array: Array, by_panel: int, by_chunk: int) -> NDArray[np.uint64]:
-        return np.uint64(array.ctypes.data) + n_index * np.uint64(by_panel) + c_index * np.uint64(by_chunk)
+    def addresses(array: Array, panel_stride: int, chunk_stride: int) -> NDArray[np.uint64]:
+        start = np.uint64(array.ctypes.data)
+        return start + n_index * np.uint64(panel_stride) + c_index * np.uint64(chunk_stride)
 
-    def one(kind: Any, value: float) -> Any:
-        return (kind * 1)(kind(value))
-
-    pointers = (
-        addresses(x, 0, x.strides[1]),
-        addresses(panels, panels.strides[0], 0),
-        addresses(out, out.strides[0], out.strides[1]),
-    )
-    as_pointer = [ctypes.c_void_p(p.ctypes.data) for p in pointers]
-    integer, real = ctypes.c_int, ctypes.c_float
-    no = one(integer, _NO_TRANSPOSE)
-    arguments = (
-        integer(_ROW_MAJOR),
-        *(no, no, one(integer, m), one(integer, width), one(integer, n_in), one(real, 1.0)),
-        *(as_pointer[0], one(integer, x.strides[2] // item), as_pointer[1], one(integer, panels.strides[2] // item)),
-        *(one(real, 0.0), as_pointer[2], one(integer, out.strides[2] // item)),
-        *(integer(1), one(integer, n * chunks)),
-    )
+    x_addresses = addresses(x, 0, x.strides[1])
+    panel_addresses = addresses(panels, panels.strides[0], 0)
+    out_addresses = addresses(out, out.strides[0], out.strides[1])
+    a, b, c = (ctypes.c_void_p(found.ctypes.data) for found in (x_addresses, panel_addresses, out_addresses))
     # ctypes keeps no reference to what an address points at.
-    as_pointer[0]._arrays = pointers  # type: ignore[attr-defined]
-    return arguments
+    a._arrays = (x_addresses, panel_addresses, out_addresses)  # type: ignore[attr-defined]
+    # The function takes arrays with one entry a group, and there is one group.
+    no, rows, columns, depth = _one_int(_NO_TRANSPOSE), _one_int(m), _one_int(width), _one_int(x.shape[3])
+    lda, ldb, ldc = (_one_int(array.strides[2] // x.itemsize) for array in (x, panels, out))
+    alpha, beta = (ctypes.c_float * 1)(1.0), (ctypes.c_float * 1)(0.0)
+    layout, groups, size = ctypes.c_int(_ROW_MAJOR), ctypes.c_int(1), _one_int(n * chunks)
+    return (layout, no, no, rows, columns, depth, alpha, a, lda, b, ldb, beta, c, ldc, groups, size)
 
 
-def installed() -> bool:
-    """Whether there is a libmkl_rt to load. Loads nothing."""
+def _one_int(value: int) -> ctypes.Array[ctypes.c_int]:
+    """Return an array of one int."""
+    return (ctypes.c_int * 1)(value)
+
+
+def is_installed() -> bool:
+    """Tell whether there is a libmkl_rt to load. Loads nothing."""
     return _find() is not None
 
 
 def version_key() -> str:
-    """Of the MKL that is installed, without loading it."""
+    """Return a name that changes with the MKL that is installed: its file's, without loading it."""
     return Path(_find() or "").resolve().name
 
 
 def _find() -> str | None:
-    """Where pip puts the library (the environment's `lib`), else where the system's loader finds one."""
+    """Return the library's path: where pip puts it (the environment's `lib`), else where the system's loader looks."""
     for prefix in dict.fromkeys((sys.prefix, sys.base_prefix, site.getuserbase())):
         for path in sorted(Path(prefix, "lib").glob("libmkl_rt.so*"), reverse=True):
             return str(path)

@@ -1,12 +1,13 @@
-"""Weights as panels: a matrix [K, N] stored as [N / P, K, P], so that a product with a few rows reads them in place.
+"""Weights as panels: a matrix [K, N] stored as [N / P, K, P], so that a product with a few rows reads it in place.
 
-Plain GEMM copies the weights into buffers of its own before it multiplies. A product as small as one panel by a few
-rows takes OpenBLAS's small-matrix kernel, which reads what lies there. The width P, and how many rows go at once, are
-chosen by measurement, in `calibration.py`.
+A plain matrix product (GEMM) first copies the weights into buffers of its own. The product of one panel and a few rows
+is so small that OpenBLAS takes its small-matrix kernel for it, and that reads the weights where they lie. Which width P
+is the fastest here, and how many rows go at once, is measured (`calibration.py`, `kernel.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,26 +16,66 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
 
-# How weights may be stored: the dtype by safetensors' name and numpy's, which has none for bfloat16.
-STORED: dict[str, tuple[str, type[np.generic]]] = {
-    "float32": ("F32", np.float32),
-    "bfloat16": ("BF16", np.uint16),
-    "int8": ("I8", np.int8),
-}
+# The width P of panels for compiled code. A row of such a panel is one or two registers wide on every CPU, and four
+# panels read side by side are four streams, which keep one core's share of the memory busy.
+COMPILED_WIDTH = 16
 
-# int8 weights are a column's largest magnitude in so many steps, as many down as up.
+# An int8 weight is a whole number of steps from zero: the column's largest magnitude is this many steps, up or down.
 LARGEST_INT8 = 127
 
 
 @dataclass(frozen=True, slots=True)
-class Panels:
-    """A matrix of K rows as panels [n, 1, K, P]; columns beyond the matrix's own are zero.
+class StoredType:
+    """The type in which weights of one kind are stored, under the name that each library has for it.
 
-    The axis of one is where `np.matmul` broadcasts chunks of rows.
+    Attributes:
+        safetensors: in the header of a file.
+        numpy: in an array. NumPy has no bfloat16: its bits are a uint16.
+        llvm: in LLVM's assembly language.
+    """
+
+    safetensors: str
+    numpy: np.dtype[Any]
+    llvm: str
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one weight."""
+        return self.numpy.itemsize
+
+
+# By the names that the option `weights` takes.
+STORED_TYPES = {
+    "float32": StoredType("F32", np.dtype(np.float32), "float"),
+    "bfloat16": StoredType("BF16", np.dtype(np.uint16), "i16"),
+    "int8": StoredType("I8", np.dtype(np.int8), "i8"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A way to store a model's matrices: how wide their panels are, and which kind of weights they hold.
+
+    Attributes:
+        name: part of a packed file's name; two layouts of one name are the same.
+        width: the width of the panels of a matrix, from its numbers of rows (K) and of columns (N).
+        weights: one of `STORED_TYPES`.
+    """
+
+    name: str
+    width: Callable[[int, int], int]
+    weights: str = "float32"
+
+
+@dataclass(frozen=True, slots=True)
+class Panels:
+    """A matrix of K rows as panels [n, 1, K, P]; the columns beyond the matrix's own are zero.
+
+    The axis of length 1 is where `np.matmul` broadcasts chunks of rows.
 
     Attributes:
         array: float32, or the bits of bfloat16 as uint16, or int8.
-        scales: of int8, what each column is to be multiplied with, [columns].
+        scales: for int8, the factor by which each column is to be multiplied, [columns].
     """
 
     array: NDArray[Any]
@@ -56,26 +97,26 @@ class Panels:
         return int(self.array.shape[0]) * self.width
 
     def share(self, rank: int, size: int) -> tuple[int, int]:
-        """The first panel of one process among `size`, and the one after its last."""
+        """Return the first panel of process `rank` of `size` processes, and the one after its last."""
         n = int(self.array.shape[0])
         return n * rank // size, n * (rank + 1) // size
 
     def column(self, index: int) -> Array:  # [K]
-        """One column as float32: of a token table, the embedding of token `index`."""
+        """Return one column as float32. In a token table, that is the embedding of token `index`."""
         stored = self.array[index // self.width, 0, :, index % self.width]
         if stored.dtype == np.float32:
             return stored
-        wide = widened(stored)
+        wide = widen(stored)
         return wide if self.scales is None else wide * self.scales[index]
 
 
 def panel_count(n_out: int, width: int) -> int:
-    """How many panels `n_out` columns fill."""
+    """Return how many panels `n_out` columns fill; the last one may be filled in part."""
     return -(-n_out // width)
 
 
 def to_panels(columns: NDArray[Any], width: int) -> NDArray[Any]:  # [K, N] -> [panel_count(N, width), K, width]
-    """Copy columns into panels; the last panel is filled up with zeros."""
+    """Copy columns into panels. Zeros fill up the last panel."""
     n_in, n_out = columns.shape
     n = panel_count(n_out, width)
     panels = np.zeros((n, n_in, width), columns.dtype)
@@ -86,33 +127,34 @@ def to_panels(columns: NDArray[Any], width: int) -> NDArray[Any]:  # [K, N] -> [
     return panels
 
 
-def scales_of(columns: Array) -> Array:  # [K, N] -> [N]
-    """What int8 weights are multiplied with: the largest magnitude of each column in `LARGEST_INT8` steps.
+def compute_scales(columns: Array) -> Array:  # [K, N] -> [N]
+    """Return the size of one int8 step in each column: its largest magnitude, divided by `LARGEST_INT8`.
 
-    Symmetric, a scale an output column, as LLM.int8() (Dettmers et al. 2022) has it for weights. Not finite where the
-    column is not, so that what is computed from it is not either.
+    Scales are symmetric and there is one per output column, as LLM.int8() (Dettmers et al. 2022) has it for weights. A
+    scale is not finite where its column is not, so that what is computed with it is not finite either.
     """
     scales: Array = np.abs(columns).max(axis=0, initial=0.0) / np.float32(LARGEST_INT8)
     return scales
 
 
-def stored_as(weights: str, columns: Array) -> NDArray[Any]:  # [K, N] -> [K, N]
-    """float32 numbers as they are stored, each rounded to the nearest, of two as near to the even one."""
+def narrow(weights: str, columns: Array) -> NDArray[Any]:  # [K, N] -> [K, N]
+    """Convert float32 numbers to the stored type of `weights`, rounding each to the nearest, and ties to even."""
     if weights == "bfloat16":
         bits = columns.view(np.uint32)
-        # A NaN's bits must not be carried over into its sign; of all its bits one in the upper half is enough.
         rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16
+        # Rounding could carry the bits of a NaN into its sign. One bit set in the upper half keeps it a NaN.
         return np.where(np.isnan(columns), (bits >> 16) | np.uint32(0x40), rounded).astype(np.uint16)
     if weights == "int8":
-        scales = scales_of(columns)
-        # Zeros stay zeros; what is not finite is told by the scale.
+        scales = compute_scales(columns)
+        # Columns of zeros stay zeros. In a column that is not finite, the scale says so.
         divisor = np.where((scales > 0) & np.isfinite(scales), scales, np.float32(1.0))
-        return np.rint(np.nan_to_num(columns, posinf=0.0, neginf=0.0) / divisor).clip(-127, 127).astype(np.int8)
+        steps = np.rint(np.nan_to_num(columns, posinf=0.0, neginf=0.0) / divisor)
+        return steps.clip(-LARGEST_INT8, LARGEST_INT8).astype(np.int8)
     return columns
 
 
-def widened(stored: NDArray[Any]) -> Array:
-    """Stored numbers as float32; of int8 before they are scaled."""
+def widen(stored: NDArray[Any]) -> Array:
+    """Convert stored numbers to float32; int8 to the whole numbers that it holds, which are still to be scaled."""
     if stored.dtype == np.uint16:
         wide: Array = (stored.astype(np.uint32) << 16).view(np.float32)
         return wide

@@ -1,6 +1,6 @@
-"""safetensors file(s) -> validated, named, zero-copy arrays on read-only memory maps.
+"""A checkpoint: the tensors of safetensors files, validated, by name, as zero-copy arrays on read-only memory maps.
 
-The safetensors library validates a file (bounds, overlaps, dtypes, sizes) but hands out copies; so its verdict is
+The safetensors library validates a file (bounds, overlaps, dtypes, sizes) but hands out copies. So its verdict is
 taken, and the offsets are then read from the same header.
 """
 
@@ -20,24 +20,25 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from fastgpt2.engine.kernels.panels import widened
+from fastgpt2.engine.kernels.panels import STORED_TYPES, widen
 from fastgpt2.engine.model.config import INDEX_FILE, PICKLE_FILES, SINGLE_FILE, read_index
 from fastgpt2.errors import CheckpointError
 
 # gpt2-xl's header has 60 KB. The library would accept 100 MB, which Python's JSON turns into gigabytes.
 MAX_HEADER_BYTES = 8 << 20
 
-# linux/mman.h; Python's mmap has no name for it.
+# Source: linux/mman.h. Python's mmap has no name for it.
 _MADV_POPULATE_READ = 22
 
-# BF16 has no numpy type: it is viewed as the upper half of a float32. I8 is found in packed files only.
-_VIEW_TYPES: dict[str, type[np.generic]] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I8": np.int8}
+# The tensors that can be viewed, by safetensors' names of their dtypes. I8 is found in packed files only.
+NUMPY_TYPES: dict[str, np.dtype[Any]] = {stored.safetensors: stored.numpy for stored in STORED_TYPES.values()}
+NUMPY_TYPES["F16"] = np.dtype(np.float16)
 _FLOATING = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where a tensor lies: its file, safetensors dtype name, shape, and byte range in the file."""
+    """The place of a tensor: its file, safetensors' name of its dtype, its shape, and its byte range in the file."""
 
     file: Path
     dtype: str
@@ -47,7 +48,7 @@ class TensorInfo:
 
 
 class Checkpoint:
-    """The tensors of a model folder, by name. Views stay valid as long as any of them, or this, is alive."""
+    """The tensors of a model's folder, by name. Views stay valid as long as any of them, or this object, is alive."""
 
     def __init__(self, tensors: dict[str, TensorInfo], maps: dict[Path, mmap.mmap]) -> None:
         self.tensors = tensors
@@ -58,7 +59,7 @@ class Checkpoint:
         """Map `model.safetensors`, or the shards that `model.safetensors.index.json` lists.
 
         Raises:
-            CheckpointError: neither exists, or a file is damaged or does not hold what the index says.
+            CheckpointError: neither exists, a file is damaged, or it does not hold what the index says.
         """
         if (folder / SINGLE_FILE).exists():
             tensors, mapped = map_file(folder / SINGLE_FILE)
@@ -73,18 +74,18 @@ class Checkpoint:
         tensors: dict[str, TensorInfo] = {}
         maps: dict[Path, mmap.mmap] = {}
         for shard in sorted(set(index.values())):
-            held, maps[folder / shard] = map_file(folder / shard)
+            present, maps[folder / shard] = map_file(folder / shard)
             listed = {name for name, file in index.items() if file == shard}
-            for name in listed - held.keys():
+            for name in listed - present.keys():
                 raise CheckpointError(f"{folder / shard}: tensor {name!r} is missing; {INDEX_FILE} lists it here")
-            for name in held.keys() - listed:
+            for name in present.keys() - listed:
                 raise CheckpointError(f"{folder / shard}: tensor {name!r} is not listed here by {INDEX_FILE}")
-            tensors.update(held)
+            tensors.update(present)
         return cls(tensors, maps)
 
     @cached_property
     def identity(self) -> str:
-        """Changes whenever a file does: sizes, times of change, and the place of every tensor."""
+        """A digest that changes whenever a file does: of sizes, times of change, and the place of every tensor."""
         digest = hashlib.sha256()
         for file in sorted({file.resolve() for file in {info.file for info in self.tensors.values()}}):
             status = file.stat()
@@ -94,17 +95,16 @@ class Checkpoint:
         return digest.hexdigest()[:16]
 
     def view(self, name: str) -> NDArray[Any]:
-        """The tensor as it lies in the file, read-only, without a copy; a BF16 tensor as its uint16 bit patterns.
+        """Return the tensor as it lies in the file, read-only, without a copy; a BF16 tensor as its bits, in uint16.
 
         The view is unaligned where the file is (`view.flags.aligned`), as the public `gpt2` file is.
         """
         info = self.tensors[name]
-        if info.dtype not in _VIEW_TYPES:
+        if info.dtype not in NUMPY_TYPES:
             raise self._unreadable(name)
-        view_type = np.dtype(_VIEW_TYPES[info.dtype])
-        count = (info.stop - info.start) // view_type.itemsize
-        flat = np.frombuffer(self._maps[info.file], view_type, count, info.start)
-        return flat.reshape(info.shape)
+        dtype = NUMPY_TYPES[info.dtype]
+        count = (info.stop - info.start) // dtype.itemsize
+        return np.frombuffer(self._maps[info.file], dtype, count, info.start).reshape(info.shape)
 
     def populate(self) -> None:
         """Enter the pages of all files into this process's page table, reading what is not in memory yet.
@@ -116,16 +116,16 @@ class Checkpoint:
                 mapped.madvise(_MADV_POPULATE_READ)
 
     def float32(self, name: str, where: Any = ...) -> NDArray[np.float32]:
-        """The tensor, or the part of it that an index tells, as aligned float32.
+        """Return the tensor, or the part of it at the index `where`, as aligned float32.
 
-        The view itself where it is that already, else a converted copy: BLAS reads aligned float32 only; given anything
-        else, numpy would copy the weights again on every product.
+        That is the view itself if it is aligned float32 already, else a converted copy. BLAS reads nothing else: numpy
+        would copy the weights again on every product.
         """
         if self.tensors[name].dtype not in _FLOATING:
             raise self._unreadable(name)
         view: NDArray[Any] = self.view(name)[where]
         if self.tensors[name].dtype == "BF16":
-            return widened(view)
+            return widen(view)
         if view.dtype == np.float32 and view.flags.aligned:
             return view
         return np.require(view, np.float32, ["A", "C"])
@@ -141,7 +141,7 @@ def map_file(path: Path) -> tuple[dict[str, TensorInfo], mmap.mmap]:
     """Validate a safetensors file, list its tensors and map it read-only.
 
     Raises:
-        CheckpointError: not a safetensors file, damaged, truncated, or a header beyond the limit.
+        CheckpointError: the file is not a safetensors file, is damaged or truncated, or has a header beyond the limit.
     """
     try:
         header, data_start = _read_header(path)
@@ -165,10 +165,10 @@ def map_file(path: Path) -> tuple[dict[str, TensorInfo], mmap.mmap]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The free-form texts in a safetensors file's header.
+    """Return the free-form texts in a safetensors file's header.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: the file cannot be read.
     """
     try:
         metadata = _read_header(path)[0].get("__metadata__", {})
@@ -178,7 +178,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The JSON header and the byte at which tensor data begins. What it says is the library's to validate."""
+    """Return the JSON header, which the library is to validate, and the byte at which tensor data begins."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -192,7 +192,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
             )
         raw = file.read(length)
     try:
-        header = json.loads(raw, object_pairs_hook=_without_duplicates)
+        header = json.loads(raw, object_pairs_hook=_refuse_duplicates)
     except (ValueError, RecursionError) as reason:
         raise CheckpointError(f"{path}: damaged or not a safetensors file: its header is no JSON ({reason})") from None
     if not isinstance(header, dict):
@@ -200,8 +200,8 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Two entries of one name would make the library and this module see different tensors."""
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raise ValueError if a name occurs twice: the library and this module would see different tensors then."""
     result = dict(pairs)
     if len(result) < len(pairs):
         raise ValueError("a name occurs twice")
@@ -209,6 +209,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _nothing_to_open(folder: Path) -> str:
+    """Return the message for a folder without safetensors files."""
     for name in PICKLE_FILES:
         if (folder / name).exists():
             return (

@@ -1,4 +1,9 @@
-"""`config.json` of a GPT-2 checkpoint, every field that bears on the arithmetic checked."""
+"""The configuration of a GPT-2, from the small JSON files of a model's folder.
+
+`config.json` holds the architecture's numbers. Every field that bears on the arithmetic is checked, so that a model is
+either computed as its makers meant or refused by the name of a field. The index of a checkpoint in several files is
+read here too. JSON files are read within bounds, and nothing heavy is imported.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +17,44 @@ from typing import Any
 from fastgpt2.errors import CheckpointError, ConfigError, FastGPT2Error
 
 log = logging.getLogger("fastgpt2.engine")
-MAX_CONFIG_BYTES = 1 << 20
-MAX_DIMENSION = 1 << 24
 
-# The names that GPT-2 configurations use and what transformers' ACT2FN understands by them; `ops.py` computes them.
+# The files of a model's folder.
+CONFIG_FILE = "config.json"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+TOKENIZER_FILE = "tokenizer.json"
+VOCAB_FILE = "vocab.json"
+MERGES_FILE = "merges.txt"
+
+# A tokenizer is the first of these, or both of the second.
+TOKENIZER_FILES = ((TOKENIZER_FILE,), (VOCAB_FILE, MERGES_FILE))
+
+# Never opened, but named in messages.
+PICKLE_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+# What no real model comes near: beyond these a file is damaged, or made to do harm.
+MAX_CONFIG_BYTES = 1 << 20
+MAX_INDEX_BYTES = 16 << 20
+MAX_SHARDS = 1024
+MAX_DIMENSION = 1 << 24
+_MAX_QUOTED = 80
+
+# The names that GPT-2 configurations use and what transformers' ACT2FN understands by them; `transformer.py` has the
+# functions.
 ACTIVATION_FUNCTIONS = frozenset(
     {"gelu_new", "gelu", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "swish", "tanh"}
 )
 
 # Settings that change what the model computes and that this engine does not have: refused unless off.
 _REFUSED_UNLESS_FALSY = ("add_cross_attention", "is_encoder_decoder", "pruned_heads", "quantization_config")
+
+# Other names of some fields. Source: `GPT2Config.attribute_map` in transformers.
+_OTHER_NAMES = (
+    ("hidden_size", "n_embd"),
+    ("num_attention_heads", "n_head"),
+    ("num_hidden_layers", "n_layer"),
+    ("max_position_embeddings", "n_positions"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +84,14 @@ class GPT2Config:
 
     @property
     def n_parameters(self) -> int:
-        """Numbers in the weights."""
+        """The count of numbers in all weights."""
         n, inner = self.n_embd, self.n_inner
         block = 4 * n + 3 * n * (n + 1) + n * (n + 1) + inner * (n + 1) + n * (inner + 1)
         tables = (self.vocab_size + self.n_positions) * n + (0 if self.tie_word_embeddings else self.vocab_size * n)
         return tables + self.n_layer * block + 2 * n
 
     def attention_scale(self, layer: int) -> float:
-        """What the attention scores of a layer are multiplied with.
+        """Return the factor of the attention scores of a layer.
 
         Source: `eager_attention_forward` in `transformers/models/gpt2/modeling_gpt2.py`.
         """
@@ -70,16 +103,16 @@ def read_config(path: Path) -> GPT2Config:
     """Read and check a `config.json`.
 
     Raises:
-        ConfigError: the file is missing, no JSON object, not a GPT-2, or holds a value that cannot be; the message
+        ConfigError: the file is missing, is no JSON object or no GPT-2, or holds a value that cannot be; the message
             names the file and the field.
     """
-    fields = read_json_object(path, MAX_CONFIG_BYTES, ConfigError)
+    fields = _read_json_object(path, MAX_CONFIG_BYTES, ConfigError)
     model_type = fields.get("model_type")
     if model_type != "gpt2":
-        raise ConfigError(f"{path}: model_type is {shown(model_type)}; fastgpt2 runs GPT-2 models (model_type 'gpt2')")
+        raise ConfigError(f"{path}: model_type is {_quote(model_type)}; fastgpt2 runs GPT-2 models (model_type 'gpt2')")
     for name in _REFUSED_UNLESS_FALSY:
         if fields.get(name):
-            raise ConfigError(f"{path}: {name} is {shown(fields[name])}; fastgpt2 does not support it")
+            raise ConfigError(f"{path}: {name} is {_quote(fields[name])}; fastgpt2 does not support it")
 
     reader = _Reader(path, _by_first_names(path, fields))
     n_embd = reader.size("n_embd", 768)
@@ -89,7 +122,7 @@ def read_config(path: Path) -> GPT2Config:
     activation = fields.get("activation_function", "gelu_new")
     if not isinstance(activation, str) or activation not in ACTIVATION_FUNCTIONS:
         known = ", ".join(sorted(ACTIVATION_FUNCTIONS))
-        raise ConfigError(f"{path}: activation_function is {shown(activation)}; known are {known}")
+        raise ConfigError(f"{path}: activation_function is {_quote(activation)}; known are {known}")
     vocab_size = reader.size("vocab_size", 50257)
     bos = reader.token_ids("bos_token_id", vocab_size)
     return GPT2Config(
@@ -110,30 +143,25 @@ def read_config(path: Path) -> GPT2Config:
     )
 
 
-# What else `GPT2Config.attribute_map` calls these.
-_OTHER_NAMES = (
-    ("hidden_size", "n_embd"),
-    ("num_attention_heads", "n_head"),
-    ("num_hidden_layers", "n_layer"),
-    ("max_position_embeddings", "n_positions"),
-)
-
-
 def _by_first_names(path: Path, fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields with `hidden_size` and the like taken for what they stand for; refused where two disagree."""
+    """Return the fields with `hidden_size` and the like under the names that they stand for.
+
+    Raises:
+        ConfigError: a field is there under two names, with different values.
+    """
     named = dict(fields)
     for other, name in _OTHER_NAMES:
         if fields.get(other) is None:
             continue
         if named.setdefault(name, fields[other]) != fields[other]:
-            raise ConfigError(f"{path}: {name} is {shown(named[name])}, but {other} is {shown(fields[other])}")
+            raise ConfigError(f"{path}: {name} is {_quote(named[name])}, but {other} is {_quote(fields[other])}")
     if fields.get("n_ctx") is not None:
         named.setdefault("n_positions", fields["n_ctx"])  # as older files have it
     return named
 
 
 class _Reader:
-    """Typed access to the fields of one configuration file."""
+    """Reads the fields of one configuration file, and raises ConfigError for a value of the wrong kind."""
 
     def __init__(self, path: Path, fields: dict[str, Any]) -> None:
         self.path = path
@@ -143,53 +171,58 @@ class _Reader:
         value = self.fields.get(name, default)
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_DIMENSION:
             raise ConfigError(
-                f"{self.path}: {name} is {shown(value)}; it must be a whole number from 1 to {MAX_DIMENSION}"
+                f"{self.path}: {name} is {_quote(value)}; it must be a whole number from 1 to {MAX_DIMENSION}"
             )
         return value
 
     def flag(self, name: str, default: bool) -> bool:
         value = self.fields.get(name, default)
         if not isinstance(value, bool):
-            raise ConfigError(f"{self.path}: {name} is {shown(value)}; it must be true or false")
+            raise ConfigError(f"{self.path}: {name} is {_quote(value)}; it must be true or false")
         return value
 
     def epsilon(self, name: str, default: float) -> float:
         value = self.fields.get(name, default)
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
-            raise ConfigError(f"{self.path}: {name} is {shown(value)}; it must be a number from 0 up to 1")
+            raise ConfigError(f"{self.path}: {name} is {_quote(value)}; it must be a number from 0 up to 1")
         return float(value)
 
     def token_ids(self, name: str, vocab_size: int) -> tuple[int, ...]:
-        """One id, a list of ids or null. Ids outside the vocabulary cannot occur: dropped with a warning."""
+        """Read one id, a list of ids or null. Ids outside the vocabulary cannot occur: dropped, with a warning."""
         value = self.fields.get(name, 50256 if vocab_size > 50256 else None)
-        ids = [] if value is None else value if isinstance(value, list) else [value]
+        if value is None:
+            return ()
+        ids = value if isinstance(value, list) else [value]
         for one in ids:
             if not isinstance(one, int) or isinstance(one, bool):
-                raise ConfigError(f"{self.path}: {name} is {shown(value)}; it must be an id, a list of ids or null")
+                raise ConfigError(f"{self.path}: {name} is {_quote(value)}; it must be an id, a list of ids or null")
         inside = tuple(one for one in ids if 0 <= one < vocab_size)
         if len(inside) < len(ids):
             log.warning("%s: %s is %s, outside the vocabulary of %d: ignored", self.path, name, value, vocab_size)
         return inside
 
 
-# NOTE engine.files: The files of a model folder: their names, and the small JSON ones read within bounds. Imports
-# nothing heavy.
-CONFIG_FILE = "config.json"
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-TOKENIZER_FILE = "tokenizer.json"
-VOCAB_FILE = "vocab.json"
-MERGES_FILE = "merges.txt"
+def read_index(path: Path) -> dict[str, str]:
+    """Read the `weight_map` of an index file: tensor name -> shard file name, each a plain name in the same folder.
 
-# Either the first, or both of the second.
-TOKENIZER_FILES = ((TOKENIZER_FILE,), (VOCAB_FILE, MERGES_FILE))
-PICKLE_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-MAX_INDEX_BYTES = 16 << 20
-MAX_SHARDS = 1024
+    Raises:
+        CheckpointError: the file is malformed, or a shard's name leads out of the folder.
+    """
+    weight_map = _read_json_object(path, MAX_INDEX_BYTES, CheckpointError).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: weight_map is missing or empty")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not re.fullmatch(r"[^/\\\0\ud800-\udfff]{1,255}\.safetensors", file):
+            raise CheckpointError(
+                f"{path}: tensor {name!r} is said to lie in {repr(file)[:_MAX_QUOTED]}, which is no plain file name"
+            )
+    if len(set(weight_map.values())) > MAX_SHARDS:
+        raise CheckpointError(f"{path}: lists more than {MAX_SHARDS} files")
+    return weight_map
 
 
-def read_json_object(path: Path, max_bytes: int, error: type[FastGPT2Error]) -> dict[str, Any]:
-    """Read a JSON object from a file of bounded size; anything else raises `error` with a message naming the file."""
+def _read_json_object(path: Path, max_bytes: int, error: type[FastGPT2Error]) -> dict[str, Any]:
+    """Read a JSON object from a file of at most `max_bytes`; raise `error`, naming the file, if it is anything else."""
     try:
         size = path.stat().st_size
         if size > max_bytes:
@@ -202,30 +235,11 @@ def read_json_object(path: Path, max_bytes: int, error: type[FastGPT2Error]) -> 
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as reason:
         raise error(f"{path}: not valid JSON ({reason})") from None
     if not isinstance(value, dict):
-        raise error(f"{path}: not a JSON object but {shown(value)}")
+        raise error(f"{path}: not a JSON object but {_quote(value)}")
     return value
 
 
-def read_index(path: Path) -> dict[str, str]:
-    """The `weight_map` of an index file: tensor name -> shard file name, each a plain name in the same folder.
-
-    Raises:
-        CheckpointError: malformed, or a shard's name leads out of the folder.
-    """
-    weight_map = read_json_object(path, MAX_INDEX_BYTES, CheckpointError).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path}: weight_map is missing or empty")
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or not re.fullmatch(r"[^/\\\0\ud800-\udfff]{1,255}\.safetensors", file):
-            raise CheckpointError(
-                f"{path}: tensor {name!r} is said to lie in {repr(file)[:80]}, which is no plain file name"
-            )
-    if len(set(weight_map.values())) > MAX_SHARDS:
-        raise CheckpointError(f"{path}: lists more than {MAX_SHARDS} files")
-    return weight_map
-
-
-def shown(value: object) -> str:
-    """A value as a message shows it: JSON, of bounded length."""
+def _quote(value: object) -> str:
+    """Return a value as a message shows it: JSON, of bounded length."""
     text = json.dumps(value, default=str)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return text if len(text) <= _MAX_QUOTED else text[: _MAX_QUOTED - 3] + "..."

@@ -1,4 +1,8 @@
-"""Model id -> local folder. What is cached is used as it is; huggingface_hub is imported only to download."""
+"""The way from a model's name to a local folder: a folder, the cache of the Hugging Face hub, or a download into it.
+
+A revision that is cached whole is used as it is, without a question to the hub. huggingface_hub takes long to import,
+and is imported only to download.
+"""
 
 from __future__ import annotations
 
@@ -17,36 +21,40 @@ DEMO_MODEL = "demo"
 DEMO_FOLDER = Path(__file__).parent.parent.parent / "models" / DEMO_MODEL
 DEFAULT_REVISION = "main"
 
-# namespace/name or a bare name, as huggingface_hub's validate_repo_id has it.
+# "owner/name" or a bare name. Source: `validate_repo_id` in huggingface_hub.
 _NAME = r"\w(?:[\w.-]{0,94}\w)?"
 _REPO_ID = re.compile(rf"(?!.*(?:--|\.\.|\.git$))(?:{_NAME}/)?{_NAME}", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
-# What git allows, roughly. It becomes the path of a file below `refs`, which huggingface_hub writes unchecked.
+# Roughly what git allows. It becomes the path of a file below `refs`, which huggingface_hub writes unchecked.
 _REVISION = re.compile(r"(?![./])(?!.*(?:\.\.|//|/\.))[^\x00-\x20\x7f~^:?*\[\\]{1,200}")
+
+# What huggingface_hub takes for "yes" in an environment variable, in lower case.
 _TRUE = {"1", "on", "yes", "true"}
+
+# Returns the local path of a file of a repository; None if the file is not there.
 Fetch = Callable[[str], Path | None]
 
 
 def find_model(model: str, revision: str | None = None) -> Path:
-    """The folder that holds a model, downloaded first if need be.
-
-    Args:
-        model: `demo` (shipped with this package), the path of a folder, or a Hugging Face hub id such as `gpt2`.
-        revision: a branch, tag or commit of the hub's repository; default `main`.
+    """Return the folder that holds a model, downloading it first if needed.
 
     The cache is huggingface_hub's own, shared with transformers: `HF_HUB_CACHE`, `HF_HOME`, `HF_HUB_OFFLINE`,
     `HF_ENDPOINT` and `HF_TOKEN` mean what they mean there. A revision that is cached whole is used without asking the
     hub again.
 
+    Args:
+        model: `demo` (shipped with this package), the path of a folder, or a Hugging Face hub id such as `gpt2`.
+        revision: a branch, tag or commit of the hub's repository; None for `main`.
+
     Raises:
-        ModelNotFound: no such folder or repository, no access, no network, or offline with nothing cached; the
-            message says what to do.
+        ModelNotFound: there is no such folder or repository, no access, no network, or nothing in the cache while
+            offline; the message says what to do.
         CheckpointError: the index of a model in shards is malformed, or leads out of its folder.
     """
     if model == DEMO_MODEL:
         return DEMO_FOLDER
-    folder = _local(model)
+    folder = _find_folder(model)
     if folder is not None:
         return folder
     if not _REPO_ID.fullmatch(model):
@@ -54,11 +62,11 @@ def find_model(model: str, revision: str | None = None) -> Path:
     revision = revision or DEFAULT_REVISION
     if not _REVISION.fullmatch(revision):
         raise ModelNotFound(f"{model}: {revision!r} is no name of a branch, tag or commit")
-    return _cached(model, revision) or _download(model, revision)
+    return _find_in_cache(model, revision) or _download(model, revision)
 
 
-def _local(model: str) -> Path | None:
-    """The folder of that path; None where there is nothing."""
+def _find_folder(model: str) -> Path | None:
+    """Return the folder of that path; None if nothing is there."""
     try:
         path = Path(model).expanduser()
         if (path / CONFIG_FILE).is_file():
@@ -73,8 +81,8 @@ def _local(model: str) -> Path | None:
     return None
 
 
-def cache_folder() -> Path:
-    """huggingface_hub's cache. Source: huggingface_hub/constants.py."""
+def hub_cache_folder() -> Path:
+    """Return huggingface_hub's cache. Source: huggingface_hub/constants.py."""
     explicit = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
     if explicit:
         return Path(os.path.expandvars(explicit)).expanduser()
@@ -83,16 +91,19 @@ def cache_folder() -> Path:
     try:
         return Path(os.path.expandvars(home)).expanduser() / "hub"
     except RuntimeError:  # a user without an entry among the machine's users, and no HOME
-        raise ModelNotFound("the cache for models cannot be found, for want of a home folder; set HF_HOME") from None
+        raise ModelNotFound("there is no home folder for the cache of models; set HF_HOME to a folder") from None
 
 
 def _resolved_cache() -> Path:
-    """Without links, as huggingface_hub's newer versions do it: a model has one path, fetched just now or before."""
-    return cache_folder().resolve()
+    """Return the cache without links in its path, so that a model has one path, whether fetched just now or before.
+
+    huggingface_hub's newer versions resolve it too.
+    """
+    return hub_cache_folder().resolve()
 
 
-def _cached(repo_id: str, revision: str) -> Path | None:
-    """The snapshot folder of a revision, if all that a model needs is in it."""
+def _find_in_cache(repo_id: str, revision: str) -> Path | None:
+    """Return the snapshot folder of a revision, if all that a model needs is in it."""
     repo = _resolved_cache() / ("models--" + repo_id.replace("/", "--"))
     commit = revision
     if not _COMMIT.fullmatch(revision):
@@ -112,10 +123,10 @@ def _cached(repo_id: str, revision: str) -> Path | None:
 
 
 def _collect(fetch: Fetch) -> Path | None:
-    """Get the files that a model needs, and no others. Returns its `config.json`; None where something is missing.
+    """Fetch the files that a model needs, and no others. Returns its `config.json`; None if something is missing.
 
     Raises:
-        CheckpointError: the index names something else than files beside it, of which none is then asked for.
+        CheckpointError: the index names something else than files beside it; none of these is fetched then.
     """
     config = fetch(CONFIG_FILE)
     if config is None or not any(all(fetch(name) for name in names) for names in TOKENIZER_FILES):
@@ -129,18 +140,23 @@ def _collect(fetch: Fetch) -> Path | None:
 
 
 def _download(repo_id: str, revision: str) -> Path:
+    """Download what a model needs, and return its snapshot folder.
+
+    Raises:
+        ModelNotFound: as `find_model`.
+    """
     offline = "HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") else "TRANSFORMERS_OFFLINE"
     if os.environ.get(offline, "").lower() in _TRUE:
         raise ModelNotFound(
-            f"{repo_id}: revision {revision} is not in the cache {cache_folder()} and {offline} is set; unset it "
+            f"{repo_id}: revision {revision} is not in the cache {hub_cache_folder()} and {offline} is set; unset it "
             f"once to download, copy the cache here, name a folder, or use the model that comes along: {DEMO_MODEL}"
         )
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-    log.info("downloading %s, revision %s, into %s", repo_id, revision, cache_folder())
+    log.info("downloading %s, revision %s, into %s", repo_id, revision, hub_cache_folder())
     try:
-        _ask_once(repo_id, revision)
-        config = _collect(_fetcher(repo_id, revision))
+        _check_access(repo_id, revision)
+        config = _collect(_make_fetch(repo_id, revision))
     except GatedRepoError:
         raise ModelNotFound(
             f"{repo_id}: access is restricted; ask for it on the hub, then set HF_TOKEN to a token of yours"
@@ -154,33 +170,36 @@ def _download(repo_id: str, revision: str) -> Path:
         raise ModelNotFound(f"{repo_id}: has no revision {revision!r}") from None
     except HfHubHTTPError as reason:
         raise ModelNotFound(
-            _refused(repo_id, reason.response.status_code, _first_line(reason.server_message or reason))
+            _refusal(repo_id, reason.response.status_code, _first_line(reason.server_message or reason))
         ) from reason
     except ModelError:
         raise
     except Exception as reason:  # network, disk and protocol errors, of many libraries' types
-        raise ModelNotFound(_download_failed(repo_id, reason)) from reason
+        raise ModelNotFound(_failure(repo_id, reason)) from reason
     if config is None:
-        raise ModelNotFound(_incomplete(repo_id, revision))
+        raise ModelNotFound(_incompleteness(repo_id, revision))
     return config.parent
 
 
-def _ask_once(repo_id: str, revision: str) -> None:
-    """Raise what stands between here and the hub, if anything does.
+def _check_access(repo_id: str, revision: str) -> None:
+    """Ask the hub for one small thing, once, and raise what stands between here and the hub.
 
-    A download would find that out too, but only after half a minute of retries where connections are refused, and
-    after six minutes where nothing answers.
+    A download would find that out too, but only after half a minute of retries if connections are refused, and after
+    six minutes if nothing answers.
     """
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError
 
-    # Such an error is an answer. The download knows what to make of it, and which are worth a second try.
+    # An HTTP error is an answer. The download knows what to make of it, and which are worth a second try.
     with suppress(HfHubHTTPError):
         get_hf_file_metadata(hf_hub_url(repo_id, CONFIG_FILE, revision=revision), timeout=constants.HF_HUB_ETAG_TIMEOUT)
 
 
-def _fetcher(repo_id: str, revision: str) -> Fetch:
-    """Downloads files into the cache, all of the commit that the revision means when the first of them comes."""
+def _make_fetch(repo_id: str, revision: str) -> Fetch:
+    """Return a function that downloads files into the cache.
+
+    They are all of one commit: that which the revision means when the first of them comes.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -200,17 +219,19 @@ def _fetcher(repo_id: str, revision: str) -> Fetch:
     return fetch
 
 
-def _refused(repo_id: str, status: int, reason: str) -> str:
+def _refusal(repo_id: str, status: int, reason: str) -> str:
+    """Return the message for an HTTP status that the hub gave."""
     if status == 401:  # a token was sent: without one, this status has a meaning of its own, handled before
         return f"{repo_id}: the hub refuses the access token; correct or unset HF_TOKEN, or log in again"
     return f"{repo_id}: the hub answers with status {status} ({reason}); try again later, and check HF_ENDPOINT"
 
 
-def _download_failed(repo_id: str, reason: Exception) -> str:
+def _failure(repo_id: str, reason: Exception) -> str:
+    """Return the message for a download that an error ended."""
     if isinstance(reason, OSError) and reason.errno is not None and reason.filename:
         return f"{repo_id}: download failed: {reason.filename}: {reason.strerror}"
     return (
-        f"{repo_id}: not in the cache {cache_folder()}, and the download failed "
+        f"{repo_id}: not in the cache {hub_cache_folder()}, and the download failed "
         f"({type(reason).__name__}: {_first_line(reason)}); check the network, HF_ENDPOINT and that cache, name a "
         f"folder, or use the model that comes along: {DEMO_MODEL}"
     )
@@ -220,8 +241,8 @@ def _first_line(reason: object) -> str:
     return (str(reason).strip() or "no details").splitlines()[0]
 
 
-def _incomplete(repo_id: str, revision: str) -> str:
-    """What a repository lacks; asked for only when something is missing."""
+def _incompleteness(repo_id: str, revision: str) -> str:
+    """Return the message for a repository that lacks something, after asking the hub what it has."""
     from huggingface_hub import list_repo_files
 
     try:

@@ -1,10 +1,14 @@
-"""What a packed file consists of, before a byte of it is written.
+"""The packed file of a model: its weights as panels, written once by whichever process comes first, mapped by all.
 
 It is a standard safetensors file with the checkpoint's own names. Weights of linear layers [K, N] are stored as panels
-[n, K, P] (see `panels.py`), and so is the transpose of the token table, a column of which is a token's embedding;
-biases are filled up with zeros to whole panels, other tensors to multiples of 64 bytes, so that every tensor is
-aligned. Causal masks are left out. Panels may be bfloat16 or int8 instead of float32, the latter with a float32 tensor
-of scales, `NAME.scales`, one a column.
+[n, K, P] (see `panels.py`), and so is the transpose of the token table, a column of which is a token's embedding.
+Biases are filled up with zeros to whole panels, other tensors to multiples of 64 bytes, so that every tensor is
+aligned. Causal masks are left out. Panels may be bfloat16 or int8 instead of float32; int8 panels have a float32 tensor
+of scales beside them, `NAME.scales`, one per column.
+
+The file's name changes with the source and the layout, so that a file is never changed once it is there. Whether its
+bytes are still those that were written is told by its time of change, else by a checksum. Where a file cannot be kept,
+or is not worth it, a process holds the same bytes in memory that only its helpers share.
 """
 
 from __future__ import annotations
@@ -28,87 +32,230 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgpt2.engine.kernels.panels import STORED, panel_count, scales_of, stored_as, to_panels
-from fastgpt2.engine.machine import anonymous_file, locked
-from fastgpt2.engine.model.checkpoint import Checkpoint, map_file, read_metadata
+from fastgpt2.engine.kernels.panels import STORED_TYPES, Layout, compute_scales, narrow, panel_count, to_panels
+from fastgpt2.engine.machine import anonymous_file, cache_folder, is_large, locked
+from fastgpt2.engine.model.checkpoint import NUMPY_TYPES, Checkpoint, map_file, read_metadata
 from fastgpt2.engine.model.config import GPT2Config
 from fastgpt2.engine.model.weights import expected_shapes, match_names, scales_name
-from fastgpt2.errors import CheckpointError
+from fastgpt2.errors import CheckpointError, ModelError
 
+log = logging.getLogger("fastgpt2.engine")
 Array = NDArray[np.float32]
 
-# In the file's name: a release that writes another form looks for another name.
+# Part of the file's name: a release that writes another format looks for another name.
 FORMAT = 2
+SUFFIX = f".v{FORMAT}.safetensors"
+
+# Bytes: a cache line, and the widest vector register.
 ALIGNMENT = 64
-_FLOATS = ALIGNMENT // 4
+_ALIGNED_FLOATS = ALIGNMENT // 4
 
 # Converted and written at a time, so that packing takes little memory beside the file's own pages.
 CHUNK_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """The width of the panels of a matrix, by its numbers of rows (K) and columns (N), and what they are stored as."""
+class PackedFile:
+    """A packed file, mapped.
 
-    name: str
-    width: Callable[[int, int], int]
-    weights: str = "float32"
+    Attributes:
+        tensors: the tensors in it.
+        path: where it lies; None for memory of this process and its helpers only.
+        fd: an open descriptor, for a helper to inherit. Closed with this object.
+    """
+
+    tensors: Checkpoint
+    path: Path | None
+    fd: int
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+    def touch(self) -> None:
+        """Enter all pages into this process's page table at once, where the system can (Linux 5.14)."""
+        self.tensors.populate()
+
+
+def pack(checkpoint: Checkpoint, config: GPT2Config, model: str, layout: Layout, must_keep: bool = False) -> PackedFile:
+    """Return the packed file of a checkpoint, writing it if there is none.
+
+    It is in the cache if the model is large, or `must_keep`; else, or where that is not possible, in memory.
+
+    Args:
+        model: its name, for people.
+        must_keep: a small model's file is kept in the cache too, and it is an error if that cannot be.
+
+    Raises:
+        ModelError: the checkpoint cannot be used, there is no memory for the weights, or a file that must be kept
+            cannot be.
+    """
+    try:
+        path = pack_path(cache_folder(), checkpoint, model, layout)
+        if must_keep or is_large(config) or path.exists():
+            return pack_in_cache(path, checkpoint, config, model, layout, progress=sys.stderr.isatty())
+    except OSError as reason:
+        if must_keep:
+            raise ModelError(f"the packed weights cannot be kept ({reason}); set FASTGPT2_CACHE to a folder") from None
+        if is_large(config):
+            log.warning(
+                "the packed weights cannot be kept (%s); this process makes panels of them in memory of its own, "
+                "%.0f MB, as every other will, and once more at every start. Set FASTGPT2_CACHE to a folder that can "
+                "be written",
+                reason,
+                PackPlan.of(checkpoint, config, layout).data_bytes / 1e6,
+            )
+    try:
+        return pack_in_memory(checkpoint, config, model, layout)
+    except OSError as reason:
+        raise ModelError(f"no memory to hold the weights of {model} ({reason})") from None
+
+
+def pack_path(folder: Path, checkpoint: Checkpoint, model: str, layout: Layout) -> Path:
+    """Return where the packed file of a checkpoint is or belongs: another name for another source or layout.
+
+    The model's name in it is for people: a file made under another name of the same source is taken.
+    """
+    end = f"-{checkpoint.identity}-{layout.name}{SUFFIX}"
+    return next(folder.glob(f"*{end}"), folder / f"{_as_file_name(model)}{end}")
+
+
+def pack_in_cache(
+    path: Path, checkpoint: Checkpoint, config: GPT2Config, model: str, layout: Layout, progress: bool = False
+) -> PackedFile:
+    """Return the packed file at `path`. If there is none, the first process to come makes it; the others wait for it.
+
+    Raises:
+        CheckpointError: a tensor of the checkpoint is missing, surplus or misshapen.
+        OSError: the file can neither be read nor written.
+    """
+    plan = PackPlan.of(checkpoint, config, layout)
+    packed = _open_if_sound(path, plan)
+    if packed is not None:
+        return packed
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.with_suffix(".lock")):
+        # Whoever held the lock before may have made it.
+        packed = _open_if_sound(path, plan)
+        if packed is None:
+            if path.exists():
+                log.warning("%s is damaged; packing anew", path)
+            started = perf_counter()
+            _write(path, plan, model, progress)
+            log.info("packed %s in %.1f s", path, perf_counter() - started)
+            packed = _open_if_sound(path, plan)
+    if packed is None:
+        raise OSError("the file written a moment ago cannot be read")
+    return packed
+
+
+def pack_in_memory(checkpoint: Checkpoint, config: GPT2Config, model: str, layout: Layout) -> PackedFile:
+    """Return the same in memory of this process, which only its own helpers share.
+
+    Raises:
+        CheckpointError: as `pack_in_cache`.
+        OSError: there is not enough memory.
+    """
+    plan = PackPlan.of(checkpoint, config, layout)
+    fd = anonymous_file("fastgpt2-weights")
+    try:
+        with os.fdopen(os.dup(fd), "wb") as file:
+            plan.write(file, model, 0, lambda _count: None)
+        return open_packed(fd)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def open_packed(fd: int, path: Path | None = None) -> PackedFile:
+    """Map a packed file by its descriptor, which is the result's from now on.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    source = path or Path(f"/proc/self/fd/{fd}" if sys.platform == "linux" else f"/dev/fd/{fd}")
+    tensors, mapped = map_file(source)
+    return PackedFile(Checkpoint(tensors, {source: mapped}), path, fd)
+
+
+def checksum(fd: int) -> int:
+    """Return the CRC-32 of a packed file's tensors."""
+    crc = 0
+    with os.fdopen(os.dup(fd), "rb") as file:
+        file.seek(0)
+        (length,) = struct.unpack("<Q", file.read(8))
+        file.seek(8 + length)
+        while piece := file.read(CHUNK_BYTES):
+            crc = zlib.crc32(piece, crc)
+    return crc
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
-    """A tensor of a packed file: safetensors' name of its dtype, and its shape."""
+class TensorForm:
+    """The form of a tensor in a packed file: safetensors' name of its dtype, and its shape."""
 
     dtype: str
     shape: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+        itemsize: int = NUMPY_TYPES[self.dtype].itemsize
+        return math.prod(self.shape) * itemsize
 
 
-_ITEM_BYTES = {name: np.dtype(kind).itemsize for name, kind in STORED.values()}
+class PackPlan:
+    """The tensors of a packed file, before a byte of it is written, and where their numbers come from.
 
+    Attributes:
+        tensors: the form of each tensor, in the order of the file.
+    """
 
-class Plan:
-    """The tensors of a packed file, and where their numbers come from."""
-
-    def __init__(self, checkpoint: Checkpoint, names: dict[str, str], tensors: dict[str, Stored], weights: str) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, names: dict[str, str], tensors: dict[str, TensorForm], weights: str
+    ) -> None:
         self.checkpoint, self._names, self.tensors, self._weights = checkpoint, names, tensors, weights
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, config: GPT2Config, layout: Layout) -> Plan:
-        """
+    def of(cls, checkpoint: Checkpoint, config: GPT2Config, layout: Layout) -> PackPlan:
+        """Plan the packed file of a checkpoint.
+
         Raises:
-            CheckpointError: as `packed_in_cache`.
+            CheckpointError: as `pack_in_cache`.
         """
         names = match_names(checkpoint, config)
-        logical = expected_shapes(config)
+        shapes = expected_shapes(config)
         head = "wte.weight" if config.tie_word_embeddings else "lm_head.weight"
-        tensors: dict[str, Stored] = {}
+        tensors: dict[str, TensorForm] = {}
         for name in names:
-            shape = logical[name]
+            shape = shapes[name]
             if name == head or (len(shape) == 2 and name.startswith("h.")):
                 n_out, n_in = shape if name == head else shape[::-1]
                 width = layout.width(n_in, n_out)
                 n = panel_count(n_out, width)
-                tensors[name] = Stored(STORED[layout.weights][0], (n, n_in, width))
+                tensors[name] = TensorForm(STORED_TYPES[layout.weights].safetensors, (n, n_in, width))
                 if layout.weights == "int8":
-                    tensors[scales_name(name)] = Stored("F32", (n * width,))
+                    tensors[scales_name(name)] = TensorForm("F32", (n * width,))
             elif name.endswith("bias") and ".ln_" not in name and name != "ln_f.bias":
-                n_in = logical[name.removesuffix("bias") + "weight"][0]
+                n_in = shapes[name.removesuffix("bias") + "weight"][0]
                 width = layout.width(n_in, shape[0])
-                tensors[name] = Stored("F32", (panel_count(shape[0], width) * width,))
+                tensors[name] = TensorForm("F32", (panel_count(shape[0], width) * width,))
             else:
-                tensors[name] = Stored("F32", (-(-shape[0] // _FLOATS) * _FLOATS, *shape[1:]))
+                rows = -(-shape[0] // _ALIGNED_FLOATS) * _ALIGNED_FLOATS
+                tensors[name] = TensorForm("F32", (rows, *shape[1:]))
         return cls(checkpoint, names, tensors, layout.weights)
 
     @property
     def data_bytes(self) -> int:
+        """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def write(self, file: BinaryIO, model: str, sealed: int, progress: Callable[[int], object]) -> None:
-        """Header and tensors, a piece at a time; `progress` gets the number of bytes of each."""
+        """Write header and tensors, a piece at a time.
+
+        Args:
+            model: its name, for people.
+            sealed: the file's time of change when it is whole, in nanoseconds.
+            progress: called with the number of bytes of each piece.
+        """
         file.write(self._header(model, sealed, 0))
         crc = 0
         for name in self.tensors:
@@ -120,42 +267,41 @@ class Plan:
         file.write(self._header(model, sealed, crc))
 
     def _pieces(self, name: str) -> Iterator[NDArray[Any]]:
-        """The stored form of a tensor, contiguous, some megabytes at a time."""
+        """Yield a tensor as it is stored, contiguous, some megabytes at a time."""
         shape = self.tensors[name].shape
         if name not in self._names:
             (weight,) = (weight for weight in self._names if scales_name(weight) == name)
             for columns in self._columns(weight):
-                yield scales_of(columns)
+                yield compute_scales(columns)
             yield np.zeros(shape[0] - self._n_out(weight), np.float32)
-            return
-        stored = self._names[name]
-        source_shape = self.checkpoint.tensors[stored].shape
-        if len(shape) < 3:
-            tail = np.zeros((shape[0] - source_shape[0], *shape[1:]), np.float32)
+        elif len(shape) == 3:
+            for columns in self._columns(name):
+                yield to_panels(narrow(self._weights, columns), shape[2])
+        else:
+            source = self._names[name]
+            rows = self.checkpoint.tensors[source].shape[0]
             step = max(1, CHUNK_BYTES // (4 * math.prod(shape[1:])))
-            for at in range(0, source_shape[0], step):
-                yield self.checkpoint.float32(stored, slice(at, at + step))
-            yield tail
-            return
-        for columns in self._columns(name):
-            yield to_panels(stored_as(self._weights, columns), shape[2])
+            for at in range(0, rows, step):
+                yield self.checkpoint.float32(source, slice(at, at + step))
+            yield np.zeros((shape[0] - rows, *shape[1:]), np.float32)
 
     def _n_out(self, weight: str) -> int:
         return self.checkpoint.tensors[self._names[weight]].shape[1 if weight.startswith("h.") else 0]
 
     def _columns(self, weight: str) -> Iterator[Array]:
-        """Of a weight, or of the transpose of a token table: [K, some whole panels], until there are none left."""
+        """Yield the columns of a weight, or of the transpose of a token table, some whole panels at a time: [K, ..]."""
         _, n_in, width = self.tensors[weight].shape
         step = max(1, CHUNK_BYTES // (4 * n_in * width)) * width
+        source = self._names[weight]
         for at in range(0, self._n_out(weight), step):
-            columns, stored = slice(at, at + step), self._names[weight]
+            columns = slice(at, at + step)
             if weight.startswith("h."):
-                yield self.checkpoint.float32(stored, (slice(None), columns))
+                yield self.checkpoint.float32(source, (slice(None), columns))
             else:
-                yield self.checkpoint.float32(stored, columns).T
+                yield self.checkpoint.float32(source, columns).T
 
     def _header(self, model: str, sealed: int, crc: int) -> bytes:
-        """Length and JSON, padded so that data begins at a multiple of `ALIGNMENT`; as long for any checksum."""
+        """Return length and JSON, padded so that data begins at a multiple of `ALIGNMENT`; as long for any checksum."""
         metadata = {
             "format": "fastgpt2",
             "fastgpt2_format": str(FORMAT),
@@ -177,103 +323,8 @@ class Plan:
         return struct.pack("<Q", len(text)) + text
 
 
-# NOTE engine.packing: A packed file (`pack_plan.py`), written once by whichever process comes first and mapped by
-# every other.
-log = logging.getLogger("fastgpt2.engine")
-SUFFIX = f".v{FORMAT}.safetensors"
-
-
-@dataclass(frozen=True, slots=True)
-class Packed:
-    """A packed file, mapped.
-
-    Attributes:
-        tensors: its tensors.
-        path: where it lies, None for memory of this process and its helpers only.
-        fd: an open descriptor, for a helper to inherit. Closed with this object.
-    """
-
-    tensors: Checkpoint
-    path: Path | None
-    fd: int
-
-    def __del__(self) -> None:
-        os.close(self.fd)
-
-    def touch(self) -> None:
-        """Enter all pages into this process's page table at once, where the system can (Linux 5.14)."""
-        self.tensors.populate()
-
-
-def pack_path(folder: Path, checkpoint: Checkpoint, model: str, layout: Layout) -> Path:
-    """Where the packed file of a checkpoint is or belongs: another name for another source or layout.
-
-    The model's name in it is for people: a file made under another name of the same source is the one.
-    """
-    end = f"-{checkpoint.identity}-{layout.name}{SUFFIX}"
-    return next(folder.glob(f"*{end}"), folder / f"{_slug(model)}{end}")
-
-
-def packed_in_cache(
-    path: Path, checkpoint: Checkpoint, config: GPT2Config, model: str, layout: Layout, progress: bool = False
-) -> Packed:
-    """The packed file, made if it is not there by whichever process comes first; the others wait for it.
-
-    Raises:
-        CheckpointError: a tensor of the checkpoint is missing, surplus or misshapen.
-        OSError: the file can neither be read nor written.
-    """
-    plan = Plan.of(checkpoint, config, layout)
-    found = _open(path, plan)
-    if found is not None:
-        return found
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with locked(path.with_suffix(".lock")):
-        # Whoever held the lock before may have made it.
-        found = _open(path, plan)
-        if found is None:
-            if path.exists():
-                log.warning("%s is damaged; packing anew", path)
-            started = perf_counter()
-            _write(path, plan, model, progress)
-            log.info("packed %s in %.1f s", path, perf_counter() - started)
-            found = _open(path, plan)
-    if found is None:
-        raise OSError("the file written a moment ago cannot be read")
-    return found
-
-
-def packed_in_memory(checkpoint: Checkpoint, config: GPT2Config, model: str, layout: Layout) -> Packed:
-    """The same in memory of this process, which only its own helpers share.
-
-    Raises:
-        CheckpointError: as `packed_in_cache`.
-        OSError: there is not so much memory.
-    """
-    plan = Plan.of(checkpoint, config, layout)
-    fd = anonymous_file("fastgpt2-weights")
-    try:
-        with os.fdopen(os.dup(fd), "wb") as file:
-            plan.write(file, model, 0, lambda _count: None)
-        return open_packed(fd)
-    except BaseException:
-        os.close(fd)
-        raise
-
-
-def open_packed(fd: int, path: Path | None = None) -> Packed:
-    """Map a packed file by its descriptor, which is the result's from now on.
-
-    Raises:
-        CheckpointError: it is damaged.
-    """
-    source = path or Path(f"/proc/self/fd/{fd}" if sys.platform == "linux" else f"/dev/fd/{fd}")
-    tensors, mapped = map_file(source)
-    return Packed(Checkpoint(tensors, {source: mapped}), path, fd)
-
-
-def _open(path: Path, plan: Plan) -> Packed | None:
-    """The packed file, if it is there, whole, and what the plan says."""
+def _open_if_sound(path: Path, plan: PackPlan) -> PackedFile | None:
+    """Return the packed file, if it is there, whole, and as planned."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -283,17 +334,17 @@ def _open(path: Path, plan: Plan) -> Packed | None:
     except CheckpointError:
         os.close(fd)
         return None
-    tensors = {name: Stored(info.dtype, info.shape) for name, info in packed.tensors.tensors.items()}
+    tensors = {name: TensorForm(info.dtype, info.shape) for name, info in packed.tensors.tensors.items()}
     metadata = read_metadata(path)
     as_planned = tensors == plan.tensors and metadata.get("source_identity") == plan.checkpoint.identity
-    return packed if as_planned and _unharmed(path, fd, metadata) else None
+    return packed if as_planned and _is_unharmed(path, fd, metadata) else None
 
 
-def _unharmed(path: Path, fd: int, metadata: dict[str, str]) -> bool:
-    """Whether the bytes are those that were written.
+def _is_unharmed(path: Path, fd: int, metadata: dict[str, str]) -> bool:
+    """Tell whether the bytes are those that were written.
 
-    The file's time of change is set to a whole second, noted in the file, when it is complete. Whatever writes to it
-    later, or copies it, leaves another time; then the checksum decides, and the time is set right.
+    When the file is complete, its time of change is set to a whole second, which is noted in the file. Whatever writes
+    to the file later, or copies it, leaves another time; then the checksum decides, and the time is set right.
     """
     sealed = int(metadata["sealed"]) if metadata.get("sealed", "").isdecimal() else -1
     if os.fstat(fd).st_mtime_ns == sealed:
@@ -307,19 +358,7 @@ def _unharmed(path: Path, fd: int, metadata: dict[str, str]) -> bool:
     return True
 
 
-def checksum(fd: int) -> int:
-    """CRC-32 of a packed file's tensors."""
-    crc = 0
-    with os.fdopen(os.dup(fd), "rb") as file:
-        file.seek(0)
-        (length,) = struct.unpack("<Q", file.read(8))
-        file.seek(8 + length)
-        while piece := file.read(CHUNK_BYTES):
-            crc = zlib.crc32(piece, crc)
-    return crc
-
-
-def _write(path: Path, plan: Plan, model: str, progress: bool) -> None:
+def _write(path: Path, plan: PackPlan, model: str, progress: bool) -> None:
     """Stream the tensors into a file that gets its name when it is whole and on the disk."""
     import shutil
 
@@ -329,7 +368,7 @@ def _write(path: Path, plan: Plan, model: str, progress: bool) -> None:
     temporary = path.with_suffix(".tmp")
     sealed = int(time.time()) * 10**9
     try:
-        with temporary.open("wb") as file, _bar(plan.data_bytes, model, progress) as advance:
+        with temporary.open("wb") as file, _progress_bar(plan.data_bytes, model, progress) as advance:
             plan.write(file, model, sealed, advance)
             file.flush()
             os.utime(file.fileno(), ns=(sealed, sealed))
@@ -340,8 +379,8 @@ def _write(path: Path, plan: Plan, model: str, progress: bool) -> None:
 
 
 @contextmanager
-def _bar(size: int, model: str, wanted: bool) -> Iterator[Callable[[int], object]]:
-    """A progress bar, where somebody looks."""
+def _progress_bar(size: int, model: str, wanted: bool) -> Iterator[Callable[[int], object]]:
+    """Show a progress bar if it is wanted. Yields a function that advances it by a number of bytes."""
     if not wanted:
         yield lambda _count: None
         return
@@ -351,6 +390,6 @@ def _bar(size: int, model: str, wanted: bool) -> Iterator[Callable[[int], object
         yield bar.update
 
 
-def _slug(model: str) -> str:
-    """The model's name as part of a file name, for people who look into the cache."""
+def _as_file_name(model: str) -> str:
+    """Return the model's name as part of a file name, for people who look into the cache."""
     return "".join(c if c.isalnum() else "-" for c in model)[-60:].strip("-") or "model"

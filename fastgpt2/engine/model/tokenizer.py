@@ -1,4 +1,4 @@
-"""Text <-> token ids, and token ids -> text a token at a time without ever splitting a character."""
+"""The tokenizer: text to token ids and back, also a token at a time without ever splitting a character."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import tokenizers
 
 END_OF_TEXT = "<|endoftext|>"
+
+# Far beyond any GPT-2 vocabulary: a larger file is damaged, or made to do harm.
 MAX_TOKENIZER_BYTES = 64 << 20
 
 
@@ -25,7 +27,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         if isinstance(backend.post_processor, processors.ByteLevel):
-            # All that this one can do is to leave spaces out of tokens' offsets.
+            # All that this processor could do is to leave spaces out of the tokens' offsets.
             backend.post_processor = processors.ByteLevel(trim_offsets=False)
         self._backend = backend
         self._special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
@@ -37,7 +39,7 @@ class Tokenizer:
         """Load `tokenizer.json`, or `vocab.json` and `merges.txt` where an older repository has only those.
 
         Raises:
-            TokenizerError: neither is there, or it cannot be read.
+            TokenizerError: neither is there, or what is there cannot be read.
         """
         import tokenizers
 
@@ -58,41 +60,42 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, added ones included."""
+        """The number of tokens, added ones included."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     @property
     def longest_token_bytes(self) -> int:
-        """Length of the longest token in bytes: a text of n bytes has at least n / this many tokens."""
+        """The longest token's length in bytes: a text of n bytes has at least n / longest_token_bytes tokens."""
         added = {content: len(content.encode()) for content in self._added.values()}
         longest = found = 0
-        # One at a time: a dictionary of all would stay behind in the process as 10 MB that nobody else can use.
+        # One at a time: a dictionary of all would leave behind 10 MB in the process that nothing else can use.
         for token_id in range(self.vocab_size):
             token = self._backend.id_to_token(token_id)
             if token is not None:
                 found += 1
                 longest = max(longest, added.get(token, len(token)))
-        if found < self.vocab_size:  # there are gaps in the numbers
+        if found < self.vocab_size:  # there are gaps in the ids, so that some lie beyond
             longest = max(added.get(token, len(token)) for token in self._backend.get_vocab())
         return max(longest, 1)
 
     def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text."""
         ids: list[int] = self._backend.encode(text).ids
         return ids
 
     def offsets(self, text: str) -> list[int]:
-        """Of each of the tokens that `encode` gives, where in the text the character of its first byte stands."""
+        """Return where in the text each token of `encode` begins: the index of the character of its first byte."""
         return [begin for begin, _ in self._backend.encode(text).offsets]
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that a token stands for: none for a special token or an id without a token."""
+        """Return the bytes that a token stands for: b"" for a special token or an id without a token."""
         known = self._bytes.get(token_id)
         if known is None:
             known = self._bytes[token_id] = self._look_up(token_id)
         return known
 
     def token_text(self, token_id: int) -> str:
-        """A token for people to read, as `TokenLogprob.token` has it."""
+        """Return a token for people to read, as in `TokenLogprob.token`."""
         if token_id in self._special:
             return self._added[token_id]
         value = self.token_bytes(token_id)
@@ -115,7 +118,7 @@ class Tokenizer:
             return token.encode()
 
     def decode(self, ids: list[int]) -> str:
-        """Text of whole token sequences; bytes that are no UTF-8 become U+FFFD."""
+        """Return the text of token ids; bytes that are no UTF-8 become U+FFFD."""
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
 
 
@@ -127,16 +130,16 @@ class IncrementalDetokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
-        """The text that this token completes."""
+        """Take the next token, and return the text that it completes."""
         return self._decoder.decode(self._tokenizer.token_bytes(token_id))
 
     @property
     def unfinished(self) -> bool:
-        """Whether bytes of a character are held back."""
+        """True while bytes of an unfinished character are held back."""
         return bool(self._decoder.getstate()[0])
 
     def breaks_off(self, token_id: int) -> bool:
-        """Whether this token's first byte cannot go on with the unfinished character, which so becomes U+FFFD."""
+        """Tell whether this token's first byte cannot continue the unfinished character, which becomes U+FFFD then."""
         if not self.unfinished:
             return False
         held = self._decoder.getstate()[0]
@@ -147,11 +150,12 @@ class IncrementalDetokenizer:
         return False
 
     def flush(self) -> str:
-        """What is left when no token follows: U+FFFD for an unfinished character, else nothing."""
+        """Return what is left when no token follows: U+FFFD for an unfinished character, else ""."""
         return self._decoder.decode(b"", final=True)
 
 
 def _from_vocab_and_merges(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
+    """Build GPT-2's tokenizer from the two files that older repositories have."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, processors
 
@@ -165,7 +169,7 @@ def _from_vocab_and_merges(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
 
 
 def _byte_of_character() -> dict[str, int]:
-    """GPT-2's printable stand-ins for bytes. Source: `bytes_to_unicode` in OpenAI's gpt-2/src/encoder.py."""
+    """Return GPT-2's printable stand-ins for bytes. Source: `bytes_to_unicode` in OpenAI's gpt-2/src/encoder.py."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(0x100) if b not in printable]
     return {chr(b): b for b in printable} | {chr(0x100 + n): b for n, b in enumerate(others)}

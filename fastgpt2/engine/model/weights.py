@@ -1,4 +1,4 @@
-"""The tensors of a GPT-2: what a checkpoint must hold, and what the arithmetic takes out of a packed file."""
+"""The weights of a GPT-2: the tensors that a checkpoint must hold, and views on those of a packed file."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ Array = NDArray[np.float32]
 
 # Causal masks that older exports carry; the attention here needs none.
 _MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
+
+# Exports of the whole language model put it before every name, those of the bare transformer do not.
 _PREFIX = "transformer."
 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """y = x @ weight + bias; weight as panels, bias [weight.columns]."""
+    """A linear layer, y = x @ weight + bias; weight as panels, bias [weight.columns]."""
 
     weight: Panels
     bias: Array
@@ -30,7 +32,7 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class LayerNorm:
-    """weight [n_embd], bias [n_embd]."""
+    """The parameters of a layer norm: weight [n_embd], bias [n_embd]."""
 
     weight: Array
     bias: Array
@@ -50,10 +52,10 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Views on a packed file.
+    """The weights of a model, as views on a packed file.
 
     Attributes:
-        wte: [vocab_size, n_embd] when the output has a table of its own; None when `lm_head` serves both.
+        wte: [vocab_size, n_embd] if the output has a table of its own; None if `lm_head` serves both.
         wpe: [n_positions, n_embd].
         lm_head: the token table as panels of its transpose, [n_embd, vocab_size].
     """
@@ -68,8 +70,8 @@ class Weights:
         return self.lm_head.column(token_id) if self.wte is None else self.wte[token_id]
 
 
-def packed_weights(packed: Checkpoint, config: GPT2Config) -> Weights:
-    """The views that the arithmetic works on, from a file that `packing` wrote for this configuration."""
+def view_weights(packed: Checkpoint, config: GPT2Config) -> Weights:
+    """Return views on the tensors of a file that `packing` wrote for this configuration."""
 
     def vector(name: str) -> Array:
         return packed.float32(name)[: config.n_embd]
@@ -105,12 +107,12 @@ def packed_weights(packed: Checkpoint, config: GPT2Config) -> Weights:
 
 
 def scales_name(weight: str) -> str:
-    """The tensor of a packed file that holds the scales of an int8 weight."""
+    """Return the name of the tensor of a packed file that holds the scales of an int8 weight."""
     return f"{weight}.scales"
 
 
 def expected_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
-    """Every tensor that the configuration implies, without the `transformer.` prefix, and its shape."""
+    """Return every tensor that the configuration implies, without the `transformer.` prefix, and its shape."""
     n, inner = config.n_embd, config.n_inner
     shapes: dict[str, tuple[int, ...]] = {
         "wte.weight": (config.vocab_size, n),
@@ -138,7 +140,9 @@ def expected_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
 
 
 def match_names(checkpoint: Checkpoint, config: GPT2Config) -> dict[str, str]:
-    """Name without prefix -> name in the file, for the tensors that the model uses; every other one accounted for.
+    """Return name without prefix -> name in the file, for the tensors that the model uses.
+
+    Every other tensor is a causal mask, or an output table beside a token table that serves as one.
 
     Raises:
         CheckpointError: a tensor is missing, surplus, misshapen or stored twice; the message names file and tensor.

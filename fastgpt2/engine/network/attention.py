@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgpt2.engine.kernels.kernel import Chunking
+from fastgpt2.engine.kernels.kernel import RowChunks
 from fastgpt2.engine.model.config import GPT2Config
 from fastgpt2.engine.network.kv_cache import BLOCK, MOST_PADDING, KVCache
 from fastgpt2.engine.network.step import Step
@@ -43,7 +43,7 @@ class Attention:
     """
 
     def __init__(
-        self, config: GPT2Config, cache: KVCache, heads: tuple[int, int], qkv: Array, out: Array, chunking: Chunking
+        self, config: GPT2Config, cache: KVCache, heads: tuple[int, int], qkv: Array, out: Array, chunking: RowChunks
     ) -> None:
         self._config, self._chunking = config, chunking
         self._first, self._last = heads
@@ -157,7 +157,7 @@ class Attention:
 
     def _prompt_groups(self, slot: int, start: int, row: int, n: int) -> Iterator[Group]:
         """A piece of a prompt: n rows that see all that came before, and of themselves what is not later."""
-        chunks, m = self._chunking.of(n)
+        chunks, m = self._chunking.split(n)
         length, dim = start + n, self._config.head_dim
         blocks, rows = -(-length // BLOCK), chunks * m
         width = blocks * BLOCK

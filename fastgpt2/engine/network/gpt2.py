@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgpt2.engine.kernels.kernel import Kernel
-from fastgpt2.engine.kernels.openblas import numpys_kernel
+from fastgpt2.engine.kernels.openblas import identify_blas
 from fastgpt2.engine.model.config import GPT2Config
-from fastgpt2.engine.model.packing import Packed
-from fastgpt2.engine.model.weights import packed_weights
+from fastgpt2.engine.model.packing import PackedFile
+from fastgpt2.engine.model.weights import view_weights
 from fastgpt2.engine.network.arena import Arena
 from fastgpt2.engine.network.helpers import HelperProcesses, Helpers, Shape, buffers, state_specs
 from fastgpt2.engine.network.kv_cache import KVCache
@@ -48,11 +48,11 @@ class GPT2:
     def __init__(
         self,
         config: GPT2Config,
-        packed: Packed,
+        packed: PackedFile,
         kernel: Kernel,
         shape: Shape,
         kv_memory: int | None = None,
-        draft: tuple[Packed, Kernel] | None = None,
+        draft: tuple[PackedFile, Kernel] | None = None,
     ) -> None:
         """
         Args:
@@ -68,7 +68,7 @@ class GPT2:
         self.config, self.size, self.max_rows = config, shape.size, shape.max_rows
         self._packed, self._kernel = packed, kernel
         self._sets = [(packed, kernel), *([draft] if draft is not None else [])]
-        self._weights_sets = [packed_weights(of.tensors, config) for of, _ in self._sets]
+        self._weights_sets = [view_weights(of.tensors, config) for of, _ in self._sets]
         self._weights = self._weights_sets[0]
         self._shape, self._n_slots, self._kv_memory = shape, shape.n_slots, kv_memory
         self._starts_left = MAX_STARTS
@@ -101,7 +101,7 @@ class GPT2:
     @property
     def product_name(self) -> str:
         """What multiplies: "mkl", "compiled-int8", or how numpy's BLAS calls itself."""
-        return numpys_kernel() if self._kernel.product.name == "openblas" else self._kernel.product.name
+        return identify_blas() if self._kernel.product.name == "openblas" else self._kernel.product.name
 
     def describe(self) -> str:
         """The BLAS, the panels' widths, the processes: "openblas-SkylakeX in panels of 64/32, 2 processes"."""

@@ -26,7 +26,7 @@ from fastgpt2.engine.model.config import GPT2Config
 
 if TYPE_CHECKING:
     from fastgpt2.engine.kernels.kernel import Kernel
-    from fastgpt2.engine.model.packing import Packed
+    from fastgpt2.engine.model.packing import PackedFile
     from fastgpt2.engine.model.weights import Weights
     from fastgpt2.engine.network.arena import Arena, Spec
     from fastgpt2.engine.network.step import Step
@@ -132,7 +132,7 @@ class Helpers:
         self,
         processes: HelperProcesses,
         config: GPT2Config,
-        sets: Sequence[tuple[Packed, Kernel]],
+        sets: Sequence[tuple[PackedFile, Kernel]],
         arena: Arena,
         shape: Shape,
     ) -> None:
@@ -153,7 +153,7 @@ class Helpers:
                     {
                         "weights": f"{files}/{packed.fd}",
                         "product": kernel.product.name,
-                        "chunkings": kernel.known(),
+                        "chunkings": kernel.exact_chunks,
                     }
                     for packed, kernel in sets
                 ],
@@ -210,10 +210,10 @@ def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
 
 def main() -> None:
     hold_to_one_thread()
-    from fastgpt2.engine.kernels import product_named
+    from fastgpt2.engine.kernels import make_product
     from fastgpt2.engine.kernels.kernel import Kernel
     from fastgpt2.engine.model.packing import open_packed
-    from fastgpt2.engine.model.weights import packed_weights
+    from fastgpt2.engine.model.weights import view_weights
     from fastgpt2.engine.network.arena import Arena
     from fastgpt2.engine.network.kv_cache import KVCache
     from fastgpt2.engine.network.step import Meeting, Step
@@ -230,9 +230,9 @@ def main() -> None:
     config = GPT2Config(**{**fields, "eos_token_ids": tuple(fields["eos_token_ids"])})
     sets = order["sets"]
     packed = [open_packed(os.open(of["weights"], os.O_RDONLY)) for of in sets]
-    weights = [packed_weights(of.tensors, config) for of in packed]
+    weights = [view_weights(of.tensors, config) for of in packed]
     arena = Arena(state_specs(config, weights, shape), fd=os.open(order["state"], os.O_RDWR))
-    kernels = [Kernel(product_named(of["product"]), None, of["chunkings"]) for of in sets]
+    kernels = [Kernel(make_product(of["product"]), None, of["chunkings"]) for of in sets]
     share = order["rank"], shape.size
     meeting = Meeting(arena["control"], *share, check)
     cache = KVCache(config, shape.n_slots, arena)

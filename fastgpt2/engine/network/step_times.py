@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from time import perf_counter
 
-from fastgpt2.engine.machine import Calibration, is_large, usable_memory
+from fastgpt2.engine.machine import Measurements, is_large, usable_memory
 from fastgpt2.engine.model.config import GPT2Config
 from fastgpt2.engine.network.gpt2 import GPT2
 from fastgpt2.engine.network.kv_cache import BLOCK, sequence_bytes
@@ -43,7 +43,7 @@ def slots_to_map(config: GPT2Config) -> int:
     return slots
 
 
-def settle(network: GPT2, calibration: Calibration) -> None:
+def settle(network: GPT2, calibration: Measurements) -> None:
     """Have a network of `slots_to_map` slots use as many as pay: what was measured here before, or is now."""
     config, most = network.config, network.cache.usable_slots
     if not is_large(config):
@@ -51,7 +51,7 @@ def settle(network: GPT2, calibration: Calibration) -> None:
     suffix = _circumstances(network)
     # Where there was more memory, more was tried, and what paid there pays here as far as there is room.
     tried = [most << more for more in range(MOST.bit_length()) if most << more <= max(most, MOST)]
-    found = (calibration.known(f"batch of up to {upto}, {suffix}") for upto in tried)
+    found = (calibration.find(f"batch of up to {upto}, {suffix}") for upto in tried)
     known = next((sequences for sequences in found if sequences is not None), None)
     if known is None:
         room = network.cache.bytes_limit // sequence_bytes(config, _CONTEXT + 2 * BLOCK)
@@ -59,11 +59,11 @@ def settle(network: GPT2, calibration: Calibration) -> None:
         if room < most or not network.wait_until_ready():
             network.use_slots(min(most, UNMEASURED))
             return
-        known = calibration.get(f"batch of up to {most}, {suffix}", lambda: measured(network, most))
+        known = calibration.find_or_measure(f"batch of up to {most}, {suffix}", lambda: measured(network, most))
     network.use_slots(max(1, min(most, known)))
 
 
-def row_costs(network: GPT2, calibration: Calibration, measure: bool) -> dict[int, float]:
+def row_costs(network: GPT2, calibration: Measurements, measure: bool) -> dict[int, float]:
     """Seconds of a step by rows of one sequence, as they were measured here, or are now if that is wanted and pays.
 
     Empty where it is not known: for a small model, too.
@@ -71,7 +71,7 @@ def row_costs(network: GPT2, calibration: Calibration, measure: bool) -> dict[in
     if not is_large(network.config):
         return {}
     names = {rows: f"microseconds of {rows} rows, {_circumstances(network)}" for rows in ROWS}
-    if any(calibration.known(name) is None for name in names.values()):
+    if any(calibration.find(name) is None for name in names.values()):
         if not measure or not network.wait_until_ready():
             return {}
         slot = network.cache.allot(_CONTEXT + max(ROWS))
@@ -81,10 +81,10 @@ def row_costs(network: GPT2, calibration: Calibration, measure: bool) -> dict[in
 
         try:
             for rows, name in names.items():
-                calibration.get(name, partial(measured_microseconds, rows))
+                calibration.find_or_measure(name, partial(measured_microseconds, rows))
         finally:
             network.cache.release(slot)
-    return {rows: (calibration.known(name) or 0) / 1e6 for rows, name in names.items()}
+    return {rows: (calibration.find(name) or 0) / 1e6 for rows, name in names.items()}
 
 
 def _circumstances(network: GPT2) -> str:

@@ -78,7 +78,7 @@ class Shard:
         self._activation = ACTIVATIONS[config.activation_function]
         self._epsilon = np.float32(config.layer_norm_epsilon)
         heads = config.n_head * rank // size, config.n_head * (rank + 1) // size
-        chunking = kernel.attention_chunking(cache.values.shape[3], config.head_dim, BLOCK)
+        chunking = kernel.attention_row_chunks(cache.values.shape[3], config.head_dim, BLOCK)
         self._attention = Attention(config, cache, heads, buffers["qkv"], buffers["attended"], chunking)
         rows = buffers["qkv"].shape[0]
         self._x = np.zeros((rows, config.n_embd), np.float32)
@@ -103,7 +103,7 @@ class Shard:
         block = self._weights.blocks[0]
         weights = (block.c_attn, block.attn_c_proj, block.c_fc, block.mlp_c_proj)
         panels = [*(linear.weight for linear in weights), self._weights.lm_head]
-        return all(self._kernel.chunking(p.n_in, p.width).exact for p in panels) and self._attention.exact
+        return all(self._kernel.row_chunks(p.n_in, p.width).exact for p in panels) and self._attention.exact
 
     def _mine(self, linear: Linear) -> _Linear:
         weight = linear.weight
@@ -199,7 +199,7 @@ class Shard:
 
     def _view(self, x: Array, weight: Panels, out: Array, rows: int) -> _Product:
         """Rows of `x` times a weight's panels into rows of `out`, as the kernel wants them."""
-        chunks, m = self._kernel.chunking(weight.n_in, weight.width).of(rows)
+        chunks, m = self._kernel.row_chunks(weight.n_in, weight.width).split(rows)
         first, last = weight.share(*self._share)
         width, n_in = weight.width, weight.n_in
         in_chunks = out[: chunks * m].reshape(chunks, m, weight.columns // width, width)

@@ -1,4 +1,4 @@
-"""The routes of the original and of text-generation-inference, asked by huggingface_hub's own client and by hand."""
+"""The routes of the original and of text-generation-inference serve huggingface_hub's client and plain requests."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_stream_of_nothing(system: System) -> None:
 
 
 def test_a_character_of_several_tokens_comes_whole(system: System, engine: Engine) -> None:
-    """What follows such a prompt need not be valid text, and adds up all the same."""
+    """What follows such a prompt need not be valid text, and the pieces add up all the same."""
     ids = engine.tokenizer.encode("— é 日本 🎉 ")
     body = {"inputs": ids, "parameters": {"max_new_tokens": 20, "ignore_eos": True}}
     got = events(post(system, "/generate_stream", body))

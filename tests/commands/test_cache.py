@@ -1,4 +1,4 @@
-"""`fastgpt2 pack` and `fastgpt2 cache`: made when asked for, listed as it is, nothing removed but what may go."""
+"""`fastgpt2 pack` makes a file when asked; `fastgpt2 cache` lists what is there, and removes only what may go."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from support.running import GOLDEN
 from fastgpt2.cli import main
 from fastgpt2.commands import pack as pack_command
 from fastgpt2.engine.machine import is_locked, locked
-from fastgpt2.engine.model import packing as pack_plan
+from fastgpt2.engine.model import packing
 
 Start = Callable[..., subprocess.Popen[str]]
 
@@ -40,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Starts Python code as a process, killed at the end; waits for its first line."""
+    """Return a function that starts Python code as a process, killed at the end, and waits for its first line."""
     started: list[subprocess.Popen[str]] = []
 
     def run(code: str, *arguments: object) -> subprocess.Popen[str]:
@@ -58,7 +58,7 @@ def start() -> Iterator[Start]:
 
 
 def pack(capsys: pytest.CaptureFixture[str], *arguments: object) -> Path:
-    """The path that `fastgpt2 pack` prints."""
+    """Run `fastgpt2 pack`, and return the path that it prints."""
     capsys.readouterr()
     assert main(["pack", *map(str, arguments)]) == 0
     path, size = capsys.readouterr().out.removesuffix("\n").split("\t")
@@ -67,7 +67,7 @@ def pack(capsys: pytest.CaptureFixture[str], *arguments: object) -> Path:
 
 
 def listed(capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, Any]]:
-    """What `fastgpt2 cache --json` says, by file name."""
+    """Return what `fastgpt2 cache --json` says, by file name."""
     capsys.readouterr()
     assert main(["cache", "--json"]) == 0
     value = json.loads(capsys.readouterr().out)
@@ -169,7 +169,7 @@ class TestPack:
 
 
 def data(file: Path | bytes) -> bytes:
-    """A packed file without its header, which holds the time of packing."""
+    """Return a packed file without its header, which holds the time of packing."""
     raw = file.read_bytes() if isinstance(file, Path) else file
     return raw[8 + struct.unpack("<Q", raw[:8])[0] :]
 
@@ -187,7 +187,7 @@ class TestList:
             "state": "ok",
             "model": str(folder),
             "layout": layout,
-            "format": pack_plan.FORMAT,
+            "format": packing.FORMAT,
             "bytes": path.stat().st_size,
         }
         assert main(["cache"]) == 0
@@ -269,13 +269,13 @@ class TestStates:
     )
     def test_a_header_of_nonsense(self, header: bytes, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
         cache.mkdir()
-        name = f"m-0123456789abcdef-64.v{pack_plan.FORMAT}.safetensors"
+        name = f"m-0123456789abcdef-64.v{packing.FORMAT}.safetensors"
         (cache / name).write_bytes(struct.pack("<Q", len(header)) + header)
         assert states(capsys) == {name: "damaged"}
 
     def test_under_another_files_name(self, folder: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
         path = pack(capsys, folder)
-        name = f"m-0123456789abcdef-64.v{pack_plan.FORMAT}.safetensors"
+        name = f"m-0123456789abcdef-64.v{packing.FORMAT}.safetensors"
         path.rename(cache / name)
         assert states(capsys)[name] == "damaged"
 
@@ -304,7 +304,7 @@ class TestStates:
 
     @pytest.mark.parametrize("case", ["sharded", "float16"])
     def test_a_snapshot_of_the_hub(self, case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        """Its files are links to blobs, whose order is not that of the shards."""
+        """A snapshot's files are links to blobs, whose order is not that of the shards."""
         blobs = tmp_path / "models--a--b" / "blobs"
         snapshot = tmp_path / "models--a--b" / "snapshots" / ("5" * 40)
         blobs.mkdir(parents=True)
@@ -323,7 +323,7 @@ class TestStates:
 
     def test_other_formats(self, folder: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
         path = pack(capsys, folder)
-        newer = path.name.replace(f".v{pack_plan.FORMAT}.", f".v{pack_plan.FORMAT + 1}.")
+        newer = path.name.replace(f".v{packing.FORMAT}.", f".v{packing.FORMAT + 1}.")
         shutil.copy(path, cache / newer)
         (cache / f"{OLD}.safetensors").write_bytes(b"x" * 1000)
         (cache / f"{OLD}.lock").touch()

@@ -1,0 +1,118 @@
+"""The choice of what multiplies on this machine, and of the panels that it multiplies.
+
+Compact weights are always multiplied by compiled code. For float32 weights there are numpy's own BLAS, MKL and compiled
+code, of which the fastest is taken unless one is asked for. A large model's choices are measured once and kept
+(`Measurements`); a small model's steps are over before they could be told apart, so that nothing is measured for it.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fastgpt2.engine.kernels import make_product
+from fastgpt2.engine.kernels.calibration import PLAIN, PLAIN_WIDTH, WIDTHS, is_worth_loading, measure_fastest_width
+from fastgpt2.engine.kernels.kernel import MAX_CHUNK, Kernel
+from fastgpt2.engine.kernels.openblas import NumpyProduct, identify_blas
+from fastgpt2.engine.kernels.panels import COMPILED_WIDTH, Layout
+from fastgpt2.engine.machine import Measurements, cache_folder, cpu_name, is_large, usable_cores
+
+if TYPE_CHECKING:
+    from fastgpt2.engine.model.config import GPT2Config
+
+log = logging.getLogger("fastgpt2.engine")
+
+
+def open_measurements(config: GPT2Config) -> Measurements:
+    """Return what was measured on this machine; for a large model that is kept in the cache."""
+    folder = None
+    if is_large(config):
+        try:
+            folder = cache_folder()
+        except OSError:
+            log.debug("no cache folder to keep measurements in")
+    return Measurements(folder, f"{identify_blas()}, numpy {np.__version__}, {cpu_name()}")
+
+
+def choose_kernel(config: GPT2Config, measurements: Measurements, blas: str, weights: str) -> tuple[Kernel, Layout]:
+    """Return what multiplies a model's weights here, and the layout in which it multiplies them.
+
+    Raises:
+        BadRequest: what is asked for is not installed.
+    """
+    if weights != "float32" or blas == "compiled":
+        return _compiled(measurements, weights)
+    kernel = Kernel(NumpyProduct(), measurements)
+    layout = _choose_layout(config, kernel, measurements)
+    if blas == "mkl":
+        return Kernel(make_product("mkl"), measurements), layout
+    if blas == "openblas" or not is_large(config):
+        return kernel, layout
+    return _choose_fastest(config, measurements, layout)
+
+
+def _compiled(measurements: Measurements, weights: str) -> tuple[Kernel, Layout]:
+    layout = Layout("compiled" if weights == "float32" else weights, lambda _n_in, _n_out: COMPILED_WIDTH, weights)
+    return Kernel(make_product(f"compiled-{weights}"), measurements), layout
+
+
+def _choose_fastest(config: GPT2Config, measurements: Measurements, layout: Layout) -> tuple[Kernel, Layout]:
+    """Return the fastest kernel for float32 weights. Once it is known, no other is loaded."""
+    from fastgpt2.engine.kernels import compiled, mkl
+
+    n_in, width = config.n_embd, layout.width(config.n_embd, config.n_inner)
+    best, shape = "openblas", f"{n_in}x{width}"
+    compare = partial(_compare, measurements, n_in)
+    if mkl.is_installed() and measurements.find_or_measure(
+        f"mkl {mkl.version_key()} faster {shape}", partial(compare, (best, width), ("mkl", width))
+    ):
+        best = "mkl"
+    if compiled.is_installed() and measurements.find_or_measure(
+        f"compiled faster than {best} {shape}", partial(compare, (best, width), ("compiled-float32", COMPILED_WIDTH))
+    ):
+        return _compiled(measurements, "float32")
+    return Kernel(make_product(best), measurements), layout
+
+
+def _compare(measurements: Measurements, n_in: int, usual: tuple[str, int], other: tuple[str, int]) -> int:
+    """Return 1 if another product is worth loading instead of the usual one, else 0; each with its panels' width."""
+    of_usual, of_other = ((Kernel(make_product(name), measurements), width) for name, width in (usual, other))
+    return int(is_worth_loading(n_in, of_usual, of_other))
+
+
+def _choose_layout(config: GPT2Config, kernel: Kernel, measurements: Measurements) -> Layout:
+    """Return the layout of float32 weights that this machine multiplies best."""
+    parts = usable_cores()
+    choices = {
+        n_in: choose_width(kernel, measurements, n_in, timed=is_large(config))
+        for n_in in (config.n_embd, config.n_inner)
+    }
+    names = [f"plain{parts}" if choice == PLAIN else str(choice) for choice in dict.fromkeys(choices.values())]
+    return Layout("-".join(names), lambda n_in, n_out: width_of(choices[n_in], n_out, parts))
+
+
+def choose_width(kernel: Kernel, measurements: Measurements, n_in: int, timed: bool) -> int:
+    """Return the choice for matrices of `n_in` rows, one of `WIDTHS` or `PLAIN`; measured, if `timed`."""
+    if timed:
+        return measurements.find_or_measure(f"width {n_in}", lambda: measure_fastest_width(kernel, n_in))
+    # The widest panels that take eight rows at once.
+    for width in WIDTHS:
+        most = kernel.row_chunks(n_in, width).most
+        if most is not None and most >= MAX_CHUNK // 2:
+            return width
+    return PLAIN
+
+
+def width_of(choice: int, n_out: int, parts: int) -> int:
+    """Return the width of the panels of a matrix of `n_out` columns, by the choice that was made.
+
+    Args:
+        parts: processes that should be able to share PLAIN panels evenly.
+    """
+    if choice != PLAIN:
+        return choice
+    n = parts * -(-n_out // (parts * PLAIN_WIDTH))
+    return -(-n_out // (n * 16)) * 16
