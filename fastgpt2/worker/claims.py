@@ -13,7 +13,8 @@ from redis.exceptions import RedisError
 from rq import Queue
 from rq.suspension import WORKERS_SUSPENDED
 
-from fastgpt2.protocol.keys import CRASHES_FIELD, SUSPECT_CRASHES, claimed_key
+from fastgpt2.protocol.keys import claimed_key
+from fastgpt2.protocol.scripts import Script
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -28,44 +29,8 @@ LAST_EVERY, SECOND_EVERY = 16, 4
 # A safeguard only: `Claims.wait` unblocks what it has not been served.
 _BLOCK_SECONDS = 10
 
-# KEYS: the mark of a suspension; then of each queue, the most urgent first, its list and that of what is taken of it.
-# ARGV: how many to take at most, how many have been taken before, and how many are in hand. A job in whose company
-# workers have died goes to nobody who has other jobs; those behind it wait, else it might wait for ever.
-_CLAIM = f"""
-if redis.call('EXISTS', KEYS[1]) == 1 then return {{}} end
-local queues, turn, claimed, alone = (#KEYS - 1) / 2, tonumber(ARGV[2]), {{}}, false
-local function take(i)
-    local head = redis.call('LINDEX', KEYS[2 * i], 0)
-    if not head then return false end
-    local crashes = redis.pcall('HGET', 'rq:job:' .. head, '{CRASHES_FIELD}')
-    if (tonumber(crashes) or 0) >= {SUSPECT_CRASHES} then
-        alone = true
-        if #claimed > 0 or tonumber(ARGV[3]) > 0 then return false end
-    end
-    claimed[#claimed + 1] = i - 1
-    claimed[#claimed + 1] = redis.call('LMOVE', KEYS[2 * i], KEYS[2 * i + 1], 'LEFT', 'RIGHT')
-    return true
-end
-for _ = 1, tonumber(ARGV[1]) do
-    local first = 1
-    if turn % {LAST_EVERY} == {LAST_EVERY - 1} then first = queues
-    elseif turn % {SECOND_EVERY} == {SECOND_EVERY - 1} then first = math.min(2, queues) end
-    local found = take(first)
-    for i = 1, queues do
-        if not found and not alone and i ~= first then found = take(i) end
-    end
-    if alone or not found then return claimed end
-    turn = turn + 1
-end
-return claimed
-"""
-
-# KEYS: a queue, the list of what is taken of it. ARGV: jobs' ids, the one that was taken last first.
-_PUT_BACK = """
-for _, id in ipairs(ARGV) do
-    if redis.call('LREM', KEYS[2], 1, id) > 0 then redis.call('LPUSH', KEYS[1], id) end
-end
-"""
+_CLAIM = Script(__file__, "claim")
+_PUT_BACK = Script(__file__, "put_back")
 
 
 class Claims:
@@ -92,7 +57,10 @@ class Claims:
 
     def ask(self, pipeline: Pipeline, most: int, in_hand: int) -> None:
         """Add to a pipeline what takes up to so many jobs, none while workers are suspended."""
-        pipeline.eval(_CLAIM, len(self._keys), *self._keys, most, self._turn, in_hand)
+        _CLAIM.add(pipeline, self._keys, self._arguments(most, in_hand))
+
+    def _arguments(self, most: int, in_hand: int) -> list[int]:
+        return [most, self._turn, in_hand, LAST_EVERY, SECOND_EVERY]
 
     def answered(self, reply: Sequence[Any]) -> list[Claim]:
         """What came of it."""
@@ -101,9 +69,7 @@ class Claims:
 
     def take(self, most: int) -> list[Claim]:
         """Up to so many jobs that are there now, for a worker that holds none."""
-        with self._connection.pipeline(transaction=False) as pipeline:
-            self.ask(pipeline, most, 0)
-            return self.answered(pipeline.execute()[0])
+        return self.answered(_CLAIM.run(self._connection, self._keys, self._arguments(most, 0)))
 
     def in_hand(self) -> list[Claim]:
         """Everything that Redis has as taken, in the order in which it was: also what this worker never heard of."""
@@ -115,12 +81,10 @@ class Claims:
 
     def put_back(self, claims: Sequence[Claim]) -> None:
         """Give claims, none of which has been started, back to the front of their queues."""
-        with self._connection.pipeline(transaction=False) as pipeline:
-            for queue in self._queues:
-                ids = [job_id for of, job_id in reversed(claims) if of == queue]
-                if ids:
-                    pipeline.eval(_PUT_BACK, 2, queue.key, claimed_key(self._worker_name, queue.name), *ids)
-            pipeline.execute()
+        for queue in self._queues:
+            ids = [job_id for of, job_id in reversed(claims) if of == queue]
+            if ids:
+                _PUT_BACK.run(self._connection, [queue.key, claimed_key(self._worker_name, queue.name)], ids)
 
     def wait(self, seconds: float) -> list[Claim]:
         """The next job, or one of each queue at most, or none when the time is over or `wake` was called.

@@ -25,8 +25,9 @@ from rq.utils import now as utc_now
 from rq.utils import utcformat
 from rq.worker import BaseWorker, WorkerStatus
 
-from fastgpt2.protocol.keys import ATTEMPTS_FIELD, CRASHES_FIELD, EXECUTION_FIELD, PARTIAL_META, claimed_key, stream_key
+from fastgpt2.protocol.keys import ATTEMPTS_FIELD, EXECUTION_FIELD, PARTIAL_META, claimed_key, stream_key
 from fastgpt2.protocol.messages import STREAM_TTL_SECONDS, Piece, end_entry, piece_to_entry
+from fastgpt2.protocol.scripts import Script
 from fastgpt2.worker.batch import Started
 from fastgpt2.worker.claims import Claim
 from fastgpt2.worker.fencing import Held, Taken, Verdict, carry_out
@@ -38,34 +39,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fastgpt2.worker")
 _OVER = (JobStatus.FINISHED, JobStatus.FAILED, JobStatus.STOPPED)
-
-# KEYS: a job's hash, its queue, the list of what the worker has taken of it. ARGV: the job's id, the worker, the
-# execution, and 1 if it counts as a crash. Whether the job was still this worker's.
-_GIVE_BACK = f"""
-local known = redis.call('HMGET', KEYS[1], 'status', 'worker_name', '{EXECUTION_FIELD}')
-if known[1] ~= 'started' or known[2] ~= ARGV[2] or known[3] ~= ARGV[3] then return 0 end
-redis.call('HSET', KEYS[1], 'status', 'queued', 'worker_name', '', 'started_at', '')
-redis.call('HDEL', KEYS[1], '{EXECUTION_FIELD}')
-if ARGV[4] == '1' then redis.call('HINCRBY', KEYS[1], '{CRASHES_FIELD}', 1) end
-redis.call('LREM', KEYS[3], 1, ARGV[1])
-redis.call('LPUSH', KEYS[2], ARGV[1])
-return 1
-"""
-
-# KEYS: a job's hash, the list of what the worker has taken. ARGV: the job's id, the execution, what of the job is to be
-# written if it was cancelled: fields and values. Its status if it is still this execution's, or gone; else nothing: it
-# was taken back, and what stands in the list may be a later claim.
-_LET_GO = f"""
-local known = redis.call('HMGET', KEYS[1], 'status', '{EXECUTION_FIELD}')
-if not known[1] then redis.call('LREM', KEYS[2], 1, ARGV[1]) return '' end
-if known[2] ~= ARGV[2] then return '' end
-if known[1] == 'canceled' then
-    redis.call('HSET', KEYS[1], unpack(ARGV, 3))
-    redis.call('HDEL', KEYS[1], 'worker_name')
-    redis.call('LREM', KEYS[2], 1, ARGV[1])
-end
-return known[1]
-"""
+_GIVE_BACK = Script(__file__, "give_back")
+_LET_GO = Script(__file__, "let_go")
 
 
 class Ledger:
@@ -244,7 +219,7 @@ class Ledger:
         job, queue = started.job, started.queue
         keys = job.key, self._taken(queue)
         fields = ("ended_at", utcformat(utc_now()), "meta", self._with_partial(job, partial))
-        status = self._connection.eval(_LET_GO, 2, *keys, started.id, started.execution.id, *fields)
+        status = _LET_GO.run(self._connection, keys, [started.id, started.execution.id, *fields])
         if over := next((each for each in _OVER if status == each.value.encode()), None):
             settle(queue, started.id, self._taken(queue))
         with self._connection.pipeline() as pipeline:
@@ -266,7 +241,7 @@ class Ledger:
             for started in backwards:
                 keys = started.job.key, started.queue.key, self._taken(started.queue)
                 words = started.id, worker.name, started.execution.id, int(crashed)
-                pipeline.eval(_GIVE_BACK, len(keys), *keys, *words)
+                _GIVE_BACK.add_to_transaction(pipeline, keys, words)
             for started in backwards:
                 worker.cleanup_execution(started.job, pipeline=pipeline, execution=started.execution)
             replies = pipeline.execute()

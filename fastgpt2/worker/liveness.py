@@ -19,6 +19,7 @@ from redis.exceptions import RedisError
 from fastgpt2.errors import BadRequest
 from fastgpt2.process import stop_signals_held
 from fastgpt2.protocol.keys import LEASE_SECONDS, leases_key
+from fastgpt2.protocol.scripts import Script
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -35,26 +36,8 @@ LOOKS = 7
 STUCK_SECONDS = 300.0
 STUCK_EXIT_CODE = 70
 
-# KEYS: the leases. ARGV: this worker, the length of a lease in ms. What stood there of this worker, what stands there
-# now, and the others' that have lapsed, or reach further into the future than any can: each name and what stands there.
-_BEAT = """
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local upto = string.format('%.0f', now + ARGV[2])
-local before = redis.call('ZSCORE', KEYS[1], ARGV[1])
-redis.call('ZADD', KEYS[1], upto, ARGV[1])
-local lapsed = redis.call('ZRANGE', KEYS[1], '-inf', now, 'BYSCORE', 'LIMIT', 0, 100, 'WITHSCORES')
-local strange = redis.call('ZRANGE', KEYS[1], '(' .. upto, '+inf', 'BYSCORE', 'LIMIT', 0, 100, 'WITHSCORES')
-return {before or '', redis.call('ZSCORE', KEYS[1], ARGV[1]), lapsed, strange}
-"""
-
-# KEYS: the leases, the lists of what the worker has taken. ARGV: the worker. One that leaves work behind stays listed.
-_LEAVE = """
-for i = 2, #KEYS do
-    if redis.call('EXISTS', KEYS[i]) == 1 then return 0 end
-end
-return redis.call('ZREM', KEYS[1], ARGV[1])
-"""
+_BEAT = Script(__file__, "beat")
+_LEAVE = Script(__file__, "leave")
 
 
 class Lease:
@@ -115,7 +98,7 @@ class Lease:
         Raises:
             RedisError
         """
-        self._connection.eval(_LEAVE, 1 + len(claimed_keys), self._key, *claimed_keys, self._name)
+        _LEAVE.run(self._connection, [self._key, *claimed_keys], [self._name])
 
     def beat(self) -> None:
         """Renew it, and look at the others'.
@@ -124,7 +107,7 @@ class Lease:
             RedisError
         """
         began = time.monotonic()
-        reply: Any = self._connection.eval(_BEAT, 1, self._key, self._name, int(LEASE_SECONDS * 1000))
+        reply: Any = _BEAT.run(self._connection, [self._key], [self._name, int(LEASE_SECONDS * 1000)])
         before, self._written, previous = _text(reply[0]), _text(reply[1]), self._written
         self._renewed_at = began
         if previous and before != previous:

@@ -22,11 +22,9 @@ from fastgpt2.process import stop_signals_held
 from fastgpt2.protocol.connection import connect
 from fastgpt2.protocol.keys import (
     ATTEMPTS_FIELD,
-    COUNT,
     CRASHES_FIELD,
     EXECUTION_FIELD,
     POISON,
-    RECOVERIES,
     claimed_key,
     ended_field,
     leases_key,
@@ -36,8 +34,9 @@ from fastgpt2.protocol.keys import (
     totals_key,
 )
 from fastgpt2.protocol.messages import STREAM_TTL_SECONDS, end_entry
+from fastgpt2.protocol.scripts import Script
 from fastgpt2.protocol.untrusted import JSONOnlySerializer, is_of_entry
-from fastgpt2.worker.fencing import FORGET_EXECUTIONS, Held, Verdict, carry_out
+from fastgpt2.worker.fencing import Held, Verdict, carry_out
 from fastgpt2.worker.rq_job import GenerationJob, fail_malformed, recorded
 
 if TYPE_CHECKING:
@@ -52,68 +51,8 @@ MAX_CRASHES = 4
 # A worker whose lease lapsed so long ago, and that holds nothing, will not claim anything any more.
 FORGET_SECONDS = 60.0
 
-# KEYS: the leases; then of each queue its list and that of what the worker has taken of it. ARGV: the worker; what must
-# still stand in its lease, or nothing if it is known to be dead; how many crashes are too many; after how many ms it is
-# forgotten; now, as RQ writes it; the pool's totals; the queues' names. Replies with the ids that were put back, of the
-# jobs that are to be given up, and of those whose end was written but not all that follows from it; the two latter stay
-# in the list. And with the number of jobs that the worker had finished.
-_REAP = f"""
-{FORGET_EXECUTIONS}
-{COUNT}
-local worker, leased = ARGV[1], redis.call('ZSCORE', KEYS[1], ARGV[1])
-if ARGV[2] ~= '' and leased ~= ARGV[2] then return {{0, {{}}, {{}}, {{}}, 0}} end
-local finished = tonumber(redis.call('HGET', 'rq:worker:' .. worker, 'successful_job_count') or 0) or 0
-local back, poison, over, found = {{}}, {{}}, {{}}, 0
-for i = 1, (#KEYS - 1) / 2 do
-    local queue, taken, name = KEYS[2 * i], KEYS[2 * i + 1], ARGV[6 + i]
-    local ids = redis.call('LRANGE', taken, 0, -1)
-    found = found + #ids
-    for n = #ids, 1, -1 do
-        local id = ids[n]
-        local key, keep = 'rq:job:' .. id, false
-        local known = redis.pcall('HMGET', key, 'status', 'worker_name')
-        local status = known[1]
-        if status == 'queued' then
-            redis.call('LPUSH', queue, id)
-            back[#back + 1] = id
-        elseif status == 'started' and known[2] == worker then
-            local crashes = redis.pcall('HINCRBY', key, '{CRASHES_FIELD}', 1)
-            if type(crashes) ~= 'number' or crashes >= tonumber(ARGV[3]) then
-                poison[#poison + 1] = id
-                keep = true
-            else
-                forget_executions(name, id)
-                redis.call('HSET', key, 'status', 'queued', 'worker_name', '', 'started_at', '')
-                redis.call('HDEL', key, '{EXECUTION_FIELD}')
-                redis.call('LPUSH', queue, id)
-                back[#back + 1] = id
-            end
-        elseif status == 'canceled' then
-            forget_executions(name, id)
-            redis.call('HSET', key, 'ended_at', ARGV[5])
-            redis.call('HDEL', key, 'worker_name')
-        elseif status == 'finished' or status == 'failed' or status == 'stopped' then
-            over[#over + 1] = id
-            keep = true
-        end
-        if not keep then redis.call('LREM', taken, 1, id) end
-    end
-    redis.call('SREM', 'rq:workers:' .. name, 'rq:worker:' .. worker)
-end
-if #back > 0 then count(ARGV[6], '{RECOVERIES}', #back) end
-redis.call('SREM', 'rq:workers', 'rq:worker:' .. worker)
-redis.call('DEL', 'rq:worker:' .. worker, 'rq:worker:' .. worker .. ':executions')
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
-if #poison + #over > 0 or (found > 0 and ARGV[2] ~= '') then
-    redis.call('ZADD', KEYS[1], string.format('%.0f', now), worker)
-elseif ARGV[2] == '' or now - tonumber(leased) > tonumber(ARGV[4]) then
-    redis.call('ZREM', KEYS[1], worker)
-elseif tonumber(leased) > now then
-    redis.call('ZADD', KEYS[1], string.format('%.0f', now), worker)
-end
-return {{1, back, poison, over, finished}}
-"""
+_REAP = Script(__file__, "reap")
+_COUNT_ONE = Script(__file__, "count_one")
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,9 +100,8 @@ class Reaper:
             keys += (queue.key, claimed_key(worker_name, queue.name))
         limits = MAX_CRASHES, int(FORGET_SECONDS * 1000)
         names = [queue.name for queue in self._queues]
-        reply: Any = self._connection.eval(
-            _REAP, len(keys), *keys, worker_name, leased, *limits, utcformat(utc_now()), self._totals_key, *names
-        )
+        arguments = worker_name, leased, *limits, utcformat(utc_now()), self._totals_key, *names
+        reply = _REAP.run(self._connection, keys, arguments)
         if not reply[0]:
             return None
         put_back, poison, over = ([as_text(job_id) for job_id in ids] for ids in reply[1:4])
@@ -229,7 +167,7 @@ class Reaper:
         Raises:
             RedisError
         """
-        self._connection.eval(f"{COUNT} count(KEYS[1], ARGV[1], 1)", 1, self._totals_key, field)
+        _COUNT_ONE.run(self._connection, [self._totals_key], [field])
 
 
 def settle(queue: Queue, job_id: str, taken: str) -> None:

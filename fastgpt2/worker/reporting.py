@@ -20,7 +20,6 @@ from fastgpt2.errors import BadRequest, JobStopped, JobTimedOut, ModelError, Pro
 from fastgpt2.protocol.keys import (
     ACCEPTED_TOKENS,
     BATCH_SIZE,
-    BUCKET_SECONDS,
     CACHED_TOKENS,
     DRAFTED_TOKENS,
     FAILED,
@@ -29,19 +28,16 @@ from fastgpt2.protocol.keys import (
     GIVEN_BACK,
     JOBS,
     KV_USED,
-    LATEST_TTL_SECONDS,
     MAX_LATEST,
     OF_JOBS,
     PROMPT_TOKENS,
     QUEUE_SECONDS,
-    RECENT_TTL_SECONDS,
     RETRIED,
     ROOM,
     SEQUENCES,
     STEPS,
     TOKEN_SECONDS,
     TOKENS,
-    TOTALS_TTL_SECONDS,
     Histogram,
     count_field,
     ended_field,
@@ -50,6 +46,7 @@ from fastgpt2.protocol.keys import (
     recent_key,
     totals_key,
 )
+from fastgpt2.protocol.scripts import Script
 from fastgpt2.worker.recycling import Memory
 
 if TYPE_CHECKING:
@@ -58,8 +55,6 @@ if TYPE_CHECKING:
     from fastgpt2.engine.decoding.decoder import Decoder
     from fastgpt2.engine.engine import Engine
     from fastgpt2.worker.batch import Batch, Running
-
-    pass
 
 log = logging.getLogger("fastgpt2.worker")
 TELL_SECONDS = 1.0
@@ -76,32 +71,7 @@ PACE_TELLINGS = 10
 # RQ's ids are of 36 characters; an entry's may be anything.
 MAX_ID_CHARACTERS = 200
 
-# KEYS: the totals, the mark of what was told last, the list of the latest jobs. ARGV: the mark of this telling; what
-# the keys of recent hashes begin with; how many fields of the totals follow, and of the recent hash; these, each with
-# what to add to it; the records. The time is Redis's own, so that all workers' seconds are the same. `pcall`: a field
-# or a key that is not what it should be loses its own counts, no others.
-_TELL = f"""
-if redis.pcall('GET', KEYS[2]) == ARGV[1] then return 0 end
-local at = 5
-local function add(key, count, ttl)
-    for _ = 1, count do
-        local field, by = ARGV[at], ARGV[at + 1]
-        redis.pcall(string.find(by, '.', 1, true) and 'HINCRBYFLOAT' or 'HINCRBY', key, field, by)
-        at = at + 2
-    end
-    if count > 0 then redis.pcall('EXPIRE', key, ttl) end
-end
-add(KEYS[1], tonumber(ARGV[3]), {TOTALS_TTL_SECONDS})
-local now = tonumber(redis.call('TIME')[1])
-add(ARGV[2] .. string.format('%d', now - now % {BUCKET_SECONDS}), tonumber(ARGV[4]), {RECENT_TTL_SECONDS})
-for i = at, #ARGV do redis.pcall('LPUSH', KEYS[3], ARGV[i]) end
-if at <= #ARGV then
-    redis.pcall('LTRIM', KEYS[3], 0, {MAX_LATEST - 1})
-    redis.pcall('EXPIRE', KEYS[3], {LATEST_TTL_SECONDS})
-end
-redis.call('SET', KEYS[2], ARGV[1], 'EX', {TOLD_TTL_SECONDS})
-return 1
-"""
+_REPORT = Script(__file__, "report")
 
 
 class Figures:
@@ -288,10 +258,11 @@ class Figures:
             if not (totals or recent or self._records):
                 return
             numbers = len(totals) // 2, len(recent) // 2
-            self._untold = [uuid.uuid4().hex, self._recent_prefix, *numbers, *totals, *recent, *self._records]
+            head = uuid.uuid4().hex, TOLD_TTL_SECONDS, self._recent_prefix
+            self._untold = [*head, *numbers, *totals, *recent, *self._records]
             for told in (self._totals, self._recent, self._records):
                 told.clear()
-        self._connection.eval(_TELL, len(self._keys), *self._keys, *self._untold)
+        _REPORT.run(self._connection, self._keys, self._untold)
         self._untold = None
 
 

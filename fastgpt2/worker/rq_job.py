@@ -18,14 +18,15 @@ from fastgpt2.engine.decoding.records import GenerationRequest
 from fastgpt2.errors import BadRequest, FastGPT2Error, JobFailed
 from fastgpt2.protocol.keys import CRASHES_FIELD
 from fastgpt2.protocol.messages import TASK, JobOptions, parse_job
+from fastgpt2.protocol.scripts import Script
 from fastgpt2.protocol.untrusted import MAX_PAYLOAD_BYTES, JSONOnlySerializer, PlainPickleSerializer, is_pickle
-from fastgpt2.worker.fencing import FORGET_EXECUTIONS
 
 if TYPE_CHECKING:
     from redis import Redis
 
 log = logging.getLogger("fastgpt2.worker")
 MALFORMED_TTL_SECONDS = 24 * 3600
+_FORGET = Script(__file__, "forget")
 
 
 class GenerationJob(Job):
@@ -116,7 +117,7 @@ def fail_malformed(queue: Queue, job_id: str, reason: Exception, worker_name: st
         pipeline.expire(job.key, MALFORMED_TTL_SECONDS)
         pipeline.zadd(queue.failed_job_registry.key, {job_id: int(time.time()) + MALFORMED_TTL_SECONDS})
         Result.create_failure(job, MALFORMED_TTL_SECONDS, recorded(error), worker_name, pipeline=pipeline)
-        pipeline.eval(f"{FORGET_EXECUTIONS} forget_executions(ARGV[1], ARGV[2])", 0, queue.name, job_id)
+        _FORGET.add_to_transaction(pipeline, [], [queue.name, job_id])
         replies = pipeline.execute(raise_on_error=False)
     for reply in replies:
         if isinstance(reply, Exception):
@@ -139,21 +140,7 @@ def recorded(error: BaseException) -> str:
 # Far beyond what a request needs; what is larger is not even fetched.
 MAX_ENTRY_BYTES = 64 << 20
 
-# KEYS: jobs' hashes. ARGV: the most bytes that one may have. Of each its fields and values, its size if that is more,
-# or what it is if it is no hash.
-_FETCH = """
-local found = {}
-for i, key in ipairs(KEYS) do
-    local kind, size = redis.call('TYPE', key).ok, 0
-    if kind == 'hash' then
-        for _, field in ipairs(redis.call('HKEYS', key)) do size = size + redis.call('HSTRLEN', key, field) end
-    end
-    if kind ~= 'hash' and kind ~= 'none' then found[i] = kind
-    elseif size > tonumber(ARGV[1]) then found[i] = size
-    else found[i] = redis.call('HGETALL', key) end
-end
-return found
-"""
+_FETCH_ENTRIES = Script(__file__, "fetch_entries")
 
 
 def fetch(connection: Redis, job_ids: Sequence[str], serializer: Any) -> list[GenerationJob | Exception | None]:
@@ -166,7 +153,7 @@ def fetch(connection: Redis, job_ids: Sequence[str], serializer: Any) -> list[Ge
         RedisError
     """
     keys = [GenerationJob.key_for(job_id) for job_id in job_ids]
-    replies: Any = connection.eval(_FETCH, len(keys), *keys, MAX_ENTRY_BYTES) if keys else []
+    replies = _FETCH_ENTRIES.run(connection, keys, [MAX_ENTRY_BYTES]) if keys else []
     return [_read(connection, pair[0], pair[1], serializer) for pair in zip(job_ids, replies, strict=True)]
 
 

@@ -17,6 +17,7 @@ from rq.worker import WorkerStatus
 from fastgpt2.errors import JobStopped, PromptTooLong
 from fastgpt2.protocol.keys import SUSPECT_CRASHES, stream_key
 from fastgpt2.protocol.messages import RUNNING_TTL_SECONDS, Piece, piece_to_entry
+from fastgpt2.protocol.scripts import execute
 from fastgpt2.protocol.untrusted import is_of_entry
 from fastgpt2.worker.batch import Batch, Running, Started
 from fastgpt2.worker.claims import Claim, Claims
@@ -249,7 +250,7 @@ class GenerationWorker(RQWorker):
             wanted *= self.lease.held
             if wanted:
                 self._claims.ask(pipeline, wanted, len(self.batch))
-            replies = pipeline.execute(raise_on_error=False)
+            replies = execute(pipeline)
         pieces = {at for at, _, _ in sent}
         for at, reply in enumerate(replies):
             if isinstance(reply, RedisError) and not (at in pieces and is_of_entry(reply)):
