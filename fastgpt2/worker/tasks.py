@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fastgpt2.errors import JobTimedOut
 from fastgpt2.protocol.keys import ATTEMPTS_FIELD, PARTIAL_META, stream_key
 from fastgpt2.protocol.messages import RUNNING_TTL_SECONDS, JobOptions, parse_job, piece_to_entry, result_to_json
-from fastgpt2.worker.batch import Sent
+from fastgpt2.worker.batch import StreamPosition
 
 if TYPE_CHECKING:
     from rq.job import Job
@@ -63,16 +63,16 @@ class _StockRun:
         if options.timeout is not None:
             self._due_at = time.monotonic() + options.timeout - self.waited
         self._attempt = job.connection.hincrby(job.key, ATTEMPTS_FIELD, 1)
-        self._sent = Sent()
+        self._position = StreamPosition()
 
     def after_step(self, sequence: Sequence, model: str) -> None:
-        piece = self._sent.next(sequence, self._attempt) if self._options.stream else None
+        piece = self._position.next_piece(sequence, self._attempt) if self._options.stream else None
         if piece is not None:
             with self._job.connection.pipeline() as pipeline:
                 pipeline.xadd(stream_key(self._job.id), piece_to_entry(piece))
                 pipeline.expire(stream_key(self._job.id), RUNNING_TTL_SECONDS)
                 pipeline.execute()
-            self._sent.note(piece)
+            self._position.advance(piece)
         if time.monotonic() > self._due_at and not sequence.finished:
             self._job.meta[PARTIAL_META] = result_to_json(sequence.result(model, "timeout"), self.waited)
             self._job.save_meta()

@@ -88,14 +88,14 @@ def in_a_layer(generated: int) -> None:
     Batch.__init__ = init  # type: ignore[assignment,method-assign]
 
     def far_enough(_self: Attention, layer: int) -> bool:
-        running = known[0].running if known else []
-        return layer == 1 and any(r.sequence and len(r.sequence.token_ids) >= generated for r in running)
+        decoding = known[0].decoding if known else []
+        return layer == 1 and any(j.sequence and len(j.sequence.token_ids) >= generated for j in decoding)
 
     before(Attention, "run", far_enough)
 
 
 def poisoned(batch: Batch) -> bool:
-    return any(running.prompt.request.prompt == POISON for running in batch.running)
+    return any(job.prompt.request.prompt == POISON for job in batch.decoding)
 
 
 STAGES: dict[str, Callable[[], None]] = {
@@ -105,11 +105,11 @@ STAGES: dict[str, Callable[[], None]] = {
     "after the start": lambda: after(Ledger, "start", bool),
     "mid-prefill": lambda: in_a_layer(0),
     "mid-decode": lambda: in_a_layer(7),
-    "before the commit": lambda: before(Ledger, "finish"),
-    "the commit sent": lambda: unheard(Ledger, "finish"),
-    "after the commit": lambda: after(Ledger, "finish"),
+    "before the commit": lambda: before(Ledger, "_write_finished"),
+    "the commit sent": lambda: unheard(Ledger, "_write_finished"),
+    "after the commit": lambda: after(Ledger, "_write_finished"),
     "before the dependents": lambda: before(ledger.Queue, "enqueue_ready_jobs_by_queue"),  # type: ignore[attr-defined]
-    "before the failure's dependents": lambda: before(ledger, "settle"),
+    "before the failure's dependents": lambda: before(ledger, "release_dependents"),
     "before the give-back": lambda: before(Ledger, "give_back"),
     "the give-back sent": lambda: unheard(Ledger, "give_back"),
     "the poison": lambda: before(Batch, "step", poisoned),

@@ -26,7 +26,7 @@ from fastgpt2.errors import BadRequest, JobCancelled, JobFailed, JobTimedOut, Pr
 from fastgpt2.protocol.keys import HISTOGRAMS, OUTCOMES, Histogram, latest_key, recent_key, totals_key
 from fastgpt2.system.redis_server import RedisServer
 from fastgpt2.worker.batch import Batch
-from fastgpt2.worker.reporting import Figures, outcome_of
+from fastgpt2.worker.reporting import Metrics, outcome_of
 
 TASK = "fastgpt2.worker.tasks.generate"
 ENTRIES: list[dict[str, Any]] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"]
@@ -239,14 +239,14 @@ def test_what_a_worker_says_of_itself(redis: Redis, client: Client, queue_name: 
 
 
 @pytest.fixture
-def figures(redis: Redis, queue_name: str, engine: Engine) -> Figures:
-    return Figures(redis, queue_name, f"w-{queue_name}", Batch(engine), engine.decoder)
+def metrics(redis: Redis, queue_name: str, engine: Engine) -> Metrics:
+    return Metrics(redis, queue_name, f"w-{queue_name}", Batch(engine), engine.decoder)
 
 
 def test_an_answer_that_was_lost_counts_once(
-    redis: Redis, queue_name: str, figures: Figures, monkeypatch: pytest.MonkeyPatch
+    redis: Redis, queue_name: str, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    figures.malformed("first")
+    metrics.count_malformed("first")
     read = Connection.read_response
 
     def lost(self: Connection, *args: Any, **kwargs: Any) -> Any:
@@ -256,28 +256,28 @@ def test_an_answer_that_was_lost_counts_once(
     with monkeypatch.context() as patch:
         patch.setattr(Connection, "read_response", lost)
         with pytest.raises(NoConnection):
-            figures.tell_if_due()
+            metrics.report_if_due()
     assert ended(redis, queue_name) == {"failed:malformed": 1}
-    figures.malformed("second")
-    figures.close()
+    metrics.count_malformed("second")
+    metrics.close()
     assert ended(redis, queue_name) == {"failed:malformed": 2}
     assert redis.llen(latest_key(queue_name)) == 2
-    figures.close()
+    metrics.close()
     assert ended(redis, queue_name) == {"failed:malformed": 2}
 
 
 def test_a_worker_of_the_same_name_is_another_one(redis: Redis, queue_name: str, engine: Engine) -> None:
     for _ in range(2):
-        figures = Figures(redis, queue_name, "same", Batch(engine), engine.decoder)
-        figures.malformed("x")
-        figures.close()
+        metrics = Metrics(redis, queue_name, "same", Batch(engine), engine.decoder)
+        metrics.count_malformed("x")
+        metrics.close()
     assert ended(redis, queue_name) == {"failed:malformed": 2}
 
 
-def test_no_more_than_a_hundred_records_are_kept(redis: Redis, queue_name: str, figures: Figures) -> None:
+def test_no_more_than_a_hundred_records_are_kept(redis: Redis, queue_name: str, metrics: Metrics) -> None:
     for n in range(150):
-        figures.malformed(f"{n}" * 300)
-    figures.close()
+        metrics.count_malformed(f"{n}" * 300)
+    metrics.close()
     raw: Any = redis.lrange(latest_key(queue_name), 0, -1)
     assert [json.loads(each)["id"] for each in raw] == [(f"{n}" * 300)[:200] for n in range(149, 49, -1)]
     assert ended(redis, queue_name) == {"failed:malformed": 150}
