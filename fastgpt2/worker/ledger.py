@@ -60,7 +60,7 @@ class Fate(Enum):
 
 
 class Ledger:
-    """Writes for one worker.
+    """Writes into Redis what becomes of one worker's jobs.
 
     Args:
         malformed: called with the id of each job that was failed for the state of its entry.

@@ -308,7 +308,7 @@ def test_a_pool_serves_and_a_signal_drains_it(
     assert running.result(timeout=5).usage.completion_tokens == 450
     text = log.read_text()
     assert f"2 workers, queue {queue_name}, Redis redis://127.0.0.1" in text
-    assert "stopping: workers finish what they have in hand" in text
+    assert "stopping: workers finish the jobs that they run" in text
     assert "starting another" not in text
     assert "Traceback" not in text
     assert redis.scard(f"rq:workers:{queue_name}") == 0, "they signed off"

@@ -105,7 +105,7 @@ def test_up_serves_and_stops_cleanly(start_up: StartUp, signum: int) -> None:
     assert process.wait(40) == 0
     assert not any(map(alive, pids))
     text = log.read_text()
-    assert "stopping: workers finish what they have in hand" in text
+    assert "stopping: workers finish the jobs that they run" in text
     assert f"job {running.id} finished: " in text
     assert "Traceback" not in text
 

@@ -54,8 +54,8 @@ def start_pool(redis_server: RedisServer, queue_name: str, tmp_path: Path) -> It
         }
         command = [sys.executable, DYING, stage, *([str(tmp_path / "died")] if once else [])]
         pool = Pool([Child("worker 1", command, own, is_worker=True)])
-        reaper = BackgroundReaper(redis_server.url, queue_name, pool.told)
-        pool.reap, pool.restarted = reaper.reap, reaper.count_restart
+        reaper = BackgroundReaper(redis_server.url, queue_name, pool.note_recovery)
+        pool.reap, pool.count_restart = reaper.reap, reaper.count_restart
         made.append((pool, reaper))
         pool.start()
         return pool
