@@ -58,7 +58,7 @@ def after(owner: Any, name: str, when: Callable[[Any], bool] = lambda _result: T
 
 
 def unheard(owner: Any, name: str) -> None:
-    """What the method says to Redis first is sent, and carried out, but its answer is not read any more."""
+    """Die when Redis has run what the method sends first: the answer is not read any more."""
     original, read = getattr(owner, name), Connection.read_response
 
     def patched(*args: Any, **kwargs: Any) -> Any:
@@ -77,7 +77,7 @@ def unheard(owner: Any, name: str) -> None:
 
 
 def in_a_layer(generated: int) -> None:
-    """In the second layer of the network, once some job has so many tokens."""
+    """Die in the second layer of the network, once some job has `generated` tokens."""
     known: list[Batch] = []
     remember = Batch.__init__
 
@@ -117,7 +117,7 @@ STAGES: dict[str, Callable[[], None]] = {
 
 
 def out_of_memory() -> None:
-    """A step with the poisoned job does not kill: it raises MemoryError, as numpy does at the limit of its memory."""
+    """Let a step with the poisoned job raise MemoryError, as numpy does at the limit of its memory."""
     original = Batch.step
 
     def step(self: Batch) -> Any:

@@ -56,7 +56,7 @@ class Turns:
             self.worker._turn(burst=True)
 
     def until(self, condition: Callable[[], object], what: str, most: int = 2000) -> int:
-        """How many turns it took."""
+        """Take turns until the condition holds; return how many it took."""
         for count in range(most):
             if condition():
                 return count
@@ -107,7 +107,7 @@ def partial_of(job: Job) -> Any:
 def test_random_arrivals_give_the_tokens_of_a_solo_run(
     queue: Queue, redis: Redis, start_worker: StartWorker, queue_name: str
 ) -> None:
-    """48 jobs of all lengths, some with a stop string, in random bursts, against the solo runs of transformers."""
+    """Compare 48 jobs of all lengths, some with a stop string, in random bursts, with the solo runs of transformers."""
     start_worker()
     rng = random.Random(4)
     jobs: list[tuple[Job, dict[str, Any], int, str | None]] = []

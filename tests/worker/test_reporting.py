@@ -1,4 +1,4 @@
-"""What a pool counts of its work, by real workers on a real Redis: each thing once, whatever happens meanwhile."""
+"""A pool counts its work, by real workers on a real Redis: each thing once, whatever happens meanwhile."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def totals(redis: Redis, queue: str) -> dict[str, float]:
 
 
 def ended(redis: Redis, queue: str) -> dict[str, int]:
-    """How many jobs ended in which way, without the ways in which none did."""
+    """Return how many jobs ended in which way, without the ways in which none did."""
     prefix = "ended:"
     return {name[len(prefix) :]: int(n) for name, n in totals(redis, queue).items() if name.startswith(prefix)}
 
@@ -57,7 +57,7 @@ def wait_for_ends(redis: Redis, queue: str, number: int) -> dict[str, int]:
 
 
 def recent(redis: Redis, queue: str) -> dict[str, float]:
-    """The sums of all that was told by ten seconds."""
+    """Return the sums over all hashes of ten seconds."""
     sums: dict[str, float] = {}
     for key in redis.scan_iter(recent_key(queue, "*")):
         fields: Any = redis.hgetall(key)
@@ -117,7 +117,7 @@ def test_steps_with_several_sequences(redis: Redis, client: Client, queue_name: 
 
 
 def test_every_way_to_end(redis: Redis, client: Client, queue_name: str, start_worker: StartWorker) -> None:
-    """What ends without a result gives no observation, and counts once, under its reason."""
+    """A job that ends without a result gives no observation, and counts once, under its reason."""
     start_worker(FASTGPT2_MAX_BATCH="1")
     queue = Queue(queue_name, connection=redis, serializer=JSONSerializer)
     queue.enqueue(TASK, ENTRY["prompt"], temperature=1)
@@ -342,7 +342,7 @@ def test_a_redis_that_is_started_again_loses_nothing_that_was_not_told(tmp_path:
 def pool(
     redis_server: RedisServer, queue_name: str, tmp_path: Path
 ) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
-    """`fastgpt2 pool` with one worker."""
+    """Start `fastgpt2 pool` with one worker."""
     started: list[subprocess.Popen[bytes]] = []
 
     def start(**environment: str) -> subprocess.Popen[bytes]:
