@@ -1,4 +1,4 @@
-"""Stop signals, and child processes that neither outlive their parent nor slip away from it."""
+"""What every long-running process does: it handles stop signals, ties its children to itself, and sets up its log."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def on_stop_signals(handler: Callable[[int, FrameType | None], None]) -> None:
 
 @contextmanager
 def stop_signals_held() -> Iterator[None]:
-    """Put the stop signals off: a KeyboardInterrupt between a fork and the noting of its result loses the child."""
+    """Hold the stop signals back: a KeyboardInterrupt between a fork and the noting of its result loses the child."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
@@ -34,7 +34,7 @@ def stop_signals_held() -> Iterator[None]:
 
 
 def stop_signal_came() -> bool:
-    """Whether a stop signal has come while they are held; takes it."""
+    """Tell whether a stop signal has come while they are held, and take it."""
     pending = signal.sigpending() & set(STOP_SIGNALS)
     if pending:
         signal.sigwait(pending)
@@ -42,20 +42,18 @@ def stop_signal_came() -> bool:
 
 
 def set_up_child() -> None:
-    """In a child between fork and exec: take stop signals again, and on Linux be sent SIGTERM when the parent dies.
+    """Take stop signals again, and on Linux be sent SIGTERM when the parent dies; call it between fork and exec.
 
-    prctl(2) does the latter, however the parent dies. Elsewhere only workers notice, by looking for their supervisor.
+    prctl(2) sees to the latter, in whatever way the parent dies. Elsewhere only workers notice, by looking for their
+    supervisor.
     """
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     if _libc is not None:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-# NOTE logs: Logging of the commands that run for long: one handler on standard error.
-
-
 def set_up_logging(level: str) -> None:
-    """This package at `level`, the libraries' warnings with it."""
+    """Log to standard error: this package from `level` on, the libraries' warnings with it."""
     logging.basicConfig(
         level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", force=True
     )

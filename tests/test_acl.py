@@ -38,7 +38,7 @@ TASK = "fastgpt2.worker.tasks.generate"
 
 
 class GuardedRedis(OpenRedis):
-    """With the file as it is shipped, but for the passwords, and an administrator to look at the log of denials."""
+    """A Redis with the file as shipped, but for the passwords, and an administrator who reads the log of denials."""
 
     def url_of(self, user: str) -> str:
         return f"redis://{user}:secret-{user}@127.0.0.1:{self.port}/0"
@@ -69,7 +69,7 @@ def admin(server: GuardedRedis) -> Iterator[Redis]:
 
 @pytest.fixture(scope="module")
 def system(server: GuardedRedis, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
-    """A supervised worker and the endpoint, each as its own user. The worker's log, and the endpoint's URL."""
+    """Start a supervised worker and the endpoint, each as its own user; return the one's log and the other's URL."""
     folder = tmp_path_factory.mktemp("system")
     logs = {name: folder / f"{name}.log" for name in ("pool", "api")}
     users = {"pool": "worker", "api": "endpoint"}
@@ -90,7 +90,7 @@ def system(server: GuardedRedis, tmp_path_factory: pytest.TempPathFactory) -> It
 
 @contextmanager
 def suspended(admin: Redis) -> Iterator[None]:
-    """What waits is taken by nobody. A worker that is idle may take one that comes before it looks again."""
+    """Suspend the workers, so that nobody claims what waits. An idle one may claim a job before it looks again."""
     admin.set("rq:suspended", 1)
     workers: Any = admin.smembers("rq:workers")
     wait_until(lambda: {admin.hget(key, "state") for key in workers} == {b"suspended"}, "the workers to see it")
@@ -149,7 +149,7 @@ def test_a_client_and_a_worker_can_do_their_part(server: GuardedRedis, admin: Re
 def test_a_worker_that_dies_and_one_that_is_told_to_stop(
     server: GuardedRedis, admin: Redis, system: tuple[Path, str]
 ) -> None:
-    """The supervisor, and the worker that comes next, as the user worker too."""
+    """The supervisor, and the worker that comes next, are the user worker too."""
     log, _ = system
     for signum, said in ((signal.SIGKILL, "jobs put back"), (signal.SIGTERM, "told to stop")):
         (key,) = admin.smembers("rq:workers")
@@ -271,6 +271,7 @@ def test_a_monitor_cannot_tell_how_long_a_job_waits(server: GuardedRedis, admin:
         ("monitor", "XREVRANGE rq:results:x + -"),
         ("monitor", "RPUSH rq:queue:fastgpt2 x"),
         ("monitor", "EVAL return(1) 0"),
+        ("monitor", "EVALSHA e0e1f9fabfc9d4800c877a703b823ac0578ff8db 0"),
     ],
 )
 def test_nobody_can_do_more(server: GuardedRedis, user: str, words: str) -> None:

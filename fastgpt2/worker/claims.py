@@ -1,4 +1,4 @@
-"""Taking jobs out of the queues: between two steps without waiting, and when idle without polling."""
+"""Claiming jobs from the queues: between two steps without waiting, and when idle without polling."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from redis.exceptions import RedisError
 from rq import Queue
 from rq.suspension import WORKERS_SUSPENDED
 
-from fastgpt2.protocol.keys import CRASHES_FIELD, SUSPECT_CRASHES, claimed_key
+from fastgpt2.protocol.keys import claimed_key
+from fastgpt2.protocol.scripts import Script
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -22,56 +23,21 @@ if TYPE_CHECKING:
 log = logging.getLogger("fastgpt2.worker")
 Claim = tuple[Queue, str]
 
-# Of so many jobs taken while all queues hold some, one is of the last queue; of the fewer, one of the second.
-LAST_EVERY, SECOND_EVERY = 16, 4
+# While all queues hold jobs, one claim of 16 looks at the last queue first, and of the others one of 4 at the second.
+LAST_EVERY = 16
+SECOND_EVERY = 4
 
-# A safeguard only: `Claims.wait` unblocks what it has not been served.
+# A safeguard only: `Claims.wait` unblocks the connections that were not served.
 _BLOCK_SECONDS = 10
-
-# KEYS: the mark of a suspension; then of each queue, the most urgent first, its list and that of what is taken of it.
-# ARGV: how many to take at most, how many have been taken before, and how many are in hand. A job in whose company
-# workers have died goes to nobody who has other jobs; those behind it wait, else it might wait for ever.
-_CLAIM = f"""
-if redis.call('EXISTS', KEYS[1]) == 1 then return {{}} end
-local queues, turn, claimed, alone = (#KEYS - 1) / 2, tonumber(ARGV[2]), {{}}, false
-local function take(i)
-    local head = redis.call('LINDEX', KEYS[2 * i], 0)
-    if not head then return false end
-    local crashes = redis.pcall('HGET', 'rq:job:' .. head, '{CRASHES_FIELD}')
-    if (tonumber(crashes) or 0) >= {SUSPECT_CRASHES} then
-        alone = true
-        if #claimed > 0 or tonumber(ARGV[3]) > 0 then return false end
-    end
-    claimed[#claimed + 1] = i - 1
-    claimed[#claimed + 1] = redis.call('LMOVE', KEYS[2 * i], KEYS[2 * i + 1], 'LEFT', 'RIGHT')
-    return true
-end
-for _ = 1, tonumber(ARGV[1]) do
-    local first = 1
-    if turn % {LAST_EVERY} == {LAST_EVERY - 1} then first = queues
-    elseif turn % {SECOND_EVERY} == {SECOND_EVERY - 1} then first = math.min(2, queues) end
-    local found = take(first)
-    for i = 1, queues do
-        if not found and not alone and i ~= first then found = take(i) end
-    end
-    if alone or not found then return claimed end
-    turn = turn + 1
-end
-return claimed
-"""
-
-# KEYS: a queue, the list of what is taken of it. ARGV: jobs' ids, the one that was taken last first.
-_PUT_BACK = """
-for _, id in ipairs(ARGV) do
-    if redis.call('LREM', KEYS[2], 1, id) > 0 then redis.call('LPUSH', KEYS[1], id) end
-end
-"""
+_CLAIM = Script(__file__, "claim")
+_PUT_BACK = Script(__file__, "put_back")
 
 
 class Claims:
-    """The jobs of some queues, taken one after the other into lists of this worker's, where a crash leaves them found.
+    """The jobs of some queues, claimed one after the other into lists of this worker's, where others find them.
 
-    A job stays in such a list until its end is written, by the script that writes it.
+    A job stays in such a list until its end is written, by the script that writes it: so a worker that crashes leaves
+    no job behind that nobody knows of.
 
     Args:
         queues: the most urgent first. Jobs of the others are not kept waiting for ever: see `LAST_EVERY`.
@@ -86,47 +52,54 @@ class Claims:
         self._worker_name = worker_name
         self._turn = 0
         self._waiting: list[_Waiting] = []
-        self._woken, self._wake = os.pipe()
-        os.set_blocking(self._woken, False)
-        os.set_blocking(self._wake, False)
+        self._wake_reader, self._wake_writer = os.pipe()
+        os.set_blocking(self._wake_reader, False)
+        os.set_blocking(self._wake_writer, False)
 
-    def ask(self, pipeline: Pipeline, most: int, in_hand: int) -> None:
-        """Add to a pipeline what takes up to so many jobs, none while workers are suspended."""
-        pipeline.eval(_CLAIM, len(self._keys), *self._keys, most, self._turn, in_hand)
+    def add_claim(self, pipeline: Pipeline, most: int, running: int) -> None:
+        """Add to a pipeline the claim of at most `most` jobs; `read` takes the reply. None while workers are suspended.
 
-    def answered(self, reply: Sequence[Any]) -> list[Claim]:
-        """What came of it."""
+        Args:
+            running: how many jobs this worker has already.
+        """
+        _CLAIM.add(pipeline, self._keys, self._arguments(most, running))
+
+    def read(self, reply: Sequence[Any]) -> list[Claim]:
+        """Return the jobs that the reply to a claim names."""
         self._turn += len(reply) // 2
-        return self._known([(self._queues[int(i)], raw) for i, raw in zip(reply[::2], reply[1::2], strict=True)])
+        return self._decode([(self._queues[int(i)], raw) for i, raw in zip(reply[::2], reply[1::2], strict=True)])
 
-    def take(self, most: int) -> list[Claim]:
-        """Up to so many jobs that are there now, for a worker that holds none."""
-        with self._connection.pipeline(transaction=False) as pipeline:
-            self.ask(pipeline, most, 0)
-            return self.answered(pipeline.execute()[0])
+    def claim(self, most: int) -> list[Claim]:
+        """Claim at most `most` jobs that are there now, for a worker that has none."""
+        return self.read(_CLAIM.run(self._connection, self._keys, self._arguments(most, running=0)))
 
-    def in_hand(self) -> list[Claim]:
-        """Everything that Redis has as taken, in the order in which it was: also what this worker never heard of."""
+    def _arguments(self, most: int, running: int) -> list[int]:
+        return [most, self._turn, running, LAST_EVERY, SECOND_EVERY]
+
+    def list_all(self) -> list[Claim]:
+        """Return all that Redis has as claimed by this worker, in the order in which it was claimed.
+
+        Also what this worker never heard of, because the reply to its claim was lost; and what it runs.
+        """
         with self._connection.pipeline(transaction=False) as pipeline:
             for queue in self._queues:
                 pipeline.lrange(claimed_key(self._worker_name, queue.name), 0, -1)
             lists = pipeline.execute()
-        return self._known([(queue, raw) for queue, ids in zip(self._queues, lists, strict=True) for raw in ids])
+        return self._decode([(queue, raw) for queue, ids in zip(self._queues, lists, strict=True) for raw in ids])
 
     def put_back(self, claims: Sequence[Claim]) -> None:
-        """Give claims, none of which has been started, back to the front of their queues."""
-        with self._connection.pipeline(transaction=False) as pipeline:
-            for queue in self._queues:
-                ids = [job_id for of, job_id in reversed(claims) if of == queue]
-                if ids:
-                    pipeline.eval(_PUT_BACK, 2, queue.key, claimed_key(self._worker_name, queue.name), *ids)
-            pipeline.execute()
+        """Put claimed jobs, none of which was started, back to the front of their queues."""
+        for queue in self._queues:
+            ids = [job_id for of, job_id in reversed(claims) if of == queue]
+            if ids:
+                _PUT_BACK.run(self._connection, [queue.key, claimed_key(self._worker_name, queue.name)], ids)
 
     def wait(self, seconds: float) -> list[Claim]:
-        """The next job, or one of each queue at most, or none when the time is over or `wake` was called.
+        """Wait for a job and claim it: one of each queue at most; none when the time is over or `wake` was called.
 
-        One BLMOVE a queue, each on a connection of its own, as Redis can wait for several lists only by taking from
-        them without leaving a trace. Those that were not served are unblocked again, so that nothing is taken later.
+        One BLMOVE for each queue, each on a connection of its own: to wait for several lists at once, Redis has only
+        commands that take from them without leaving a trace. The connections that were not served are unblocked again,
+        so that nothing is claimed later.
         """
         self._waiting = self._waiting or [
             _Waiting(self._connection, queue, self._worker_name) for queue in self._queues
@@ -135,27 +108,26 @@ class Claims:
             for waiting in self._waiting:
                 waiting.begin()
             with selectors.DefaultSelector() as selector:
-                selector.register(self._woken, selectors.EVENT_READ)
+                selector.register(self._wake_reader, selectors.EVENT_READ)
                 for waiting in self._waiting:
                     selector.register(waiting.fileno(), selectors.EVENT_READ)
                 ready = {key.fd for key, _ in selector.select(seconds)}
-            unserved = [waiting.client_id for waiting in self._waiting if waiting.fileno() not in ready]
-            self._unblock(unserved)
-            taken = self._known([(each.queue, raw) for each in self._waiting if (raw := each.end()) is not None])
+            self._unblock([waiting.client_id for waiting in self._waiting if waiting.fileno() not in ready])
+            claims = self._decode([(each.queue, raw) for each in self._waiting if (raw := each.end()) is not None])
         except BaseException:
             self.close_connections()
             raise
         finally:
             with suppress(BlockingIOError):
-                while os.read(self._woken, 64):
+                while os.read(self._wake_reader, 64):
                     pass
-        self._turn += len(taken)
-        return taken
+        self._turn += len(claims)
+        return claims
 
     def wake(self) -> None:
         """End a `wait`, from a signal handler or another thread."""
         with suppress(OSError):
-            os.write(self._wake, b"!")
+            os.write(self._wake_writer, b"!")
 
     def close_connections(self) -> None:
         waiting, self._waiting = self._waiting, []
@@ -164,21 +136,22 @@ class Claims:
 
     def close(self) -> None:
         self.close_connections()
-        woken, wake = self._woken, self._wake
-        self._woken = self._wake = -1  # the numbers may soon be another file's, and a signal may still come
-        os.close(woken)
-        os.close(wake)
+        reader, writer = self._wake_reader, self._wake_writer
+        # The numbers may soon be another file's, and a signal may still come.
+        self._wake_reader = self._wake_writer = -1
+        os.close(reader)
+        os.close(writer)
 
-    def _known(self, claims: Iterable[tuple[Queue, bytes]]) -> list[Claim]:
-        """With ids as text. What is no text is no job's id: it is dropped."""
-        known: list[Claim] = []
+    def _decode(self, claims: Iterable[tuple[Queue, bytes]]) -> list[Claim]:
+        """Return claims with their ids as text. What is no text is no job's id: it is dropped."""
+        decoded: list[Claim] = []
         for queue, raw in claims:
             try:
-                known.append((queue, raw.decode("utf-8")))
+                decoded.append((queue, raw.decode("utf-8")))
             except UnicodeDecodeError:
                 log.warning("%s: an entry of the queue %s is no job's id: %r", self._worker_name, queue.name, raw[:100])
                 self._connection.lrem(claimed_key(self._worker_name, queue.name), 1, raw)  # type: ignore[arg-type]
-        return known
+        return decoded
 
     def _unblock(self, client_ids: Iterable[int]) -> None:
         with self._connection.pipeline(transaction=False) as pipeline:
@@ -207,6 +180,7 @@ class _Waiting:
         return number
 
     def end(self) -> bytes | None:
+        """Return the id that came; None if the connection was unblocked."""
         reply: bytes | None = self._connection.read_response()
         return reply
 

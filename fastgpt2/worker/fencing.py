@@ -1,4 +1,23 @@
-"""Commands that Redis carries out all together in one round trip, if a job is still in the hands it should be in."""
+"""Commands that Redis runs all together, and only if a worker still has the job that they are about.
+
+RQ writes a job's start and end through a pipeline of redis-py. To check first whether the job is still this worker's,
+a transaction would watch it (WATCH, a look, MULTI, EXEC): four round trips a job. Here the commands that RQ would send
+are only recorded, and become the arguments of one script, which checks and runs them in one round trip.
+
+An example. RQ writes into a pipeline that is never executed, and redis-py keeps the commands:
+
+    recorder = connection.pipeline()
+    recorder.hset("rq:job:a", "status", "finished")
+    recorder.expire("rq:job:a", 500)
+    recorder.command_stack  # [(("HSET", "rq:job:a", "status", "finished"), {}), (("EXPIRE", "rq:job:a", 500), {})]
+
+`run_fenced` with `IfRunning("rq:job:a", "worker-7", "execution-3", ...)` then sends `fence_running.lua`, the key that
+it looks at, the worker and the execution that must stand there, and each command behind its number of words:
+
+    EVALSHA <digest> 1 rq:job:a worker-7 execution-3 4 HSET rq:job:a status finished 3 EXPIRE rq:job:a 500
+
+If the job is no longer started by this worker in this execution, nothing is run, and the verdict is REFUSED.
+"""
 
 from __future__ import annotations
 
@@ -9,62 +28,19 @@ from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import RedisError
 
-from fastgpt2.protocol.keys import EXECUTION_FIELD
+from fastgpt2.protocol.scripts import Script, execute
 from fastgpt2.protocol.untrusted import is_of_entry
 
 if TYPE_CHECKING:
     from redis import Redis
     from redis.client import Pipeline
 
-
-# A Lua function: what RQ keeps of a job's executions goes, whoever began them. `queue` is the name of its queue.
-FORGET_EXECUTIONS = """
-local function forget_executions(queue, id)
-    for _, execution in ipairs(redis.call('ZRANGE', 'rq:executions:' .. id, 0, -1)) do
-        local both = id .. ':' .. execution
-        local worker = redis.call('HGET', 'rq:execution:' .. both, 'worker_name')
-        if worker then redis.call('SREM', 'rq:worker:' .. worker .. ':executions', both) end
-        redis.call('DEL', 'rq:execution:' .. both)
-        redis.call('ZREM', 'rq:wip:' .. queue, both)
-    end
-    redis.call('DEL', 'rq:executions:' .. id)
-end
-"""
-_CARRY_OUT = """
-local reply = 0
-while at <= #ARGV do
-    local words = tonumber(ARGV[at])
-    reply = redis.call(unpack(ARGV, at + 1, at + words))
-    at = at + words + 1
-end
-return {1, reply}
-"""
-
-# KEYS: the job's hash and, if the job must have no dependents, their key. ARGV: the worker and the execution that must
-# have the job as started; then each command: its number of words, and these.
-_HELD = f"""
-local known = redis.call('HMGET', KEYS[1], 'status', 'worker_name', '{EXECUTION_FIELD}')
-if known[1] ~= 'started' or known[2] ~= ARGV[1] or known[3] ~= ARGV[2] then return {{0, 0}} end
-if KEYS[2] and redis.call('EXISTS', KEYS[2]) == 1 then return {{2, 0}} end
-local at = 3
-{_CARRY_OUT}
-"""
-
-# KEYS: the job's hash, the list of what the worker has taken. ARGV: the worker, the job's id, its queue; the commands.
-# One that this worker has as started is one whose start was written, but not heard of.
-_TAKEN = f"""
-{FORGET_EXECUTIONS}
-local known = redis.call('HMGET', KEYS[1], 'status', 'worker_name')
-if known[1] ~= 'queued' and not (known[1] == 'started' and known[2] == ARGV[1]) then return {{0, 0}} end
-if not redis.call('LPOS', KEYS[2], ARGV[2]) then return {{0, 0}} end
-forget_executions(ARGV[3], ARGV[2])
-local at = 4
-{_CARRY_OUT}
-"""
+_FENCE_RUNNING = Script(__file__, "fence_running")
+_FENCE_CLAIMED = Script(__file__, "fence_claimed")
 
 
 class Verdict(IntEnum):
-    """What became of guarded commands."""
+    """What became of fenced commands. The scripts know the first three by their numbers."""
 
     REFUSED = 0
     DONE = 1
@@ -73,16 +49,16 @@ class Verdict(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """What is to be written of a job that a worker has started.
+class IfRunning:
+    """What to write about a job if a worker still runs it.
 
     Attributes:
-        job_key: of its hash.
+        job_key: the key of the job's hash.
         worker: the name of the worker that must have it as started.
-        execution: the id of the execution that it must have it under: one that was taken back and started again, even
-            by the same worker, is another.
-        write: adds the commands to the pipeline that it is given, reads nothing through it, and does not execute it.
-        dependents_key: must not exist, if given.
+        execution: the id of the execution under which the worker must have it: if the job was taken back and started
+            again, even by the same worker, the execution is another.
+        write: adds the commands to the pipeline that it is given; it reads nothing through it, and does not execute it.
+        dependents_key: if given, the key of the jobs that wait for this one: there must be none.
     """
 
     job_key: str
@@ -91,18 +67,20 @@ class Held:
     write: Callable[[Pipeline], None]
     dependents_key: str | None = None
 
-    def script(self) -> tuple[str, list[str], list[str]]:
+    def fence(self) -> tuple[Script, list[str], list[str]]:
+        """Return the script, its keys, and its arguments before the commands."""
         keys = [key for key in (self.job_key, self.dependents_key) if key is not None]
-        return _HELD, keys, [self.worker, self.execution]
+        return _FENCE_RUNNING, keys, [self.worker, self.execution]
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
-    """What is to be written of a job that a worker has claimed and is about to start.
+class IfClaimed:
+    """What to write about a job that a worker is about to start, if the worker still has it as claimed.
 
     Attributes:
-        job_key: of its hash.
+        job_key: the key of the job's hash.
         claimed_key: the worker's list that must have the job: a worker that was taken for dead starts nothing.
+        write: as `IfRunning.write`.
     """
 
     job_key: str
@@ -112,14 +90,13 @@ class Taken:
     queue: str
     write: Callable[[Pipeline], None]
 
-    def script(self) -> tuple[str, list[str], list[str]]:
-        return _TAKEN, [self.job_key, self.claimed_key], [self.worker, self.job_id, self.queue]
+    def fence(self) -> tuple[Script, list[str], list[str]]:
+        """Return the script, its keys, and its arguments before the commands."""
+        return _FENCE_CLAIMED, [self.job_key, self.claimed_key], [self.worker, self.job_id, self.queue]
 
 
-def carry_out(connection: Redis, everything: Sequence[Held | Taken]) -> list[tuple[Verdict, Any]]:
-    """Each job's commands as one script, all scripts in one round trip.
-
-    A transaction that watches the job (WATCH, a look, MULTI, EXEC) would be four round trips a job.
+def run_fenced(connection: Redis, fenced: Sequence[IfRunning | IfClaimed]) -> list[tuple[Verdict, Any]]:
+    """Run each job's commands as one script, all scripts in one round trip.
 
     Returns:
         For each its verdict, and what its last command replied; where one of its keys is of the wrong kind, the error.
@@ -128,19 +105,17 @@ def carry_out(connection: Redis, everything: Sequence[Held | Taken]) -> list[tup
         RedisError: Redis cannot be reached, or takes no commands.
     """
     with connection.pipeline(transaction=False) as scripts:
-        for guarded in everything:
+        for one in fenced:
             with connection.pipeline() as recorder:
-                guarded.write(recorder)
-                # redis-py keeps here what `execute` would send.
+                one.write(recorder)
                 commands = [words for words, _ in recorder.command_stack]
-            script, keys, condition = guarded.script()
+            script, keys, condition = one.fence()
             words = [word for command in commands for word in (len(command), *command)]
-            scripts.eval(script, len(keys), *keys, *condition, *words)
-        replies = scripts.execute(raise_on_error=False)
-    return [_verdict(reply) for reply in replies]
+            script.add(scripts, keys, [*condition, *words])
+        return [_judge(reply) for reply in execute(scripts)]
 
 
-def _verdict(reply: Any) -> tuple[Verdict, Any]:
+def _judge(reply: Any) -> tuple[Verdict, Any]:
     if isinstance(reply, RedisError) and is_of_entry(reply):
         return Verdict.MALFORMED, reply
     if isinstance(reply, Exception):

@@ -1,8 +1,8 @@
 """What becomes of a job, written into Redis as RQ writes it: started, finished, failed, cancelled, given back.
 
 The one place that knows these internals of RQ 3.0, and for many jobs a worker. An end is written only if Redis still
-has the job as started by this worker, in this execution: who cancelled or deleted it meanwhile is not overruled, and
-who was taken for dead comes too late.
+has the job as started by this worker, in this execution: who cancelled or deleted the job meanwhile is not overruled,
+and a worker that was taken for dead comes too late.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
+from enum import Enum
 from functools import partial as bound
 from typing import TYPE_CHECKING, Any
 
@@ -19,57 +20,47 @@ from rq import Queue
 from rq.executions import Execution
 from rq.job import JobStatus
 from rq.rate_limit import release_slot
-from rq.registry import CanceledJobRegistry
 from rq.repeat import Repeat
 from rq.utils import now as utc_now
 from rq.utils import utcformat
 from rq.worker import BaseWorker, WorkerStatus
 
-from fastgpt2.protocol.keys import ATTEMPTS_FIELD, CRASHES_FIELD, EXECUTION_FIELD, PARTIAL_META, claimed_key, stream_key
+from fastgpt2.protocol.keys import (
+    ATTEMPTS_FIELD,
+    EXECUTION_FIELD,
+    PARTIAL_META,
+    claimed_key,
+    registry_key,
+    stream_key,
+)
 from fastgpt2.protocol.messages import STREAM_TTL_SECONDS, Piece, end_entry, piece_to_entry
-from fastgpt2.worker.batch import Started
+from fastgpt2.protocol.scripts import Script
+from fastgpt2.worker.batch import Attempt, End, EndKind
 from fastgpt2.worker.claims import Claim
-from fastgpt2.worker.fencing import Held, Taken, Verdict, carry_out
-from fastgpt2.worker.reaper import settle
-from fastgpt2.worker.rq_job import GenerationJob, fail_malformed, fetch
+from fastgpt2.worker.fencing import IfClaimed, IfRunning, Verdict, run_fenced
+from fastgpt2.worker.rq_job import GenerationJob, describe_error, fail_malformed, fetch, release_dependents
 
 if TYPE_CHECKING:
     from redis.client import Pipeline
 
 log = logging.getLogger("fastgpt2.worker")
-_OVER = (JobStatus.FINISHED, JobStatus.FAILED, JobStatus.STOPPED)
+_GIVE_BACK = Script(__file__, "give_back")
+_LET_GO = Script(__file__, "let_go")
 
-# KEYS: a job's hash, its queue, the list of what the worker has taken of it. ARGV: the job's id, the worker, the
-# execution, and 1 if it counts as a crash. Whether the job was still this worker's.
-_GIVE_BACK = f"""
-local known = redis.call('HMGET', KEYS[1], 'status', 'worker_name', '{EXECUTION_FIELD}')
-if known[1] ~= 'started' or known[2] ~= ARGV[2] or known[3] ~= ARGV[3] then return 0 end
-redis.call('HSET', KEYS[1], 'status', 'queued', 'worker_name', '', 'started_at', '')
-redis.call('HDEL', KEYS[1], '{EXECUTION_FIELD}')
-if ARGV[4] == '1' then redis.call('HINCRBY', KEYS[1], '{CRASHES_FIELD}', 1) end
-redis.call('LREM', KEYS[3], 1, ARGV[1])
-redis.call('LPUSH', KEYS[2], ARGV[1])
-return 1
-"""
+# The statuses of a job whose end is written.
+_ENDED = (JobStatus.FINISHED, JobStatus.FAILED, JobStatus.STOPPED)
 
-# KEYS: a job's hash, the list of what the worker has taken. ARGV: the job's id, the execution, what of the job is to be
-# written if it was cancelled: fields and values. Its status if it is still this execution's, or gone; else nothing: it
-# was taken back, and what stands in the list may be a later claim.
-_LET_GO = f"""
-local known = redis.call('HMGET', KEYS[1], 'status', '{EXECUTION_FIELD}')
-if not known[1] then redis.call('LREM', KEYS[2], 1, ARGV[1]) return '' end
-if known[2] ~= ARGV[2] then return '' end
-if known[1] == 'canceled' then
-    redis.call('HSET', KEYS[1], unpack(ARGV, 3))
-    redis.call('HDEL', KEYS[1], 'worker_name')
-    redis.call('LREM', KEYS[2], 1, ARGV[1])
-end
-return known[1]
-"""
+
+class Fate(Enum):
+    """What became of a job whose end this worker could not write."""
+
+    CANCELED = "somebody has cancelled it"
+    ENDED = "this worker has written its end, but never heard that it was written"
+    LOST = "it was deleted, or taken back"
 
 
 class Ledger:
-    """Writes for one worker.
+    """Writes into Redis what becomes of one worker's jobs.
 
     Args:
         malformed: called with the id of each job that was failed for the state of its entry.
@@ -80,269 +71,282 @@ class Ledger:
         self._malformed = malformed
         self._connection = worker.connection
 
-    def read(self, claims: Sequence[Claim]) -> list[Started]:
-        """Fetch claimed jobs, not started yet. Those that cannot be read are failed; the cancelled are let go of."""
-        found: list[Started] = []
+    def read(self, claims: Sequence[Claim]) -> list[Attempt]:
+        """Fetch claimed jobs and return those that may be started.
+
+        Those that cannot be read are failed; those that are cancelled or gone are let go of.
+        """
+        found: list[Attempt] = []
         jobs = fetch(self._connection, [job_id for _, job_id in claims], self._worker.serializer)
         for (queue, job_id), job in zip(claims, jobs, strict=True):
             if isinstance(job, Exception):
                 self.fail_malformed(queue, job_id, job)
             elif job is None or job.get_status(refresh=False) == JobStatus.CANCELED:
-                self._connection.lrem(self._taken(queue), 1, job_id)
-            elif job.get_status(refresh=False) in _OVER:
-                settle(queue, job_id, self._taken(queue))
+                self._unclaim(queue, job_id)
+            elif job.get_status(refresh=False) in _ENDED:
+                release_dependents(queue, job_id, self._claimed_key(queue))
             else:
                 execution = Execution("", job.id, self._connection)
-                found.append(Started(job, queue, execution, 0, time.monotonic(), job.crashes))
+                found.append(Attempt(job, queue, execution, 0, time.monotonic(), job.crashes))
         return found
 
     def fail_malformed(self, queue: Queue, job_id: str, reason: Exception) -> None:
-        """Fail a claimed or started job that RQ cannot fail, for the state of its entry."""
-        error = fail_malformed(queue, job_id, reason, self._worker.name, self._taken(queue))
+        """Fail a claimed or running job that RQ cannot fail, for the state of its entry."""
+        error = fail_malformed(queue, job_id, reason, self._worker.name, self._claimed_key(queue))
         log.warning("%s: job %s failed: %s", self._worker.name, job_id, error)
         self._malformed(job_id)
 
-    def start(self, everything: list[Started]) -> list[Started]:
-        """Note that claimed jobs have been started. Returns those that have: not what was cancelled meanwhile."""
-        if not everything:
+    def start(self, attempts: list[Attempt]) -> list[Attempt]:
+        """Write that claimed jobs are started. Return those that are: not what was cancelled meanwhile."""
+        if not attempts:
             return []
         name = self._worker.name
-        guarded = [
-            Taken(each.job.key, name, self._taken(each.queue), each.id, each.queue.name, bound(self._begin, each))
-            for each in everything
+        fenced = [
+            IfClaimed(
+                attempt.rq_job.key,
+                name,
+                self._claimed_key(attempt.queue),
+                attempt.id,
+                attempt.queue.name,
+                bound(self._add_start, attempt),
+            )
+            for attempt in attempts
         ]
         started = []
-        for each, (verdict, attempt) in zip(everything, carry_out(self._connection, guarded), strict=True):
+        for attempt, (verdict, reply) in zip(attempts, run_fenced(self._connection, fenced), strict=True):
             if verdict == Verdict.DONE:
-                each.attempt = int(attempt)
-                self._worker.executions[each.execution.id] = each.execution
-                started.append(each)
+                attempt.number = int(reply)
+                self._worker.executions[attempt.execution.id] = attempt.execution
+                started.append(attempt)
             elif verdict == Verdict.MALFORMED:
-                self.fail_malformed(each.queue, each.id, attempt)
+                self.fail_malformed(attempt.queue, attempt.id, reply)
             else:  # cancelled, deleted, or started elsewhere since it was read
-                self._connection.lrem(self._taken(each.queue), 1, each.id)
+                self._unclaim(attempt.queue, attempt.id)
         return started
 
-    def _taken(self, queue: Queue) -> str:
-        return claimed_key(self._worker.name, queue.name)
-
-    def _begin(self, started: Started, pipeline: Pipeline) -> None:
-        job, queue, worker = started.job, started.queue, self._worker
+    def _add_start(self, attempt: Attempt, pipeline: Pipeline) -> None:
+        job, queue, worker = attempt.rq_job, attempt.queue, self._worker
         job.origin = queue.name
         ttl = worker.get_heartbeat_ttl(job)
-        started.execution = Execution.create(job, ttl, pipeline=pipeline, worker_name=worker.name)
+        attempt.execution = Execution.create(job, ttl, pipeline=pipeline, worker_name=worker.name)
         job.prepare_for_execution(worker.name, pipeline=pipeline)
         pipeline.persist(job.key)
-        pipeline.hset(job.key, EXECUTION_FIELD, started.execution.id)
+        pipeline.hset(job.key, EXECUTION_FIELD, attempt.execution.id)
         # A job that was cancelled and enqueued again is still among the cancelled.
-        pipeline.zrem(CanceledJobRegistry.key_template.format(queue.name), job.id)
+        pipeline.zrem(registry_key("canceled", queue.name), job.id)
         worker.set_state(WorkerStatus.BUSY, pipeline=pipeline)
         pipeline.hincrby(job.key, ATTEMPTS_FIELD, 1)
 
-    def finish(self, started: Started, value: Any, last: Piece | None) -> bool:
-        """Write a job's result. `last` ends its stream, if it has one.
+    def write(self, end: End) -> bool:
+        """Write how a job ends, or put it back into its queue if it is to run again.
 
         Returns:
-            False if it is not this worker's any more: cancelled, deleted, or taken over.
+            False if the job is not this worker's any more: cancelled, deleted, or taken back.
+
+        Raises:
+            RedisError: Redis cannot be reached or takes no commands, or a key of the job is of the wrong kind.
         """
-        job, worker = started.job, self._worker
-        repeats = job.repeats_left, job.repeat_intervals
-        ready: dict[str, list[str]] = {}
+        attempt = end.attempt
+        match end.kind:
+            case EndKind.FINISHED:
+                verdict = self._write_finished(end)
+            case EndKind.RETRIED:
+                verdict = self._run(attempt, bound(self._add_end_and_unclaim, end))
+            case EndKind.FAILED | EndKind.STOPPED:
+                verdict = self._run(attempt, bound(self._add_end, end))
+                if verdict == Verdict.DONE:
+                    release_dependents(attempt.queue, attempt.id, self._claimed_key(attempt.queue))
+            case EndKind.CANCELED | EndKind.LOST:
+                verdict = Verdict.REFUSED
+        if verdict == Verdict.DONE:
+            release_slot(attempt.rq_job)
+        return verdict == Verdict.DONE
 
-        def write(pipeline: Pipeline) -> None:
-            job.repeats_left, job.repeat_intervals = repeats
-            job.ended_at = utc_now()
-            job._result = value
-            job._status = JobStatus.FINISHED
-            worker.increment_successful_job_count(pipeline=pipeline)
-            self._count_time(job, pipeline)
-            result_ttl = job.get_result_ttl(worker.default_result_ttl)
-            if result_ttl != 0:
-                job._handle_success(result_ttl, pipeline=pipeline, worker_name=worker.name, **_execution(started))
-            if job.repeats_left is not None and job.repeats_left > 0:
-                Repeat.schedule(job, started.queue, pipeline=pipeline)
-            else:
-                job.cleanup(result_ttl, pipeline=pipeline, remove_from_queue=False)
-                job._status = JobStatus.FINISHED
-            self._end(started, last, pipeline)
+    def _write_finished(self, end: End) -> Verdict:
+        attempt = end.attempt
+        verdict = self._run(attempt, bound(self._add_end_and_unclaim, end), attempt.rq_job.dependents_key)
+        if verdict != Verdict.HAS_DEPENDENTS:
+            return verdict
+        ready = self._write_and_move_dependents(end)
+        if ready is None:
+            return Verdict.REFUSED
+        attempt.queue.enqueue_ready_jobs_by_queue(ready)
+        # Last: should this worker die before, whoever finds the job in its list releases those that wait for it.
+        self._unclaim(attempt.queue, attempt.id)
+        return Verdict.DONE
 
-        def release(pipeline: Pipeline) -> None:
-            nonlocal ready
-            ready = started.queue.move_dependents_to_ready(job, pipeline=pipeline)
-
-        def write_and_let_go(pipeline: Pipeline) -> None:
-            write(pipeline)
-            pipeline.lrem(self._taken(started.queue), 1, job.id)
-
-        held = Held(job.key, worker.name, started.execution.id, write_and_let_go, job.dependents_key)
-        ((verdict, reply),) = carry_out(self._connection, [held])
-        if verdict == Verdict.MALFORMED:
-            raise reply
-        if verdict == Verdict.REFUSED:
-            return False
-        if verdict == Verdict.HAS_DEPENDENTS:
-            if not self._watching(started, release, write):
-                return False
-            started.queue.enqueue_ready_jobs_by_queue(ready)
-            # Last: should this worker die before, whoever finds the job in its list releases those that wait for it.
-            self._connection.lrem(self._taken(started.queue), 1, job.id)
-        release_slot(job)
-        return True
-
-    def fail(
-        self, started: Started, reason: str, last: Piece | None, partial: Any = None, stopped: bool = False
-    ) -> bool:
-        """Write a job's failure, or put it back into its queue if it has retries left.
-
-        Args:
-            reason: what RQ keeps as `exc_string`.
-            partial: a result of what had been generated, kept in the job's metadata.
-            stopped: on request: RQ's status is then `stopped`, and nothing is retried.
+    def _write_and_move_dependents(self, end: End) -> dict[str, list[str]] | None:
+        """Write a result in a transaction that first reads which jobs wait for it.
 
         Returns:
-            False if it is not this worker's any more.
+            The ids of those that are ready now, by the names of their queues; None if the job is not this worker's.
         """
-        job, worker = started.job, self._worker
-        retries_left = job.retries_left
-        retry = job.should_retry and not stopped
-
-        def write(pipeline: Pipeline) -> None:
-            job.retries_left = retries_left
-            job.ended_at = utc_now()
-            if partial is not None:
-                self._keep_partial(job, partial, pipeline)
-            if retry:
-                _retry(started, pipeline)
-            else:
-                job.set_status(JobStatus.STOPPED if stopped else JobStatus.FAILED, pipeline=pipeline)
-                job._handle_failure(reason, pipeline=pipeline, worker_name=worker.name, **_execution(started))
-            worker.increment_failed_job_count(pipeline)
-            self._count_time(job, pipeline)
-            self._end(started, None if retry else last, pipeline)
-            if retry:
-                pipeline.hdel(job.key, EXECUTION_FIELD)
-                pipeline.lrem(self._taken(started.queue), 1, job.id)
-
-        held = Held(job.key, worker.name, started.execution.id, write)
-        ((verdict, reply),) = carry_out(self._connection, [held])
-        if verdict == Verdict.MALFORMED:
-            raise reply
-        if verdict != Verdict.DONE:
-            return False
-        if not retry:
-            settle(started.queue, job.id, self._taken(started.queue))
-        release_slot(job)
-        return True
-
-    def let_go(self, started: Started, last: Piece | None, partial: Any) -> JobStatus | None:
-        """Let go of a job that is not this worker's to end; what had been generated is kept if it was cancelled.
-
-        Returns:
-            Its status: cancelled, or over if its end was written by this worker, but not heard of. None if it is gone,
-            or was taken back.
-        """
-        job, queue = started.job, started.queue
-        keys = job.key, self._taken(queue)
-        fields = ("ended_at", utcformat(utc_now()), "meta", self._with_partial(job, partial))
-        status = self._connection.eval(_LET_GO, 2, *keys, started.id, started.execution.id, *fields)
-        if over := next((each for each in _OVER if status == each.value.encode()), None):
-            settle(queue, started.id, self._taken(queue))
-        with self._connection.pipeline() as pipeline:
-            self._count_time(job, pipeline)
-            self._end(started, last if status == b"canceled" else None, pipeline)
-            pipeline.execute()
-        return JobStatus.CANCELED if status == b"canceled" else over
-
-    def give_back(self, everything: Iterable[Started], crashed: bool = False) -> list[str]:
-        """Put jobs back to the front of their queues, as if they had never been taken. Returns the ids of those put.
-
-        Args:
-            crashed: it is the work on them that failed, and one of them may be the cause.
-        """
-        worker = self._worker
-        # The one that was taken first is to stand in front.
-        backwards = sorted(everything, key=lambda started: started.execution.created_at, reverse=True)
-        with self._connection.pipeline() as pipeline:
-            for started in backwards:
-                keys = started.job.key, started.queue.key, self._taken(started.queue)
-                words = started.id, worker.name, started.execution.id, int(crashed)
-                pipeline.eval(_GIVE_BACK, len(keys), *keys, *words)
-            for started in backwards:
-                worker.cleanup_execution(started.job, pipeline=pipeline, execution=started.execution)
-            replies = pipeline.execute()
-        return [started.id for started, reply in zip(backwards, replies, strict=False) if reply][::-1]
-
-    def keep_alive(self, everything: Sequence[Started]) -> list[Started]:
-        """Heartbeats of started jobs. Returns those that are not this worker's any more: cancelled, deleted, lost."""
-        held = [
-            Held(each.job.key, self._worker.name, each.execution.id, bound(self._beat, each)) for each in everything
-        ]
-        verdicts = carry_out(self._connection, held) if held else []
-        return [each for each, (verdict, _) in zip(everything, verdicts, strict=True) if verdict == Verdict.REFUSED]
-
-    def _beat(self, started: Started, pipeline: Pipeline) -> None:
-        job = started.job
-        ttl = int(self._worker.get_heartbeat_ttl(job, working_time=time.monotonic() - started.began_at))
-        started.execution.heartbeat(job.started_job_registry, ttl, pipeline=pipeline)
-        job.heartbeat(utc_now(), ttl, pipeline=pipeline, xx=True)
-
-    def _watching(self, started: Started, read: Callable[[Pipeline], None], write: Callable[[Pipeline], None]) -> bool:
-        """The same in a transaction that first reads. Returns whether the job was this worker's."""
-        job = started.job
+        attempt = end.attempt
+        job = attempt.rq_job
+        expected = JobStatus.STARTED.value, self._worker.name, attempt.execution.id
         with self._connection.pipeline() as pipeline:
             while True:
                 try:
                     pipeline.watch(job.key, job.dependents_key)
                     known: Any = pipeline.hmget(job.key, "status", "worker_name", EXECUTION_FIELD)
-                    mine = JobStatus.STARTED.value, self._worker.name, started.execution.id
-                    if known != [word.encode() for word in mine]:
-                        return False
-                    read(pipeline)
+                    if known != [word.encode() for word in expected]:
+                        return None
+                    ready = attempt.queue.move_dependents_to_ready(job, pipeline=pipeline)
                     if not pipeline.explicit_transaction:
                         pipeline.multi()
-                    write(pipeline)
+                    self._add_end(end, pipeline)
                     pipeline.execute()
-                    return True
+                    return ready
                 except WatchError:
                     pipeline.reset()
 
-    def _end(self, started: Started, last: Piece | None, pipeline: Pipeline) -> None:
-        self._worker.cleanup_execution(started.job, pipeline=pipeline, execution=started.execution)
-        if last is not None:
-            key = stream_key(started.id)
-            if last.text:
-                pipeline.xadd(key, piece_to_entry(last))
-            pipeline.xadd(key, end_entry(started.attempt))
+    def _run(self, attempt: Attempt, write: Callable[[Pipeline], None], dependents_key: str | None = None) -> Verdict:
+        fenced = IfRunning(attempt.rq_job.key, self._worker.name, attempt.execution.id, write, dependents_key)
+        ((verdict, reply),) = run_fenced(self._connection, [fenced])
+        if verdict == Verdict.MALFORMED:
+            raise reply
+        return verdict
+
+    def _add_end_and_unclaim(self, end: End, pipeline: Pipeline) -> None:
+        self._add_end(end, pipeline)
+        pipeline.lrem(self._claimed_key(end.attempt.queue), 1, end.attempt.id)
+
+    def _add_end(self, end: End, pipeline: Pipeline) -> None:
+        """Add what RQ writes of an end, and the end of the job's stream."""
+        attempt, worker = end.attempt, self._worker
+        job = attempt.rq_job
+        job.rewind()
+        job.ended_at = utc_now()
+        if end.partial is not None:
+            pipeline.hset(job.key, "meta", _meta_with(job, end.partial))
+        match end.kind:
+            case EndKind.FINISHED:
+                self._add_success(end, pipeline)
+            case EndKind.RETRIED:
+                _add_retry(attempt, pipeline)
+                worker.increment_failed_job_count(pipeline)
+            case _:
+                assert end.error is not None
+                status = JobStatus.STOPPED if end.kind == EndKind.STOPPED else JobStatus.FAILED
+                job.set_status(status, pipeline=pipeline)
+                reason = describe_error(end.error)
+                job._handle_failure(reason, pipeline=pipeline, worker_name=worker.name, **_execution(attempt))
+                worker.increment_failed_job_count(pipeline)
+        self._add_working_time(job, pipeline)
+        self._add_end_of_execution(attempt, end.last_piece, pipeline)
+
+    def _add_success(self, end: End, pipeline: Pipeline) -> None:
+        attempt, worker = end.attempt, self._worker
+        job = attempt.rq_job
+        job._result = end.result
+        job._status = JobStatus.FINISHED
+        worker.increment_successful_job_count(pipeline=pipeline)
+        result_ttl = job.get_result_ttl(worker.default_result_ttl)
+        if result_ttl != 0:
+            job._handle_success(result_ttl, pipeline=pipeline, worker_name=worker.name, **_execution(attempt))
+        if job.repeats_left is not None and job.repeats_left > 0:
+            Repeat.schedule(job, attempt.queue, pipeline=pipeline)
+        else:
+            job.cleanup(result_ttl, pipeline=pipeline, remove_from_queue=False)
+            job._status = JobStatus.FINISHED
+
+    def let_go(self, attempt: Attempt, last_piece: Piece | None, partial: Any) -> Fate:
+        """Let go of a job whose end could not be written; what had been generated is kept if it was cancelled.
+
+        Args:
+            last_piece: what its stream ends with, if it has one, and if the job was cancelled.
+            partial: the JSON of a result of what had been generated.
+        """
+        job, claimed = attempt.rq_job, self._claimed_key(attempt.queue)
+        fields = ("ended_at", utcformat(utc_now()), "meta", _meta_with(job, partial))
+        status = _LET_GO.run(self._connection, [job.key, claimed], [attempt.id, attempt.execution.id, *fields])
+        fate = Fate.LOST
+        if status == JobStatus.CANCELED.value.encode():
+            fate = Fate.CANCELED
+        elif status in [each.value.encode() for each in _ENDED]:
+            fate = Fate.ENDED
+            release_dependents(attempt.queue, attempt.id, claimed)
+        with self._connection.pipeline() as pipeline:
+            self._add_working_time(job, pipeline)
+            self._add_end_of_execution(attempt, last_piece if fate == Fate.CANCELED else None, pipeline)
+            pipeline.execute()
+        return fate
+
+    def give_back(self, attempts: Iterable[Attempt], crashed: bool = False) -> list[str]:
+        """Put running jobs back to the front of their queues, as if they had never been claimed.
+
+        Args:
+            crashed: it is the work on them that failed, and one of them may be the cause.
+
+        Returns:
+            The ids of the jobs that were put back.
+        """
+        worker = self._worker
+        # The one that was claimed first is to stand in front.
+        backwards = sorted(attempts, key=lambda attempt: attempt.execution.created_at, reverse=True)
+        with self._connection.pipeline() as pipeline:
+            for attempt in backwards:
+                keys = attempt.rq_job.key, attempt.queue.key, self._claimed_key(attempt.queue)
+                words = attempt.id, worker.name, attempt.execution.id, int(crashed)
+                _GIVE_BACK.add_to_transaction(pipeline, keys, words)
+            for attempt in backwards:
+                worker.cleanup_execution(attempt.rq_job, pipeline=pipeline, execution=attempt.execution)
+            replies = pipeline.execute()
+        return [attempt.id for attempt, reply in zip(backwards, replies, strict=False) if reply][::-1]
+
+    def keep_alive(self, attempts: Sequence[Attempt]) -> list[Attempt]:
+        """Write heartbeats of running jobs.
+
+        Returns:
+            Those that are not this worker's any more: cancelled, deleted, or taken back.
+        """
+        name = self._worker.name
+        fenced = [
+            IfRunning(attempt.rq_job.key, name, attempt.execution.id, bound(self._add_heartbeat, attempt))
+            for attempt in attempts
+        ]
+        verdicts = run_fenced(self._connection, fenced)
+        return [attempt for attempt, (verdict, _) in zip(attempts, verdicts, strict=True) if verdict == Verdict.REFUSED]
+
+    def _add_heartbeat(self, attempt: Attempt, pipeline: Pipeline) -> None:
+        job = attempt.rq_job
+        ttl = int(self._worker.get_heartbeat_ttl(job, working_time=time.monotonic() - attempt.began_at))
+        attempt.execution.heartbeat(job.started_job_registry, ttl, pipeline=pipeline)
+        job.heartbeat(utc_now(), ttl, pipeline=pipeline, xx=True)
+
+    def _add_end_of_execution(self, attempt: Attempt, last_piece: Piece | None, pipeline: Pipeline) -> None:
+        self._worker.cleanup_execution(attempt.rq_job, pipeline=pipeline, execution=attempt.execution)
+        if last_piece is not None:
+            key = stream_key(attempt.id)
+            if last_piece.text:
+                pipeline.xadd(key, piece_to_entry(last_piece))
+            pipeline.xadd(key, end_entry(attempt.number))
             pipeline.expire(key, STREAM_TTL_SECONDS)
 
-    def _count_time(self, job: GenerationJob, pipeline: Pipeline) -> None:
+    def _add_working_time(self, job: GenerationJob, pipeline: Pipeline) -> None:
         if job.started_at is not None:
             seconds = (job.ended_at or utc_now()) - job.started_at
             self._worker.increment_total_working_time(max(seconds, timedelta()), pipeline)
 
-    def _keep_partial(self, job: GenerationJob, partial: Any, pipeline: Pipeline) -> None:
-        pipeline.hset(job.key, "meta", self._with_partial(job, partial))
+    def _unclaim(self, queue: Queue, job_id: str) -> None:
+        self._connection.lrem(self._claimed_key(queue), 1, job_id)
 
-    def _with_partial(self, job: GenerationJob, partial: Any) -> bytes:
-        """The job's metadata as RQ keeps it, with what had been generated."""
-        meta = job.meta if isinstance(job.meta, dict) and "unserialized" not in job.meta else {}
-        job.meta = {**meta, PARTIAL_META: partial}
-        written: bytes = job.serializer.dumps(job.meta)
-        return written
+    def _claimed_key(self, queue: Queue) -> str:
+        return claimed_key(self._worker.name, queue.name)
 
 
-def _execution(started: Started) -> dict[str, Any]:
-    execution = started.execution
+def _execution(attempt: Attempt) -> dict[str, Any]:
+    execution = attempt.execution
     return {
         "execution_id": execution.id,
         "execution_started_at": execution.created_at,
-        "execution_ended_at": started.job.ended_at,
+        "execution_ended_at": attempt.rq_job.ended_at,
     }
 
 
-def _retry(started: Started, pipeline: Pipeline) -> None:
-    """As `Job.retry`, which writes the status past the pipeline, and so breaks the transaction that watches it."""
-    job, queue = started.job, started.queue
+def _add_retry(attempt: Attempt, pipeline: Pipeline) -> None:
+    """Add what `Job.retry` writes; it writes the status past the pipeline, where no fence stands before it."""
+    job, queue = attempt.rq_job, attempt.queue
     interval = job.get_retry_interval()
     job.retries_left = (job.retries_left or 1) - 1
     if interval:
@@ -350,3 +354,12 @@ def _retry(started: Started, pipeline: Pipeline) -> None:
         queue.schedule_job(job, utc_now() + timedelta(seconds=interval), pipeline=pipeline)
     else:
         queue._enqueue_job(job, pipeline=pipeline, at_front=job.enqueue_at_front_on_retry)
+    pipeline.hdel(job.key, EXECUTION_FIELD)
+
+
+def _meta_with(job: GenerationJob, partial: Any) -> bytes:
+    """Return the job's metadata as RQ keeps it, with what had been generated."""
+    meta = job.meta if isinstance(job.meta, dict) and "unserialized" not in job.meta else {}
+    job.meta = {**meta, PARTIAL_META: partial}
+    written: bytes = job.serializer.dumps(job.meta)
+    return written

@@ -1,4 +1,7 @@
-"""What tells that a worker lives: a lease that it renews each second, and how the others notice one that has lapsed."""
+"""How others know that a worker lives: a lease in Redis that it renews each second, and a file that probes look at.
+
+The workers of a pool watch each other's leases: each notices those that have lapsed.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,14 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from redis.exceptions import RedisError
 
 from fastgpt2.errors import BadRequest
 from fastgpt2.process import stop_signals_held
 from fastgpt2.protocol.keys import LEASE_SECONDS, leases_key
+from fastgpt2.protocol.scripts import Script
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -26,42 +30,26 @@ if TYPE_CHECKING:
 log = logging.getLogger("fastgpt2.worker")
 BEAT_SECONDS = 1.0
 
-# A worker is dead when its lease was found lapsed, and the same, at so many beats in a row: 15 to 18 s after it was
-# heard of last. On the looker's own clock, and only beats that Redis answered count: if its clock jumps, or it has
-# been away, all leases lapse at once, and each worker that lives renews its own at its next beat.
+# A worker is dead when its lease was found lapsed, and the same, at this many beats in a row: 15 to 18 s after its last
+# renewal. The beats are by the looker's own clock, and only those that Redis answered count: if Redis's clock jumps, or
+# Redis has been away, all leases lapse at once, and each worker that lives renews its own at its next beat.
 LOOKS = 7
 
-# A worker whose loop has stood still for so long is beyond help: no step takes as long.
+# A worker whose loop has stood still for this long is beyond help: no step takes as long.
 STUCK_SECONDS = 300.0
 STUCK_EXIT_CODE = 70
 
-# KEYS: the leases. ARGV: this worker, the length of a lease in ms. What stood there of this worker, what stands there
-# now, and the others' that have lapsed, or reach further into the future than any can: each name and what stands there.
-_BEAT = """
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local upto = string.format('%.0f', now + ARGV[2])
-local before = redis.call('ZSCORE', KEYS[1], ARGV[1])
-redis.call('ZADD', KEYS[1], upto, ARGV[1])
-local lapsed = redis.call('ZRANGE', KEYS[1], '-inf', now, 'BYSCORE', 'LIMIT', 0, 100, 'WITHSCORES')
-local strange = redis.call('ZRANGE', KEYS[1], '(' .. upto, '+inf', 'BYSCORE', 'LIMIT', 0, 100, 'WITHSCORES')
-return {before or '', redis.call('ZSCORE', KEYS[1], ARGV[1]), lapsed, strange}
-"""
-
-# KEYS: the leases, the lists of what the worker has taken. ARGV: the worker. One that leaves work behind stays listed.
-_LEAVE = """
-for i = 2, #KEYS do
-    if redis.call('EXISTS', KEYS[i]) == 1 then return 0 end
-end
-return redis.call('ZREM', KEYS[1], ARGV[1])
-"""
+# How often the file for probes is touched.
+TOUCH_SECONDS = 1.0
+_BEAT = Script(__file__, "beat")
+_LEAVE = Script(__file__, "leave")
 
 
 class Lease:
-    """One worker's lease, renewed by a thread, which looks after the others' at the same time.
+    """One worker's lease, renewed by a thread, which looks at the leases of the others at the same time.
 
-    A thread, as one step of a large model may take longer than a lease lasts. So that it does not keep alive a worker
-    whose loop hangs, it ends the process when `turned` was not called for `STUCK_SECONDS`.
+    The lease has a thread because one step of a large model may take longer than a lease lasts. So that the thread does
+    not keep a worker alive whose loop hangs, it ends the process if `note_turn` was not called for `STUCK_SECONDS`.
 
     Args:
         queue: the name of the pool's queue.
@@ -73,73 +61,79 @@ class Lease:
         self._key = leases_key(queue)
         self._name = worker_name
         self._dead = dead
-        self._looks: dict[str, tuple[str, int]] = {}
+        # For each lapsed lease what stands in it, and how often in a row just this was found.
+        self._lapsed: dict[str, tuple[str, int]] = {}
         self._written = ""
         self._renewed_at = -math.inf
         self._turned_at = math.inf
-        self._taken_from = threading.Event()
+        self._lost = threading.Event()
         self._ending = threading.Event()
         self._thread: threading.Thread | None = None
 
     @property
-    def held(self) -> bool:
-        """Whether this worker still counts as alive, by its own clock: one that does not takes no jobs."""
+    def is_valid(self) -> bool:
+        """Whether this worker still counts as alive, by its own clock: one that does not claims no jobs."""
         return time.monotonic() - self._renewed_at < LEASE_SECONDS
 
-    def was_taken_from(self) -> bool:
-        """Whether this worker was taken for dead since this was asked last: what it holds may be another's."""
-        taken_from = self._taken_from.is_set()
-        self._taken_from.clear()
-        return taken_from
+    def consume_loss(self) -> bool:
+        """Tell whether this worker was taken for dead since the last call: its jobs may be another's now."""
+        lost = self._lost.is_set()
+        self._lost.clear()
+        return lost
 
-    def turned(self) -> None:
-        """The worker's loop goes round."""
+    def note_turn(self) -> None:
+        """Note that the worker's loop goes round."""
         self._turned_at = time.monotonic()
 
     def start(self) -> None:
-        """Raises RedisError: the first beat must succeed."""
+        """Take the lease, and renew it from now on.
+
+        Raises:
+            RedisError: the first beat must succeed.
+        """
         self.beat()
         self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
         with stop_signals_held():  # they are the main thread's, and interrupt what it waits for
             self._thread.start()
 
     def stop(self) -> None:
-        """Renew it no more."""
+        """Renew the lease no more."""
         self._ending.set()
         if self._thread is not None:
             self._thread.join(timeout=5)
 
     def leave(self, claimed_keys: list[str]) -> None:
-        """Give the lease up; one who leaves jobs behind is left on the list, to be found.
+        """Give the lease up. A worker that leaves claimed jobs behind stays on the list, so that they are found.
 
         Raises:
             RedisError
         """
-        self._connection.eval(_LEAVE, 1 + len(claimed_keys), self._key, *claimed_keys, self._name)
+        _LEAVE.run(self._connection, [self._key, *claimed_keys], [self._name])
 
     def beat(self) -> None:
-        """Renew it, and look at the others'.
+        """Renew the lease, and look at those of the others.
 
         Raises:
             RedisError
         """
         began = time.monotonic()
-        reply: Any = self._connection.eval(_BEAT, 1, self._key, self._name, int(LEASE_SECONDS * 1000))
+        reply = _BEAT.run(self._connection, [self._key], [self._name, int(LEASE_SECONDS * 1000)])
         before, self._written, previous = _text(reply[0]), _text(reply[1]), self._written
         self._renewed_at = began
         if previous and before != previous:
-            self._taken_from.set()
+            self._lost.set()
         self._look([_text(word) for word in (*reply[2], *reply[3])])
 
     def _look(self, words: list[str]) -> None:
-        looks: dict[str, tuple[str, int]] = {}
+        """Count how often each lapsed lease was found: `words` are names, each followed by what its lease is."""
+        lapsed: dict[str, tuple[str, int]] = {}
         for name, score in zip(words[::2], words[1::2], strict=True):
-            known, count = self._looks.get(name, (score, 0))
-            looks[name] = score, count + 1 if known == score else 1
-        self._looks = looks
-        for name, (score, count) in looks.items():
+            known, count = self._lapsed.get(name, (score, 0))
+            lapsed[name] = score, count + 1 if known == score else 1
+        self._lapsed = lapsed
+        for name, (score, count) in lapsed.items():
             if count >= LOOKS and name != self._name:
-                self._looks[name] = score, 0
+                self._lapsed[name] = score, 0
                 self._dead(name, score)
 
     def _run(self) -> None:
@@ -167,27 +161,23 @@ def _text(value: bytes | str) -> str:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
 
-# NOTE worker.alive: A file that tells probes how a worker is: there while it serves its queue, touched while its loop
-# turns.
-TOUCH_SECONDS = 1.0
-
-
 class AliveFile:
-    """For `docker` and Kubernetes: to look at a file costs a probe next to nothing, beside a process that asks Redis.
+    """A file that is there while a worker serves its queue, and touched while the worker's loop turns.
 
-    Whether Redis is there does not matter to it: a worker that waits for Redis must not be restarted for that, as it
-    holds jobs.
+    It is for probes of `docker` and Kubernetes: to look at a file costs next to nothing, beside a process that asks
+    Redis. Whether Redis is there does not matter to the file: a worker that waits for Redis must not be restarted for
+    that, as it has jobs.
     """
 
     def __init__(self, path: str) -> None:
         self._path = Path(path)
         self._touched_at = -TOUCH_SECONDS
         self._complained = False
-        # One that was left by a process which was killed, in a folder that outlived it, tells nothing of this one.
+        # A file that was left by a process which was killed, in a folder that outlived it, tells nothing of this one.
         self.remove()
 
-    def make(self) -> None:
-        """The worker is ready.
+    def create(self) -> None:
+        """Create the file: the worker is ready.
 
         Raises:
             BadRequest: the file cannot be made.
@@ -197,8 +187,8 @@ class AliveFile:
         except OSError as reason:
             raise BadRequest(f"--alive-file {self._path}: cannot be made ({reason.strerror})") from None
 
-    def turned(self) -> None:
-        """The worker's loop goes round."""
+    def note_turn(self) -> None:
+        """Touch the file if it is time: the worker's loop goes round."""
         now = time.monotonic()
         if now - self._touched_at < TOUCH_SECONDS:
             return
@@ -211,6 +201,6 @@ class AliveFile:
             self._complained = True
 
     def remove(self) -> None:
-        """The worker has ended."""
+        """Remove the file: the worker has ended."""
         with contextlib.suppress(OSError):
             self._path.unlink()

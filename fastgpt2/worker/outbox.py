@@ -1,164 +1,148 @@
-"""How jobs leave a worker: each end is noted at once, and written as soon as Redis can take it."""
+"""The outbox of a worker: how its jobs end is noted at once, and written as soon as Redis can take it."""
 
 from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from redis.exceptions import RedisError
-from rq.job import JobStatus
 
 from fastgpt2.errors import FastGPT2Error, JobFailed, JobStopped, JobTimedOut
 from fastgpt2.protocol.messages import describe_result
 from fastgpt2.protocol.untrusted import is_of_entry
-from fastgpt2.worker.batch import Batch, Running, Started
-from fastgpt2.worker.ledger import Ledger
-from fastgpt2.worker.reporting import Figures
-from fastgpt2.worker.rq_job import recorded
+from fastgpt2.worker.batch import ActiveJob, Attempt, Batch, End, EndKind
+from fastgpt2.worker.ledger import Fate, Ledger
+from fastgpt2.worker.reporting import Metrics
 
 log = logging.getLogger("fastgpt2.worker")
 
 
-@dataclass(frozen=True, slots=True)
-class _Ending:
-    """How a job ends.
+class Outbox:
+    """The ends of the jobs of a batch.
 
     Attributes:
-        write: returns False if it was not this worker's to end.
-        count: called once it is known that it was written.
+        written: how many jobs have ended here; those that were given back are not counted.
     """
 
-    running: Running
-    write: Callable[[], bool]
-    count: Callable[[], None]
-
-
-class Endings:
-    """Of the jobs in a batch.
-
-    Attributes:
-        written: how many jobs have ended here, given back ones apart.
-    """
-
-    def __init__(self, batch: Batch, ledger: Ledger, figures: Figures, worker_name: str) -> None:
+    def __init__(self, batch: Batch, ledger: Ledger, metrics: Metrics, worker_name: str) -> None:
         self._batch = batch
         self._ledger = ledger
-        self._figures = figures
+        self._metrics = metrics
         self._name = worker_name
-        self._pending: deque[_Ending] = deque()
+        self._unwritten: deque[tuple[ActiveJob, End]] = deque()
         self.written = 0
 
     def __len__(self) -> int:
-        """How many are not written yet."""
-        return len(self._pending)
+        """Return how many ends are not written yet."""
+        return len(self._unwritten)
 
-    def __iter__(self) -> Iterator[Running]:
-        """Those that are not written yet."""
-        return (ending.running for ending in self._pending)
+    def __iter__(self) -> Iterator[ActiveJob]:
+        """Yield the jobs whose ends are not written yet."""
+        return (job for job, _ in self._unwritten)
 
-    def finish(self, running: Running) -> None:
-        """It came to its end."""
-        value, last = running.result(), running.last()
+    def finish(self, job: ActiveJob) -> None:
+        """Note that a job came to its end."""
+        end = End(job.attempt, EndKind.FINISHED, result=job.result(), last_piece=job.last_piece())
+        self._unwritten.append((job, end))
 
-        def write() -> bool:
-            if not self._ledger.finish(running.started, value, last):
-                return False
-            log.info("%s: job %s finished: %s", self._name, running.id, describe_result(value))
-            return True
+    def fail(self, job: ActiveJob, error: Exception) -> None:
+        """Note that an error ends a job.
 
-        self._pending.append(_Ending(running, write, lambda: self._figures.finished(running, value)))
-
-    def fail(self, running: Running, error: Exception) -> None:
-        """An error ends it. What has been generated is kept of a job that was stopped or is out of time."""
-        self._batch.drop(running)
-        self._tell(running.id, error)
-        stopped, partial, last = isinstance(error, JobStopped), None, running.last()
+        What has been generated of a job that was stopped or is out of time is kept.
+        """
+        self._batch.drop(job)
+        self._log_failure(job.id, error)
+        kind, partial = _kind_of_failure(job.attempt, error), None
         if isinstance(error, JobStopped | JobTimedOut):
-            partial = running.partial("cancelled" if stopped else "timeout")
-        retry = running.started.job.should_retry and not stopped
-        self._pending.append(
-            _Ending(
-                running,
-                lambda: self._ledger.fail(running.started, recorded(error), last, partial, stopped),
-                lambda: self._figures.retried(running) if retry else self._figures.failed(running, error),
-            )
-        )
+            partial = job.partial_result("timeout" if isinstance(error, JobTimedOut) else "cancelled")
+        last_piece = None if kind == EndKind.RETRIED else job.last_piece()
+        self._unwritten.append((job, End(job.attempt, kind, error=error, partial=partial, last_piece=last_piece)))
 
-    def cancel(self, running: Running, how: str = "was cancelled") -> None:
-        """Somebody has cancelled it, or it is not this worker's any more."""
-        self._batch.drop(running)
-        log.info("%s: job %s %s", self._name, running.id, how)
-        self._pending.append(_not_ours(running))
+    def cancel(self, job: ActiveJob, how: str = "was cancelled") -> None:
+        """Note that somebody has cancelled a job, or that it is not this worker's any more."""
+        self._batch.drop(job)
+        log.info("%s: job %s %s", self._name, job.id, how)
+        self._unwritten.append((job, End(job.attempt, EndKind.LOST)))
 
-    def refuse(self, started: Started, error: Exception) -> None:
-        """It cannot even begin. Written at once, so this raises what Redis raises."""
-        self._tell(started.id, error)
-        retry = started.job.should_retry
+    def refuse(self, attempt: Attempt, error: Exception) -> None:
+        """Fail a job that cannot even begin. This is written at once.
+
+        Raises:
+            RedisError: Redis cannot be reached, or takes no commands.
+        """
+        self._log_failure(attempt.id, error)
+        end = End(attempt, _kind_of_failure(attempt, error), error=error)
         try:
-            if self._ledger.fail(started, recorded(error), None):
-                self._figures.retried() if retry else self._figures.refused(started.id, error)
+            if self._ledger.write(end):
+                self._metrics.count_end(end)
         except RedisError as reason:
             if not is_of_entry(reason):
                 raise
-            self._ledger.fail_malformed(started.queue, started.id, reason)
+            self._ledger.fail_malformed(attempt.queue, attempt.id, reason)
         self.written += 1
 
-    def give_back(self, everything: Sequence[Running], crashed: bool = False) -> None:
+    def give_back(self, jobs: Sequence[ActiveJob], crashed: bool = False) -> None:
         """Put jobs back to the front of their queues; as those of a crash, if it is the work on them that failed."""
-        if not everything:
+        if not jobs:
             return
-        for running in everything:
-            self._batch.drop(running)
+        for job in jobs:
+            self._batch.drop(job)
         try:
-            given = set(self._ledger.give_back([running.started for running in everything], crashed))
+            given = set(self._ledger.give_back([job.attempt for job in jobs], crashed))
         except RedisError as reason:
-            log.error("%s: %d jobs could not be given back (%s)", self._name, len(everything), reason)
+            log.error("%s: %d jobs could not be given back (%s)", self._name, len(jobs), reason)
             return
         log.info("%s: %d jobs given back to the queue", self._name, len(given))
-        self._figures.given_back([running for running in everything if running.id in given])
-        self._pending += [_not_ours(running) for running in everything if running.id not in given]
+        self._metrics.count_given_back([job for job in jobs if job.id in given])
+        self._unwritten += [(job, End(job.attempt, EndKind.LOST)) for job in jobs if job.id not in given]
 
     def write(self) -> None:
-        """Write what has ended. What Redis cannot take now is kept, for only this holds the work that was done.
+        """Write the ends that are noted. What Redis cannot take now is kept: nothing else holds the work that was done.
 
         Raises:
-            RedisError: it cannot be reached, or takes nothing now; some are still to be written.
+            RedisError: Redis cannot be reached, or takes nothing now; some ends are still to be written.
         """
-        while self._pending:
-            ending = self._pending[0]
-            running, count = ending.running, None
+        while self._unwritten:
+            job, end = self._unwritten[0]
+            counted = None
             try:
-                count = ending.count if ending.write() else self._let_go(ending)
+                counted = self._write(job, end)
             except RedisError as reason:
                 if not is_of_entry(reason):
                     for other in self:
                         log.warning("%s: the end of job %s cannot be written yet", self._name, other.id)
                     raise
-                self._ledger.fail_malformed(running.started.queue, running.id, reason)
+                self._ledger.fail_malformed(job.attempt.queue, job.id, reason)
             except Exception as reason:
-                log.exception("%s: the end of job %s cannot be written", self._name, running.id)
-                self._ledger.fail_malformed(running.started.queue, running.id, reason)
-            self._pending.popleft()
+                log.exception("%s: the end of job %s cannot be written", self._name, job.id)
+                self._ledger.fail_malformed(job.attempt.queue, job.id, reason)
+            self._unwritten.popleft()
             self.written += 1
-            if count is not None:
-                count()
+            if counted is not None:
+                self._metrics.count_end(counted, job)
 
-    def _let_go(self, ending: _Ending) -> Callable[[], None] | None:
-        """It was cancelled or deleted by somebody, or taken over; or written before, and the answer was lost.
+    def _write(self, job: ActiveJob, end: End) -> End | None:
+        """Write one end, or let go of a job that is not this worker's to end.
 
         Returns:
-            What counts it, if it is this worker's to count.
+            The end to count; None if it is not this worker's to count.
         """
-        running = ending.running
-        status = self._ledger.let_go(running.started, running.last(), running.partial("cancelled"))
-        if status == JobStatus.CANCELED:
-            return lambda: self._figures.cancelled(running)
-        return ending.count if status is not None else None
+        if self._ledger.write(end):
+            if end.result is not None:
+                log.info("%s: job %s finished: %s", self._name, job.id, describe_result(end.result))
+            return end
+        match self._ledger.let_go(end.attempt, job.last_piece(), job.partial_result("cancelled")):
+            case Fate.CANCELED:
+                return replace(end, kind=EndKind.CANCELED)
+            case Fate.ENDED:
+                return end
+            case Fate.LOST:
+                return None
 
-    def _tell(self, job_id: str, error: Exception) -> None:
-        """One line in the log; a traceback only for a defect. Prompts stay out of it."""
+    def _log_failure(self, job_id: str, error: Exception) -> None:
+        """Write one line into the log, without the prompt; with a traceback only for a defect."""
         if isinstance(error, FastGPT2Error):
             reason = error.reason if isinstance(error, JobFailed) else error
             log.warning("%s: job %s failed: %s", self._name, job_id, reason)
@@ -166,6 +150,7 @@ class Endings:
             log.error("%s: job %s failed: %s", self._name, job_id, error, exc_info=error)
 
 
-def _not_ours(running: Running) -> _Ending:
-    """Somebody else ends it, or has."""
-    return _Ending(running, lambda: False, lambda: None)
+def _kind_of_failure(attempt: Attempt, error: Exception) -> EndKind:
+    if isinstance(error, JobStopped):
+        return EndKind.STOPPED
+    return EndKind.RETRIED if attempt.rq_job.should_retry else EndKind.FAILED

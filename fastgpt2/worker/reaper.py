@@ -7,7 +7,7 @@ import queue as thread_queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial as bound
 from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import RedisError
@@ -22,11 +22,9 @@ from fastgpt2.process import stop_signals_held
 from fastgpt2.protocol.connection import connect
 from fastgpt2.protocol.keys import (
     ATTEMPTS_FIELD,
-    COUNT,
     CRASHES_FIELD,
     EXECUTION_FIELD,
     POISON,
-    RECOVERIES,
     claimed_key,
     ended_field,
     leases_key,
@@ -36,9 +34,10 @@ from fastgpt2.protocol.keys import (
     totals_key,
 )
 from fastgpt2.protocol.messages import STREAM_TTL_SECONDS, end_entry
-from fastgpt2.protocol.untrusted import JSONOnlySerializer, is_of_entry
-from fastgpt2.worker.fencing import FORGET_EXECUTIONS, Held, Verdict, carry_out
-from fastgpt2.worker.rq_job import GenerationJob, fail_malformed, recorded
+from fastgpt2.protocol.scripts import Script
+from fastgpt2.protocol.untrusted import JSONOnlySerializer
+from fastgpt2.worker.fencing import IfRunning, Verdict, run_fenced
+from fastgpt2.worker.rq_job import GenerationJob, describe_error, fail_malformed, release_dependents
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -46,87 +45,37 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fastgpt2.worker")
 
-# A job that so many workers died of is given up. Before the last two times it was alone with them.
+# A job that this many workers died of is given up. The last two times no other job ran beside it.
 MAX_CRASHES = 4
 
-# A worker whose lease lapsed so long ago, and that holds nothing, will not claim anything any more.
+# A worker whose lease lapsed this long ago, and that has no jobs, will not claim any more.
 FORGET_SECONDS = 60.0
 
-# KEYS: the leases; then of each queue its list and that of what the worker has taken of it. ARGV: the worker; what must
-# still stand in its lease, or nothing if it is known to be dead; how many crashes are too many; after how many ms it is
-# forgotten; now, as RQ writes it; the pool's totals; the queues' names. Replies with the ids that were put back, of the
-# jobs that are to be given up, and of those whose end was written but not all that follows from it; the two latter stay
-# in the list. And with the number of jobs that the worker had finished.
-_REAP = f"""
-{FORGET_EXECUTIONS}
-{COUNT}
-local worker, leased = ARGV[1], redis.call('ZSCORE', KEYS[1], ARGV[1])
-if ARGV[2] ~= '' and leased ~= ARGV[2] then return {{0, {{}}, {{}}, {{}}, 0}} end
-local finished = tonumber(redis.call('HGET', 'rq:worker:' .. worker, 'successful_job_count') or 0) or 0
-local back, poison, over, found = {{}}, {{}}, {{}}, 0
-for i = 1, (#KEYS - 1) / 2 do
-    local queue, taken, name = KEYS[2 * i], KEYS[2 * i + 1], ARGV[6 + i]
-    local ids = redis.call('LRANGE', taken, 0, -1)
-    found = found + #ids
-    for n = #ids, 1, -1 do
-        local id = ids[n]
-        local key, keep = 'rq:job:' .. id, false
-        local known = redis.pcall('HMGET', key, 'status', 'worker_name')
-        local status = known[1]
-        if status == 'queued' then
-            redis.call('LPUSH', queue, id)
-            back[#back + 1] = id
-        elseif status == 'started' and known[2] == worker then
-            local crashes = redis.pcall('HINCRBY', key, '{CRASHES_FIELD}', 1)
-            if type(crashes) ~= 'number' or crashes >= tonumber(ARGV[3]) then
-                poison[#poison + 1] = id
-                keep = true
-            else
-                forget_executions(name, id)
-                redis.call('HSET', key, 'status', 'queued', 'worker_name', '', 'started_at', '')
-                redis.call('HDEL', key, '{EXECUTION_FIELD}')
-                redis.call('LPUSH', queue, id)
-                back[#back + 1] = id
-            end
-        elseif status == 'canceled' then
-            forget_executions(name, id)
-            redis.call('HSET', key, 'ended_at', ARGV[5])
-            redis.call('HDEL', key, 'worker_name')
-        elseif status == 'finished' or status == 'failed' or status == 'stopped' then
-            over[#over + 1] = id
-            keep = true
-        end
-        if not keep then redis.call('LREM', taken, 1, id) end
-    end
-    redis.call('SREM', 'rq:workers:' .. name, 'rq:worker:' .. worker)
-end
-if #back > 0 then count(ARGV[6], '{RECOVERIES}', #back) end
-redis.call('SREM', 'rq:workers', 'rq:worker:' .. worker)
-redis.call('DEL', 'rq:worker:' .. worker, 'rq:worker:' .. worker .. ':executions')
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
-if #poison + #over > 0 or (found > 0 and ARGV[2] ~= '') then
-    redis.call('ZADD', KEYS[1], string.format('%.0f', now), worker)
-elseif ARGV[2] == '' or now - tonumber(leased) > tonumber(ARGV[4]) then
-    redis.call('ZREM', KEYS[1], worker)
-elseif tonumber(leased) > now then
-    redis.call('ZADD', KEYS[1], string.format('%.0f', now), worker)
-end
-return {{1, back, poison, over, finished}}
-"""
+# How long the supervisor's thread waits before it tries again what Redis did not take.
+RETRY_SECONDS = 1.0
+_REAP = Script(__file__, "reap")
+_COUNT_ONE = Script(__file__, "count_one")
 
 
 @dataclass(frozen=True, slots=True)
-class Reaped:
-    """What became of the jobs that a dead worker had in its hands: their ids; and how many it had finished before."""
+class Recovery:
+    """What became of the jobs that a dead worker had.
+
+    Attributes:
+        put_back: the ids of the jobs that went back to the front of their queues.
+        given_up: the ids of the jobs that too many workers have died of.
+        released: the ids of the jobs that had ended; those that wait for them are released.
+        finished: how many jobs the worker had finished in its life.
+    """
 
     put_back: list[str]
     given_up: list[str]
-    settled: list[str]
+    released: list[str]
     finished: int
 
     def __bool__(self) -> bool:
-        return bool(self.put_back or self.given_up or self.settled)
+        """Tell whether the worker had any jobs."""
+        return bool(self.put_back or self.given_up or self.released)
 
 
 class Reaper:
@@ -144,8 +93,8 @@ class Reaper:
         self._leases_key, self._totals_key = leases_key(queue), totals_key(queue)
         self._queues = [Queue(name, connection, serializer=JSONOnlySerializer) for name in queues_of(queue)]
 
-    def reap(self, worker_name: str, leased: str = "") -> Reaped | None:
-        """Take back what a worker has in its hands.
+    def reap(self, worker_name: str, leased: str = "") -> Recovery | None:
+        """Take back the jobs that a worker has claimed or runs.
 
         Args:
             leased: what stands in its lapsed lease; without it, the worker's process is known to have ended.
@@ -161,28 +110,31 @@ class Reaper:
             keys += (queue.key, claimed_key(worker_name, queue.name))
         limits = MAX_CRASHES, int(FORGET_SECONDS * 1000)
         names = [queue.name for queue in self._queues]
-        reply: Any = self._connection.eval(
-            _REAP, len(keys), *keys, worker_name, leased, *limits, utcformat(utc_now()), self._totals_key, *names
-        )
+        arguments = worker_name, leased, *limits, utcformat(utc_now()), self._totals_key, *names
+        reply = _REAP.run(self._connection, keys, arguments)
         if not reply[0]:
             return None
-        put_back, poison, over = ([as_text(job_id) for job_id in ids] for ids in reply[1:4])
+        put_back, poison, ended = ([as_text(job_id) for job_id in ids] for ids in reply[1:4])
+        if poison or ended:
+            self._complete(worker_name, poison, ended)
+            if leased == "":
+                self._connection.zrem(self._leases_key, worker_name)
+        recovery = Recovery(put_back, poison, ended, int(reply[4]))
+        if recovery:
+            given_up = f", {len(poison)} given up: {', '.join(poison)}" if poison else ""
+            message = "worker %s is dead: %d of its jobs put back to the front of the queue%s"
+            log.warning(message, worker_name, len(put_back), given_up)
+        return recovery
+
+    def _complete(self, worker_name: str, poison: list[str], ended: list[str]) -> None:
+        """Do what the script cannot: fail the jobs that are given up, and release those that wait for an ended one."""
         for queue in self._queues:
             key = claimed_key(worker_name, queue.name)
-            for job_id in {as_text(job_id) for job_id in self._connection.lrange(key, 0, -1)} if poison or over else ():
+            for job_id in {as_text(job_id) for job_id in self._connection.lrange(key, 0, -1)}:
                 if job_id in poison:
                     self._give_up(queue, job_id, worker_name)
-                if job_id in poison or job_id in over:
-                    settle(queue, job_id, key)
-        if leased == "" and (poison or over):
-            self._connection.zrem(self._leases_key, worker_name)
-        reaped = Reaped(put_back, poison, over, int(reply[4]))
-        if reaped:
-            log.warning(
-                "worker %s is dead: %d of its jobs put back to the front of the queue%s",
-                *(worker_name, len(put_back), f", {len(poison)} given up: {', '.join(poison)}" if poison else ""),
-            )
-        return reaped
+                if job_id in poison or job_id in ended:
+                    release_dependents(queue, job_id, key)
 
     def _give_up(self, queue: Queue, job_id: str, worker_name: str) -> None:
         """Fail a job that too many workers died of."""
@@ -203,16 +155,8 @@ class Reaper:
             "again (each worker's log, or the kernel's if memory ran out, may say why)",
         )
         execution = Execution(execution_id, job_id, self._connection, worker_name)
-
-        def write(pipeline: Pipeline) -> None:
-            job.ended_at = utc_now()
-            job.set_status(JobStatus.FAILED, pipeline=pipeline)
-            job._handle_failure(recorded(error), pipeline=pipeline, worker_name=worker_name)
-            execution.delete(job, pipeline)
-            pipeline.xadd(stream_key(job_id), end_entry(attempt), nomkstream=True)
-            pipeline.expire(stream_key(job_id), STREAM_TTL_SECONDS)
-
-        ((verdict, reply),) = carry_out(self._connection, [Held(job.key, worker_name, execution_id, write)])
+        write = bound(_add_failure, job, execution, attempt, error, worker_name)
+        ((verdict, reply),) = run_fenced(self._connection, [IfRunning(job.key, worker_name, execution_id, write)])
         if verdict == Verdict.MALFORMED:
             self._fail_malformed(queue, job_id, reply, worker_name)
         elif verdict == Verdict.DONE:
@@ -224,50 +168,38 @@ class Reaper:
         self.count(ended_field("failed", "malformed"))
 
     def count(self, field: str) -> None:
-        """Add one to the pool's totals.
+        """Add one to a field of the pool's totals.
 
         Raises:
             RedisError
         """
-        self._connection.eval(f"{COUNT} count(KEYS[1], ARGV[1], 1)", 1, self._totals_key, field)
+        _COUNT_ONE.run(self._connection, [self._totals_key], [field])
 
 
-def settle(queue: Queue, job_id: str, taken: str) -> None:
-    """Do what follows from a job's end, release those that wait for it, and then let go of it.
-
-    May be done twice.
-    """
-    job = GenerationJob(job_id, connection=queue.connection, serializer=JSONOnlySerializer)
-    try:
-        if queue.connection.exists(job.dependents_key):
-            job.restore(queue.connection.hgetall(job.key))
-            queue.enqueue_dependents(job)
-    except RedisError as reason:
-        if not is_of_entry(reason):
-            raise
-        log.warning("what waits for job %s cannot be released (%s)", job_id, reason)
-    except Exception:  # an entry that RQ cannot read, of this job or of one that waits for it
-        log.warning("what waits for job %s cannot be released", job_id, exc_info=True)
-    queue.connection.lrem(taken, 1, job_id)
-
-
-# NOTE worker.background_reaper: A supervisor's talk with Redis, in a thread of its own: supervising goes on while
-# Redis is away.
-RETRY_SECONDS = 1.0
+def _add_failure(
+    job: GenerationJob, execution: Execution, attempt: int, error: PoisonJob, worker_name: str, pipeline: Pipeline
+) -> None:
+    job.ended_at = utc_now()
+    job.set_status(JobStatus.FAILED, pipeline=pipeline)
+    job._handle_failure(describe_error(error), pipeline=pipeline, worker_name=worker_name)
+    execution.delete(job, pipeline)
+    pipeline.xadd(stream_key(job.id), end_entry(attempt), nomkstream=True)
+    pipeline.expire(stream_key(job.id), STREAM_TTL_SECONDS)
 
 
 class BackgroundReaper:
-    """A thread that takes back the jobs of processes that have ended, and counts those that are started again, as soon
-    as Redis can be reached.
+    """A supervisor's thread that takes back the jobs of processes that have ended, and counts restarts.
+
+    A thread, so that supervising goes on while Redis is away: each task is tried until Redis takes it.
 
     Args:
         redis_url, queue: where the jobs are.
-        told: called, in the thread, with the name of each, whether it had jobs in its hands, and how many it had
-            finished.
+        note_recovery: called, in the thread, with the name of each worker, whether it had jobs, and how many jobs it
+            had finished.
     """
 
-    def __init__(self, redis_url: str, queue: str, told: Callable[[str, bool, int], None]) -> None:
-        self._told = told
+    def __init__(self, redis_url: str, queue: str, note_recovery: Callable[[str, bool, int], None]) -> None:
+        self._note_recovery = note_recovery
         self._connection = connect(redis_url)
         self._reaper = Reaper(self._connection, queue)
         self._tasks: thread_queue.SimpleQueue[Callable[[], bool] | None] = thread_queue.SimpleQueue()
@@ -277,32 +209,33 @@ class BackgroundReaper:
             self._thread.start()
 
     def reap(self, worker_name: str) -> None:
-        """Soon, in the thread."""
-        self._tasks.put(partial(self._reaped, worker_name))
+        """Take back the jobs of a worker whose process has ended, soon, in the thread."""
+        self._tasks.put(bound(self._try_reap, worker_name))
 
     def count_restart(self, reason: str) -> None:
-        """Soon, in the thread; see `measures.RESTARTS`."""
-        self._tasks.put(partial(self._counted, restarts_field(reason)))
+        """Count a restart, soon, in the thread; `reason` is one of `keys.RESTARTS`."""
+        self._tasks.put(bound(self._try_count, restarts_field(reason)))
 
     def close(self, patience: float) -> None:
-        """Finish what there is to do, within so many seconds."""
+        """Finish what there is to do, within `patience` seconds."""
         self._ending.set()
         self._tasks.put(None)
         self._thread.join(timeout=patience)
         self._connection.close()
 
     def _run(self) -> None:
-        while (done := self._tasks.get()) is not None:
-            while not done():
+        while (task := self._tasks.get()) is not None:
+            while not task():
                 # Told to end, it tries once more, so that it ends although Redis is away.
-                if self._ending.wait(RETRY_SECONDS) and not done():
+                if self._ending.wait(RETRY_SECONDS) and not task():
                     return
 
-    def _reaped(self, name: str) -> bool:
+    def _try_reap(self, name: str) -> bool:
+        """Return whether the task is done: not if it is to be tried again."""
         try:
-            reaped = self._reaper.reap(name)
-            if reaped is not None:
-                self._told(name, bool(reaped), reaped.finished)
+            recovery = self._reaper.reap(name)
+            if recovery is not None:
+                self._note_recovery(name, bool(recovery), recovery.finished)
         except (RedisError, FastGPT2Error) as reason:
             log.warning("the jobs of the dead worker %s cannot be taken back yet (%s)", name, reason)
             return False
@@ -310,7 +243,8 @@ class BackgroundReaper:
             log.exception("the jobs of the dead worker %s cannot be taken back", name)
         return True
 
-    def _counted(self, field: str) -> bool:
+    def _try_count(self, field: str) -> bool:
+        """Return whether the task is done: not if it is to be tried again."""
         try:
             self._reaper.count(field)
         except RedisError:

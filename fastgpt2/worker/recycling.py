@@ -1,4 +1,4 @@
-"""When a worker ends of itself, so that a fresh one takes its place: after so many jobs, or grown too large."""
+"""How much memory a worker's processes use, and when a worker ends of itself, so that a fresh one takes its place."""
 
 from __future__ import annotations
 
@@ -6,20 +6,24 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-CHECK_SECONDS = 1.0
+GROWTH_CHECK_SECONDS = 1.0
 _STATUS = Path("/proc/self/status")
 _MIB = 1 << 20
 
+# Not more often than this: to find out what is shared, the kernel walks all mapped pages, which takes milliseconds for
+# a large model.
+MEMORY_SECONDS = 4.0
+
 
 class Recycling:
-    """Says when a worker has done its share.
+    """Says when a worker has done its share: after a number of jobs, or when it has grown too large.
 
     A memory leak, or a heap in shreds, then costs a restart instead of the machine's memory. Growth is looked for on
     Linux only: elsewhere the standard library knows no more than the peak.
 
     Args:
-        max_jobs: end after so many; None: no limit.
-        max_growth: bytes that private memory may grow by.
+        max_jobs: end after this many jobs; None: no limit.
+        max_growth: how many bytes private memory may grow by.
     """
 
     def __init__(self, max_jobs: int | None, max_growth: int) -> None:
@@ -34,29 +38,29 @@ class Recycling:
         self._baseline = private_memory()
 
     def due(self, jobs_taken: int, kv_bytes: int, now: float) -> str | None:
-        """Why the worker should take no more jobs, finish those it has and end: a sentence; None: it should go on.
+        """Return why the worker should claim no more jobs, finish those it has and end; None if it should go on.
 
         Cheap enough for every decode step: memory is looked at once a second. A reason, once given, stays.
 
         Args:
-            jobs_taken: how many jobs have ended here, whichever way, or are still in hand.
+            jobs_taken: how many jobs have ended here, in whatever way, or still run.
             kv_bytes: how much of this process's private memory keys and values may have taken, which have limits of
-                their own: kept prefixes, and those of jobs in hand unless they lie in memory shared with helpers.
+                their own: kept prefixes, and those of running jobs unless they lie in memory shared with helpers.
             now: of `time.monotonic()`.
         """
         if self._reason is None:
-            self._reason = self._too_many(jobs_taken) or self._too_large(kv_bytes, now)
+            self._reason = self._check_jobs(jobs_taken) or self._check_growth(kv_bytes, now)
         return self._reason
 
-    def _too_many(self, jobs_taken: int) -> str | None:
+    def _check_jobs(self, jobs_taken: int) -> str | None:
         if self.max_jobs is None or jobs_taken < self.max_jobs:
             return None
         return f"it has taken {jobs_taken} jobs, and --max-jobs is {self.max_jobs}"
 
-    def _too_large(self, kv_bytes: int, now: float) -> str | None:
+    def _check_growth(self, kv_bytes: int, now: float) -> str | None:
         if self._baseline is None or now < self._next_check:
             return None
-        self._next_check = now + CHECK_SECONDS
+        self._next_check = now + GROWTH_CHECK_SECONDS
         memory = private_memory()
         if memory is None:
             return None
@@ -69,10 +73,39 @@ class Recycling:
         )
 
 
-def private_memory() -> int | None:
-    """Bytes of anonymous memory of this process, in RAM or swapped out: heap and stacks, no file, nothing shared.
+class Memory:
+    """The memory of a worker and its helper processes, not measured again within a few seconds.
 
-    None where the system does not say: not Linux, or a Linux before 4.5, or a sandbox that imitates one.
+    Args:
+        helpers: returns the ids of the processes beside this one.
+    """
+
+    def __init__(self, helpers: Callable[[], Sequence[int]]) -> None:
+        self._helpers = helpers
+        self._known: tuple[int | None, int | None] = (None, None)
+        self._measured_at: float | None = None
+
+    def measure(self) -> tuple[int | None, int | None]:
+        """Return the bytes in RAM that only one process maps, summed over all; and those that others map too.
+
+        The latter are those of the process that has most of them. Both are None where the system does not say: not
+        Linux, or a sandbox that imitates one.
+        """
+        now = time.monotonic()
+        if self._measured_at is None or now - self._measured_at >= MEMORY_SECONDS:
+            pids = ["self", *map(str, self._helpers())]
+            found = [each for pid in pids if (each := private_and_shared(pid)) is not None]
+            private, shared = zip(*found, strict=True) if found else ((), ())
+            self._known = (sum(private), max(shared)) if found else (None, None)
+            self._measured_at = now
+        return self._known
+
+
+def private_memory() -> int | None:
+    """Return how many bytes of anonymous memory this process has: heap and stacks, in RAM or swapped out.
+
+    No file and nothing shared is among it. None where the system does not say: not Linux, or a Linux before 4.5, or a
+    sandbox that imitates one.
     """
     try:
         lines = _STATUS.read_text().splitlines()
@@ -85,41 +118,8 @@ def private_memory() -> int | None:
     return sum(int(text.split()[0]) for text in sizes.values()) * 1024
 
 
-# NOTE worker.memory: How much memory a worker's processes have of their own, and how much they share.
-
-# The kernel walks all mapped pages to tell: milliseconds for a large model.
-LOOK_SECONDS = 4.0
-
-
-class Memory:
-    """Looked at on demand, but not again within a few seconds.
-
-    Args:
-        helpers: tells the ids of the processes beside this one.
-    """
-
-    def __init__(self, helpers: Callable[[], Sequence[int]]) -> None:
-        self._helpers = helpers
-        self._known: tuple[int | None, int | None] = (None, None)
-        self._looked_at: float | None = None
-
-    def lately(self) -> tuple[int | None, int | None]:
-        """Bytes in RAM that are mapped by one process only, of all of them; and by others too, of the one with most.
-
-        None where the system does not say: not Linux, or a sandbox that imitates one.
-        """
-        now = time.monotonic()
-        if self._looked_at is None or now - self._looked_at >= LOOK_SECONDS:
-            pids = ["self", *map(str, self._helpers())]
-            found = [each for pid in pids if (each := private_and_shared(pid)) is not None]
-            private, shared = zip(*found, strict=True) if found else ((), ())
-            self._known = (sum(private), max(shared)) if found else (None, None)
-            self._looked_at = now
-        return self._known
-
-
 def private_and_shared(pid: str) -> tuple[int, int] | None:
-    """Of one process, in bytes; see proc(5)."""
+    """Return the private and the shared memory of one process in bytes, as proc(5) defines them; None if unknown."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
         sizes = {name: int(rest.split()[0]) << 10 for name, _, rest in (line.partition(":") for line in lines)}

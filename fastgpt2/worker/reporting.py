@@ -1,4 +1,4 @@
-"""What a worker counts of its own work, kept in plain numbers and told to Redis once a second."""
+"""What a worker tells Redis: its share of the pool's figures each second, and how it is doing with each heartbeat."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from fastgpt2.errors import BadRequest, JobStopped, JobTimedOut, ModelError, Pro
 from fastgpt2.protocol.keys import (
     ACCEPTED_TOKENS,
     BATCH_SIZE,
-    BUCKET_SECONDS,
     CACHED_TOKENS,
     DRAFTED_TOKENS,
     FAILED,
@@ -29,19 +28,16 @@ from fastgpt2.protocol.keys import (
     GIVEN_BACK,
     JOBS,
     KV_USED,
-    LATEST_TTL_SECONDS,
     MAX_LATEST,
     OF_JOBS,
     PROMPT_TOKENS,
     QUEUE_SECONDS,
-    RECENT_TTL_SECONDS,
     RETRIED,
     ROOM,
     SEQUENCES,
     STEPS,
     TOKEN_SECONDS,
     TOKENS,
-    TOTALS_TTL_SECONDS,
     Histogram,
     count_field,
     ended_field,
@@ -50,6 +46,8 @@ from fastgpt2.protocol.keys import (
     recent_key,
     totals_key,
 )
+from fastgpt2.protocol.scripts import Script
+from fastgpt2.worker.batch import End, EndKind
 from fastgpt2.worker.recycling import Memory
 
 if TYPE_CHECKING:
@@ -57,58 +55,31 @@ if TYPE_CHECKING:
 
     from fastgpt2.engine.decoding.decoder import Decoder
     from fastgpt2.engine.engine import Engine
-    from fastgpt2.worker.batch import Batch, Running
-
-    pass
+    from fastgpt2.worker.batch import ActiveJob, Batch
 
 log = logging.getLogger("fastgpt2.worker")
-TELL_SECONDS = 1.0
+REPORT_SECONDS = 1.0
 
-# How long what was told last is remembered; Redis away for longer than that may have a second's work counted twice.
-TOLD_TTL_SECONDS = 3600
+# How long the mark of the last report is remembered; if Redis is away for longer, a second's work may count twice.
+MARK_TTL_SECONDS = 3600
 
 # How often the memory for keys and values is looked at while there are jobs; to add it up takes some microseconds.
 KV_SECONDS = 0.25
 
-# Over how many tellings, so about as many seconds, a worker says how fast it is.
-PACE_TELLINGS = 10
+# Over how many reports, so over about as many seconds, a worker's rate is taken.
+RATE_REPORTS = 10
 
 # RQ's ids are of 36 characters; an entry's may be anything.
 MAX_ID_CHARACTERS = 200
-
-# KEYS: the totals, the mark of what was told last, the list of the latest jobs. ARGV: the mark of this telling; what
-# the keys of recent hashes begin with; how many fields of the totals follow, and of the recent hash; these, each with
-# what to add to it; the records. The time is Redis's own, so that all workers' seconds are the same. `pcall`: a field
-# or a key that is not what it should be loses its own counts, no others.
-_TELL = f"""
-if redis.pcall('GET', KEYS[2]) == ARGV[1] then return 0 end
-local at = 5
-local function add(key, count, ttl)
-    for _ = 1, count do
-        local field, by = ARGV[at], ARGV[at + 1]
-        redis.pcall(string.find(by, '.', 1, true) and 'HINCRBYFLOAT' or 'HINCRBY', key, field, by)
-        at = at + 2
-    end
-    if count > 0 then redis.pcall('EXPIRE', key, ttl) end
-end
-add(KEYS[1], tonumber(ARGV[3]), {TOTALS_TTL_SECONDS})
-local now = tonumber(redis.call('TIME')[1])
-add(ARGV[2] .. string.format('%d', now - now % {BUCKET_SECONDS}), tonumber(ARGV[4]), {RECENT_TTL_SECONDS})
-for i = at, #ARGV do redis.pcall('LPUSH', KEYS[3], ARGV[i]) end
-if at <= #ARGV then
-    redis.pcall('LTRIM', KEYS[3], 0, {MAX_LATEST - 1})
-    redis.pcall('EXPIRE', KEYS[3], {LATEST_TTL_SECONDS})
-end
-redis.call('SET', KEYS[2], ARGV[1], 'EX', {TOLD_TTL_SECONDS})
-return 1
-"""
+_REPORT = Script(__file__, "report")
 
 
-class Figures:
-    """Of one worker. Steps and tokens are read off its batch, jobs are noted as they end; `tell_if_due` does the rest.
+class Metrics:
+    """One worker's figures since its last report.
 
-    What Redis did not take is kept, and told again under the same mark, so that it counts once. What a worker that is
-    killed had not told yet, a second's work at most, is not counted.
+    Steps and tokens are read off its batch, jobs are counted as they end; `report_if_due` does the rest. What Redis did
+    not take is kept, and reported again under the same mark, so that it counts once. What a worker that is killed had
+    not reported yet, a second's work at most, is not counted.
 
     Args:
         queue: the name of the pool's queue.
@@ -124,76 +95,75 @@ class Figures:
         self._recent: defaultdict[str, float] = defaultdict(int)
         self._records: deque[str] = deque(maxlen=MAX_LATEST)
         self._counted_tokens, self._counted_sizes = 0, [0] * len(batch.sizes)
-        self._untold: list[Any] | None = None
-        self._told_at = self._kv_at = -math.inf
-        # Of the last tellings: when, and of the batch then: tokens, steps, sequences in all of them.
-        self._pace: deque[tuple[float, int, int, int]] = deque(maxlen=PACE_TELLINGS + 1)
+        self._unanswered: list[Any] | None = None
+        self._reported_at = self._kv_at = -math.inf
+        # For each of the last reports: when it was, and the batch's tokens, steps, and sequences in all steps then.
+        self._history: deque[tuple[float, int, int, int]] = deque(maxlen=RATE_REPORTS + 1)
 
-    # What happens.
-
-    def look(self) -> None:
-        """Before each step, at what can only be sampled."""
+    def sample(self) -> None:
+        """Look at what can only be sampled; call it before each step."""
         now = time.monotonic()
-        if now - self._kv_at >= KV_SECONDS and self._batch.running:
+        if now - self._kv_at >= KV_SECONDS and self._batch.decoding:
             self._kv_at = now
             self._observe(KV_USED, self._decoder.kv_bytes_reserved / self._decoder.kv_bytes_limit)
 
-    def finished(self, running: Running, value: dict[str, Any]) -> None:
-        """A job came to its end; `value` is its result as JSON."""
-        usage, timings, reason = value["usage"], value["timings"], value["finish_reason"]
-        self._end("finished", reason)
-        self._count_tokens(running)
-        self._observe(QUEUE_SECONDS, timings["queue_seconds"])
-        self._observe(FIRST_TOKEN_SECONDS, running.first_token_seconds)
-        if usage["completion_tokens"] > 1:
-            self._observe(TOKEN_SECONDS, timings["decode_seconds"] / (usage["completion_tokens"] - 1))
-        self._record(running.id, "finished", {"finish_reason": reason}, value)
+    def count_end(self, end: End, job: ActiveJob | None = None) -> None:
+        """Count a job that has ended, and record it among the latest.
 
-    def failed(self, running: Running, error: Exception) -> None:
-        """An error ended a job, or somebody stopped it."""
-        status, reason = outcome_of(error)
-        self._end(status, reason)
-        self._count_tokens(running)
-        end = {"finish_reason": "cancelled"} if status == "stopped" else {"error": reason}
-        self._record(running.id, status, end, running.partial("cancelled"))
+        Args:
+            job: None if it could not even begin.
+        """
+        if job is not None and end.kind != EndKind.LOST:
+            self._count_tokens(job)
+        match end.kind:
+            case EndKind.FINISHED:
+                assert job is not None
+                assert end.result is not None
+                self._count_finished(job, end.result)
+            case EndKind.FAILED | EndKind.STOPPED:
+                assert end.error is not None
+                status, reason = outcome_of(end.error)
+                self._count_outcome(status, reason)
+                why = {"finish_reason": "cancelled"} if end.kind == EndKind.STOPPED else {"error": reason}
+                self._record(end.attempt.id, status, why, None if job is None else job.partial_result("cancelled"))
+            case EndKind.RETRIED:
+                self._totals[RETRIED] += 1
+            case EndKind.CANCELED:  # whoever cancels a job counts it; see `fastgpt2.api.client.session`
+                assert job is not None
+                self._record(job.id, "canceled", {"finish_reason": "cancelled"}, job.partial_result("cancelled"))
+            case EndKind.LOST:
+                pass
 
-    def refused(self, job_id: str, error: Exception) -> None:
-        """A job could not even begin."""
-        self._end(*outcome_of(error))
-        self._record(job_id, "failed", {"error": outcome_of(error)[1]})
-
-    def malformed(self, job_id: str) -> None:
-        """A job's entry in Redis could not be read, or not be written."""
-        self._end("failed", "malformed")
+    def count_malformed(self, job_id: str) -> None:
+        """Count a job whose entry in Redis could not be read, or not be written."""
+        self._count_outcome("failed", "malformed")
         self._record(job_id, "failed", {"error": "malformed"})
 
-    def cancelled(self, running: Running) -> None:
-        """Who cancels a job counts it; see `fastgpt2.api.client.session`."""
-        self._count_tokens(running)
-        self._record(running.id, "canceled", {"finish_reason": "cancelled"}, running.partial("cancelled"))
+    def count_given_back(self, jobs: list[ActiveJob]) -> None:
+        self._totals[GIVEN_BACK] += len(jobs)
+        for job in jobs:
+            self._count_tokens(job)
 
-    def retried(self, running: Running | None = None) -> None:
-        """A job failed, perhaps before it could begin, and is to run again."""
-        self._totals[RETRIED] += 1
-        if running is not None:
-            self._count_tokens(running)
+    def _count_finished(self, job: ActiveJob, result: dict[str, Any]) -> None:
+        usage, timings, reason = result["usage"], result["timings"], result["finish_reason"]
+        self._count_outcome("finished", reason)
+        self._observe(QUEUE_SECONDS, timings["queue_seconds"])
+        self._observe(FIRST_TOKEN_SECONDS, job.first_token_seconds)
+        if usage["completion_tokens"] > 1:
+            self._observe(TOKEN_SECONDS, timings["decode_seconds"] / (usage["completion_tokens"] - 1))
+        self._record(job.id, "finished", {"finish_reason": reason}, result)
 
-    def given_back(self, everything: list[Running]) -> None:
-        self._totals[GIVEN_BACK] += len(everything)
-        for running in everything:
-            self._count_tokens(running)
-
-    def _end(self, status: str, reason: str) -> None:
+    def _count_outcome(self, status: str, reason: str) -> None:
         self._totals[ended_field(status, reason)] += 1
         self._recent[JOBS] += 1
         if status == "failed":
             self._recent[FAILED] += 1
 
-    def _count_tokens(self, running: Running) -> None:
-        """Of a job that leaves, unless its prompt was not read to the end."""
-        sequence = running.sequence
+    def _count_tokens(self, job: ActiveJob) -> None:
+        """Count the tokens of a job that leaves, unless its prompt was not read to the end."""
+        sequence = job.sequence
         if sequence is not None and sequence.token_ids:
-            self._totals[PROMPT_TOKENS] += len(running.prompt.ids)
+            self._totals[PROMPT_TOKENS] += len(job.prompt.ids)
             self._totals[CACHED_TOKENS] += sequence.cached_tokens
             self._totals[DRAFTED_TOKENS] += sequence.drafted
             self._totals[ACCEPTED_TOKENS] += sequence.accepted
@@ -205,67 +175,68 @@ class Figures:
             self._recent[histogram.sum_field] += float(value)
             self._recent[count_field(histogram)] += 1
 
-    def _record(self, job_id: str, status: str, end: dict[str, str], value: dict[str, Any] | None = None) -> None:
-        """Of its text, nothing."""
-        of_result: dict[str, Any] = {}
-        if value is not None:
-            of_result = {**value["usage"], **value["timings"], **value["drafting"]}
-        record = {"id": job_id[:MAX_ID_CHARACTERS], "status": status, **end, **of_result}
+    def _record(self, job_id: str, status: str, why: dict[str, str], result: dict[str, Any] | None = None) -> None:
+        """Record a job that ended, with counts and times of its result, and nothing of its text."""
+        figures: dict[str, Any] = {}
+        if result is not None:
+            figures = {**result["usage"], **result["timings"], **result["drafting"]}
+        record = {"id": job_id[:MAX_ID_CHARACTERS], "status": status, **why, **figures}
         self._records.append(json.dumps({**record, "ended_at": round(time.time(), 3), "worker": self._name}))
 
-    # What is told.
-
-    def tell_if_due(self) -> None:
-        """Tell what there is to tell, once a second.
+    def report_if_due(self) -> None:
+        """Report once a second.
 
         Raises:
-            RedisError: see `tell`.
+            RedisError: see `report`.
         """
         now = time.monotonic()
-        if now - self._told_at >= TELL_SECONDS:
-            self._told_at = now
-            self.tell()
-            self._pace.append((now, *self._so_far()))
+        if now - self._reported_at >= REPORT_SECONDS:
+            self._reported_at = now
+            self.report()
+            self._history.append((now, *self._sums()))
 
-    def tell(self) -> None:
-        """Tell what there is to tell, now.
+    def report(self) -> None:
+        """Report what there is to report, now.
 
         Raises:
             RedisError: Redis cannot be reached. What it says no to is tried again, and disturbs nothing.
         """
         self._count_steps()
         try:
-            self._tell()
+            self._send()
         except (NoConnection, NoAnswer):
             raise
         except RedisError as reason:
             log.warning("%s: the figures of the pool cannot be written (%s)", self._name, reason)
 
     def close(self) -> None:
-        """Tell the rest."""
+        """Report the rest."""
         self._count_steps()
         try:
-            self._tell()
-            self._tell()  # what has come since a telling that was not answered
+            self._send()
+            self._send()  # what has come since a report that was not answered
         except RedisError as reason:
             log.warning("%s: the last figures could not be written (%s)", self._name, reason)
 
-    def pace(self) -> tuple[float, float | None]:
-        """Of the last ten seconds: tokens per second, and the mean number of sequences in a step, None without one."""
-        tokens, steps, sequences = self._so_far()
-        if not self._pace:
+    def rates(self) -> tuple[float, float | None]:
+        """Return the tokens per second of the last ten seconds, and the mean number of sequences in a step.
+
+        The mean is None if there was no step.
+        """
+        tokens, steps, sequences = self._sums()
+        if not self._history:
             return 0.0, sequences / steps if steps else None
-        at, tokens_then, steps_then, sequences_then = self._pace[0]
+        at, tokens_then, steps_then, sequences_then = self._history[0]
         seconds, steps = time.monotonic() - at, steps - steps_then
         rate = (tokens - tokens_then) / seconds if seconds > 0 else 0.0
         return rate, (sequences - sequences_then) / steps if steps else None
 
-    def _so_far(self) -> tuple[int, int, int]:
+    def _sums(self) -> tuple[int, int, int]:
         batch = self._batch
         return batch.tokens, batch.steps, sum(size * count for size, count in enumerate(batch.sizes))
 
     def _count_steps(self) -> None:
-        """Take up what the batch has done since."""
+        """Count what the batch has done since the last call."""
         tokens, sizes = self._batch.tokens, list(self._batch.sizes)
         before = enumerate(self._counted_sizes)
         new = Counter({size: sizes[size] - count for size, count in before if sizes[size] > count})
@@ -282,21 +253,22 @@ class Figures:
         self._recent[ROOM] += steps * (len(sizes) - 1)
         self._counted_tokens, self._counted_sizes = tokens, sizes
 
-    def _tell(self) -> None:
-        if self._untold is None:
-            totals, recent = (_pairs(counts) for counts in (self._totals, self._recent))
+    def _send(self) -> None:
+        if self._unanswered is None:
+            totals, recent = _pairs(self._totals), _pairs(self._recent)
             if not (totals or recent or self._records):
                 return
-            numbers = len(totals) // 2, len(recent) // 2
-            self._untold = [uuid.uuid4().hex, self._recent_prefix, *numbers, *totals, *recent, *self._records]
-            for told in (self._totals, self._recent, self._records):
-                told.clear()
-        self._connection.eval(_TELL, len(self._keys), *self._keys, *self._untold)
-        self._untold = None
+            head = uuid.uuid4().hex, MARK_TTL_SECONDS, self._recent_prefix, len(totals) // 2, len(recent) // 2
+            self._unanswered = [*head, *totals, *recent, *self._records]
+            self._totals.clear()
+            self._recent.clear()
+            self._records.clear()
+        _REPORT.run(self._connection, self._keys, self._unanswered)
+        self._unanswered = None
 
 
 def outcome_of(error: Exception) -> tuple[str, str]:
-    """RQ's status, and one of few kinds."""
+    """Return the one of `keys.OUTCOMES` that an error is."""
     if isinstance(error, JobStopped):
         return "stopped", "on_request"
     kinds: tuple[tuple[type[Exception], str], ...] = (
@@ -309,7 +281,7 @@ def outcome_of(error: Exception) -> tuple[str, str]:
 
 
 def _pairs(counts: dict[str, float]) -> list[str]:
-    """Fields, each followed by what to add: whole numbers to counts, and to sums numbers with a point."""
+    """Return fields, each followed by what to add: whole numbers to counts, and to sums numbers with a point."""
     return [
         word
         for field, count in counts.items()
@@ -318,11 +290,8 @@ def _pairs(counts: dict[str, float]) -> list[str]:
     ]
 
 
-# NOTE worker.description: What a worker says of itself in its hash in Redis, beside RQ's fields.
-
-
-class Description:
-    """Of one worker: what clients need to know of its model, and how it is doing.
+class WorkerInfo:
+    """The fields of a worker's hash in Redis beside RQ's: what clients need to know of its model, and how it is doing.
 
     Args:
         restarts: how often its supervisor has started a worker in its place again.
@@ -331,11 +300,11 @@ class Description:
         longest_token_bytes: of the tokenizer, which takes a while to find it.
     """
 
-    def __init__(self, engine: Engine, batch: Batch, figures: Figures, restarts: int) -> None:
-        self._engine, self._batch, self._figures = engine, batch, figures
+    def __init__(self, engine: Engine, batch: Batch, metrics: Metrics, restarts: int) -> None:
+        self._engine, self._batch, self._metrics = engine, batch, metrics
         self._memory = Memory(engine.decoder.model.helper_pids)
         self.longest_token_bytes = engine.tokenizer.longest_token_bytes
-        self._lasting = {
+        self._constant = {
             "fastgpt2_version": __version__,
             "model": engine.model,
             "computes_by": engine.describe(),
@@ -352,12 +321,12 @@ class Description:
         }
 
     def fields(self) -> Mapping[str, Any]:
-        """As they are now; what is not known is the empty text."""
+        """Return the fields as they are now; what is not known is the empty text."""
         batch, decoder = self._batch, self._engine.decoder
-        private_bytes, shared_bytes = self._memory.lately()
-        tokens_per_second, batch_mean = self._figures.pace()
+        private_bytes, shared_bytes = self._memory.measure()
+        tokens_per_second, batch_mean = self._metrics.rates()
         return {
-            **self._lasting,
+            **self._constant,
             "in_flight": len(batch),
             "kv_bytes": decoder.kv_bytes_reserved,
             "kv_bytes_limit": decoder.kv_bytes_limit,

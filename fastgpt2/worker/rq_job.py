@@ -1,4 +1,4 @@
-"""An RQ job that can be nothing but text generation."""
+"""An RQ job that can be nothing but text generation: how it is fetched, read, failed, and followed by other jobs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from redis.exceptions import RedisError
 from rq import Queue
 from rq.exceptions import DeserializationError
 from rq.job import Job, JobStatus
@@ -16,10 +17,16 @@ from rq.results import Result
 
 from fastgpt2.engine.decoding.records import GenerationRequest
 from fastgpt2.errors import BadRequest, FastGPT2Error, JobFailed
-from fastgpt2.protocol.keys import CRASHES_FIELD
+from fastgpt2.protocol.keys import CRASHES_FIELD, job_key
 from fastgpt2.protocol.messages import TASK, JobOptions, parse_job
-from fastgpt2.protocol.untrusted import MAX_PAYLOAD_BYTES, JSONOnlySerializer, PlainPickleSerializer, is_pickle
-from fastgpt2.worker.fencing import FORGET_EXECUTIONS
+from fastgpt2.protocol.scripts import Script
+from fastgpt2.protocol.untrusted import (
+    MAX_PAYLOAD_BYTES,
+    JSONOnlySerializer,
+    PlainPickleSerializer,
+    is_of_entry,
+    is_pickle,
+)
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -27,20 +34,28 @@ if TYPE_CHECKING:
 log = logging.getLogger("fastgpt2.worker")
 MALFORMED_TTL_SECONDS = 24 * 3600
 
+# Far beyond what a request needs; what is larger is not even fetched.
+MAX_ENTRY_BYTES = 64 << 20
+_FETCH_ENTRIES = Script(__file__, "fetch_entries")
+_FORGET = Script(__file__, "forget")
+
 
 class GenerationJob(Job):
     """A job as a worker of this package sees it.
 
     Whatever function, callback or webhook an entry in Redis names, none of it is imported, called or fetched: the name
     of the function is compared with the one task, and the worker's decoder does the rest.
+
+    Attributes:
+        too_large: whether the data would inflate beyond the limit; they are not inflated then.
+        crashes: how many workers have died while they ran the job.
     """
 
     too_large = False
-    # How many workers have died with it in their hands.
     crashes = 0
 
     def restore(self, raw_data: dict[Any, Any]) -> None:
-        """As RQ does, but data that would inflate beyond the limit is not inflated."""
+        """Read the entry as RQ does, but do not inflate data that would inflate beyond the limit."""
         inflater = zlib.decompressobj()
         try:
             inflater.decompress(raw_data.get(b"data", b""), MAX_PAYLOAD_BYTES)
@@ -50,8 +65,13 @@ class GenerationJob(Job):
         crashes = raw_data.get(CRASHES_FIELD.encode(), b"")
         self.crashes = int(crashes) if crashes.isdigit() else 0
         super().restore({**raw_data, b"data": b"{}"} if self.too_large else raw_data)
+        self._counters = self.retries_left, self.repeats_left, self.repeat_intervals
         if is_pickle(self.data):
             self.serializer = PlainPickleSerializer
+
+    def rewind(self) -> None:
+        """Set RQ's counters of retries and repeats to what was read: RQ changes them while an end is recorded."""
+        self.retries_left, self.repeats_left, self.repeat_intervals = self._counters
 
     @property
     def func(self) -> None:
@@ -73,10 +93,10 @@ class GenerationJob(Job):
         return None
 
     def perform(self) -> Any:
-        raise RuntimeError("a worker that holds many jobs performs none by itself")
+        raise RuntimeError("a worker that runs many jobs performs none by itself")
 
-    def asked(self) -> tuple[GenerationRequest, JobOptions]:
-        """The validated request.
+    def parse(self) -> tuple[GenerationRequest, JobOptions]:
+        """Return the validated request.
 
         Raises:
             BadRequest: the entry cannot be read, names another function, or its arguments are not a request.
@@ -84,13 +104,13 @@ class GenerationJob(Job):
         try:
             name = self.func_name
         except DeserializationError as error:
-            raise self.unreadable(error) from None
+            raise self.explain_unreadable(error) from None
         if name != TASK:
             raise BadRequest(f"the job names the function {str(name)[:200]!r}; only {TASK} is run here")
         return parse_job(self.args, self.kwargs)
 
-    def unreadable(self, error: DeserializationError) -> BadRequest:
-        """What a job whose data cannot be read fails with."""
+    def explain_unreadable(self, error: DeserializationError) -> BadRequest:
+        """Return the error with which a job fails whose data cannot be read."""
         if self.too_large:
             return BadRequest(f"the job's data has more than {MAX_PAYLOAD_BYTES} bytes")
         cause = str(error.__cause__ or "unknown")[:200]
@@ -100,74 +120,18 @@ class GenerationJob(Job):
         )
 
 
-def fail_malformed(queue: Queue, job_id: str, reason: Exception, worker_name: str, claimed_key: str) -> BadRequest:
-    """Record the failure of an entry that RQ cannot turn into a Job, and so cannot fail itself. Returns the failure.
-
-    Where a key of the job is of another kind than it should be, what cannot be written is left out.
-
-    Args:
-        claimed_key: the worker's list that holds the job, and will not any more.
-    """
-    error = BadRequest(f"the job's entry in Redis is malformed ({type(reason).__name__}: {str(reason)[:200]})")
-    job = GenerationJob(job_id, connection=queue.connection, serializer=JSONOnlySerializer)
-    with queue.connection.pipeline() as pipeline:
-        pipeline.lrem(claimed_key, 1, job_id)
-        pipeline.hset(job.key, "status", JobStatus.FAILED.value)
-        pipeline.expire(job.key, MALFORMED_TTL_SECONDS)
-        pipeline.zadd(queue.failed_job_registry.key, {job_id: int(time.time()) + MALFORMED_TTL_SECONDS})
-        Result.create_failure(job, MALFORMED_TTL_SECONDS, recorded(error), worker_name, pipeline=pipeline)
-        pipeline.eval(f"{FORGET_EXECUTIONS} forget_executions(ARGV[1], ARGV[2])", 0, queue.name, job_id)
-        replies = pipeline.execute(raise_on_error=False)
-    for reply in replies:
-        if isinstance(reply, Exception):
-            log.warning("job %s cannot be failed as it should be (%s)", job_id, reply)
-    return error
-
-
-def recorded(error: BaseException) -> str:
-    """What RQ keeps of a failure: of an error that was foreseen its sentence alone, of a defect all that is known."""
-    kind = type(error)
-    if isinstance(error, JobFailed):
-        return f"{kind.__module__}.{kind.__qualname__}: {error.reason}\n"
-    if isinstance(error, FastGPT2Error):
-        return f"{kind.__module__}.{kind.__qualname__}: {error}\n"
-    return "".join(traceback.format_exception(error))
-
-
-# NOTE worker.entries: Jobs' entries as they stand in Redis, fetched with a bound and read with care.
-
-# Far beyond what a request needs; what is larger is not even fetched.
-MAX_ENTRY_BYTES = 64 << 20
-
-# KEYS: jobs' hashes. ARGV: the most bytes that one may have. Of each its fields and values, its size if that is more,
-# or what it is if it is no hash.
-_FETCH = """
-local found = {}
-for i, key in ipairs(KEYS) do
-    local kind, size = redis.call('TYPE', key).ok, 0
-    if kind == 'hash' then
-        for _, field in ipairs(redis.call('HKEYS', key)) do size = size + redis.call('HSTRLEN', key, field) end
-    end
-    if kind ~= 'hash' and kind ~= 'none' then found[i] = kind
-    elseif size > tonumber(ARGV[1]) then found[i] = size
-    else found[i] = redis.call('HGETALL', key) end
-end
-return found
-"""
-
-
 def fetch(connection: Redis, job_ids: Sequence[str], serializer: Any) -> list[GenerationJob | Exception | None]:
-    """All of them in one round trip.
+    """Fetch jobs in one round trip; an entry that is too large is not fetched.
 
     Returns:
-        Each one's job; None if there is none; what is the matter with it if it cannot be read.
+        For each id its job; None if there is none; an error that says why, if it cannot be read.
 
     Raises:
         RedisError
     """
-    keys = [GenerationJob.key_for(job_id) for job_id in job_ids]
-    replies: Any = connection.eval(_FETCH, len(keys), *keys, MAX_ENTRY_BYTES) if keys else []
-    return [_read(connection, pair[0], pair[1], serializer) for pair in zip(job_ids, replies, strict=True)]
+    keys = [job_key(job_id) for job_id in job_ids]
+    replies = _FETCH_ENTRIES.run(connection, keys, [MAX_ENTRY_BYTES]) if keys else []
+    return [_read(connection, job_id, reply, serializer) for job_id, reply in zip(job_ids, replies, strict=True)]
 
 
 def _read(connection: Redis, job_id: str, reply: Any, serializer: Any) -> GenerationJob | Exception | None:
@@ -183,3 +147,59 @@ def _read(connection: Redis, job_id: str, reply: Any, serializer: Any) -> Genera
     except Exception as reason:  # whatever RQ's parsing meets
         return reason
     return job
+
+
+def fail_malformed(queue: Queue, job_id: str, reason: Exception, worker_name: str, claimed_key: str) -> BadRequest:
+    """Record the failure of an entry that RQ cannot turn into a Job, and so cannot fail itself; return the failure.
+
+    Where a key of the job is of another kind than it should be, what cannot be written is left out.
+
+    Args:
+        claimed_key: the worker's list that has the job; the job is taken off it.
+    """
+    error = BadRequest(f"the job's entry in Redis is malformed ({type(reason).__name__}: {str(reason)[:200]})")
+    job = GenerationJob(job_id, connection=queue.connection, serializer=JSONOnlySerializer)
+    with queue.connection.pipeline() as pipeline:
+        pipeline.lrem(claimed_key, 1, job_id)
+        pipeline.hset(job.key, "status", JobStatus.FAILED.value)
+        pipeline.expire(job.key, MALFORMED_TTL_SECONDS)
+        pipeline.zadd(queue.failed_job_registry.key, {job_id: int(time.time()) + MALFORMED_TTL_SECONDS})
+        Result.create_failure(job, MALFORMED_TTL_SECONDS, describe_error(error), worker_name, pipeline=pipeline)
+        _FORGET.add_to_transaction(pipeline, [], [queue.name, job_id])
+        replies = pipeline.execute(raise_on_error=False)
+    for reply in replies:
+        if isinstance(reply, Exception):
+            log.warning("job %s cannot be failed as it should be (%s)", job_id, reply)
+    return error
+
+
+def release_dependents(queue: Queue, job_id: str, claimed_key: str) -> None:
+    """Release the jobs that wait for one whose end is written, and then take that one off a worker's list.
+
+    May be done twice.
+
+    Raises:
+        RedisError: Redis cannot be reached, or takes no commands.
+    """
+    job = GenerationJob(job_id, connection=queue.connection, serializer=JSONOnlySerializer)
+    try:
+        if queue.connection.exists(job.dependents_key):
+            job.restore(queue.connection.hgetall(job.key))
+            queue.enqueue_dependents(job)
+    except RedisError as reason:
+        if not is_of_entry(reason):
+            raise
+        log.warning("what waits for job %s cannot be released (%s)", job_id, reason)
+    except Exception:  # an entry that RQ cannot read, of this job or of one that waits for it
+        log.warning("what waits for job %s cannot be released", job_id, exc_info=True)
+    queue.connection.lrem(claimed_key, 1, job_id)
+
+
+def describe_error(error: BaseException) -> str:
+    """Return what RQ keeps of a failure: the sentence of an error that was foreseen; the traceback of a defect."""
+    kind = type(error)
+    if isinstance(error, JobFailed):
+        return f"{kind.__module__}.{kind.__qualname__}: {error.reason}\n"
+    if isinstance(error, FastGPT2Error):
+        return f"{kind.__module__}.{kind.__qualname__}: {error}\n"
+    return "".join(traceback.format_exception(error))

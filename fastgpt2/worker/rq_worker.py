@@ -39,7 +39,7 @@ log = logging.getLogger("fastgpt2.worker")
 WORKER_TTL_SECONDS = 30
 HEARTBEAT_SECONDS = 5.0
 
-# How long RQ may not hear of a running job before it takes it for abandoned; ours are taken back in seconds.
+# How long RQ may not hear of a running job before it takes the job for abandoned; ours are taken back in seconds.
 EXECUTION_TTL_SECONDS = 600
 MAX_RECONNECT_SECONDS = 10.0
 
@@ -49,14 +49,14 @@ UPKEEP_PAUSE_SECONDS = 60.0
 
 
 class RQWorker(BaseWorker):
-    """Everything of a worker that is RQ's affair; a subclass runs the jobs.
+    """All of a worker that is RQ's affair; a subclass runs the jobs.
 
     A first SIGTERM, SIGINT or shutdown command sets `stopping`, a second one `stop_at_once`; nothing is interrupted.
 
     Args:
         connection: to Redis; see `fastgpt2.protocol.connection.connect`.
-        queue: name of the queue; the more and the less urgent ones beside it are served too (`names.queues_of`).
-        name: unique among the live workers; default host and process id.
+        queue: the name of the queue; the more and the less urgent ones beside it are served too (`keys.queues_of`).
+        name: unique among the live workers; the default is made of the host's name, the process id and a random part.
         supervisor_pid: the process without which this one should not live on.
     """
 
@@ -72,7 +72,7 @@ class RQWorker(BaseWorker):
         queues = queues_of(queue)
         super().__init__(
             queues,
-            name=name or default_name(),
+            name=name or make_name(),
             connection=connection,
             job_class=GenerationJob,
             serializer=JSONOnlySerializer,
@@ -86,15 +86,18 @@ class RQWorker(BaseWorker):
         self._scheduler = RQScheduler(queues, connection, logging_level=logging.WARNING, serializer=self.serializer)
 
     def _set_connection(self, connection: Redis) -> Redis:
-        """RQ would lengthen the connection's timeout for its own long waits; there are none here."""
+        """Return the connection as it is; RQ would lengthen its timeout for its own long waits, which there are not."""
         return connection
 
     def get_heartbeat_ttl(self, job: Job, working_time: float = 0.0) -> int:
-        """So long that nobody's clean-up fails a job of a dead worker before it has been taken back."""
+        """Return a time so long that nobody's clean-up fails a job of a dead worker before it has been taken back."""
         return max(EXECUTION_TTL_SECONDS, int(super().get_heartbeat_ttl(job, working_time)))
 
     def sign_on(self) -> bool:
-        """Appear among the workers, waiting for a Redis that is not up yet. False when told to stop meanwhile.
+        """Appear among the workers, waiting for a Redis that is not up yet.
+
+        Returns:
+            False if this worker was told to stop meanwhile.
 
         Raises:
             RedisAccessDenied: Redis is up, and will not have this worker.
@@ -121,6 +124,7 @@ class RQWorker(BaseWorker):
         return False
 
     def sign_off(self) -> None:
+        """Disappear from among the workers; say so in the log if Redis cannot be told."""
         self.lease.stop()
         try:
             self._scheduler.release_locks()
@@ -131,21 +135,24 @@ class RQWorker(BaseWorker):
         log.info("%s has stopped", self.name)
 
     def keep_up(self) -> bool:
-        """Heartbeat, jobs that are due, RQ's clean-up, each when it is time. Returns whether a heartbeat was due.
+        """Send the heartbeat, enqueue jobs that are due, and run RQ's clean-up, each when it is time.
 
         An entry that breaks the clean-up keeps no job waiting.
+
+        Returns:
+            Whether a heartbeat was due.
         """
         now = time.monotonic()
-        beat = now - self._last_heartbeat > HEARTBEAT_SECONDS
-        if beat:
+        due = now - self._last_heartbeat > HEARTBEAT_SECONDS
+        if due:
             self.announce()
             self._last_heartbeat = now
             self._scheduler.acquire_locks()
         if now >= self._no_upkeep_before:
-            self._upkeep(now)
-        return beat
+            self._do_upkeep(now)
+        return due
 
-    def _upkeep(self, now: float) -> None:
+    def _do_upkeep(self, now: float) -> None:
         self._no_upkeep_before = now + UPKEEP_SECONDS
         try:
             self._scheduler.enqueue_scheduled_jobs()
@@ -158,7 +165,7 @@ class RQWorker(BaseWorker):
             self._no_upkeep_before = now + UPKEEP_PAUSE_SECONDS
 
     def unsubscribe(self) -> None:
-        """As RQ does, but in the order that wakes the listening thread after it was told to end, not before."""
+        """Do as RQ does, but in the order that wakes the listening thread after it was told to end, not before."""
         if self.pubsub_thread is not None and self.pubsub is not None:
             self.pubsub_thread.stop()
             self.pubsub.unsubscribe()
@@ -166,7 +173,7 @@ class RQWorker(BaseWorker):
             self.pubsub.close()
 
     def announce(self) -> None:
-        """A heartbeat, and an entry anew should Redis have lost its data since."""
+        """Send a heartbeat, and write the worker's entry anew: Redis may have lost its data since."""
         with self.connection.pipeline() as pipeline:
             worker_registration.register(self, pipeline)
             fields: dict[Any, Any] = {**self.serialize(), "state": self._state}
@@ -175,7 +182,7 @@ class RQWorker(BaseWorker):
             pipeline.execute()
 
     def enter(self, state: WorkerStatus) -> None:
-        """Tell a new state, and with it how this worker is doing; the same one again costs nothing."""
+        """Announce a new state, and with it how this worker is doing; the same state again costs nothing."""
         if self.get_state() != state:
             self._state = state
             self.announce()
@@ -184,7 +191,7 @@ class RQWorker(BaseWorker):
         return bool(is_suspended(self.connection, self))
 
     def handle_payload(self, message: dict[Any, Any]) -> None:
-        """A command, in the thread that listens for them: noted, and carried out between two steps."""
+        """Note a command, in the thread that listens for commands; it is obeyed between two steps."""
         try:
             payload = parse_payload(message)
             command, job_id = payload["command"], str(payload.get("job_id", ""))
@@ -198,8 +205,8 @@ class RQWorker(BaseWorker):
         else:
             log.warning("%s: the command %s is ignored", self.name, str(command)[:40])
 
-    def commanded_to_stop(self) -> Iterable[str]:
-        """The ids of the jobs that stop commands have named since this was asked last."""
+    def take_stop_commands(self) -> Iterable[str]:
+        """Yield the ids of the jobs that stop commands have named since the last call."""
         while not self._stop_commands.empty():
             yield self._stop_commands.get()
 
@@ -208,7 +215,7 @@ class RQWorker(BaseWorker):
             on_stop_signals(self.request_stop)
 
     def request_stop(self, _signum: int, _frame: FrameType | None) -> None:
-        """Only sets flags: RQ's own handler raises where it stands, which loses a job that was just claimed."""
+        """Set flags only: RQ's own handler raises where it stands, which loses a job that was just claimed."""
         if self.stopping.is_set():
             self.stop_at_once = True
         self.stopping.set()
@@ -218,10 +225,11 @@ class RQWorker(BaseWorker):
         self.request_stop(signum, frame)
 
     def is_orphaned(self) -> bool:
-        """The supervisor is gone: nobody would stop this worker any more."""
+        """Tell whether the supervisor is gone: nobody would stop this worker any more."""
         return self.supervisor_pid is not None and os.getppid() != self.supervisor_pid
 
     def wait_for_redis(self, reason: Exception, failures: int) -> None:
+        """Say that Redis cannot be used, and wait before it is tried again."""
         seconds = back_off(failures)
         log.warning("%s: Redis cannot be used (%s); trying again in %.1f s", self.name, reason, seconds)
         if self.stopping.is_set():
@@ -230,11 +238,11 @@ class RQWorker(BaseWorker):
             self.stopping.wait(seconds)
 
 
-def default_name() -> str:
-    """Unique also when a process id comes round again, as it does in containers."""
+def make_name() -> str:
+    """Return a worker's name that is unique also when a process id comes round again, as it does in containers."""
     return f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:6]}"
 
 
 def back_off(failures: int) -> float:
-    """Seconds to wait after so many failures in a row."""
+    """Return how many seconds to wait after a number of failures in a row."""
     return min(MAX_RECONNECT_SECONDS, 0.25 * 2.0 ** min(failures, 10))

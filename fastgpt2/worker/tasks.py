@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from fastgpt2.errors import JobTimedOut
 from fastgpt2.protocol.keys import ATTEMPTS_FIELD, PARTIAL_META, stream_key
 from fastgpt2.protocol.messages import RUNNING_TTL_SECONDS, JobOptions, parse_job, piece_to_entry, result_to_json
-from fastgpt2.worker.batch import Sent
+from fastgpt2.protocol.untrusted import seconds_between
+from fastgpt2.worker.batch import StreamPosition
 
 if TYPE_CHECKING:
     from rq.job import Job
@@ -45,36 +46,39 @@ def generate(*args: Any, **kwargs: Any) -> dict[str, Any]:
         while not sequence.finished:
             engine.decoder.step()
             if run is not None:
-                run.after_step(sequence, engine.model)
+                run.follow_step(sequence, engine.model)
     finally:
         engine.decoder.finish(sequence)
-    return result_to_json(sequence.result(engine.model), run.waited if run is not None else 0.0)
+    return result_to_json(sequence.result(engine.model), run.waited_seconds if run is not None else 0.0)
 
 
 class _StockRun:
-    """What a stock worker does not do for a job: its deadline and its stream."""
+    """Keeps a job's deadline and writes its stream, which a stock worker does not do."""
 
     def __init__(self, job: Job, options: JobOptions) -> None:
-        from fastgpt2.protocol.untrusted import seconds_between
-
         self._job, self._options = job, options
-        self.waited = seconds_between(job.enqueued_at, job.started_at)
-        self._due_at = math.inf
+        self.waited_seconds = seconds_between(job.enqueued_at, job.started_at)
+        self._deadline = math.inf
         if options.timeout is not None:
-            self._due_at = time.monotonic() + options.timeout - self.waited
+            self._deadline = time.monotonic() + options.timeout - self.waited_seconds
         self._attempt = job.connection.hincrby(job.key, ATTEMPTS_FIELD, 1)
-        self._sent = Sent()
+        self._position = StreamPosition()
 
-    def after_step(self, sequence: Sequence, model: str) -> None:
-        piece = self._sent.next(sequence, self._attempt) if self._options.stream else None
+    def follow_step(self, sequence: Sequence, model: str) -> None:
+        """Stream what is new after a step.
+
+        Raises:
+            JobTimedOut: the job's time is up; what was generated is kept in its metadata.
+        """
+        piece = self._position.next_piece(sequence, self._attempt) if self._options.stream else None
         if piece is not None:
             with self._job.connection.pipeline() as pipeline:
                 pipeline.xadd(stream_key(self._job.id), piece_to_entry(piece))
                 pipeline.expire(stream_key(self._job.id), RUNNING_TTL_SECONDS)
                 pipeline.execute()
-            self._sent.note(piece)
-        if time.monotonic() > self._due_at and not sequence.finished:
-            self._job.meta[PARTIAL_META] = result_to_json(sequence.result(model, "timeout"), self.waited)
+            self._position.advance(piece)
+        if time.monotonic() > self._deadline and not sequence.finished:
+            self._job.meta[PARTIAL_META] = result_to_json(sequence.result(model, "timeout"), self.waited_seconds)
             self._job.save_meta()
             raise JobTimedOut(
                 self._job.id, f"took longer than the {self._options.timeout:g} s that it was given (timeout)"
@@ -83,7 +87,7 @@ class _StockRun:
 
 @cache
 def _engine() -> Engine:
-    """Loaded once a process. A stock `rq worker` forks a process for each job, and so loads for each job."""
+    """Return the engine of this process. A stock `rq worker` forks a process for each job, and so loads for each."""
     from fastgpt2 import settings
     from fastgpt2.engine.engine import Engine
 

@@ -1,4 +1,4 @@
-"""An RQ worker that holds many jobs at once and decodes them together: between any two steps some come and some go."""
+"""An RQ worker that runs many jobs at once and decodes them together: between any two steps some come and some go."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import RedisError
-from rq.registry import CanceledJobRegistry
 from rq.worker import WorkerStatus
 
 from fastgpt2.errors import JobStopped, PromptTooLong
-from fastgpt2.protocol.keys import SUSPECT_CRASHES, stream_key
+from fastgpt2.protocol.keys import registry_key, stream_key
 from fastgpt2.protocol.messages import RUNNING_TTL_SECONDS, Piece, piece_to_entry
+from fastgpt2.protocol.scripts import execute
 from fastgpt2.protocol.untrusted import is_of_entry
-from fastgpt2.worker.batch import Batch, Running, Started
+from fastgpt2.worker.batch import ActiveJob, Attempt, Batch
 from fastgpt2.worker.claims import Claim, Claims
 from fastgpt2.worker.ledger import Ledger
 from fastgpt2.worker.liveness import AliveFile
-from fastgpt2.worker.outbox import Endings
+from fastgpt2.worker.outbox import Outbox
 from fastgpt2.worker.recycling import Recycling
-from fastgpt2.worker.reporting import Description, Figures
+from fastgpt2.worker.reporting import Metrics, WorkerInfo
 from fastgpt2.worker.rq_worker import RQWorker, back_off
 
 if TYPE_CHECKING:
@@ -37,30 +37,30 @@ if TYPE_CHECKING:
 log = logging.getLogger("fastgpt2.worker")
 
 # How long an idle worker may take to notice that it is an orphan, suspended, or due for a heartbeat or for upkeep; and
-# one that has had nothing to do for a while: a thousand of them share one Redis. A job and a signal wake it.
+# a worker that has had nothing to do for a while: a thousand of them share one Redis. A job and a signal wake it.
 IDLE_SECONDS = 1.0
 QUIET_AFTER_SECONDS = 30.0
 QUIET_SECONDS = 5.0
 
-# Taken at one go: what is left may be another worker's, so that a burst of jobs spreads over all of them.
+# How many jobs to claim at one go: the rest may be another worker's, so that a burst of jobs spreads over all of them.
 MOST_CLAIMS = 4
 
 
 class GenerationWorker(RQWorker):
-    """Takes jobs as long as there is room for them, steps all of them together, and writes each one's end.
+    """Claims jobs as long as there is room for them, steps all of them together, and writes each one's end.
 
-    A stop signal makes it take no more, finish what it holds within `drain_timeout`, and give the rest back to the
+    A stop signal makes it claim no more, finish what it runs within `drain_timeout`, and give the rest back to the
     front of the queue; a second one makes it give back all at once.
 
     Args:
         engine: loaded and warmed up.
         connection: to Redis; see `fastgpt2.protocol.connection.connect`.
-        queue: name of the queue; the more and the less urgent ones beside it are served too (`names.queues_of`).
-        name: unique among the live workers; default host and process id.
+        queue: the name of the queue; the more and the less urgent ones beside it are served too (`keys.queues_of`).
+        name: unique among the live workers; the default is made of the host's name, the process id and a random part.
         supervisor_pid: the process without which this one should not live on.
-        drain_timeout: seconds.
+        drain_timeout: in seconds.
         recycling: when to end although nobody asks for it.
-        log_prompts: write what is asked into the log, where it would else not be found.
+        log_prompts: write the prompts into the log, where they would else not be found.
         restarts: how often the supervisor has started a worker in this one's place again.
         alive: the file that probes look at.
     """
@@ -93,23 +93,26 @@ class GenerationWorker(RQWorker):
         self._no_redis_before = 0.0
         super().__init__(connection, queue, name, supervisor_pid)
         self._claims = Claims(connection, self.queues, self.name)
-        self.figures = Figures(connection, queue, self.name, self.batch, engine.decoder)
-        self._description = Description(engine, self.batch, self.figures, restarts)
-        self._ledger = Ledger(self, self.figures.malformed)
-        self.endings = Endings(self.batch, self._ledger, self.figures, self.name)
+        self.metrics = Metrics(connection, queue, self.name, self.batch, engine.decoder)
+        self._info = WorkerInfo(engine, self.batch, self.metrics, restarts)
+        self._ledger = Ledger(self, self.metrics.count_malformed)
+        self.outbox = Outbox(self.batch, self._ledger, self.metrics, self.name)
 
     def serialize(self) -> dict[str, Any]:
-        """What Redis holds of this worker: RQ's fields, what clients need to know of the model, and how it is doing."""
+        """Return what Redis holds of this worker: RQ's fields, and those of `WorkerInfo`."""
         own = {"exchange_seconds": round(self._exchange_seconds, 6)}
-        return {**super().serialize(), **self._description.fields(), **own}
+        return {**super().serialize(), **self._info.fields(), **own}
 
     def announce(self) -> None:
-        """Tell the pool's figures first: who reads a worker's own pace finds the same work among the pool's."""
-        self.figures.tell()
+        """Report the pool's figures first: who reads a worker's own rate finds the same work among the pool's."""
+        self.metrics.report()
         super().announce()
 
     def work(self, burst: bool = False, *other: Any, **others: Any) -> bool:
-        """Take and run jobs until told to stop; with `burst`, until the queue is empty. Returns whether any was run.
+        """Claim and run jobs until told to stop; with `burst`, until the queue is empty.
+
+        Returns:
+            Whether any job was run.
 
         Raises:
             TypeError: an option of RQ's own `work` other than `burst` was given.
@@ -119,23 +122,21 @@ class GenerationWorker(RQWorker):
         self._install_signal_handlers()
         if not self.sign_on():
             return False
+        message = "%s is ready: model %s, up to %d jobs at once, queues %s, process %d"
         names = ", ".join(self.queue_names())
-        log.info(
-            "%s is ready: model %s, up to %d jobs at once, queues %s, process %d",
-            *(self.name, self.engine.model, self.engine.max_batch, names, self.pid),
-        )
+        log.info(message, self.name, self.engine.model, self.engine.max_batch, names, self.pid)
         if self.recycling is not None:
             self.recycling.start()
         try:
             if self._alive is not None:
-                self._alive.make()
+                self._alive.create()
             while not self._turn(burst):
                 pass
         finally:
             if self._alive is not None:
                 self._alive.remove()
             self._claims.close()
-            self.figures.close()
+            self.metrics.close()
             self.sign_off()
         return self._worked
 
@@ -143,39 +144,43 @@ class GenerationWorker(RQWorker):
         super().request_stop(signum, frame)
         self._claims.wake()
 
-    # One turn: all talk with Redis, then a step.
+    # One turn of the loop: all talk with Redis, then a step.
 
     def _turn(self, burst: bool) -> bool:
-        """Whether this was the last one."""
-        idle = self._empty_handed()
-        self.lease.turned()
+        """Take one turn. Return whether it was the last one."""
+        idle = self._has_no_jobs()
+        self.lease.note_turn()
         if self._alive is not None:
-            self._alive.turned()
-        self._heed_stop()
+            self._alive.note_turn()
+        self._check_for_stop()
         found = True
         if time.monotonic() >= self._no_redis_before:
-            found = self._exchange_safely(burst, idle)
-        elif not self.batch.running:
+            found = self._try_exchange(burst, idle)
+        elif not self.batch.decoding:
             time.sleep(0.02)
-        if self._empty_handed() and (self.stopping.is_set() or (burst and not found)):
+        if self._has_no_jobs() and (self.stopping.is_set() or (burst and not found)):
             return True
-        if len(self.endings) and self.stop_at_once and self._redis_failures:
-            log.error("%s: the ends of %d jobs could not be written", self.name, len(self.endings))
+        if len(self.outbox) and self.stop_at_once and self._redis_failures:
+            log.error("%s: the ends of %d jobs could not be written", self.name, len(self.outbox))
             return True
         self._end_overdue()
         self.batch.admit()
         self._step()
         return False
 
-    def _empty_handed(self) -> bool:
-        return not (len(self.batch) or self._claimed or len(self.endings))
+    def _has_no_jobs(self) -> bool:
+        return not (len(self.batch) or self._claimed or len(self.outbox))
 
-    def _exchange_safely(self, burst: bool, idle: bool) -> bool:
-        """Whether any job was found."""
+    def _try_exchange(self, burst: bool, idle: bool) -> bool:
+        """Exchange with Redis what there is; if that fails, go on without Redis for a while.
+
+        Returns:
+            Whether any job was found; True if that is not known.
+        """
         began = time.perf_counter()
         try:
             found = self._exchange(burst, idle)
-            self.figures.tell_if_due()
+            self.metrics.report_if_due()
             self._redis_failures = 0
             return found
         except RedisError as reason:
@@ -195,40 +200,46 @@ class GenerationWorker(RQWorker):
         return True
 
     def _exchange(self, burst: bool, idle: bool) -> bool:
-        self.endings.write()
-        if self.keep_up() or self.lease.was_taken_from():
+        """Write ends, keep up, then claim and start jobs. Return whether there were any jobs.
+
+        Raises:
+            RedisError
+        """
+        self.outbox.write()
+        if self.keep_up() or self.lease.consume_loss():
             self._compare_with_redis()
         if len(self.batch):
-            self._pulse()
-        elif not self.stopping.is_set() and not self._claimed and self.lease.held:
-            self._claimed += self._idle(burst)
+            self._exchange_between_steps()
+        elif not self.stopping.is_set() and not self._claimed and self.lease.is_valid:
+            self._claimed += self._wait_for_jobs(burst)
         if not self._claimed:
             return not idle
         self._start_claimed()
         return True
 
     def _compare_with_redis(self) -> None:
-        """Keep alive what is in hand, let go of what is not this worker's any more, find what it never heard of."""
-        lost = self._ledger.keep_alive([running.started for running in self.batch])
-        for running in [running for running in self.batch if running.started in lost]:
-            self.endings.cancel(running, "was cancelled, deleted or taken back")
+        """Keep running jobs alive, let go of what is not this worker's any more, find what it never heard of."""
+        lost = self._ledger.keep_alive([job.attempt for job in self.batch])
+        for job in [job for job in self.batch if job.attempt in lost]:
+            self.outbox.cancel(job, "was cancelled, deleted or taken back")
         known = {job_id for _, job_id in self._claimed}
-        known.update(running.id for running in (*self.batch, *self.endings))
+        known.update(job.id for job in (*self.batch, *self.outbox))
         # The answer to a claim, or to the start of a job, was lost on the way.
-        self._claimed += [claim for claim in self._claims.in_hand() if claim[1] not in known]
+        self._claimed += [claim for claim in self._claims.list_all() if claim[1] not in known]
 
     def _start_claimed(self) -> None:
-        read = self._ledger.read(self._claimed)
-        suspect = next((at for at, each in enumerate(read) if each.crashes >= SUSPECT_CRASHES), len(read))
-        if suspect == 0 and not len(self.batch):
-            suspect = 1
-        self._claims.put_back([(each.queue, each.id) for each in read[suspect:]])
-        started = self._ledger.start(read[:suspect])
+        """Start the claimed jobs; from the first suspect on they go back, unless the suspect can run alone."""
+        attempts = self._ledger.read(self._claimed)
+        count = next((at for at, attempt in enumerate(attempts) if attempt.is_suspect), len(attempts))
+        if count == 0 and not len(self.batch):
+            count = 1
+        self._claims.put_back([(attempt.queue, attempt.id) for attempt in attempts[count:]])
+        started = self._ledger.start(attempts[:count])
         self._claimed = []
-        for each in started:
-            self._take_up(each)
+        for attempt in started:
+            self._begin(attempt)
 
-    def _idle(self, burst: bool) -> list[Claim]:
+    def _wait_for_jobs(self, burst: bool) -> list[Claim]:
         if self.is_suspended():
             self.enter(WorkerStatus.SUSPENDED)
             if not burst:
@@ -236,130 +247,136 @@ class GenerationWorker(RQWorker):
             return []
         self.enter(WorkerStatus.IDLE)
         if burst:
-            return self._claims.take(MOST_CLAIMS)
+            return self._claims.claim(MOST_CLAIMS)
         quiet = time.monotonic() - self._worked_at > QUIET_AFTER_SECONDS
         return self._claims.wait(QUIET_SECONDS if quiet else IDLE_SECONDS)
 
-    def _pulse(self) -> None:
-        """One round trip between two steps: new text goes out, cancellations and new jobs come in."""
+    def _exchange_between_steps(self) -> None:
+        """Send new text, and fetch cancellations and new jobs, in one round trip."""
         with self.connection.pipeline(transaction=False) as pipeline:
             sent = self._add_pieces(pipeline)
-            asked = self._add_cancellations(pipeline)
-            wanted = 0 if self.stopping.is_set() or self._claimed else min(MOST_CLAIMS, self.batch.room())
-            wanted *= self.lease.held
+            queries = self._add_cancellation_queries(pipeline)
+            wanted = self._count_wanted()
             if wanted:
-                self._claims.ask(pipeline, wanted, len(self.batch))
-            replies = pipeline.execute(raise_on_error=False)
+                self._claims.add_claim(pipeline, wanted, len(self.batch))
+            replies = execute(pipeline)
         pieces = {at for at, _, _ in sent}
         for at, reply in enumerate(replies):
             if isinstance(reply, RedisError) and not (at in pieces and is_of_entry(reply)):
                 raise reply
         self._note_sent(sent, replies)
         if wanted:
-            self._claimed += self._claims.answered(replies[-1])
-        at = len(replies) - bool(wanted) - len(asked)
-        for together, scores in zip(asked, replies[at : at + len(asked)], strict=True):
-            for running, score in zip(together, scores, strict=True):
+            self._claimed += self._claims.read(replies.pop())
+        for jobs, scores in zip(queries, replies[len(replies) - len(queries) :], strict=True):
+            for job, score in zip(jobs, scores, strict=True):
                 if score is not None:
-                    self.endings.cancel(running)
+                    self.outbox.cancel(job)
 
-    def _note_sent(self, sent: list[tuple[int, Running, Piece]], replies: list[Any]) -> None:
-        for at, running, piece in sent:
-            running.sent.note(piece)
+    def _count_wanted(self) -> int:
+        """Return how many jobs to claim now."""
+        if self.stopping.is_set() or self._claimed or not self.lease.is_valid:
+            return 0
+        return min(MOST_CLAIMS, self.batch.room())
+
+    def _note_sent(self, sent: list[tuple[int, ActiveJob, Piece]], replies: list[Any]) -> None:
+        for at, job, piece in sent:
+            job.position.advance(piece)
             if isinstance(replies[at], RedisError):
-                log.warning("%s: the text of job %s cannot be streamed (%s)", self.name, running.id, replies[at])
-                running.muted = True
+                log.warning("%s: the text of job %s cannot be streamed (%s)", self.name, job.id, replies[at])
+                job.muted = True
 
-    def _add_pieces(self, pipeline: Pipeline) -> list[tuple[int, Running, Piece]]:
-        """The pieces, each with the number of its command and whose it is."""
+    def _add_pieces(self, pipeline: Pipeline) -> list[tuple[int, ActiveJob, Piece]]:
+        """Add the new pieces to a pipeline. Return each with the number of its command and its job."""
         sent = []
-        for running in self.batch.running:
-            piece = running.unsent()
+        for job in self.batch.decoding:
+            piece = job.next_piece()
             if piece is not None:
-                key = stream_key(running.id)
-                # A bound for a stream that many attempts write to; one attempt has an entry a token at most.
+                key = stream_key(job.id)
+                # A bound for a stream that many attempts write to; one attempt has at most an entry for each token.
                 most = 4 * self.engine.config.n_positions
-                sent.append((len(pipeline), running, piece))
+                sent.append((len(pipeline), job, piece))
                 pipeline.xadd(key, piece_to_entry(piece), maxlen=most, approximate=True)
                 if piece.at == 0:
                     pipeline.expire(key, RUNNING_TTL_SECONDS)
         return sent
 
-    def _add_cancellations(self, pipeline: Pipeline) -> list[list[Running]]:
-        """Ask which of the jobs in hand are among the cancelled, queue by queue."""
-        by_queue: dict[str, list[Running]] = defaultdict(list)
-        for running in self.batch:
-            by_queue[running.started.queue.name].append(running)
-        for name, together in by_queue.items():
-            key = CanceledJobRegistry.key_template.format(name)
-            pipeline.execute_command("ZMSCORE", key, *(running.id for running in together))
+    def _add_cancellation_queries(self, pipeline: Pipeline) -> list[list[ActiveJob]]:
+        """Add a query for each queue: which of its running jobs are among the cancelled. Return the jobs of each."""
+        by_queue: dict[str, list[ActiveJob]] = defaultdict(list)
+        for job in self.batch:
+            by_queue[job.attempt.queue.name].append(job)
+        for name, jobs in by_queue.items():
+            pipeline.execute_command("ZMSCORE", registry_key("canceled", name), *(job.id for job in jobs))
         return list(by_queue.values())
 
-    # Jobs come.
+    # Jobs begin, are decoded, and end.
 
-    def _take_up(self, started: Started) -> None:
+    def _begin(self, attempt: Attempt) -> None:
+        """Put a started job into the batch, or fail it if its request cannot be served."""
         self._worked = True
         self._worked_at = time.monotonic()
         try:
-            request, options = started.job.asked()
+            request, options = attempt.rq_job.parse()
             if self.log_prompts:
-                log.info("%s: job %s: %.1000s", self.name, started.id, json.dumps(request.prompt))
+                log.info("%s: job %s: %.1000s", self.name, attempt.id, json.dumps(request.prompt))
             self._refuse_hopeless(request)
             prompt = self.engine.decoder.prepare(request)
         except Exception as error:
-            self.endings.refuse(started, error)
+            self.outbox.refuse(attempt, error)
             return
-        self.batch.add(Running.begin(started, prompt, options, self.engine.model, time.monotonic()))
+        self.batch.add(ActiveJob.begin(attempt, prompt, options, self.engine.model, time.monotonic()))
 
     def _refuse_hopeless(self, request: GenerationRequest) -> None:
-        """A text of more bytes than all positions have room for is not tokenized: the others would wait for it."""
+        """Raise PromptTooLong, without tokenizing, for a text of more bytes than all positions have room for.
+
+        The other jobs would wait while it is tokenized.
+        """
         prompt, n_positions = request.prompt, self.engine.config.n_positions
-        least = -(-len(prompt.encode()) // self._description.longest_token_bytes) if isinstance(prompt, str) else 0
+        least = -(-len(prompt.encode()) // self._info.longest_token_bytes) if isinstance(prompt, str) else 0
         if least + request.least_room > n_positions:
             raise PromptTooLong(
                 f"prompt tokens {least} or more, over {request.describe_positions(n_positions)}: shorten the prompt"
             )
 
     def _step(self) -> None:
-        self.figures.look()
+        self.metrics.sample()
         try:
-            ended = self.batch.step()
+            finished = self.batch.step()
         except Exception as error:
-            self._blame(self.batch.running, error)
+            self._blame(self.batch.decoding, error)
             return
-        for running in ended:
-            self.endings.finish(running)
+        for job in finished:
+            self.outbox.finish(job)
 
-    def _blame(self, together: list[Running], error: Exception) -> None:
-        """Whose fault it was cannot be told of jobs that went through a step together: each gets another chance."""
+    def _blame(self, jobs: list[ActiveJob], error: Exception) -> None:
+        """End what a failed step leaves. Of several jobs nobody knows whose fault it was: each gets another chance."""
         if isinstance(error, MemoryError):
             log.error("%s: memory has run out; stopping, so that a fresh process takes its place", self.name)
             self.stopping.set()
-        if len(together) == 1:
-            self.endings.fail(together[0], error)
+        if len(jobs) == 1:
+            self.outbox.fail(jobs[0], error)
             return
-        log.error("%s: a step with %d jobs failed", self.name, len(together), exc_info=error)
-        self.endings.give_back(together, crashed=True)
-
-    # Jobs go.
+        log.error("%s: a step with %d jobs failed", self.name, len(jobs), exc_info=error)
+        self.outbox.give_back(jobs, crashed=True)
 
     def _end_overdue(self) -> None:
-        """End what its own time, or a stop command, ends."""
-        stopped = set(self.commanded_to_stop())
+        """End the jobs whose time is up, or that a stop command names."""
+        stopped = set(self.take_stop_commands())
         now = time.monotonic()
-        for running in self.batch:
-            if running.id in stopped:
-                self.endings.fail(running, JobStopped(running.id, "stopped on request"))
-            elif (error := running.time_up(now)) is not None:
-                self.endings.fail(running, error)
+        for job in self.batch:
+            if job.id in stopped:
+                self.outbox.fail(job, JobStopped(job.id, "stopped on request"))
+            elif (error := job.check_deadline(now)) is not None:
+                self.outbox.fail(job, error)
 
-    # The end of all.
+    # The worker ends.
 
-    def _heed_stop(self) -> None:
+    def _check_for_stop(self) -> None:
+        """If this worker is to stop, finish what it runs within `drain_timeout` and give the rest back."""
         if not self.stopping.is_set():
             if self.is_orphaned():
                 log.warning("%s: the supervisor is gone; stopping", self.name)
-            elif (reason := self._worn_out()) is not None:
+            elif (reason := self._reason_to_recycle()) is not None:
                 log.info("%s: %s; stopping", self.name, reason)
             else:
                 return
@@ -367,18 +384,16 @@ class GenerationWorker(RQWorker):
         if self._drain_until == math.inf:
             self._drain_until = time.monotonic() + self.drain_timeout
             if len(self.batch):
-                log.info(
-                    "%s is told to stop: finishing %d jobs within %g s; a second signal gives them back",
-                    *(self.name, len(self.batch.running), self.drain_timeout),
-                )
-            self.endings.give_back(self.batch.waiting)
+                message = "%s is told to stop: finishing %d jobs within %g s; a second signal gives them back"
+                log.info(message, self.name, len(self.batch.decoding), self.drain_timeout)
+            self.outbox.give_back(self.batch.waiting)
         if self.stop_at_once or time.monotonic() > self._drain_until:
-            self.endings.give_back(list(self.batch))
+            self.outbox.give_back(list(self.batch))
 
-    def _worn_out(self) -> str | None:
+    def _reason_to_recycle(self) -> str | None:
         if self.recycling is None:
             return None
         decoder = self.engine.decoder
-        # Shared with the helper processes, those of jobs in hand are not this process's own memory; kept ones are.
+        # Shared with the helper processes, those of running jobs are not this process's own memory; kept ones are.
         kv_bytes = decoder.prefix_bytes + (decoder.kv_bytes_reserved if decoder.model.size == 1 else 0)
-        return self.recycling.due(self.endings.written + len(self.batch), kv_bytes, time.monotonic())
+        return self.recycling.due(self.outbox.written + len(self.batch), kv_bytes, time.monotonic())

@@ -1,4 +1,4 @@
-"""What the soak runs against: a Redis with its file, and two supervised pools; all of it may be killed."""
+"""The soak runs against a Redis with its file, and two supervised pools; all of it may be killed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ POOLS = 2
 
 
 class PoolProcess:
-    """`fastgpt2 pool` as a process.
+    """A process of `fastgpt2 pool`.
 
     Attributes:
         down_until: not to be started again before this, on the monotonic clock.
@@ -50,7 +50,7 @@ class PoolProcess:
             )
 
     def worker_pids(self) -> list[int]:
-        """Of the processes that run, or are stopped, now."""
+        """Return the ids of the processes that run, or are stopped, now."""
         if self.process is None or self.process.poll() is not None:
             return []
         with suppress(OSError):
@@ -59,7 +59,7 @@ class PoolProcess:
         return []
 
     def kill(self, workers_too: bool) -> None:
-        """SIGKILL; the workers of a supervisor that dies alone are told by the kernel to stop."""
+        """Send SIGKILL; the workers of a supervisor that dies alone are told by the kernel to stop."""
         pids = self.worker_pids() if workers_too else []
         if self.process is not None:
             self.process.kill()
@@ -99,7 +99,7 @@ class Cluster:
         return process.pid if process is not None and process.poll() is None else None
 
     def stop(self) -> None:
-        """The pools in good order; Redis is left to be read."""
+        """Stop the pools in good order; Redis is left to be read."""
         for pool in self.pools:
             for pid in pool.worker_pids():
                 send(pid, signal.SIGCONT)
@@ -121,7 +121,7 @@ def send(pid: int, signum: int) -> None:
 
 
 def patiently(connection: Redis, seconds: float = 30.0) -> Redis:
-    """The connection, once Redis answers."""
+    """Return a connection, once Redis answers."""
     deadline = time.monotonic() + seconds
     while True:
         try:

@@ -1,4 +1,4 @@
-"""What goes wrong, one after the other, by a seed."""
+"""The faults that come, one after the other, by a seed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LONG_STOP_SECONDS = 22.0
 
 @dataclass(frozen=True)
 class Kill:
-    """When a worker, or a whole pool of them, was killed with jobs in its hands.
+    """The moment at which a worker, or a whole pool of them, was killed while it had jobs.
 
     Attributes:
         supervised: whether its supervisor lived.
@@ -37,7 +37,7 @@ class Kill:
 
 
 class Faults:
-    """Chooses and commits them.
+    """Chooses faults and commits them.
 
     Attributes:
         counts: of each kind.
@@ -67,13 +67,13 @@ class Faults:
             self._kinds |= {self._zombie: 1, self._kill_pool_for_long: 1}
 
     def commit(self) -> None:
-        """One of them, by chance."""
+        """Commit one fault, chosen by chance."""
         fault = self._random.choices(list(self._kinds), list(self._kinds.values()))[0]
         if fault():
             self.counts[fault.__name__.strip("_")] += 1
 
     def tend(self, now: float) -> None:
-        """Wake up who has been stopped long enough."""
+        """Wake up the processes that have been stopped long enough."""
         for at, pid in list(self._to_continue):
             if now >= at:
                 send(pid, signal.SIGCONT)

@@ -16,7 +16,7 @@ from chaos.cluster import QUEUE
 from chaos.submission import Submitted
 from fastgpt2.protocol.keys import queues_of
 
-# What stays in Redis without an expiry although no job is left in hand; each is bounded by what it lists.
+# What stays in Redis without an expiry although no job is left; each is bounded by what it lists.
 _LASTING = [
     r"rq:queues",  # the names of all queues
     r"rq:(finished|failed|canceled|deferred|scheduled):soak.*",  # jobs until they expire, by RQ's upkeep or ours
@@ -25,7 +25,7 @@ _LASTING = [
 
 
 def audit(redis: Redis, everything: list[Submitted]) -> tuple[Counter[str], list[str]]:
-    """How many jobs ended in which way, and everything that is not as it should be: a sentence each."""
+    """Return how many jobs ended in which way, and a sentence for everything that is not as it should be."""
     ends: Counter[str] = Counter()
     faults: list[str] = []
     for job in everything:

@@ -32,7 +32,7 @@ OVER = (b"finished", b"failed", b"canceled", b"stopped")
 
 @dataclass
 class Report:
-    """What a soak showed. Times are in seconds."""
+    """The results of a soak. Times are in seconds."""
 
     seed: int
     jobs: int
@@ -48,7 +48,7 @@ class Report:
 
 
 class Recoveries:
-    """How long after a kill each job that was in hand ran again, under another execution, or was over."""
+    """Return how long after a kill each job of the killed ran again, under another execution, or had ended."""
 
     def __init__(self, connection: Redis) -> None:
         self._connection = connection
@@ -87,9 +87,11 @@ class Recoveries:
 def run(
     folder: Path, jobs: int, workers: int, seed: int, faults: int, every: float, lasting: bool, limit: float
 ) -> Report:
-    """Submit so many jobs while so many faults come, so many seconds apart on average; then account for everything.
+    """Submit jobs while faults come, then account for everything.
 
     Args:
+        jobs, workers, faults: how many.
+        every: how many seconds the faults are apart, on average.
         lasting: also faults that last longer than a lease.
         limit: seconds after which what is not over counts as lost.
     """
@@ -123,7 +125,7 @@ def _soak(cluster: Cluster, report: Report, count: int, every: float, lasting: b
         while len(submission.everything) < until:
             submission.submit(tend)
             tend()
-        struck_at = time.monotonic() + chance.uniform(0.0, 0.3)  # while some are in hand
+        struck_at = time.monotonic() + chance.uniform(0.0, 0.3)  # while some run
         _tend_until(struck_at, tend)
         faults.commit()
         _tend_until(struck_at + chance.uniform(0.5, 1.5) * every, tend)
@@ -177,7 +179,7 @@ def _all_over(connection: Redis, ids: list[str]) -> bool:
 
 
 def _wait_for_upkeep(connection: Redis) -> None:
-    """Until nobody holds a lease: all have signed off, and what a dead one left has been taken by its supervisor."""
+    """Wait until nobody has a lease: all have signed off, and supervisors have taken back the jobs of the dead."""
     deadline = time.monotonic() + 10.0
     while connection.zcard(leases_key(QUEUE)) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -67,7 +67,7 @@ class Submission:
         self.repeated = 0
 
     def submit(self, tend: Callable[[], None]) -> None:
-        """One more, whatever it takes; `tend` is called meanwhile."""
+        """Submit one more job, whatever it takes; `tend` is called meanwhile."""
         entry, tokens = self._random.choice(ENTRIES), self._random.randint(1, 100)
         kind = self._random.choices(
             ["plain", "stream", "cancelled", "refused", "deadline", "dependent"], [10, 3, 1, 1, 1, 1]
@@ -97,7 +97,7 @@ class Submission:
             self._say(lambda: self._depend(job), tend)
 
     def tend(self, now: float) -> None:
-        """Cancel what is due to be."""
+        """Cancel the jobs that are due to be cancelled."""
         for at, job_id in list(self._cancellations):
             if now >= at:
                 with suppress(FastGPT2Error):  # away: tried again next time
@@ -120,7 +120,7 @@ class Submission:
                 time.sleep(0.05)
 
     def _depend(self, on: Submitted) -> None:
-        """Another job, by plain RQ, that waits for this one. Under the same id however often it is said."""
+        """Enqueue another job, by plain RQ, that waits for this one; under the same id however often this is called."""
         entry = ENTRIES[0]
         parent = RQJob(on.id, connection=self._connection, serializer=JSONSerializer)
         child = f"after-{on.id}"

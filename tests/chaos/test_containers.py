@@ -38,13 +38,13 @@ class Pool:
         return self.chance.choice(self.compose.containers(service))
 
     def crash(self, service: str) -> None:
-        """As the kernel kills: Docker starts it again."""
+        """Kill a worker as the kernel does: Docker starts it again."""
         pid = self.compose.inspect(self.one_of(service))["State"]["Pid"]
         assert pid > 0, "it does not run"
         os.kill(pid, signal.SIGKILL)
 
     def kill(self, service: str) -> None:
-        """By `docker kill`, after which it stays down until somebody starts it."""
+        """Kill by `docker kill`, after which the container stays down until somebody starts it."""
         container = self.one_of(service)
         docker("kill", container)
         docker("start", container)
@@ -53,14 +53,14 @@ class Pool:
         self.compose("up", "--detach", "--no-deps", "--no-recreate", "--scale", f"worker={workers}", "worker")
 
     def replace(self) -> None:
-        """A rolling update: each worker stopped, with its grace, and another started in its place."""
+        """Update by rolling: stop each worker, with its grace, and start another in its place."""
         for container in self.compose.containers("worker"):
             docker("stop", "--time", "60", container)
             docker("rm", container)
             self.scale(3)
 
     def freeze(self) -> None:
-        """A worker that says nothing for a while, and comes back."""
+        """Pause a worker: it says nothing for a while, and comes back."""
         container = self.one_of("worker")
         docker("pause", container)
         time.sleep(self.chance.uniform(1, 3))

@@ -421,7 +421,7 @@ worker.recycling.start()
 for _ in range(20):
     engine.generate([dice.randrange(2000) for _ in range(400)], max_new_tokens=2, ignore_eos=True)
 print(engine.decoder.prefix_bytes)
-print(worker._worn_out())
+print(worker._reason_to_recycle())
 worker.recycling._next_check = 0
 print(worker.recycling.due(0, engine.decoder.kv_bytes_reserved, 1e9) is not None)
 """

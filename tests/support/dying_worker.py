@@ -58,7 +58,7 @@ def after(owner: Any, name: str, when: Callable[[Any], bool] = lambda _result: T
 
 
 def unheard(owner: Any, name: str) -> None:
-    """What the method says to Redis first is sent, and carried out, but its answer is not read any more."""
+    """Die when Redis has run what the method sends first: the answer is not read any more."""
     original, read = getattr(owner, name), Connection.read_response
 
     def patched(*args: Any, **kwargs: Any) -> Any:
@@ -77,7 +77,7 @@ def unheard(owner: Any, name: str) -> None:
 
 
 def in_a_layer(generated: int) -> None:
-    """In the second layer of the network, once some job has so many tokens."""
+    """Die in the second layer of the network, once some job has `generated` tokens."""
     known: list[Batch] = []
     remember = Batch.__init__
 
@@ -88,14 +88,14 @@ def in_a_layer(generated: int) -> None:
     Batch.__init__ = init  # type: ignore[assignment,method-assign]
 
     def far_enough(_self: Attention, layer: int) -> bool:
-        running = known[0].running if known else []
-        return layer == 1 and any(r.sequence and len(r.sequence.token_ids) >= generated for r in running)
+        decoding = known[0].decoding if known else []
+        return layer == 1 and any(j.sequence and len(j.sequence.token_ids) >= generated for j in decoding)
 
     before(Attention, "run", far_enough)
 
 
 def poisoned(batch: Batch) -> bool:
-    return any(running.prompt.request.prompt == POISON for running in batch.running)
+    return any(job.prompt.request.prompt == POISON for job in batch.decoding)
 
 
 STAGES: dict[str, Callable[[], None]] = {
@@ -105,11 +105,11 @@ STAGES: dict[str, Callable[[], None]] = {
     "after the start": lambda: after(Ledger, "start", bool),
     "mid-prefill": lambda: in_a_layer(0),
     "mid-decode": lambda: in_a_layer(7),
-    "before the commit": lambda: before(Ledger, "finish"),
-    "the commit sent": lambda: unheard(Ledger, "finish"),
-    "after the commit": lambda: after(Ledger, "finish"),
+    "before the commit": lambda: before(Ledger, "_write_finished"),
+    "the commit sent": lambda: unheard(Ledger, "_write_finished"),
+    "after the commit": lambda: after(Ledger, "_write_finished"),
     "before the dependents": lambda: before(ledger.Queue, "enqueue_ready_jobs_by_queue"),  # type: ignore[attr-defined]
-    "before the failure's dependents": lambda: before(ledger, "settle"),
+    "before the failure's dependents": lambda: before(ledger, "release_dependents"),
     "before the give-back": lambda: before(Ledger, "give_back"),
     "the give-back sent": lambda: unheard(Ledger, "give_back"),
     "the poison": lambda: before(Batch, "step", poisoned),
@@ -117,7 +117,7 @@ STAGES: dict[str, Callable[[], None]] = {
 
 
 def out_of_memory() -> None:
-    """A step with the poisoned job does not kill: it raises MemoryError, as numpy does at the limit of its memory."""
+    """Let a step with the poisoned job raise MemoryError, as numpy does at the limit of its memory."""
     original = Batch.step
 
     def step(self: Batch) -> Any:

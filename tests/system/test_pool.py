@@ -1,4 +1,4 @@
-"""What keeps processes alive, replaces and stops them: with small ones of a line each, and as `fastgpt2 pool`."""
+"""A pool keeps processes alive, replaces and stops them: small ones of a line each, and those of `fastgpt2 pool`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def child_of(code: str) -> Child:
 
 
 def ended(child: Child) -> int:
-    """The status of a child that ends of itself."""
+    """Return the status of a child that ends of itself."""
     assert child.process is not None
     return child.process.wait(20)
 
@@ -84,7 +84,7 @@ class TestDeaths:
 
 
 class TestEnds:
-    """Status 0 while nobody stops it."""
+    """A child ends with status 0 while nobody stops it."""
 
     def test_it_is_replaced_at_once(self, caplog: pytest.LogCaptureFixture) -> None:
         child = child_of("pass")
@@ -224,7 +224,7 @@ class TestStop:
 
 
 def test_settings_reach_the_children_by_their_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also those of which a pool's worker must not take the shell's word."""
+    """Also those that a pool's worker must not take from the shell."""
     from fastgpt2 import settings
 
     given = settings.of_system(
@@ -246,7 +246,7 @@ def test_settings_reach_the_children_by_their_variables(monkeypatch: pytest.Monk
 
 @pytest.fixture
 def start_pool(redis_server: RedisServer, queue_name: str, tmp_path: Path) -> Iterator[StartPool]:
-    """Starts `fastgpt2 pool` with the demo model on the shared Redis; its output goes to a file."""
+    """Start `fastgpt2 pool` with the demo model on the shared Redis; its output goes to a file."""
     started: list[subprocess.Popen[str]] = []
 
     def start(*options: str, **environment: str) -> tuple[subprocess.Popen[str], Path]:
@@ -308,7 +308,7 @@ def test_a_pool_serves_and_a_signal_drains_it(
     assert running.result(timeout=5).usage.completion_tokens == 450
     text = log.read_text()
     assert f"2 workers, queue {queue_name}, Redis redis://127.0.0.1" in text
-    assert "stopping: workers finish what they have in hand" in text
+    assert "stopping: workers finish the jobs that they run" in text
     assert "starting another" not in text
     assert "Traceback" not in text
     assert redis.scard(f"rq:workers:{queue_name}") == 0, "they signed off"
@@ -385,7 +385,7 @@ def test_workers_are_recycled_and_no_job_is_lost(
 
 
 def test_a_worker_that_grew_is_recycled(start_pool: StartPool, redis: Redis, client: Client, queue_name: str) -> None:
-    """Whose growth is what sixteen jobs at once leave behind in its heap; a limit of a byte makes it too much."""
+    """Sixteen jobs at once leave something behind in the heap; with a limit of a byte, that is too much."""
     process, log = start_pool("--workers", "1", "--max-batch", "16", "--max-growth", "1B")
     (pid,) = wait_for_workers(redis, queue_name, 1)
     jobs = [client.enqueue("a " * 300, max_new_tokens=100, ignore_eos=True, logprobs=20) for _ in range(16)]

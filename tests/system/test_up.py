@@ -27,7 +27,7 @@ StartUp = Callable[..., tuple[subprocess.Popen[str], Path]]
 
 @pytest.fixture
 def start_up(tmp_path: Path) -> Iterator[StartUp]:
-    """Starts `fastgpt2 up` with the demo model on free ports; its output goes to a file."""
+    """Start `fastgpt2 up` with the demo model on free ports; its output goes to a file."""
     started: list[subprocess.Popen[str]] = []
 
     def start(*options: str, **environment: str) -> tuple[subprocess.Popen[str], Path]:
@@ -65,7 +65,7 @@ def start_up(tmp_path: Path) -> Iterator[StartUp]:
 
 
 def ready(process: subprocess.Popen[str], log: Path) -> tuple[str, str]:
-    """(Redis URL, HTTP URL), once it says that it is ready."""
+    """Return the URL of Redis and that of the endpoint, once the system says that it is ready."""
     wait_until(lambda: "Ctrl-C stops it." in log.read_text() or process.poll() is not None, "the system to be ready")
     text = log.read_text()
     assert process.poll() is None, text
@@ -76,7 +76,7 @@ def ready(process: subprocess.Popen[str], log: Path) -> tuple[str, str]:
 
 
 def descendants(pid: int) -> set[int]:
-    """The live processes below a process, of whatever session."""
+    """Return the ids of the live processes below a process, of whatever session."""
     children: set[int] = set()
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         for child in map(int, task.read_text().split()):
@@ -105,7 +105,7 @@ def test_up_serves_and_stops_cleanly(start_up: StartUp, signum: int) -> None:
     assert process.wait(40) == 0
     assert not any(map(alive, pids))
     text = log.read_text()
-    assert "stopping: workers finish what they have in hand" in text
+    assert "stopping: workers finish the jobs that they run" in text
     assert f"job {running.id} finished: " in text
     assert "Traceback" not in text
 

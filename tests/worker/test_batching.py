@@ -56,7 +56,7 @@ class Turns:
             self.worker._turn(burst=True)
 
     def until(self, condition: Callable[[], object], what: str, most: int = 2000) -> int:
-        """How many turns it took."""
+        """Take turns until the condition holds; return how many it took."""
         for count in range(most):
             if condition():
                 return count
@@ -107,7 +107,7 @@ def partial_of(job: Job) -> Any:
 def test_random_arrivals_give_the_tokens_of_a_solo_run(
     queue: Queue, redis: Redis, start_worker: StartWorker, queue_name: str
 ) -> None:
-    """48 jobs of all lengths, some with a stop string, in random bursts, against the solo runs of transformers."""
+    """Compare 48 jobs of all lengths, some with a stop string, in random bursts, with the solo runs of transformers."""
     start_worker()
     rng = random.Random(4)
     jobs: list[tuple[Job, dict[str, Any], int, str | None]] = []
@@ -221,7 +221,7 @@ def test_a_running_job_is_cancelled_within_two_steps(turns: Turns, queue: Queue)
 def test_a_cancellation_at_the_last_moment_is_not_overruled(turns: Turns, queue: Queue, redis: Redis) -> None:
     """The job has ended in the decoder, and its end is not written yet."""
     job = queue.enqueue(TASK, ENTRY["prompt"], max_new_tokens=3, ignore_eos=True)
-    turns.until(lambda: len(turns.worker.endings) == 1, "the end to be noted")
+    turns.until(lambda: len(turns.worker.outbox) == 1, "the end to be noted")
     job.cancel()
     turns.take()
     assert status(job) == "canceled"
@@ -244,7 +244,7 @@ def test_a_deleted_job_does_not_come_back(turns: Turns, queue: Queue, redis: Red
     turns.until(lambda: len(turns.worker.batch) == 1, "the job to begin")
     job.delete()
     turns.worker._last_heartbeat = 0.0
-    turns.until(lambda: not len(turns.worker.batch) and not len(turns.worker.endings), "the job to be gone")
+    turns.until(lambda: not len(turns.worker.batch) and not len(turns.worker.outbox), "the job to be gone")
     assert not redis.keys(f"*{job.id}*")
 
 
@@ -413,7 +413,7 @@ def test_what_does_not_fit_into_the_memory_waits(redis_server: RedisServer, queu
     seen = 0
     while not finished(*jobs):
         turns.take()
-        seen = max(seen, len(worker.batch.running))
+        seen = max(seen, len(worker.batch.decoding))
         assert engine.decoder.kv_bytes_reserved <= engine.decoder.kv_bytes_limit
     assert seen == 2
     assert {tuple(ids_of(job)[:100]) for job in jobs} == {tuple(ENTRY["ids"])}

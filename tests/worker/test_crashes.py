@@ -40,7 +40,7 @@ StartPool = Callable[..., Pool]
 
 @pytest.fixture
 def start_pool(redis_server: RedisServer, queue_name: str, tmp_path: Path) -> Iterator[StartPool]:
-    """A supervisor, as `fastgpt2 pool` has one, with one worker that dies at a stage of a job."""
+    """Start a supervisor, as `fastgpt2 pool` has one, with one worker that dies at a stage of a job."""
     made: list[tuple[Pool, BackgroundReaper]] = []
 
     def start(stage: str, once: bool = True, **environment: str) -> Pool:
@@ -54,8 +54,8 @@ def start_pool(redis_server: RedisServer, queue_name: str, tmp_path: Path) -> It
         }
         command = [sys.executable, DYING, stage, *([str(tmp_path / "died")] if once else [])]
         pool = Pool([Child("worker 1", command, own, is_worker=True)])
-        reaper = BackgroundReaper(redis_server.url, queue_name, pool.told)
-        pool.reap, pool.restarted = reaper.reap, reaper.count_restart
+        reaper = BackgroundReaper(redis_server.url, queue_name, pool.note_recovery)
+        pool.reap, pool.count_restart = reaper.reap, reaper.count_restart
         made.append((pool, reaper))
         pool.start()
         return pool
@@ -92,7 +92,7 @@ def finished_once(job: Job, expected: list[int]) -> None:
 
 
 def nothing_is_left(redis: Redis, queue: str) -> None:
-    """Of the work in hand, whatever became of the worker."""
+    """Check that no running or claimed job is left, whatever became of the worker."""
     for name in queues_of(queue):
         assert redis.llen(f"rq:queue:{name}") == 0
         assert redis.zcard(f"rq:wip:{name}") == 0
@@ -122,7 +122,7 @@ STAGES = [
 def test_killed_at_any_stage_nothing_is_lost(
     start_pool: StartPool, redis: Redis, queue_name: str, tmp_path: Path, stage: str
 ) -> None:
-    """On several queues, with jobs that wait for others, one of which fails."""
+    """Jobs lie in several queues; some wait for others, one of which fails."""
     entries = ENTRIES[:3]
     jobs = [
         enqueue(redis, name, entry, 10 + 5 * n, stream=True)
@@ -209,7 +209,7 @@ def test_a_job_that_kills_its_worker_is_given_up_and_the_others_finish(
 def test_memory_that_runs_out_is_the_fault_of_one_job_at_most(
     start_pool: StartPool, redis: Redis, queue_name: str
 ) -> None:
-    """Each goes back, and the process is replaced; the one that it happens to again and again fails alone."""
+    """Each job goes back, and the process is replaced; the job that it happens to again and again fails alone."""
     good = [enqueue(redis, queue_name, entry, 20) for entry in ENTRIES[:3]]
     large = enqueue(redis, queue_name, {"prompt": POISON}, 20)
     pool = start_pool("out of memory", once=False)
@@ -224,7 +224,7 @@ def test_memory_that_runs_out_is_the_fault_of_one_job_at_most(
 def test_a_silent_worker_loses_its_jobs_once_its_lease_is_over_and_comes_too_late(
     redis: Redis, start_worker: StartWorker, queue_name: str, tmp_path: Path
 ) -> None:
-    """Nobody supervises here: one is killed, one is stopped and wakes up again, and a third one finds out."""
+    """Nobody supervises here: one worker is killed, one is stopped and wakes up again, and a third one finds out."""
     first = start_worker(FASTGPT2_MAX_BATCH="2", FASTGPT2_NAME="killed")
     jobs = [enqueue(redis, queue_name, entry, 100, stream=True) for entry in ENTRIES[:2]]
     wait_until(lambda: all(status(job) == "started" for job in jobs), "the first worker to take two")
@@ -260,7 +260,7 @@ def test_a_silent_worker_loses_its_jobs_once_its_lease_is_over_and_comes_too_lat
 
 
 def test_only_one_reaper_takes_a_job_back(redis: Redis, queue_name: str) -> None:
-    """And none from a worker that was heard of since."""
+    """And no reaper takes a job from a worker that was heard of since."""
     job = enqueue(redis, queue_name, ENTRIES[0], 5)
     redis.lmove(f"rq:queue:{queue_name}", f"fastgpt2:taken:gone:{queue_name}", "LEFT", "RIGHT")
     redis.zadd(leases_key(queue_name), {"gone": 12345})
@@ -284,7 +284,7 @@ def test_jobs_go_back_to_the_front_in_their_order(redis: Redis, queue_name: str)
 def test_a_clock_that_jumps_costs_no_job(
     redis: Redis, start_worker: StartWorker, queue_name: str, tmp_path: Path, jump: int
 ) -> None:
-    """For the leases a jump of Redis's clock is as if each stood that much earlier or later. Both workers live on."""
+    """Move all leases: to them a jump of Redis's clock is the same. Both workers live on."""
     for _ in range(2):
         start_worker(FASTGPT2_MAX_BATCH="2")
     leases = leases_key(queue_name)

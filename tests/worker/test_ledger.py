@@ -32,7 +32,7 @@ def queue(redis: Redis, queue_name: str) -> Queue:
 
 
 def traces(redis: Redis, job: Job) -> dict[str, Any]:
-    """All that Redis holds of a job: the fields of its hash, its status, its keys with their kinds, its registries."""
+    """Return all that Redis has of a job: the fields of its hash, its status, its keys and kinds, its registries."""
     fields: Any = redis.hgetall(job.key)
     found: Any = redis.keys(f"*{job.id}*")
     registries = ("finished", "failed", "started", "canceled", "deferred", "scheduled")
@@ -101,7 +101,7 @@ def test_a_stock_worker_keeps_the_deadline_and_what_it_has(queue: Queue, redis_s
 
 
 def test_what_is_left_beside_what_a_stock_worker_leaves(queue_name: str) -> None:
-    """The pool's figures, every key of which expires, and what names the worker that wrote them."""
+    """Only the pool's figures, every key of which expires, and the mark of the worker that wrote them."""
     left: list[dict[str, int]] = []
     for ours in (False, True):
         with RedisServer() as server, connect(server.url) as redis:

@@ -1,4 +1,4 @@
-"""When a worker has done its share. Memory is that of a real process, which really grows."""
+"""A worker ends when it has done its share. Memory is that of a real process, which really grows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def answers(code: str) -> list[str]:
-    """The lines that a process of its own prints: one that has `recycling`, started, with a limit of 64 MiB."""
+    """Run code in a process of its own, which has `recycling`, started, with 64 MiB; return the lines it prints."""
     prelude = (
         "from fastgpt2.worker.recycling import Recycling, private_memory\n"
         "recycling = Recycling(None, 64 << 20)\n"
@@ -79,7 +79,7 @@ def test_memory_is_looked_at_once_a_second_and_a_reason_stays() -> None:
 
 
 def test_only_private_memory_counts(tmp_path: Path) -> None:
-    """Neither a mapped file, as the weights are, nor memory shared with helpers, as their keys and values are."""
+    """Neither a mapped file (the weights) counts, nor memory shared with helpers (keys and values)."""
     weights = tmp_path / "weights"
     weights.write_bytes(b"w" * (32 * MIB))
     code = f"""if True:

@@ -1,4 +1,4 @@
-"""A Redis that hangs, is full, or has become a replica: workers keep what they hold, and clients are told in time."""
+"""A Redis that hangs, is full, or has become a replica: workers keep what they have, and clients are told in time."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def server(tmp_path: Path) -> Iterator[OpenRedis]:
 
 @pytest.fixture
 def start(server: OpenRedis, tmp_path: Path) -> Iterator[Start]:
-    """A worker of its own on that server."""
+    """Run a worker of its own on that server."""
     started: list[subprocess.Popen[bytes]] = []
 
     def start(**environment: str) -> tuple[subprocess.Popen[bytes], Path]:
@@ -141,7 +141,7 @@ def test_a_full_redis_is_waited_for_and_clients_are_told(server: OpenRedis, star
 
 
 def test_a_redis_that_became_a_replica_is_waited_for_and_clients_are_told(server: OpenRedis, start: Start) -> None:
-    """Of one that is away, so that nothing is copied over what there is."""
+    """Make it a replica of a server that is away, so that nothing is copied over what there is."""
     process, log = start()
     with Client(server.url) as client, server.administered() as admin:
         jobs = enqueue_long(client)

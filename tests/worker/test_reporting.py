@@ -1,4 +1,4 @@
-"""What a pool counts of its work, by real workers on a real Redis: each thing once, whatever happens meanwhile."""
+"""A pool counts its work, by real workers on a real Redis: each thing once, whatever happens meanwhile."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fastgpt2.errors import BadRequest, JobCancelled, JobFailed, JobTimedOut, Pr
 from fastgpt2.protocol.keys import HISTOGRAMS, OUTCOMES, Histogram, latest_key, recent_key, totals_key
 from fastgpt2.system.redis_server import RedisServer
 from fastgpt2.worker.batch import Batch
-from fastgpt2.worker.reporting import Figures, outcome_of
+from fastgpt2.worker.reporting import Metrics, outcome_of
 
 TASK = "fastgpt2.worker.tasks.generate"
 ENTRIES: list[dict[str, Any]] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"]
@@ -41,7 +41,7 @@ def totals(redis: Redis, queue: str) -> dict[str, float]:
 
 
 def ended(redis: Redis, queue: str) -> dict[str, int]:
-    """How many jobs ended in which way, without the ways in which none did."""
+    """Return how many jobs ended in which way, without the ways in which none did."""
     prefix = "ended:"
     return {name[len(prefix) :]: int(n) for name, n in totals(redis, queue).items() if name.startswith(prefix)}
 
@@ -57,7 +57,7 @@ def wait_for_ends(redis: Redis, queue: str, number: int) -> dict[str, int]:
 
 
 def recent(redis: Redis, queue: str) -> dict[str, float]:
-    """The sums of all that was told by ten seconds."""
+    """Return the sums over all hashes of ten seconds."""
     sums: dict[str, float] = {}
     for key in redis.scan_iter(recent_key(queue, "*")):
         fields: Any = redis.hgetall(key)
@@ -117,7 +117,7 @@ def test_steps_with_several_sequences(redis: Redis, client: Client, queue_name: 
 
 
 def test_every_way_to_end(redis: Redis, client: Client, queue_name: str, start_worker: StartWorker) -> None:
-    """What ends without a result gives no observation, and counts once, under its reason."""
+    """A job that ends without a result gives no observation, and counts once, under its reason."""
     start_worker(FASTGPT2_MAX_BATCH="1")
     queue = Queue(queue_name, connection=redis, serializer=JSONSerializer)
     queue.enqueue(TASK, ENTRY["prompt"], temperature=1)
@@ -239,14 +239,14 @@ def test_what_a_worker_says_of_itself(redis: Redis, client: Client, queue_name: 
 
 
 @pytest.fixture
-def figures(redis: Redis, queue_name: str, engine: Engine) -> Figures:
-    return Figures(redis, queue_name, f"w-{queue_name}", Batch(engine), engine.decoder)
+def metrics(redis: Redis, queue_name: str, engine: Engine) -> Metrics:
+    return Metrics(redis, queue_name, f"w-{queue_name}", Batch(engine), engine.decoder)
 
 
 def test_an_answer_that_was_lost_counts_once(
-    redis: Redis, queue_name: str, figures: Figures, monkeypatch: pytest.MonkeyPatch
+    redis: Redis, queue_name: str, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    figures.malformed("first")
+    metrics.count_malformed("first")
     read = Connection.read_response
 
     def lost(self: Connection, *args: Any, **kwargs: Any) -> Any:
@@ -256,28 +256,28 @@ def test_an_answer_that_was_lost_counts_once(
     with monkeypatch.context() as patch:
         patch.setattr(Connection, "read_response", lost)
         with pytest.raises(NoConnection):
-            figures.tell_if_due()
+            metrics.report_if_due()
     assert ended(redis, queue_name) == {"failed:malformed": 1}
-    figures.malformed("second")
-    figures.close()
+    metrics.count_malformed("second")
+    metrics.close()
     assert ended(redis, queue_name) == {"failed:malformed": 2}
     assert redis.llen(latest_key(queue_name)) == 2
-    figures.close()
+    metrics.close()
     assert ended(redis, queue_name) == {"failed:malformed": 2}
 
 
 def test_a_worker_of_the_same_name_is_another_one(redis: Redis, queue_name: str, engine: Engine) -> None:
     for _ in range(2):
-        figures = Figures(redis, queue_name, "same", Batch(engine), engine.decoder)
-        figures.malformed("x")
-        figures.close()
+        metrics = Metrics(redis, queue_name, "same", Batch(engine), engine.decoder)
+        metrics.count_malformed("x")
+        metrics.close()
     assert ended(redis, queue_name) == {"failed:malformed": 2}
 
 
-def test_no_more_than_a_hundred_records_are_kept(redis: Redis, queue_name: str, figures: Figures) -> None:
+def test_no_more_than_a_hundred_records_are_kept(redis: Redis, queue_name: str, metrics: Metrics) -> None:
     for n in range(150):
-        figures.malformed(f"{n}" * 300)
-    figures.close()
+        metrics.count_malformed(f"{n}" * 300)
+    metrics.close()
     raw: Any = redis.lrange(latest_key(queue_name), 0, -1)
     assert [json.loads(each)["id"] for each in raw] == [(f"{n}" * 300)[:200] for n in range(149, 49, -1)]
     assert ended(redis, queue_name) == {"failed:malformed": 150}
@@ -342,7 +342,7 @@ def test_a_redis_that_is_started_again_loses_nothing_that_was_not_told(tmp_path:
 def pool(
     redis_server: RedisServer, queue_name: str, tmp_path: Path
 ) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
-    """`fastgpt2 pool` with one worker."""
+    """Start `fastgpt2 pool` with one worker."""
     started: list[subprocess.Popen[bytes]] = []
 
     def start(**environment: str) -> subprocess.Popen[bytes]:

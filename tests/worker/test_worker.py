@@ -53,12 +53,12 @@ def wait_for_status(job: Job, *wanted: str) -> None:
 
 
 def value_of(job: Job) -> Any:
-    """The JSON object that a finished job returned."""
+    """Return the JSON object of a finished job."""
     return job.return_value()
 
 
 def failure(job: Job) -> str:
-    """The recorded reason of a failed job."""
+    """Return the recorded reason of a failed job."""
     wait_for_status(job, "failed")
     result = job.latest_result()
     assert result is not None
@@ -209,7 +209,7 @@ def test_pickles_callbacks_and_webhooks_are_never_touched(
 def test_no_webhook_is_fetched_and_no_upkeep_calls_back(
     redis: Redis, queue: Queue, start_worker: StartWorker, tmp_path: Path
 ) -> None:
-    """Of a job that ends, of one that fails, and of one that RQ's own clean-up fails for having been abandoned."""
+    """One job ends, one fails, and RQ's own clean-up fails one for having been abandoned."""
     with socket.create_server(("127.0.0.1", 0)) as trap:
         trap.settimeout(0.1)
         url = f"http://127.0.0.1:{trap.getsockname()[1]}/"
@@ -476,7 +476,7 @@ def test_suspension_holds_jobs_back(queue: Queue, redis: Redis, start_worker: St
 
 
 def test_an_orphaned_worker_ends(redis: Redis, redis_server: RedisServer, queue_name: str) -> None:
-    """Its supervisor was killed with -9 and could tell it nothing."""
+    """The supervisor was killed with -9 and could tell the worker nothing."""
     code = (
         "import os, subprocess, sys; os.environ['FASTGPT2_SUPERVISOR_PID'] = str(os.getpid()); "
         "p = subprocess.Popen([sys.executable, '-m', 'fastgpt2', 'worker']); print(p.pid, flush=True); p.wait()"

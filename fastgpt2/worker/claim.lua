@@ -1,0 +1,41 @@
+-- Move jobs from the queues into this worker's lists of claimed jobs; none while workers are suspended.
+--
+-- A job that several workers have died of is claimed only by a worker that has no other job. The jobs behind it in its
+-- queue wait meanwhile: if they were claimed, it might wait for ever.
+--
+-- KEYS[1]          the mark of a suspension
+-- KEYS[2i]         the list of queue i, the most urgent queue first
+-- KEYS[2i + 1]     the list of the jobs that this worker has claimed of queue i
+-- ARGV[1]          how many jobs to claim at most
+-- ARGV[2]          how many jobs this worker has claimed before: it says which queue comes first
+-- ARGV[3]          how many jobs this worker has already
+-- ARGV[4]          of this many claims, one looks at the last queue first
+-- ARGV[5]          of this many claims, one looks at the second queue first
+-- Returns          for each claimed job, the number of its queue, counted from 0, and its id
+if redis.call('EXISTS', KEYS[1]) == 1 then return {} end
+local queues, turn, claimed, suspect = (#KEYS - 1) / 2, tonumber(ARGV[2]), {}, false
+local last_every, second_every = tonumber(ARGV[4]), tonumber(ARGV[5])
+local function claim(i)
+    local head = redis.call('LINDEX', KEYS[2 * i], 0)
+    if not head then return false end
+    local crashes = redis.pcall('HGET', '$JOB_PREFIX' .. head, '$CRASHES_FIELD')
+    if (tonumber(crashes) or 0) >= $SUSPECT_CRASHES then
+        suspect = true
+        if #claimed > 0 or tonumber(ARGV[3]) > 0 then return false end
+    end
+    claimed[#claimed + 1] = i - 1
+    claimed[#claimed + 1] = redis.call('LMOVE', KEYS[2 * i], KEYS[2 * i + 1], 'LEFT', 'RIGHT')
+    return true
+end
+for _ = 1, tonumber(ARGV[1]) do
+    local first = 1
+    if turn % last_every == last_every - 1 then first = queues
+    elseif turn % second_every == second_every - 1 then first = math.min(2, queues) end
+    local found = claim(first)
+    for i = 1, queues do
+        if not found and not suspect and i ~= first then found = claim(i) end
+    end
+    if suspect or not found then return claimed end
+    turn = turn + 1
+end
+return claimed
