@@ -301,12 +301,3 @@ RECENT_FIELDS = (
     *RECENT_COUNTS,
     *(field for histogram in OF_JOBS for field in (histogram.sum_field, count_field(histogram))),
 )
-
-# A Lua function: add to a pool's totals, whatever else stands under the key. `pcall`: it is no reason for the script
-# that it stands in to fail.
-COUNT = f"""
-local function count(key, field, by)
-    redis.pcall('HINCRBY', key, field, by)
-    redis.pcall('EXPIRE', key, {TOTALS_TTL_SECONDS})
-end
-"""
