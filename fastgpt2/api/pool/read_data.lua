@@ -1,7 +1,7 @@
 -- Return the field `data` of each job's hash; an empty string for a job without one, and where the field is too long.
 --
--- ARGV: the most bytes that a field may have, then the keys of the jobs' hashes.
--- The keys are not KEYS: a user of Redis would need all rights to them, not only that to read.
+-- KEYS: none. A user of Redis would need all rights to keys given there, not only the right to read them.
+-- ARGV: 1 the most bytes that a field may have; 2 and on: the keys of the jobs' hashes.
 local found = {}
 for i = 2, #ARGV do
     local size = redis.pcall('HSTRLEN', ARGV[i], 'data')

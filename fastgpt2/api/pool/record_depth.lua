@@ -1,7 +1,7 @@
 -- Write down how many jobs wait, in the ten seconds of this moment by Redis's clock, as workers do with their figures.
 --
--- ARGV: what the keys of the pool's recent hashes begin with, then the pool's RQ queues.
--- The keys are not KEYS: a user of Redis would need all rights to them, not only those that are used.
+-- KEYS: none. A user of Redis would need all rights to keys given there, not only those that are used.
+-- ARGV: 1 what the keys of the pool's recent hashes begin with; 2 and on: the pool's RQ queues.
 local now, depth = tonumber(redis.call('TIME')[1]), 0
 for i = 2, #ARGV do
     local length = redis.pcall('LLEN', '$QUEUE_PREFIX' .. ARGV[i])
