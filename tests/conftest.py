@@ -28,6 +28,29 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
+PROCESS_FIXTURES = frozenset({"redis_server", "redis", "start_worker", "start_endpoint", "system"})
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what takes a server, a worker or an endpoint: `make check` leaves it out."""
+    for item in items:
+        if PROCESS_FIXTURES.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker("processes")
+
+
+@pytest.fixture(autouse=True)
+def _processes_are_marked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that starts a process and does not say so would slow the fast lane down."""
+    if request.node.get_closest_marker("processes") is not None:
+        return
+
+    def refuse(*_: object, **__: object) -> None:
+        pytest.fail("this test starts a process: mark it with pytest.mark.processes")
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
+    monkeypatch.setattr(os, "fork", refuse)
+
+
 @pytest.fixture(scope="session")
 def engine() -> Engine:
     """The shipped model. Four slots, so that batches are mixed.

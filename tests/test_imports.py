@@ -39,10 +39,12 @@ def imported(code: str) -> set[str]:
     return {line.rpartition("|")[2].strip().split(".")[0] for line in lines}
 
 
+@pytest.mark.processes
 def test_importing_the_package_imports_nothing_else() -> None:
     assert not imported("import fastgpt2") & set(HEAVY)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("code", "allowed"),
     [
@@ -57,6 +59,7 @@ def test_only_what_is_needed_is_imported(code: str, allowed: set[str]) -> None:
     assert imported(code) & set(HEAVY) <= allowed
 
 
+@pytest.mark.processes
 def test_a_cached_model_is_loaded_without_the_hubs_library() -> None:
     names = imported("from fastgpt2 import Engine; Engine.load('demo')")
     assert {"numpy", "tokenizers", "safetensors"} <= names
@@ -65,6 +68,7 @@ def test_a_cached_model_is_loaded_without_the_hubs_library() -> None:
     assert "threadpoolctl" not in names
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("first", ["import numpy", "pass"])
 def test_blas_is_held_to_one_thread_whoever_imported_numpy(first: str) -> None:
     code = (

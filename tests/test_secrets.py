@@ -14,6 +14,8 @@ from support.running import wait_until
 from fastgpt2 import Client
 from fastgpt2.errors import QueueUnavailable
 
+pytestmark = pytest.mark.processes
+
 PASSWORD = "hunter2-is-no-password"
 PROMPT = "The secret of the old clockmaker was"
 

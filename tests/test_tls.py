@@ -20,6 +20,8 @@ from support.running import wait_until
 from fastgpt2 import Client
 from fastgpt2.errors import QueueUnavailable
 
+pytestmark = pytest.mark.processes
+
 
 class TLSRedis(OpenRedis):
     """A Redis on a port that speaks TLS only."""

@@ -119,6 +119,7 @@ def test_priorities_are_queues_of_their_own(client: Client, redis: Redis) -> Non
 
 
 class TestMaxQueue:
+    @pytest.mark.processes
     def test_a_full_queue_refuses_and_writes_nothing_but_a_count(self, queue_name: str) -> None:
         """Waiting jobs of all priorities count, running jobs do not."""
         with RedisServer() as server, Client(server.url, queue_name, max_queue=3) as client:
@@ -470,6 +471,7 @@ class TestRedisGoesAway:
         finally:
             server.stop()
 
+    @pytest.mark.processes
     def test_not_for_ever(self, queue_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("fastgpt2.api.client.flow.RECONNECT_SECONDS", 0.3)
         with RedisServer() as server, Client(server.url, queue_name) as client:

@@ -16,6 +16,8 @@ from fastgpt2 import Client, GenerationRequest, GenerationResult
 from fastgpt2.errors import BadRequest, JobCancelled, JobTimedOut, PromptTooLong, QueueUnavailable
 from fastgpt2.system.redis_server import RedisServer
 
+pytestmark = pytest.mark.processes
+
 ENTRIES: list[dict[str, Any]] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"]
 PROMPTS = [entry["prompt"] for entry in ENTRIES]
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from chaos.soak import run
+
+pytestmark = pytest.mark.processes
 
 
 def test_nothing_is_lost_and_nothing_happens_twice(tmp_path: Path) -> None:

@@ -406,6 +406,7 @@ class TestPrune:
         assert (cache / f"{OLD}.safetensors").exists()
         assert outside.read_text() == "precious"
 
+    @pytest.mark.processes
     def test_a_file_in_use_stays_usable(self, start: Start, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
         path = pack(capsys, "demo")
         entry = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"][0]
@@ -439,6 +440,7 @@ sys.exit(main(["pack", sys.argv[1]]))
 
 
 class TestLocks:
+    @pytest.mark.processes
     def test_a_file_that_is_being_packed(
         self, start: Start, folder: Path, cache: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -458,6 +460,7 @@ class TestLocks:
         assert process.returncode == 0
         assert states(capsys) == {Path(out.split("\t")[0]).name: "ok"}
 
+    @pytest.mark.processes
     def test_what_a_killed_process_left(
         self, start: Start, folder: Path, cache: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -471,6 +474,7 @@ class TestLocks:
         assert value["freed_bytes"] > 100_000
         assert in_cache(cache) == set()
 
+    @pytest.mark.processes
     def test_a_damaged_file_that_is_being_made_anew(
         self, start: Start, folder: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -483,6 +487,7 @@ class TestLocks:
         assert states(capsys) == {path.name: "ok"}
         assert prune(capsys)["removed"] == []
 
+    @pytest.mark.processes
     def test_whoever_waits_for_a_lock_that_is_removed_gets_the_next(self, start: Start, tmp_path: Path) -> None:
         path = tmp_path / "lock"
         with locked(path):

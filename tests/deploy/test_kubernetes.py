@@ -135,6 +135,7 @@ def test_all_files_are_in_the_base_or_to_be_chosen() -> None:
     assert {*KUSTOMIZATION["resources"], *COMMENTED, "kustomization.yaml"} == set(TEXTS)
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not here")
 @pytest.mark.parametrize("chosen", [[], ["scaling-keda.yaml"], ["scaling-hpa.yaml", "monitoring.yaml"]])
 def test_kustomize_builds_it(chosen: list[str], tmp_path: Path) -> None:
@@ -289,6 +290,7 @@ def test_a_pod_that_is_told_to_stop_has_time_to() -> None:
     assert api["terminationGracePeriodSeconds"] >= int(before) + SHUTDOWN_SECONDS + 5
 
 
+@pytest.mark.processes
 def test_probes_ask_what_answers_them(tmp_path: Path) -> None:
     (api,) = PODS["fastgpt2-api"]["spec"]["containers"]
     paths = {name: api[name]["httpGet"]["path"] for name in ("readinessProbe", "livenessProbe")}
@@ -310,6 +312,7 @@ def test_probes_ask_what_answers_them(tmp_path: Path) -> None:
         assert answer() == 1
 
 
+@pytest.mark.processes
 def test_redis_starts_with_the_secrets_password_and_stays_below_its_memory(tmp_path: Path) -> None:
     """The test runs the container's own command, with other folders and another program."""
     configuration = named("ConfigMap", "fastgpt2-redis")["data"]["redis.conf"]

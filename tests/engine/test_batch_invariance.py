@@ -27,6 +27,8 @@ from fastgpt2.engine.model.weights import expected_shapes
 from fastgpt2.engine.network.gpt2 import GPT2
 from fastgpt2.engine.network.step import Segment
 
+pytestmark = pytest.mark.processes
+
 SLOTS = 8
 GENERATED = 6
 

@@ -116,6 +116,7 @@ def test_auto_measures_once_and_says_what_it_took(tmp_path: Path, monkeypatch: p
     assert other.startswith("openblas-" if known[name] else "compiled-float32 in panels of 16")
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("size", [1, 2])
 def test_float32_compiled_gives_the_same_tokens(engine: Engine, size: int) -> None:
     prompts = ["Once upon a time", "The king said", "I", "to be or not to be, that is", "O Romeo, Romeo!"]
@@ -130,6 +131,7 @@ def test_float32_compiled_gives_the_same_tokens(engine: Engine, size: int) -> No
 WITHOUT = "import sys; sys.modules['llvmlite'] = None; sys.modules['llvmlite.binding'] = None; "
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("option", ["--weights=int8", "--weights=bfloat16", "--blas=compiled"])
 def test_without_the_extra_it_is_said_what_to_install(option: str) -> None:
     command = [sys.executable, "-c", WITHOUT + "from fastgpt2.cli import run; run()"]

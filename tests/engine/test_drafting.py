@@ -274,6 +274,7 @@ def team() -> Iterator[Engine]:
     engine.decoder.model.close()
 
 
+@pytest.mark.processes
 def test_a_team_drafts_together_and_goes_on_alone(plain: Engine, team: Engine) -> None:
     assert team.describe().endswith("2 processes, drafts by compiled-int8")
     requests = REQUESTS[:40]

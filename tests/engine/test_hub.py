@@ -19,6 +19,8 @@ from support.fake_hub import WAIT_SECONDS, BreakOff, FakeHub, Refuse, Request
 from fastgpt2.engine.model.hub import DEMO_FOLDER, find_model
 from fastgpt2.errors import ModelNotFound
 
+pytestmark = pytest.mark.processes
+
 CHECKPOINTS = Path(__file__).parent.parent / "golden" / "checkpoints"
 NO_SUCH_COMMIT = "0123456789abcdef" * 2 + "01234567"
 PROCESSES = 4

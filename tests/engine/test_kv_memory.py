@@ -243,6 +243,7 @@ print(most, reserved, together)
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_process_stays_within_the_limit(threads: int) -> None:

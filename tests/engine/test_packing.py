@@ -284,6 +284,7 @@ def start(folder: Path, limit: int = 0) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.processes
 def test_of_many_processes_one_packs_and_all_map_the_same_file(folder: Path, cache: Path) -> None:
     load(folder)  # which layout is best, measured while nobody disturbs: one file in the end
     (path,) = packed_files(cache)
@@ -303,6 +304,7 @@ def test_of_many_processes_one_packs_and_all_map_the_same_file(folder: Path, cac
         assert maps.strip() == str([str(made)])
 
 
+@pytest.mark.processes
 def test_a_full_disk_is_no_loss(folder: Path, cache: Path) -> None:
     """Files may grow to 40,000 bytes only: the write fails as on a full disk, in the cache and in memory alike."""
     process = start(folder, limit=40_000)

@@ -396,6 +396,7 @@ print(private_memory() - before, engine.decoder.prefix_bytes, engine.decoder.pre
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(private_memory() is None, reason="this system does not say how much memory a process has")
 def test_the_process_stays_within_the_limit() -> None:
     limit = 40 * A_BLOCK + PAGE
@@ -503,6 +504,7 @@ print("done")
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("threads", ["1", "2"])
 def test_a_forked_copy_has_its_own(threads: str) -> None:
     done = subprocess.run([sys.executable, "-c", FORKED, threads], capture_output=True, text=True, timeout=120)

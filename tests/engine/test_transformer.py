@@ -66,6 +66,7 @@ def test_logits_do_not_depend_on_how_a_prompt_is_cut(cuts: Sequence[int], blas: 
     assert_close(np.concatenate(got), logits)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_sequences_side_by_side_do_not_disturb_each_other(threads: int, blas: str) -> None:
     """Slot 2 is ahead, slot 0 in the midst of its prompt, slot 1 begins; only some want logits."""

@@ -166,6 +166,7 @@ def test_pack_makes_the_compact_file(capsys: pytest.CaptureFixture[str]) -> None
     assert "--weights: 'int4' is not one of float32, bfloat16, int8" in capsys.readouterr().err
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("kind", ["bfloat16", "int8"])
 def test_processes_and_batches(kind: str) -> None:
     """The bits of one process are those of two: no sum is split between them."""

@@ -126,6 +126,7 @@ def test_without_a_token_only_requests_to_this_machine_by_name_are_served(start_
     assert ask(port, "/status", ("Host", b"localhost"), ("Host", b"evil.example"))[0] == 400
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("command", ["api", "up"])
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
 def test_other_machines_are_not_served_without_a_token_unless_told(command: str, host: str) -> None:

@@ -23,6 +23,8 @@ from fastgpt2.errors import JobCancelled
 from fastgpt2.system.redis_server import RedisServer
 from fastgpt2.system.up import System
 
+pytestmark = pytest.mark.processes
+
 # It ignores any proxy that the environment names.
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 ENTRIES: list[dict[str, Any]] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"]

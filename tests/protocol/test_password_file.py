@@ -41,6 +41,7 @@ def url(server: OpenRedis, file: Path, user: str = "") -> str:
     return f"redis://{user}127.0.0.1:{server.port}/3?password_file={str(file).replace(' ', '%20')}&socket_timeout=4"
 
 
+@pytest.mark.processes
 def test_it_is_read_by_all_that_connect(server: OpenRedis, file: Path, caplog: pytest.LogCaptureFixture) -> None:
     with server:
         address = url(server, file)
@@ -63,6 +64,7 @@ def test_it_is_read_by_all_that_connect(server: OpenRedis, file: Path, caplog: p
         assert str(file) not in without_password(address)
 
 
+@pytest.mark.processes
 def test_a_user_has_a_file_too(server: OpenRedis, file: Path) -> None:
     with server:
         with server.administered() as connection:
@@ -73,6 +75,7 @@ def test_a_user_has_a_file_too(server: OpenRedis, file: Path) -> None:
             client.workers()
 
 
+@pytest.mark.processes
 def test_another_password_is_taken_up_by_the_next_connection(server: OpenRedis, file: Path) -> None:
     with server:
         connection = connect(url(server, file))

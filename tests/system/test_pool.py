@@ -27,6 +27,8 @@ from fastgpt2.system.pool import MAX_QUICK_DEATHS, MAX_QUICK_ENDS, START_PAUSE_S
 from fastgpt2.system.redis_server import RedisServer
 from fastgpt2.system.up import child_environment
 
+pytestmark = pytest.mark.processes
+
 StartPool = Callable[..., tuple[subprocess.Popen[str], Path]]
 
 

@@ -22,6 +22,8 @@ from fastgpt2.errors import QueueUnavailable, RedisServerMissing
 from fastgpt2.protocol.connection import connect
 from fastgpt2.system.redis_server import RedisServer, find_server
 
+pytestmark = pytest.mark.processes
+
 StartUp = Callable[..., tuple[subprocess.Popen[str], Path]]
 
 

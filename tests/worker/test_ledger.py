@@ -22,6 +22,8 @@ from fastgpt2.protocol.connection import connect
 from fastgpt2.protocol.keys import ATTEMPTS_FIELD, EXECUTION_FIELD, PARTIAL_META
 from fastgpt2.system.redis_server import RedisServer
 
+pytestmark = pytest.mark.processes
+
 ENTRY: dict[str, Any] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"][0]
 TASK = "fastgpt2.worker.tasks.generate"
 

@@ -20,6 +20,8 @@ from fastgpt2 import AsyncClient, Client
 from fastgpt2.errors import QueueUnavailable
 from fastgpt2.protocol.connection import SOCKET_SECONDS
 
+pytestmark = pytest.mark.processes
+
 ENTRIES: list[dict[str, Any]] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"]
 ONLY_LONG = pytest.mark.skipif(not os.environ.get("TEST_LONG"), reason="half a minute more; TEST_LONG=1 runs it")
 Start = Callable[..., tuple["subprocess.Popen[bytes]", Path]]

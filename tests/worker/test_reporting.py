@@ -307,6 +307,7 @@ def test_what_stands_there_disturbs_no_worker(
         wait_until(lambda: int(redis.hget(key, "generated_tokens") or 0) >= 4, "the other fields to be counted")
 
 
+@pytest.mark.processes
 def test_a_redis_that_is_started_again_loses_nothing_that_was_not_told(tmp_path: Path) -> None:
     with OpenRedis(folder=tmp_path / "redis") as server:
         own = {"FASTGPT2_REDIS_URL": server.url, "FASTGPT2_MODEL": "demo", "FASTGPT2_MAX_BATCH": "4"}

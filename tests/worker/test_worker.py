@@ -32,6 +32,8 @@ from fastgpt2 import Client
 from fastgpt2.protocol.connection import connect
 from fastgpt2.system.redis_server import RedisServer
 
+pytestmark = pytest.mark.processes
+
 RQ = str(Path(sys.executable).with_name("rq"))
 TASK = "fastgpt2.worker.tasks.generate"
 ENTRY: dict[str, Any] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"][0]
