@@ -161,7 +161,7 @@ class Engine:
             from fastgpt2.engine.decoding.drafter import Drafter
             from fastgpt2.engine.loading import load_network, measured_here
             from fastgpt2.engine.network.prefixes import prefixes_within
-            from fastgpt2.engine.network.step_times import row_costs, settle, slots_to_map
+            from fastgpt2.engine.network.step_times import choose_slots, row_costs, slots_to_map
 
             kv_bytes = _kv_memory(config, kv_memory)
             prefixes = prefixes_within(config, prefix_memory, kv_bytes)
@@ -186,7 +186,7 @@ class Engine:
             )
         calibration = measured_here(config)
         if max_batch is None:
-            settle(network, calibration)
+            choose_slots(network, calibration)
         most = drafts if isinstance(drafts, int) else (0 if drafts == "off" else None)
         costs = row_costs(network, calibration, max_batch is None) if most is None else None
         decoder = Decoder(network, tokenizer, prefixes, Drafter(network, most, costs))

@@ -22,7 +22,7 @@ from fastgpt2.protocol.untrusted import seconds_between
 from fastgpt2.worker.rq_job import GenerationJob
 
 if TYPE_CHECKING:
-    from fastgpt2.engine.decoding.sequence import Prompt, Sequence
+    from fastgpt2.engine.decoding.sequence import Sequence, TokenizedPrompt
     from fastgpt2.engine.engine import Engine
 
 
@@ -89,7 +89,7 @@ class Running:
     """
 
     started: Started
-    prompt: Prompt
+    prompt: TokenizedPrompt
     options: JobOptions
     model: str
     due_at: float
@@ -99,7 +99,7 @@ class Running:
     muted: bool = False
 
     @classmethod
-    def begin(cls, started: Started, prompt: Prompt, options: JobOptions, model: str, now: float) -> Running:
+    def begin(cls, started: Started, prompt: TokenizedPrompt, options: JobOptions, model: str, now: float) -> Running:
         limit = started.job.timeout or Queue.DEFAULT_TIMEOUT
         due_at = now + limit if limit > 0 else math.inf
         reason = f"took longer than the {limit} s that it was given from its start (job_timeout)"

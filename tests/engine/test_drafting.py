@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastgpt2 import Engine
-from fastgpt2.engine.decoding.drafter import StepCosts, plan, plan_model
+from fastgpt2.engine.decoding.drafter import StepCosts, plan_drafts, plan_model_drafts
 from fastgpt2.engine.decoding.lookup import LONGEST_MATCH, Acceptance, Lookup
 from fastgpt2.engine.decoding.records import GenerationRequest
 from fastgpt2.engine.decoding.sequence import Sequence
@@ -78,14 +78,14 @@ def test_acceptance_is_learnt_by_the_length_of_the_match() -> None:
 
 def test_free_rows_are_filled_and_dear_ones_are_not() -> None:
     chances = [[0.9, 0.8, 0.7], []]
-    counts, gain = plan(chances, lambda _rows: 1.0)
+    counts, gain = plan_drafts(chances, lambda _rows: 1.0)
     assert counts == [3, 0]
     assert gain == pytest.approx((1 + 2.4 + 1) / 2)
     # A row beside as dear as one alone: at best as fast as before.
-    assert plan(chances, float) == ([0, 0], 1.0)
+    assert plan_drafts(chances, float) == ([0, 0], 1.0)
     # By hand, alone: a step of 2, 3, 4 rows takes 1.2, 1.4, 2.0; 1.9, 2.7, 3.4 tokens: 1.58, 1.93, 1.7 a unit of time.
     costs = {1: 1.0, 2: 1.2, 3: 1.4, 4: 2.0}
-    counts, gain = plan([[0.9, 0.8, 0.7]], costs.__getitem__)
+    counts, gain = plan_drafts([[0.9, 0.8, 0.7]], costs.__getitem__)
     assert counts == [2]
     assert gain == pytest.approx(2.7 / 1.4)
 
@@ -93,50 +93,50 @@ def test_free_rows_are_filled_and_dear_ones_are_not() -> None:
 def test_nobody_is_slowed_for_the_sake_of_another() -> None:
     """The first would gain much by rows that cost 5% each; the second, who has no guesses, would pay for it."""
     chances = [[0.95] * 4, []]
-    assert plan(chances, lambda rows: 1 + 0.05 * (rows - 2)) == ([0, 0], 1.0)
+    assert plan_drafts(chances, lambda rows: 1 + 0.05 * (rows - 2)) == ([0, 0], 1.0)
     # 1% each is within what is tolerated up to three of them.
-    assert plan(chances, lambda rows: 1 + 0.01 * (rows - 2))[0] == [3, 0]
+    assert plan_drafts(chances, lambda rows: 1 + 0.01 * (rows - 2))[0] == [3, 0]
     # Alone it gains.
-    assert plan(chances[:1], lambda rows: 1 + 0.05 * (rows - 1))[0] == [4]
+    assert plan_drafts(chances[:1], lambda rows: 1 + 0.05 * (rows - 1))[0] == [4]
 
 
 def test_a_smaller_model_guesses_as_far_as_it_pays() -> None:
     # A step of it costs a quarter, rows beside are free: 1 + p + ... + p^k tokens for 1 + k / 4.
     gains = {k: sum(0.9**i for i in range(k + 1)) / (1 + k / 4) for k in range(9)}
     best = max(gains, key=gains.__getitem__)
-    k, gain = plan_model(1, 0.9, lambda _rows: 0.25, lambda _rows: 1.0)
+    k, gain = plan_model_drafts(1, 0.9, lambda _rows: 0.25, lambda _rows: 1.0)
     assert k == best
     assert gain == pytest.approx(gains[best])
-    assert plan_model(1, 0.2, lambda _rows: 0.25, lambda _rows: 1.0) == (0, 1.0)
+    assert plan_model_drafts(1, 0.2, lambda _rows: 0.25, lambda _rows: 1.0) == (0, 1.0)
     # No more rows than a step takes: 16 sequences of three each would be 48.
-    assert plan_model(16, 0.9, lambda _rows: 0.01, lambda _rows: 1.0)[0] == 2
+    assert plan_model_drafts(16, 0.9, lambda _rows: 0.01, lambda _rows: 1.0)[0] == 2
 
 
 def test_costs_of_what_was_not_seen_follow_what_was_measured() -> None:
     costs = StepCosts({1: 10.0, 2: 15.0, 4: 20.0, 8: 40.0})
-    assert [costs.of(rows) for rows in (1, 3, 6, 16)] == [10.0, 17.5, 30.0, 80.0]
+    assert [costs.seconds(rows) for rows in (1, 3, 6, 16)] == [10.0, 17.5, 30.0, 80.0]
     # The machine is three times as fast as when it was measured.
     costs.note(1, 3.0)
-    assert costs.of(4) == pytest.approx(6.0)
+    assert costs.seconds(4) == pytest.approx(6.0)
     costs.note(4, 9.0)
-    assert costs.of(4) == pytest.approx(9.0)
-    assert costs.of(8) == pytest.approx(18.0)
+    assert costs.seconds(4) == pytest.approx(9.0)
+    assert costs.seconds(8) == pytest.approx(18.0)
     # One that was disturbed changes little, and not for long.
     costs.note(4, 900.0)
-    assert costs.of(4) < 12.0
+    assert costs.seconds(4) < 12.0
     for _ in range(20):
         costs.note(4, 9.0)
-    assert costs.of(4) == pytest.approx(9.0, rel=0.02)
+    assert costs.seconds(4) == pytest.approx(9.0, rel=0.02)
     # What was seen long ago tells less than the others.
     for _ in range(400):
         costs.note(1, 6.0)
-    assert costs.of(4) == pytest.approx(12.0, rel=0.01)
+    assert costs.seconds(4) == pytest.approx(12.0, rel=0.01)
 
 
 def test_costs_without_a_measurement() -> None:
     costs = StepCosts()
-    assert not costs.seen
-    assert costs.of(1) < costs.of(2) < 1.1 * costs.of(1)
+    assert not costs.known
+    assert costs.seconds(1) < costs.seconds(2) < 1.1 * costs.seconds(1)
 
 
 WORDS = """

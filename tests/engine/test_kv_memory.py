@@ -118,10 +118,10 @@ def test_fewer_slots_may_be_used_than_there_are() -> None:
     cache = cache_of(DEMO, n_slots=4, positions=2048)
     slot = cache.allot(10)
     with pytest.raises(ValueError, match="slots are in use"):
-        cache.use(2)
+        cache.use_slots(2)
     cache.lengths[slot] = 10
     cache.release(slot)
-    cache.use(2)
+    cache.use_slots(2)
     assert (cache.usable_slots, cache.free_slots, cache.bytes_reserved) == (2, 2, 0)
     assert [cache.allot(), cache.allot()] == [0, 1]
     assert not cache.has_room(1)

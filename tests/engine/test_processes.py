@@ -22,7 +22,7 @@ from fastgpt2.engine.loading import load_network
 from fastgpt2.engine.machine import processes_for
 from fastgpt2.engine.model.config import read_config
 from fastgpt2.engine.network.gpt2 import GPT2
-from fastgpt2.engine.network.step import Segment, Step, encoded_size
+from fastgpt2.engine.network.step import Segment, Step, most_numbers
 
 FOLDER = GOLDEN / "checkpoints" / "odd_heads"
 
@@ -94,9 +94,9 @@ def right(network: GPT2) -> bool:
 
 def test_a_step_survives_its_description() -> None:
     step = Step([Segment(3, [5, 6, 7], 0), Segment(0, [9])], [12, 0])
-    numbers = step.encode()
-    assert Step.decode(numbers) == step
-    assert len(numbers) == encoded_size(4, 2)
+    numbers = step.to_numbers()
+    assert Step.from_numbers(numbers) == step
+    assert len(numbers) == most_numbers(4, 2)
     assert step.rows == 4
     assert step.rows_with_logits() == [3]
 

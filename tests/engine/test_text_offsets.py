@@ -112,7 +112,7 @@ def take(decoder: Decoder, sequence: Any, ids: list[int]) -> None:
     for token_id in ids:
         logits = np.zeros(decoder.model.config.vocab_size, np.float32)
         logits[token_id] = 9
-        decoder._take(sequence, logits, token_id, 0.0)
+        decoder._accept(sequence, logits, token_id, 0.0)
     decoder.finish(sequence)
 
 
