@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fastgpt2.engine.decoding.drafter import Drafter
 from fastgpt2.engine.decoding.records import FinishReason, GenerationRequest, TokenLogprob
-from fastgpt2.engine.decoding.sequence import Sequence, Status, TokenizedPrompt
+from fastgpt2.engine.decoding.sequence import Sequence, TokenizedPrompt
 from fastgpt2.engine.model.tokenizer import IncrementalDetokenizer, Tokenizer
 from fastgpt2.engine.network.gpt2 import DEFAULT_MAX_ROWS, GPT2, PREFILL_ROWS_BESIDE
 from fastgpt2.engine.network.prefixes import Prefixes
@@ -174,7 +174,7 @@ class Decoder:
             CheckpointError: the logits are not finite.
         """
         # In the order of their slots: neighbours are attended together.
-        decoding = sorted((s for s in self.running if s.status is Status.DECODE), key=attrgetter("slot"))
+        decoding = sorted((s for s in self.running if s.status == "decode"), key=attrgetter("slot"))
         prefills = self._plan_prefill(len(decoding))
         # Beside prompts, a step takes long enough for those that decode: nothing is drafted.
         batch = [*self._plan_decode(decoding, draft=not prefills), *prefills]
@@ -209,7 +209,7 @@ class Decoder:
             # What was generated may be the beginning of the next prompt, as in a conversation.
             self._keep_prefix(sequence)
         self.model.cache.release(sequence.slot)
-        sequence.status = Status.FINISHED
+        sequence.status = "finished"
         sequence.finished_at = perf_counter()
         self.running.remove(sequence)
 
@@ -222,7 +222,7 @@ class Decoder:
         for sequence in self.running:
             if not rows:
                 break
-            if sequence.status is not Status.PREFILL:
+            if sequence.status != "prefill":
                 continue
             self._reuse_prefix(sequence)
             ids = sequence.pending[: min(rows, scored_rows) if sequence.unscored else rows]
@@ -276,7 +276,7 @@ class Decoder:
         for sequence, segment in batch:
             sequence.step_seconds.append(now - started_at)
             end = begin + segment.n_logits
-            if sequence.status is Status.DECODE:
+            if sequence.status == "decode":
                 self._verify(sequence, segment, logits[begin:end], best[begin:end], now)
             else:
                 if sequence.unscored:
@@ -331,8 +331,8 @@ class Decoder:
         if request.logprobs is not None:
             offset = _text_offset(sequence, token_id, is_end)
             sequence.logprobs.append(token_logprob(self.tokenizer, logits, token_id, request.logprobs, offset))
-        if sequence.status is Status.PREFILL:
-            sequence.status = Status.DECODE
+        if sequence.status == "prefill":
+            sequence.status = "decode"
             sequence.first_token_at = now
         sequence.token_ids.append(token_id)
         sequence.pending = [token_id]
