@@ -209,7 +209,7 @@ def test_no_huge_page_commits_more_than_is_written() -> None:
         assert " nh" in flags or not Path("/sys/kernel/mm/transparent_hugepage").exists(), name
 
 
-# Gives a decoder more sequences than there is memory for, long and short ones mixed, and prints how much more the process
+# Gives a decoder more sequences than there is memory for, long and short ones mixed. Prints how much more the process
 # came to hold than after every buffer had been in use.
 FILL = """
 import os, random, sys

@@ -83,18 +83,11 @@ def make_shards(
     meet: Callable[[], None],
 ) -> list[Shard]:
     """Return one process's shard of the network by each set of weights."""
-    return [
-        Shard(
-            config,
-            weight_set.weights,
-            cache,
-            {name: arena[buffer_name(index, name)] for name in BUFFERS},
-            weight_set.kernel,
-            share,
-            meet,
-        )
-        for index, weight_set in enumerate(sets)
-    ]
+    shards = []
+    for index, weight_set in enumerate(sets):
+        buffers = {name: arena[buffer_name(index, name)] for name in BUFFERS}
+        shards.append(Shard(config, weight_set, cache, buffers, share, meet))
+    return shards
 
 
 class Shard:
@@ -103,10 +96,9 @@ class Shard:
     def __init__(
         self,
         config: GPT2Config,
-        weights: Weights,
+        weight_set: WeightSet,
         cache: KVCache,
         buffers: Mapping[str, Array],
-        kernel: Kernel,
         share: tuple[int, int],
         meet: Callable[[], None],
     ) -> None:
@@ -117,6 +109,7 @@ class Shard:
             meet: returns when every process has called it.
         """
         rank, size = share
+        weights, kernel = weight_set.weights, weight_set.kernel
         self._config, self._weights, self._buffers, self._kernel = config, weights, buffers, kernel
         self._share, self._meet = share, meet
         self._activation = ACTIVATIONS[config.activation_function]
