@@ -248,7 +248,7 @@ class StepCosts:
 
     @property
     def known(self) -> bool:
-        """Whether any step has been noted."""
+        """Tell whether any step has been noted."""
         return bool(self._noted)
 
     def seconds(self, rows: int) -> float:

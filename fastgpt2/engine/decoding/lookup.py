@@ -51,7 +51,7 @@ class Lookup:
 
     @property
     def guess(self) -> int | None:
-        """The token expected next; None if there is no match."""
+        """Return the token expected next; None if there is no match."""
         return self._ids[self._next] if self.match else None
 
     def push(self, token_id: int) -> None:
@@ -91,7 +91,7 @@ class Lookup:
 
 
 class Rate:
-    """How often something comes true, in the trials that are remembered."""
+    """A rate: how often something comes true, in the trials that are remembered."""
 
     def __init__(self, prior: float) -> None:
         self._trials, self._hits = _PRIOR_TRIALS, _PRIOR_TRIALS * prior
@@ -110,7 +110,7 @@ class Rate:
 
 
 class Acceptance:
-    """How often guesses come true, by the length of the match that they follow."""
+    """The acceptance of guesses: how often they come true, by the length of the match that they follow."""
 
     def __init__(self) -> None:
         self._rates = [Rate(prior) for prior in _PRIOR]

@@ -42,7 +42,7 @@ class TokenizedPrompt:
 
     @property
     def positions(self) -> int:
-        """The number of positions that the sequence can grow to."""
+        """Return how many positions the sequence can grow to."""
         return len(self.ids) + self.max_new_tokens
 
 
@@ -123,7 +123,7 @@ class Sequence:
 
     @property
     def settled(self) -> int:
-        """How many characters of `text` stay whatever follows; the number never falls.
+        """Return how many characters of `text` stay whatever follows; the number never falls.
 
         All of them stay once the sequence is finished. Before that, the longest end of the generated text with which
         a stop string begins is left out: the rest of the stop string may follow.

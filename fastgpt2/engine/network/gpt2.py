@@ -98,7 +98,7 @@ class GPT2:
 
     @property
     def product_name(self) -> str:
-        """What multiplies: "mkl", "compiled-int8", or how numpy's BLAS calls itself."""
+        """Return the name of what multiplies: "mkl", "compiled-int8", or how numpy's BLAS calls itself."""
         return numpys_kernel() if self._kernel.product.name == "openblas" else self._kernel.product.name
 
     def describe(self) -> str:
@@ -115,7 +115,7 @@ class GPT2:
 
     @property
     def exact(self) -> bool:
-        """Whether a sequence's logits have the same bits alone, in any batch, and with its prompt cut anywhere."""
+        """Tell whether a sequence's logits have the same bits alone, in any batch, and with its prompt cut anywhere."""
         return self._alone[OWN_WEIGHTS].exact
 
     def use_slots(self, n_slots: int) -> None:
@@ -125,12 +125,12 @@ class GPT2:
 
     @property
     def ready(self) -> bool:
-        """Whether every process has joined."""
+        """Tell whether every process has joined."""
         return self._helpers.complete if self._helpers is not None else not self._wants_helpers
 
     @property
     def can_draft(self) -> bool:
-        """Whether there are weights to `draft` with."""
+        """Tell whether there are weights to `draft` with."""
         return len(self._sets) > 1
 
     def forward(self, segments: Sequence[Segment]) -> Array:
@@ -219,7 +219,7 @@ class GPT2:
         self._helpers = self._together = None
 
     def after_fork(self) -> None:
-        """In a forked copy, leave alone the original's helpers and the memory that the original shares with them."""
+        """Leave the original's helpers, and the memory that it shares with them, alone in a forked copy."""
         if self.size == 1:
             return
         if self._helpers is not None:

@@ -150,7 +150,7 @@ class Helpers:
 
     @property
     def complete(self) -> bool:
-        """Whether all have joined."""
+        """Tell whether all have joined."""
         return self.barrier.complete
 
     def begin(self, step: Step) -> None:

@@ -23,7 +23,7 @@ MOST_PADDING = 2 * BLOCK
 
 
 class KVCache:
-    """`n_slots` sequences of up to `n_positions` tokens.
+    """The keys and values of `n_slots` sequences of up to `n_positions` tokens.
 
     Attributes:
         keys: float32 [n_slots, n_layer, blocks, n_head, head_dim, BLOCK]: panels of keys, so that queries are
@@ -73,7 +73,7 @@ class KVCache:
 
     @property
     def bytes_reserved(self) -> int:
-        """Bytes that slots in use may come to commit, and that free ones keep committed."""
+        """Return the bytes that slots in use may come to commit, and that free ones keep committed."""
         return self._bytes_in_use() + self._bytes_kept()
 
     def use_slots(self, n_slots: int) -> None:

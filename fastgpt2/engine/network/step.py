@@ -143,7 +143,7 @@ class Barrier:
 
     @property
     def complete(self) -> bool:
-        """Whether every process has joined."""
+        """Tell whether every process has joined."""
         return all(self._numbers[at] for at in self._joined)
 
     def begin(self, step: Step) -> None:

@@ -136,7 +136,7 @@ class Shard:
 
     @property
     def exact(self) -> bool:
-        """Whether every product gives a row the same bits whatever rows stand beside it."""
+        """Tell whether every product gives a row the same bits whatever rows stand beside it."""
         block = self._weights.blocks[0]
         weights = (block.c_attn, block.attn_c_proj, block.c_fc, block.mlp_c_proj)
         panels = [*(linear.weight for linear in weights), self._weights.lm_head]
