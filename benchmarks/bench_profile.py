@@ -58,13 +58,13 @@ def main() -> None:
 @contextmanager
 def decoding(engine: Engine, rows: int) -> Iterator[Callable[[], None]]:
     """So many sequences past their prompts; what is given does a step with all of them."""
-    from fastgpt2.engine.decoding.sequence import Prompt
+    from fastgpt2.engine.decoding.sequence import TokenizedPrompt
 
     decoder = engine.decoder
     most = engine.config.n_positions - CONTEXT
     request = GenerationRequest("", max_new_tokens=most, ignore_eos=True)
     ids = [i % engine.config.vocab_size for i in range(CONTEXT)]
-    sequences = [decoder.admit(Prompt(request, ids, most)) for _ in range(rows)]
+    sequences = [decoder.admit(TokenizedPrompt(request, ids, most)) for _ in range(rows)]
     try:
         while not all(sequence.token_ids for sequence in sequences):
             decoder.step()

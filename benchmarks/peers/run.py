@@ -42,7 +42,7 @@ def fastgpt2(folder: str, job: dict[str, Any], variant: str) -> tuple[str, float
     import fastgpt2.engine.decoding.decoder
     import fastgpt2.engine.kernels.choice
     from fastgpt2.engine.decoding.records import GenerationRequest
-    from fastgpt2.engine.decoding.sequence import Prompt
+    from fastgpt2.engine.decoding.sequence import TokenizedPrompt
 
     imported = perf_counter()
     most = max(1, *job["batches"])
@@ -54,7 +54,7 @@ def fastgpt2(folder: str, job: dict[str, Any], variant: str) -> tuple[str, float
 
     def generate(prompts: Ids, tokens: int) -> Ids:
         request = GenerationRequest("", max_new_tokens=tokens, ignore_eos=True)
-        sequences = [engine.decoder.admit(Prompt(request, ids, tokens)) for ids in prompts]
+        sequences = [engine.decoder.admit(TokenizedPrompt(request, ids, tokens)) for ids in prompts]
         while not all(sequence.finished for sequence in sequences):
             engine.decoder.step()
         drafts["drafted"] += sum(sequence.drafted for sequence in sequences)

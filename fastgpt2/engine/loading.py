@@ -98,7 +98,7 @@ def load_decoder(model: str, options: LoadOptions) -> tuple[Decoder, LoadTimes]:
         from fastgpt2.engine.decoding.drafter import Drafter
         from fastgpt2.engine.kernels.choice import open_measurements
         from fastgpt2.engine.network.prefixes import prefixes_within
-        from fastgpt2.engine.network.step_times import row_costs, settle, slots_to_map
+        from fastgpt2.engine.network.step_times import choose_slots, row_costs, slots_to_map
 
         kv_bytes = _kv_bytes(config, options.kv_memory)
         prefixes = prefixes_within(config, options.prefix_memory, kv_bytes)
@@ -123,7 +123,7 @@ def load_decoder(model: str, options: LoadOptions) -> tuple[Decoder, LoadTimes]:
         )
     measurements, most_drafts = open_measurements(config), options.most_drafts
     if options.max_batch is None:
-        settle(network, measurements)
+        choose_slots(network, measurements)
     costs = row_costs(network, measurements, options.max_batch is None) if most_drafts is None else None
     decoder = Decoder(network, tokenizer, prefixes, Drafter(network, most_drafts, costs))
     return decoder, LoadTimes(mapped, tokenizer_done, perf_counter() - started)

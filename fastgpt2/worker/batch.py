@@ -23,7 +23,7 @@ from fastgpt2.protocol.untrusted import seconds_between
 from fastgpt2.worker.rq_job import GenerationJob
 
 if TYPE_CHECKING:
-    from fastgpt2.engine.decoding.sequence import Prompt, Sequence
+    from fastgpt2.engine.decoding.sequence import Sequence, TokenizedPrompt
     from fastgpt2.engine.engine import Engine
 
 
@@ -96,7 +96,7 @@ class ActiveJob:
     """
 
     attempt: Attempt
-    prompt: Prompt
+    prompt: TokenizedPrompt
     options: JobOptions
     model: str
     deadline: float
@@ -106,7 +106,7 @@ class ActiveJob:
     muted: bool = False
 
     @classmethod
-    def begin(cls, attempt: Attempt, prompt: Prompt, options: JobOptions, model: str, now: float) -> ActiveJob:
+    def begin(cls, attempt: Attempt, prompt: TokenizedPrompt, options: JobOptions, model: str, now: float) -> ActiveJob:
         """Return the running job of an attempt, with the earlier of its two deadlines."""
         limit = attempt.rq_job.timeout or Queue.DEFAULT_TIMEOUT
         deadline = now + limit if limit > 0 else math.inf

@@ -22,7 +22,7 @@ from fastgpt2.engine.model.hub import DEMO_FOLDER
 from fastgpt2.engine.network import step_times
 from fastgpt2.engine.network.gpt2 import GPT2
 from fastgpt2.engine.network.kv_cache import sequence_bytes
-from fastgpt2.engine.network.step_times import UNMEASURED, largest_worthwhile, settle, slots_to_map
+from fastgpt2.engine.network.step_times import UNMEASURED_SLOTS, choose_slots, largest_that_pays, slots_to_map
 
 Array = NDArray[np.float32]
 
@@ -161,7 +161,7 @@ def test_as_many_sequences_as_pay(milliseconds: list[float], most: int, expected
         asked.append(n)
         return milliseconds[n.bit_length() - 1] / 1e3
 
-    assert largest_worthwhile(step_seconds, most) == expected
+    assert largest_that_pays(step_seconds, most) == expected
     assert asked == [1 << i for i in range(tried)]
 
 
@@ -175,7 +175,7 @@ def test_the_batch_of_a_large_model_is_measured_once(
     network: GPT2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(step_times, "is_large", lambda config: config.n_layer > 0)
-    settle(network, Measurements(tmp_path, "a"))
+    choose_slots(network, Measurements(tmp_path, "a"))
     ((name, found),) = json.loads((tmp_path / "calibration.json").read_text())["a"].items()
     assert name.startswith("batch of up to 8, 5x224x896x2048, 7 heads, 1 processes, openblas-")
     assert found in (1, 2, 4, 8)
@@ -183,12 +183,12 @@ def test_the_batch_of_a_large_model_is_measured_once(
     assert network.cache.bytes_reserved == 0, "what was measured with is given back"
     (tmp_path / "calibration.json").write_text(json.dumps({"a": {name: 2}}))
     network.use_slots(8)
-    settle(network, Measurements(tmp_path, "a"))
+    choose_slots(network, Measurements(tmp_path, "a"))
     assert network.cache.usable_slots == 2
 
 
 def test_what_was_measured_with_more_memory_is_known_with_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker's container has less memory than the one that packs. With more memory than then, more is tried."""
+    """A worker's container has less than that of the one which packs; with more memory than then, more is tried."""
     monkeypatch.setattr(step_times, "is_large", lambda config: config.n_layer > 0)
     config = read_config(DEMO_FOLDER / "config.json")
     tried: list[int] = []
@@ -198,9 +198,9 @@ def test_what_was_measured_with_more_memory_is_known_with_less(tmp_path: Path, m
             tried.append(most)
             return pays
 
-        monkeypatch.setattr(step_times, "measured", measured)
+        monkeypatch.setattr(step_times, "measure_slots", measured)
         network = load_network(DEMO_FOLDER, config, "m", n_slots=slots, size=1, blas="openblas")
-        settle(network, Measurements(tmp_path, "a"))
+        choose_slots(network, Measurements(tmp_path, "a"))
         return network.cache.usable_slots
 
     assert settled(8, 4) == 4
@@ -216,13 +216,13 @@ def test_without_the_memory_for_a_measurement_there_is_none(tmp_path: Path, monk
     config = read_config(DEMO_FOLDER / "config.json")
     kv_memory = sequence_bytes(config)
     network = load_network(DEMO_FOLDER, config, "m", n_slots=32, size=1, blas="openblas", kv_memory=kv_memory)
-    settle(network, Measurements(tmp_path, "a"))
-    assert network.cache.usable_slots == UNMEASURED
+    choose_slots(network, Measurements(tmp_path, "a"))
+    assert network.cache.usable_slots == UNMEASURED_SLOTS
     assert not list(tmp_path.iterdir())
 
 
 def test_slots_of_a_large_model_are_no_more_than_the_system_maps() -> None:
-    assert slots_to_map(read_config(DEMO_FOLDER / "config.json")) == UNMEASURED
+    assert slots_to_map(read_config(DEMO_FOLDER / "config.json")) == UNMEASURED_SLOTS
     huge = GPT2Config(n_layer=1 << 20, n_embd=1600, n_head=25, n_inner=6400)
     assert slots_to_map(huge) == 1
     config = GPT2Config(n_layer=48, n_embd=1600, n_head=25, n_inner=6400)

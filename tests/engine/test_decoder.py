@@ -1,4 +1,4 @@
-"""Greedy decoding: token for token what transformers generates, whatever else runs beside it."""
+"""Greedy decoding gives token for token what transformers generates, whatever else runs beside it."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ golden: dict[str, Any] = json.loads((GOLDEN / "demo_continuations.json").read_te
 
 @pytest.fixture(scope="module", params=["openblas", "mkl", "two processes"])
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
-    """The shipped model on everything that can multiply. Four slots, so that batches are mixed."""
+    """Load the shipped model with each product that there is. It has four slots, so that batches are mixed."""
     if request.param == "mkl" and not mkl.is_installed():
         pytest.skip("MKL is not installed")
     two = request.param == "two processes"
     blas = "openblas" if two else request.param
-    # Without prefixes: in how many steps a prompt is read would depend on the tests before.
+    # Without prefixes: with them, the tests before would change in how many steps a prompt is read.
     made = Engine.load("demo", max_batch=4, blas=blas, threads=2 if two else 1, prefix_memory=0, drafts="off")
     made.warm_up()
     yield made
@@ -45,7 +45,7 @@ def test_the_golden_file_belongs_to_the_shipped_model() -> None:
 
 
 def test_the_same_tokens_as_transformers(engine: Engine) -> None:
-    """64 prompts x 100 tokens, four side by side, entering and leaving as slots come free."""
+    """64 prompts of 100 tokens each run four side by side, and enter as slots become free."""
     prompts = [entry["prompt"] for entry in golden["continuations"]]
     results = engine.generate(prompts, max_new_tokens=100, ignore_eos=True)
     for entry, result in zip(golden["continuations"], results, strict=True):
@@ -94,7 +94,7 @@ def test_end_of_text_stops(tmp_path: Path) -> None:
 
 
 def test_stop_strings_cut_the_text_wherever_they_begin(engine: Engine) -> None:
-    """Every substring of a continuation must stop it at its first occurrence, across tokens or within one."""
+    """A substring of a continuation stops it at its first occurrence, across tokens or within one."""
     entry = golden["continuations"][1]
     text = entry["text"][:60]
     for begin in range(0, 40, 3):
@@ -131,7 +131,7 @@ def test_the_limit_of_positions_is_told_in_numbers(engine: Engine) -> None:
         engine.generate(text, max_new_tokens=500)
     with pytest.raises(PromptTooLong, match=rf"at most {n_positions - tokens} new ones"):
         engine.generate(text, max_new_tokens=500)
-    # Without a wish, what is left of 20.
+    # Where no length is asked for, it is 20, or less if there is no room for 20.
     assert engine.generate(text, ignore_eos=True).usage.completion_tokens == min(20, n_positions - tokens)
     full = engine.generate(text, max_new_tokens=n_positions - tokens, ignore_eos=True)
     assert full.usage.total_tokens == n_positions

@@ -1,4 +1,4 @@
-"""What a request may ask beside a length: least lengths, stop strings held back, echoes, token ids, partial results."""
+"""Options of a request beside its length: least lengths, stop strings, echoes, token ids; and partial results."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_least_length_as_transformers_has_it(tmp_path: Path, entry: dict[str, 
     assert list(result.token_ids) == least["ids"]
     assert result.finish_reason == "stop"
     assert result.text == engine.tokenizer.decode(least["ids"][:-1])
-    # Of the distribution before the end-of-text tokens were excluded, which were the likeliest somewhere.
+    # They are of the distribution before end-of-text tokens were excluded, which were the likeliest in places.
     assert result.logprobs is not None
     assert [one.logprob for one in result.logprobs] == pytest.approx(least["logprobs"], rel=0, abs=1e-4)
     passed_over = [one.top[0].token_id for one in result.logprobs if one.top[0].token_id != one.token_id]
@@ -62,16 +62,16 @@ def test_what_ends_nothing_is_not_passed_over(tmp_path: Path) -> None:
 
 
 def test_a_stop_string_counts_from_the_least_length_on(engine: Engine) -> None:
-    """By hand, on a continuation whose every token is known."""
+    """The places are found by hand, in a continuation whose every token is known."""
     entry = continuations[1]
     texts = [engine.tokenizer.decode([token_id]) for token_id in entry["ids"]]
     assert "".join(texts) == entry["text"]
     for n in (0, 1, 5, 12):
-        # It ends in the text of token n + 1, and begins in that of token n where there is one.
+        # It ends in the text of token n + 1, and begins in the text of token n if there is one.
         stop = texts[n] if n == 0 else texts[n - 1][-1] + texts[n]
         for least in (n, n + 1):
             result = engine.generate(entry["prompt"], max_new_tokens=60, min_new_tokens=least, stop=stop)
-            # The first of its places that ends in the text of a token beyond the least length.
+            # The first occurrence that ends in the text of a token beyond the least length.
             spent = len("".join(texts[:least]))
             at = next(
                 (i for i in range(len(entry["text"])) if entry["text"].startswith(stop, i) and i + len(stop) > spent),
@@ -150,12 +150,12 @@ def test_those_without_new_tokens_come_and_go_beside_others(engine: Engine) -> N
 
 
 def may_become(text: str, stop: str, begin: int) -> bool:
-    """Whether text that follows may complete a stop string that begins at this place."""
+    """Tell whether text that follows may complete a stop string that begins at this place."""
     return len(text) - begin < len(stop) and stop.startswith(text[begin:])
 
 
 def stop_strings(text: str, dice: random.Random) -> list[str]:
-    """Cut out of a text, some spoilt at their end, so that what was held back comes out after all."""
+    """Cut stop strings out of a text, and spoil the end of some: text held back for these comes out after all."""
     stops = []
     for _ in range(dice.randint(1, 4)):
         begin = dice.randrange(len(text) - 12)

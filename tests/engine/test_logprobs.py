@@ -1,4 +1,4 @@
-"""Log probabilities: those that transformers gives, and by hand where that says nothing."""
+"""Log probabilities are those that transformers gives; what it does not give is worked out by hand."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_tokens_for_people_to_read(engine: Engine) -> None:
     tokenizer = engine.tokenizer
     assert tokenizer.token_text(0) == "<|endoftext|>"
     assert [tokenizer.token_text(i) for i in tokenizer.encode("My name")] == ["My", " name"]
-    # A parrot is four bytes that this tokenizer has no single token for.
+    # A parrot is four bytes, for which this tokenizer has no single token.
     parts = [tokenizer.token_text(i) for i in tokenizer.encode("🦜")]
     assert len(parts) > 1
     assert "".join(part.removeprefix("bytes:") for part in parts) == r"\xf0\x9f\xa6\x9c"

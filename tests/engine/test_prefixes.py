@@ -1,4 +1,4 @@
-"""Keys and values kept of what was read: the same tokens with them as without, within their memory, and told of."""
+"""Prefixes: kept keys and values give the same tokens as none, stay within their memory, and are reported."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from fastgpt2.worker.recycling import private_memory
 
 ENTRIES: list[dict[str, Any]] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"]
 DEMO = read_config(DEMO_FOLDER / "config.json")
-# Of the demo model: keys and values, 5 layers of 224 numbers of 4 bytes.
+# Bytes of a block of the demo model: keys and values, 5 layers of 224 numbers of 4 bytes.
 A_BLOCK = 2 * 5 * 224 * 4 * BLOCK
-# Two blocks of it are a page.
+# A page holds two blocks of this model.
 TINY = GPT2Config(vocab_size=100, n_positions=256, n_embd=8, n_layer=1, n_head=2)
 
 
@@ -46,7 +46,7 @@ def load(**options: Any) -> Engine:
 
 @pytest.fixture(scope="module", params=["large", "small", "two processes"])
 def keeping(request: pytest.FixtureRequest) -> Iterator[Engine]:
-    """An engine that keeps prefixes, all that come or so few that most must go again."""
+    """Load an engine that keeps all prefixes that come, or so few that most must go again."""
     memory = 9 * A_BLOCK if request.param == "small" else 1000 * A_BLOCK
     made = load(threads=2 if request.param == "two processes" else 1, prefix_memory=memory)
     made.warm_up()
@@ -69,7 +69,7 @@ def cached(engine: Engine, ids: list[int], **options: Any) -> int:
 
 
 def check_same(expected: GenerationResult, got: GenerationResult, exact: bool) -> None:
-    """The same tokens, and where the machine promises it the same bits; elsewhere a tie may be broken another way."""
+    """Check that tokens are the same, and bits where the machine promises that; elsewhere ties may differ."""
     assert expected.logprobs is not None
     assert got.logprobs is not None
     if exact:
@@ -88,7 +88,7 @@ def check_same(expected: GenerationResult, got: GenerationResult, exact: bool) -
 
 @pytest.mark.parametrize("seed", range(2))
 def test_families_of_prompts(engine: Engine, keeping: Engine, seed: int) -> None:
-    """Prompts that begin as others do, some as many as three deep, in batches thrown together at random."""
+    """Prompts begin as others do, some of these as others again, in batches of random company."""
     dice = random.Random(seed)
     stems = [some_ids(100 * seed + n, dice.choice([16, 31, 32, 33, 64, 100, 250])) for n in range(5)]
     stems += [dice.choice(stems) + some_ids(100 * seed + 10 + n, dice.randint(1, 80)) for n in range(5)]
@@ -107,7 +107,7 @@ def test_families_of_prompts(engine: Engine, keeping: Engine, seed: int) -> None
 
 
 def test_the_continuations_of_transformers(keeping: Engine) -> None:
-    """What it has generated is given to ours as prompts, cut here and there: it goes on as it did."""
+    """What transformers generated comes as prompts, cut here and there: ours goes on as transformers did."""
     asked = [(entry, cut) for entry in ENTRIES for cut in (40, 72)]
     prompts = [entry["prompt_ids"] + entry["ids"][:cut] for entry, cut in asked]
     results = keeping.generate(prompts, max_new_tokens=12, ignore_eos=True)
@@ -117,7 +117,7 @@ def test_the_continuations_of_transformers(keeping: Engine) -> None:
 
 
 def test_the_same_logits(keeping: Engine) -> None:
-    """A sequence goes on from a copy, its rest cut anywhere, as the one goes on whose keys and values they were."""
+    """A sequence goes on from copied keys and values, its rest cut anywhere, as their own sequence does."""
     network, dice = keeping.decoder.model, random.Random(5)
     for seed in range(20):
         ids = some_ids(seed, dice.randint(BLOCK + 1, 300))
@@ -141,7 +141,7 @@ def test_the_same_logits(keeping: Engine) -> None:
 
 
 def read(network: GPT2, slot: int, ids: list[int], at_once: int) -> NDArray[np.float32]:
-    """The logits behind the last of them."""
+    """Read a prompt, `at_once` tokens a step. Return the logits behind the last."""
     for at in range(0, len(ids), min(at_once, network.max_rows)):
         logits = network.forward([Segment(slot, ids[at : at + min(at_once, network.max_rows)])])
     last: NDArray[np.float32] = logits[0].copy()
@@ -178,7 +178,7 @@ def test_as_far_as_they_are_alike(fresh: Engine) -> None:
 
 @pytest.mark.parametrize(("generated", "known"), [(2, 0), (3, 32), (34, 32), (35, 64)])
 def test_what_was_generated_is_the_beginning_of_the_next_prompt(fresh: Engine, generated: int, known: int) -> None:
-    """All of it but the last token, which has not been run."""
+    """All of it is reused but the last token, which has not been run."""
     ids = some_ids(3, 30)
     result = fresh.generate(ids, max_new_tokens=generated, ignore_eos=True)
     turn = [*ids, *result.token_ids, *some_ids(4, 40)]
@@ -189,12 +189,12 @@ def test_what_was_generated_is_the_beginning_of_the_next_prompt(fresh: Engine, g
 
 
 def test_prompts_that_come_together(fresh: Engine) -> None:
-    """The second begins when the first has been read, as far as that has been, and finds it."""
+    """The second prompt begins to be read after the first, and finds as much of the first as has been read."""
     header = some_ids(5, 300)
     results = fresh.generate([[*header, *some_ids(n, 10)] for n in range(8)], max_new_tokens=3, ignore_eos=True)
-    # 256 rows, and in the next step the rest of the first with the others for which there is a slot.
+    # A step reads 256 rows of the first; the next reads the rest, and the others for which there is a slot.
     assert [result.usage.cached_tokens for result in results] == [0, *[256] * 3, *[288] * 4]
-    # Some of it is known before: the second does not make do with that, while it has to wait.
+    # Some of it is known before. The second does not make do with that, as it has to wait anyway.
     header = some_ids(6, 300)
     assert cached(fresh, header[:40]) == 0
     results = fresh.generate([[*header, *some_ids(n, 10)] for n in range(2)], max_new_tokens=3, ignore_eos=True)
@@ -202,7 +202,7 @@ def test_prompts_that_come_together(fresh: Engine) -> None:
 
 
 def test_known_rows_are_not_counted_as_rows(fresh: Engine) -> None:
-    """Beside one that decodes, a known prompt takes one step."""
+    """Beside a sequence that decodes, a prompt that is known takes one step."""
     ids = some_ids(6, 400)
     assert cached(fresh, ids) == 0
     decoder = fresh.decoder
@@ -257,7 +257,7 @@ def test_nothing_is_kept_that_is_no_number(tmp_path: Path) -> None:
 
 
 class Shelf:
-    """Prefixes of a tiny model, with room for four blocks, and slots whose contents tell from which prompt they are."""
+    """Prefixes of a tiny model with room for four blocks, and slots whose contents tell which prompt they belong to."""
 
     def __init__(self) -> None:
         self.prefixes = Prefixes(TINY, 2 * PAGE)
@@ -265,7 +265,7 @@ class Shelf:
         self.cache = KVCache(TINY, 2, Arena(KVCache.specs(TINY, 2)))
 
     def keep(self, name: str) -> None:
-        """A prompt of a block a letter: its block "b" behind "a" is none of another's behind "c"."""
+        """Keep a prompt of one block a letter. Its block "b" behind "a" is not a block "b" behind "c"."""
         for number in range(len(name)):
             keys, values = self.cache.block(0, number)
             keys[:], values[:] = self._marks(name, number)
@@ -273,7 +273,7 @@ class Shelf:
         self.prefixes.keep(self.cache, 0, self._ids(name))
 
     def find(self, name: str) -> str:
-        """As much of a prompt as is known."""
+        """Return as much of a prompt as is kept, after checking its contents."""
         known = self.prefixes.copy_to(self.cache, 1, self._ids(name))
         assert known % BLOCK == 0
         assert known == self.cache.lengths[1]
@@ -328,7 +328,7 @@ def test_a_beginning_that_is_shared_stays_while_its_ends_go() -> None:
 
 
 def test_what_followed_a_block_that_went_is_not_found_behind_its_like() -> None:
-    """A block is behind an entry, not behind tokens: what was computed after others is not taken for it."""
+    """A block follows an entry, not tokens: what was computed behind other tokens is not taken for it."""
     shelf = Shelf()
     shelf.keep("ab")
     for name in "cdef":
@@ -358,7 +358,7 @@ def test_only_what_a_slot_holds_is_kept() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_much_use_mixes_nothing_up(seed: int) -> None:
-    """Whatever is found has the contents of its own prompt, and what was kept last is found."""
+    """What is found has the contents of its own prompt, and what was kept last is found."""
     shelf, dice = Shelf(), random.Random(seed)
     names = [
         "".join(dice.choice("ab") for _ in range(depth)) + dice.choice("cde") for depth in (0, 1, 2, 3) for _ in "1234"
@@ -383,7 +383,7 @@ limit = int(sys.argv[1])
 engine = Engine.load("demo", max_batch=4, threads=1, prefix_memory=limit)
 dice = random.Random(1)
 def prompts(): return [[dice.randrange(2000) for _ in range(300)] for _ in range(12)]
-# All other memory.
+# First, all other memory is committed.
 prefixes, engine.decoder.prefixes = engine.decoder.prefixes, None
 for _ in range(2):
     engine.generate(prompts(), max_new_tokens=2, ignore_eos=True)
@@ -449,7 +449,7 @@ def test_an_eighth_of_the_memory_for_keys_and_values() -> None:
 
 def test_off() -> None:
     ids = some_ids(1, 100)
-    # An eighth of too little for a block is nothing, too.
+    # Where an eighth of kv_memory has no room for a block, there are none, too.
     for engine in (load(prefix_memory=0), load(max_batch=1, kv_memory=16 * A_BLOCK, prefix_memory=0)):
         assert engine.decoder.prefixes is None
         assert (engine.decoder.prefix_bytes, engine.decoder.prefix_bytes_limit) == (0, 0)
@@ -512,7 +512,7 @@ def test_a_forked_copy_has_its_own(threads: str) -> None:
     assert done.stdout == "done\n"
 
 
-# What is told of it.
+# What is reported.
 
 
 def test_all_the_way(

@@ -1,4 +1,4 @@
-"""Log probabilities of a prompt's tokens: those that transformers gives, in whatever chunks and company it is read."""
+"""The log probabilities of a prompt's tokens are transformers', in whatever pieces and company it is read."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def assert_scored_as(told: tuple[TokenLogprob, ...] | None, entry: dict[str, Any
 
 
 def values(told: tuple[TokenLogprob, ...] | None) -> list[float]:
-    """Of all that have one: a prompt's first token has none."""
+    """Return the log probabilities of all tokens that have one: a prompt's first token has none."""
     assert told is not None
     return [one.logprob for one in told if one.logprob is not None]
 
@@ -87,7 +87,7 @@ def test_without_the_likeliest(engine: Engine) -> None:
 
 
 def test_what_follows_goes_on_where_the_prompt_ended(engine: Engine) -> None:
-    """Scoring a text and its continuation gives what generating the continuation told: two ways to the same numbers."""
+    """A text scored with its continuation has the numbers that generating the continuation gave."""
     entry = continuations[5]
     told = engine.generate(entry["prompt"], max_new_tokens=90, ignore_eos=True, logprobs=2, prompt_logprobs=2)
     whole = engine.generate([*entry["prompt_ids"], *told.token_ids], max_new_tokens=0, prompt_logprobs=2)
@@ -101,8 +101,10 @@ def test_what_follows_goes_on_where_the_prompt_ended(engine: Engine) -> None:
 @pytest.mark.parametrize("company", [1, 3])
 @pytest.mark.parametrize("prompt_tokens", [63, 64, 65, 66, 128, 129])
 def test_chunks_and_company_change_nothing(engine: Engine, prompt_tokens: int, company: int) -> None:
-    """Read in the rows that the decoding of others leaves, a few a step, against read alone; on exact machines the
-    same bits."""
+    """A prompt read a few rows a step, beside others that decode, scores as one that is read alone.
+
+    On exact machines it has the same bits.
+    """
     decoder = engine.decoder
     ids = (LONG["prompt_ids"] * 2)[:prompt_tokens]
     alone = engine.generate(ids, max_new_tokens=3, ignore_eos=True, prompt_logprobs=3)
@@ -123,7 +125,7 @@ def test_chunks_and_company_change_nothing(engine: Engine, prompt_tokens: int, c
 
 
 def test_rows_with_logits_are_few_a_step(engine: Engine) -> None:
-    """By hand: 64 of them in all, whose prompts come in their order; others are read beside them."""
+    """By hand: a step reads at most 64 rows of scored prompts, in their order, and other prompts beside them."""
     decoder = engine.decoder
     scored = [admit(engine, [7] * n, 1, prompt_logprobs=0) for n in (100, 40)]
     plain = admit(engine, [7] * 200, 1)
@@ -131,7 +133,7 @@ def test_rows_with_logits_are_few_a_step(engine: Engine) -> None:
     while decoder.running:
         decoder.step()
         left.append([len(sequence.pending) for sequence in (*scored, plain) if not sequence.token_ids])
-    # 64 and then 36 of the first, with it 28 of the second; of the third what is left of 256 rows, until some decode.
+    # 64 of the first, then its other 36 with 28 of the second; of the third what is left of 256, until some decode.
     assert left[:3] == [[36, 40, 8], [12], []]
     assert [len(sequence.prompt_logprobs) for sequence in scored] == [100, 40]
 
@@ -143,7 +145,7 @@ def test_a_prompt_that_fills_all_positions(engine: Engine) -> None:
     assert len(values(result.prompt_logprobs)) == engine.config.n_positions - 1
     shorter = engine.generate(ids[:-1], max_new_tokens=1, ignore_eos=True, prompt_logprobs=1, logprobs=1)
     assert values(result.prompt_logprobs)[:-1] == values(shorter.prompt_logprobs)
-    # What comes last was scored by the row that the shorter one generates from.
+    # The last token was scored by the row from which the shorter prompt generates.
     assert result.prompt_logprobs is not None
     assert shorter.logprobs is not None
     assert result.prompt_logprobs[-1].top == shorter.logprobs[0].top
@@ -193,7 +195,7 @@ def test_values_that_are_not_finite(tmp_path: Any) -> None:
     folder = tmp_path / "model"
     with_end_of_text(tmp_path, [0])
     weights = load_file(folder / "model.safetensors")
-    # Behind the first position, so that a prompt's first row is sound.
+    # Not in the first position, so that a prompt's first row is sound.
     weights["wpe.weight"][1] = np.float16("nan")
     save_file(weights, folder / "model.safetensors")
     engine = Engine.load(str(folder), max_batch=1)

@@ -1,4 +1,4 @@
-"""Where tokens begin in the text: by hand, and by counting the bytes before them."""
+"""Offsets tell where tokens begin in the text: compared by hand, and by counting the bytes before them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def offsets(told: tuple[TokenLogprob, ...] | None) -> list[int]:
 
 
 def counted(pieces: list[bytes]) -> list[int]:
-    """For pieces of valid UTF-8: characters begin with bytes other than 10xxxxxx."""
+    """Count the offsets of pieces of valid UTF-8, in which characters begin with bytes other than 10xxxxxx."""
     found, before = [], b""
     for piece in pieces:
         begun = sum(byte & 0xC0 != 0x80 for byte in before + piece[:1])
@@ -60,9 +60,9 @@ def test_of_a_prompt_by_ids(engine: Engine) -> None:
     byte = {engine.tokenizer.token_bytes(i): i for i in range(1, engine.config.vocab_size)}
     by_bytes = [byte[bytes([b])] for b in "é🦜".encode()]
     assert of_prompt(engine, by_bytes) == [0, 0, 1, 1, 1, 1]
-    # A special token has no text: not even within a character.
+    # A special token has no text, not even within a character.
     assert of_prompt(engine, [0, byte[b"a"], 0, byte[b"\xc3"], 0, byte[b"\xa9"], byte[b"b"]]) == [0, 0, 1, 1, 1, 1, 2]
-    # What breaks off a character, or never begins one, stands behind a U+FFFD, or is one.
+    # A byte that breaks off a character stands behind a U+FFFD; one that continues no character is a U+FFFD.
     broken = [byte[b"\xf0"], byte[b"\x9f"], byte[b"a"], byte[b"\xc3"], byte[b"\xc3"], byte[b"\xa9"], byte[b"\xa9"]]
     assert engine.tokenizer.decode(broken) == "\ufffda\ufffdé\ufffd"
     assert of_prompt(engine, broken) == [0, 0, 1, 2, 3, 3, 4]
@@ -96,7 +96,7 @@ def test_of_what_is_generated(engine: Engine, echo: bool) -> None:
 
 
 def test_a_character_that_the_prompt_begins(engine: Engine) -> None:
-    """Pushed through the decoder by hand, as no model can be made to end a parrot."""
+    """The tokens are given to the decoder by hand, as no model can be made to end a parrot."""
     decoder = engine.decoder
     whole = engine.tokenizer.encode("A parrot: 🦜")
     for echo, begin in ((True, len("A parrot: ")), (False, 0)):
@@ -108,18 +108,18 @@ def test_a_character_that_the_prompt_begins(engine: Engine) -> None:
 
 
 def take(decoder: Decoder, sequence: Any, ids: list[int]) -> None:
-    """Have these tokens be the likeliest."""
+    """Have the decoder accept these tokens as the likeliest, one after the other."""
     for token_id in ids:
         logits = np.zeros(decoder.model.config.vocab_size, np.float32)
         logits[token_id] = 9
-        decoder._take(sequence, logits, token_id, 0.0)
+        decoder._accept(sequence, logits, token_id, 0.0)
     decoder.finish(sequence)
 
 
 def test_what_a_stop_string_cuts_off_lies_beyond(engine: Engine) -> None:
     entry = continuations[1]
     texts = [engine.tokenizer.decode([token_id]) for token_id in entry["ids"]]
-    # From within token 5 to the end of token 8.
+    # It reaches from within token 5 to the end of token 8.
     stop = "".join(texts[5:9])[1:]
     result = engine.generate(entry["prompt"], max_new_tokens=60, stop=stop, logprobs=0)
     assert result.finish_reason == "stop"
@@ -137,7 +137,7 @@ def test_an_end_of_text_lies_beyond(tmp_path: Path) -> None:
     result = engine.generate(entry["prompt"], max_new_tokens=100, logprobs=0)
     assert result.finish_reason == "stop"
     assert offsets(result.logprobs)[first] == len(result.text)
-    # Behind an unfinished character too, which the end makes U+FFFD.
+    # It also lies behind an unfinished character, which the end turns into U+FFFD.
     byte = {engine.tokenizer.token_bytes(i): i for i in range(1, 2048)}
     sequence = engine.decoder.admit(engine.decoder.prepare(GenerationRequest("a", 9, logprobs=0)))
     take(engine.decoder, sequence, [byte[b"a"], byte[b"\xc3"], entry["ids"][10]])
@@ -146,7 +146,7 @@ def test_an_end_of_text_lies_beyond(tmp_path: Path) -> None:
 
 
 def test_offsets_do_not_hang_on_the_tokenizer_s_own_settings(tmp_path: Path) -> None:
-    """`trim_offsets` would leave leading spaces out."""
+    """The tokenizer's `trim_offsets` would leave out leading spaces."""
     stored = json.loads((DEMO_FOLDER / "tokenizer.json").read_text("utf-8"))
     assert stored["post_processor"]["type"] == "ByteLevel"
     stored["post_processor"]["trim_offsets"] = True

@@ -1,4 +1,4 @@
-"""The network against transformers' logits, on tiny random checkpoints of every shape that GPT-2 files come in."""
+"""The network gives transformers' logits, on tiny random checkpoints of every shape that GPT-2 files come in."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from fastgpt2.engine.network.gpt2 import GPT2
 from fastgpt2.engine.network.step import Segment
 
 CASES = sorted(path.name for path in (GOLDEN / "checkpoints").iterdir())
-# Swapping one gelu for another moves these logits by 8e-4, so that a looser bound could hide a bug.
+# Another gelu than the right one moves these logits by 8e-4, so a looser bound could hide a bug.
 TOLERANCE = 1e-4
 
 
 @pytest.fixture(params=["openblas", "mkl"])
 def blas(request: pytest.FixtureRequest) -> str:
-    """Either, wherever MKL is installed: the test extra asks for it on x86-64."""
+    """Return each BLAS; MKL only where it is installed, as the test extra asks for on x86-64."""
     if request.param == "mkl" and not mkl.is_installed():
         pytest.skip("MKL is not installed")
     return str(request.param)
@@ -69,7 +69,7 @@ def test_logits_do_not_depend_on_how_a_prompt_is_cut(cuts: Sequence[int], blas: 
 @pytest.mark.processes
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_sequences_side_by_side_do_not_disturb_each_other(threads: int, blas: str) -> None:
-    """Slot 2 is ahead, slot 0 in the midst of its prompt, slot 1 begins; only some want logits."""
+    """Slot 2 is ahead, slot 0 is in the midst of its prompt, slot 1 begins; only some rows want logits."""
     model = load("inverse_layer_scale", 3, blas, threads)
     assert model.wait_until_ready()
     ids, logits = golden("inverse_layer_scale")

@@ -12,9 +12,12 @@ from fastgpt2.worker.recycling import Recycling, private_memory
 
 MIB = 1 << 20
 
-pytestmark = pytest.mark.skipif(
-    private_memory() is None, reason="this system does not say how much memory of a process is its own"
-)
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.skipif(
+        private_memory() is None, reason="this system does not say how much memory of a process is its own"
+    ),
+]
 
 
 def answers(code: str) -> list[str]:

@@ -1,1 +1,1 @@
-"""Tokens from logits, from a request to its result; uses network and what lies below."""
+"""Decoding turns logits into tokens, from a request to its result; it uses the network and what lies below."""

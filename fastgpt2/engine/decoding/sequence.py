@@ -1,10 +1,11 @@
-"""A sequence on its way: what was asked of it, what it has generated, what of that is settled."""
+"""A sequence: a prompt and the tokens generated after it, from its admission by the decoder to its result."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import Literal
 
 from fastgpt2.engine.decoding.lookup import Lookup
 from fastgpt2.engine.decoding.records import (
@@ -18,12 +19,19 @@ from fastgpt2.engine.decoding.records import (
 )
 from fastgpt2.engine.model.tokenizer import IncrementalDetokenizer
 
+# How far a sequence has come. "prefill": its prompt waits to be read or is partly read, and it has no token yet.
+# "decode": it has its first token, and each step gives it one more, or several. "finished": it ended by itself or was
+# dropped, and holds no slot any more. Strings, as a member of an enum takes five times as long to look up in each step.
+Status = Literal["prefill", "decode", "finished"]
+
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
-    """A request, tokenized and known to fit the model.
+class TokenizedPrompt:
+    """A request whose prompt is tokenized and known to fit the model.
 
     Attributes:
+        ids: the prompt's tokens, at least one.
+        max_new_tokens: at most this many tokens follow.
         offsets: where in the prompt's text each of the ids begins; empty unless `prompt_logprobs` are asked for.
     """
 
@@ -34,40 +42,42 @@ class Prompt:
 
     @property
     def positions(self) -> int:
-        """How far the sequence can grow."""
+        """Return how many positions the sequence can grow to."""
         return len(self.ids) + self.max_new_tokens
 
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """One sequence on its way.
+    """One sequence that a decoder was given.
 
     Attributes:
-        slot: its place in the KV cache; None once finished.
+        slot: its place in the KV cache, its own until it is finished.
         prompt_ids: the prompt's tokens.
         pending: tokens not yet run: what is left of the prompt, then the token generated last.
         token_ids: the tokens generated.
         text: the text generated, complete characters only, cut before a stop string; with `echo` after the prompt's.
-        generated_at: where in `text` the generated part begins.
+        echo_length: how many characters at the beginning of `text` are the prompt's.
         unscored: tokens of the prompt, each with its offset, whose log probabilities are asked for and not known yet.
-        cached_tokens: how many of the prompt's tokens had not to be run, as their keys and values were known.
-        prompt_logprobs, logprobs: of the prompt's tokens and of those generated, if they were asked for.
-        finish_reason: None while running, and of a sequence that was dropped.
-        step_seconds: how long each step took that moved it on: its prompt, and then a token each, or several.
-        lookup: what its next tokens are guessed from, if they are.
-        steps, drafted, accepted: as `Drafting` has them.
+        cached_tokens: how many of the prompt's tokens were not run, as their keys and values were known.
+        prompt_logprobs, logprobs: those of the prompt's tokens and of the generated ones, if they were asked for.
+        finish_reason: None while it runs, and if it was dropped.
+        admitted_at, first_token_at, finished_at: seconds on the clock of `time.perf_counter`.
+        step_seconds: how long each step took that advanced it: those of its prompt, then those that gave tokens.
+        lookup: from what its next tokens are guessed; None if they are not.
+        steps, drafted, accepted: as in `Drafting`.
     """
 
     request: GenerationRequest
     prompt_ids: Seq[int]
     max_new_tokens: int
-    slot: int | None
+    slot: int
     pending: Seq[int]
     detokenizer: IncrementalDetokenizer
     admitted_at: float
+    status: Status = "prefill"
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
-    generated_at: int = 0
+    echo_length: int = 0
     unscored: Seq[tuple[int, int]] = ()
     cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -87,32 +97,54 @@ class Sequence:
 
     @property
     def finished(self) -> bool:
-        return self.slot is None
+        return self.status == "finished"
+
+    def append_text(self, piece: str) -> bool:
+        """Append the text of the token generated last, and cut it before a stop string. Tell whether there was one."""
+        before = len(self.text)
+        self.text += piece
+        # As vLLM's `min_tokens`: what ends in the text of the first `min_new_tokens` tokens is no match.
+        if not piece or len(self.token_ids) <= self.request.min_new_tokens:
+            return False
+        matches = []
+        for stop in self.request.stop:
+            # It may begin in the text of earlier tokens, but not in the prompt.
+            at = self.text.find(stop, max(self.echo_length, before - len(stop) + 1))
+            if at >= 0:
+                matches.append(at)
+        if matches:
+            # The earliest counts, whichever string it is.
+            self.text = self.text[: min(matches)]
+        return bool(matches)
+
+    def flush_text(self) -> None:
+        """Append what is left of the text as no token follows: U+FFFD for an unfinished character, else nothing."""
+        self.text += self.detokenizer.flush()
 
     @property
     def settled(self) -> int:
-        """How many characters of `text` stay whatever follows; it never becomes less.
+        """Return how many characters of `text` stay whatever follows; the number never falls.
 
-        All of them once the sequence is finished. Before that, all but the longest end of the generated text with which
-        a stop string begins: the rest of it may follow.
+        All of them stay once the sequence is finished. Before that, the longest end of the generated text with which
+        a stop string begins is left out: the rest of the stop string may follow.
         """
         if self.finished:
             return len(self.text)
         held = 0
         for stop in self.request.stop:
-            longest = min(len(stop) - 1, len(self.text) - self.generated_at)
+            longest = min(len(stop) - 1, len(self.text) - self.echo_length)
             held = next((n for n in range(longest, held, -1) if self.text.endswith(stop[:n])), held)
         return len(self.text) - held
 
     def result(self, model: str, reason: FinishReason | None = None) -> GenerationResult:
-        """The result.
+        """Return the result: what the sequence has generated so far.
 
         Args:
-            reason: of a sequence that runs or was dropped, why it ends here: what there is of it is the result. One
-                that ended by itself keeps its own reason.
+            model: the model's id, for the result.
+            reason: why a sequence ends here that runs or was dropped. One that ended by itself keeps its own reason.
 
         Raises:
-            ValueError: without a `reason`, while it runs or when it was dropped.
+            ValueError: the sequence runs or was dropped, and there is no `reason`.
         """
         finish_reason = self.finish_reason or reason
         if finish_reason is None:

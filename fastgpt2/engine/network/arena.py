@@ -1,4 +1,4 @@
-"""Zeroed memory for a model's state, committed by the operating system only where it is written."""
+"""An arena: zeroed memory for a model's state, which the operating system commits only where it is written."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from fastgpt2.engine.machine import anonymous_file
 
 # Arrays begin at a page, so that one can be given back without touching its neighbour.
 PAGE = mmap.PAGESIZE
+
+# An array's shape and dtype.
 Spec = tuple[tuple[int, ...], DTypeLike]
 
 
 class Arena:
-    """Named arrays in one anonymous mapping: private to this process, or shared with the helpers that get its `fd`.
+    """Named arrays in one anonymous mapping, private to this process or shared with the helpers that open its `fd`.
 
     The same specifications give the same layout in every process.
     """
@@ -30,10 +32,10 @@ class Arena:
         Args:
             specs: shape and dtype by name.
             shared: back the memory with a file descriptor that a helper process can map too.
-            fd: of another process's shared arena with the same specifications. Not closed here.
+            fd: that of another process's shared arena with the same specifications; it is not closed here.
 
         Raises:
-            OSError, ValueError: the system does not give so much address space.
+            OSError, ValueError: the system does not give that much address space.
         """
         offsets, size = {}, 0
         for name, (shape, dtype) in specs.items():
@@ -59,13 +61,15 @@ class Arena:
         return self._arrays[name]
 
     def give_back(self, name: str, indices: Iterable[int]) -> None:
-        """Return the memory of `array[i]` for each of the indices to the system; it reads as zeros afterwards."""
+        """Return the memory of `array[i]` for each of the indices to the system; it reads as zeros afterwards.
+
+        Only whole pages are returned: a small `array[i]` shares its first and its last page with its neighbours.
+        """
         array = self._arrays[name]
         advice = getattr(mmap, "MADV_REMOVE" if self.fd is not None else "MADV_DONTNEED", None)
         if advice is None:  # neither Linux nor a BSD
             return
         for index in indices:
-            # Whole pages only: a small array shares its first and last with the neighbours.
             start = self._offsets[name] + index * array.strides[0]
             stop = (start + array.strides[0]) // PAGE * PAGE
             start = -(-start // PAGE) * PAGE
@@ -73,11 +77,11 @@ class Arena:
                 self._map.madvise(advice, start, stop - start)
 
     def use_small_pages(self, name: str) -> None:
-        """Have an array committed by no more than a page at a time, where the system would take huge ones."""
+        """Have an array committed by single pages, also where the system would take huge ones."""
         self._advise(name, getattr(mmap, "MADV_NOHUGEPAGE", None))
 
     def use_huge_pages(self, name: str) -> None:
-        """Have an array committed by huge pages, where the system has them: a third of the time for what is filled."""
+        """Have an array committed by huge pages, where the system has them: filling it takes a third of the time."""
         self._advise(name, getattr(mmap, "MADV_HUGEPAGE", None))
 
     def _advise(self, name: str, advice: int | None) -> None:

@@ -1,9 +1,9 @@
 """Causal attention of one step over the KV cache, for one process's share of the heads.
 
-Every product goes through the kernel that the weights go through: queries in chunks of rows by blocks of keys, and
-probabilities by values. A probability of zero adds nothing, so that a row's result does not depend on how far its
-neighbours reach; hence sequences are attended together, and prompts in pieces, without a bit changing. The sums of
-probabilities are taken a block at a time for the same reason: a block of zeros adds nothing.
+Every product is taken as those of the weights are: queries in chunks of rows by blocks of keys, and probabilities by
+values. A probability of zero adds nothing, so a row's result does not depend on how far its neighbours reach. That is
+why sequences can be attended together, and prompts in pieces, without a bit changing. For the same reason the sums of
+probabilities are taken a block at a time: a block of zeros adds nothing.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ SCORES = 1 << 18
 # Rows of a prompt attended at a time. Their scores reach as far as the last of them sees; more rows waste more.
 PROMPT_ROWS = 60
 
-# Merging two neighbours pads the shorter one. That is cheaper than another round of calls up to about so many
-# positions (a position costs 6 KB of reading a layer in gpt2, a round of calls 10 to 15 microseconds).
-WORTHWHILE_PADDING = 40
+# Attending two neighbours together pads the shorter one. Up to about this many positions that is cheaper than another
+# round of calls: a position costs 6 KB of reading a layer in gpt2, a round of calls 10 to 15 microseconds.
+MOST_ADDED_PADDING = 40
 
 
 class Attention:
@@ -37,8 +37,8 @@ class Attention:
 
     Args:
         heads: the first head, and the one after the last.
-        qkv: [capacity, at least 3 n_embd], contiguous, what c_attn gives; the queries are scaled in place.
-        out: [capacity, at least n_embd], written for these heads.
+        qkv: [rows, at least 3 n_embd], contiguous, what c_attn gives; the queries are scaled in place.
+        out: [rows, at least n_embd], written for these heads.
         chunking: how many rows the kernel takes at once.
     """
 
@@ -48,7 +48,7 @@ class Attention:
         self._config, self._chunking = config, chunking
         self._first, self._last = heads
         self._keys, self._values = cache.keys, cache.values
-        n, dim, capacity = self._last - self._first, config.head_dim, qkv.shape[0]
+        n, dim, rows = self._last - self._first, config.head_dim, qkv.shape[0]
         q, k, v = (
             qkv[:, i * config.n_embd + self._first * dim : i * config.n_embd + self._last * dim] for i in range(3)
         )
@@ -56,23 +56,24 @@ class Attention:
         # In bytes, from a row to the next, and from a head to the next.
         self._strides = q.strides[0], dim * q.itemsize
         self._k, self._v, self._out = (
-            x.reshape(capacity, n, dim) for x in (k, v, out[:, self._first * dim : self._last * dim])
+            x.reshape(rows, n, dim) for x in (k, v, out[:, self._first * dim : self._last * dim])
         )
         self._scratch = Scratch(n * chunking.least, self._values.shape[3], dim)
-        rows = np.arange(2 * PROMPT_ROWS)
         self.exact = chunking.exact
-        self._future = rows[None, :] > rows[:, None]  # [i, j]: j comes after i
+        order = np.arange(2 * PROMPT_ROWS)
+        self._future = order[None, :] > order[:, None]  # [i, j]: j comes after i
         self._count = 0
         self._writes: list[tuple[Array, Array]] = []
         self._groups: list[Group] = []
 
     def prepare(self, step: Step) -> None:
-        """Lay out a step; then `run` for each layer."""
+        """Lay out a step; `run` then attends it, layer by layer."""
         self._count = step.rows
         self._writes = []
         self._groups = list(self._lay_out(step)) if self._last > self._first else []
 
     def run(self, layer: int) -> None:
+        """Append the step's keys and values of a layer to the cache, and attend its queries."""
         queries = self._q[: self._count]
         queries *= np.float32(self._config.attention_scale(layer))
         for new, cached in self._writes:
@@ -82,23 +83,24 @@ class Attention:
 
     def _lay_out(self, step: Step) -> Iterator[Group]:
         row = 0
-        decoding: list[tuple[int, int, int]] = []  # slot, length and row of neighbours with a new token each
+        decoding: list[tuple[int, int, int]] = []  # slot, length and row of neighbours with one new token each
         for segment, start in zip(step.segments, step.starts, strict=True):
             n = len(segment.ids)
-            self._note_writes(segment.slot, start, row, n)
-            if decoding and (n > 1 or not self._joins(decoding, segment.slot, start + 1)):
+            self._plan_writes(segment.slot, start, row, n)
+            if decoding and (n > 1 or not self._may_join(decoding, segment.slot, start + 1)):
                 yield self._decode_group(decoding)
                 decoding = []
             if n == 1:
                 decoding.append((segment.slot, start + 1, row))
-            for at in range(0, n if n > 1 else 0, PROMPT_ROWS):
-                yield from self._prompt_groups(segment.slot, start + at, row + at, min(PROMPT_ROWS, n - at))
+            else:
+                for at in range(0, n, PROMPT_ROWS):
+                    yield from self._prompt_groups(segment.slot, start + at, row + at, min(PROMPT_ROWS, n - at))
             row += n
         if decoding:
             yield self._decode_group(decoding)
 
-    def _note_writes(self, slot: int, start: int, row: int, n: int) -> None:
-        """Where the keys and values of new tokens go: keys a block at a time, values at once."""
+    def _plan_writes(self, slot: int, start: int, row: int, n: int) -> None:
+        """Note where the keys and values of n new tokens go: keys a block at a time, values at once."""
         heads = slice(self._first, self._last)
         values = self._values[slot, :, heads, start : start + n].transpose(0, 2, 1, 3)  # [n_layer, n, heads, dim]
         self._writes.append((self._v[row : row + n], values))
@@ -111,20 +113,19 @@ class Attention:
             self._writes.append((self._k[row + at : row + at + count], keys))
             at += count
 
-    def _joins(self, decoding: list[tuple[int, int, int]], slot: int, length: int) -> bool:
-        """Whether a sequence is better attended together with those before it."""
+    def _may_join(self, decoding: list[tuple[int, int, int]], slot: int, length: int) -> bool:
+        """Tell whether a sequence is better attended together with those before it."""
         if slot != decoding[-1][0] + 1:
             return False
-        lengths = [known for _, known, _ in decoding]
+        lengths = [before for _, before, _ in decoding]
         together = [*lengths, length]
-        padding = len(together) * max(together) - sum(together)
         rows = len(together) * (self._last - self._first) * self._chunking.least
         if max(together) - min(together) > MOST_PADDING or not self._scratch.holds(rows, max(together)):
             return False
-        return padding - (len(lengths) * max(lengths) - sum(lengths)) <= WORTHWHILE_PADDING
+        return _padding(together) - _padding(lengths) <= MOST_ADDED_PADDING
 
     def _decode_group(self, members: list[tuple[int, int, int]]) -> Group:
-        """Sequences in neighbouring slots and rows, a new token each."""
+        """Group sequences in neighbouring slots and rows that have one new token each."""
         (slot, _, row), n = members[0], len(members)
         lengths = np.array([length for _, length, _ in members])
         longest = int(lengths.max())
@@ -132,10 +133,10 @@ class Attention:
         width = blocks * BLOCK
         hidden = (np.arange(width) >= lengths[:, None])[:, None] if int(lengths.min()) < width else None
         slots, heads, count = slice(slot, slot + n), slice(self._first, self._last), self._last - self._first
-        of_row, of_head = self._strides
+        row_stride, head_stride = self._strides
         # A row is filled up to `least` with those after it, whatever they hold.
-        queries = self._queries(row, 0, (n, 1, count, least), (of_row, 0, of_head, of_row))
-        scores, contexts, sums, block_sums, largest = self._scratch.take(n, count, least, blocks)
+        queries = self._queries(row, 0, (n, 1, count, least), (row_stride, 0, head_stride, row_stride))
+        scores, contexts, sums, block_sums, largest = self._scratch.views(n, count, least, blocks)
         live = scores[:, :, 0]
         return Group(
             queries,
@@ -156,19 +157,19 @@ class Attention:
         )
 
     def _prompt_groups(self, slot: int, start: int, row: int, n: int) -> Iterator[Group]:
-        """A piece of a prompt: n rows that see all that came before, and of themselves what is not later."""
+        """Group a piece of a prompt by heads: n rows that see all before them, and of themselves what is not later."""
         chunks, m = self._chunking.split(n)
         length, dim = start + n, self._config.head_dim
         blocks, rows = -(-length // BLOCK), chunks * m
         width = blocks * BLOCK
         at_once = max(1, SCORES // (rows * width))
-        of_row, of_head = self._strides
+        row_stride, head_stride = self._strides
         hidden = self._future[:rows, : width - start]
         for first in range(self._first, self._last, at_once):
             heads = slice(first, min(first + at_once, self._last))
             count, skipped = heads.stop - first, first - self._first
-            queries = self._queries(row, skipped, (1, count, chunks, m), (0, of_head, m * of_row, of_row))
-            scores, contexts, sums, block_sums, largest = self._scratch.take(count, chunks, m, blocks)
+            queries = self._queries(row, skipped, (1, count, chunks, m), (0, head_stride, m * row_stride, row_stride))
+            scores, contexts, sums, block_sums, largest = self._scratch.views(count, chunks, m, blocks)
             live = scores.reshape(count, rows, width)
             sums = sums.reshape(count, rows, 1)
             yield Group(
@@ -190,19 +191,24 @@ class Attention:
             )
 
     def _queries(self, row: int, skipped: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Array:
-        """Rows of queries from `row` on, of the heads after the first `skipped`; rows may appear more than once."""
-        of_row, of_head = self._strides
-        offset = row * of_row + (self._first + skipped) * of_head
-        # What `as_strided` does, in a tenth of the time.
+        """Return queries from `row` on, of the heads after the first `skipped`; rows may appear more than once."""
+        row_stride, head_stride = self._strides
+        offset = row * row_stride + (self._first + skipped) * head_stride
+        # As `as_strided` does, in a tenth of the time.
         return np.ndarray((*shape, self._config.head_dim), np.float32, self._qkv, offset, (*strides, self._q.itemsize))
 
 
+def _padding(lengths: list[int]) -> int:
+    """Return how many positions too many are read of sequences that are attended together."""
+    return len(lengths) * max(lengths) - sum(lengths)
+
+
 class Scratch:
-    """Memory for the scores of one group at a time, and what is made of them."""
+    """Memory for the scores of one group at a time, and for what is made of them."""
 
     def __init__(self, rows: int, positions: int, dim: int) -> None:
         self._dim = dim
-        # Numbers of rows: as many of the shortest as there is room for, or one row of every head.
+        # Rows at a time: as many of the shortest as there is room for, or one row of every head.
         most = max(SCORES // BLOCK, rows, 2 * PROMPT_ROWS)
         self._scores = np.zeros(max(SCORES, rows * positions, 2 * PROMPT_ROWS * positions), np.float32)
         self._contexts = np.zeros(most * dim, np.float32)
@@ -213,8 +219,8 @@ class Scratch:
     def holds(self, rows: int, positions: int) -> bool:
         return rows * -(-positions // BLOCK) * BLOCK <= SCORES
 
-    def take(self, a: int, b: int, m: int, blocks: int) -> tuple[Array, Array, Array, Array, Array]:
-        """Scores [a, b, m, blocks * BLOCK], contexts [a, b, m, dim], sums [.., 1], block_sums [.., BLOCK], largest."""
+    def views(self, a: int, b: int, m: int, blocks: int) -> tuple[Array, Array, Array, Array, Array]:
+        """Return arrays [a, b, m, n]; n: blocks * BLOCK scores, dim contexts, 1 sum, BLOCK block sums, 1 largest."""
         rows = a * b * m
         return (
             self._scores[: rows * blocks * BLOCK].reshape(a, b, m, blocks * BLOCK),
@@ -230,15 +236,16 @@ class Group:
     """Rows that are attended by the same calls: a and b are sequences and heads, or heads and chunks of a prompt.
 
     Attributes:
-        queries, keys: by layer, what they give together are the scores `by_block`, in the order in which blocks lie.
+        queries, keys: by layer; their product are the scores `by_block`, in the order in which blocks lie.
         values: [n_layer, a, b or 1, length, dim].
-        scores: [a, b, m, blocks * BLOCK], then probabilities before they are divided by their sums.
-        contexts: [a, b, m, dim].
-        by_block: the same, [.., m, BLOCK] for each block.
-        live: the scores of those rows that somebody looks at; sums, block_sums, largest: of each of these, the sum of
-            its probabilities, the same for every position in a block, and its largest score.
-        blind: those scores of which `hidden` says which may not be seen.
-        result, divisor, out: what is divided by what, and where it goes.
+        scores: [a, b, m, blocks * BLOCK]; later the probabilities, before they are divided by their sums.
+        by_block: a view of the scores, [.., m, BLOCK] for each block.
+        contexts: [a, b, m, dim], the product of scores and values.
+        live: the scores of those rows that somebody reads.
+        sums, block_sums, largest: for each live row the sum of its probabilities, that sum over blocks for each
+            position in a block, and its largest score.
+        blind: those scores of which `hidden` tells which may not be seen.
+        result, divisor, out: the numbers that are divided, the divisor, and where the result goes.
     """
 
     queries: Array
@@ -258,6 +265,7 @@ class Group:
     out: Array
 
     def run(self, layer: int) -> None:
+        """Attend the rows in one layer: softmax(queries keys^T) values."""
         live = self.live
         np.matmul(self.queries, self.keys[layer], out=self.by_block)
         if self.hidden is not None:

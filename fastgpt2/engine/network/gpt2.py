@@ -1,4 +1,4 @@
-"""A GPT-2, ready to run: packed weights, a KV cache, a kernel, and as many processes as there are threads to use."""
+"""A GPT-2, ready to run: packed weights, a KV cache, a kernel, and the processes that run a step together."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from fastgpt2.engine.model.config import GPT2Config
 from fastgpt2.engine.model.packing import PackedFile
 from fastgpt2.engine.model.weights import view_weights
 from fastgpt2.engine.network.arena import Arena
-from fastgpt2.engine.network.helpers import HelperProcesses, Helpers, Shape, buffers, state_specs
+from fastgpt2.engine.network.helpers import HelperProcesses, Helpers, Shape, state_specs
 from fastgpt2.engine.network.kv_cache import KVCache
-from fastgpt2.engine.network.step import Segment, Step, TeamBroken
-from fastgpt2.engine.network.transformer import Shard
+from fastgpt2.engine.network.step import DRAFT_WEIGHTS, OWN_WEIGHTS, Segment, Step, TeamBroken
+from fastgpt2.engine.network.transformer import Shard, WeightSet, buffer_name, make_shards
 from fastgpt2.errors import ModelError
 
 log = logging.getLogger("fastgpt2.engine")
@@ -29,11 +29,11 @@ Array = NDArray[np.float32]
 # Rows of a step, beside those of sequences that decode.
 DEFAULT_MAX_ROWS = 256
 
-# Rows of prompts in a step beside sequences that decode, and so the time for which a prompt keeps them waiting. A step
-# of gpt2 for eight took 2.8 times as long with 64 rows beside them, 4 times with 96, 5 with 128 (two cores, AVX2).
+# Rows of prompts in a step beside sequences that decode: they set how long a prompt keeps those waiting. A step of
+# gpt2 for eight took 2.8 times as long with 64 rows beside them, 4 times with 96, 5 times with 128 (two cores, AVX2).
 PREFILL_ROWS_BESIDE = 64
 
-# Helpers are started anew after an interrupted step; when they keep ending, that is given up.
+# After an interrupted step the helpers are started anew; when they keep ending, that is given up.
 MAX_STARTS = 100
 
 
@@ -41,8 +41,8 @@ class GPT2:
     """The network and the state of its sequences.
 
     Attributes:
-        cache: keys and values of so many sequences; ask it for slots.
-        size: how many processes it is meant to run on; `ready` tells whether all of them are there yet.
+        cache: the keys and values of the sequences; ask it for slots.
+        size: the number of processes that it is meant to run on; `ready` tells whether all of them have joined.
     """
 
     def __init__(
@@ -60,16 +60,18 @@ class GPT2:
             draft: another set of weights of the same model, for `draft`.
             shape: how many sequences, tokens a step, and processes, this one included. The others are started by the
                 first step at the latest, and join when they are ready.
-            kv_memory: bytes for the keys and values of all sequences; None for what so many can take at most.
+            kv_memory: bytes for the keys and values of all sequences; None for what all slots can take at most.
 
         Raises:
-            ModelError: the system does not give the address space for so many slots.
+            ModelError: the system does not give the address space for that many slots.
         """
         self.config, self.size, self.max_rows = config, shape.size, shape.max_rows
         self._packed, self._kernel = packed, kernel
-        self._sets = [(packed, kernel), *([draft] if draft is not None else [])]
-        self._weights_sets = [view_weights(of.tensors, config) for of, _ in self._sets]
-        self._weights = self._weights_sets[0]
+        self._sets = [
+            WeightSet(file, view_weights(file.tensors, config), multiplier)
+            for file, multiplier in ([(packed, kernel)] if draft is None else [(packed, kernel), draft])
+        ]
+        self._weights = self._sets[OWN_WEIGHTS].weights
         self._shape, self._n_slots, self._kv_memory = shape, shape.n_slots, kv_memory
         self._starts_left = MAX_STARTS
         self._lost = False
@@ -77,67 +79,59 @@ class GPT2:
         _networks.add(self)
 
     def _set_up(self) -> None:
-        specs = state_specs(self.config, self._weights_sets, self._shape)
         try:
-            self._arena = Arena(specs, shared=self.size > 1)
+            self._arena = Arena(state_specs(self.config, self._sets, self._shape), shared=self.size > 1)
         except (OSError, ValueError, OverflowError) as reason:
             raise ModelError(
                 f"no memory for {self._shape.n_slots} sequences of {self.config.n_positions} positions ({reason}); "
                 "set a smaller max_batch"
             ) from None
         self.cache = KVCache(self.config, self._shape.n_slots, self._arena, self._kv_memory)
-        self.cache.use(self._n_slots)
+        self.cache.use_slots(self._n_slots)
         self._alone = self._shards(1, lambda: None)
         self._together: list[Shard] | None = None
         self._helpers: Helpers | None = None
 
     def _shards(self, size: int, meet: Callable[[], None]) -> list[Shard]:
-        """The first process's share among so many, of each set of weights."""
-        return [
-            Shard(self.config, weights, self.cache, buffers(self._arena, by), kernel, (0, size), meet)
-            for by, (weights, (_, kernel)) in enumerate(zip(self._weights_sets, self._sets, strict=True))
-        ]
+        """Return the first process's shards among `size` processes."""
+        return make_shards(self.config, self._sets, self.cache, self._arena, (0, size), meet)
 
     @property
     def product_name(self) -> str:
-        """What multiplies: "mkl", "compiled-int8", or how numpy's BLAS calls itself."""
+        """Return the name of what multiplies: "mkl", "compiled-int8", or how numpy's BLAS calls itself."""
         return identify_blas() if self._kernel.product.name == "openblas" else self._kernel.product.name
 
     def describe(self) -> str:
-        """The BLAS, the panels' widths, the processes: "openblas-SkylakeX in panels of 64/32, 2 processes"."""
+        """Return BLAS, panels' widths and processes as text: "openblas-SkylakeX in panels of 64/32, 2 processes"."""
         block = self._weights.blocks[0]
         widths = dict.fromkeys(linear.weight.width for linear in (block.c_fc, block.mlp_c_proj))
         processes = f"{self.size} process{'es' if self.size > 1 else ''}"
-        drafts = f", drafts by {self._sets[1][1].product.name}" if self.can_draft else ""
+        drafts = f", drafts by {self._sets[DRAFT_WEIGHTS].kernel.product.name}" if self.can_draft else ""
         return f"{self.product_name} in panels of {'/'.join(map(str, widths))}, {processes}{drafts}"
 
     def helper_pids(self) -> list[int]:
-        """Of the processes beside this one."""
+        """Return the ids of the processes beside this one."""
         return [] if self._helpers is None else self._helpers.processes.pids
 
     @property
     def exact(self) -> bool:
-        """Whether a sequence's logits have the same bits alone, in any batch, and with its prompt cut anywhere."""
-        return self._alone[0].exact
+        """Tell whether a sequence's logits have the same bits alone, in any batch, and with its prompt cut anywhere."""
+        return self._alone[OWN_WEIGHTS].exact
 
     def use_slots(self, n_slots: int) -> None:
-        """Hold no more than so many sequences from now on; there must be none."""
-        self.cache.use(n_slots)
+        """Hold at most `n_slots` sequences from now on; there must be none when this is called."""
+        self.cache.use_slots(n_slots)
         self._n_slots = n_slots
 
     @property
     def ready(self) -> bool:
-        """Whether every process has joined."""
+        """Tell whether every process has joined."""
         return self._helpers.complete if self._helpers is not None else not self._wants_helpers
 
     @property
     def can_draft(self) -> bool:
-        """Whether there are weights to `draft` with."""
+        """Tell whether there are weights to `draft` with."""
         return len(self._sets) > 1
-
-    def draft(self, segments: Sequence[Segment]) -> Array:
-        """As `forward`, by the other set of weights. What it appends to the cache is to be retracted."""
-        return self._forward(segments, 1)
 
     def forward(self, segments: Sequence[Segment]) -> Array:
         """Run the segments' tokens, append their keys and values to the cache, and return logits.
@@ -148,21 +142,25 @@ class GPT2:
         Returns:
             float32 [sum of n_logits, vocab_size], in the order of the segments; valid until the next call.
         """
-        return self._forward(segments, 0)
+        return self._forward(segments, OWN_WEIGHTS)
 
-    def _forward(self, segments: Sequence[Segment], by: int) -> Array:
+    def draft(self, segments: Sequence[Segment]) -> Array:
+        """Do as `forward`, by the other set of weights. What this appends to the cache is to be truncated."""
+        return self._forward(segments, DRAFT_WEIGHTS)
+
+    def _forward(self, segments: Sequence[Segment], weights: int) -> Array:
         if self._lost:
             raise RuntimeError("the process was forked while sequences were running; load the model after forking")
-        step = Step(segments, [self.cache.lengths[segment.slot] for segment in segments], by)
+        step = Step(segments, [self.cache.lengths[segment.slot] for segment in segments], weights)
         if step.rows > self.max_rows:
             raise ValueError(f"{step.rows} tokens in a step; this network takes {self.max_rows}")
         try:
             self._run(step)
         except TeamBroken as reason:
-            # All state is here, and nothing counts as seen yet: the step is simply done again.
+            # All state is here, and the cache's lengths are as before: the step is simply done again.
             log.warning("a helper process of the engine has ended (%s); going on in one process", reason)
             self._dismiss_helpers()
-            self._alone[by].run(step)
+            self._alone[weights].run(step)
         except BaseException:
             # The helpers wait in the midst of a step that nobody will end.
             self._dismiss_helpers()
@@ -170,7 +168,7 @@ class GPT2:
         for segment in segments:
             self.cache.lengths[segment.slot] += len(segment.ids)
         wanted = sum(segment.n_logits for segment in segments)
-        logits: Array = self._arena[f"{by} logits"][:wanted, : self.config.vocab_size]
+        logits: Array = self._arena[buffer_name(weights, "logits")][:wanted, : self.config.vocab_size]
         return logits
 
     def _run(self, step: Step) -> None:
@@ -178,20 +176,20 @@ class GPT2:
             self.start_helpers()
         helpers = self._helpers
         if helpers is None or not helpers.complete:
-            self._alone[step.by].run(step)
+            self._alone[step.weights].run(step)
             return
         if self._together is None:
-            self._together = self._shards(self.size, helpers.meeting.wait)
+            self._together = self._shards(self.size, helpers.barrier.wait)
         helpers.begin(step)
-        self._together[step.by].run(step)
+        self._together[step.weights].run(step)
 
     def wait_until_ready(self, seconds: float = 30.0) -> bool:
-        """Wait for the helpers. Returns whether all have joined in time."""
+        """Wait for the helpers. Return whether all have joined in time."""
         if self._wants_helpers:
             self.start_helpers()
         deadline = time.monotonic() + seconds
         while not self.ready and time.monotonic() < deadline:
-            if self._helpers is not None and self._helpers.processes.ended() is not None:
+            if self._helpers is not None and self._helpers.processes.find_end() is not None:
                 return False
             time.sleep(0.002)
         return self.ready
@@ -221,11 +219,11 @@ class GPT2:
         self._helpers = self._together = None
 
     def after_fork(self) -> None:
-        """In a forked copy: leave the original's helpers, and the memory that it shares with them, alone."""
+        """Leave the original's helpers, and the memory that it shares with them, alone in a forked copy."""
         if self.size == 1:
             return
         if self._helpers is not None:
-            self._helpers.processes.forget()
+            self._helpers.processes.disown()
         self._lost = self.cache.free_slots < self._n_slots
         self._set_up()
 

@@ -1,4 +1,9 @@
-"""Keys and values of the tokens seen, in slots allotted once, within a bound of memory."""
+"""The KV cache: keys and values of the tokens that were run, in a slot for each sequence, within a bound of memory.
+
+Memory is committed as positions fill, and reserved from the start for as far as the sequence can grow. Slots given back
+keep what they have committed for the next sequences, up to a quarter of all slots. When the memory is needed elsewhere,
+it goes back to the system.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +13,17 @@ from numpy.typing import NDArray
 from fastgpt2.engine.model.config import GPT2Config
 from fastgpt2.engine.network.arena import PAGE, Arena, Spec
 
-# Positions in a block of keys, the width of a panel in the product of queries and keys. Wider ones are faster in a long
-# sequence, and read more that is not filled yet in a short one.
+# Positions in a block of keys, the width of a panel in the product of queries and keys. Wider blocks are faster in a
+# long sequence; in a short one they read more that is not filled yet.
 BLOCK = 32
 
-# How far beyond its own positions a sequence is read where a longer neighbour is attended with it. In memory that
-# processes share, reading commits as writing does.
+# A sequence is read at most this many positions beyond its own, where a longer neighbour is attended with it. In memory
+# that processes share, reading commits as writing does.
 MOST_PADDING = 2 * BLOCK
 
 
 class KVCache:
-    """`n_slots` sequences of up to `n_positions` tokens.
+    """The keys and values of `n_slots` sequences of up to `n_positions` tokens.
 
     Attributes:
         keys: float32 [n_slots, n_layer, blocks, n_head, head_dim, BLOCK]: panels of keys, so that queries are
@@ -27,16 +32,12 @@ class KVCache:
         lengths: how many positions of each slot are filled.
         usable_slots: how many of the slots are given out, the first ones.
         bytes_limit: how much memory all sequences together may commit.
-
-    Memory is committed as positions fill, and reserved from the start for as far as the sequence can grow. Slots given
-    back keep what they have committed for the next sequences, up to a quarter of all slots, and unless the memory is
-    needed elsewhere: then it goes back to the system.
     """
 
     def __init__(self, config: GPT2Config, n_slots: int, arena: Arena, bytes_limit: int | None = None) -> None:
         """
         Args:
-            bytes_limit: None for as much as all slots can hold; at least `sequence_bytes(config)`.
+            bytes_limit: at least `sequence_bytes(config)`; None for as much as all slots can hold.
         """
         self.keys: NDArray[np.float32] = arena["keys"]
         self.values: NDArray[np.float32] = arena["values"]
@@ -45,14 +46,14 @@ class KVCache:
         self.bytes_limit = n_slots * sequence_bytes(config) if bytes_limit is None else bytes_limit
         self._config = config
         self._padding = MOST_PADDING if arena.fd is not None else 0
-        # Of each of the slots, in the mean. Committing memory is dear: of 512 positions of gpt2, 30 ms.
+        # Positions that a free slot keeps, in the mean. Committing memory is dear: 512 positions of gpt2 take 30 ms.
         self._most_kept = config.n_positions // 4 + self._padding
         self._arena = arena
         if arena.fd is None:
             # A huge page would commit far more than what is written to it.
             arena.use_small_pages("keys")
             arena.use_small_pages("values")
-        # Positions: of a slot in use, how far it may come to be committed; of a free one, how far it is.
+        # In positions: how far a slot in use may come to be committed, and how far a slot is committed.
         self._reserved = [0] * n_slots
         self._committed = [0] * n_slots
         self._free = list(range(n_slots))
@@ -72,11 +73,15 @@ class KVCache:
 
     @property
     def bytes_reserved(self) -> int:
-        """What slots in use may come to commit, and what free ones keep committed."""
+        """Return the bytes that slots in use may come to commit, and that free ones keep committed."""
         return self._bytes_in_use() + self._bytes_kept()
 
-    def use(self, n_slots: int) -> None:
-        """Give out the first so many slots only, from now on; none may be in use. What the others hold goes back."""
+    def use_slots(self, n_slots: int) -> None:
+        """Give out only the first `n_slots` slots from now on. What slots keep committed goes back to the system.
+
+        Raises:
+            ValueError: a slot is in use.
+        """
         if len(self._free) < self.usable_slots:
             raise ValueError("slots are in use")
         for slot in self._free:
@@ -85,17 +90,17 @@ class KVCache:
         self._free = list(range(n_slots))
 
     def has_room(self, positions: int | None = None) -> bool:
-        """Whether `allot` would give a slot."""
+        """Tell whether `allot` would give a slot."""
         return bool(self._free) and self._bytes_in_use() + self._bytes(self._reach(positions)) <= self.bytes_limit
 
     def allot(self, positions: int | None = None) -> int:
-        """Take an empty slot, the lowest: neighbours are attended together.
+        """Give out an empty slot, the lowest: neighbours are attended together.
 
         Args:
             positions: how many the sequence will fill at most; None for as many as there are.
 
         Raises:
-            IndexError: none is free, or there is no memory left within the limit.
+            IndexError: no slot is free, or there is no memory left within the limit.
         """
         if not self._free:
             raise IndexError("no slot is free; ask `has_room` first")
@@ -104,42 +109,42 @@ class KVCache:
         slot = min(self._free)
         self._free.remove(slot)
         self._reserved[slot] = max(self._reach(positions), self._committed[slot])
-        excess = self._give_back_of_free(self.bytes_reserved - self.bytes_limit)
+        excess = self._give_back_free(self.bytes_reserved - self.bytes_limit)
         if excess > 0:
-            # What this slot keeps itself, at last.
+            # At last, what this slot itself keeps.
             self._give_back(slot)
             self._reserved[slot] = self._reach(positions)
         self.lengths[slot] = 0
         return slot
 
     def block(self, slot: int, number: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Keys [n_layer, n_head, head_dim, BLOCK] and values [n_layer, n_head, BLOCK, head_dim] of BLOCK positions."""
+        """Return a block's keys [n_layer, n_head, head_dim, BLOCK] and values [n_layer, n_head, BLOCK, head_dim]."""
         at = number * BLOCK
         return self.keys[slot, :, number], self.values[slot, :, :, at : at + BLOCK]
 
-    def _give_back_of_free(self, excess: int) -> int:
-        """Give back so much of what free slots keep, at least. Returns how much of it is still to go then."""
-        # The furthest from the slots taken next first.
+    def truncate(self, slot: int, length: int) -> None:
+        """Forget what a slot holds beyond `length` positions. What is committed stays committed."""
+        self._committed[slot] = max(self._committed[slot], self._reach(self.lengths[slot]))
+        self.lengths[slot] = length
+
+    def release(self, slot: int) -> None:
+        """Take a slot back; raise ValueError if it is free already."""
+        if slot in self._free:
+            raise ValueError(f"slot {slot} is free already")
+        self._free.append(slot)
+        self._reserved[slot] = 0
+        self._committed[slot] = max(self._committed[slot], self._reach(self.lengths[slot]))
+        self._give_back_free(self._bytes_kept() - self.usable_slots * self._bytes(self._most_kept))
+
+    def _give_back_free(self, excess: int) -> int:
+        """Give back at least `excess` bytes of what free slots keep. Return how many are still to go then."""
+        # First the slots furthest from those that are given out next.
         for kept in sorted(self._free, reverse=True):
             if excess <= 0:
                 break
             excess -= self._bytes(self._committed[kept])
             self._give_back(kept)
         return excess
-
-    def retract(self, slot: int, length: int) -> None:
-        """Forget what a slot holds beyond so many positions. What is committed for it stays so."""
-        self._committed[slot] = max(self._committed[slot], self._reach(self.lengths[slot]))
-        self.lengths[slot] = length
-
-    def release(self, slot: int) -> None:
-        """Give a slot back. Raises ValueError if it is free already."""
-        if slot in self._free:
-            raise ValueError(f"slot {slot} is free already")
-        self._free.append(slot)
-        self._reserved[slot] = 0
-        self._committed[slot] = max(self._committed[slot], self._reach(self.lengths[slot]))
-        self._give_back_of_free(self._bytes_kept() - self.usable_slots * self._bytes(self._most_kept))
 
     def _give_back(self, slot: int) -> None:
         if self._committed[slot]:
@@ -148,9 +153,11 @@ class KVCache:
             self._committed[slot] = 0
 
     def _reach(self, positions: int | None) -> int:
-        """How far a slot of so many positions may be committed: for what it reads beyond them, too."""
+        """Return how far a slot of this many positions may be committed, what is read beyond them included."""
+        if positions == 0:
+            return 0
         most = self._config.n_positions
-        return most if positions is None else min(positions + self._padding, most) if positions else 0
+        return most if positions is None else min(positions + self._padding, most)
 
     def _bytes(self, positions: int) -> int:
         return sequence_bytes(self._config, positions)
@@ -163,19 +170,20 @@ class KVCache:
 
 
 def sequence_bytes(config: GPT2Config, positions: int | None = None) -> int:
-    """Bytes that are committed for one sequence of so many positions, or of all: whole blocks, and whole pages of each.
+    """Return the bytes that one sequence of this many positions, or of all, commits: whole blocks, by whole pages.
 
-    A layer's keys lie together, and each head's values; where such a run does not begin at a page, it touches one more.
+    A layer's keys lie together, and so do each head's values. A run of these that does not begin at a page touches one
+    page more.
     """
     if positions == 0:
         return 0
     most = _blocks(config.n_positions)
     blocks = most if positions is None else _blocks(positions)
-    of_block = 4 * BLOCK * config.head_dim
-    runs = ((config.n_layer, config.n_head * of_block), (config.n_layer * config.n_head, of_block))
+    head_block = 4 * BLOCK * config.head_dim  # bytes of one block of one head
+    runs = ((config.n_layer, config.n_head * head_block), (config.n_layer * config.n_head, head_block))
     total = 0
     for count, size in runs:
-        pages = -(-blocks * size // PAGE) + (most * size % PAGE > 0)
+        pages = -(-blocks * size // PAGE) + (1 if most * size % PAGE else 0)
         total += min(count * pages, -(-count * most * size // PAGE) + 1) * PAGE
     return total
 

@@ -1,4 +1,8 @@
-"""Keys and values of what has been read, kept for prompts that begin alike, in blocks, within a bound of memory."""
+"""Prefixes: keys and values that were computed, kept for prompts that begin alike, in blocks within a bound of memory.
+
+They lie in memory of the process that asks, whatever helpers it has, and are copied into a sequence's slot and out of
+it between steps. A copy has the bits of its original, so a sequence goes on from it as from keys and values of its own.
+"""
 
 from __future__ import annotations
 
@@ -17,31 +21,33 @@ from fastgpt2.engine.network.arena import PAGE, Arena
 from fastgpt2.engine.network.kv_cache import BLOCK, KVCache
 from fastgpt2.errors import BadRequest, ModelError
 
-# By default, of the memory for keys and values, beside which it is.
+# By default, prefixes get one byte for this many bytes of keys and values, in addition to these.
 SHARE = 8
 
-# Two million tokens: what is kept of them beside their keys and values is some 30 MB.
+# Two million tokens: what is kept of them beside their keys and values takes some 30 MB.
 MOST_BLOCKS = 1 << 16
 
-# A block is known by the number of the entry for the block before it and by its own tokens, all of them and not a hash:
-# another prompt's keys and values would be another prompt's text.
+# A block is found by the number of the entry for the block before it and by its own tokens. By all of them, not by a
+# hash: another prompt's keys and values would give another prompt's text.
 Key = tuple[int, bytes]
 _ROOT = 0
 _KEY_BYTES = BLOCK * array("i").itemsize
 
 
 class Entry(NamedTuple):
-    """A block that is kept. Its number is never used twice, so that a block whose predecessor has gone is not found."""
+    """A block that is kept.
+
+    Attributes:
+        number: never used twice, so that a block whose predecessor has gone is not found.
+        row: where it lies.
+    """
 
     number: int
     row: int
 
 
 class Prefixes:
-    """Blocks of BLOCK positions each, the least recently used of which make way for others.
-
-    They lie in memory of the process that asks, whatever helpers it has, and are copied into a sequence's slot and out
-    of it between steps. A copy has the bits that it was made of, so a sequence goes on from it as from its own.
+    """Blocks of BLOCK positions each; the least recently used make way for others.
 
     Attributes:
         n_blocks: how many are kept at most.
@@ -54,23 +60,23 @@ class Prefixes:
             memory: bytes, enough for a block. Address space for them is taken now, memory as blocks come.
 
         Raises:
-            ModelError: the system does not give so much address space.
+            ModelError: the system does not give that much address space.
         """
         self._block_bytes = block_bytes(config)
         self.n_blocks = min(memory // PAGE * PAGE // self._block_bytes, MOST_BLOCKS)
         self.bytes_limit = self.n_blocks * self._block_bytes
         # Keys, then values: all of a block lies together.
-        of_block = (2, config.n_layer, config.n_head, BLOCK * config.head_dim)
+        block_shape = (2, config.n_layer, config.n_head, BLOCK * config.head_dim)
         try:
-            arena = Arena({"blocks": ((self.n_blocks, *of_block), np.float32)})
+            arena = Arena({"blocks": ((self.n_blocks, *block_shape), np.float32)})
         except (OSError, ValueError, OverflowError) as reason:
             raise ModelError(
                 f"no memory for {self.bytes_limit} bytes of prefixes ({reason}); set a smaller prefix_memory, or 0"
             ) from None
         arena.use_huge_pages("blocks")
         self._blocks: NDArray[np.float32] = arena["blocks"]
-        # The least recently used first, and no block before those that follow it in a prompt: what goes is followed by
-        # none.
+        # The least recently used first, and no block before those that follow it in a prompt: so the block that goes
+        # first has none behind it.
         self._entries: OrderedDict[Key, Entry] = OrderedDict()
         self._numbers = itertools.count(_ROOT + 1)
         self._rows_used = 0
@@ -80,33 +86,35 @@ class Prefixes:
         return self._rows_used * self._block_bytes
 
     def copy_to(self, cache: KVCache, slot: int, ids: Seq[int]) -> int:
-        """Fill an empty slot with what is known of these tokens, from the first on. Returns how many that were."""
-        chain = self._known(ids, len(ids) // BLOCK)
-        for at, (_, entry) in enumerate(chain):
-            self._copy(cache, slot, at, entry.row, inwards=False)
+        """Fill an empty slot with what is kept of these tokens, from the first on. Return how many tokens that were."""
+        chain = self._find(ids, len(ids) // BLOCK)
+        for number, (_, entry) in enumerate(chain):
+            for part, kept in zip(cache.block(slot, number), self._blocks[entry.row], strict=True):
+                np.copyto(part, kept.reshape(part.shape))
         self._touch(chain)
         cache.lengths[slot] = len(chain) * BLOCK
         return len(chain) * BLOCK
 
     def keep(self, cache: KVCache, slot: int, ids: Seq[int]) -> None:
-        """Keep what a slot holds of these tokens, which are those of its sequence: whole blocks, if not here already.
+        """Keep what a slot holds of its sequence's tokens, in whole blocks, as far as it is not kept already.
 
-        Of more blocks than there is room for at all, the first ones.
+        Of more blocks than there is room for at all, the first ones are kept.
         """
         count = min(min(len(ids), cache.lengths[slot]) // BLOCK, self.n_blocks)
-        chain = self._known(ids, count)
+        chain = self._find(ids, count)
         # Before others make way, so that none of these does.
         self._touch(chain)
         for tokens in itertools.islice(_by_block(ids, count), len(chain), None):
             row = self._free_row()
-            self._copy(cache, slot, len(chain), row, inwards=True)
+            for part, kept in zip(cache.block(slot, len(chain)), self._blocks[row], strict=True):
+                np.copyto(kept.reshape(part.shape), part)
             key = (chain[-1][1].number if chain else _ROOT, tokens)
             chain.append((key, Entry(next(self._numbers), row)))
             self._entries[key] = chain[-1][1]
         self._touch(chain)
 
-    def _known(self, ids: Seq[int], count: int) -> list[tuple[Key, Entry]]:
-        """Of the first so many blocks of a prompt, those that are here, up to the first that is not."""
+    def _find(self, ids: Seq[int], count: int) -> list[tuple[Key, Entry]]:
+        """Return the entries of a prompt's first `count` blocks, up to the first block that is not kept."""
         chain: list[tuple[Key, Entry]] = []
         parent = _ROOT
         for tokens in _by_block(ids, count):
@@ -122,37 +130,33 @@ class Prefixes:
             self._entries.move_to_end(key)
 
     def _free_row(self) -> int:
-        """One that no entry has. Who is interrupted before an entry has it has lost the row, and nothing else."""
+        """Return a row that no entry has. An interruption before an entry has it loses the row, and nothing else."""
         if self._rows_used < self.n_blocks:
             self._rows_used += 1
             return self._rows_used - 1
         return self._entries.popitem(last=False)[1].row
 
-    def _copy(self, cache: KVCache, slot: int, number: int, row: int, *, inwards: bool) -> None:
-        for part, kept in zip(cache.block(slot, number), self._blocks[row], strict=True):
-            kept = kept.reshape(part.shape)
-            np.copyto(*((kept, part) if inwards else (part, kept)))
-
 
 def _by_block(ids: Seq[int], count: int) -> Iterator[bytes]:
-    """The tokens of the first so many blocks."""
+    """Return the tokens of each of the first `count` blocks, as bytes."""
     data = array("i", ids[: count * BLOCK]).tobytes()
     return (data[at : at + _KEY_BYTES] for at in range(0, len(data), _KEY_BYTES))
 
 
 def block_bytes(config: GPT2Config) -> int:
-    """Keys and values of BLOCK positions, in all layers."""
+    """Return the bytes of the keys and values of BLOCK positions, in all layers."""
     return 2 * 4 * BLOCK * config.n_layer * config.n_embd
 
 
 def prefixes_within(config: GPT2Config, memory: int | None, kv_memory: int) -> Prefixes | None:
-    """
+    """Return the place for prefixes; None if there is to be none, or the default has no room for a block.
+
     Args:
         memory: bytes, 0 for none; None for a share of `kv_memory`, the bytes for keys and values of what runs.
 
     Raises:
-        BadRequest: there would not be room for one block.
-        ModelError: the system does not give so much address space.
+        BadRequest: `memory` has no room for one block.
+        ModelError: the system does not give that much address space.
     """
     least = -(-block_bytes(config) // PAGE) * PAGE
     if memory is not None and memory != 0 and memory < least:

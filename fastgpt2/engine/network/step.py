@@ -1,4 +1,15 @@
-"""What one forward step does, as plain numbers: the same for every process that has a share in it."""
+"""A step, and the barrier at which the processes that share it wait for each other.
+
+A step runs some tokens of some sequences through the network. What it runs of one sequence is a segment; the sequence's
+place in the KV cache is a slot. A step is plain numbers, so that the first process can write it into memory that the
+others read.
+
+The processes of a team carry out each step together and meet dozens of times in it. Threads would do if it were not for
+two things: Python's threads share a lock, and to wake one that sleeps took 50 microseconds on a virtual machine
+(`docs/engine.md`), which is a sixth of a step of 50 products. So each core has a process, all of them map the weights
+and the state, and a process that is done reads a number in that state again and again until the others are done, too.
+Between steps the helpers soon stop looking and sleep.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +22,27 @@ from numpy.typing import NDArray
 
 from fastgpt2.engine.network.arena import Spec
 
+# A network's sets of weights: those that its logits come from, and those that make drafts, if there are any.
+OWN_WEIGHTS, DRAFT_WEIGHTS = 0, 1
+
+# Numbers that different processes write stand this far apart: no two on one cache line, nor on its neighbour, which is
+# fetched along.
+STRIDE = 16
+STEP = 0  # the number of the step begun last; at multiples of STRIDE follow the arrivals, then who has joined
+
+# A helper that has nothing to do looks this long for a new step, then it sleeps.
+SPIN_SECONDS = 0.003
+
+# After a longer pause than this between two steps, helpers may sleep, or be about to; well below the time above.
+WAKE_AFTER_SECONDS = 0.001
+
+# Processes that have a core each come to the barrier within microseconds; this many looks take a few hundred.
+_LOOKS_BEFORE_SLEEP = 5000
+_NAP_SECONDS = 50e-6
+
+# How often to check whether the process that is waited for still lives.
+_CHECK_SECONDS = 0.05
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:
@@ -19,7 +51,7 @@ class Segment:
     Attributes:
         slot: the sequence's slot in the KV cache.
         ids: the tokens that follow what the slot holds, at least one.
-        n_logits: for how many of the last of these tokens logits are wanted (0 in the midst of a prompt, else 1).
+        n_logits: of how many of the last of these tokens logits are wanted: 0 in the midst of a prompt, else 1 or more.
     """
 
     slot: int
@@ -29,11 +61,16 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Segments, each with the position of its first token; `by` which of a network's sets of weights, 0 its own."""
+    """Segments to run together, a row a token.
+
+    Attributes:
+        starts: the position of each segment's first token.
+        weights: the set of weights to run them by, `OWN_WEIGHTS` or `DRAFT_WEIGHTS`.
+    """
 
     segments: Sequence[Segment]
     starts: Sequence[int]
-    by: int = 0
+    weights: int = OWN_WEIGHTS
 
     @property
     def rows(self) -> int:
@@ -47,15 +84,14 @@ class Step:
             rows.extend(range(stop - segment.n_logits, stop))
         return rows
 
-    def encode(self) -> list[int]:
-        """As numbers, for `decode` in another process."""
-        numbers = [self.by, len(self.segments)]
+    def to_numbers(self) -> list[int]:
+        numbers = [self.weights, len(self.segments)]
         for segment, start in zip(self.segments, self.starts, strict=True):
             numbers += (segment.slot, segment.n_logits, start, len(segment.ids), *segment.ids)
         return numbers
 
     @classmethod
-    def decode(cls, numbers: Sequence[int]) -> Step:
+    def from_numbers(cls, numbers: Sequence[int]) -> Step:
         segments, starts, at = [], [], 2
         for _ in range(numbers[1]):
             slot, n_logits, start, length = numbers[at : at + 4]
@@ -66,59 +102,34 @@ class Step:
         return cls(segments, starts, numbers[0])
 
 
-def encoded_size(rows: int, segments: int) -> int:
-    """The most numbers that `Step.encode` gives."""
+def most_numbers(rows: int, segments: int) -> int:
+    """Return how many numbers `Step.to_numbers` gives at most."""
     return 2 + 4 * segments + rows
 
 
-# NOTE engine.team: Processes that carry out each step together: they meet dozens of times a step, and wait for each
-# other by looking.
-#
-# Threads would do if it were not for two things. Python's threads share a lock, and to wake one that sleeps took 50
-# microseconds on a virtual machine (`docs/engine.md`): of a step of 50 products, a sixth. So each core has a process,
-# all of them map the weights and the state, and a process that is done looks at a number in that state until the
-# others are done, too. Between steps the helpers soon stop looking and sleep.
-
-# Numbers apart, so that no two processes write to one cache line (or its neighbour, which is fetched along).
-STRIDE = 16
-STEP = 0  # the number of the step begun last; the arrivals follow at multiples of STRIDE
-
-# A helper that has nothing to do looks for a new step for so long, then sleeps.
-SPIN_SECONDS = 0.003
-
-# Beyond this pause between two steps, helpers may sleep, or be about to; well below the time above.
-WAKE_AFTER_SECONDS = 0.001
-
-# At a meeting, processes that have a core each come within microseconds; so many looks take a few hundred.
-_LOOKS_BEFORE_SLEEP = 5000
-_NAP_SECONDS = 50e-6
-
-# How often to see whether who is waited for still lives.
-_PATIENCE_SECONDS = 0.05
+def control_spec(size: int, max_rows: int) -> Spec:
+    """Return the shared array of a team's barrier: step, arrivals, who has joined, and the step as numbers."""
+    return (STRIDE * (2 * size + 1) + 2 + most_numbers(max_rows, max_rows),), np.int64
 
 
 class TeamBroken(Exception):
-    """Another process of the team has ended; what it had to do in this step is not done."""
+    """Another process of the team has ended; its share of this step is not done."""
 
 
-def control_spec(size: int, numbers: int) -> Spec:
-    """Of the shared array: step, arrivals, and a step's description of at most so many numbers."""
-    return (STRIDE * (2 * size + 1) + 2 + numbers,), np.int64
-
-
-class Meeting:
-    """One process's seat in the team."""
+class Barrier:
+    """One process's end of a team's barrier: it starts or receives steps, and waits for the others within them."""
 
     def __init__(self, control: NDArray[np.int64], rank: int, size: int, check: Callable[[], None]) -> None:
         """
         Args:
             control: the shared array, of `control_spec`.
-            check: called now and then while waiting; raises `TeamBroken` when it is in vain.
+            rank: 0 for the first process, which starts the steps.
+            check: called now and then while waiting; raises `TeamBroken` when waiting is in vain.
         """
         self._numbers = memoryview(control.data)
-        self._mine = STRIDE * (1 + rank)
-        self._others = [STRIDE * (1 + other) for other in range(size) if other != rank]
-        self._ready = [STRIDE * (1 + size + other) for other in range(size)]
+        self._own_arrivals = STRIDE * (1 + rank)
+        self._others_arrivals = [STRIDE * (1 + other) for other in range(size) if other != rank]
+        self._joined = [STRIDE * (1 + size + other) for other in range(size)]
         self._description = STRIDE * (2 * size + 1)
         self._check = check
         self._rank = rank
@@ -128,32 +139,34 @@ class Meeting:
 
     def join(self) -> None:
         """Tell the others that this process takes part from the next step on."""
-        self._numbers[self._ready[self._rank]] = 1
+        self._numbers[self._joined[self._rank]] = 1
 
     @property
     def complete(self) -> bool:
-        return all(self._numbers[at] for at in self._ready)
+        """Tell whether every process has joined."""
+        return all(self._numbers[at] for at in self._joined)
 
-    def begin(self, description: list[int]) -> None:
-        """Start a step in every process (the first process only)."""
-        at = self._description
+    def begin(self, step: Step) -> None:
+        """Start a step in every process; only the first process does."""
+        numbers, at = step.to_numbers(), self._description
         self._numbers[at] = self._arrivals
-        self._numbers[at + 1] = len(description)
-        for offset, number in enumerate(description, at + 2):
+        self._numbers[at + 1] = len(numbers)
+        for offset, number in enumerate(numbers, at + 2):
             self._numbers[offset] = number
         self.step += 1
+        # Last: whoever sees this number sees all that was written before it.
         self._numbers[STEP] = self.step
 
-    def begun(self) -> bool:
-        """Whether there is a step that this process has not taken up (all but the first process)."""
+    def has_begun(self) -> bool:
+        """Tell whether there is a step that this process has not received; all but the first process ask."""
         return self._numbers[STEP] > self.step
 
-    def take_up(self) -> list[int]:
-        """The description of that step."""
+    def receive(self) -> Step:
+        """Return the step that has begun."""
         self.step = self._numbers[STEP]
         at = self._description
         self._arrivals = self._numbers[at]
-        return self._numbers[at + 2 : at + 2 + self._numbers[at + 1]].tolist()
+        return Step.from_numbers(self._numbers[at + 2 : at + 2 + self._numbers[at + 1]].tolist())
 
     def wait(self) -> None:
         """Return when every process has come here.
@@ -164,20 +177,20 @@ class Meeting:
         numbers = self._numbers
         self._arrivals += 1
         self.arrived_at = time.monotonic()
-        numbers[self._mine] = arrivals = self._arrivals
-        for other in self._others:
+        numbers[self._own_arrivals] = arrivals = self._arrivals
+        for other in self._others_arrivals:
             looks = 0
             while numbers[other] < arrivals:
                 looks += 1
                 if looks > _LOOKS_BEFORE_SLEEP:
-                    self._wait_long(other)
+                    self._wait_asleep(other)
 
-    def _wait_long(self, other: int) -> None:
-        """Somebody else has that process's core. A core left idle is one that it can come to."""
-        checked = time.monotonic()
+    def _wait_asleep(self, other: int) -> None:
+        """Wait for a process that has lost its core to somebody else: a core left idle is one that it can come to."""
+        checked_at = time.monotonic()
         while self._numbers[other] < self._arrivals:
             time.sleep(_NAP_SECONDS)
             now = time.monotonic()
-            if now - checked > _PATIENCE_SECONDS:
+            if now - checked_at > _CHECK_SECONDS:
                 self._check()
-                checked = now
+                checked_at = now

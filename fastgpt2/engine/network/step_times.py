@@ -1,4 +1,8 @@
-"""How many sequences a network decodes together, and what rows cost: measured once a machine."""
+"""Step times: how long steps take by their sequences and by their rows, measured once a machine.
+
+They tell how many sequences a network decodes together, and what the rows of guesses cost (`decoding/drafter.py`).
+Small models are not measured: their steps are over before they could be told apart.
+"""
 
 from __future__ import annotations
 
@@ -14,109 +18,80 @@ from fastgpt2.engine.network.kv_cache import BLOCK, sequence_bytes
 from fastgpt2.engine.network.step import Segment
 
 log = logging.getLogger("fastgpt2.engine")
-MOST = 32
 
-# For a small model, whose steps are over before they could be told apart, and where nothing can be measured.
-UNMEASURED = 16
+# At most this many sequences are tried.
+MOST_SLOTS = 32
 
-# A batch is worth its size if it gives so many times the tokens a second of the best smaller one.
-WORTHWHILE = 1.15
+# Sequences of a small model, and where nothing can be measured.
+UNMEASURED_SLOTS = 16
+
+# A batch is worth its size if it gives this many times the tokens a second of the best smaller one.
+LEAST_BATCH_GAIN = 1.15
 
 # Tokens that each sequence holds at first while steps are timed.
 _CONTEXT = 64
 _REPEATS = 5
 
-# Rows of one sequence whose steps are timed, for `step_costs.py`.
+# Rows of one sequence whose steps are timed, for `drafter.StepCosts`.
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16)
 
 
 def slots_to_map(config: GPT2Config) -> int:
-    """Sequences to have address space for, before it is known how many pay.
+    """Return how many sequences to have address space for, before it is known how many pay.
 
     Linux refuses a private mapping that is larger than all of the memory, whether it will be used or not.
     """
     if not is_large(config):
-        return UNMEASURED
-    slots = MOST
+        return UNMEASURED_SLOTS
+    slots = MOST_SLOTS
     while slots > 1 and slots * sequence_bytes(config) > usable_memory() // 2:
         slots //= 2
     return slots
 
 
-def settle(network: GPT2, calibration: Measurements) -> None:
-    """Have a network of `slots_to_map` slots use as many as pay: what was measured here before, or is now."""
+def choose_slots(network: GPT2, measurements: Measurements) -> None:
+    """Have a network of `slots_to_map` slots use as many as pay, as was measured here before or is measured now."""
     config, most = network.config, network.cache.usable_slots
     if not is_large(config):
         return
     suffix = _circumstances(network)
     # Where there was more memory, more was tried, and what paid there pays here as far as there is room.
-    tried = [most << more for more in range(MOST.bit_length()) if most << more <= max(most, MOST)]
-    found = (calibration.find(f"batch of up to {upto}, {suffix}") for upto in tried)
+    tried = [most << more for more in range(MOST_SLOTS.bit_length()) if most << more <= max(most, MOST_SLOTS)]
+    found = (measurements.find(f"batch of up to {upto}, {suffix}") for upto in tried)
     known = next((sequences for sequences in found if sequences is not None), None)
     if known is None:
         room = network.cache.bytes_limit // sequence_bytes(config, _CONTEXT + 2 * BLOCK)
-        # A helper that has not come, or memory for too few, is no measure of the machine.
+        # A helper that has not joined, or memory for too few sequences, is no measure of the machine.
         if room < most or not network.wait_until_ready():
-            network.use_slots(min(most, UNMEASURED))
+            network.use_slots(min(most, UNMEASURED_SLOTS))
             return
-        known = calibration.find_or_measure(f"batch of up to {most}, {suffix}", lambda: measured(network, most))
+        known = measurements.find_or_measure(f"batch of up to {most}, {suffix}", lambda: measure_slots(network, most))
     network.use_slots(max(1, min(most, known)))
 
 
-def row_costs(network: GPT2, calibration: Measurements, measure: bool) -> dict[int, float]:
-    """Seconds of a step by rows of one sequence, as they were measured here, or are now if that is wanted and pays.
-
-    Empty where it is not known: for a small model, too.
-    """
-    if not is_large(network.config):
-        return {}
-    names = {rows: f"microseconds of {rows} rows, {_circumstances(network)}" for rows in ROWS}
-    if any(calibration.find(name) is None for name in names.values()):
-        if not measure or not network.wait_until_ready():
-            return {}
-        slot = network.cache.allot(_CONTEXT + max(ROWS))
-
-        def measured_microseconds(rows: int) -> int:
-            return round(1e6 * _step_seconds(network, [Segment(slot, [0] * rows, rows)]))
-
-        try:
-            for rows, name in names.items():
-                calibration.find_or_measure(name, partial(measured_microseconds, rows))
-        finally:
-            network.cache.release(slot)
-    return {rows: (calibration.find(name) or 0) / 1e6 for rows, name in names.items()}
-
-
-def _circumstances(network: GPT2) -> str:
-    """What times depend on, beside the CPU and its BLAS."""
-    config = network.config
-    shape = f"{config.n_layer}x{config.n_embd}x{config.n_inner}x{config.vocab_size}, {config.n_head} heads"
-    return f"{shape}, {network.size} processes, {network.product_name}"
-
-
-def measured(network: GPT2, most: int) -> int:
-    """What `largest_worthwhile` finds by steps of the network itself."""
+def measure_slots(network: GPT2, most: int) -> int:
+    """Return what `largest_that_pays` finds by steps of the network itself."""
     started = perf_counter()
     slots = [network.cache.allot(_CONTEXT + _REPEATS + 2) for _ in range(most)]
     try:
-        return largest_worthwhile(lambda n: _step_seconds(network, [Segment(slot, [0]) for slot in slots[:n]]), most)
+        return largest_that_pays(lambda n: _step_seconds(network, [Segment(slot, [0]) for slot in slots[:n]]), most)
     finally:
         for slot in slots:
             network.cache.release(slot)
         log.debug("steps by sequences measured in %.0f ms", (perf_counter() - started) * 1e3)
 
 
-def largest_worthwhile(step_seconds: Callable[[int], float], most: int) -> int:
-    """The largest power of two, up to `most`, that gives `WORTHWHILE` times as many tokens a second as any smaller one.
+def largest_that_pays(step_seconds: Callable[[int], float], most: int) -> int:
+    """Return the largest power of two, up to `most`, whose batch is worth its size by `LEAST_BATCH_GAIN`.
 
-    Two may be no faster than one and eight by far: a BLAS has a kernel for one row, and another for many, whose
-    overhead two rows do not earn. So it takes two in a row that do not pay to end the search.
+    Two may be no faster than one and eight faster by far: a BLAS has a kernel for one row, and another for many, whose
+    overhead two rows do not earn. So the search ends only when two sizes one after the other do not pay.
     """
     times = {1: step_seconds(1)}
     best, n = 1, 2
     while n <= most and n <= 4 * best:
         times[n] = step_seconds(n)
-        if n / times[n] >= WORTHWHILE * best / times[best]:
+        if n / times[n] >= LEAST_BATCH_GAIN * best / times[best]:
             best = n
         n *= 2
     steps = ", ".join(f"{rows}: {seconds * 1e3:.1f} ms" for rows, seconds in times.items())
@@ -124,8 +99,40 @@ def largest_worthwhile(step_seconds: Callable[[int], float], most: int) -> int:
     return best
 
 
+def row_costs(network: GPT2, measurements: Measurements, measure: bool) -> dict[int, float]:
+    """Return the seconds of a step by rows of one sequence; {} where they are not known, as for a small model.
+
+    Args:
+        measure: whether to measure now what was not measured here before.
+    """
+    if not is_large(network.config):
+        return {}
+    names = {rows: f"microseconds of {rows} rows, {_circumstances(network)}" for rows in ROWS}
+    if any(measurements.find(name) is None for name in names.values()):
+        if not measure or not network.wait_until_ready():
+            return {}
+        slot = network.cache.allot(_CONTEXT + max(ROWS))
+        try:
+            for rows, name in names.items():
+                measurements.find_or_measure(name, partial(_row_microseconds, network, slot, rows))
+        finally:
+            network.cache.release(slot)
+    return {rows: (measurements.find(name) or 0) / 1e6 for rows, name in names.items()}
+
+
+def _row_microseconds(network: GPT2, slot: int, rows: int) -> int:
+    return round(1e6 * _step_seconds(network, [Segment(slot, [0] * rows, rows)]))
+
+
+def _circumstances(network: GPT2) -> str:
+    """Return what times depend on, beside the CPU and its BLAS."""
+    config = network.config
+    shape = f"{config.n_layer}x{config.n_embd}x{config.n_inner}x{config.vocab_size}, {config.n_head} heads"
+    return f"{shape}, {network.size} processes, {network.product_name}"
+
+
 def _step_seconds(network: GPT2, segments: list[Segment]) -> float:
-    """Of a step of sequences that hold `_CONTEXT` tokens: the least of some, as what disturbs only ever adds."""
+    """Return the least seconds of some steps of sequences that hold `_CONTEXT` tokens: a disturbance only ever adds."""
     cache, least = network.cache, float("inf")
     for segment in segments:
         # Written, so that there is memory behind it to be read.

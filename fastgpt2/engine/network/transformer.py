@@ -1,9 +1,17 @@
-"""One forward step of a GPT-2 for a ragged set of rows: any mix of prompts being read and tokens being decoded."""
+"""GPT-2's forward step for a ragged set of rows: any mix of prompts that are read and sequences that are decoded.
+
+Each process of a team carries out its shard of the step: of every matrix some panels of columns, of the attention some
+heads. The processes meet wherever one needs what another has computed; all of that lies in buffers that they share.
+What is cheap, layer norms and residuals, every process computes for itself.
+
+Sources of the arithmetic: Radford et al. 2019; `transformers/models/gpt2/modeling_gpt2.py` and
+`transformers/activations.py`.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,68 +21,97 @@ from numpy.typing import NDArray
 from fastgpt2.engine.kernels.kernel import Kernel
 from fastgpt2.engine.kernels.panels import Panels
 from fastgpt2.engine.model.config import GPT2Config
+from fastgpt2.engine.model.packing import PackedFile
 from fastgpt2.engine.model.weights import LayerNorm, Linear, Weights
-from fastgpt2.engine.network.arena import Spec
+from fastgpt2.engine.network.arena import Arena, Spec
 from fastgpt2.engine.network.attention import Attention
 from fastgpt2.engine.network.kv_cache import BLOCK, KVCache
 from fastgpt2.engine.network.step import Step
 
 Array = NDArray[np.float32]
 
-# Numbers in a part of the rows that is passed over several times, with as many of scratch: in the second-level cache.
-IN_CACHE = 1 << 15
-
-# Prepared views are kept for so many different numbers of rows.
-_MAX_REMEMBERED = 64
+# The arrays that the processes of a team write for each other, one for each operation.
 BUFFERS = ("qkv", "attended", "projected", "inner", "reduced", "logits")
 
+# Rows that several functions pass over are taken in parts of this many numbers, with as many of scratch: both stay in
+# the second-level cache.
+IN_CACHE = 1 << 15
 
-def activation_specs(config: GPT2Config, weights: Weights, max_rows: int) -> dict[str, Spec]:
-    """What the processes of a team write for each other, `BUFFERS`: one an operation, rows by columns.
-
-    With room for rows that fill up a last chunk.
-    """
-    block, rows = weights.blocks[0], capacity(max_rows)
-    return {
-        "qkv": ((rows, block.c_attn.weight.columns), np.float32),
-        "attended": ((rows, config.n_embd), np.float32),
-        "projected": ((rows, block.attn_c_proj.weight.columns), np.float32),
-        "inner": ((rows, block.c_fc.weight.columns), np.float32),
-        "reduced": ((rows, block.mlp_c_proj.weight.columns), np.float32),
-        "logits": ((rows, weights.lm_head.columns), np.float32),
-    }
+# Prepared views are kept for at most this many different numbers of rows.
+_MOST_VIEWS = 64
 
 
-def capacity(max_rows: int) -> int:
-    """Rows that a buffer needs: chunks are equal, so that fewer than one row a chunk is added, of chunks of two."""
-    return max_rows + max_rows // 2 + 64
+@dataclass(frozen=True, slots=True)
+class WeightSet:
+    """A packed file, the weights in it as the arithmetic takes them, and the kernel that multiplies them."""
+
+    packed: PackedFile
+    weights: Weights
+    kernel: Kernel
+
+
+def buffer_name(index: int, name: str) -> str:
+    """Return what the arena calls the buffer of a network's set of weights."""
+    return f"{index} {name}"
+
+
+def buffer_specs(config: GPT2Config, sets: Sequence[WeightSet], max_rows: int) -> dict[str, Spec]:
+    """Return the shapes of all sets' `BUFFERS`: rows by columns, with room for rows that fill up a last chunk."""
+    # Chunks are equal, so that fewer than one row a chunk is added, of chunks of two.
+    rows = max_rows + max_rows // 2 + 64
+    specs: dict[str, Spec] = {}
+    for index, weight_set in enumerate(sets):
+        block = weight_set.weights.blocks[0]
+        columns = {
+            "qkv": block.c_attn.weight.columns,
+            "attended": config.n_embd,
+            "projected": block.attn_c_proj.weight.columns,
+            "inner": block.c_fc.weight.columns,
+            "reduced": block.mlp_c_proj.weight.columns,
+            "logits": weight_set.weights.lm_head.columns,
+        }
+        specs.update({buffer_name(index, name): ((rows, columns[name]), np.float32) for name in BUFFERS})
+    return specs
+
+
+def make_shards(
+    config: GPT2Config,
+    sets: Sequence[WeightSet],
+    cache: KVCache,
+    arena: Arena,
+    share: tuple[int, int],
+    meet: Callable[[], None],
+) -> list[Shard]:
+    """Return one process's shard of the network by each set of weights."""
+    shards = []
+    for index, weight_set in enumerate(sets):
+        buffers = {name: arena[buffer_name(index, name)] for name in BUFFERS}
+        shards.append(Shard(config, weight_set, cache, buffers, share, meet))
+    return shards
 
 
 class Shard:
-    """One process's share of the network: of every matrix some panels, of the attention some heads.
-
-    What is cheap (layer norms, residuals) every process computes for itself. Holds no state between steps but views.
-    """
+    """One process's share of the network. It holds no state between steps but views."""
 
     def __init__(
         self,
         config: GPT2Config,
-        weights: Weights,
+        weight_set: WeightSet,
         cache: KVCache,
         buffers: Mapping[str, Array],
-        kernel: Kernel,
         share: tuple[int, int],
         meet: Callable[[], None],
     ) -> None:
         """
         Args:
-            buffers: of `activation_specs`.
-            share: rank and number of the processes.
+            buffers: the shared arrays, of `buffer_specs`, under their own names.
+            share: this process's rank, and the number of processes.
             meet: returns when every process has called it.
         """
         rank, size = share
-        self._config, self._weights, self._buffers, self._kernel, self._meet = config, weights, buffers, kernel, meet
-        self._share = share
+        weights, kernel = weight_set.weights, weight_set.kernel
+        self._config, self._weights, self._buffers, self._kernel = config, weights, buffers, kernel
+        self._share, self._meet = share, meet
         self._activation = ACTIVATIONS[config.activation_function]
         self._epsilon = np.float32(config.layer_norm_epsilon)
         heads = config.n_head * rank // size, config.n_head * (rank + 1) // size
@@ -87,7 +124,7 @@ class Shard:
         self._scale = np.zeros((rows, 1), np.float32)
         self._scratch = np.zeros(max(IN_CACHE, buffers["inner"].shape[1]), np.float32)
         self._blocks = [
-            tuple(self._mine(linear) for linear in (b.c_attn, b.attn_c_proj, b.c_fc, b.mlp_c_proj))
+            tuple(self._share_of(linear) for linear in (b.c_attn, b.attn_c_proj, b.c_fc, b.mlp_c_proj))
             for b in weights.blocks
         ]
         head = weights.lm_head
@@ -99,13 +136,13 @@ class Shard:
 
     @property
     def exact(self) -> bool:
-        """Whether every product gives a row the same bits whatever stands beside it."""
+        """Tell whether every product gives a row the same bits whatever rows stand beside it."""
         block = self._weights.blocks[0]
         weights = (block.c_attn, block.attn_c_proj, block.c_fc, block.mlp_c_proj)
         panels = [*(linear.weight for linear in weights), self._weights.lm_head]
         return all(self._kernel.row_chunks(p.n_in, p.width).exact for p in panels) and self._attention.exact
 
-    def _mine(self, linear: Linear) -> _Linear:
+    def _share_of(self, linear: Linear) -> _Linear:
         weight = linear.weight
         first, last = weight.share(*self._share)
         columns = slice(first * weight.width, last * weight.width)
@@ -113,33 +150,33 @@ class Shard:
         return _Linear(weight.array[first:last], scales, linear.bias[columns])
 
     def run(self, step: Step) -> None:
-        """Carry out this share of a step; afterwards, the buffer "logits" holds the wanted rows in their first rows."""
+        """Run this share of a step. Afterwards, the first rows of the buffer "logits" are those that were wanted."""
         weights, epsilon, product, meet = self._weights, self._epsilon, self._kernel.product, self._meet
         v = self._views_for(step.rows)
         self._embed(step, v.x)
         self._attention.prepare(step)
-        for layer, (block, mine) in enumerate(zip(weights.blocks, self._blocks, strict=True)):
-            c_attn, attn_c_proj, c_fc, mlp_c_proj = mine
+        for layer, (block, shares) in enumerate(zip(weights.blocks, self._blocks, strict=True)):
+            c_attn, attn_c_proj, c_fc, mlp_c_proj = shares
             for x, normed, scale in v.norms:
                 layer_norm(x, block.ln_1, epsilon, normed, scale)
             product(v.qkv.x, c_attn.panels, v.qkv.out)
-            c_attn.complete(v.qkv.mine)
+            c_attn.scale_and_add_bias(v.qkv.own)
             meet()
             self._attention.run(layer)
             meet()
             product(v.projected.x, attn_c_proj.panels, v.projected.out)
-            attn_c_proj.complete(v.projected.mine)
+            attn_c_proj.scale_and_add_bias(v.projected.own)
             meet()
             np.add(v.x, v.projected.all, out=v.x)
             for x, normed, scale in v.norms:
                 layer_norm(x, block.ln_2, epsilon, normed, scale)
             product(v.inner.x, c_fc.panels, v.inner.out)
             for inner, scratch in v.activations:
-                c_fc.complete(inner)
+                c_fc.scale_and_add_bias(inner)
                 self._activation(inner, scratch)
             meet()
             product(v.reduced.x, mlp_c_proj.panels, v.reduced.out)
-            mlp_c_proj.complete(v.reduced.mine)
+            mlp_c_proj.scale_and_add_bias(v.reduced.own)
             meet()
             np.add(v.x, v.reduced.all, out=v.x)
         self._logits(step, v.x)
@@ -157,23 +194,23 @@ class Shard:
         if not wanted:
             return
         n = len(wanted)
-        for row, of in enumerate(wanted):
-            self._last[row] = x[of]
+        for row, source in enumerate(wanted):
+            self._last[row] = x[source]
         layer_norm(self._last[:n], self._weights.ln_f, self._epsilon, self._normed[:n], self._scale[:n])
         view = self._head_views.get(n)
         if view is None:
-            if len(self._head_views) >= _MAX_REMEMBERED:
+            if len(self._head_views) >= _MOST_VIEWS:
                 self._head_views.clear()
             lm_head = self._weights.lm_head
             view = self._head_views[n] = self._view(self._normed, lm_head, self._buffers["logits"], n)
         self._kernel.product(view.x, self._head, view.out)
         if self._head_scales is not None:
-            np.multiply(view.mine, self._head_scales, out=view.mine)
+            np.multiply(view.own, self._head_scales, out=view.own)
 
     def _views_for(self, rows: int) -> _Views:
         views = self._views.get(rows)
         if views is None:
-            if len(self._views) >= _MAX_REMEMBERED:
+            if len(self._views) >= _MOST_VIEWS:
                 self._views.clear()
             views = self._views[rows] = self._make_views(rows)
         return views
@@ -181,15 +218,16 @@ class Shard:
     def _make_views(self, rows: int) -> _Views:
         buffers, block = self._buffers, self._weights.blocks[0]
         inner = self._view(self._normed, block.c_fc.weight, buffers["inner"], rows)
-        width = inner.mine.shape[1]
+        width = inner.own.shape[1]
         return _Views(
             x=self._x[:rows],
             norms=[
-                (self._x[part], self._normed[part], self._scale[part]) for part in _in_cache(rows, self._config.n_embd)
+                (self._x[part], self._normed[part], self._scale[part])
+                for part in _parts_in_cache(rows, self._config.n_embd)
             ],
             activations=[
-                (inner.mine[part], self._scratch[: inner.mine[part].size].reshape(part.stop - part.start, width))
-                for part in _in_cache(rows, width)
+                (inner.own[part], self._scratch[: inner.own[part].size].reshape(part.stop - part.start, width))
+                for part in _parts_in_cache(rows, width)
             ],
             qkv=self._view(self._normed, block.c_attn.weight, buffers["qkv"], rows),
             projected=self._view(buffers["attended"], block.attn_c_proj.weight, buffers["projected"], rows),
@@ -198,7 +236,7 @@ class Shard:
         )
 
     def _view(self, x: Array, weight: Panels, out: Array, rows: int) -> _Product:
-        """Rows of `x` times a weight's panels into rows of `out`, as the kernel wants them."""
+        """Return the first rows of `x` and `out`, which a weight's panels are multiplied from and to."""
         chunks, m = self._kernel.row_chunks(weight.n_in, weight.width).split(rows)
         first, last = weight.share(*self._share)
         width, n_in = weight.width, weight.n_in
@@ -206,27 +244,27 @@ class Shard:
         return _Product(
             x=x[: chunks * m].reshape(chunks, m, x.shape[1])[None, :, :, :n_in],
             out=in_chunks.transpose(2, 0, 1, 3)[first:last],
-            mine=out[:rows, first * width : last * width],
+            own=out[:rows, first * width : last * width],
             all=out[:rows, : self._config.n_embd],
         )
 
 
-def _in_cache(rows: int, columns: int) -> list[slice]:
-    """Rows in parts that stay in the cache while several functions pass over them."""
+def _parts_in_cache(rows: int, columns: int) -> list[slice]:
+    """Cut rows into parts that stay in the cache while several functions pass over them."""
     step = max(1, IN_CACHE // max(1, columns))
     return [slice(at, min(at + step, rows)) for at in range(0, rows, step)]
 
 
 @dataclass(frozen=True, slots=True)
 class _Linear:
-    """This share of a linear layer."""
+    """One process's share of a linear layer."""
 
     panels: NDArray[Any]
     scales: Array | None
     bias: Array
 
-    def complete(self, product: Array) -> None:
-        """What the layer gives, in place of rows by panels."""
+    def scale_and_add_bias(self, product: Array) -> None:
+        """Turn rows by panels into what the layer gives, in place."""
         if self.scales is not None:
             np.multiply(product, self.scales, out=product)
         np.add(product, self.bias, out=product)
@@ -234,21 +272,28 @@ class _Linear:
 
 @dataclass(frozen=True, slots=True)
 class _Product:
-    """x [1, C, m, K] and out [n, C, m, P] for the kernel; the columns of this share, and all of them up to n_embd."""
+    """Views for one product.
+
+    Attributes:
+        x: [1, C, m, K], for the kernel.
+        out: [n, C, m, P], for the kernel.
+        own: [rows, n * P], the columns of this share.
+        all: [rows, n_embd], the columns of all shares up to n_embd.
+    """
 
     x: Array
     out: Array
-    mine: Array
+    own: Array
     all: Array
 
 
 @dataclass(frozen=True, slots=True)
 class _Views:
-    """What a step of so many rows works on.
+    """Views for a step of one number of rows.
 
     Attributes:
-        norms: x, where its normed rows go, and room for their scales; some rows at a time.
-        activations: this share of the inner layer, and scratch of its shape; some rows at a time.
+        norms: x, where its normed rows go, and room for their scales; in parts of the rows.
+        activations: this share of the inner layer, and scratch of its shape; in parts of the rows.
     """
 
     x: Array
@@ -260,22 +305,17 @@ class _Views:
     reduced: _Product
 
 
-# NOTE engine.ops: The small functions that a GPT-2 is made of, in place: float32, shapes beside each signature.
-#
-# Sources: Radford et al. 2019; `transformers/models/gpt2/modeling_gpt2.py` and `transformers/activations.py`.
-
-
 def layer_norm(x: Array, norm: LayerNorm, epsilon: np.float32, out: Array, scale: Array) -> None:
-    """Ba et al. 2016, with the biased variance, as torch.nn.LayerNorm.
+    """Normalize rows: Ba et al. 2016, with the biased variance, as torch.nn.LayerNorm.
 
     x, out [rows, n_embd]; scale [rows, 1], overwritten.
     """
-    share = np.float32(1.0 / x.shape[1])
+    per_column = np.float32(1.0 / x.shape[1])
     np.add.reduce(x, axis=1, keepdims=True, out=scale)
-    scale *= share
+    scale *= per_column
     np.subtract(x, scale, out=out)
     np.vecdot(out, out, out=scale[:, 0])
-    scale *= share
+    scale *= per_column
     scale += epsilon
     np.sqrt(scale, out=scale)
     out /= scale
@@ -284,7 +324,7 @@ def layer_norm(x: Array, norm: LayerNorm, epsilon: np.float32, out: Array, scale
 
 
 def gelu_new(x: Array, scratch: Array) -> None:
-    """The tanh approximation of Hendrycks & Gimpel 2016: 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))."""
+    """Apply Hendrycks & Gimpel 2016's tanh approximation: 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))."""
     np.multiply(x, x, out=scratch)
     scratch *= np.float32(0.044715 * math.sqrt(2.0 / math.pi))
     scratch += np.float32(math.sqrt(2.0 / math.pi))
@@ -296,7 +336,7 @@ def gelu_new(x: Array, scratch: Array) -> None:
 
 
 def gelu(x: Array, scratch: Array) -> None:
-    """x times the normal distribution function of x."""
+    """Multiply x with the normal distribution function of x."""
     np.multiply(x, np.float32(math.sqrt(0.5)), out=scratch)
     scratch[...] = _erf(scratch)
     scratch += np.float32(1.0)
@@ -305,7 +345,7 @@ def gelu(x: Array, scratch: Array) -> None:
 
 
 def _erf(x: Array) -> NDArray[np.float64]:
-    """Abramowitz & Stegun 7.1.26, of absolute error below 1.5e-7 (numpy has no erf); float64 inside."""
+    """Return erf(x), which numpy lacks: Abramowitz & Stegun 7.1.26, absolute error below 1.5e-7; float64 inside."""
     magnitude = np.abs(x, dtype=np.float64)
     t = 1.0 / (1.0 + 0.3275911 * magnitude)
     poly = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
@@ -326,7 +366,7 @@ def silu(x: Array, scratch: Array) -> None:
 
 
 def _sigmoid(x: Array) -> None:
-    # By way of tanh, which saturates where exp would overflow.
+    # By tanh, which saturates where exp would overflow.
     x *= np.float32(0.5)
     np.tanh(x, out=x)
     x += np.float32(1.0)
@@ -341,7 +381,7 @@ def tanh(x: Array, scratch: Array) -> None:  # noqa: ARG001
     np.tanh(x, out=x)
 
 
-# In place, with scratch of x's shape. gelu_fast, gelu_new and gelu_pytorch_tanh are one formula under three names.
+# Each works in place, with scratch of x's shape. gelu_fast, gelu_new and gelu_pytorch_tanh are one formula.
 ACTIVATIONS: dict[str, Callable[[Array, Array], None]] = {
     "gelu_new": gelu_new,
     "gelu_fast": gelu_new,

@@ -1,4 +1,4 @@
-"""Guesses: looked up right, planned as they pay, and of no influence on what is generated."""
+"""Drafts: guesses are looked up right and planned as they pay, and do not change what is generated."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastgpt2 import Engine
-from fastgpt2.engine.decoding.drafter import StepCosts, plan, plan_model
+from fastgpt2.engine.decoding.drafter import StepCosts, plan_drafts, plan_model_drafts
 from fastgpt2.engine.decoding.lookup import LONGEST_MATCH, Acceptance, Lookup
 from fastgpt2.engine.decoding.records import GenerationRequest
 from fastgpt2.engine.decoding.sequence import Sequence
 from fastgpt2.errors import BadRequest
 
-# Where the kernel is not batch-invariant, two logits nearer to each other than this may change places.
+# Where the kernel is not batch-invariant, the order of two logits that are nearer to each other than this may change.
 TIE = 1e-3
 
 
@@ -31,7 +31,7 @@ def test_a_guess_is_what_followed_the_longest_match() -> None:
         return lookup.guess, lookup.match
 
     assert lookup.draft(3) == []
-    assert after(2) == (None, 0)  # no two tokens that have been before
+    assert after(2) == (None, 0)  # the last two tokens have not occurred before
     assert after(3) == (4, 2)
     assert lookup.draft(4) == [4, 9, 2, 3]
     assert after(4) == (9, 3)
@@ -52,7 +52,7 @@ def test_a_match_is_one(ids: list[int]) -> None:
         pairs = set(itertools.pairwise(seen[:-1]))
         assert (lookup.match > 0) == (end > 1 and (seen[-2], seen[-1]) in pairs)
         if lookup.match:
-            # Somewhere before stand as many of the last tokens, and then the guess.
+            # Somewhere before stand `match` of the last tokens, and then the guess.
             wanted = [*seen[-lookup.match :], lookup.guess]
             places = [at for at in range(end) if seen[at : at + len(wanted)] == wanted]
             assert places
@@ -66,7 +66,7 @@ def test_acceptance_is_learnt_by_the_length_of_the_match() -> None:
         acceptance.note(9, True)
     assert acceptance.rate(2) < 0.02
     assert acceptance.rate(9) > 0.98
-    assert acceptance.rate(3) == acceptance.rate(2)  # a power of two, and those up to the next
+    assert acceptance.rate(3) == acceptance.rate(2)  # one rate for a power of two and the lengths up to the next
     chances = acceptance.chances(9, 3)
     assert chances == [pytest.approx(acceptance.rate(9) ** n) for n in (1, 2, 3)]
     assert acceptance.chances(0, 3) == []
@@ -78,65 +78,65 @@ def test_acceptance_is_learnt_by_the_length_of_the_match() -> None:
 
 def test_free_rows_are_filled_and_dear_ones_are_not() -> None:
     chances = [[0.9, 0.8, 0.7], []]
-    counts, gain = plan(chances, lambda _rows: 1.0)
+    counts, gain = plan_drafts(chances, lambda _rows: 1.0)
     assert counts == [3, 0]
     assert gain == pytest.approx((1 + 2.4 + 1) / 2)
-    # A row beside as dear as one alone: at best as fast as before.
-    assert plan(chances, float) == ([0, 0], 1.0)
-    # By hand, alone: a step of 2, 3, 4 rows takes 1.2, 1.4, 2.0; 1.9, 2.7, 3.4 tokens: 1.58, 1.93, 1.7 a unit of time.
+    # If each row costs as much as the first, drafting is at best as fast as before.
+    assert plan_drafts(chances, float) == ([0, 0], 1.0)
+    # By hand: steps of 2, 3, 4 rows take 1.2, 1.4, 2.0 for 1.9, 2.7, 3.4 tokens: 1.58, 1.93, 1.7 a unit of time.
     costs = {1: 1.0, 2: 1.2, 3: 1.4, 4: 2.0}
-    counts, gain = plan([[0.9, 0.8, 0.7]], costs.__getitem__)
+    counts, gain = plan_drafts([[0.9, 0.8, 0.7]], costs.__getitem__)
     assert counts == [2]
     assert gain == pytest.approx(2.7 / 1.4)
 
 
 def test_nobody_is_slowed_for_the_sake_of_another() -> None:
-    """The first would gain much by rows that cost 5% each; the second, who has no guesses, would pay for it."""
+    """The first sequence would gain much by rows that cost 5% each; the second has no guesses and would pay for it."""
     chances = [[0.95] * 4, []]
-    assert plan(chances, lambda rows: 1 + 0.05 * (rows - 2)) == ([0, 0], 1.0)
-    # 1% each is within what is tolerated up to three of them.
-    assert plan(chances, lambda rows: 1 + 0.01 * (rows - 2))[0] == [3, 0]
-    # Alone it gains.
-    assert plan(chances[:1], lambda rows: 1 + 0.05 * (rows - 1))[0] == [4]
+    assert plan_drafts(chances, lambda rows: 1 + 0.05 * (rows - 2)) == ([0, 0], 1.0)
+    # At 1% each, up to three rows are within what is tolerated.
+    assert plan_drafts(chances, lambda rows: 1 + 0.01 * (rows - 2))[0] == [3, 0]
+    # Alone, the first sequence gains.
+    assert plan_drafts(chances[:1], lambda rows: 1 + 0.05 * (rows - 1))[0] == [4]
 
 
 def test_a_smaller_model_guesses_as_far_as_it_pays() -> None:
-    # A step of it costs a quarter, rows beside are free: 1 + p + ... + p^k tokens for 1 + k / 4.
+    # Its step costs a quarter, and further rows are free: 1 + p + ... + p^k tokens for 1 + k / 4.
     gains = {k: sum(0.9**i for i in range(k + 1)) / (1 + k / 4) for k in range(9)}
     best = max(gains, key=gains.__getitem__)
-    k, gain = plan_model(1, 0.9, lambda _rows: 0.25, lambda _rows: 1.0)
+    k, gain = plan_model_drafts(1, 0.9, lambda _rows: 0.25, lambda _rows: 1.0)
     assert k == best
     assert gain == pytest.approx(gains[best])
-    assert plan_model(1, 0.2, lambda _rows: 0.25, lambda _rows: 1.0) == (0, 1.0)
-    # No more rows than a step takes: 16 sequences of three each would be 48.
-    assert plan_model(16, 0.9, lambda _rows: 0.01, lambda _rows: 1.0)[0] == 2
+    assert plan_model_drafts(1, 0.2, lambda _rows: 0.25, lambda _rows: 1.0) == (0, 1.0)
+    # A step verifies at most 32 guesses: three of each of 16 sequences would be 48.
+    assert plan_model_drafts(16, 0.9, lambda _rows: 0.01, lambda _rows: 1.0)[0] == 2
 
 
-def test_costs_of_what_was_not_seen_follow_what_was_measured() -> None:
+def test_costs_of_what_was_not_noted_follow_what_was_measured() -> None:
     costs = StepCosts({1: 10.0, 2: 15.0, 4: 20.0, 8: 40.0})
-    assert [costs.of(rows) for rows in (1, 3, 6, 16)] == [10.0, 17.5, 30.0, 80.0]
+    assert [costs.seconds(rows) for rows in (1, 3, 6, 16)] == [10.0, 17.5, 30.0, 80.0]
     # The machine is three times as fast as when it was measured.
     costs.note(1, 3.0)
-    assert costs.of(4) == pytest.approx(6.0)
+    assert costs.seconds(4) == pytest.approx(6.0)
     costs.note(4, 9.0)
-    assert costs.of(4) == pytest.approx(9.0)
-    assert costs.of(8) == pytest.approx(18.0)
-    # One that was disturbed changes little, and not for long.
+    assert costs.seconds(4) == pytest.approx(9.0)
+    assert costs.seconds(8) == pytest.approx(18.0)
+    # A step that was disturbed changes little, and not for long.
     costs.note(4, 900.0)
-    assert costs.of(4) < 12.0
+    assert costs.seconds(4) < 12.0
     for _ in range(20):
         costs.note(4, 9.0)
-    assert costs.of(4) == pytest.approx(9.0, rel=0.02)
-    # What was seen long ago tells less than the others.
+    assert costs.seconds(4) == pytest.approx(9.0, rel=0.02)
+    # What was noted long ago counts less than what was noted lately.
     for _ in range(400):
         costs.note(1, 6.0)
-    assert costs.of(4) == pytest.approx(12.0, rel=0.01)
+    assert costs.seconds(4) == pytest.approx(12.0, rel=0.01)
 
 
 def test_costs_without_a_measurement() -> None:
     costs = StepCosts()
-    assert not costs.seen
-    assert costs.of(1) < costs.of(2) < 1.1 * costs.of(1)
+    assert not costs.known
+    assert costs.seconds(1) < costs.seconds(2) < 1.1 * costs.seconds(1)
 
 
 WORDS = """
@@ -144,11 +144,11 @@ it is a truth that the king of this fair land said to his daughter come hither a
 thee my dear Watson said he you have not observed the mud upon his boots nor the ring of a lady what is in a name a rose
 by any other word would smell as sweet so Romeo would were he not called I pray you leave me to-night the moon was down
 I have not heard the clock and she goes down at twelve there is husbandry in heaven
-""".split()  # noqa: SIM905  (a list of so many words is no text)
+""".split()  # noqa: SIM905  (a list of this many words is easier to read as text)
 
 
 def prompts(count: int, seed: int) -> list[str]:
-    """Some that repeat themselves, so that there is something to look up, and some that do not."""
+    """Make prompts, some of which repeat themselves, so that there is something to look up."""
     dice = random.Random(seed)
     made = []
     for _ in range(count):
@@ -159,7 +159,7 @@ def prompts(count: int, seed: int) -> list[str]:
 
 
 def generate(engine: Engine, requests: list[GenerationRequest]) -> list[Sequence]:
-    """All of them, as many at a time as there are slots; with what the results do not tell."""
+    """Run all requests, as many at a time as there are slots. Return the sequences, which tell more than results."""
     decoder, waiting, done = engine.decoder, [engine.decoder.prepare(request) for request in requests], []
     while waiting or decoder.running:
         while waiting and decoder.has_room(waiting[0]):
@@ -169,7 +169,7 @@ def generate(engine: Engine, requests: list[GenerationRequest]) -> list[Sequence
 
 
 def assert_same(engine: Engine, plain: list[Sequence], drafted: list[Sequence]) -> None:
-    """Bit for bit where the kernel allows it, else but for ties."""
+    """Compare bit for bit where the kernel allows it; elsewhere ties may differ."""
     exact = engine.decoder.model.exact
     for one, other in zip(plain, drafted, strict=True):
         if one.token_ids != other.token_ids and not exact:
@@ -206,7 +206,7 @@ REQUESTS = [GenerationRequest(prompt, max_new_tokens=16) for prompt in prompts(4
 
 
 def test_thousands_of_prompts_give_the_same_tokens(plain: Engine, drafting: Engine, expected: list[Sequence]) -> None:
-    """400 in each of five modes, in batches of eight."""
+    """400 prompts run in each of five modes, in batches of eight."""
     found = generate(drafting, REQUESTS)
     assert_same(plain, expected, found)
     # Guesses were verified, and some came true: each saved a step.
@@ -216,7 +216,7 @@ def test_thousands_of_prompts_give_the_same_tokens(plain: Engine, drafting: Engi
 
 
 def random_request(dice: random.Random, prompt: str) -> GenerationRequest:
-    """Whatever may end a text, or look at each of its tokens, in the midst of what was guessed."""
+    """Ask at random for what may end a text, or read each of its tokens, in the midst of what was guessed."""
     new = dice.randint(1, 40)
     return GenerationRequest(
         prompt,

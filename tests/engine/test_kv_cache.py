@@ -1,4 +1,4 @@
-"""Memory for keys and values: reserved, refused, given back, and never more than was allowed."""
+"""The KV cache's memory is reserved, refused and given back, and never exceeds its limit."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from fastgpt2.engine.network.kv_cache import BLOCK, MOST_PADDING, KVCache, seque
 from fastgpt2.errors import BadRequest
 
 DEMO = read_config(DEMO_FOLDER / "config.json")
-# 5 layers x 224 numbers x keys and values x 4 bytes; a block of a layer, or of a head's values, is whole pages there.
+# 5 layers x 224 numbers x keys and values x 4 bytes. In this model a layer's block, and a head's values of it, are
+# whole pages.
 DEMO_POSITION = 5 * 224 * 2 * 4
 
 
 def cache_of(config: GPT2Config, n_slots: int, positions: int, shared: bool = False) -> KVCache:
-    """A cache whose memory holds so many positions of the demo model."""
+    """Make a cache whose memory holds this many positions of the demo model."""
     arena = Arena(KVCache.specs(config, n_slots), shared=shared)
     return KVCache(config, n_slots, arena, positions * DEMO_POSITION)
 
@@ -36,7 +37,7 @@ def test_bytes_of_a_sequence_by_hand() -> None:
     assert sequence_bytes(DEMO, 33) == 2 * BLOCK * DEMO_POSITION
     assert sequence_bytes(DEMO) == 512 * DEMO_POSITION
     assert sequence_bytes(GPT2Config()) == 1024 * 12 * 768 * 2 * 4
-    # 3 heads of 5: a block is 640 bytes a head, 1920 a layer; two blocks in all, of which no run begins at a page.
+    # 3 heads of 5: a block has 640 bytes a head, 1920 a layer. There are two blocks, and no run begins at a page.
     odd = GPT2Config(vocab_size=10, n_positions=40, n_embd=15, n_layer=2, n_head=3)
     assert sequence_bytes(odd, 1) == sequence_bytes(odd, 40) == (3 + 3) * PAGE
 
@@ -68,10 +69,10 @@ def test_what_free_slots_keep_counts_and_makes_way() -> None:
         cache.lengths[slot] = 120
         cache.release(slot)
     assert cache.bytes_reserved == 512 * DEMO_POSITION
-    # Its own memory is taken over: nothing has to go.
+    # The slot takes over its own memory: nothing has to go.
     assert cache.allot(100) == 0
     assert cache.bytes_reserved == 512 * DEMO_POSITION
-    # 128 more than the 128 there: one of the others makes way, the last.
+    # 128 positions more than the 128 it has: one of the others gives way, the last.
     assert cache.allot(256) == 1
     assert cache.bytes_reserved == 512 * DEMO_POSITION
     assert not cache.has_room(129)
@@ -93,9 +94,9 @@ def test_free_slots_keep_a_quarter_of_all_slots_together() -> None:
         cache.lengths[slot] = length
     for slot, kept in ((0, 448), (1, 448 + 64)):
         cache.release(slot)
-        # Others are reserved as far as they may grow.
+        # The other slots are reserved as far as they may grow.
         assert cache.bytes_reserved == (kept + 512 * (3 - slot)) * DEMO_POSITION
-    # Four quarters are 512 positions: the furthest from those taken next go, until the others are within them.
+    # Four quarters are 512 positions. The slots that would be used last give up theirs, until the rest is within 512.
     cache.release(2)
     assert cache.bytes_reserved == (448 + 64 + 512) * DEMO_POSITION
     cache.release(3)
@@ -118,10 +119,10 @@ def test_fewer_slots_may_be_used_than_there_are() -> None:
     cache = cache_of(DEMO, n_slots=4, positions=2048)
     slot = cache.allot(10)
     with pytest.raises(ValueError, match="slots are in use"):
-        cache.use(2)
+        cache.use_slots(2)
     cache.lengths[slot] = 10
     cache.release(slot)
-    cache.use(2)
+    cache.use_slots(2)
     assert (cache.usable_slots, cache.free_slots, cache.bytes_reserved) == (2, 2, 0)
     assert [cache.allot(), cache.allot()] == [0, 1]
     assert not cache.has_room(1)
@@ -208,8 +209,8 @@ def test_no_huge_page_commits_more_than_is_written() -> None:
         assert " nh" in flags or not Path("/sys/kernel/mm/transparent_hugepage").exists(), name
 
 
-# Fills a decoder with more sequences than there is memory for, long and short by turns, and says how much the process
-# came to hold beyond what it held after every buffer had been in use.
+# Gives a decoder more sequences than there is memory for, long and short ones mixed. Prints how much more the process
+# came to hold than after every buffer had been in use.
 FILL = """
 import os, random, sys
 from fastgpt2 import Engine
@@ -227,7 +228,7 @@ decoder, network = engine.decoder, engine.decoder.model
 assert network.wait_until_ready()
 engine.generate([7] * 500, max_new_tokens=1)
 engine.generate([[7]] * 16, max_new_tokens=2, ignore_eos=True)
-network.use_slots(16)  # and so gives all of the keys and values back
+network.use_slots(16)  # this gives all memory of keys and values back
 before = held()
 dice, most, reserved, together = random.Random(1), 0, 0, 0
 lengths = [dice.choice([20, 120, 470]) for _ in range(60)]
@@ -254,7 +255,7 @@ def test_the_process_stays_within_the_limit(threads: int) -> None:
     assert done.returncode == 0, done.stderr
     most, reserved, together = map(int, done.stdout.split())
     assert reserved <= limit
-    # What else the process allocates meanwhile is little.
+    # The process allocates little else meanwhile.
     assert most <= limit + (1 << 20)
     assert most >= limit // 2, "else nothing was tested"
     assert together > 2

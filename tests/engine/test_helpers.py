@@ -1,4 +1,4 @@
-"""The processes of one network: real ones, killed, stopped, interrupted and forked."""
+"""The processes of one network: real helpers, killed, stopped, interrupted and forked."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from fastgpt2.engine.loading import load_network
 from fastgpt2.engine.machine import processes_for
 from fastgpt2.engine.model.config import read_config
 from fastgpt2.engine.network.gpt2 import GPT2
-from fastgpt2.engine.network.step import Segment, Step, encoded_size
+from fastgpt2.engine.network.step import Segment, Step, most_numbers
 
 FOLDER = GOLDEN / "checkpoints" / "odd_heads"
 
 ALONE = processes_for(read_config(FOLDER / "config.json"), 2) == 1
-pytestmark = pytest.mark.skipif(ALONE, reason="a team needs Linux on x86")
+pytestmark = [pytest.mark.processes, pytest.mark.skipif(ALONE, reason="a team needs Linux on x86")]
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def children(pid: int) -> list[int]:
 
 
 def helpers() -> list[int]:
-    """Of this process, but for those of networks that other tests still hold."""
+    """Return the ids of this process's helpers, without those of networks that other tests still hold."""
     pids = [pid for pid in children(os.getpid()) if b"fastgpt2.engine.network.helpers" in command_line(pid)]
     return [pid for pid in pids if pid not in _others]
 
@@ -66,7 +66,7 @@ def command_line(pid: int) -> bytes:
 
 
 def sleeping(pid: int) -> bool:
-    """Whether a process waits in the kernel, by its own account."""
+    """Tell whether a process waits in the kernel, by what /proc says."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
 
 
@@ -77,7 +77,7 @@ def cpu_ticks(pid: int) -> int:
 
 @contextmanager
 def signal_later(pid: int, signum: int) -> Iterator[None]:
-    """From another process, as this one is in the midst of a step by then."""
+    """Send a signal 0.3 s from now, by another process: this one is in the midst of a step by then."""
     code = f"import os, time; time.sleep(0.3); os.kill({pid}, {int(signum)})"
     sender = subprocess.Popen([sys.executable, "-c", code])
     yield
@@ -94,9 +94,9 @@ def right(network: GPT2) -> bool:
 
 def test_a_step_survives_its_description() -> None:
     step = Step([Segment(3, [5, 6, 7], 0), Segment(0, [9])], [12, 0])
-    numbers = step.encode()
-    assert Step.decode(numbers) == step
-    assert len(numbers) == encoded_size(4, 2)
+    numbers = step.to_numbers()
+    assert Step.from_numbers(numbers) == step
+    assert len(numbers) == most_numbers(4, 2)
     assert step.rows == 4
     assert step.rows_with_logits() == [3]
 
@@ -113,7 +113,7 @@ def test_helpers_sleep_when_there_is_nothing_to_do(network: GPT2) -> None:
     assert right(network)
     wait_until(lambda: all(sleeping(pid) for pid in helpers()), "the helpers to sleep")
     before = [cpu_ticks(pid) for pid in helpers()]
-    time.sleep(0.5)  # what is looked for is that nothing happens
+    time.sleep(0.5)  # nothing must happen in this time
     assert sum(cpu_ticks(pid) for pid in helpers()) - sum(before) <= 2
     assert right(network)
 
@@ -131,7 +131,7 @@ def test_a_killed_helper_costs_nothing_but_time(network: GPT2, caplog: pytest.Lo
 
 
 def test_a_helper_killed_in_the_midst_of_a_step(network: GPT2) -> None:
-    """It is stopped first, so that the step begins and hangs, and killed only then."""
+    """The helper is stopped first, so that the step begins and hangs; only then it is killed."""
     victim = helpers()[1]
     os.kill(victim, signal.SIGSTOP)
     with signal_later(victim, signal.SIGKILL):
@@ -147,7 +147,7 @@ def test_a_stopped_helper_is_waited_for(network: GPT2) -> None:
 
 
 def test_an_interrupted_step_leaves_a_network_that_works(network: GPT2) -> None:
-    """Ctrl-C while a helper keeps the step from ending."""
+    """Ctrl-C comes while stopped helpers keep the step from ending."""
     for pid in helpers():
         os.kill(pid, signal.SIGSTOP)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
