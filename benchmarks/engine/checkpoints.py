@@ -1,16 +1,17 @@
-"""Checkpoints of gpt2's size whose texts are known to repeat themselves, to read as English, or never to repeat.
+"""Checkpoints of gpt2's size whose texts repeat themselves, read as English, or never repeat.
 
-    python benchmarks/dressed.py english OUT
-    python benchmarks/dressed.py repeating OUT
-    python benchmarks/dressed.py unrepeating OUT
+    python benchmarks/engine/checkpoints.py english OUT
+    python benchmarks/engine/checkpoints.py repeating OUT
+    python benchmarks/engine/checkpoints.py unrepeating OUT
 
-How many guesses come true is a matter of the text. `english` is the demo model, word for word, at the cost of gpt2: its
-heads, layers and vectors are filled up with zeros, which take a multiplication as any other number does. To have layer
-norms see no difference, the residual stream is freed of its mean (which they subtract anyway), and their gains allow
-for the variance that zeros take away. `repeating` has random weights, with which one token follows another over and
-over; in `unrepeating` what a place has to say outweighs what stands there, so that each token is another.
+`drafts.py` needs them: how many guesses come true depends on the text. `english` gives the demo model's texts, word for
+word, at the cost of gpt2: its heads, layers and vectors are filled up with zeros, and a zero takes a multiplication as
+any other number does. Layer norms must not see a difference: so the mean, which they subtract anyway, is taken out of
+the residual stream, and their gains make up for the variance that the zeros take away. `repeating` has random weights,
+with which the same tokens follow each other over and over. In `unrepeating` the position's vector outweighs the
+token's, so that each token is another one.
 
-All of them with the demo model's tokenizer.
+All of them have the demo model's tokenizer.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ DEMO = Path(fastgpt2.__file__).parent / "models" / "demo"
 SAFETENSORS, CONFIG = "model.safetensors", "config.json"
 SIZES = {"n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024, "vocab_size": 50257}
 N_EMBD, N_HEAD = SIZES["n_embd"], SIZES["n_head"]
-# A vector's last number is one behind the last layer norm, and zero in the row of every token of the demo model.
+# The logit of tokens that the demo model does not have. The last number of a vector is 1 behind the last layer norm;
+# its weight is this for those tokens, and zero for every token of the demo model.
 NEVER = -1e4
 SEED = 2019
 
@@ -46,7 +48,7 @@ def main() -> None:
     kind, folder = sys.argv[1], Path(sys.argv[2])
     folder.mkdir(parents=True, exist_ok=True)
     config = json.loads((DEMO / CONFIG).read_text())
-    # The variance of so many zeros besides is smaller, and so must be what is added to it.
+    # With the zeros the variance is smaller, so what a layer norm adds to it must be smaller too.
     epsilon = config["layer_norm_epsilon"] * config["n_embd"] / N_EMBD
     config |= {**SIZES, "layer_norm_epsilon": epsilon, "tie_word_embeddings": kind != "english", "dtype": "float32"}
     (folder / CONFIG).write_text(json.dumps(config, indent=2))
@@ -57,7 +59,11 @@ def main() -> None:
 
 
 def at_random(shapes: Shapes, places: float) -> Tensors:
-    """Weights as they are before training (Radford et al. 2019), and so large a table of positions."""
+    """Return weights as they are before training (Radford et al. 2019).
+
+    Args:
+        places: standard deviation of the table of positions.
+    """
     rng = np.random.default_rng(SEED)
     config = read_config(DEMO / CONFIG)
     deep = 0.02 / math.sqrt(2 * SIZES["n_layer"])
@@ -72,13 +78,13 @@ def at_random(shapes: Shapes, places: float) -> Tensors:
         else:
             scale = places if name == "wpe.weight" else deep if name.endswith("c_proj.weight") else 0.02
             tensors[name] = (rng.standard_normal(shape, np.float32) * scale).astype(np.float32)
-    # The end of a text is no place for a benchmark to end.
+    # Texts should not end early: the token that ends a text gets a vector of zeros.
     tensors["wte.weight"][list(config.eos_token_ids)] = 0.0
     return tensors
 
 
 def english(shapes: Shapes) -> Tensors:
-    """The demo model's."""
+    """Return the demo model's weights, filled up with zeros to gpt2's shapes."""
     config = read_config(DEMO / CONFIG)
     demo = {
         name.removeprefix("transformer."): x.astype(np.float64) for name, x in load_file(DEMO / SAFETENSORS).items()
@@ -86,10 +92,10 @@ def english(shapes: Shapes) -> Tensors:
     n, heads = config.n_embd, config.n_head
     dim, wide_dim = n // heads, N_EMBD // N_HEAD
     narrower = math.sqrt(n / N_EMBD)
-    # Where the columns of query, key and value go: heads stay heads.
+    # Where the columns of query, key and value go: each head stays a head.
     place = np.concatenate([np.arange(dim) + head * wide_dim for head in range(heads)])
     qkv = np.concatenate([place + i * N_EMBD for i in range(3)])
-    # Scores are divided by the root of a head's dimension.
+    # Attention divides scores by the root of a head's dimension, which is larger now.
     sharper = np.concatenate([np.full(n, math.sqrt(wide_dim / dim)), np.ones(2 * n)])
 
     def centred(x: Array) -> Array:
@@ -105,7 +111,7 @@ def english(shapes: Shapes) -> Tensors:
     put("wpe.weight", centred(demo["wpe.weight"]))
     put("ln_f.weight", demo["ln_f.weight"] * narrower)
     put("ln_f.bias", demo["ln_f.bias"])
-    # Not tied: what the last layer norm gives has a mean, which must not be taken from the table that it meets.
+    # Not tied to `wte`: the output of the last layer norm has a mean, so this table must keep its own.
     put("lm_head.weight", demo["wte.weight"])
     tensors["lm_head.weight"][config.vocab_size :, -1] = NEVER
     tensors["ln_f.bias"][-1] = 1.0

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Whole processes: from the shell's command to the text, ours beside transformers'.
 
-    python benchmarks/bench_cold_start.py --model gpt2 --peer-python peers/bin/python
+    python benchmarks/engine/cold_start.py --model gpt2 --peer-python peers/bin/python
 
-Each turn starts a process anew: `python -m fastgpt2 generate` or `peers/transformers_generate.py`, both greedy, 20
-tokens, end of text ignored. The files are in the page cache and our weights are packed: a run of each goes unmeasured.
-`whole process` is taken from the outside; everything else is what the process says of itself, from its own first line:
+Each turn starts a new process: `fastgpt2 generate` or `peers/transformers_generate.py`, both greedy, 20 tokens, end of
+text ignored. A first run of each is not measured: after it the files are in the page cache and our weights are packed.
+`whole process` is measured from the outside; everything else is what the process says of itself, from its own first
+line:
 
-imports           what it imports (ours: imported again in a process of its own, as `generate` does it while it loads)
+imports           what the process imports (ours in a process of its own, as `generate` imports while it loads)
 ready             imports, model and tokenizer, and for ours the prompt's tokens
 first token       the step that reads the prompt (for transformers with the pipeline's own work before it)
 a further token   the median of the others in a run
@@ -24,8 +25,10 @@ import sys
 from pathlib import Path
 from time import perf_counter
 
-from common import (
-    PEERS,
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the clone's root, where `benchmarks` is
+
+from benchmarks.common import (
+    HERE,
     Failed,
     begin,
     environment,
@@ -33,15 +36,16 @@ from common import (
     in_turns,
     parse,
     parser,
-    peer_missing,
     ratio,
     run_json,
+    why_peer_is_missing,
     write,
 )
-
 from fastgpt2.bench import Values, median, summary, table
 from fastgpt2.engine.model.hub import find_model
 
+TRANSFORMERS_GENERATE = HERE / "peers" / "transformers_generate.py"
+QUICK = {"tokens": 4}
 IMPORTS = "import fastgpt2.cli, fastgpt2.engine.decoding.decoder, fastgpt2.engine.loading, tokenizers"
 LABELS = {
     "whole_process": "whole process",
@@ -55,19 +59,20 @@ LABELS = {
 
 def main() -> None:
     arguments = parser(__doc__, rounds=7)
-    arguments.add_argument("--prompt", default="My name is")
-    arguments.add_argument("--tokens", type=int, default=20, help="default: 20")
-    arguments.add_argument("--threads", type=int, help="of ours; default: all cores")
-    arguments.add_argument("--peer-python", help="of an environment with torch and transformers")
-    asked = parse(arguments)
+    arguments.add_argument("--prompt", default="My name is", help="default: My name is")
+    arguments.add_argument("--tokens", type=int, default=20, help="new tokens; default: 20")
+    arguments.add_argument("--threads", type=int, help="processes of our engine; default: all cores")
+    arguments.add_argument("--peer-python", help="the Python of an environment with torch and transformers")
+    asked = parse(arguments, QUICK)
     result = begin("cold_start", asked)
     result["models"] = [measure(model, asked) for model in asked.model]
     write(result, asked.output)
 
 
 def measure(model: str, asked: argparse.Namespace) -> Values:
+    """Return the times of whole processes with one model."""
     folder = str(find_model(model))
-    skipped = peer_missing(asked.peer_python, "transformers")
+    skipped = why_peer_is_missing(asked.peer_python, "transformers")
     turns = {"fastgpt2": lambda: run_ours(folder, asked), "python": run_nothing}
     if skipped is None:
         turns["transformers"] = lambda: run_transformers(folder, asked)
@@ -89,6 +94,7 @@ def measure(model: str, asked: argparse.Namespace) -> Values:
 
 
 def run_ours(folder: str, asked: argparse.Namespace) -> Values:
+    """Run `fastgpt2 generate` once. Return the seconds of its parts and its text."""
     options = ["--model", folder, "--max-new-tokens", str(asked.tokens), "--ignore-eos", "--timings"]
     options += ["--threads", str(asked.threads)] if asked.threads else []
     script = Path(sys.executable).with_name("fastgpt2")
@@ -119,26 +125,27 @@ def run_ours(folder: str, asked: argparse.Namespace) -> Values:
 
 
 def run_nothing() -> Values:
+    """Run a Python that does nothing."""
     started = perf_counter()
     subprocess.run([sys.executable, "-c", "pass"], env=environment(), check=True)
     return {"whole_process": perf_counter() - started}
 
 
 def run_transformers(folder: str, asked: argparse.Namespace) -> Values:
-    said, seconds = run_json(
-        [asked.peer_python, PEERS / "transformers_generate.py", folder, asked.prompt, str(asked.tokens)]
-    )
-    steps = said["steps"]
+    """Run transformers' pipeline once. Return the seconds of its parts and its text."""
+    answer, seconds = run_json([asked.peer_python, TRANSFORMERS_GENERATE, folder, asked.prompt, str(asked.tokens)])
+    steps = answer["steps"]
     return {
-        **said,
+        **answer,
         "whole_process": seconds,
-        "ready": said["loaded"],
+        "ready": answer["loaded"],
         "first_token": steps[0],
         "token": median(steps[1:] or steps),
     }
 
 
 def show(entry: Values) -> None:
+    """Print the table of one model."""
     heading(f"{entry['model']}: ms, medians and quartiles")
     names = [name for name in ("fastgpt2", "transformers", "python") if name in entry]
     rows = []

@@ -1,35 +1,41 @@
 #!/usr/bin/env python3
-"""Drafts: the same text by fewer steps, on texts that repeat themselves and on those that do not.
+"""Drafts: the same text in fewer steps, on texts that repeat themselves and on texts that do not.
 
-    python benchmarks/dressed.py english ck/english       # and so repeating, unrepeating
-    python benchmarks/bench_drafts.py --model ck/repeating --model ck/english --model ck/unrepeating
+    python benchmarks/engine/checkpoints.py english ck/english       # likewise repeating, unrepeating
+    python benchmarks/engine/drafts.py --model ck/repeating --model ck/english --model ck/unrepeating
 
-An engine for each of --drafts, all on the same mapped weights, takes turns within a round: --batches prompts of the
-held-out text beside this script (another piece each), --tokens new ones each. `ms/token` is the time of the whole run,
-prompts included, divided by the tokens of one sequence; the ratio is that of `off` in the same round to it, so above 1
-where drafts gain. Beside it, guesses verified and come true, tokens a step, and whether all tokens were the same.
+There is an engine for each of --drafts and one without, all on the same mapped weights. They take turns within a round:
+each continues as many prompts at once as --batches says, by --tokens tokens. The prompts are pieces of the held-out
+text in `data/`, others in each round. `ms/token` is the time of the whole run, prompts included, divided by the tokens
+of one sequence. The ratio is the time of `off` in the same round divided by it: above 1 where drafts gain. The table
+also shows the guesses that were verified and that came true, the tokens a step, and whether all tokens were the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
 
-from common import HERE, begin, heading, in_turns, numbers, parse, parser, ratio, write
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the clone's root, where `benchmarks` is
 
+from benchmarks.common import HELD_OUT_TEXT, begin, heading, in_turns, numbers, parse, parser, ratio, write
 from fastgpt2.bench import Values, layout, layout_line, settle, summary, table
 from fastgpt2.engine.decoding.records import GenerationRequest
 from fastgpt2.engine.decoding.sequence import Sequence
 from fastgpt2.engine.engine import Engine
 
+# Tokens of each prompt.
 PROMPT = 32
 OFF = "off"
+QUICK = {"batches": [2], "tokens": 8}
 
 
 class Run(NamedTuple):
-    """Of one batch."""
+    """What one engine did for one batch of prompts."""
 
     seconds: float
     ids: list[tuple[int, ...]]
@@ -41,22 +47,28 @@ class Run(NamedTuple):
 def main() -> None:
     arguments = parser(__doc__, rounds=5)
     arguments.add_argument("--threads", type=int, help="processes of the engine; default: all cores")
-    arguments.add_argument("--drafts", type=lambda text: text.split(","), default=["auto", "int8"], help="auto,int8,4")
-    arguments.add_argument("--batches", type=numbers, default=[1, 4, 8], help="default: 1,4,8")
-    arguments.add_argument("--tokens", type=int, default=64, help="default: 64")
+    arguments.add_argument(
+        "--drafts",
+        type=lambda text: text.split(","),
+        default=["auto", "int8"],
+        help="default: auto,int8; a number guesses that many tokens",
+    )
+    arguments.add_argument("--batches", type=numbers, default=[1, 4, 8], help="prompts at once; default: 1,4,8")
+    arguments.add_argument("--tokens", type=int, default=64, help="new tokens of each prompt; default: 64")
     arguments.add_argument("--blas", default="auto", help="default: auto")
-    asked = parse(arguments)
+    asked = parse(arguments, QUICK)
     result = begin("drafts", asked)
     result["models"] = [measure(model, asked) for model in asked.model]
     write(result, asked.output)
 
 
 def measure(model: str, asked: argparse.Namespace) -> Values:
+    """Return what all engines of one model did, by the number of prompts at once."""
     engines = {how: load(model, how, asked) for how in (OFF, *asked.drafts)}
     plain = engines[OFF]
     heading(f"{model}: {layout_line(layout(plain.decoder.model))}")
     entry: Values = {"model": model, **layout(plain.decoder.model), "tokens": asked.tokens, "batches": {}}
-    ids = plain.tokenizer.encode((HERE / "held_out.txt").read_text("utf-8"))
+    ids = plain.tokenizer.encode(HELD_OUT_TEXT.read_text("utf-8"))
     for batch in asked.batches:
         for engine in engines.values():
             engine.decoder.model.use_slots(batch)
@@ -68,7 +80,7 @@ def measure(model: str, asked: argparse.Namespace) -> Values:
 
         turns = {how: turn(engine) for how, engine in engines.items()}
         for one in turns.values():
-            one()  # unmeasured: what steps cost and how often guesses come true is not known yet
+            one()  # not measured: the engine learns what steps cost and how often guesses come true
         found = in_turns(turns, asked.rounds, between=settle)
         entry["batches"][str(batch)] = {how: summed_up(runs, found[OFF], asked.tokens) for how, runs in found.items()}
         show(batch, entry["batches"][str(batch)])
@@ -78,6 +90,7 @@ def measure(model: str, asked: argparse.Namespace) -> Values:
 
 
 def load(model: str, how: str, asked: argparse.Namespace) -> Engine:
+    """Load a model with one way of drafting, warmed up."""
     drafts = int(how) if how.isdecimal() else how
     engine = Engine.load(model, threads=asked.threads, blas=asked.blas, drafts=drafts, prefix_memory=0)
     engine.warm_up()
@@ -85,6 +98,7 @@ def load(model: str, how: str, asked: argparse.Namespace) -> Engine:
 
 
 def run(engine: Engine, prompts: list[list[int]], tokens: int) -> Run:
+    """Continue all prompts at once."""
     decoder = engine.decoder
     prepared = [
         decoder.prepare(GenerationRequest(tuple(ids), max_new_tokens=tokens, ignore_eos=True)) for ids in prompts
@@ -100,6 +114,7 @@ def run(engine: Engine, prompts: list[list[int]], tokens: int) -> Run:
 
 
 def summed_up(runs: list[Run], plain: list[Run], tokens: int) -> Values:
+    """Return the figures of one engine's runs, compared with the runs without drafts in the same rounds."""
     return {
         "ms_per_token": summary([run.seconds / tokens for run in runs], 1e3),
         "ratio": ratio([run.seconds for run in runs], [run.seconds for run in plain]),
@@ -112,6 +127,7 @@ def summed_up(runs: list[Run], plain: list[Run], tokens: int) -> Values:
 
 
 def show(batch: int, found: Values) -> None:
+    """Print the table of one number of prompts at once."""
     rows = []
     for how, e in found.items():
         taken = f"{e['accepted'] / e['drafted']:.0%}" if e["drafted"] else "-"

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""What 1, 2, 4, 8 engines hold together: one copy of the weights, and little for each.
+"""What 1, 2, 4 and 8 engines hold together: one copy of the weights, and little for each.
 
-    python benchmarks/bench_memory.py --model gpt2
+    python benchmarks/engine/memory.py --model gpt2
 
-So many processes load one model, warm up and wait, as the workers of a pool do; --threads each (default: the cores
-divided among them, as a pool does), helper processes included. Then the kernel is asked (Linux only):
+As many processes as --engines says load one model, warm up and wait, as the workers of a pool do. Each uses --threads
+(default: the cores divided among them, as a pool divides them), with helper processes. The script then reads what the
+kernel says about all of these processes (Linux only):
 
 PSS       a page that k processes map counts 1/k for each: the sum over all processes is what they take together
 private   pages of one process alone (Private_Clean + Private_Dirty)
@@ -13,7 +14,7 @@ state     PSS of the mapping that holds KV cache and activations; where it is pr
           merged neighbours into it
 the rest  PSS of everything else: Python, numpy, the tokenizer, shared libraries
 
-`of n copies`: the sum by what so many engines with weights of their own would take.
+`of n copies` is the sum divided by what as many engines with weights of their own would take.
 """
 
 from __future__ import annotations
@@ -24,21 +25,25 @@ import sys
 import time
 from pathlib import Path
 
-from common import HERE, Child, begin, heading, numbers, parse, parser, progress, write
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the clone's root, where `benchmarks` is
 
+from benchmarks.common import Child, begin, heading, numbers, parse, parser, progress, write
 from fastgpt2.bench import Values, median, table
 from fastgpt2.engine.machine import usable_cores
 
 MAPPING = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ \d+ *(.*)$")
 FIELD = re.compile(r"^(\w+): +(\d+) kB$")
+ENGINE_PROCESS = Path(__file__).with_name("engine_process.py")
+SLEEP_SECONDS = 0.2
+QUICK = {"engines": [1, 2], "threads": 1}
 PARTS = ("pss", "private", "shared", "weights", "state", "rest")
 
 
 def main() -> None:
     arguments = parser(__doc__, rounds=1)
-    arguments.add_argument("--engines", type=numbers, default=[1, 2, 4, 8], help="default: 1,2,4,8")
-    arguments.add_argument("--threads", type=int, help="of each; default: cores / engines")
-    asked = parse(arguments)
+    arguments.add_argument("--engines", type=numbers, default=[1, 2, 4, 8], help="engines at once; default: 1,2,4,8")
+    arguments.add_argument("--threads", type=int, help="threads of each engine; default: cores / engines")
+    asked = parse(arguments, QUICK)
     if not Path("/proc/self/smaps_rollup").exists():
         sys.exit("this needs Linux's /proc/PID/smaps_rollup")
     result = begin("memory", asked)
@@ -47,7 +52,8 @@ def main() -> None:
 
 
 def measure(model: str, asked: argparse.Namespace) -> Values:
-    held(model, 1, 1)  # packs, if need be
+    """Return the memory of each number of engines of one model."""
+    held(model, 1, 1)  # packs the model, if it is not packed yet
     entry: Values = {"model": model, "engines": []}
     for count in asked.engines:
         progress(f"{model}: {count} engines")
@@ -70,17 +76,17 @@ def measure(model: str, asked: argparse.Namespace) -> Values:
 
 
 def copies(found: Values) -> float:
-    """What as many engines would take if each had the weights for itself."""
+    """Return the MB that as many engines would take if each had the weights for itself."""
     return float(found["pss_mb"] - found["weights_mb"] + found["engines"] * found["weights_file_mb"])
 
 
 def held(model: str, count: int, threads: int) -> Values:
-    """Bytes, summed over the processes of so many idle engines."""
+    """Return bytes, summed over the processes of `count` idle engines."""
     children: list[Child] = []
     try:
         for _ in range(count):
-            children.append(Child([sys.executable, HERE / "idle_engine.py", model, str(threads)]))
-        time.sleep(0.2)  # the helpers, too, have gone to sleep
+            children.append(Child([sys.executable, ENGINE_PROCESS, model, "--threads", str(threads)]))
+        time.sleep(SLEEP_SECONDS)  # until the helpers, too, have gone to sleep
         total = dict.fromkeys(PARTS, 0.0)
         processes = 0
         for child in children:
@@ -97,13 +103,19 @@ def held(model: str, count: int, threads: int) -> Values:
             child.close()
 
 
-def of_process(pid: int, said: Values, first: bool) -> dict[str, float]:
+def of_process(pid: int, hello: Values, first: bool) -> dict[str, float]:
+    """Return bytes of one process.
+
+    Args:
+        hello: what its engine's first process has said of itself.
+        first: whether it is that process.
+    """
     rollup = fields(Path(f"/proc/{pid}/smaps_rollup").read_text())
     weights = state = 0.0
     for low, high, name, sizes in mappings(Path(f"/proc/{pid}/smaps").read_text()):
-        if name == said["weights"] or name.startswith("/memfd:fastgpt2-weights"):
+        if name == hello["weights"] or name.startswith("/memfd:fastgpt2-weights"):
             weights += sizes["Pss"]
-        elif name.startswith("/memfd:fastgpt2-state") or (first and low <= said["state"] < high):
+        elif name.startswith("/memfd:fastgpt2-state") or (first and low <= hello["state"] < high):
             state += sizes["Pss"]
     return {
         "pss": rollup["Pss"],
@@ -116,12 +128,12 @@ def of_process(pid: int, said: Values, first: bool) -> dict[str, float]:
 
 
 def fields(text: str) -> dict[str, float]:
-    """Bytes by name."""
+    """Return the bytes of each field of a file such as smaps_rollup, by name."""
     return {match[1]: 1024.0 * int(match[2]) for line in text.splitlines() if (match := FIELD.match(line))}
 
 
 def mappings(text: str) -> list[tuple[int, int, str, dict[str, float]]]:
-    """First address, the one after the last, name and bytes of each mapping in an smaps file."""
+    """Return first address, the address after the last, name, and bytes by field of each mapping in an smaps file."""
     found: list[tuple[int, int, str, dict[str, float]]] = []
     for line in text.splitlines():
         if match := MAPPING.match(line):
@@ -132,11 +144,12 @@ def mappings(text: str) -> list[tuple[int, int, str, dict[str, float]]]:
 
 
 def descendants(pid: int) -> list[int]:
+    """Return the ids of a process's children, of their children, and so on."""
     children = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             after_name = stat.read_text().rpartition(")")[2].split()
-        except OSError:  # it has ended meanwhile
+        except OSError:  # the process has ended meanwhile
             continue
         if int(after_name[1]) == pid:
             children.append(int(stat.parent.name))
@@ -144,6 +157,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def show(entry: Values) -> None:
+    """Print the table of one model."""
     heading(f"{entry['model']}: MB; the weights' file has {entry['engines'][0]['weights_file_mb']:.1f}")
     first = entry["engines"][0]
     rows = []

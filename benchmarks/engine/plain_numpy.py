@@ -1,10 +1,11 @@
-"""Plain numpy: the matrix products of a GPT-2 step as `x @ W`, on weights of the model's shapes. A child of others.
+"""Plain numpy: the matrix products of a GPT-2 step as `x @ W`, on weights of the model's shapes. Started by `step.py`.
 
     python plain_numpy.py '{"n_embd": 768, "n_inner": 3072, "n_layer": 12, "vocab_size": 50257}'
 
-Says {"threads": ..., "kernel": ...}, and then answers {"rows": R, "steps": S} with the seconds of each step, after one
-that is not counted. Products only: no layer norm, attention, activation or bias. The token table lies as a checkpoint
-holds it, [vocab, K], and is multiplied transposed. BLAS has as many threads as its variables say.
+It prints {"threads": ..., "kernel": ...}, and then answers {"rows": R, "steps": S} with the seconds of each step, after
+one step that is not counted. It computes products only: no layer norm, attention, activation or bias. The token table
+lies as a checkpoint holds it, [vocab, K], and is multiplied transposed. BLAS has as many threads as its environment
+variables say.
 """
 
 from __future__ import annotations

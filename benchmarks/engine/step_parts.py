@@ -1,30 +1,33 @@
 #!/usr/bin/env python3
-"""Where the time of a decode step goes, and what a step allocates.
+"""Where the time of a decode step goes, part by part, and what a step allocates.
 
-    python benchmarks/bench_profile.py --model gpt2
+    python benchmarks/engine/step_parts.py --model gpt2
 
-Time: `Decoder.step` with sequences that really decode, their parts timed one by one in the first of the engine's
-processes (the others do equal shares of the same). `products` are those with the weights; `waiting` is for the other
-processes; `argmax` is timed apart, on the same logits; `decoder` is what the step does beside the network and argmax:
-tokens, text, stop rules; `rest` is what is left of the network: Python, views, residuals, biases, writing the step down
-for the others. Timing the parts costs something: the step without it is shown beside.
+Time: the parts of `Decoder.step`, with sequences that really decode, timed one by one in the first of the engine's
+processes (the others do equal shares of the same work). `products` are those with the weights. `waiting` is the wait
+for the other processes. `argmax` is timed separately, on the same logits. `decoder` is what the step does besides the
+network and argmax: tokens, text, stop rules. `rest` is what is left of the network: Python, views, residuals, biases,
+writing the step down for the other processes. Timing the parts takes time itself, so a step without it is shown too.
 
-Allocation: tracemalloc, which numpy reports its arrays to: what is held more after some steps than before them, and the
-most that was in use during them beyond what was before.
+Allocation: tracemalloc, to which numpy reports its arrays, gives the bytes held after some steps that were not held
+before them, and the most that was in use during a step beyond what was held before it.
 """
 
 from __future__ import annotations
 
 import gc
+import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from common import allocations, begin, heading, numbers, parse, parser, write
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the clone's root, where `benchmarks` is
 
+from benchmarks.common import begin, heading, numbers, parse, parser, write
 from fastgpt2.bench import CONTEXT, Values, layout, layout_line, median, summary, table
 from fastgpt2.engine.decoding.records import GenerationRequest
 from fastgpt2.engine.engine import Engine
@@ -32,19 +35,24 @@ from fastgpt2.engine.engine import Engine
 # In the order of the table; each is also the name of a part below.
 PARTS = ("products", "layer norm", "activation", "attention", "waiting", "embedding", "rest", "argmax", "decoder")
 WARM_UP = 5
+QUICK = {"rows": [1, 2], "steps": 2}
 
 
 def main() -> None:
     arguments = parser(__doc__, rounds=5)
     arguments.add_argument("--threads", type=int, help="processes of the engine; default: all cores")
-    arguments.add_argument("--blas", default="auto")
-    arguments.add_argument("--rows", type=numbers, default=[1, 8, 16], help="default: 1,8,16")
-    arguments.add_argument("--steps", type=int, default=20, help="a round; default: 20")
-    asked = parse(arguments)
+    arguments.add_argument("--blas", default="auto", help="default: auto")
+    arguments.add_argument(
+        "--rows", type=numbers, default=[1, 8, 16], help="sequences decoded together; default: 1,8,16"
+    )
+    arguments.add_argument("--steps", type=int, default=20, help="steps a round; default: 20")
+    asked = parse(arguments, QUICK)
     result = begin("profile", asked)
     result["models"] = []
     for model in asked.model:
-        engine = Engine.load(model, threads=asked.threads, max_batch=max(asked.rows), blas=asked.blas)
+        # Nothing is guessed and nothing is known before: each step reads a token of each sequence.
+        plain: dict[str, Any] = {"drafts": "off", "prefix_memory": 0}
+        engine = Engine.load(model, threads=asked.threads, max_batch=max(asked.rows), blas=asked.blas, **plain)
         engine.warm_up()
         entry: Values = {"model": model, **layout(engine.decoder.model)}
         entry["time"] = [profile(engine, rows, asked.rounds, asked.steps) for rows in asked.rows]
@@ -57,14 +65,11 @@ def main() -> None:
 
 @contextmanager
 def decoding(engine: Engine, rows: int) -> Iterator[Callable[[], None]]:
-    """So many sequences past their prompts; what is given does a step with all of them."""
-    from fastgpt2.engine.decoding.sequence import Prompt
-
+    """Begin `rows` sequences and read their prompts; yield a function that does a step with all of them."""
     decoder = engine.decoder
-    most = engine.config.n_positions - CONTEXT
-    request = GenerationRequest("", max_new_tokens=most, ignore_eos=True)
-    ids = [i % engine.config.vocab_size for i in range(CONTEXT)]
-    sequences = [decoder.admit(Prompt(request, ids, most)) for _ in range(rows)]
+    ids = tuple(i % engine.config.vocab_size for i in range(CONTEXT))
+    request = GenerationRequest(ids, max_new_tokens=engine.config.n_positions - CONTEXT, ignore_eos=True)
+    sequences = [decoder.admit(decoder.prepare(request)) for _ in range(rows)]
     try:
         while not all(sequence.token_ids for sequence in sequences):
             decoder.step()
@@ -77,13 +82,14 @@ def decoding(engine: Engine, rows: int) -> Iterator[Callable[[], None]]:
 
 
 def step(engine: Engine, rows: int) -> None:
+    """Do a step with all sequences; end the script if one of them has ended."""
     engine.decoder.step()
     if len(engine.decoder.running) != rows:
-        raise SystemExit("a sequence ended: fewer --rounds or --steps, please")
+        raise SystemExit("a sequence has ended within the steps of a round: set fewer --steps")
 
 
 def profile(engine: Engine, rows: int, rounds: int, steps: int) -> Values:
-    """Rounds of steps, timed in parts and undisturbed in turn."""
+    """Time rounds of steps, undisturbed and part by part in turn."""
     samples: dict[str, list[float]] = {part: [] for part in PARTS}
     timed, undisturbed, read = [], [], []
     for _ in range(rounds):
@@ -122,10 +128,10 @@ def profile(engine: Engine, rows: int, rounds: int, steps: int) -> Values:
 
 @contextmanager
 def parts_timed(engine: Engine) -> Iterator[dict[str, Any]]:
-    """Wrap the parts of a step with stopwatches. Gives what was spent, in seconds, and the last step's logits."""
+    """Wrap the parts of a step with stopwatches; yield the seconds spent by part, and the last step's logits."""
     transformer: Any = import_module("fastgpt2.engine.network.transformer")
     model = engine.decoder.model
-    shard: Any = model._together or model._alone
+    shard: Any = (model._together or model._alone)[0]  # the one with the weights themselves; the other is for drafts
     spent: dict[str, Any] = {}
 
     def watched(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -173,20 +179,20 @@ def parts_timed(engine: Engine) -> Iterator[dict[str, Any]]:
     finally:
         for target, name, value in before:
             if value is None:
-                delattr(target, name)  # it was the class's
+                delattr(target, name)  # it is an attribute of the class
             else:
                 setattr(target, name, value)
 
 
 def allocation(engine: Engine, rows: int, steps: int) -> Values:
-    """Bytes held and the most in use, of Python and numpy together, and what of the held is numpy's."""
+    """Return the bytes that steps hold and use, Python's and numpy's together, and numpy's share of those held."""
     import numpy as np
 
     arrays = tracemalloc.DomainFilter(inclusive=True, domain=np.lib.tracemalloc_domain)
     with decoding(engine, rows) as one_step:
         tracemalloc.start()
         try:
-            one_step()  # what is made once
+            one_step()  # what is allocated only once
             gc.collect()
             peaks = []
             first = tracemalloc.take_snapshot().filter_traces([arrays])
@@ -212,6 +218,7 @@ def allocation(engine: Engine, rows: int, steps: int) -> Values:
 
 
 def show(entry: Values) -> None:
+    """Print the tables of one model."""
     heading(f"{entry['model']}: {layout_line(entry)}")
     times = entry["time"]
     cells = [
@@ -227,11 +234,18 @@ def show(entry: Values) -> None:
     ]
     print(table(["ms", *(f"{t['rows']} rows" for t in times)], cells))
     print()
-    rows = allocations(entry)
+    rows = allocation_rows(entry)
     print(table(["allocated, bytes: rows", "peak in a step", "held a step", "of it numpy's"], rows))
 
 
+def allocation_rows(entry: Values) -> list[list[str]]:
+    """Return a row for each number of sequences: bytes at the peak of a step, held after it, and numpy's of those."""
+    keys = ("peak_bytes", "held_bytes_per_step", "held_numpy_bytes_per_step")
+    return [[str(m["rows"]), *(f"{m[key]:,.0f}" for key in keys)] for m in entry["memory"]]
+
+
 def share(entry: Values, part: str) -> float:
+    """Return a part's share of the step that was timed part by part."""
     return float(entry["parts_ms"][part]["median"] / entry["timed_step_ms"]["median"])
 
 

@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
-"""Compact weights: what they cost in quality, beside float32 and on the same text.
+"""Compact weights: what they cost in quality, compared with float32 on the same text.
 
-    python benchmarks/bench_weights.py --model demo --model gpt2
+    python benchmarks/engine/weights.py --model demo --model gpt2
 
-The text is held out from the demo model's training (the last 5% of each story of the book, `held_out.txt`).
+The text was held out from the demo model's training: the last 5% of each story of the book, `data/held_out.txt`.
 
-perplexity  exp of the mean negative log likelihood of each token, in windows of --window tokens, of which the first
-            half is context for the second (only the first window counts as a whole); of a random model, meaningless
-agreement   of all those places, at how many the likeliest token is that of float32, given the same text before it
-difference  of log probabilities to float32's, of the token that comes: mean of its magnitude
-texts       --prompts pieces of the text continued by --tokens tokens: how many continuations are the same, and after
-            how many tokens they part on average (those that do not: after --tokens)
+perplexity  exp of the mean negative log likelihood of each token, in windows of --window tokens. The first half of a
+            window is context for the second; only the first window counts as a whole. Meaningless for a random model
+agreement   the share of those places at which the likeliest token is that of float32, given the same text before it
+difference  the mean magnitude of the difference between the log probability of the token that follows and float32's
+texts       --prompts pieces of the text are continued by --tokens tokens: how many continuations are the same, and
+            after how many tokens they part on average (--tokens for those that do not part)
 
-Sizes are those of the packed files. Speeds are `bench_engine.py --weights`'s affair.
+Sizes are those of the packed files. Speeds are measured by `step.py --weights`.
 """
 
 from __future__ import annotations
@@ -20,40 +20,57 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
-from common import HERE, begin, heading, parse, parser, progress, write
 from numpy.typing import NDArray
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the clone's root, where `benchmarks` is
+
+from benchmarks.common import (
+    HELD_OUT_TEXT,
+    begin,
+    heading,
+    length_of_same_start,
+    parse,
+    parser,
+    progress,
+    write,
+)
 from fastgpt2.bench import Values, table
 from fastgpt2.engine.engine import WEIGHTS_CHOICES, Engine
 from fastgpt2.engine.network.gpt2 import GPT2
 from fastgpt2.engine.network.step import Segment
 
+# Tokens of each prompt.
 PROMPT = 24
-# Logits of so many rows at a time are 13 MB of gpt2.
+# Rows of logits at a time: 13 MB of gpt2.
 ROWS = 64
+QUICK = {"window": 128, "prompts": 4, "tokens": 8, "text": 2000}
 
 
 def main() -> None:
     arguments = parser(__doc__, rounds=1)
-    arguments.add_argument("--window", type=int, default=512, help="default: 512")
-    arguments.add_argument("--prompts", type=int, default=64, help="default: 64")
-    arguments.add_argument("--tokens", type=int, default=60, help="default: 60")
-    asked = parse(arguments)
+    arguments.add_argument("--window", type=int, default=512, help="tokens; default: 512")
+    arguments.add_argument("--prompts", type=int, default=64, help="pieces to continue; default: 64")
+    arguments.add_argument("--tokens", type=int, default=60, help="new ones of each piece; default: 60")
+    arguments.add_argument("--text", type=int, help="characters of the held-out text; default: all of it")
+    asked = parse(arguments, QUICK)
     result = begin("weights", asked)
     result["models"] = [measure(model, asked) for model in asked.model]
     write(result, asked.output)
 
 
 def measure(model: str, asked: argparse.Namespace) -> Values:
+    """Return size and quality of each kind of weights of one model."""
     entry: Values = {"model": model, "weights": {}}
     reference: tuple[NDArray[np.float64], NDArray[np.int64], list[tuple[int, ...]]] | None = None
     for weights in WEIGHTS_CHOICES:
         progress(f"{model}, {weights}")
         engine = Engine.load(model, weights=weights, prefix_memory=0, drafts="off")
-        ids = engine.tokenizer.encode((HERE / "held_out.txt").read_text("utf-8"))
+        ids = engine.tokenizer.encode(HELD_OUT_TEXT.read_text("utf-8")[: asked.text])
         window = min(asked.window, engine.config.n_positions)
         logprobs, best = (np.concatenate(parts) for parts in zip(*read(engine.decoder.model, ids, window), strict=True))
         pieces = [ids[at * PROMPT : (at + 1) * PROMPT] for at in range(asked.prompts)]
@@ -65,7 +82,8 @@ def measure(model: str, asked: argparse.Namespace) -> Values:
             "agreement": float((best == reference[1]).mean()),
             "difference": float(np.abs(logprobs - reference[0]).mean()),
             "same_texts": sum(a == b for a, b in zip(texts, reference[2], strict=True)),
-            "same_tokens": sum(same_start(a, b) for a, b in zip(texts, reference[2], strict=True)) / len(texts),
+            "same_tokens": sum(length_of_same_start(a, b) for a, b in zip(texts, reference[2], strict=True))
+            / len(texts),
         }
         entry |= {"places": len(best), "prompts": len(texts), "tokens": asked.tokens}
         engine.decoder.model.close()
@@ -75,7 +93,7 @@ def measure(model: str, asked: argparse.Namespace) -> Values:
 
 
 def read(network: GPT2, ids: list[int], window: int) -> Iterator[tuple[NDArray[np.float64], NDArray[np.int64]]]:
-    """Of the text's tokens: the log probability of each that comes, and which would be the likeliest."""
+    """Yield the log probability of each of the text's tokens, and the token that was the likeliest in its place."""
     for start in range(0, len(ids) - window, window // 2):
         slot = network.cache.allot()
         piece, skipped = ids[start : start + window + 1], window // 2 if start else 0
@@ -92,12 +110,8 @@ def read(network: GPT2, ids: list[int], window: int) -> Iterator[tuple[NDArray[n
         network.cache.release(slot)
 
 
-def same_start(a: tuple[int, ...], b: tuple[int, ...]) -> int:
-    """How many tokens are equal before the first that is not."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
-
-
 def show(entry: Values) -> None:
+    """Print the table of one model."""
     heading(f"{entry['model']}: {entry['places']} places, {entry['prompts']} prompts x {entry['tokens']} tokens")
     rows = [
         [
