@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
 """What the HTTP endpoint adds: to a request, to a stream, to a start.
 
-    python benchmarks/bench_endpoint.py --model demo
+    python benchmarks/endpoint/endpoint.py --model demo
 
-Everything real: an embedded Redis, workers, `fastgpt2 api`, on this machine, sharing its cores.
+All processes are real and share this machine's cores: an embedded Redis, a worker, `fastgpt2 api`.
 
-overhead   requests of 8 tokens and 1 new one, one after the other, in turns by `Client.enqueue(...).result()`, by
-           `POST /v1/completions` over one connection, and by `GET /health`, which asks nobody
-streams    for 1, 50, 200, 500 streams at once, all of them decoded together by one worker (--max-batch): events/s that
-           reach the clients, the share of one core that the endpoint's process takes for them, and so how many it could
-           pass on with a core of its own; the time to the first event, and between two
-start      from the start of the process to its first answer
+overhead   the time of requests of 8 tokens and 1 new one, one after the other, in turns by `Client.enqueue(...)
+           .result()`, by `POST /v1/completions` over one connection, and by `GET /health`, which asks nobody
+streams    for 1, 50, 200 and 500 streams at once, all decoded together by one worker (--max-batch): the events/s that
+           reach the clients, the share of one core that the endpoint's process takes for them, and so the events/s that
+           it could pass on with a core of its own; the time to the first event, and between two events
+start      the time from the start of the process to its first answer
 """
 
 from __future__ import annotations
@@ -28,48 +28,51 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from common import begin, environment, heading, in_turns, numbers, parse, parser, progress, write
-from streams import read_all
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the clone's root, where `benchmarks` is
 
+from benchmarks.common import begin, environment, heading, in_turns, numbers, parse, parser, progress, write
+from benchmarks.endpoint.streams import read_all
 from fastgpt2 import Client, settings
 from fastgpt2.bench import Values, median, quantile, summary, table
 from fastgpt2.system.up import System
 
 OVERHEAD_TARGET_MS, START_TARGET_MS, STREAMS_TARGET = 3.0, 500.0, 500
+# Tokens of each prompt.
 PROMPT = 8
-QUICK = {"rounds": 1, "streams": [1, 20], "tokens": 8, "requests": 20}
+STARTS = 5
+QUICK = {"streams": [1, 20], "tokens": 8, "requests": 20}
 
 
 def main() -> None:
     arguments = parser(__doc__, rounds=3)
-    arguments.add_argument("--streams", type=numbers, default=[1, 50, 200, 500], help="default: 1,50,200,500")
+    arguments.add_argument(
+        "--streams", type=numbers, default=[1, 50, 200, 500], help="streams at once; default: 1,50,200,500"
+    )
     arguments.add_argument("--tokens", type=int, default=64, help="new ones of each stream; default: 64")
-    arguments.add_argument("--requests", type=int, default=200, help="a round, for the overhead; default: 200")
-    arguments.add_argument("--quick", action="store_true", help="few of all: to see that all of it runs")
-    asked = parse(arguments)
-    if asked.quick:
-        vars(asked).update(QUICK)
+    arguments.add_argument("--requests", type=int, default=200, help="requests a round, for the overhead; default: 200")
+    asked = parse(arguments, QUICK)
     result = begin("endpoint", asked)
     result["models"] = [measure(model, asked) for model in asked.model]
     write(result, asked.output)
 
 
 def measure(model: str, asked: argparse.Namespace) -> Values:
+    """Return what was measured of an endpoint with one model behind it."""
     values = settings.of_system(
         model=model, workers="1", port="0", redis_port="0", threads="1", max_batch=str(max(asked.streams)),
         log_level="warning", timeout="600",
     )  # fmt: skip
-    entry: Values = {"model": model, "start": start_times(5 if asked.rounds > 1 else 1)}
+    entry: Values = {"model": model, "start": start_times(STARTS if asked.rounds > 1 else 1)}
     heading(f"{model}: {median(entry['start']):.0f} ms from a start to the first answer (goal {START_TARGET_MS:.0f})")
     with System(values) as system:
-        entry["overhead"] = overhead(system, asked)
-        entry["streams"] = [streams(system, count, asked) for count in asked.streams]
+        entry["overhead"] = measure_overhead(system, asked)
+        entry["streams"] = [measure_streams(system, count, asked) for count in asked.streams]
     show(entry)
     return entry
 
 
 def start_times(count: int) -> list[float]:
-    """Milliseconds, of a process that has no Redis: it answers for itself."""
+    """Return the milliseconds of `count` starts. There is no Redis: the process can only answer for itself."""
     found = []
     for _ in range(count):
         began = time.perf_counter()
@@ -91,8 +94,8 @@ def start_times(count: int) -> list[float]:
     return found
 
 
-def overhead(system: System, asked: argparse.Namespace) -> Values:
-    """Milliseconds of each round, its median."""
+def measure_overhead(system: System, asked: argparse.Namespace) -> Values:
+    """Return the milliseconds of requests in each way, and what the endpoint adds."""
     ids = [random.Random(1).randrange(500) for _ in range(PROMPT)]
     body = json.dumps({"prompt": ids, "max_tokens": 1, "ignore_eos": True})
     connection = http.client.HTTPConnection("127.0.0.1", urlsplit(system.http_url).port)
@@ -118,19 +121,21 @@ def overhead(system: System, asked: argparse.Namespace) -> Values:
 
 
 def timed(way: Any) -> float:
+    """Return the milliseconds that a call takes."""
     began = time.perf_counter()
     way()
     return (time.perf_counter() - began) * 1e3
 
 
-def streams(system: System, count: int, asked: argparse.Namespace) -> Values:
+def measure_streams(system: System, count: int, asked: argparse.Namespace) -> Values:
+    """Return what `count` streams at once get, and what they cost the endpoint: medians, and each round."""
     port, pid = urlsplit(system.http_url).port, endpoint_pid(system)
     assert port is not None
     rounds = []
     for number in range(asked.rounds):
         progress(f"{count} streams, round {number + 1} of {asked.rounds}")
-        chance = random.Random(number)
-        prompts = [[chance.randrange(500) for _ in range(PROMPT)] for _ in range(count)]
+        dice = random.Random(number)
+        prompts = [[dice.randrange(500) for _ in range(PROMPT)] for _ in range(count)]
         used, began = cpu_seconds(pid), time.perf_counter()
         found = read_all(port, prompts, asked.tokens)
         seconds, used = time.perf_counter() - began, cpu_seconds(pid) - used
@@ -152,17 +157,20 @@ def streams(system: System, count: int, asked: argparse.Namespace) -> Values:
 
 
 def endpoint_pid(system: System) -> int:
+    """Return the id of the endpoint's process."""
     (endpoint,) = [child for child in system.pool.children if child.name == "endpoint"]
     assert endpoint.process is not None
     return endpoint.process.pid
 
 
 def cpu_seconds(pid: int) -> float:
+    """Return the CPU time that a process has used so far."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def show(entry: Values) -> None:
+    """Print the tables of one model."""
     over = entry["overhead"]
     added = over["added"]["median"]
     heading(f"a request, in ms: median and quartiles; the endpoint adds {added:.2f} (goal {OVERHEAD_TARGET_MS:.0f})")

@@ -1,4 +1,4 @@
-"""Many streams of an endpoint at once, read by as little code as can read them: what is measured is the other side."""
+"""Many streams of an endpoint at once, read by as little code as possible: the other side is what is measured."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class Stream:
-    """What came of one request.
+    """The answer to one request.
 
     Attributes:
         events: how many there were.
-        first: seconds from the request to the first.
-        gaps: seconds between two successive ones.
-        done: whether the last one said that it was.
+        first: seconds from the request to the first event.
+        gaps: seconds between two successive events.
+        done: whether the stream ended with the mark of a complete one.
     """
 
     events: int = 0
@@ -27,6 +27,7 @@ class Stream:
 
 
 async def _read(port: int, body: bytes) -> Stream:
+    """Send one request and read its stream to the end."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n"
     writer.write(head.encode() + body)
@@ -49,7 +50,7 @@ async def _read(port: int, body: bytes) -> Stream:
 
 
 def read_all(port: int, prompts: Sequence[list[int]], tokens: int) -> list[Stream]:
-    """A stream for each prompt, all at once."""
+    """Ask for a stream for each prompt, all at once, and read all of them to their ends."""
 
     async def run() -> list[Stream]:
         bodies = [
