@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import capacity_page
-from common import HERE, RESULTS, allocations
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the clone's root, where `benchmarks` is
 
+from benchmarks.capacity import page as capacity_page
+from benchmarks.common import HERE, RESULTS
+from benchmarks.engine.step_parts import allocation_rows
 from fastgpt2.bench import Values, machine_line
 
 DOCS = HERE.parent / "docs"
@@ -165,7 +168,7 @@ def profile(_name: str, entry: Values, _draw: Draw) -> list[str]:
     rows.append(["a step, undisturbed", *(spread(t["step_ms"], 3) for t in times)])
     rows.append(["share of all but products", *(f"{1 - t['products_share']:.1%}" for t in times)])
     lines = [*markdown(["ms, sequences together:", *(str(t["rows"]) for t in times)], rows), ""]
-    rows = allocations(entry)
+    rows = allocation_rows(entry)
     headers = ["sequences together", "bytes allocated in a step, peak", "held after it", "of it numpy's"]
     return [*lines, *markdown(headers, rows), ""]
 

@@ -1,8 +1,8 @@
-"""A client that enqueues one job after the other, as fast as it can. A child of `bench_capacity.py`.
+"""A client that enqueues one job after the other, as fast as it can. Started by `jobs.py`.
 
     python busy_client.py REDIS_URL QUEUE
 
-For {"seconds": how long} it says {"jobs": how many}. Ends with its input.
+It answers {"seconds": how long to enqueue} with {"jobs": how many it has enqueued}. It ends with its input.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What workers cost a Redis that wait for jobs, for `bench_capacity.py`: some real ones, and a thousand on paper."""
+"""What workers that wait for jobs cost a Redis: some real ones, and a thousand of which there are only entries."""
 
 from __future__ import annotations
 
@@ -10,40 +10,41 @@ from contextlib import closing
 from functools import partial
 from typing import Any
 
-from capacity_fleet import fleet
-from common import progress
-from redis_use import memory_used, metered
 from rq import Queue
 from rq.worker_registration import clean_worker_registry
 
+from benchmarks.capacity.fleet import fleet
+from benchmarks.capacity.redis_use import memory_used, metered
+from benchmarks.common import progress
 from fastgpt2.api.client.flow import carry_out
 from fastgpt2.api.client.session import Session
 from fastgpt2.api.pool.status import read_status
 from fastgpt2.bench import Values
 from fastgpt2.protocol.connection import connect, connect_async
-from fastgpt2.protocol.keys import LEASE_SECONDS
+from fastgpt2.protocol.keys import LEASE_SECONDS, worker_key, workers_key
 from fastgpt2.protocol.untrusted import JSONOnlySerializer
 from fastgpt2.system.redis_server import RedisServer
 from fastgpt2.worker.liveness import BEAT_SECONDS, Lease
 
 QUEUE = "capacity"
-# What a worker does once, when it starts, is over by then, and its first heartbeat too.
+# By then a worker has done what it does only at its start, and its first heartbeat.
 SETTLE_SECONDS = 6.0
-LOOKS = 20
+READS = 20
 
 
-def idle(asked: argparse.Namespace) -> Values:
-    counts = [of_fleet(count, asked) for count in (0, *asked.idle)]
+def measure_idle(asked: argparse.Namespace) -> Values:
+    """Return what idle workers cost, and what grows with their number."""
+    counts = [measure_fleet(count, asked) for count in (0, *asked.idle)]
     nobody = counts.pop(0)
     for found in counts:
         for key in ("cpu_us_per_s", "command_us_per_s", "commands_per_s", "connections", "memory_bytes"):
             found[f"{key}_each"] = (found[key] - nobody[key]) / found["workers"]
-    many = thousand(asked, nobody["cpu_us_per_s"])
+    many = measure_entries(asked, nobody["cpu_us_per_s"])
     return {"seconds": asked.idle_seconds, "nobody": nobody, "counts": counts, "thousand": many}
 
 
-def of_fleet(count: int, asked: argparse.Namespace) -> Values:
-    """A Redis of its own with so many idle workers: what it does in some seconds, and what it holds for them."""
+def measure_fleet(count: int, asked: argparse.Namespace) -> Values:
+    """Return what a Redis with `count` idle workers does in some seconds, and what it holds for them."""
     progress(f"{count} idle workers")
     with RedisServer() as redis, fleet(redis.url, QUEUE, count) as workers:
         connection = workers.connection
@@ -56,43 +57,50 @@ def of_fleet(count: int, asked: argparse.Namespace) -> Values:
             "cpu_us_per_s": used["cpu_us"] / used["seconds"],
             "command_us_per_s": used["command_us"] / used["seconds"],
             "commands_per_s": used["commands"] / used["seconds"],
-            # But for our own.
+            # Without our own.
             "connections": connection.info("clients")["connected_clients"] - 1,
             "memory_bytes": memory_used(connection),
             "by_command": used["by_command"],
         }
 
 
-def thousand(asked: argparse.Namespace, nobody: float) -> Values:
-    """So many workers as far as Redis can tell: leases that the project's own code renews from this one process, all on
-    one connection, and as many entries like the one of a real worker. Then what else reads all of them."""
+def measure_entries(asked: argparse.Namespace, nobody: float) -> Values:
+    """Return what a thousand workers cost that exist only in Redis, and what reads all of them.
+
+    There are their leases, which the project's own code renews from this one process on one connection, and entries
+    like that of a real worker.
+
+    Args:
+        nobody: microseconds a second that Redis takes for itself.
+    """
     with RedisServer() as redis, closing(connect(redis.url)) as connection:
         entry = entry_of_a_worker(redis.url)
         leases = [Lease(connection, QUEUE, f"paper.{number}", lambda *_: None) for number in range(asked.leases)]
         found: Values = {"leases": asked.leases, "beats": []}
         for count in sorted({1, 100, asked.leases}):
             progress(f"{count} leases")
-            found["beats"].append(beats(connection, leases[:count], asked.idle_seconds, 0, nobody))
-        progress("a tenth of the leases lapsed")
+            found["beats"].append(measure_beats(connection, leases[:count], asked.idle_seconds, 0, nobody))
+        progress("a tenth of the leases lapse")
         time.sleep(LEASE_SECONDS + BEAT_SECONDS)  # the rest renew theirs at their first beat
         silent = asked.leases // 10
-        found["beats"].append(beats(connection, leases[silent:], asked.idle_seconds, silent, nobody))
-        found["reads"] = reads(connection, redis.url, entry, asked.leases)
+        found["beats"].append(measure_beats(connection, leases[silent:], asked.idle_seconds, silent, nobody))
+        found["reads"] = measure_reads(connection, redis.url, entry, asked.leases)
     progress("")
     return found
 
 
 def entry_of_a_worker(url: str) -> Values:
+    """Return the hash of a real worker."""
     with fleet(url, QUEUE, 1) as workers:
-        key = min(workers.connection.smembers(f"rq:workers:{QUEUE}"))
+        key = min(workers.connection.smembers(workers_key(QUEUE)))
         return dict(workers.connection.hgetall(key))
 
 
-def beats(connection: Any, leases: list[Lease], seconds: float, silent: int, nobody: float) -> Values:
-    """Each renewed once a second, spread evenly over it, as those of many workers are.
+def measure_beats(connection: Any, leases: list[Lease], seconds: float, silent: int, nobody: float) -> Values:
+    """Renew each lease once a second, spread evenly over the second, as those of many workers are. Return the costs.
 
     Args:
-        silent: so many others have lapsed.
+        silent: how many other leases have lapsed.
         nobody: microseconds a second that Redis takes for itself.
     """
     made, late = 0, 0.0
@@ -117,14 +125,17 @@ def beats(connection: Any, leases: list[Lease], seconds: float, silent: int, nob
     }
 
 
-def reads(connection: Any, url: str, entry: Values, count: int) -> Values:
-    """What each reading of all workers costs: a look at the pool, a client's question what models take, and the part of
-    RQ's clean-up that every worker does every ten minutes for each of its three queues."""
+def measure_reads(connection: Any, url: str, entry: Values, count: int) -> Values:
+    """Return what each way of reading all workers costs.
+
+    These are the status of the pool, a client's question what models take, and the part of RQ's clean-up that every
+    worker does every ten minutes for each of its three queues.
+    """
     connection.flushall()
     with connection.pipeline(transaction=False) as pipeline:
         for number in range(count):
-            pipeline.hset(f"rq:worker:paper.{number}", mapping=entry)
-            pipeline.sadd(f"rq:workers:{QUEUE}", f"rq:worker:paper.{number}")
+            pipeline.hset(worker_key(f"paper.{number}"), mapping=entry)
+            pipeline.sadd(workers_key(QUEUE), worker_key(f"paper.{number}"))
         pipeline.execute()
     queue = Queue(QUEUE, connection, serializer=JSONOnlySerializer)
 
@@ -132,7 +143,7 @@ def reads(connection: Any, url: str, entry: Values, count: int) -> Values:
         carry_out(connection, url, Session(url, QUEUE, None).refresh_limits())
 
     ways: dict[str, Callable[[], object]] = {
-        "status": partial(asyncio.run, look(url)),
+        "status": partial(asyncio.run, read_statuses(url)),
         "limits": ask_limits,
         "clean_up": partial(clean_worker_registry, queue),
     }
@@ -142,14 +153,15 @@ def reads(connection: Any, url: str, entry: Values, count: int) -> Values:
             if name == "status":
                 way()
             else:
-                for _ in range(LOOKS):
+                for _ in range(READS):
                     way()
-        found[name] = {key: used[key] / LOOKS for key in ("cpu_us", "command_us", "output_bytes")}
+        found[name] = {key: used[key] / READS for key in ("cpu_us", "command_us", "output_bytes")}
     return found
 
 
-async def look(url: str) -> None:
+async def read_statuses(url: str) -> None:
+    """Read the pool's status over and over on one connection."""
     connection = connect_async(url)
-    for _ in range(LOOKS):
+    for _ in range(READS):
         await read_status(connection, QUEUE)
     await connection.aclose()

@@ -1,4 +1,4 @@
-"""What a job costs Redis, for `bench_capacity.py`: in six kinds of run, and as fast as the machine can drive it."""
+"""What a job costs Redis: in six kinds of run, and as fast as the machine can drive it."""
 
 from __future__ import annotations
 
@@ -8,45 +8,51 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from pathlib import Path
 
-from capacity_fleet import DEMO, Fleet, fleet
-from common import HERE, Child, in_turns, progress
-from pool_runs import RESULT_SECONDS, medians, mixed, wait_until
-from redis_use import metered, server, without_names
 from rq.suspension import resume, suspend
 
+from benchmarks.capacity.fleet import DEMO, Fleet, fleet
+from benchmarks.capacity.redis_use import describe_server, medians_of_use, metered
+from benchmarks.common import Child, in_turns, medians, progress, wait_until
+from benchmarks.pool.pools import RESULT_SECONDS, mixed_prompts
 from fastgpt2.bench import Values, summary
 from fastgpt2.engine.model.config import CONFIG_FILE, read_config
 from fastgpt2.engine.model.hub import find_model
 from fastgpt2.system.redis_server import RedisServer
 
+BUSY_CLIENT = Path(__file__).with_name("busy_client.py")
 WORKERS = 2
+# Tokens of each prompt.
 PROMPT = 8
 QUEUE = "capacity"
+# An idle worker looks once a second whether the queue is suspended.
+SUSPEND_SECONDS = 1.2
+REST_SECONDS = 0.5
 
 
-def demo_prompts(count: int, tokens: int, length: int = PROMPT) -> list[Any]:
-    return mixed(read_config(find_model(DEMO) / CONFIG_FILE), count, tokens, length, length)
+def demo_prompts(count: int, tokens: int, length: int = PROMPT) -> list[list[int]]:
+    """Return prompts of one length for the demo model, with room for `tokens` new ones."""
+    return mixed_prompts(read_config(find_model(DEMO) / CONFIG_FILE), count, tokens, length, length)
 
 
-def job_costs(asked: argparse.Namespace) -> Values:
-    """Runs of the demo model through two workers, and what follows from them of a job, a step and a piece of text."""
+def measure_costs(asked: argparse.Namespace) -> Values:
+    """Return six runs of the demo model through two workers, and the costs of a job, a step and a piece of text."""
     least, short, long = 1, asked.short, asked.long
     few = max(1, asked.jobs // 4)
     first, shorter, longer = demo_prompts(asked.jobs, least), demo_prompts(asked.jobs, short), demo_prompts(few, long)
     with RedisServer() as redis, fleet(redis.url, QUEUE, WORKERS) as workers:
-        facts = server(workers.connection)
-        workers.burst(longer[:16], long, True)  # what only first jobs do
+        facts = describe_server(workers.connection)
+        workers.run_unread(longer[:16], long, True)  # not measured: first jobs do things that later ones do not
         turns = {
-            "one": partial(workers.burst, first, least, False),
-            "short": partial(workers.burst, shorter, short, False),
-            "long": partial(workers.burst, longer, long, False),
-            "streamed": partial(workers.burst, longer, long, True),
-            "short_read": partial(workers.watched, shorter, short, False, asked.at_once),
-            "streamed_read": partial(workers.watched, longer, long, True, asked.at_once),
+            "one": partial(workers.run_unread, first, least, False),
+            "short": partial(workers.run_unread, shorter, short, False),
+            "long": partial(workers.run_unread, longer, long, False),
+            "streamed": partial(workers.run_unread, longer, long, True),
+            "short_read": partial(workers.run_read, shorter, short, False, asked.at_once),
+            "streamed_read": partial(workers.run_read, longer, long, True, asked.at_once),
         }
-        runs = in_turns(turns, asked.rounds, lambda: time.sleep(0.5))
+        runs = in_turns(turns, asked.rounds, lambda: time.sleep(REST_SECONDS))
     rounds = [costs({name: found[at] for name, found in runs.items()}) for at in range(asked.rounds)]
     return {
         "server": facts,
@@ -59,6 +65,7 @@ def job_costs(asked: argparse.Namespace) -> Values:
 
 
 def per_job(found: list[Values]) -> Values:
+    """Return what each job of a kind of run took, over its rounds."""
     keys = ("cpu_us", "command_us", "commands", "input_bytes", "output_bytes", "steps", "pieces")
     each = {key: summary([run[key] / run["jobs"] for run in found]) for key in keys}
     rates = {key: summary([run[key] for run in found]) for key in ("jobs_per_s", "share")}
@@ -67,11 +74,11 @@ def per_job(found: list[Values]) -> Values:
 
 
 def costs(of: Values) -> Values:
-    """Microseconds of Redis for a job, a worker's step and a piece of text, and for the reading of the first and last.
+    """Return the microseconds of Redis for a job, a worker's step, a piece of text, reading an end and reading a piece.
 
-    Derived: each run is so many jobs, steps and pieces, of which the workers and the streams tell how many. Two runs of
-    different lengths give the job and the step, the others what they have beside. The runs of one token are no part of
-    it: a worker that has nothing else in hand takes each job by itself.
+    They are derived: each run has a number of jobs, steps and pieces, which the workers and the streams count. Two runs
+    of different lengths give the job and the step, and the other runs give what they have beside these. The runs of one
+    token are not used: a worker without other jobs takes each of them by itself.
     """
     short, long = of["short"], of["long"]
     by = short["jobs"] * long["steps"] - long["jobs"] * short["steps"]
@@ -88,21 +95,23 @@ def costs(of: Values) -> Values:
     return {"job": job, "step": step, "piece": piece, "read": read, "piece_read": piece_read, "together": together}
 
 
-def load(asked: argparse.Namespace) -> list[Values]:
-    """Jobs of no new tokens, at which the engine has nothing to do: first so many clients enqueue while the workers are
-    suspended, then so many workers see to all of it. All of a job's talk but its reading, as fast as these can."""
+def measure_load(asked: argparse.Namespace) -> list[Values]:
+    """Return what jobs cost that clients enqueue, and workers then serve, as fast as they can; nobody reads them.
+
+    The jobs have no new tokens, so that the engine has nothing to do. The workers are suspended while clients enqueue.
+    """
     found = []
     for count in asked.load:
         with RedisServer() as redis, fleet(redis.url, QUEUE, count) as workers, ExitStack() as stack:
             clients = []
             for _ in range(count):
-                clients.append(Child([sys.executable, HERE / "busy_client.py", redis.url, QUEUE]))
+                clients.append(Child([sys.executable, BUSY_CLIENT, redis.url, QUEUE]))
                 stack.callback(clients[-1].close)
             rounds = []
             for number in range(asked.rounds):
                 progress(f"load of {count}, round {number + 1} of {asked.rounds}")
-                rounds.append(pressed(workers, clients, asked.load_seconds))
-        kinds = {kind: without_names([each[kind] for each in rounds]) for kind in ("enqueued", "served")}
+                rounds.append(run_load(workers, clients, asked.load_seconds))
+        kinds = {kind: medians_of_use([each[kind] for each in rounds]) for kind in ("enqueued", "served")}
         together = [sum(each[kind]["us_per_job"] for kind in kinds) for each in rounds]
         names = {kind: rounds[-1][kind]["by_command"] for kind in kinds}
         found.append({"processes": count, **kinds, "us_per_job": summary(together), "by_command": names})
@@ -110,10 +119,11 @@ def load(asked: argparse.Namespace) -> list[Values]:
     return found
 
 
-def pressed(workers: Fleet, clients: list[Child], seconds: float) -> Values:
+def run_load(workers: Fleet, clients: list[Child], seconds: float) -> Values:
+    """Let all clients enqueue for some seconds, then the workers serve. Return what Redis did in each of the two."""
     before = workers.finished()
     suspend(workers.connection)
-    time.sleep(1.2)  # until an idle worker looks
+    time.sleep(SUSPEND_SECONDS)
     with metered(workers.connection) as enqueued, ThreadPoolExecutor(len(clients)) as threads:
         answers = list(threads.map(lambda client: client.ask({"seconds": seconds}), clients))
     jobs = sum(answer["jobs"] for answer in answers)

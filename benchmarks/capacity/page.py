@@ -1,4 +1,4 @@
-"""Tables of what `bench_capacity.py` has found: for the terminal, and for docs/capacity.md, which `plot.py` writes."""
+"""Tables of what `capacity.py` has measured: for the terminal, and for docs/capacity.md, which `report.py` writes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from capacity_plan import KEPT_SECONDS, LENGTHS, SHARE, WORKERS, coefficients, host_bytes, planned
-
+from benchmarks.capacity.plan import KEPT_SECONDS, LENGTHS, SHARE, WORKERS, coefficients, host_bytes, planned
 from fastgpt2.bench import Values, machine_line
 
 TITLE = "# Capacity: what one Redis bears, and how to plan a thousand workers"

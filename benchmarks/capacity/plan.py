@@ -1,6 +1,6 @@
-"""The formula of `bench_capacity.py`: measured coefficients, and what they come to for so many workers.
+"""The formula by which a number of workers is planned, with the coefficients that `capacity.py` has measured.
 
-All of it is derived; nothing here measures.
+Everything here is derived; nothing is measured.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Memory of Redis by jobs, and speed and memory of workers, for `bench_capacity.py`."""
+"""Memory of Redis by jobs, and speed and memory of workers."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from capacity_fleet import RUN_SECONDS, Fleet, fleet
-from capacity_jobs import PROMPT, WORKERS, demo_prompts
-from common import progress
-from pool_runs import enqueue, mixed, wait_until
-from redis_use import memory_used
-
+from benchmarks.capacity.fleet import RUN_SECONDS, Fleet, fleet
+from benchmarks.capacity.jobs import PROMPT, WORKERS, demo_prompts
+from benchmarks.capacity.redis_use import memory_used
+from benchmarks.common import progress, wait_until
+from benchmarks.pool.pools import enqueue, mixed_prompts
 from fastgpt2 import Client
 from fastgpt2.bench import Values, summary
 from fastgpt2.engine.machine import usable_cores
@@ -25,22 +24,23 @@ from fastgpt2.worker.recycling import private_and_shared
 
 QUEUE, WAITING = "capacity", "waiting"
 LONG_PROMPT = 500
-# What is kept of a job with so many new tokens.
+# New tokens of the jobs whose kept results are measured.
 NEW_TOKENS = (20, 500)
-LOOK_SECONDS = 0.5
+# Between two readings of the workers' memory.
+READ_SECONDS = 0.5
 
 
 # Memory of Redis.
 
 
-def kept_bytes(asked: argparse.Namespace) -> list[Values]:
-    """Bytes a job: waiting ones by their prompts, finished ones by their new tokens, as long as their results are kept.
+def measure_kept_bytes(asked: argparse.Namespace) -> list[Values]:
+    """Return the bytes of a job: of waiting jobs by their prompts, of finished ones, while kept, by their new tokens.
 
-    Prompts are ids drawn at random, which RQ's compression makes little smaller; texts take less.
+    Prompts are random ids, which RQ's compression makes little smaller; texts take less.
     """
     found = []
     with RedisServer() as redis, fleet(redis.url, QUEUE, WORKERS) as workers, Client(redis.url, WAITING) as nobody:
-        workers.burst(demo_prompts(16, 20), 20, True)  # scripts, buffers, the pool's own figures
+        workers.run_unread(demo_prompts(16, 20), 20, True)  # first: scripts, buffers, the pool's own figures
         for length in (PROMPT, LONG_PROMPT):
             progress(f"memory of waiting jobs, prompts of {length}")
             prompts = demo_prompts(asked.waiting, 1, length)
@@ -48,19 +48,20 @@ def kept_bytes(asked: argparse.Namespace) -> list[Values]:
             for prompt in prompts:
                 enqueue(nobody, prompt, 1, False)
             each = (memory_used(workers.connection) - before) / asked.waiting
-            found.append(kept("waiting", asked.waiting, length, 0, False, each))
+            found.append(kept_entry("waiting", asked.waiting, length, 0, False, each))
         for tokens in NEW_TOKENS:
             for stream in (False, True):
                 progress(f"memory of finished jobs, {tokens} tokens")
                 before = memory_used(workers.connection)
-                workers.burst(demo_prompts(asked.kept, tokens), tokens, stream)
+                workers.run_unread(demo_prompts(asked.kept, tokens), tokens, stream)
                 each = (memory_used(workers.connection) - before) / asked.kept
-                found.append(kept("finished", asked.kept, PROMPT, tokens, stream, each))
+                found.append(kept_entry("finished", asked.kept, PROMPT, tokens, stream, each))
     progress("")
     return found
 
 
-def kept(state: str, jobs: int, prompt: int, tokens: int, stream: bool, each: float) -> Values:
+def kept_entry(state: str, jobs: int, prompt: int, tokens: int, stream: bool, each: float) -> Values:
+    """Return the part of the result about one kind of job."""
     sizes = {"prompt_tokens": prompt, "new_tokens": tokens, "stream": stream}
     return {"state": state, "jobs": jobs, **sizes, "bytes_each": each}
 
@@ -68,11 +69,12 @@ def kept(state: str, jobs: int, prompt: int, tokens: int, stream: bool, each: fl
 # Workers.
 
 
-def of_model(model: str, asked: argparse.Namespace) -> Values:
+def measure_workers(model: str, asked: argparse.Namespace) -> Values:
+    """Return speed and memory of workers of one model."""
     folder = find_model(model)
     config = read_config(folder / CONFIG_FILE)
     cores = usable_cores()
-    # One alone on one core; one on all of them; all cores busy with workers of one each, as many as there are.
+    # One worker on one core; one on all cores; as many workers on one core each as there are cores.
     kinds = list(dict.fromkeys([(1, 1), (1, cores), (cores, 1)]))
     entry: Values = {
         "model": model,
@@ -81,20 +83,24 @@ def of_model(model: str, asked: argparse.Namespace) -> Values:
         # Keys and values, in float32.
         "kv_bytes_per_token": 2 * config.n_layer * config.n_embd * 4,
         "n_positions": config.n_positions,
-        "pools": [pool(str(folder), config, count, threads, asked) for count, threads in kinds],
-        "memory": [memory(str(folder), count) for count in sorted({1, asked.memory_workers})],
+        "pools": [measure_speed(str(folder), config, count, threads, asked) for count, threads in kinds],
+        "memory": [measure_memory(str(folder), count) for count in sorted({1, asked.memory_workers})],
     }
     progress("")
     return entry
 
 
-def pool(folder: str, config: GPT2Config, count: int, threads: int, asked: argparse.Namespace) -> Values:
+def measure_speed(folder: str, config: GPT2Config, count: int, threads: int, asked: argparse.Namespace) -> Values:
+    """Return the tokens/s of `count` workers with `threads` cores each, and the memory that one holds meanwhile."""
     tokens, jobs = asked.worker_tokens, asked.in_flight * count
-    lengths = {"short": mixed(config, jobs, tokens, PROMPT, PROMPT), "mixed": mixed(config, jobs, tokens)}
+    lengths = {
+        "short": mixed_prompts(config, jobs, tokens, PROMPT, PROMPT),
+        "mixed": mixed_prompts(config, jobs, tokens),
+    }
     speeds: dict[str, list[float]] = {name: [] for name in lengths}
     privates: list[float] = []
     with RedisServer() as redis, fleet(redis.url, QUEUE, count, folder, threads) as workers:
-        for prompt in lengths["short"][:count]:  # what only a first job does
+        for prompt in lengths["short"][:count]:  # not measured: a first job does things that later ones do not
             workers.client.enqueue(prompt, max_new_tokens=2, ignore_eos=True).result(RUN_SECONDS)
         for number in range(asked.rounds):
             for name, prompts in lengths.items():
@@ -107,31 +113,35 @@ def pool(folder: str, config: GPT2Config, count: int, threads: int, asked: argpa
         "jobs": jobs,
         "prompt_tokens": {name: statistics.mean(map(len, prompts)) for name, prompts in lengths.items()},
         "tokens_per_s": {name: summary(found) for name, found in speeds.items()},
-        # With the keys and values of the jobs in hand; of its first process, where it has helpers.
+        # With the keys and values of the running jobs; of the first process only, where a worker has helpers.
         "private_bytes_at_most": max(privates),
     }
 
 
 def timed(workers: Fleet, prompts: Sequence[list[int]], tokens: int, privates: list[float]) -> float:
-    """Seconds from the first enqueue to the last end. Meanwhile each worker's own memory is looked at now and then."""
-    expected, look_at = workers.finished() + len(prompts), 0.0
+    """Return the seconds from the first enqueue to the last end.
+
+    Args:
+        privates: gets the bytes of each worker's own memory, read now and then meanwhile.
+    """
+    expected, read_at = workers.finished() + len(prompts), 0.0
     began = time.monotonic()
     for prompt in prompts:
         enqueue(workers.client, prompt, tokens, False)
 
     def done() -> bool:
-        nonlocal look_at
-        if time.monotonic() >= look_at:
+        nonlocal read_at
+        if time.monotonic() >= read_at:
             privates.extend(private for private, _ in sizes(workers))
-            look_at = time.monotonic() + LOOK_SECONDS
+            read_at = time.monotonic() + READ_SECONDS
         return workers.finished() >= expected
 
     wait_until(done, f"{len(prompts)} jobs to be finished", RUN_SECONDS)
     return time.monotonic() - began
 
 
-def memory(folder: str, count: int) -> Values:
-    """What idle workers, warmed up, hold each: pages of their own, and pages that others map too."""
+def measure_memory(folder: str, count: int) -> Values:
+    """Return what idle workers hold: each its own pages and those that others map too, and all of them together."""
     progress(f"memory of {count} workers")
     with RedisServer() as redis, fleet(redis.url, QUEUE, count, folder) as workers:
         found = sizes(workers)
@@ -141,10 +151,11 @@ def memory(folder: str, count: int) -> Values:
 
 
 def sizes(workers: Fleet) -> list[tuple[int, int]]:
+    """Return the bytes of each worker's own pages, and of those that others map too."""
     return [found for each in workers.processes if (found := private_and_shared(str(each.pid))) is not None]
 
 
 def pss(pid: int) -> int:
-    """Bytes of a process, a page that k processes map counted as 1/k: over all of them, what they take together."""
+    """Return the bytes of a process, a page that k processes map counted as 1/k: the sum is what all take together."""
     lines: list[Any] = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
