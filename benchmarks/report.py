@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 # matplotlib is for this script only, and not in the environment that the checks run in.
 # mypy: disable-error-code="import-not-found,import-untyped"
-"""Results -> docs/results.md, docs/capacity.md and the pictures in docs/img/: from the JSON files that are there alone.
+"""The pages docs/results.md and docs/capacity.md and the pictures in docs/img/, made from the results of the scripts.
 
     pip install matplotlib
-    python benchmarks/plot.py                                 # reads benchmarks/results/*.json
+    python benchmarks/report.py                               # reads benchmarks/results/*.json
 
-A section for each file, naming its machine and date; of what was not measured, nothing is said. Run again after any of
-the other scripts. With --no-plots only the tables, without matplotlib.
+Each result gets a section that names its machine and date. Run this script again after any of the other scripts. With
+--no-plots it needs no matplotlib: it writes the tables and shows the pictures that are there already.
 """
 
 from __future__ import annotations
@@ -28,10 +28,7 @@ from fastgpt2.bench import Values, machine_line
 
 DOCS = HERE.parent / "docs"
 COLORS = ("#1b6ca8", "#e07b39", "#4f9d69", "#8a5a9e", "#c23b4b", "#7f7f7f")
-# What numbers are of, in the order of the page.
-ORDER = ("engine", "drafts", "weights", "profile", "cold_start", "memory", "prefixes", "pool", "endpoint", "peers")
-
-# Draws a picture of a name and gives the Markdown that shows it.
+# Draws a picture, given its name, its title and what fills it, and returns the Markdown that shows it.
 Draw = Callable[[str, str, Callable[[Any], None]], str]
 
 
@@ -39,46 +36,57 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="default: benchmarks/results")
     parser.add_argument("--docs", type=Path, default=DOCS, help="default: docs")
-    parser.add_argument("--no-plots", action="store_true", help="tables only")
+    parser.add_argument("--no-plots", action="store_true", help="draw no pictures")
     asked = parser.parse_args()
     found = [(path.stem, json.loads(path.read_text("utf-8"))) for path in sorted(asked.results.glob("*.json"))]
     capacity = [result for stem, result in found if stem == "capacity"]
-    found = [(stem, result) for stem, result in found if result.get("benchmark") in ORDER]
-    found.sort(key=lambda item: (ORDER.index(item[1]["benchmark"]), item[0]))
-    draw = no_drawing if asked.no_plots else drawing_into(asked.docs / "img")
+    order = list(SECTIONS)
+    found = [(stem, result) for stem, result in found if result.get("benchmark") in SECTIONS]
+    found.sort(key=lambda item: (order.index(item[1]["benchmark"]), item[0]))
+    pictures = asked.docs / "img"
+    draw = showing_from(pictures) if asked.no_plots else drawing_into(pictures)
     page = asked.docs / "results.md"
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(written(found, draw), "utf-8")
+    page.write_text(results_page(found, draw), "utf-8")
     print(f"{page}: {len(found)} results")
-    for result in capacity:  # a page of its own, for whoever plans
-        (asked.docs / "capacity.md").write_text(capacity_page.written(result, markdown), "utf-8")
+    for result in capacity:  # a page of its own, for whoever plans a pool
+        (asked.docs / "capacity.md").write_text(capacity_page.page(result, markdown), "utf-8")
 
 
-def written(found: Sequence[tuple[str, Values]], draw: Draw) -> str:
+def results_page(found: Sequence[tuple[str, Values]], draw: Draw) -> str:
+    """Return the page of all results.
+
+    Args:
+        found: the name of each result's file, and the result.
+    """
     lines = [
         "# Results",
         "",
-        "Made by `benchmarks/plot.py` from the files in `benchmarks/results/`: do not edit. What is measured, and how,",
-        "is said at the head of each script; [benchmarks/README.md](../benchmarks/README.md) tells which to run.",
-        "Medians, with quartiles in brackets; what is compared took turns in one run, and ratios are of one run.",
+        "For whoever wants to know how fast fastgpt2 is and how much memory it takes, and on which machine.",
+        "",
+        "Made by `benchmarks/report.py` from the files in `benchmarks/results/`: do not edit. The head of each script",
+        "says what is measured, and how; [benchmarks/README.md](../benchmarks/README.md) says which script to run.",
+        "Figures are medians, with quartiles in brackets. Things that are compared took turns in one run,",
+        "and ratios are taken within a run.",
         "",
     ]
     if not found:
         lines += ["Nothing has been measured yet.", ""]
     for stem, result in found:
-        title, section = SECTIONS[result["benchmark"]]
+        title, script, section = SECTIONS[result["benchmark"]]
         suffix = stem.removeprefix(result["benchmark"]).strip("-_")
         lines += [f"## {title}{f' ({suffix})' if suffix else ''}", ""]
-        lines += [f"{machine_line(result['machine'])}. Script: `bench_{result['benchmark']}.py`.", ""]
+        lines += [f"{machine_line(result['machine'])}. Script: `benchmarks/{script}`.", ""]
         if result["options"].get("note"):
             lines += [result["options"]["note"], ""]
         for entry in result["models"]:
-            entry["model"] = Path(entry["model"]).name  # where it lies is of no interest
+            entry["model"] = Path(entry["model"]).name
             lines += [f"### {entry['model']}", "", *section(f"{stem}-{slug(entry['model'])}", entry, draw)]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def engine(name: str, entry: Values, draw: Draw) -> list[str]:
+def engine_lines(name: str, entry: Values, draw: Draw) -> list[str]:
+    """Return the lines about steps, prompts and contexts of each engine."""
     rates = ", ".join(f"{n}: {rate['median']:.1f}" for n, rate in entry["bandwidth_gb_per_s"].items())
     lines = [
         f"{entry['step_mb']:.1f} MB of weights a step. Memory, GB/s by number of processes that read: {rates}.",
@@ -131,7 +139,8 @@ def engine(name: str, entry: Values, draw: Draw) -> list[str]:
     return lines
 
 
-def drafts(_name: str, entry: Values, _draw: Draw) -> list[str]:
+def drafts_lines(_name: str, entry: Values, _draw: Draw) -> list[str]:
+    """Return the lines about engines that draft and one that does not."""
     rows = []
     for batch, found in entry["batches"].items():
         for how, e in found.items():
@@ -148,7 +157,8 @@ def drafts(_name: str, entry: Values, _draw: Draw) -> list[str]:
     ]
 
 
-def weights(_name: str, entry: Values, _draw: Draw) -> list[str]:
+def weights_lines(_name: str, entry: Values, _draw: Draw) -> list[str]:
+    """Return the lines about the quality of compact weights."""
     rows = []
     for name, e in entry["weights"].items():
         cells = [name, f"{e['mb']:.1f}", f"{e['perplexity']:.2f}", f"{e['agreement']:.2%}", f"{e['difference']:.4f}"]
@@ -158,7 +168,8 @@ def weights(_name: str, entry: Values, _draw: Draw) -> list[str]:
     return [f"{entry['places']} tokens of held-out text.", "", *markdown(headers, rows), ""]
 
 
-def profile(_name: str, entry: Values, _draw: Draw) -> list[str]:
+def step_parts_lines(_name: str, entry: Values, _draw: Draw) -> list[str]:
+    """Return the lines about the parts of a step, and what it allocates."""
     times = entry["time"]
     rows = [
         [part, *(f"{t['parts_ms'][part]['median']:.3f}" for t in times)]
@@ -173,7 +184,8 @@ def profile(_name: str, entry: Values, _draw: Draw) -> list[str]:
     return [*lines, *markdown(headers, rows), ""]
 
 
-def cold_start(name: str, entry: Values, draw: Draw) -> list[str]:
+def cold_start_lines(name: str, entry: Values, draw: Draw) -> list[str]:
+    """Return the lines about whole processes."""
     who = [peer for peer in ("fastgpt2", "transformers", "python") if peer in entry]
     labels = {"python": "`python` that does nothing"}
     keys = {"whole_process": "whole process", "imports": "imports", "ready": "ready", "first_token": "first token"}
@@ -196,7 +208,8 @@ def cold_start(name: str, entry: Values, draw: Draw) -> list[str]:
     return [*lines, draw(name, f"{entry['model']}: a whole process, {entry['tokens']} tokens", bars), ""]
 
 
-def memory(name: str, entry: Values, draw: Draw) -> list[str]:
+def memory_lines(name: str, entry: Values, draw: Draw) -> list[str]:
+    """Return the lines about the memory of idle engines."""
     found = entry["engines"]
     parts = {"weights": "weights", "state": "KV cache and activations", "rest": "the rest"}
     rows = []
@@ -226,7 +239,8 @@ def memory(name: str, entry: Values, draw: Draw) -> list[str]:
     return [*markdown(headers, rows), "", draw(name, f"{entry['model']}: memory by engines", bars), ""]
 
 
-def peers(name: str, entry: Values, draw: Draw) -> list[str]:
+def peers_lines(name: str, entry: Values, draw: Draw) -> list[str]:
+    """Return the lines about ours beside the peers."""
     found = entry["peers"]
     batches = list(next(iter(found.values()))["batches"])
     headers = ["", "ms/token alone", *(f"tokens/s, {batch} together" for batch in batches)]
@@ -242,7 +256,7 @@ def peers(name: str, entry: Values, draw: Draw) -> list[str]:
         cells.append(f"{spread(e['prefill']['ms'], 0)}; {e['prefill']['ratio']:.2f}")
         cells.append(f"{e['import_ms']['median'] + e['load_ms']['median']:.0f}")
         rows.append([*cells, f"{e['same_ids']['equal']} of {e['same_ids']['sequences']}"])
-    lines = [*markdown(headers, rows), "", "After a semicolon: that by ours.", ""]
+    lines = [*markdown(headers, rows), "", "After a semicolon: the same, divided by ours.", ""]
     for peer, reason in entry["skipped"].items():
         lines += [f"{peer} was not measured: {reason}.", ""]
 
@@ -266,7 +280,8 @@ def peers(name: str, entry: Values, draw: Draw) -> list[str]:
     return [*lines, draw(f"{name}-all", f"{entry['model']}: peers, {entry['threads']} threads", bars), ""]
 
 
-def prefixes(_name: str, entry: Values, _draw: Draw) -> list[str]:
+def prefixes_lines(_name: str, entry: Values, _draw: Draw) -> list[str]:
+    """Return the lines about prompts that begin alike."""
     labels = {
         "without": "nothing kept",
         "with": f"{entry['header']} tokens known, {entry['own']} read",
@@ -280,13 +295,15 @@ def prefixes(_name: str, entry: Values, _draw: Draw) -> list[str]:
         *markdown([f"a prompt of {length} tokens", "ms to the first token, or of a copy"], rows),
         "",
         f"Processes {entry['processes']}, batch-invariant {yes_no(entry['exact'])}, {entry['block_mb']:.1f} MB a block "
-        f"of 32. Nothing kept / known: {entry['ratio']:.1f}; the same {entry['tokens']} tokens for {same['equal']} of "
-        f"{same['prompts']} prompts. To keep a new prompt takes {entry['kept_share']:.1%} of the time to read it.",
+        f"of 32. Time with nothing kept / time with tokens known: {entry['ratio']:.1f}; the same {entry['tokens']} "
+        f"tokens for {same['equal']} of {same['prompts']} prompts. To keep a new prompt takes {entry['kept_share']:.1%} "
+        "of the time to read it.",
         "",
     ]
 
 
-def pool(name: str, entry: Values, draw: Draw) -> list[str]:
+def pool_lines(name: str, entry: Values, draw: Draw) -> list[str]:
+    """Return the lines about the pools, and what the queue costs."""
     labels = {
         "one": f"1 worker, up to {entry['pools']['one']['max_batch']} jobs at once",
         "two": "2 workers",
@@ -311,12 +328,17 @@ def pool(name: str, entry: Values, draw: Draw) -> list[str]:
         "two/stock": "2 workers / stock",
     }
     ratios = [[jobs, *(f"{found[pair]:.2f}" for pair in pairs)] for jobs, found in entry["ratios"].items()]
-    lines += ["Times the tokens/s, prompts of mixed lengths:", "", *markdown(["jobs", *pairs.values()], ratios), ""]
+    lines += [
+        "How many times as many tokens/s, prompts of mixed lengths:",
+        "",
+        *markdown(["jobs", *pairs.values()], ratios),
+        "",
+    ]
     ms, redis, alone = entry["overhead"]["ms"], entry["redis"], entry["alone"]
     lines += [
-        f"The queue's part of a job, from the enqueue to the result in the client's hands: {ms['median']:.1f} ms, 95 "
-        f"of 100 below {ms['p95']:.1f}. Talk with Redis beside the steps, {redis['jobs']} jobs: "
-        f"{redis['streamed']['share']['median']:.1%} of their time with streams, "
+        f"What the queue adds to a job, from the enqueue to the result in the client's hands: {ms['median']:.1f} ms, "
+        f"95 of 100 below {ms['p95']:.1f}. The worker's time with Redis, {redis['jobs']} jobs: "
+        f"{redis['streamed']['share']['median']:.1%} of the time of its steps with streams, "
         f"{redis['not_streamed']['share']['median']:.1%} without. A lone job takes "
         f"{alone['not_streamed']['token_ratio']:.3f} times as long a token as an engine without a queue, "
         f"{alone['streamed']['token_ratio']:.3f} times with a stream.",
@@ -336,12 +358,13 @@ def pool(name: str, entry: Values, draw: Draw) -> list[str]:
     return [*lines, draw(name, f"{entry['model']}: tokens a second by jobs waiting", curves), ""]
 
 
-def endpoint(name: str, entry: Values, draw: Draw) -> list[str]:
+def endpoint_lines(name: str, entry: Values, draw: Draw) -> list[str]:
+    """Return the lines about what the endpoint adds, and its streams."""
     over, cells = entry["overhead"], entry["streams"]
     names = {
         "client": "`Client.enqueue(...).result()`",
         "endpoint": "`POST /v1/completions`",
-        "added": "more, request by request",
+        "added": "what the endpoint adds, request by request",
         "health": "`GET /health`, which asks nobody",
     }
     lines = markdown(["a request of 8 tokens and 1 new one", "ms"], [[names[key], spread(over[key])] for key in names])
@@ -378,21 +401,23 @@ def endpoint(name: str, entry: Values, draw: Draw) -> list[str]:
     return [*lines, "", draw(name, f"{entry['model']}: what a core of the endpoint passes on", curve), ""]
 
 
-SECTIONS: dict[str, tuple[str, Callable[[str, Values, Draw], list[str]]]] = {
-    "engine": ("Speed of the engine", engine),
-    "drafts": ("Drafts", drafts),
-    "weights": ("Compact weights: quality", weights),
-    "profile": ("Where the time of a step goes", profile),
-    "cold_start": ("Cold start", cold_start),
-    "memory": ("Memory by workers", memory),
-    "prefixes": ("Prompts that begin alike", prefixes),
-    "pool": ("Many jobs at once", pool),
-    "endpoint": ("The endpoint", endpoint),
-    "peers": ("Peers", peers),
+# In the order of the page, by the name of the benchmark in a result: title, script, and what makes the lines.
+SECTIONS: dict[str, tuple[str, str, Callable[[str, Values, Draw], list[str]]]] = {
+    "engine": ("Speed of the engine", "engine/step.py", engine_lines),
+    "drafts": ("Drafts", "engine/drafts.py", drafts_lines),
+    "weights": ("Compact weights: quality", "engine/weights.py", weights_lines),
+    "profile": ("Where the time of a step goes", "engine/step_parts.py", step_parts_lines),
+    "cold_start": ("Cold start", "engine/cold_start.py", cold_start_lines),
+    "memory": ("Memory by workers", "engine/memory.py", memory_lines),
+    "prefixes": ("Prompts that begin alike", "engine/prefixes.py", prefixes_lines),
+    "pool": ("Many jobs at once", "pool/pool.py", pool_lines),
+    "endpoint": ("The endpoint", "endpoint/endpoint.py", endpoint_lines),
+    "peers": ("Peers", "peers/peers.py", peers_lines),
 }
 
 
 def drawing_into(folder: Path) -> Draw:
+    """Return a function that draws pictures into a folder, by matplotlib."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -403,7 +428,7 @@ def drawing_into(folder: Path) -> Draw:
     folder.mkdir(parents=True, exist_ok=True)
 
     def draw(name: str, title: str, fill: Callable[[Any], None]) -> str:
-        whole = name.endswith("-all")  # several charts in one picture: it takes the figure
+        whole = name.endswith("-all")  # several charts in one picture: `fill` gets the figure
         figure = Figure(figsize=(10 if whole else 6.4, 3.6), layout="constrained")
         figure.suptitle(title)
         if whole:
@@ -414,30 +439,39 @@ def drawing_into(folder: Path) -> Draw:
             axes.set_axisbelow(True)
             fill(axes)
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-        return f"![{title}](img/{name}.svg)"
+        return picture(name, title)
 
     return draw
 
 
-def no_drawing(_name: str, _title: str, _fill: Callable[[Any], None]) -> str:
-    return ""
+def showing_from(folder: Path) -> Draw:
+    """Return a function that draws nothing, and shows the pictures of a folder."""
+    return lambda name, title, _fill: picture(name, title) if (folder / f"{name}.svg").exists() else ""
+
+
+def picture(name: str, title: str) -> str:
+    """Return the Markdown that shows a picture."""
+    return f"![{title}](img/{name}.svg)"
 
 
 def markdown(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table, the first column aligned to the left and the others to the right."""
     lines = [headers, ["---", *["--:"] * (len(headers) - 1)], *rows]
     return ["| " + " | ".join(cells) + " |" for cells in lines]
 
 
 def spread(stat: dict[str, float], digits: int = 2) -> str:
+    """Return median and quartiles as text."""
     return f"{stat['median']:.{digits}f} ({stat['q1']:.{digits}f}-{stat['q3']:.{digits}f})"
 
 
 def yes_no(value: bool) -> str:
+    """Return "yes" or "no"."""
     return "yes" if value else "no"
 
 
 def slug(model: str) -> str:
-    """A model's name, or the last part of a folder's, as part of a file's."""
+    """Return a model's name, or the last part of its folder's, as part of a file's name."""
     return "".join(c if c.isalnum() or c == "-" else "-" for c in Path(model).name)
 
 

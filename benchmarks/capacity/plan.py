@@ -12,25 +12,34 @@ from typing import Any
 from fastgpt2.bench import Values
 
 WORKERS = 1000
-# New tokens a job.
+# New tokens of a job.
 LENGTHS = (32, 128, 500)
-# Beyond so much of its core, what is asked of a Redis begins to wait for what was asked before.
+# When more of its core is taken, a Redis makes commands wait for those before them.
 SHARE = 0.7
-# Connections for clients and endpoints.
+# Connections that are left for clients and endpoints.
 SPARE_CONNECTIONS = 1000
 KEPT_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
 class Coefficients:
-    """Of Redis in microseconds of its main thread and bytes, of a worker that uses one core.
+    """What one worker that uses one core, and its jobs, take of Redis and of a host.
+
+    Costs of Redis are microseconds of its main thread, and bytes.
 
     Attributes:
-        beside: a second, of a worker that is busy: its lease.
-        idle: a second, of a worker that waits.
-        kept, kept_token: of a finished job and of each of its new tokens; `kept_stream`, `kept_piece` more if streamed.
-        tokens_per_s: of a worker, all cores busy with such workers.
-        weights, private, kv_token: bytes of a host, of each worker, of each position of a job in hand.
+        job, step, piece: costs of a job, of a worker's step, of a piece of streamed text.
+        read, piece_read: costs of reading a job's end, and a piece of streamed text.
+        beside: cost per second of a busy worker beside its jobs: its lease.
+        idle: cost per second of a worker that waits.
+        connections, redis_bytes: connections to Redis, and bytes of Redis, of a worker.
+        kept, kept_token: bytes of a finished job, and of each of its new tokens.
+        kept_stream, kept_piece: bytes that a streamed job takes beside these, and each of its pieces.
+        tokens_per_s: of a worker, while all cores are busy with such workers.
+        in_flight: jobs that a worker runs at once.
+        weights, private: bytes of a host that its workers share, and bytes of each worker.
+        kv_token: bytes of each position of a running job.
+        maxclients: the most connections of Redis.
     """
 
     job: float
@@ -55,7 +64,7 @@ class Coefficients:
 
 
 def coefficients(result: Values, entry: Values) -> Coefficients | None:
-    """Of one model; None if a part was not measured."""
+    """Return the coefficients of one model, None if a part was not measured."""
     if not all(part in result for part in ("redis", "idle", "memory")) or "pools" not in entry:
         return None
     redis, fleet = result["redis"], result["idle"]["counts"][-1]
@@ -89,13 +98,18 @@ def coefficients(result: Values, entry: Values) -> Coefficients | None:
 
 
 def is_finished(each: Values, stream: bool) -> bool:
+    """Tell whether an entry about memory is about finished jobs, streamed or not."""
     return bool(each["state"] == "finished" and each["stream"] == stream)
 
 
 def planned(c: Coefficients, tokens: int, stream: bool, workers: int = WORKERS) -> dict[str, Any]:
-    """So many busy workers, and jobs of so many new tokens, all of them read, with a piece of text a token if streamed.
+    """Return what busy workers and their jobs take, and how many of these workers one Redis bears.
 
-    The tokens/s are taken to be those measured, whatever the jobs' length.
+    All jobs are read; a streamed job has a piece of text for each token. The tokens/s are taken to be those measured,
+    whatever the jobs' length.
+
+    Args:
+        tokens: new tokens of each job.
     """
     tokens_per_s = workers * c.tokens_per_s
     jobs_per_s = tokens_per_s / tokens
@@ -125,5 +139,9 @@ def planned(c: Coefficients, tokens: int, stream: bool, workers: int = WORKERS) 
 
 
 def host_bytes(c: Coefficients, workers: int, positions: int) -> float:
-    """RAM of a host, with so many positions in each job in hand."""
+    """Return the bytes of memory of a host.
+
+    Args:
+        positions: of each running job.
+    """
     return c.weights + workers * (c.private + c.in_flight * positions * c.kv_token)
