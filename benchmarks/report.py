@@ -296,8 +296,8 @@ def prefixes_lines(_name: str, entry: Values, _draw: Draw) -> list[str]:
         "",
         f"Processes {entry['processes']}, batch-invariant {yes_no(entry['exact'])}, {entry['block_mb']:.1f} MB a block "
         f"of 32. Time with nothing kept / time with tokens known: {entry['ratio']:.1f}; the same {entry['tokens']} "
-        f"tokens for {same['equal']} of {same['prompts']} prompts. To keep a new prompt takes {entry['kept_share']:.1%} "
-        "of the time to read it.",
+        f"tokens for {same['equal']} of {same['prompts']} prompts. To keep a new prompt takes "
+        f"{entry['kept_share']:.1%} of the time to read it.",
         "",
     ]
 

@@ -16,10 +16,10 @@ All of them have the demo model's tokenizer.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -32,12 +32,14 @@ from fastgpt2.engine.model.weights import expected_shapes
 
 DEMO = Path(fastgpt2.__file__).parent / "models" / "demo"
 SAFETENSORS, CONFIG = "model.safetensors", "config.json"
-SIZES = {"n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024, "vocab_size": 50257}
+SIZES = {"n_embd": 768, "n_head": 12, "n_positions": 1024}
 N_EMBD, N_HEAD = SIZES["n_embd"], SIZES["n_head"]
 # The logit of tokens that the demo model does not have. The last number of a vector is 1 behind the last layer norm;
 # its weight is this for those tokens, and zero for every token of the demo model.
 NEVER = -1e4
 SEED = 2019
+# Standard deviation of the table of positions, by kind.
+PLACES = {"repeating": 0.02, "unrepeating": 2.0}
 
 Array = NDArray[np.float64]
 Shapes = dict[str, tuple[int, ...]]
@@ -45,16 +47,31 @@ Tensors = dict[str, NDArray[np.float32]]
 
 
 def main() -> None:
-    kind, folder = sys.argv[1], Path(sys.argv[2])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=("english", *PLACES))
+    parser.add_argument("folder", type=Path, metavar="OUT")
+    parser.add_argument("--layers", type=int, default=12, help="default: 12, as gpt2 has")
+    parser.add_argument("--vocabulary", type=int, default=50257, help="tokens; default: 50257, as gpt2 has")
+    options = parser.parse_args()
+    kind, folder = options.kind, options.folder
     folder.mkdir(parents=True, exist_ok=True)
     config = json.loads((DEMO / CONFIG).read_text())
+    if options.layers < config["n_layer"] or options.vocabulary < config["vocab_size"]:
+        parser.error("the demo model has {n_layer} layers and {vocab_size} tokens: fewer have no room".format(**config))
     # With the zeros the variance is smaller, so what a layer norm adds to it must be smaller too.
     epsilon = config["layer_norm_epsilon"] * config["n_embd"] / N_EMBD
-    config |= {**SIZES, "layer_norm_epsilon": epsilon, "tie_word_embeddings": kind != "english", "dtype": "float32"}
+    config |= {
+        **SIZES,
+        "n_layer": options.layers,
+        "vocab_size": options.vocabulary,
+        "layer_norm_epsilon": epsilon,
+        "tie_word_embeddings": kind != "english",
+        "dtype": "float32",
+    }
     (folder / CONFIG).write_text(json.dumps(config, indent=2))
     shutil.copy(DEMO / "tokenizer.json", folder)
     shapes = expected_shapes(read_config(folder / CONFIG))
-    tensors = english(shapes) if kind == "english" else at_random(shapes, {"repeating": 0.02, "unrepeating": 2.0}[kind])
+    tensors = english(shapes) if kind == "english" else at_random(shapes, PLACES[kind])
     save_file(tensors, folder / SAFETENSORS)
 
 
@@ -66,7 +83,8 @@ def at_random(shapes: Shapes, places: float) -> Tensors:
     """
     rng = np.random.default_rng(SEED)
     config = read_config(DEMO / CONFIG)
-    deep = 0.02 / math.sqrt(2 * SIZES["n_layer"])
+    layers = sum(name.endswith("ln_1.weight") for name in shapes)
+    deep = 0.02 / math.sqrt(2 * layers)
     tensors = {}
     for name, shape in shapes.items():
         if name == "lm_head.weight":

@@ -143,8 +143,8 @@ class Pools:
             self._stack = self._stack.pop_all()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._stack.__exit__(*error)
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
 
     def _command(self, name: str, kind: Kind) -> list[str]:
         if kind.stock:
