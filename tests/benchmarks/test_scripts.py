@@ -114,7 +114,7 @@ def test_pages_in_docs_are_those_of_the_results_in_the_clone(tmp_path: Path) -> 
 def test_a_checkpoint_of_gpt2s_width_has_the_demo_models_texts(tmp_path: Path) -> None:
     from fastgpt2 import Engine
 
-    done = run("engine/checkpoints.py", "english", str(tmp_path), "--layers", "6", "--vocabulary", "3000")
+    done = run("engine/checkpoints.py", "english", str(tmp_path), "--layers", "5", "--vocabulary", "2100")
     assert done.returncode == 0, done.stderr
     prompt: dict[str, Any] = {"prompts": "My name is", "max_new_tokens": 8}
     large, demo = (Engine.load(model, prefix_memory=0, drafts="off") for model in (str(tmp_path), "demo"))
