@@ -122,6 +122,15 @@ def test_a_checkpoint_of_gpt2s_width_has_the_demo_models_texts(tmp_path: Path) -
     assert large.generate(**prompt).token_ids == demo.generate(**prompt).token_ids
 
 
+def test_a_jobs_path_is_counted() -> None:
+    command = [sys.executable, "tools/job_path.py", "--jobs", "4", "--tokens", "4", "--json"]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["path"]["both"]["files"] > 10
+    assert all(sent[side] > 0 for sent in result["bytes"].values() for side in ("client", "worker"))
+
+
 def test_containers(tmp_path: Path) -> None:
     if reason := why_not():
         pytest.skip(reason)
