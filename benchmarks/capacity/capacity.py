@@ -14,7 +14,7 @@ redis    jobs of 1, --short and --long new tokens through two workers, with stre
          suspended, then served by as many workers; the jobs have no new tokens, so that the engine has nothing to do
 idle     CPU, commands, connections and memory of Redis for 1, 8 and 32 idle workers; the leases of --leases workers,
          renewed once a second from one process; what reads the entries of all of these workers
-memory   bytes of Redis by job: waiting with short and long prompts, finished with 20 and 500 new tokens
+memory   bytes of Redis by job: waiting with short and long prompts, finished with few and many new tokens
 workers  for each model: tokens/s of one worker with one core, of one with all cores, of as many as there are cores;
          memory of 1 worker and of --memory-workers workers
 The plan for a thousand workers is derived from all of these: see `plan.py`.
@@ -38,8 +38,9 @@ from fastgpt2.bench import Values, table
 
 PARTS = ("redis", "idle", "memory", "workers")
 QUICK = {
-    "jobs": 64, "short": 4, "long": 16, "load": [1], "load_seconds": 0.3, "idle": [1], "idle_seconds": 1.0,
-    "leases": 100, "waiting": 100, "kept": 8, "worker_tokens": 4, "in_flight": 4, "memory_workers": 1,
+    "jobs": 64, "short": 4, "long": 16, "load": [1], "load_seconds": 0.3, "idle": [1], "settle_seconds": 1.0,
+    "idle_seconds": 1.0, "leases": 100, "waiting": 100, "kept": 8, "kept_tokens": [4, 16], "worker_tokens": 4,
+    "in_flight": 4, "memory_workers": 1,
 }  # fmt: skip
 
 
@@ -59,12 +60,16 @@ def main() -> None:
     )
     arguments.add_argument("--load-seconds", type=float, default=1.0, help="how long clients enqueue; default: 1")
     arguments.add_argument("--idle", type=numbers, default=[1, 8, 32], help="idle workers; default: 1,8,32")
+    arguments.add_argument(
+        "--settle-seconds", type=float, default=6.0, help="how long they may settle before that; default: 6"
+    )
     arguments.add_argument("--idle-seconds", type=float, default=10.0, help="how long to watch them; default: 10")
     arguments.add_argument(
         "--leases", type=int, default=1000, help="workers of which there are only leases; default: 1000"
     )
     arguments.add_argument("--waiting", type=int, default=1000, help="jobs that wait; default: 1000")
     arguments.add_argument("--kept", type=int, default=100, help="jobs that are finished; default: 100")
+    arguments.add_argument("--kept-tokens", type=numbers, default=[20, 500], help="their new tokens; default: 20,500")
     arguments.add_argument(
         "--worker-tokens", type=int, default=32, help="new tokens of a job, for a model's speed; default: 32"
     )

@@ -27,8 +27,6 @@ from fastgpt2.system.redis_server import RedisServer
 from fastgpt2.worker.liveness import BEAT_SECONDS, Lease
 
 QUEUE = "capacity"
-# By then a worker has done what it does only at its start, and its first heartbeat.
-SETTLE_SECONDS = 6.0
 READS = 20
 
 
@@ -48,7 +46,8 @@ def measure_fleet(count: int, asked: argparse.Namespace) -> Values:
     progress(f"{count} idle workers")
     with RedisServer() as redis, fleet(redis.url, QUEUE, count) as workers:
         connection = workers.connection
-        time.sleep(SETTLE_SECONDS)
+        # By then a worker has done what it does only at its start, and its first heartbeat.
+        time.sleep(asked.settle_seconds)
         with metered(connection) as used:
             time.sleep(asked.idle_seconds)
         progress("")

@@ -24,8 +24,6 @@ from fastgpt2.worker.recycling import private_and_shared
 
 QUEUE, WAITING = "capacity", "waiting"
 LONG_PROMPT = 500
-# New tokens of the jobs whose kept results are measured.
-NEW_TOKENS = (20, 500)
 # Between two readings of the workers' memory.
 READ_SECONDS = 0.5
 
@@ -49,7 +47,7 @@ def measure_kept_bytes(asked: argparse.Namespace) -> list[Values]:
                 enqueue(nobody, prompt, 1, False)
             each = (memory_used(workers.connection) - before) / asked.waiting
             found.append(kept_entry("waiting", asked.waiting, length, 0, False, each))
-        for tokens in NEW_TOKENS:
+        for tokens in asked.kept_tokens:
             for stream in (False, True):
                 progress(f"memory of finished jobs, {tokens} tokens")
                 before = memory_used(workers.connection)
