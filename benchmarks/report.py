@@ -60,9 +60,7 @@ def results_page(found: Sequence[tuple[str, Values]], draw: Draw) -> str:
         found: the name of each result's file, and the result.
     """
     lines = [
-        "# Results",
-        "",
-        "For whoever wants to know how fast fastgpt2 is and how much memory it takes, and on which machine.",
+        "# Results\n\nFor everyone who doubts a figure, or wants to compare: all measurements, each with its machine.",
         "",
         "Made by `benchmarks/report.py` from the files in `benchmarks/results/`: do not edit. The head of each script",
         "says what is measured, and how; [benchmarks/README.md](../benchmarks/README.md) says which script to run.",

@@ -9,10 +9,11 @@ from typing import NamedTuple
 from benchmarks.capacity.plan import KEPT_SECONDS, LENGTHS, SHARE, WORKERS, coefficients, host_bytes, planned
 from fastgpt2.bench import Values, machine_line
 
-TITLE = "# Capacity: what one Redis bears, and how to plan a thousand workers"
+TITLE = """# Capacity: what one Redis bears, and how to plan a thousand workers
+
+For planners of a large pool: formulas, and the measurements that they rest on."""
 HEAD = (
-    "For whoever plans how many workers, hosts and Redis servers a load needs. Made by `benchmarks/report.py` from "
-    "`benchmarks/results/capacity.json`: do not edit. The head of `benchmarks/capacity/capacity.py` says how it is "
+    "Made by `benchmarks/report.py` from `benchmarks/results/capacity.json`: do not edit. The head of `benchmarks/capacity/capacity.py` says how it is "
     "measured. All figures are medians. A core of Redis is its main thread, which carries out all commands."
 )
 

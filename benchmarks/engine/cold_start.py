@@ -44,8 +44,6 @@ from benchmarks.common import (
 from fastgpt2.bench import Values, median, summary, table
 from fastgpt2.engine.model.hub import find_model
 
-TRANSFORMERS_GENERATE = HERE / "peers" / "transformers_generate.py"
-QUICK = {"tokens": 4}
 IMPORTS = "import fastgpt2.cli, fastgpt2.engine.decoding.decoder, fastgpt2.engine.loading, tokenizers"
 LABELS = {
     "whole_process": "whole process",
@@ -55,6 +53,8 @@ LABELS = {
     "token": "a further token",
     "total": "in the process",
 }
+TRANSFORMERS_GENERATE = HERE / "peers" / "transformers_generate.py"
+QUICK = {"tokens": 4}
 
 
 def main() -> None:
