@@ -1,8 +1,8 @@
-"""What the scripts beside this one share: options, turns, child processes, results as a file.
+"""What the benchmark scripts share: options, turns, child processes, and results as files.
 
-How all of them measure: the things compared take turns within one run, in rounds, each round beginning with another of
-them, so that what slows the machine for a while slows all of them; medians and quartiles of what the rounds gave;
-ratios taken within a round. The machine is named in every result.
+All scripts measure in the same way. The things compared take turns within one run, in rounds, and each round begins
+with another of them, so that whatever slows the machine down for a while slows all of them. Scripts report medians and
+quartiles over the rounds, and take ratios within a round. Every result names its machine.
 """
 
 from __future__ import annotations
@@ -15,38 +15,51 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from fastgpt2.bench import Values, machine, machine_line, median
+from fastgpt2.bench import Values, machine, machine_line, median, summary
 from fastgpt2.engine.machine import THREAD_VARIABLES, hold_to_one_thread
 
 T = TypeVar("T")
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-PEERS = HERE / "peers"
-# Options that name files of the machine.
+HELD_OUT_TEXT = HERE / "data" / "held_out.txt"
+# Options that name files of the machine: a result keeps only the last part of such a path.
 PATHS = ("output", "workdir", "peer_python", "prompts_from")
 
 
 class Failed(Exception):
-    """A child process did not do what it was started for; the message says why."""
+    """A child process did not do its work; the message says why."""
 
 
 def parser(about: str | None, rounds: int) -> argparse.ArgumentParser:
-    """With what every script takes: --model (repeatable), --rounds, --output."""
+    """Return a parser with the options that all scripts have: --model (repeatable), --rounds, --quick, --output."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", metavar="ID|PATH", help="may be repeated; default: gpt2")
     parser.add_argument("--rounds", type=int, default=rounds, help=f"default: {rounds}")
-    parser.add_argument("--note", help="what a reader should know of these models or of this run; goes into the result")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/<script>.json")
+    parser.add_argument(
+        "--quick", action="store_true", help="one round and small sizes, to see that the whole script runs"
+    )
+    parser.add_argument(
+        "--note", help="what a reader should know about these models or this run; it goes into the result"
+    )
+    parser.add_argument("--output", type=Path, help="where to write the result; default: a file in benchmarks/results")
     return parser
 
 
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options. BLAS is held to one thread from here on: numpy has not been imported yet."""
+def parse(
+    parser: argparse.ArgumentParser, quick: Mapping[str, Any], argv: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """Return the options, and hold BLAS to one thread from here on: numpy must not have been imported yet.
+
+    Args:
+        quick: the options that --quick sets, besides --rounds 1.
+    """
     options = parser.parse_args(argv)
     options.model = options.model or ["gpt2"]
+    if options.quick:
+        vars(options).update(quick, rounds=1)
     if options.rounds < 1:
         parser.error("--rounds must be 1 or more")
     hold_to_one_thread()
@@ -54,37 +67,48 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
 
 
 def numbers(text: str) -> list[int]:
-    """For an option that takes "1,8,16"."""
+    """Return the numbers of an option such as "1,8,16"."""
     return [int(part) for part in text.split(",")]
 
 
 def begin(name: str, options: argparse.Namespace) -> Values:
-    """The beginning of a result; prints what machine it is."""
-    # Whose folders these are is nobody's business.
+    """Return the beginning of a result, and print the machine that it comes from."""
+    # A result is published: it does not say whose folders these are.
     shown = {key: Path(value).name if key in PATHS and value else value for key, value in vars(options).items()}
-    shown["model"] = [Path(model).name if Path(model).exists() else model for model in options.model]
+    shown["model"] = [_without_folder(model) for model in options.model]
     result: Values = {"benchmark": name, "machine": machine(), "options": shown}
     print(machine_line(result["machine"]))
     return result
 
 
 def write(result: Values, output: Path | None) -> None:
+    """Write a result to a file, by default to `results/` under the name of the benchmark."""
     path = output or RESULTS / f"{result['benchmark']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     for entry in result["models"]:
-        entry["model"] = Path(entry["model"]).name if Path(entry["model"]).exists() else entry["model"]
+        entry["model"] = _without_folder(entry["model"])
     path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     print(f"\nwritten to {path}")
 
 
+def _without_folder(model: str) -> str:
+    return Path(model).name if Path(model).exists() else model
+
+
 def heading(text: str) -> None:
+    """Print a title between two empty lines."""
     print(f"\n{text}\n")
 
 
 def in_turns(
     turns: Mapping[str, Callable[[], T]], rounds: int, between: Callable[[], None] = lambda: None
 ) -> dict[str, list[T]]:
-    """What each gave in each round; each round begins with another of them, and `between` goes before every turn."""
+    """Return what each of the turns gave in each round.
+
+    Args:
+        turns: by name; each round begins with another of them.
+        between: called before every turn.
+    """
     found: dict[str, list[T]] = {name: [] for name in turns}
     names = list(turns)
     for round_ in range(rounds):
@@ -98,27 +122,53 @@ def in_turns(
 
 
 def progress(text: str) -> None:
-    """A line that the next one overwrites, where somebody looks."""
+    """Show a line that the next one overwrites, if standard error is a terminal."""
     if sys.stderr.isatty():
         print(f"\r{text:<40}", end="" if text else "\r", file=sys.stderr, flush=True)
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """How many times as long theirs takes: the median of the rounds' ratios."""
+    """Return how many times as long theirs takes as ours: the median of the rounds' ratios."""
     return median([b / a for a, b in zip(ours, theirs, strict=True)])
 
 
+def medians(runs: Sequence[Mapping[str, Any]]) -> Values:
+    """Return median and quartiles of each number over some runs; numbers in a dict within a run stay in a dict."""
+    return {
+        key: medians([run[key] for run in runs]) if isinstance(value, dict) else summary([run[key] for run in runs])
+        for key, value in runs[0].items()
+    }
+
+
+def length_of_same_start(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return how many tokens two texts have in common before the first that differs."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float) -> None:
+    """Wait for a condition, looking every 20 ms.
+
+    Raises:
+        Failed: it did not come true within `seconds`; the message names `what` was waited for.
+    """
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise Failed(f"waited {seconds:.0f} s for {what}")
+        time.sleep(0.02)
+
+
 def environment(**extra: str) -> dict[str, str]:
-    """For a child that brings its own threads: as the caller's, without our hold on BLAS, and with no look at a hub."""
+    """Return the environment of a child that has threads of its own: without our limit on BLAS, and offline."""
     kept = {name: value for name, value in os.environ.items() if name not in THREAD_VARIABLES}
     return {**kept, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", **extra}
 
 
 def run_json(command: Sequence[str | Path], timeout: float = 1800.0) -> tuple[Values, float]:
-    """Run a program to its end. Returns the JSON object in the last line that it prints, and the seconds from outside.
+    """Run a program to its end. Return the JSON object in its last line of output, and the seconds that it took.
 
     Raises:
-        Failed: it ended badly or printed something else.
+        Failed: the program failed, or its last line was something else.
     """
     started = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=timeout, check=False)
@@ -133,12 +183,17 @@ def run_json(command: Sequence[str | Path], timeout: float = 1800.0) -> tuple[Va
 
 
 def last_line(text: str) -> str:
+    """Return the last line of a log that is not empty, "" if there is none."""
     lines = text.strip().splitlines()
     return lines[-1] if lines else ""
 
 
 class Child:
-    """A process that answers lines of JSON with lines of JSON, one after the other, and sleeps between them."""
+    """A process that answers lines of JSON with lines of JSON, one after the other, and sleeps between them.
+
+    Attributes:
+        hello: what it said of itself when it was ready.
+    """
 
     def __init__(self, command: Sequence[str | Path], **extra: str) -> None:
         self.process = subprocess.Popen(
@@ -147,6 +202,11 @@ class Child:
         self.hello: Values = self._answer()
 
     def ask(self, question: Values) -> Values:
+        """Send a question and wait for its answer.
+
+        Raises:
+            Failed: the process has ended.
+        """
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(question) + "\n")
         self.process.stdin.flush()
@@ -160,7 +220,7 @@ class Child:
         return dict(json.loads(line))
 
     def close(self) -> None:
-        """End it by the end of its input."""
+        """Close the process's input, which ends it, and wait for it."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.close()
@@ -168,19 +228,13 @@ class Child:
         self.process.stdout.close()
 
 
-def peer_missing(python: str | None, module: str) -> str | None:
-    """Why a peer cannot be run, None if it can."""
+def why_peer_is_missing(python: str | None, module: str) -> str | None:
+    """Return why a peer cannot be run with this interpreter, None if it can."""
     if python is None:
         return "no --peer-python was given"
     if not Path(python).exists():
-        return f"{python} is not there"
+        return f"{python} does not exist"
     code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
     if subprocess.run([python, "-c", code], check=False).returncode:
         return f"{python} has no {module}"
     return None
-
-
-def allocations(entry: Values) -> list[list[str]]:
-    """A row for each number of sequences: bytes at the peak of a step, held after it, and numpy's part of those."""
-    keys = ("peak_bytes", "held_bytes_per_step", "held_numpy_bytes_per_step")
-    return [[str(m["rows"]), *(f"{m[key]:,.0f}" for key in keys)] for m in entry["memory"]]

@@ -1,18 +1,19 @@
 #!/usr/bin/env python3
 # The peers' packages are in an environment of their own, not in the one that the checks run in.
 # mypy: disable-error-code="import-not-found,import-untyped,no-any-return,no-untyped-call"
-"""One peer, one process: load a checkpoint, generate from given ids, say how long it took. A child of `bench_peers.py`.
+"""One peer in one process: load a checkpoint, generate from given ids, print how long it took. Started by `peers.py`.
 
     python run.py PEER FOLDER '{"prompts": [[ids], ...], "long": [ids], "tokens": 40, "batches": [8, 16], "repeats": 3,
                                 "threads": 2}'
 
 PEER: fastgpt2 (or fastgpt2-int8, -bfloat16, -drafts-auto, -drafts-int8), transformers, ctranslate2-float32,
-ctranslate2-int8 (FOLDER is then the converted model's). Every one gets token ids and gives token ids, greedily, so many
-tokens whatever they are; text is nobody's business here, but for fastgpt2, whose decoder makes it as it goes. Also:
+ctranslate2-int8 (FOLDER is then the converted model's). Each peer gets token ids and generates token ids, greedily, as
+many as it is told to, whatever they are. None has to make text; only fastgpt2's decoder does, because it always makes
+it as it goes. Also:
 
     python run.py convert FOLDER OUT TYPE    # for CTranslate2; TYPE float32 or int8; FOLDER stays as it is
 
-Prints one line of JSON, seconds. Imports nothing of fastgpt2 but for itself: the peers' environments do not have it.
+It prints one line of JSON with seconds. It imports fastgpt2 only to measure it: the peers' environments do not have it.
 """
 
 from __future__ import annotations
@@ -29,20 +30,20 @@ from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 Ids = list[list[int]]
-# Prompts of equal length and a number of tokens -> what follows each.
+# From prompts of equal length and a number of tokens: what follows each prompt.
 Generate = Callable[[Ids, int], Ids]
 
 
-# Guesses verified and come true, of ours.
+# Our guesses that were verified, and that came true.
 drafts: dict[str, int] = {}
 
 
 def fastgpt2(folder: str, job: dict[str, Any], variant: str) -> tuple[str, float, Generate]:
+    """Load our engine. Return its version, when it was imported, and its function to generate."""
     import fastgpt2
     import fastgpt2.engine.decoding.decoder
     import fastgpt2.engine.kernels.choice
     from fastgpt2.engine.decoding.records import GenerationRequest
-    from fastgpt2.engine.decoding.sequence import TokenizedPrompt
 
     imported = perf_counter()
     most = max(1, *job["batches"])
@@ -53,10 +54,11 @@ def fastgpt2(folder: str, job: dict[str, Any], variant: str) -> tuple[str, float
     drafts.update(drafted=0, accepted=0)
 
     def generate(prompts: Ids, tokens: int) -> Ids:
-        request = GenerationRequest("", max_new_tokens=tokens, ignore_eos=True)
-        sequences = [engine.decoder.admit(TokenizedPrompt(request, ids, tokens)) for ids in prompts]
+        decoder = engine.decoder
+        requests = [GenerationRequest(tuple(ids), max_new_tokens=tokens, ignore_eos=True) for ids in prompts]
+        sequences = [decoder.admit(decoder.prepare(request)) for request in requests]
         while not all(sequence.finished for sequence in sequences):
-            engine.decoder.step()
+            decoder.step()
         drafts["drafted"] += sum(sequence.drafted for sequence in sequences)
         drafts["accepted"] += sum(sequence.accepted for sequence in sequences)
         return [sequence.token_ids for sequence in sequences]
@@ -65,6 +67,7 @@ def fastgpt2(folder: str, job: dict[str, Any], variant: str) -> tuple[str, float
 
 
 def transformers(folder: str, job: dict[str, Any]) -> tuple[str, float, Generate]:
+    """Load transformers' model. Return versions, when they were imported, and a function to generate."""
     import torch
     import transformers
     from transformers import GPT2LMHeadModel
@@ -90,6 +93,7 @@ def transformers(folder: str, job: dict[str, Any]) -> tuple[str, float, Generate
 
 
 def ctranslate2(folder: str, job: dict[str, Any], compute_type: str) -> tuple[str, float, Generate]:
+    """Load CTranslate2's model. Return its version, when it was imported, and a function to generate."""
     import ctranslate2
 
     imported = perf_counter()
@@ -113,11 +117,12 @@ def ctranslate2(folder: str, job: dict[str, Any], compute_type: str) -> tuple[st
 
 
 def convert(folder: str, out: str, compute_type: str) -> None:
+    """Convert a checkpoint to CTranslate2's form."""
     import ctranslate2.converters
     from transformers import PreTrainedTokenizerFast
 
     with tempfile.TemporaryDirectory() as temporary:
-        # The converter wants the files that AutoTokenizer reads; the checkpoint's folder is not ours to write to.
+        # The converter needs the files that AutoTokenizer reads; nothing may be written to the checkpoint's folder.
         for path in Path(folder).resolve().iterdir():
             Path(temporary, path.name).symlink_to(path.resolve())
         if not Path(temporary, "tokenizer_config.json").exists():
@@ -125,7 +130,7 @@ def convert(folder: str, out: str, compute_type: str) -> None:
             tokenizer = PreTrainedTokenizerFast(
                 tokenizer_file=str(Path(folder, "tokenizer.json")), bos_token=end, eos_token=end, unk_token=end
             )
-            # The converter wants a word for each row of the model's table.
+            # The converter needs a word for each row of the model's table.
             wanted = json.loads(Path(folder, "config.json").read_text())["vocab_size"]
             tokenizer.add_tokens([f"<|unused {i}|>" for i in range(len(tokenizer), wanted)])
             Path(temporary, "tokenizer.json").unlink()
@@ -134,6 +139,7 @@ def convert(folder: str, out: str, compute_type: str) -> None:
 
 
 def timed(function: Callable[[], Ids], repeats: int) -> tuple[list[float], Ids]:
+    """Return the seconds of each call, and the ids of the last."""
     seconds, ids = [], []
     for _ in range(repeats):
         began = perf_counter()
@@ -160,7 +166,7 @@ def main() -> None:
     generate(prompts[:1], 1)
     first = perf_counter()
     alone, ids = timed(lambda: generate(prompts[:1], tokens), repeats)
-    said: dict[str, Any] = {
+    answer: dict[str, Any] = {
         "version": version,
         "import": imported - started,
         "load": loaded - imported,
@@ -170,12 +176,12 @@ def main() -> None:
         "batches": {},
     }
     for batch in job["batches"]:
-        said["batches"][str(batch)], said["ids"][str(batch)] = timed(
+        answer["batches"][str(batch)], answer["ids"][str(batch)] = timed(
             lambda batch=batch: generate(prompts[:batch], tokens),  # type: ignore[misc]
             repeats,
         )
-    said["prefill"], said["ids"]["prefill"] = timed(lambda: generate([job["long"]], 1), repeats)
-    print(json.dumps({**said, "drafts": drafts}))
+    answer["prefill"], answer["ids"]["prefill"] = timed(lambda: generate([job["long"]], 1), repeats)
+    print(json.dumps({**answer, "drafts": drafts}))
 
 
 if __name__ == "__main__":

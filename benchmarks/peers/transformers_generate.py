@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 # torch and transformers are in a peer's environment, not in the one that the checks run in.
 # mypy: disable-error-code="import-not-found,import-untyped,no-any-return,no-untyped-call"
-"""What a user of transformers runs instead of `fastgpt2 generate`: import, load, generate, and say how long each took.
+"""What a user of transformers runs instead of `fastgpt2 generate`: import, load, generate. Started by `cold_start.py`.
 
     python transformers_generate.py MODEL PROMPT TOKENS
 
 After `test.py` of Narsil's fast_gpt2, the script that the Rust original was compared with: a text-generation pipeline,
-greedy, end of text ignored. Prints one line of JSON: seconds, the tokens' own included, and the ids.
+greedy, end of text ignored. It prints one line of JSON: the seconds of each part and of each token, and the ids.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ imported = perf_counter()
 
 
 class Stopwatch:
-    """A streamer that notes when each token comes; the first that it gets is the prompt."""
+    """A streamer that notes when each token comes; the first thing that it gets is the prompt."""
 
     def __init__(self) -> None:
         self.times: list[float] = []

@@ -1,0 +1,1 @@
+"""The HTTP endpoint: what it adds to a request, to a stream and to a start."""
