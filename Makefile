@@ -1,10 +1,10 @@
-# The two commands of the README. Both make a virtual environment in .venv the first time.
+# The commands of the README. Each makes a virtual environment in .venv the first time.
 
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: demo test chaos clean
+.PHONY: demo test check chaos clean
 
 demo: .venv/demo.stamp
 	@$(BIN)/python examples/demo.py
@@ -14,6 +14,13 @@ test: .venv/test.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n auto --dist loadfile
+
+# The fast lane: it leaves out the tests that start servers, workers or helper processes, and those of hundreds of cases.
+check: .venv/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy & mypy=$$!; $(BIN)/pytest -q -n auto --dist loadfile -m 'not processes and not thorough'; tests=$$?; \
+		wait $$mypy && exit $$tests
 
 # The long soak: 2,000 jobs, 100 faults. Its seed is another each day; SEED=N repeats one.
 chaos: .venv/test.stamp

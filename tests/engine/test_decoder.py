@@ -23,7 +23,7 @@ from fastgpt2.errors import BadRequest, CheckpointError, PromptTooLong, Tokenize
 golden: dict[str, Any] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))
 
 
-@pytest.fixture(scope="module", params=["openblas", "mkl", "two processes"])
+@pytest.fixture(scope="module", params=["openblas", "mkl", pytest.param("two processes", marks=pytest.mark.processes)])
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     """Load the shipped model with each product that there is. It has four slots, so that batches are mixed."""
     if request.param == "mkl" and not mkl.is_installed():

@@ -205,6 +205,7 @@ def expected(plain: Engine) -> list[Sequence]:
 REQUESTS = [GenerationRequest(prompt, max_new_tokens=16) for prompt in prompts(400, 1)]
 
 
+@pytest.mark.thorough
 def test_thousands_of_prompts_give_the_same_tokens(plain: Engine, drafting: Engine, expected: list[Sequence]) -> None:
     """400 prompts run in each of five modes, in batches of eight."""
     found = generate(drafting, REQUESTS)
@@ -230,6 +231,7 @@ def random_request(dice: random.Random, prompt: str) -> GenerationRequest:
     )
 
 
+@pytest.mark.thorough
 def test_whatever_ends_a_text_ends_it_where_it_would(plain: Engine, drafting: Engine) -> None:
     dice = random.Random(7)
     requests = [random_request(dice, prompt) for prompt in prompts(150, 2)]

@@ -148,6 +148,7 @@ def test_what_a_worker_would_measure_is_measured_with_it(
     assert (cache / "calibration.json").read_text() == before
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("spoiled", ["", "{", "[]", '{"x": []}', "[" * 100_000])
 def test_a_spoiled_record_of_measurements_is_measured_anew(folder: Path, cache: Path, spoiled: str) -> None:
     load(folder)

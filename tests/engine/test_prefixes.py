@@ -44,7 +44,7 @@ def load(**options: Any) -> Engine:
     return Engine.load("demo", **{"max_batch": 4, "threads": 1, **options})
 
 
-@pytest.fixture(scope="module", params=["large", "small", "two processes"])
+@pytest.fixture(scope="module", params=["large", "small", pytest.param("two processes", marks=pytest.mark.processes)])
 def keeping(request: pytest.FixtureRequest) -> Iterator[Engine]:
     """Load an engine that keeps all prefixes that come, or so few that most must go again."""
     memory = 9 * A_BLOCK if request.param == "small" else 1000 * A_BLOCK
@@ -86,6 +86,7 @@ def check_same(expected: GenerationResult, got: GenerationResult, exact: bool) -
 # The same tokens.
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("seed", range(2))
 def test_families_of_prompts(engine: Engine, keeping: Engine, seed: int) -> None:
     """Prompts begin as others do, some of these as others again, in batches of random company."""

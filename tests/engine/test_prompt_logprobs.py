@@ -28,7 +28,9 @@ continuations: list[dict[str, Any]] = json.loads((GOLDEN / "demo_continuations.j
 ]
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two processes"])
+@pytest.fixture(
+    scope="module", params=[1, pytest.param(2, marks=pytest.mark.processes)], ids=["one process", "two processes"]
+)
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     made = Engine.load("demo", max_batch=4, threads=request.param, drafts="off")
     made.warm_up()
@@ -98,6 +100,7 @@ def test_what_follows_goes_on_where_the_prompt_ended(engine: Engine) -> None:
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("company", [1, 3])
 @pytest.mark.parametrize("prompt_tokens", [63, 64, 65, 66, 128, 129])
 def test_chunks_and_company_change_nothing(engine: Engine, prompt_tokens: int, company: int) -> None:

@@ -76,6 +76,7 @@ def test_vocabulary_and_merges_alone_make_the_same_tokenizer(gpt2_folder: Path, 
         assert rebuilt.decode(entry["ids"]) == entry["decoded"]
 
 
+@pytest.mark.thorough
 def test_longest_token_bounds_every_text(gpt2: Tokenizer, gpt2_folder: Path) -> None:
     # In the file a token is written with one character for each of its bytes.
     vocabulary = json.loads((gpt2_folder / "tokenizer.json").read_text("utf-8"))["model"]["vocab"]
