@@ -132,10 +132,9 @@ def _send(
     bulk = BulkRun(session, _items(lines if regular else read_ahead(lines), sent), in_flight, ordered=True)
     shown = sys.stderr.isatty()
     total = count_lines(source) if shown and regular and source is not None else None
-    with ProgressBar(total, shown, results.done) as bar, closing(run_bulk(driver, bulk)) as ends:
+    with closing(run_bulk(driver, bulk, ProgressBar(total, shown, results.done))) as ends:
         for _, outcome in ends:
             results.write(sent.popleft(), _outcome_to_json(outcome))
-            bar.add(outcome)
 
 
 def _items(lines: Iterable[Line | None], sent: deque[Line]) -> Iterator[Item]:

@@ -213,10 +213,10 @@ def test_a_result_that_comes_between_two_reads_is_not_waited_for(
     blocked: list[Any] = []
     xread = client.connection.xread
 
-    def finish_first(streams: Any, **options: Any) -> Any:
+    def finish_first(streams: Any, *options: Any) -> Any:
         # The client queried the job's state before it ended; the blocking read comes after.
         wait_until(lambda: redis.exists(*streams), "the job to end")
-        blocked.append(xread(streams, **options))
+        blocked.append(xread(streams, *options))
         return blocked[-1]
 
     monkeypatch.setattr(client.connection, "xread", finish_first)

@@ -13,7 +13,7 @@ from rq.job import JobStatus
 from rq.serializers import JSONSerializer
 from rq.utils import now
 
-from fastgpt2.api.client.flow import Command, script_command
+from fastgpt2.api.client.flow import Command, Flow, Pipeline, command, script_command
 from fastgpt2.engine.decoding.records import GenerationRequest
 from fastgpt2.errors import BadRequest, IdempotencyMismatch, PromptTooLong, QueueFull
 from fastgpt2.fields import check_fields, refusal, whole
@@ -25,6 +25,7 @@ from fastgpt2.protocol.keys import (
     queue_of,
     queues_of,
     totals_key,
+    workers_key,
 )
 from fastgpt2.protocol.messages import TASK, JobOptions, job_to_kwargs, parse_job
 from fastgpt2.protocol.scripts import Script
@@ -155,15 +156,13 @@ class IdempotencyKey:
 
 
 def idempotency_keys(key: str, count: int, asked: object) -> list[IdempotencyKey]:
-    """Return the idempotency keys of all jobs of one request.
+    """Return the idempotency keys of all `count` jobs of one request.
 
     Args:
         key: the client's.
-        count: how many jobs the request has.
-        asked: what the request asks for; requests are compared by its `repr`.
+        asked: what the request asks for; its `repr` is compared with that of an earlier request with the same key.
     """
-    # Once for all of them: it may have megabytes.
-    digest = _digest(repr(asked))
+    digest = _digest(repr(asked))  # once for all jobs: it may have megabytes
     return [IdempotencyKey(once_key(_digest(f"{number} {key}")), digest) for number in range(count)]
 
 
@@ -221,13 +220,14 @@ class ModelLimits:
         self._n_positions = 0  # 0 while no worker is known
         self._longest_token_bytes = 1
 
-    def are_fresh(self) -> bool:
-        return time.monotonic() < self._fresh_until
-
-    def update(self, replies: list[Any]) -> None:
-        """Take over what workers tell, each [n_positions, longest token in bytes]."""
+    def refresh(self, queue: str) -> Flow[None]:
+        """Read the limits from the workers' own hashes, unless they were read just now."""
+        if time.monotonic() < self._fresh_until:
+            return
+        names = yield command("smembers", workers_key(queue))
+        asked = tuple(command("hmget", name, "n_positions", "longest_token_bytes") for name in names)
         self._n_positions, self._longest_token_bytes = 0, 1
-        for n_positions, longest_token_bytes in replies:
+        for n_positions, longest_token_bytes in (yield Pipeline(asked)) if asked else ():
             if n_positions and longest_token_bytes:
                 self._n_positions = max(self._n_positions, int(n_positions))
                 self._longest_token_bytes = max(self._longest_token_bytes, int(longest_token_bytes))

@@ -43,7 +43,6 @@ class Command:
 
     method: str
     args: tuple[Any, ...] = ()
-    block: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +87,8 @@ def read_streams(positions: Mapping[str, bytes | str], seconds: float) -> Comman
 
     It waits for at least a millisecond: to Redis, zero means for ever.
     """
-    return Command("xread", (positions,), max(1, int(seconds * 1000)))
+    count = None  # all that there are
+    return command("xread", positions, count, max(1, int(seconds * 1000)))
 
 
 def entries_by_key(reply: Any) -> dict[str, Entries]:
@@ -189,14 +189,15 @@ class Driver:
     def _send(self, request: Command | Pipeline) -> Any:
         if isinstance(request, Pipeline):
             with self.connection.pipeline(transaction=request.transaction) as pipeline:
-                _queue_all(pipeline, request.commands)
+                for one in request.commands:
+                    getattr(pipeline, one.method)(*one.args)
                 return _without_errors(execute(pipeline))
         try:
-            return _call(self.connection, request)
+            return getattr(self.connection, request.method)(*request.args)
         except Exception as error:
             if not is_unknown(error):
                 raise
-        return _call(self.connection, _with_text(request))
+        return self.connection.execute_command(*with_text(request.args))  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
         self.connection.close()
@@ -246,20 +247,22 @@ class AsyncDriver:
         if isinstance(request, Pipeline):
             return await self._send_pipeline(request)
         try:
-            return await _call(self.connection, request)
+            return await getattr(self.connection, request.method)(*request.args)
         except Exception as error:
             if not is_unknown(error):
                 raise
-        return await _call(self.connection, _with_text(request))
+        return await self.connection.execute_command(*with_text(request.args))  # type: ignore[no-untyped-call]
 
     async def _send_pipeline(self, request: Pipeline) -> list[Any]:
         """As `fastgpt2.protocol.scripts.execute` does for the blocking library."""
         async with self.connection.pipeline(transaction=request.transaction) as pipeline:
-            _queue_all(pipeline, request.commands)
+            for one in request.commands:
+                getattr(pipeline, one.method)(*one.args)
             replies = await pipeline.execute(raise_on_error=False)
-            unknown = [at for at, reply in enumerate(replies) if isinstance(reply, Exception) and is_unknown(reply)]
+            unknown = [at for at, reply in enumerate(replies) if is_unknown(reply)]
             if unknown:
-                _queue_all(pipeline, [_with_text(request.commands[at]) for at in unknown])
+                for at in unknown:
+                    pipeline.execute_command(*with_text(request.commands[at].args))
                 for at, reply in zip(unknown, await pipeline.execute(raise_on_error=False), strict=True):
                     replies[at] = reply
             return _without_errors(replies)
@@ -278,29 +281,11 @@ def _advance(flow: Flow[Any], reply: Any, error: Exception | None, redis_url: st
     try:
         return flow.send(reply) if error is None else flow.throw(error)
     except Exception as escaped:
-        if escaped is error and _is_of_redis(error):
+        from redis.exceptions import RedisError
+
+        if escaped is error and isinstance(error, RedisError | OSError):
             raise in_words(redis_url, error) from None
         raise
-
-
-def _is_of_redis(error: Exception) -> bool:
-    from redis.exceptions import RedisError
-
-    return isinstance(error, RedisError | OSError)
-
-
-def _call(connection: Any, request: Command) -> Any:
-    blocking = {} if request.block is None else {"block": request.block}
-    return getattr(connection, request.method)(*request.args, **blocking)
-
-
-def _queue_all(pipeline: Any, commands: Sequence[Command]) -> None:
-    for one in commands:
-        _call(pipeline, one)
-
-
-def _with_text(request: Command) -> Command:
-    return Command(request.method, with_text(request.args))
 
 
 def _without_errors(replies: list[Any]) -> list[Any]:

@@ -17,7 +17,7 @@ from fastgpt2.api.client.enqueue import (
     read_enqueue_reply,
 )
 from fastgpt2.api.client.flow import Bounded, Command, Flow, Pipeline, Retries, command, script_command
-from fastgpt2.api.client.outcome import Outcome, PendingResult, decode_status, unwrap
+from fastgpt2.api.client.outcome import Outcome, decode_status, unwrap
 from fastgpt2.api.client.reader import JobReader, ReadLoop
 from fastgpt2.engine.decoding.records import GenerationResult
 from fastgpt2.errors import FastGPT2Error, JobNotFound, ResultTimeout
@@ -50,15 +50,6 @@ class Session:
         self.retries = Retries()
         self.limits = ModelLimits()
 
-    def enqueue(self, plan: JobPlan) -> Flow[str]:
-        """Enqueue a job and return its id.
-
-        Raises:
-            PromptTooLong, QueueFull
-        """
-        (job_id,) = yield from self.enqueue_all([plan])
-        return job_id
-
     def enqueue_all(self, plans: Sequence[JobPlan], keys: Sequence[IdempotencyKey] | None = None) -> Flow[list[str]]:
         """Enqueue several jobs, all or none, and return their ids.
 
@@ -68,7 +59,7 @@ class Session:
         Raises:
             PromptTooLong, QueueFull, IdempotencyMismatch
         """
-        yield from self.refresh_limits()
+        yield from self.limits.refresh(self.queue)
         for plan in plans:
             self.limits.check(plan.request)
         made = [
@@ -89,14 +80,6 @@ class Session:
         if new:
             yield Pipeline(tuple(cancel_command(job_id, self.queue) for job_id in new))
         raise refusal
-
-    def refresh_limits(self) -> Flow[None]:
-        """Read what the live workers' models can take, unless it was read just now."""
-        if self.limits.are_fresh():
-            return
-        names = yield command("smembers", workers_key(self.queue))
-        asked = tuple(command("hmget", name, "n_positions", "longest_token_bytes") for name in names)
-        self.limits.update((yield Pipeline(asked)) if asked else [])
 
     def status(self, job_id: str) -> Flow[str]:
         """Return RQ's status of a job.
@@ -146,9 +129,9 @@ class Session:
 
     def outcome(self, job_id: str) -> Flow[Outcome | None]:
         """Return how a job ended, JobNotFound if there is no such job; None if it has not ended."""
-        pending = PendingResult(job_id)
-        pending.on_state((yield pending.query()), time.monotonic())
-        return pending.outcome
+        reader = JobReader(job_id)
+        reader.on_state((yield Pipeline(reader.query(), transaction=True)), time.monotonic())
+        return reader.outcome
 
     def timeout_error(self, job_id: str, timeout: float | None) -> Flow[FastGPT2Error]:
         """Return what to raise when the caller waits no longer: it says where the job stands.

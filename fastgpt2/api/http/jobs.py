@@ -10,14 +10,14 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 from starlette.requests import Request
 from starlette.responses import Response
 
-from fastgpt2.api.client.enqueue import JobPlan, idempotency_keys, plan_job
+from fastgpt2.api.client.enqueue import JobPlan, plan_job
 from fastgpt2.api.client.outcome import Outcome, unwrap
 from fastgpt2.api.http.requests import read_object
 from fastgpt2.api.http.responses import JSON, KEEP_ALIVE, EventStream, error_object, event
-from fastgpt2.api.http.service import PendingJobs, Service, idempotency_key
+from fastgpt2.api.http.service import PendingJobs, Service, read_idempotency_keys
 from fastgpt2.engine.decoding.records import Count
 from fastgpt2.errors import BadRequest, FastGPT2Error, JobFailed, JobNotFound
-from fastgpt2.fields import fields_of, one_of
+from fastgpt2.fields import fields_of, one_of, refusal
 from fastgpt2.protocol.connection import redis_errors
 from fastgpt2.protocol.keys import ATTEMPTS_FIELD, job_key, queues_of
 from fastgpt2.protocol.messages import Piece, ResultObject, refuse_unknown, result_to_json
@@ -27,8 +27,6 @@ EXAMPLE = '{"prompt": "Once upon a time", "max_new_tokens": 20}'
 MAX_LISTED = 100
 DEFAULT_LISTED = 20
 MAX_WAIT_SECONDS = 60.0
-
-
 _STATUSES = "queued", "started", "finished", "failed", "stopped", "canceled", "deferred", "scheduled", "expired"
 
 
@@ -84,8 +82,7 @@ class Jobs:
             raise BadRequest(f"prompt is missing: send {EXAMPLE}")
         fields = {name: value for name, value in body.items() if name != "prompt" and value is not None}
         plan = plan_job(body["prompt"], fields)
-        key = idempotency_key(request)
-        keys = None if key is None else idempotency_keys(f"job {key}", 1, plan)
+        keys = read_idempotency_keys(request, 1, plan, prefix="job ")
         (job_id,) = await self._service.driver.run(self._service.session.enqueue_all([plan], keys))
         return JSON(await self._describe(job_id), 202, {"location": f"/v1/jobs/{job_id}", "x-job-id": job_id})
 
@@ -197,5 +194,5 @@ def _number(request: Request, name: str, low: float, high: float) -> float:
     except ValueError:
         value = -1.0
     if not low <= value <= high:
-        raise BadRequest(f"{name} must be a number from {low:g} to {high:g}, not {text[:40]!r}")
+        raise refusal(name, f"a number from {low:g} to {high:g}", text)
     return value

@@ -17,7 +17,8 @@ from fastgpt2.api.http.responses import JSON
 from fastgpt2.api.http.service import Service
 from fastgpt2.api.pool.job_list import list_jobs
 from fastgpt2.api.pool.status import check_readiness, read_status, record_depth
-from fastgpt2.errors import BadRequest, FastGPT2Error, QueueUnavailable
+from fastgpt2.errors import FastGPT2Error, QueueUnavailable
+from fastgpt2.fields import refusal
 from fastgpt2.protocol.connection import redis_errors
 
 log = logging.getLogger("fastgpt2.http")
@@ -140,12 +141,12 @@ class Monitoring:
 def _parse_flag(request: Request, name: str) -> bool:
     text = request.query_params.get(name, "false").lower()
     if text not in ("true", "false", "1", "0"):
-        raise BadRequest(f"{name} must be true or false, not {text[:40]!r}")
+        raise refusal(name, "true or false", text)
     return text in ("true", "1")
 
 
 def _parse_limit(request: Request) -> int:
     text = request.query_params.get("limit", str(DEFAULT_LISTED))
     if not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) <= MAX_LISTED:
-        raise BadRequest(f"limit must be a whole number from 1 to {MAX_LISTED}, not {text[:40]!r}")
+        raise refusal("limit", f"a whole number from 1 to {MAX_LISTED}", text)
     return int(text[:9])

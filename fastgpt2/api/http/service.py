@@ -13,7 +13,7 @@ from typing import Any, Self
 from starlette.requests import Request
 
 from fastgpt2.api.client.async_client import AsyncClient
-from fastgpt2.api.client.enqueue import JobPlan, idempotency_keys
+from fastgpt2.api.client.enqueue import IdempotencyKey, JobPlan, idempotency_keys
 from fastgpt2.api.client.outcome import Outcome, unwrap
 from fastgpt2.api.client.reader import JobReader
 from fastgpt2.api.http.requests import ClientGone, DisconnectListener
@@ -121,15 +121,13 @@ class Service:
         the jobs has failed.
 
         Args:
-            asked: what the request asks for. Its `repr` is compared with that of an earlier request that has the same
-                idempotency key.
+            asked: see `idempotency_keys`.
 
         Raises:
             BadRequest, PromptTooLong, QueueFull, QueueUnavailable, ServiceBusy, IdempotencyMismatch
         """
         self._check_room(len(plans))
-        key = idempotency_key(request)
-        keys = None if key is None else idempotency_keys(key, len(plans), asked)
+        keys = read_idempotency_keys(request, len(plans), asked)
         job_ids = await self.driver.run(self.session.enqueue_all(plans, keys))
         streamed = [plan.options.stream for plan in plans]
         with PendingJobs(self, request, job_ids, streamed, keys is None, self.bounds.timeout) as pending:
@@ -168,16 +166,22 @@ class Service:
                 await self.client.cancel(job_id)
 
 
-def idempotency_key(request: Request) -> str | None:
-    """Return the request's idempotency key, or None if it has none.
+def read_idempotency_keys(request: Request, jobs: int, asked: object, prefix: str = "") -> list[IdempotencyKey] | None:
+    """Return an idempotency key for each of a request's jobs, or None if the request has no such header.
+
+    Args:
+        asked: see `idempotency_keys`.
+        prefix: tells apart routes that a client may send the same header to.
 
     Raises:
-        BadRequest: the key is empty or too long.
+        BadRequest: the header is empty or too long.
     """
     key = request.headers.get(IDEMPOTENCY_HEADER)
-    if key is not None and not 1 <= len(key) <= MAX_KEY_CHARACTERS:
+    if key is None:
+        return None
+    if not 1 <= len(key) <= MAX_KEY_CHARACTERS:
         raise BadRequest(f"{IDEMPOTENCY_HEADER} must have 1 to {MAX_KEY_CHARACTERS} characters, not {len(key)}")
-    return key
+    return idempotency_keys(f"{prefix}{key}", jobs, asked)
 
 
 class PendingJobs:
