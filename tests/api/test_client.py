@@ -320,7 +320,7 @@ class TestCancel:
 
     def test_a_worker_that_died(self, client: Client, redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
         """Nobody will write down what it had generated; the client waits for that only for a limited time."""
-        monkeypatch.setattr("fastgpt2.api.client.outcome.LETTING_GO_SECONDS", 0.2)
+        monkeypatch.setattr("fastgpt2.api.client.reader.LETTING_GO_SECONDS", 0.2)
         job = client.enqueue("a")
         redis.hset(f"rq:job:{job.id}", mapping={"status": "started", "worker_name": "dead"})
         assert job.cancel()

@@ -33,9 +33,6 @@ class AsyncClient:
     """A queue of generation jobs, for one event loop; see `Client`.
 
     If the connection has died meanwhile, a command is sent once more: scripts make sure that no job comes in twice.
-
-    Raises:
-        BadRequest: not a Redis URL, or no number of jobs.
     """
 
     def __init__(self, redis_url: str | None = None, queue: str | None = None, max_queue: int | None = None) -> None:

@@ -11,14 +11,7 @@ from enum import Enum
 from itertools import islice
 from typing import Any, TypeAlias, Unpack
 
-from fastgpt2.api.client.enqueue import (
-    JobFields,
-    JobPlan,
-    PromptLike,
-    enqueue_command,
-    plan_each,
-    read_enqueue_reply,
-)
+from fastgpt2.api.client.enqueue import JobFields, JobPlan, PromptLike, enqueue_command, plan_each, read_enqueue_reply
 from fastgpt2.api.client.flow import AsyncDriver, Command, Driver, Flow, Pause, Pipeline
 from fastgpt2.api.client.outcome import Outcome
 from fastgpt2.api.client.reader import JobReader, ReadLoop

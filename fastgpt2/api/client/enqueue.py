@@ -78,11 +78,7 @@ class JobFields(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class JobPlan:
-    """A job before it is enqueued, checked when made.
-
-    Args:
-        job_timeout: seconds that a worker may spend on the job, from its start.
-        result_ttl: seconds for which the job's end can be read.
+    """A job before it is enqueued, checked when made; see `JobFields`.
 
     Raises:
         BadRequest: a time is no whole number of seconds or out of bounds, or there is no such priority.

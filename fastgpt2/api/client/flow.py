@@ -204,11 +204,7 @@ class Driver:
 
 
 class AsyncDriver:
-    """Runs flows over connections of the asyncio redis library. They are made inside the running loop, when needed.
-
-    Raises:
-        BadRequest: not a Redis URL.
-    """
+    """See `Driver`. The asyncio redis library makes its connections inside the running loop, when needed."""
 
     def __init__(self, redis_url: str) -> None:
         self.redis_url = redis_url

@@ -32,7 +32,7 @@ EXPLANATION_SECONDS = 1.0
 
 
 class Session:
-    """The flows of one client. A session holds no connection: a driver of `flow` runs its flows.
+    """The flows of one client; they raise what the client's methods raise. A driver of `flow` holds the connections.
 
     Attributes:
         retries: the repetition of reads while Redis is away.
@@ -55,9 +55,7 @@ class Session:
 
         Args:
             keys: one for each plan. Where an earlier request with the same key enqueued the job, its id is returned.
-
-        Raises:
-            PromptTooLong, QueueFull, IdempotencyMismatch
+                If that asked for something else, IdempotencyMismatch is raised.
         """
         yield from self.limits.refresh(self.queue)
         for plan in plans:
@@ -82,19 +80,11 @@ class Session:
         raise refusal
 
     def status(self, job_id: str) -> Flow[str]:
-        """Return RQ's status of a job.
-
-        Raises:
-            JobNotFound
-        """
+        """Return RQ's status of a job."""
         return decode_status(job_id, (yield command("hget", job_key(job_id), "status")))
 
     def cancel(self, job_id: str) -> Flow[bool]:
-        """Cancel a job. Returns False if it had ended already.
-
-        Raises:
-            JobNotFound
-        """
+        """Cancel a job. Returns False if it had ended already."""
         reply = yield cancel_command(job_id, self.queue)
         if reply < 0:
             raise JobNotFound(f"no job {job_id!r}: it was never enqueued here, or its result has expired")
@@ -134,11 +124,7 @@ class Session:
         return reader.outcome
 
     def timeout_error(self, job_id: str, timeout: float | None) -> Flow[FastGPT2Error]:
-        """Return what to raise when the caller waits no longer: it says where the job stands.
-
-        Raises:
-            JobNotFound
-        """
+        """Return what to raise when the caller waits no longer: it says where the job stands."""
         asked = command("hget", job_key(job_id), "status"), command("scard", workers_key(self.queue))
         status, workers = yield Bounded(Pipeline(asked), time.monotonic() + EXPLANATION_SECONDS)
         status = decode_status(job_id, status)

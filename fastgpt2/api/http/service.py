@@ -5,22 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 from starlette.requests import Request
 
 from fastgpt2.api.client.async_client import AsyncClient
 from fastgpt2.api.client.enqueue import IdempotencyKey, JobPlan, idempotency_keys
+from fastgpt2.api.client.flow import AsyncDriver, Flow, Pipeline, command
 from fastgpt2.api.client.outcome import Outcome, unwrap
 from fastgpt2.api.client.reader import JobReader
 from fastgpt2.api.http.requests import ClientGone, DisconnectListener
 from fastgpt2.api.http.watch import Watch
 from fastgpt2.engine.decoding.records import GenerationResult
 from fastgpt2.errors import BadRequest, FastGPT2Error, ResultTimeout, ServiceBusy, ServiceStopping
-from fastgpt2.protocol.connection import redis_errors
 from fastgpt2.protocol.keys import workers_key
 from fastgpt2.protocol.messages import Piece
 from fastgpt2.protocol.untrusted import epoch_seconds
@@ -86,7 +86,7 @@ class Service:
         self.watch = Watch(self.client)
         self.pending: set[PendingJobs] = set()
         self.is_closing = False
-        self._stopping = stopping
+        self.stopping = stopping
         self._tasks: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
@@ -101,12 +101,8 @@ class Service:
             await asyncio.gather(*tasks, *self._tasks, return_exceptions=True)
             await self.client.aclose()
 
-    @property
-    def stopping(self) -> bool:
-        return self._stopping()
-
     async def _close_after_stop(self) -> None:
-        while not self.stopping:
+        while not self.stopping():
             await asyncio.sleep(STOP_LOOK_SECONDS)
         await asyncio.sleep(STOP_GRACE_SECONDS)
         self.is_closing = True
@@ -136,7 +132,9 @@ class Service:
             finally:
                 left = [job.id for job in pending.jobs if job.outcome is None]
                 if left and not self.is_closing:
-                    self._run_in_background(self._cancel(left))
+                    task = asyncio.create_task(self._cancel(left))
+                    self._tasks.add(task)
+                    task.add_done_callback(self._tasks.discard)
 
     def attend(self, request: Request, job_id: str, streamed: bool, timeout: float | None = None) -> PendingJobs:
         """Wait within a context for a job that exists; it goes on whatever becomes of the request.
@@ -154,13 +152,8 @@ class Service:
                 "enqueued, try again later"
             )
 
-    def _run_in_background(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run what no request waits for. It is finished before the endpoint closes."""
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
     async def _cancel(self, job_ids: Iterable[str]) -> None:
+        """Cancel jobs, in a task that no request waits for. It is finished before the endpoint closes."""
         for job_id in job_ids:
             with suppress(FastGPT2Error):
                 await self.client.cancel(job_id)
@@ -289,8 +282,9 @@ class PendingJobs:
 class Models:
     """The models that live workers serve, read from the workers' own hashes in Redis."""
 
-    def __init__(self, client: AsyncClient) -> None:
-        self._client = client
+    def __init__(self, driver: AsyncDriver, queue: str) -> None:
+        self._driver = driver
+        self._queue = queue
         self._known: dict[str, int] = {}
         self._fresh_until = 0.0
 
@@ -300,27 +294,17 @@ class Models:
         Raises:
             QueueUnavailable
         """
-        if time.monotonic() < self._fresh_until:
-            return self._known
-        with redis_errors(self._client.redis_url):
-            connection = self._client.connection
-            names = await connection.smembers(workers_key(self._client.queue_name))
-            async with connection.pipeline(transaction=False) as pipeline:
-                for name in sorted(names)[:MAX_WORKERS]:
-                    pipeline.hmget(name, ["model", "birth"])
-                answers = await pipeline.execute() if names else []
-        self._known = _count_models(answers)
-        # A pool without models may get its first one at any moment.
-        self._fresh_until = time.monotonic() + MODELS_FRESH_SECONDS if self._known else 0.0
+        if time.monotonic() >= self._fresh_until:
+            self._known = await self._driver.run(self._read())
+            # A pool without models may get its first one at any moment.
+            self._fresh_until = time.monotonic() + MODELS_FRESH_SECONDS if self._known else 0.0
         return self._known
 
-
-def _count_models(answers: list[tuple[bytes | None, bytes | None]]) -> dict[str, int]:
-    workers: dict[str, int] = {}
-    since: dict[str, int] = {}
-    for model, birth in answers:
-        if model:
-            name = model.decode("utf-8", "replace")
-            workers[name] = workers.get(name, 0) + 1
-            since[name] = min(since.get(name, 1 << 62), max(0, int(epoch_seconds(birth) or 0)))
-    return {name: since[name] for name in sorted(workers, key=lambda name: (-workers[name], name))}
+    def _read(self) -> Flow[dict[str, int]]:
+        keys = yield command("smembers", workers_key(self._queue))
+        asked = tuple(command("hmget", key, "model", "birth") for key in sorted(keys)[:MAX_WORKERS])
+        births: dict[str, list[int]] = {}
+        for model, birth in (yield Pipeline(asked)) if asked else ():
+            if model:
+                births.setdefault(model.decode("utf-8", "replace"), []).append(max(0, int(epoch_seconds(birth) or 0)))
+        return {name: min(births[name]) for name in sorted(births, key=lambda name: (-len(births[name]), name))}

@@ -41,9 +41,6 @@ async def list_jobs(
         workers: those of `read_status`.
         limit: the most jobs to return.
         show_prompts: add each job's prompt.
-
-    Raises:
-        QueueUnavailable
     """
     with redis_errors(client.redis_url):
         jobs = await _read_claimed(client.connection, workers, limit)
@@ -82,9 +79,6 @@ async def read_latest(connection: Redis, queue: str, limit: int) -> list[dict[st
         `completion_tokens`, `steps`, `drafted`, `accepted` (as `Drafting` has them), `queue_seconds`,
         `prefill_seconds`, `decode_seconds`, `ended_at` (seconds since 1970), `worker`. A field that is not known is
         None. An entry that is not a worker's record is left out.
-
-    Raises:
-        RedisError
     """
     if limit < 1:
         return []
@@ -115,9 +109,6 @@ async def read_prompts(connection: Redis, job_ids: Sequence[str]) -> dict[str, s
 
     Left out are jobs that are gone, jobs whose entry cannot be read or has more than 64 KiB of arguments, and all jobs
     after the first hundred.
-
-    Raises:
-        RedisError
     """
     ids = list(dict.fromkeys(job_ids))[:MAX_PROMPTS]
     if not ids:

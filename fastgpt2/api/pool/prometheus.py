@@ -109,9 +109,6 @@ async def render_metrics(connection: Redis, queue: str, accept: str = "") -> tup
 
     Returns:
         The content type, and the body.
-
-    Raises:
-        RedisError
     """
     from prometheus_client import CollectorRegistry
     from prometheus_client.exposition import choose_encoder

@@ -93,9 +93,6 @@ async def read_snapshot(connection: Redis, queue: str, buckets: int = 0) -> Snap
 
     Args:
         buckets: the number of recent hashes to read, that of this moment included.
-
-    Raises:
-        RedisError
     """
     queues = queues_of(queue)
     pipeline: Any = connection.pipeline(transaction=False)

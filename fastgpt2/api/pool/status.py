@@ -63,9 +63,6 @@ async def read_status(connection: Redis, queue: str, history: bool = False) -> d
         1, 5 and 15 minutes, and None for a mean of nothing. `models`: the models that the workers serve. `workers`:
         each with its state, age and time since its last heartbeat (seconds), model, counts, pace, memory and the jobs
         that it has claimed (`in_hand` is their number). What a worker says of itself is as old as its heartbeat.
-
-    Raises:
-        RedisError
     """
     snapshot = await read_snapshot(connection, queue, BUCKETS)
     depth = sum(snapshot.depths.values())
@@ -151,11 +148,7 @@ def _age(moment: Any, now: float) -> float | None:
 
 
 async def record_depth(connection: Redis, queue: str) -> None:
-    """Write down how many jobs wait, for the history. Any number of endpoints may do so, every ten seconds each.
-
-    Raises:
-        RedisError
-    """
+    """Write down how many jobs wait, for the history. Any number of endpoints may do so, every ten seconds each."""
     await _RECORD_DEPTH.run_async(connection, (), (recent_key(queue, ""), *queues_of(queue)))
 
 
