@@ -13,7 +13,7 @@ from rq.job import JobStatus
 from rq.serializers import JSONSerializer
 from rq.utils import now
 
-from fastgpt2.api.client.flow import Command, Flow, Pipeline, command, script_command
+from fastgpt2.api.client.flow import Command, Flow, Pipeline
 from fastgpt2.engine.decoding.records import GenerationRequest
 from fastgpt2.errors import BadRequest, IdempotencyMismatch, PromptTooLong, QueueFull
 from fastgpt2.fields import check_fields, refusal, whole
@@ -193,7 +193,7 @@ def enqueue_command(
     keys = [job.key, queue_key(name), QUEUES_KEY, *counted, job.key if key is None else key.redis_key]
     asked = "" if key is None else key.asked
     arguments = job.id, max_queue or 0, totals_key(queue), asked, plan.result_ttl, *fields
-    return job.id, script_command(_ENQUEUE, keys, arguments)
+    return job.id, Command("execute_command", _ENQUEUE.command(keys, arguments))
 
 
 def read_enqueue_reply(
@@ -220,8 +220,8 @@ class ModelLimits:
         """Read the limits from the workers' own hashes, unless they were read just now."""
         if time.monotonic() < self._fresh_until:
             return
-        names = yield command("smembers", workers_key(queue))
-        asked = tuple(command("hmget", name, "n_positions", "longest_token_bytes") for name in names)
+        names = yield Command("smembers", (workers_key(queue),))
+        asked = tuple(Command("hmget", (name, "n_positions", "longest_token_bytes")) for name in names)
         self._n_positions, self._longest_token_bytes = 0, 1
         for n_positions, longest_token_bytes in (yield Pipeline(asked)) if asked else ():
             if n_positions and longest_token_bytes:

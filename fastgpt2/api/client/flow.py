@@ -4,7 +4,7 @@ A flow is a generator. It yields one step after the other, a `Command`, a `Pipel
 sent Redis's reply, or the redis library's error is thrown in. What it returns is the result. For example:
 
     def depth_of(queue: str) -> Flow[int]:
-        depth: int = yield command("llen", queue_key(queue))
+        depth: int = yield Command("llen", (queue_key(queue),))
         return depth
 
     Driver(url).run(depth_of("fastgpt2"))              # blocking, over redis.Redis
@@ -24,7 +24,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from fastgpt2.errors import RedisAccessDenied
 from fastgpt2.protocol.connection import ANSWER_BY, connect, connect_async, in_words
-from fastgpt2.protocol.scripts import Script, execute, is_unknown, with_text
+from fastgpt2.protocol.scripts import execute, is_unknown, with_text
 
 T = TypeVar("T")
 
@@ -39,7 +39,11 @@ LONGEST_PAUSE_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One command, by the name of its method on a connection of the redis library."""
+    """One command, by the name of its method on a connection of the redis library.
+
+    `Command("execute_command", script.command(...))` runs a script: a driver repeats it with the script's text if
+    Redis wants that.
+    """
 
     method: str
     args: tuple[Any, ...] = ()
@@ -73,22 +77,13 @@ Flow: TypeAlias = Generator[Step, Any, T]
 Entries: TypeAlias = Sequence[tuple[Any, Any]]
 
 
-def command(method: str, *args: Any) -> Command:
-    return Command(method, args)
-
-
-def script_command(script: Script, keys: Sequence[Any], arguments: Sequence[Any]) -> Command:
-    """Return the command that runs a script. A driver repeats it with the script's text if Redis wants that."""
-    return Command("execute_command", script.command(keys, arguments))
-
-
 def read_streams(positions: Mapping[str, bytes | str], seconds: float) -> Command:
     """Return the command that waits for stream entries after the given ids, by key.
 
     It waits for at least a millisecond: to Redis, zero means for ever.
     """
     count = None  # all that there are
-    return command("xread", positions, count, max(1, int(seconds * 1000)))
+    return Command("xread", (positions, count, max(1, int(seconds * 1000))))
 
 
 def entries_by_key(reply: Any) -> dict[str, Entries]:

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 from rq.job import JobStatus
 from rq.results import Result
 
-from fastgpt2.api.client.flow import Command, Entries, Flow, Pipeline, Retries, command, entries_by_key, read_streams
+from fastgpt2.api.client.flow import Command, Entries, Flow, Pipeline, Retries, entries_by_key, read_streams
 from fastgpt2.api.client.outcome import Outcome, read_outcome, read_partial, return_value
 from fastgpt2.engine.decoding.records import GenerationResult, TokenLogprob
 from fastgpt2.errors import FastGPT2Error, JobCancelled
@@ -128,7 +128,7 @@ class JobReader:
     """
 
     def __init__(
-        self, job_id: str, streamed: bool = False, new: bool = False, notify: Callable[[], object] = lambda: None
+        self, job_id: str, streamed: bool = False, new: bool = False, notify: Callable[[], object] | None = None
     ) -> None:
         self.id = job_id
         self.stage = Stage.WAITING if new else Stage.UNCLEAR
@@ -154,8 +154,8 @@ class JobReader:
     def query(self) -> tuple[Command, Command]:
         """Return what reads the job's state, for one transaction: its status and its result belong together."""
         return (
-            command("hmget", job_key(self.id), "status", "worker_name", "meta"),
-            command("xrevrange", self._results_key, "+", "-", 1),
+            Command("hmget", (job_key(self.id), "status", "worker_name", "meta")),
+            Command("xrevrange", (self._results_key, "+", "-", 1)),
         )
 
     def on_state(self, replies: Sequence[Any], now: float) -> None:
@@ -204,7 +204,8 @@ class JobReader:
         self.stage, self.outcome = Stage.ENDED, outcome
         if self._text_key and isinstance(outcome, GenerationResult):
             self._append(self._assembly.complete(outcome.text, outcome.logprobs or ()))
-        self._notify()
+        if self._notify is not None:
+            self._notify()
 
     def _require_query(self) -> None:
         """Have the state queried: of entries, only one of success tells by itself how the job ended."""
@@ -214,7 +215,8 @@ class JobReader:
     def _append(self, piece: Piece | None) -> None:
         if piece is not None:
             self._pieces.append(piece)
-            self._notify()
+            if self._notify is not None:
+                self._notify()
 
 
 class ReadLoop:

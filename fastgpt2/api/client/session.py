@@ -16,7 +16,7 @@ from fastgpt2.api.client.enqueue import (
     enqueue_command,
     read_enqueue_reply,
 )
-from fastgpt2.api.client.flow import Bounded, Command, Flow, Pipeline, Retries, command, script_command
+from fastgpt2.api.client.flow import Bounded, Command, Flow, Pipeline, Retries
 from fastgpt2.api.client.outcome import Outcome, decode_status, unwrap
 from fastgpt2.api.client.reader import JobReader, ReadLoop
 from fastgpt2.engine.decoding.records import GenerationResult
@@ -81,7 +81,7 @@ class Session:
 
     def status(self, job_id: str) -> Flow[str]:
         """Return RQ's status of a job."""
-        return decode_status(job_id, (yield command("hget", job_key(job_id), "status")))
+        return decode_status(job_id, (yield Command("hget", (job_key(job_id), "status"))))
 
     def cancel(self, job_id: str) -> Flow[bool]:
         """Cancel a job. Returns False if it had ended already."""
@@ -92,7 +92,7 @@ class Session:
 
     def workers(self) -> Flow[int]:
         """Return how many workers are registered on the queue."""
-        count: int = yield command("scard", workers_key(self.queue))
+        count: int = yield Command("scard", (workers_key(self.queue),))
         return count
 
     def result(self, job_id: str, timeout: float | None) -> Flow[GenerationResult]:
@@ -125,7 +125,7 @@ class Session:
 
     def timeout_error(self, job_id: str, timeout: float | None) -> Flow[FastGPT2Error]:
         """Return what to raise when the caller waits no longer: it says where the job stands."""
-        asked = command("hget", job_key(job_id), "status"), command("scard", workers_key(self.queue))
+        asked = Command("hget", (job_key(job_id), "status")), Command("scard", (workers_key(self.queue),))
         status, workers = yield Bounded(Pipeline(asked), time.monotonic() + EXPLANATION_SECONDS)
         status = decode_status(job_id, status)
         hint = "" if workers else f"; no worker listens on the queue {self.queue!r}: start `fastgpt2 up`"
@@ -135,4 +135,4 @@ class Session:
 def cancel_command(job_id: str, queue: str) -> Command:
     """Return the command that cancels a job which has not ended, and counts it for the pool; see `cancel.lua`."""
     arguments = job_id, DEFAULT_RESULT_TTL_SECONDS, totals_key(queue), *queues_of(queue)
-    return script_command(_CANCEL, [job_key(job_id)], arguments)
+    return Command("execute_command", _CANCEL.command([job_key(job_id)], arguments))

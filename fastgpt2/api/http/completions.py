@@ -209,8 +209,6 @@ class PredictedTokens(TypedDict):
 
 
 class CompletionUsage(TypedDict):
-    """Token counts of a request."""
-
     prompt_tokens: Count
     completion_tokens: Count
     total_tokens: Count
@@ -231,8 +229,6 @@ class CompletionBody(TypedDict):
 
 
 class ModelBody(TypedDict):
-    """A model that workers serve."""
-
     id: str
     object: Literal["model"]
     created: Count

@@ -65,8 +65,6 @@ class AnswerParameters:
 
 
 class TokenBody(TypedDict):
-    """A token in an answer."""
-
     id: Count
     text: str
     logprob: float | None
@@ -86,8 +84,6 @@ class DetailsBody(TypedDict):
 
 
 class GeneratedBody(TypedDict):
-    """An answer."""
-
     generated_text: str
     details: NotRequired[DetailsBody]
     logprobs: NotRequired[list[TokenObject]]

@@ -31,8 +31,6 @@ _STATUSES = "queued", "started", "finished", "failed", "stopped", "canceled", "d
 
 
 class OpenAIError(TypedDict):
-    """An error as OpenAI's API has it."""
-
     message: str
     type: str
     param: str | None

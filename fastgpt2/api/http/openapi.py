@@ -27,6 +27,7 @@ from fastgpt2.api.http.jobs import (
 )
 from fastgpt2.api.http.responses import JSON, OPENAI_PREFIX
 from fastgpt2.api.http.schemas import body_schema, nullable, object_schema, schema_of
+from fastgpt2.api.pool.job_list import REALS, TEXTS, WHOLES
 from fastgpt2.engine.decoding.records import Count, Prompt
 from fastgpt2.fields import Schema
 
@@ -64,12 +65,10 @@ _PATH_PARAMETERS: dict[str, Object] = {
 
 # A job in the list of the jobs that run and of the latest that have ended.
 _LISTED_JOB: Object = {
-    "id": str,
-    "status": str,
-    **dict.fromkeys(("finish_reason", "error", "worker"), str | None),
-    **dict.fromkeys(("prompt_tokens", "cached_tokens", "completion_tokens"), int | None),
-    **dict.fromkeys(("steps", "drafted", "accepted"), int | None),
-    **dict.fromkeys(("queue_seconds", "prefill_seconds", "decode_seconds", "ended_at"), float | None),
+    **dict.fromkeys(TEXTS, str | None),
+    **dict.fromkeys(WHOLES, int | None),
+    **dict.fromkeys(REALS, float | None),
+    **dict.fromkeys(("id", "status"), str),
     "prompt": Annotated[str | list[Count] | None, "If the operator shows prompts."],
 }
 

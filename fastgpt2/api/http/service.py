@@ -14,10 +14,10 @@ from starlette.requests import Request
 
 from fastgpt2.api.client.async_client import AsyncClient
 from fastgpt2.api.client.enqueue import IdempotencyKey, JobPlan, idempotency_keys
-from fastgpt2.api.client.flow import AsyncDriver, Flow, Pipeline, command
+from fastgpt2.api.client.flow import AsyncDriver, Command, Flow, Pipeline
 from fastgpt2.api.client.outcome import Outcome, unwrap
 from fastgpt2.api.client.reader import JobReader
-from fastgpt2.api.http.requests import ClientGone, DisconnectListener
+from fastgpt2.api.http.requests import ClientGone
 from fastgpt2.api.http.watch import Watch
 from fastgpt2.engine.decoding.records import GenerationResult
 from fastgpt2.errors import BadRequest, FastGPT2Error, ResultTimeout, ServiceBusy, ServiceStopping
@@ -196,7 +196,8 @@ class PendingJobs:
     ) -> None:
         self.signal = asyncio.Event()
         self._service = service
-        self._listener = DisconnectListener(request, self.signal.set)
+        self._request = request
+        self._is_client_gone = False
         self._timeout = timeout
         self.jobs: list[JobReader] = [
             service.watch.follow(job_id, stream, self.signal, new)
@@ -207,16 +208,23 @@ class PendingJobs:
         loop = asyncio.get_running_loop()
         self._deadline = time.monotonic() + self._timeout
         self._timer = loop.call_later(self._timeout, self.signal.set)
-        self._listener.__enter__()
+        self._listening = asyncio.create_task(self._listen())
         self._service.pending.add(self)
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self._service.pending.discard(self)
-        self._listener.__exit__(*error)
+        self._listening.cancel()
         self._timer.cancel()
         for job in self.jobs:
             self._service.watch.drop(job)
+
+    async def _listen(self) -> None:
+        """Notice when the client closes the connection; the body has been read."""
+        while (await self._request.receive())["type"] != "http.disconnect":
+            pass
+        self._is_client_gone = True
+        self.signal.set()
 
     async def events(self) -> AsyncIterator[tuple[int, Piece | Outcome] | None]:
         """Give what comes of the jobs, until all have ended.
@@ -253,7 +261,7 @@ class PendingJobs:
 
     async def _check_worth_waiting(self, job_id: str) -> None:
         """Raise if nobody waits any more, or no longer may; the job is one of those that have not ended."""
-        if self._listener.is_gone:
+        if self._is_client_gone:
             raise ClientGone("the client closed the connection")
         if time.monotonic() >= self._deadline:
             raise await self._service.driver.run(self._service.session.timeout_error(job_id, self._timeout))
@@ -301,8 +309,8 @@ class Models:
         return self._known
 
     def _read(self) -> Flow[dict[str, int]]:
-        keys = yield command("smembers", workers_key(self._queue))
-        asked = tuple(command("hmget", key, "model", "birth") for key in sorted(keys)[:MAX_WORKERS])
+        keys = yield Command("smembers", (workers_key(self._queue),))
+        asked = tuple(Command("hmget", (key, "model", "birth")) for key in sorted(keys)[:MAX_WORKERS])
         births: dict[str, list[int]] = {}
         for model, birth in (yield Pipeline(asked)) if asked else ():
             if model:

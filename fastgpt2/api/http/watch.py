@@ -14,7 +14,7 @@ from contextlib import suppress
 from redis.exceptions import RedisError
 
 from fastgpt2.api.client.async_client import AsyncClient
-from fastgpt2.api.client.flow import Flow, Pause, Pipeline, command
+from fastgpt2.api.client.flow import Command, Flow, Pause, Pipeline
 from fastgpt2.api.client.reader import JobReader, ReadLoop
 from fastgpt2.errors import FastGPT2Error
 from fastgpt2.protocol.keys import job_key, wake_key
@@ -99,7 +99,7 @@ class Watch:
         """
         hashes = [(reader, job_key(reader.id), b"hash") for reader in self._readers]
         asked = [*hashes, *((reader, key, b"stream") for reader in self._readers for key in reader.positions)]
-        found = yield from self._session.retries.ask(Pipeline(tuple(command("type", key) for _, key, _ in asked)))
+        found = yield from self._session.retries.ask(Pipeline(tuple(Command("type", (key,)) for _, key, _ in asked)))
         before = len(self._readers)
         for (reader, key, kind), actual in zip(asked, found, strict=True):
             if actual not in (kind, b"none"):

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 # The limit for one worker's record of a job, far beyond what a worker writes.
 _MAX_RECORD_BYTES = 4096
-_TEXTS = ("id", "status", "finish_reason", "error", "worker")
-_WHOLES = ("prompt_tokens", "cached_tokens", "completion_tokens", "steps", "drafted", "accepted")
-_REALS = ("queue_seconds", "prefill_seconds", "decode_seconds", "ended_at")
-_UNKNOWN: dict[str, Any] = dict.fromkeys((*_TEXTS, *_WHOLES, *_REALS))
+TEXTS = ("id", "status", "finish_reason", "error", "worker")
+WHOLES = ("prompt_tokens", "cached_tokens", "completion_tokens", "steps", "drafted", "accepted")
+REALS = ("queue_seconds", "prefill_seconds", "decode_seconds", "ended_at")
+_UNKNOWN: dict[str, Any] = dict.fromkeys((*TEXTS, *WHOLES, *REALS))
 MAX_PROMPTS = 100
 MAX_PROMPT_SHOWN = 200
 
@@ -98,9 +98,9 @@ def _parse_record(entry: bytes) -> dict[str, Any] | None:
     if not isinstance(value, dict) or not text(value.get("id")) or not text(value.get("status")):
         return None
     return {
-        **{name: text(value.get(name)) or None for name in _TEXTS},
-        **{name: whole(value.get(name)) for name in _WHOLES},
-        **{name: real(value.get(name)) for name in _REALS},
+        **{name: text(value.get(name)) or None for name in TEXTS},
+        **{name: whole(value.get(name)) for name in WHOLES},
+        **{name: real(value.get(name)) for name in REALS},
     }
 
 
