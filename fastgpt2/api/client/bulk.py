@@ -210,7 +210,7 @@ class BulkRun:
 
 
 class BulkFields(JobFields, total=False):
-    """What `map` and `as_completed` take beside the prompts: the fields of every job, and how the jobs are sent.
+    """The options of `map` and `as_completed`: the fields of every job, and how the jobs are sent.
 
     Attributes:
         in_flight: at most this many jobs are in the queue or, with `map`, have results that wait here for an earlier

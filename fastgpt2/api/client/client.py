@@ -225,9 +225,7 @@ class Job:
         Returns:
             True if it was cancelled, False if it had ended already.
 
-        Raises:
-            JobNotFound: never enqueued here, or expired.
-            QueueUnavailable: Redis cannot be reached.
+        Raises what `status` raises.
         """
         return self._driver.run(self._session.cancel(self.id))
 

@@ -16,7 +16,7 @@ from rq.utils import now
 from fastgpt2.api.client.flow import Command, Flow, Pipeline
 from fastgpt2.engine.decoding.records import GenerationRequest
 from fastgpt2.errors import BadRequest, IdempotencyMismatch, PromptTooLong, QueueFull
-from fastgpt2.fields import check_fields, refusal, whole
+from fastgpt2.fields import check_fields, whole
 from fastgpt2.protocol.keys import (
     QUEUES_KEY,
     Priority,
@@ -51,7 +51,7 @@ _PLAN_FIELDS = ("priority", "job_timeout", "result_ttl")
 
 
 class JobFields(TypedDict, total=False):
-    """What may stand beside a prompt; `GenerationRequest` describes the upper half.
+    """The fields that may stand beside a prompt; `GenerationRequest` describes the upper half.
 
     Attributes:
         timeout: seconds from being enqueued within which the job must be done.
@@ -92,12 +92,6 @@ class JobPlan:
 
     def __post_init__(self) -> None:
         check_fields(self)
-
-
-def check_max_queue(value: object) -> None:
-    """Raise BadRequest if the value is neither None nor a number of jobs."""
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise refusal("max_queue", "a whole number from 1, or None for no limit", value)
 
 
 def plan_job(prompt: PromptLike, fields: Mapping[str, Any]) -> JobPlan:
@@ -209,7 +203,7 @@ def read_enqueue_reply(
 
 
 class ModelLimits:
-    """What the live workers' models can take: of several, the largest limits."""
+    """The limits of the live workers' models; of several models, the largest."""
 
     def __init__(self) -> None:
         self._fresh_until = 0.0

@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
@@ -75,22 +75,6 @@ Flow: TypeAlias = Generator[Step, Any, T]
 
 # The entries of one Redis stream: (id, {field: value}), bytes throughout.
 Entries: TypeAlias = Sequence[tuple[Any, Any]]
-
-
-def read_streams(positions: Mapping[str, bytes | str], seconds: float) -> Command:
-    """Return the command that waits for stream entries after the given ids, by key.
-
-    It waits for at least a millisecond: to Redis, zero means for ever.
-    """
-    count = None  # all that there are
-    return Command("xread", (positions, count, max(1, int(seconds * 1000))))
-
-
-def entries_by_key(reply: Any) -> dict[str, Entries]:
-    """Return the entries in a reply to `read_streams`, whichever protocol the connection speaks."""
-    if isinstance(reply, dict):  # RESP3, where the entries are a list in a list
-        return {key.decode(): [entry for part in parts for entry in part] for key, parts in reply.items()}
-    return {key.decode(): entries for key, entries in reply or ()}
 
 
 class Retries:

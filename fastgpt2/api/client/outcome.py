@@ -1,4 +1,4 @@
-"""How a job ended, read from RQ's hash of the job and from RQ's stream of its results. No I/O: see `flow`."""
+"""The outcome of a job, read from RQ's hash of the job and from RQ's stream of its results. No I/O: see `flow`."""
 
 from __future__ import annotations
 
@@ -74,6 +74,7 @@ def read_outcome(job_id: str, status: bytes | None, meta: bytes | None, entries:
 
 
 def return_value(fields: Mapping[bytes, bytes]) -> Any:
+    """Return what the job returned, from the entry of a success."""
     try:
         return json.loads(base64.b64decode(fields[b"return_value"]))
     except (KeyError, ValueError, RecursionError) as reason:

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 from rq.job import JobStatus
 from rq.results import Result
 
-from fastgpt2.api.client.flow import Command, Entries, Flow, Pipeline, Retries, entries_by_key, read_streams
+from fastgpt2.api.client.flow import Command, Entries, Flow, Pipeline, Retries
 from fastgpt2.api.client.outcome import Outcome, read_outcome, read_partial, return_value
 from fastgpt2.engine.decoding.records import GenerationResult, TokenLogprob
 from fastgpt2.errors import FastGPT2Error, JobCancelled
@@ -115,7 +115,7 @@ class Stage(Enum):
 
 
 class JobReader:
-    """What has been read of one job: pieces of its text, if that is streamed, and how it ended.
+    """The reader of one job: it keeps pieces of its text, if that is streamed, and how it ended.
 
     Args:
         streamed: read the text too.
@@ -247,7 +247,7 @@ class ReadLoop:
             longest: seconds that the read may last, at most `READ_SECONDS`.
 
         Returns:
-            Whether entries have come.
+            True if entries have come.
         """
         if (yield from self._query_due(jobs)):
             return False
@@ -272,7 +272,7 @@ class ReadLoop:
         """Query all states every `READ_SECONDS` and at the deadline, otherwise those that are not clear.
 
         Returns:
-            Whether a job has ended.
+            True if a job has ended.
         """
         if query_all := time.monotonic() >= self._query_all_at:
             due = list(jobs)
@@ -293,13 +293,22 @@ class ReadLoop:
         positions = dict(self._wake_positions)
         for job in jobs:
             positions.update(job.positions)
+        # For at least a millisecond: to Redis, zero means for ever.
+        read = Command("xread", (positions, None, max(1, int(seconds * 1000))))
         self.blocked = True
         try:
-            reply = yield from self._retries.ask(read_streams(positions, seconds), self._deadline)
+            reply = yield from self._retries.ask(read, self._deadline)
         finally:
             self.blocked = False
-        entries = entries_by_key(reply)
+        entries = _entries_by_key(reply)
         for key in self._wake_positions:
             for entry_id, _ in entries.pop(key, ()):
                 self._wake_positions[key] = entry_id
         return entries
+
+
+def _entries_by_key(reply: Any) -> dict[str, Entries]:
+    """Return the entries in a reply to XREAD by the keys of their streams, whichever protocol the connection speaks."""
+    if isinstance(reply, dict):  # RESP3, where the entries are a list in a list
+        return {key.decode(): [entry for part in parts for entry in part] for key, parts in reply.items()}
+    return {key.decode(): entries for key, entries in reply or ()}

@@ -1,4 +1,4 @@
-"""What both clients say to Redis about one job: enqueue it, ask for its status, wait for its end, cancel it."""
+"""The flows of both clients about a job: enqueue it, ask for its status, wait for its end, cancel it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from fastgpt2.api.client.enqueue import (
     IdempotencyKey,
     JobPlan,
     ModelLimits,
-    check_max_queue,
     enqueue_command,
     read_enqueue_reply,
 )
@@ -21,6 +20,7 @@ from fastgpt2.api.client.outcome import Outcome, decode_status, unwrap
 from fastgpt2.api.client.reader import JobReader, ReadLoop
 from fastgpt2.engine.decoding.records import GenerationResult
 from fastgpt2.errors import FastGPT2Error, JobNotFound, ResultTimeout
+from fastgpt2.fields import refusal
 from fastgpt2.protocol.keys import job_key, queues_of, totals_key, workers_key
 from fastgpt2.protocol.messages import Piece
 from fastgpt2.protocol.scripts import Script
@@ -43,7 +43,8 @@ class Session:
     """
 
     def __init__(self, redis_url: str | None, queue: str | None, max_queue: int | None) -> None:
-        check_max_queue(max_queue)
+        if max_queue is not None and (not isinstance(max_queue, int) or isinstance(max_queue, bool) or max_queue < 1):
+            raise refusal("max_queue", "a whole number from 1, or None for no limit", max_queue)
         self.redis_url = redis_url or settings.REDIS_URL.resolve()
         self.queue = queue or settings.QUEUE.resolve()
         self.max_queue = settings.MAX_QUEUE.resolve() if max_queue is None else max_queue

@@ -202,7 +202,7 @@ class CachedTokens(TypedDict):
 
 
 class PredictedTokens(TypedDict):
-    """How guesses fared. OpenAI's predictions come from the caller, and are counted by the same names."""
+    """The fate of guesses. OpenAI's predictions, which come from the caller, are counted by the same names."""
 
     accepted_prediction_tokens: Count
     rejected_prediction_tokens: Count

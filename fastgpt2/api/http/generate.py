@@ -46,7 +46,7 @@ class NeutralParameters:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerParameters:
-    """What a caller wants to see in the answer, checked when made.
+    """The parameters that say what the answer tells, checked when made.
 
     Args:
         return_full_text: the answer begins with the prompt. None means so for `POST /` only.
@@ -72,7 +72,7 @@ class TokenBody(TypedDict):
 
 
 class DetailsBody(TypedDict):
-    """What an answer tells beside the text."""
+    """The details of an answer, beside the text."""
 
     finish_reason: Literal["length", "eos_token", "stop_sequence"]
     generated_tokens: Count

@@ -38,7 +38,7 @@ class OpenAIError(TypedDict):
 
 
 class EndEvent(TypedDict):
-    """How a job ended: its result, or its error and what there is of a result. Both are null before the end."""
+    """The end of a job: its result, or its error and what there is of a result. Both are null before the end."""
 
     result: Annotated[dict[str, Any], ResultObject, "Of a job that was cut short, what there is of it."] | None
     error: OpenAIError | None

@@ -75,7 +75,7 @@ _LISTED_JOB: Object = {
 
 @dataclass(frozen=True, slots=True)
 class _Operation:
-    """What a route does with one method.
+    """A route with one method.
 
     Attributes:
         content: of the answer.

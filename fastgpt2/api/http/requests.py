@@ -1,4 +1,4 @@
-"""What comes from a client: the body of a request, read within its bounds."""
+"""The body of a request, read within its bounds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the routes share: the client, the jobs that requests wait for, their bounds, the stop, and the served models."""
+"""The pool as the routes use it: client, jobs that requests wait for, their bounds, the stop, and the served models."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ class Watch:
         """End the jobs with a key of another type than ours: such a key fails every read, also for other jobs.
 
         Returns:
-            Whether there were any.
+            True if there were any.
         """
         hashes = [(reader, job_key(reader.id), b"hash") for reader in self._readers]
         asked = [*hashes, *((reader, key, b"stream") for reader in self._readers for key in reader.positions)]

@@ -1,4 +1,4 @@
-"""What the pool is doing now, what it did lately, and whether it would serve a job.
+"""The state of a pool: what it does now, what it did lately, and whether it would serve a job.
 
 All of it is read from Redis, so that every endpoint tells the same. What the pool did lately stands there as workers
 report it, in one hash for each ten seconds: rates, means and the history come from these.
