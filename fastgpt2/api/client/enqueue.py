@@ -101,15 +101,15 @@ def plan_job(prompt: PromptLike, fields: Mapping[str, Any]) -> JobPlan:
         BadRequest: a field is unknown, ill-typed or out of bounds, or given beside a request that has been made.
     """
     fields = _with_stops_listed(fields)
-    of_plan = {name: fields[name] for name in _PLAN_FIELDS if name in fields}
+    plan_fields = {name: fields[name] for name in _PLAN_FIELDS if name in fields}
     others = {name: value for name, value in fields.items() if name not in _PLAN_FIELDS}
     if not isinstance(prompt, GenerationRequest):
         request, options = parse_job([prompt], others)
-        return JobPlan(request, options, **of_plan)
+        return JobPlan(request, options, **plan_fields)
     for name in others:
         if name not in _OPTION_FIELDS:
             raise BadRequest(f"{name[:100]} is given beside a request that has been made; put it in there")
-    return JobPlan(prompt, JobOptions(**others), **of_plan)
+    return JobPlan(prompt, JobOptions(**others), **plan_fields)
 
 
 def plan_each(prompts: Iterable[PromptLike], fields: Mapping[str, Any]) -> Iterator[JobPlan | BadRequest]:

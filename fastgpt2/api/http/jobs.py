@@ -87,7 +87,7 @@ class Jobs:
     async def show(self, request: Request) -> Response:
         """Answer `GET /v1/jobs/{id}`: with `?wait=SECONDS`, when the job has ended or the time is up."""
         job_id = await self._known(request)
-        wait = _number(request, "wait", 0.0, MAX_WAIT_SECONDS)
+        wait = _parse_wait(request)
         if wait:
             with self._service.attend(request, job_id, streamed=False, timeout=wait) as waiting:
                 await waiting.wait()
@@ -185,12 +185,12 @@ def _error_event(error: FastGPT2Error) -> bytes:
     return event(_end(error), "error")
 
 
-def _number(request: Request, name: str, low: float, high: float) -> float:
-    text = request.query_params.get(name, "0")
+def _parse_wait(request: Request) -> float:
+    text = request.query_params.get("wait", "0")
     try:
         value = float(text[:40])
     except ValueError:
         value = -1.0
-    if not low <= value <= high:
-        raise refusal(name, f"a number from {low:g} to {high:g}", text)
+    if not 0 <= value <= MAX_WAIT_SECONDS:
+        raise refusal("wait", f"a number of seconds from 0 to {MAX_WAIT_SECONDS:g}", text)
     return value

@@ -127,7 +127,7 @@ def _schemas() -> dict[str, Schema]:
     parameters = body_schema(JobPlan, AnswerParameters, NeutralParameters, required=(), without=("prompt", "stream"))
     generate = {"inputs": prompt, "parameters": nullable(parameters)}
     listed_job = object_schema(_LISTED_JOB, ("id", "status"))
-    of_list, queue = {"object": Literal["list"]}, object_schema({"name": str, "depth": Count})
+    list_head, queue = {"object": Literal["list"]}, object_schema({"name": str, "depth": Count})
     status = {"version": str, "queue": queue, "jobs": dict[str, Count], "workers": list[dict[str, Any]]}
     return {
         "OriginalRequest": object_schema({**generate, "stream": flag}, ("inputs",), closed=True),
@@ -138,10 +138,10 @@ def _schemas() -> dict[str, Schema]:
         "CompletionRequest": body_schema(CompletionRequest, required=()),
         "Completion": schema_of(CompletionBody),
         "Model": schema_of(ModelBody),
-        "ModelList": object_schema({**of_list, "data": list[ModelBody]}),
+        "ModelList": object_schema({**list_head, "data": list[ModelBody]}),
         "JobRequest": body_schema(JobPlan, required=("prompt",)),
         "Job": schema_of(JobBody),
-        "JobList": object_schema({**of_list, "data": {"type": "array", "items": listed_job}}),
+        "JobList": object_schema({**list_head, "data": {"type": "array", "items": listed_job}}),
         "TextEvent": schema_of(TextEvent),
         "EndEvent": schema_of(EndEvent),
         "State": object_schema({"status": str}),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # The limit for one worker's record of a job, far beyond what a worker writes.
 _MAX_RECORD_BYTES = 4096
+# The fields of a listed job, by the kind of their values.
 TEXTS = ("id", "status", "finish_reason", "error", "worker")
 WHOLES = ("prompt_tokens", "cached_tokens", "completion_tokens", "steps", "drafted", "accepted")
 REALS = ("queue_seconds", "prefill_seconds", "decode_seconds", "ended_at")
