@@ -215,7 +215,7 @@ class LineReader:
         try:
             text = raw.decode("utf-8")
             fields = _parse(text) if self._is_json else {"prompt": text}
-            line_id = _checked_id(fields.pop("id", None))
+            line_id = _check_id(fields.pop("id", None))
             prompt = fields.pop("prompt")
             if not isinstance(prompt, str | list):
                 raise BadRequest("prompt must be a string or a list of token ids")
@@ -244,7 +244,7 @@ def _parse(text: str) -> dict[str, Any]:
     return value
 
 
-def _checked_id(value: object) -> str | int | None:
+def _check_id(value: object) -> str | int | None:
     if value is None or (isinstance(value, str) and len(value) <= MAX_ID_CHARACTERS):
         return value
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63:
