@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
-from functools import cache
+from functools import cache, partial
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -51,85 +51,85 @@ def type_name(value: object) -> str:
     return "null" if value is None else type(value).__name__
 
 
-def flag() -> Field:
-    """Describe a field that is true or false."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _InBounds:
+    """The check of a value's type, and of its size: a number's value, a string's length.
 
-    def check(name: str, value: Any) -> Any:
-        if not isinstance(value, bool):
-            raise refusal(name, "true or false", value, of_type=True)
+    Attributes:
+        kind: the type, as `isinstance` takes it.
+        expected_kind, expected: what the field takes, for a value of a wrong type and for one out of bounds.
+    """
+
+    kind: Any
+    expected_kind: str
+    expected: str
+    low: float = -math.inf
+    high: float = math.inf
+
+    def __call__(self, name: str, value: Any) -> Any:
+        if not isinstance(value, self.kind) or (isinstance(value, bool) and self.kind is not bool):
+            raise refusal(name, self.expected_kind, value, of_type=True)
+        if not self.low <= (len(value) if self.kind is str else value) <= self.high:
+            raise refusal(name, self.expected, value)
         return value
 
-    return Field({"type": "boolean"}, check)
+
+def flag() -> Field:
+    """Describe a field that is true or false."""
+    return Field({"type": "boolean"}, _InBounds(bool, "true or false", ""))
 
 
 def whole(low: float = -math.inf, high: float = math.inf, unit: str = "") -> Field:
     """Describe a whole number from `low` to `high`, of a `unit` that the message names."""
-
-    def check(name: str, value: Any) -> Any:
-        of_type = not isinstance(value, int) or isinstance(value, bool)
-        if not of_type and low <= value <= high:
-            return value
-        if unit:
-            raise refusal(name, f"a whole number of {unit} from {low} to {high}", value)
-        raise refusal(name, "a whole number" if of_type else f"between {low} and {high}", value, of_type)
-
-    return Field({"type": "integer", **_bounds(minimum=low, maximum=high)}, check)
+    in_full = f"a whole number of {unit} from {low} to {high}"
+    words = (in_full, in_full) if unit else ("a whole number", f"between {low} and {high}")
+    schema = {"type": "integer", **_bounds(minimum=low, maximum=high)}
+    return Field(schema, _InBounds(int, *words, low, high))
 
 
 def number(above: float = -math.inf, most: float = math.inf, unit: str = "") -> Field:
     """Describe a number of more than `above` and at most `most`, of a `unit` that the message names. NaN is none."""
-
-    def check(name: str, value: Any) -> Any:
-        of_type = not isinstance(value, int | float) or isinstance(value, bool)
-        if not of_type and above < value <= most:
-            return value
-        bounds = f"more than {above} and at most {most:.0f} {unit}"
-        raise refusal(name, f"a number of {unit}" if of_type else bounds, value, of_type)
-
-    return Field({"type": "number", **_bounds(exclusiveMinimum=above, maximum=most)}, check)
+    words = f"a number of {unit}" if unit else "a number", f"more than {above} and at most {most:.0f} {unit}"
+    schema = {"type": "number", **_bounds(exclusiveMinimum=above, maximum=most)}
+    return Field(schema, _InBounds(int | float, *words, math.nextafter(above, math.inf), most))
 
 
 def text(least: int = 0, most: float = math.inf) -> Field:
     """Describe a string of `least` to `most` characters."""
-
-    def check(name: str, value: Any) -> Any:
-        of_type = not isinstance(value, str)
-        if not of_type and least <= len(value) <= most:
-            return value
-        raise refusal(name, f"a string of {least} to {most} characters" if least else "a string", value, of_type)
-
-    return Field({"type": "string", **({"minLength": least, **_bounds(maxLength=most)} if least else {})}, check)
+    expected = f"a string of {least} to {most} characters" if least else "a string"
+    bounds = {"minLength": least, **_bounds(maxLength=most)} if least else {}
+    return Field({"type": "string", **bounds}, _InBounds(str, expected, expected, least, most))
 
 
 def one_of(*values: Any) -> Field:
     """Describe a field that has one of a few values."""
+    return Field({"enum": list(values)}, partial(_check_one_of, values))
 
-    def check(name: str, value: Any) -> Any:
-        if value not in values:
-            raise refusal(name, f"one of {', '.join(values)}", value)
-        return value
 
-    return Field({"enum": list(values)}, check)
+def _check_one_of(values: tuple[Any, ...], name: str, value: Any) -> Any:
+    if value not in values:
+        raise refusal(name, f"one of {', '.join(values)}", value)
+    return value
 
 
 def only(allowed: Any, rule: str = "") -> Field:
     """Describe a field that takes one value; the `rule` is what the message says if another comes."""
+    return Field({"enum": [allowed]}, partial(_check_only, allowed, rule or f"must be {allowed}"))
 
-    def check(name: str, value: Any) -> Any:
-        if value != allowed or isinstance(value, bool) != isinstance(allowed, bool):
-            raise BadRequest(f"{name} {rule or f'must be {allowed}'}")
-        return value
 
-    return Field({"enum": [allowed]}, check)
+def _check_only(allowed: Any, rule: str, name: str, value: Any) -> Any:
+    if value != allowed or isinstance(value, bool) != isinstance(allowed, bool):
+        raise BadRequest(f"{name} {rule}")
+    return value
 
 
 def optional(field: Field) -> Field:
     """Describe a field that may be None as well."""
+    return Field({"anyOf": [field.schema, {"type": "null"}]}, partial(_check_optional, field.check))
 
-    def check(name: str, value: Any) -> Any:
-        return None if value is None else field.check(name, value)
 
-    return Field({"anyOf": [field.schema, {"type": "null"}]}, check)
+def _check_optional(check: Callable[[str, Any], Any], name: str, value: Any) -> Any:
+    return None if value is None else check(name, value)
 
 
 def _bounds(**bounds: float) -> Schema:
@@ -154,8 +154,8 @@ def field_of(hint: Any) -> Field:
     parts = get_args(hint)
     if get_origin(hint) is Annotated:
         field = next((part for part in parts if isinstance(part, Field)), None) or field_of(parts[0])
-        described = [{"description": part} for part in parts if isinstance(part, str)]
-        return Field({**field.schema, **described[0]}, field.check) if described else field
+        described = [("description", part) for part in parts if isinstance(part, str)]
+        return Field({**field.schema, **dict(described)}, field.check)
     if get_origin(hint) is Literal:
         return one_of(*parts)
     if NoneType in parts:
@@ -169,14 +169,16 @@ def check_fields(record: Any) -> None:
     Raises:
         BadRequest: a field does not take its value.
     """
-    for name, check in _checks(record.__class__):
+    for name, default, check in _checks(record.__class__):
         value = getattr(record, name)
+        if value is default:
+            continue  # most fields of a request are
         kept = check(name, value)
         if kept is not value:
             object.__setattr__(record, name, kept)
 
 
 @cache
-def _checks(message: Any) -> list[tuple[str, Callable[[str, Any], Any]]]:
+def _checks(message: Any) -> list[tuple[str, Any, Callable[[str, Any], Any]]]:
     known = fields_of(message)
-    return [(field.name, known[field.name].check) for field in fields(message) if field.name in known]
+    return [(field.name, field.default, known[field.name].check) for field in fields(message) if field.name in known]

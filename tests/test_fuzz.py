@@ -29,8 +29,7 @@ from rq.serializers import JSONSerializer
 from starlette.testclient import TestClient
 from support.running import GOLDEN, StartWorker, wait_until
 
-from fastgpt2.api.client.outcome import PendingResult
-from fastgpt2.api.client.reader import Assembly
+from fastgpt2.api.client.reader import Assembly, JobReader
 from fastgpt2.api.http.app import create_app
 from fastgpt2.api.http.service import Bounds
 from fastgpt2.engine.model.checkpoint import Checkpoint
@@ -209,7 +208,7 @@ def test_what_a_client_reads_is_an_outcome_or_one_of_our_errors(
     with suppress(FastGPT2Error):
         result_from_json(value)
     with suppress(FastGPT2Error):
-        PendingResult("x").on_state([(b"finished", b"", meta), [(b"1-0", entry)]], 0.0)
+        JobReader("x").on_state([(b"finished", b"", meta), [(b"1-0", entry)]], 0.0)
     with suppress(KeyError, TypeError, ValueError):
         entry_to_piece(entry)
 

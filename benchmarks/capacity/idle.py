@@ -140,7 +140,7 @@ def measure_reads(connection: Any, url: str, entry: Values, count: int) -> Value
     driver = Driver(url)
 
     def ask_limits() -> None:
-        driver.run(Session(url, QUEUE, None).refresh_limits())
+        driver.run(Session(url, QUEUE, None).limits.refresh(QUEUE))
 
     ways: dict[str, Callable[[], object]] = {
         "status": partial(asyncio.run, read_statuses(url)),

@@ -132,10 +132,9 @@ def _send(
     bulk = BulkRun(session, _items(lines if regular else read_ahead(lines), sent), in_flight, ordered=True)
     shown = sys.stderr.isatty()
     total = count_lines(source) if shown and regular and source is not None else None
-    with ProgressBar(total, shown, results.done) as bar, closing(run_bulk(driver, bulk)) as ends:
+    with closing(run_bulk(driver, bulk, ProgressBar(total, shown, results.done))) as ends:
         for _, outcome in ends:
             results.write(sent.popleft(), _outcome_to_json(outcome))
-            bar.add(outcome)
 
 
 def _items(lines: Iterable[Line | None], sent: deque[Line]) -> Iterator[Item]:
@@ -216,7 +215,7 @@ class LineReader:
         try:
             text = raw.decode("utf-8")
             fields = _parse(text) if self._is_json else {"prompt": text}
-            line_id = _checked_id(fields.pop("id", None))
+            line_id = _check_id(fields.pop("id", None))
             prompt = fields.pop("prompt")
             if not isinstance(prompt, str | list):
                 raise BadRequest("prompt must be a string or a list of token ids")
@@ -245,7 +244,7 @@ def _parse(text: str) -> dict[str, Any]:
     return value
 
 
-def _checked_id(value: object) -> str | int | None:
+def _check_id(value: object) -> str | int | None:
     if value is None or (isinstance(value, str) and len(value) <= MAX_ID_CHARACTERS):
         return value
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63:

@@ -24,7 +24,7 @@ def generate(values: dict[str, Any]) -> int:
     from fastgpt2.engine.machine import hold_to_one_thread
 
     started = perf_counter()
-    request = request_of(values)
+    request = build_request(values)
     hold_to_one_thread()
     engine = Engine.load(
         values["model"],
@@ -114,7 +114,7 @@ def enqueue(values: dict[str, Any]) -> int:
         raise BadRequest("--stream prints text, --json a whole result; leave one out")
     options = JobOptions(timeout=values["deadline"], stream=values["stream"])
     with Client(values["redis_url"], values["queue"], values["max_queue"]) as client:
-        job = client.enqueue_request(request_of(values), options, priority=values["priority"])
+        job = client.enqueue_request(build_request(values), options, priority=values["priority"])
         if values["stream"]:
             try:
                 print_pieces(job.stream(values["timeout"]), values)
@@ -162,7 +162,7 @@ def request_fields(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def request_of(values: dict[str, Any]) -> GenerationRequest:
+def build_request(values: dict[str, Any]) -> GenerationRequest:
     """Return the request that the options give.
 
     Raises:

@@ -213,10 +213,10 @@ def test_a_result_that_comes_between_two_reads_is_not_waited_for(
     blocked: list[Any] = []
     xread = client.connection.xread
 
-    def finish_first(streams: Any, **options: Any) -> Any:
+    def finish_first(streams: Any, *options: Any) -> Any:
         # The client queried the job's state before it ended; the blocking read comes after.
         wait_until(lambda: redis.exists(*streams), "the job to end")
-        blocked.append(xread(streams, **options))
+        blocked.append(xread(streams, *options))
         return blocked[-1]
 
     monkeypatch.setattr(client.connection, "xread", finish_first)
@@ -320,7 +320,7 @@ class TestCancel:
 
     def test_a_worker_that_died(self, client: Client, redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
         """Nobody will write down what it had generated; the client waits for that only for a limited time."""
-        monkeypatch.setattr("fastgpt2.api.client.outcome.LETTING_GO_SECONDS", 0.2)
+        monkeypatch.setattr("fastgpt2.api.client.reader.LETTING_GO_SECONDS", 0.2)
         job = client.enqueue("a")
         redis.hset(f"rq:job:{job.id}", mapping={"status": "started", "worker_name": "dead"})
         assert job.cancel()

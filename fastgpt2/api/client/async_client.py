@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import aclosing, suppress
-from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
+from typing import TYPE_CHECKING, Literal, Self, Unpack, overload
 
-from fastgpt2.api.client.bulk import (
-    BULK_RESULT_TTL_SECONDS,
-    DEFAULT_IN_FLIGHT,
-    BulkRun,
-    ProgressBar,
-    length_of,
-    run_bulk_async,
-)
+from fastgpt2.api.client.bulk import BulkFields, plan_bulk, run_bulk_async
 from fastgpt2.api.client.enqueue import (
     DEFAULT_JOB_TIMEOUT_SECONDS,
     DEFAULT_RESULT_TTL_SECONDS,
@@ -21,7 +14,6 @@ from fastgpt2.api.client.enqueue import (
     JobFields,
     JobPlan,
     PromptLike,
-    plan_each,
     plan_job,
 )
 from fastgpt2.api.client.flow import AsyncDriver
@@ -41,23 +33,13 @@ class AsyncClient:
     """A queue of generation jobs, for one event loop; see `Client`.
 
     If the connection has died meanwhile, a command is sent once more: scripts make sure that no job comes in twice.
-
-    Raises:
-        BadRequest: not a Redis URL, or no number of jobs.
     """
 
     def __init__(self, redis_url: str | None = None, queue: str | None = None, max_queue: int | None = None) -> None:
         self._session = Session(redis_url, queue, max_queue)
-        self._driver = AsyncDriver(self._session.redis_url)
+        self.redis_url, self.queue_name = self._session.redis_url, self._session.queue
+        self._driver = AsyncDriver(self.redis_url)
         self.connection: Redis = self._driver.connection
-
-    @property
-    def redis_url(self) -> str:
-        return self._session.redis_url
-
-    @property
-    def queue_name(self) -> str:
-        return self._session.queue
 
     async def enqueue(self, prompt: str | list[int], **fields: Unpack[JobFields]) -> AsyncJob:
         """See `Client.enqueue`."""
@@ -76,7 +58,8 @@ class AsyncClient:
         return await self._enqueue(JobPlan(request, options, priority, job_timeout, result_ttl))
 
     async def _enqueue(self, plan: JobPlan) -> AsyncJob:
-        return self.job(await self._driver.run(self._session.enqueue(plan)))
+        (job_id,) = await self._driver.run(self._session.enqueue_all([plan]))
+        return AsyncJob(job_id, self._session, self._driver)
 
     def job(self, job_id: str) -> AsyncJob:
         """See `Client.job`."""
@@ -105,90 +88,45 @@ class AsyncClient:
         if isinstance(prompt, AsyncJob):
             return prompt.stream(read_timeout)
         job = await self._enqueue(plan_job(prompt, {**fields, "stream": True}))
-        return AsyncTextStream(job, self._session, self._driver, read_timeout, cancels=True)
+        return AsyncTextStream(job, read_timeout, cancels=True)
 
     @overload
     def map(
-        self,
-        prompts: Iterable[PromptLike],
-        *,
-        in_flight: int = ...,
-        return_exceptions: Literal[False] = ...,
-        progress: bool = ...,
-        **fields: Unpack[JobFields],
+        self, prompts: Iterable[PromptLike], *, return_exceptions: Literal[False] = ..., **fields: Unpack[BulkFields]
     ) -> AsyncGenerator[GenerationResult, None]: ...
 
     @overload
     def map(
-        self,
-        prompts: Iterable[PromptLike],
-        *,
-        in_flight: int = ...,
-        return_exceptions: bool,
-        progress: bool = ...,
-        **fields: Unpack[JobFields],
+        self, prompts: Iterable[PromptLike], *, return_exceptions: bool, **fields: Unpack[BulkFields]
     ) -> AsyncGenerator[Outcome, None]: ...
 
     async def map(
-        self,
-        prompts: Iterable[PromptLike],
-        *,
-        in_flight: int = DEFAULT_IN_FLIGHT,
-        return_exceptions: bool = False,
-        progress: bool = False,
-        **fields: Unpack[JobFields],
+        self, prompts: Iterable[PromptLike], *, return_exceptions: bool = False, **fields: Unpack[BulkFields]
     ) -> AsyncGenerator[Outcome, None]:
         """See `Client.map`. To end the generator early for certain, put it into `contextlib.aclosing`."""
-        async with aclosing(self._run_bulk(prompts, in_flight, True, progress, fields)) as ends:
+        bulk, bar = plan_bulk(self._session, prompts, ordered=True, **fields)
+        async with aclosing(run_bulk_async(self._driver, bulk, bar)) as ends:
             async for _, outcome in ends:
                 yield outcome if return_exceptions else unwrap(outcome)
 
     @overload
     def as_completed(
-        self,
-        prompts: Iterable[PromptLike],
-        *,
-        in_flight: int = ...,
-        return_exceptions: Literal[False] = ...,
-        progress: bool = ...,
-        **fields: Unpack[JobFields],
+        self, prompts: Iterable[PromptLike], *, return_exceptions: Literal[False] = ..., **fields: Unpack[BulkFields]
     ) -> AsyncGenerator[tuple[int, GenerationResult], None]: ...
 
     @overload
     def as_completed(
-        self,
-        prompts: Iterable[PromptLike],
-        *,
-        in_flight: int = ...,
-        return_exceptions: bool,
-        progress: bool = ...,
-        **fields: Unpack[JobFields],
+        self, prompts: Iterable[PromptLike], *, return_exceptions: bool, **fields: Unpack[BulkFields]
     ) -> AsyncGenerator[tuple[int, Outcome], None]: ...
 
     async def as_completed(
-        self,
-        prompts: Iterable[PromptLike],
-        *,
-        in_flight: int = DEFAULT_IN_FLIGHT,
-        return_exceptions: bool = False,
-        progress: bool = False,
-        **fields: Unpack[JobFields],
+        self, prompts: Iterable[PromptLike], *, return_exceptions: bool = False, **fields: Unpack[BulkFields]
     ) -> AsyncGenerator[tuple[int, Outcome], None]:
         """See `Client.as_completed`, and `map`."""
-        async with aclosing(self._run_bulk(prompts, in_flight, False, progress, fields)) as ends:
+        bulk, bar = plan_bulk(self._session, prompts, ordered=False, **fields)
+        async with aclosing(run_bulk_async(self._driver, bulk, bar)) as ends:
             async for number, outcome in ends:
                 yield number, outcome if return_exceptions else unwrap(outcome)
-
-    async def _run_bulk(
-        self, prompts: Iterable[PromptLike], in_flight: int, ordered: bool, progress: bool, fields: Mapping[str, Any]
-    ) -> AsyncGenerator[tuple[int, Outcome], None]:
-        plans = plan_each(prompts, {"result_ttl": BULK_RESULT_TTL_SECONDS, **fields})
-        bulk = BulkRun(self._session, plans, in_flight, ordered)
-        with ProgressBar(length_of(prompts), progress) as bar:
-            async with aclosing(run_bulk_async(self._driver, bulk)) as ends:
-                async for number, outcome in ends:
-                    bar.add(outcome)
-                    yield number, outcome
 
     async def aclose(self) -> None:
         await self._driver.aclose()
@@ -222,7 +160,7 @@ class AsyncJob:
 
     def stream(self, timeout: float | None = None) -> AsyncTextStream:
         """See `Job.stream`."""
-        return AsyncTextStream(self, self._session, self._driver, timeout, cancels=False)
+        return AsyncTextStream(self, timeout, cancels=False)
 
     def __repr__(self) -> str:
         return f"AsyncJob({self.id!r})"
@@ -231,14 +169,11 @@ class AsyncJob:
 class AsyncTextStream(AsyncIterator[Piece]):
     """The text of a job as it comes; see `TextStream`."""
 
-    def __init__(
-        self, job: AsyncJob, session: Session, driver: AsyncDriver, timeout: float | None, cancels: bool
-    ) -> None:
+    def __init__(self, job: AsyncJob, timeout: float | None, cancels: bool) -> None:
         self.job = job
-        self._session = session
-        self._driver = driver
+        self._session, self._driver = job._session, job._driver
         self._reader = JobReader(job.id, streamed=True)
-        self._loop = ReadLoop(session.retries, timeout)
+        self._loop = ReadLoop(self._session.retries, timeout)
         self._ended = False
         self._cancels = cancels
 

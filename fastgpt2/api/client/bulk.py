@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Generator, Iterable
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Generator, Iterable, Sized
+from contextlib import closing, suppress
 from enum import Enum
 from itertools import islice
-from typing import Any, Self, TypeAlias
+from typing import Any, TypeAlias, Unpack
 
-from fastgpt2.api.client.enqueue import JobPlan, enqueue_command, read_enqueue_reply
+from fastgpt2.api.client.enqueue import JobFields, JobPlan, PromptLike, enqueue_command, plan_each, read_enqueue_reply
 from fastgpt2.api.client.flow import AsyncDriver, Command, Driver, Flow, Pause, Pipeline
 from fastgpt2.api.client.outcome import Outcome
 from fastgpt2.api.client.reader import JobReader, ReadLoop
 from fastgpt2.api.client.session import Session, cancel_command
 from fastgpt2.engine.decoding.records import GenerationResult
 from fastgpt2.errors import BadRequest, FastGPT2Error
+from fastgpt2.fields import refusal
 
 DEFAULT_IN_FLIGHT = 64
 MAX_IN_FLIGHT = 1_000_000
@@ -60,7 +61,7 @@ class BulkRun:
 
     def __init__(self, session: Session, items: Iterable[Item], in_flight: int, ordered: bool) -> None:
         if not isinstance(in_flight, int) or isinstance(in_flight, bool) or not 1 <= in_flight <= MAX_IN_FLIGHT:
-            raise BadRequest(f"in_flight must be a whole number from 1 to {MAX_IN_FLIGHT}, not {str(in_flight)[:100]}")
+            raise refusal("in_flight", f"a whole number from 1 to {MAX_IN_FLIGHT}", in_flight)
         self._session = session
         self._items = iter(items)
         self._input = _Input.READY
@@ -149,7 +150,7 @@ class BulkRun:
         from redis.exceptions import RedisError
 
         try:
-            yield from self._session.refresh_limits()
+            yield from self._session.limits.refresh(self._session.queue)
         except RedisError:
             if not self._session.retries.answered:
                 raise
@@ -208,26 +209,59 @@ class BulkRun:
                 self._outcomes[number] = reader.outcome
 
 
-def run_bulk(driver: Driver, bulk: BulkRun) -> Generator[tuple[int, Outcome], None, None]:
+class BulkFields(JobFields, total=False):
+    """The options of `map` and `as_completed`: the fields of every job, and how the jobs are sent.
+
+    Attributes:
+        in_flight: at most this many jobs are in the queue or, with `map`, have results that wait here for an earlier
+            one; default 64. While others fill the queue up to `max_queue`, the run waits for room.
+        progress: show a bar on standard error.
+    """
+
+    in_flight: int
+    progress: bool
+
+
+def plan_bulk(
+    session: Session,
+    prompts: Iterable[PromptLike],
+    ordered: bool,
+    in_flight: int = DEFAULT_IN_FLIGHT,
+    progress: bool = False,
+    **fields: Unpack[JobFields],
+) -> tuple[BulkRun, ProgressBar]:
+    """Return the run for some prompts, and its bar. Results are kept for an hour, unless the fields say otherwise."""
+    plans = plan_each(prompts, {"result_ttl": BULK_RESULT_TTL_SECONDS, **fields})
+    bulk = BulkRun(session, plans, in_flight, ordered)
+    return bulk, ProgressBar(len(prompts) if isinstance(prompts, Sized) else None, progress)
+
+
+def run_bulk(driver: Driver, bulk: BulkRun, bar: ProgressBar) -> Generator[tuple[int, Outcome], None, None]:
     """Yield the ends of a bulk run. Closed before its end, the generator cancels what is in the queue.
 
     Raises:
         QueueUnavailable: Redis stays away.
     """
     try:
-        while (end := driver.run(bulk.next())) is not None:
-            yield end
+        with closing(bar):
+            while (end := driver.run(bulk.next())) is not None:
+                bar.add(end[1])
+                yield end
     except BaseException:
         with suppress(FastGPT2Error):
             driver.run(bulk.cancel())
         raise
 
 
-async def run_bulk_async(driver: AsyncDriver, bulk: BulkRun) -> AsyncGenerator[tuple[int, Outcome], None]:
+async def run_bulk_async(
+    driver: AsyncDriver, bulk: BulkRun, bar: ProgressBar
+) -> AsyncGenerator[tuple[int, Outcome], None]:
     """See `run_bulk`."""
     try:
-        while (end := await driver.run(bulk.next())) is not None:
-            yield end
+        with closing(bar):
+            while (end := await driver.run(bulk.next())) is not None:
+                bar.add(end[1])
+                yield end
     except BaseException:
         with suppress(FastGPT2Error):
             await driver.run(bulk.cancel())
@@ -265,17 +299,3 @@ class ProgressBar:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def length_of(prompts: object) -> int | None:
-    """Return how many prompts there are; None if the collection does not know."""
-    try:
-        return len(prompts)  # type: ignore[arg-type]
-    except TypeError:
-        return None

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, suppress
-from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
+from typing import TYPE_CHECKING, Literal, Self, Unpack, overload
 
-from fastgpt2.api.client.bulk import (
-    BULK_RESULT_TTL_SECONDS,
-    DEFAULT_IN_FLIGHT,
-    BulkRun,
-    ProgressBar,
-    length_of,
-    run_bulk,
-)
+from fastgpt2.api.client.bulk import BulkFields, plan_bulk, run_bulk
 from fastgpt2.api.client.enqueue import (
     DEFAULT_JOB_TIMEOUT_SECONDS,
     DEFAULT_RESULT_TTL_SECONDS,
@@ -21,7 +14,6 @@ from fastgpt2.api.client.enqueue import (
     JobFields,
     JobPlan,
     PromptLike,
-    plan_each,
     plan_job,
 )
 from fastgpt2.api.client.flow import Driver
@@ -56,16 +48,9 @@ class Client:
 
     def __init__(self, redis_url: str | None = None, queue: str | None = None, max_queue: int | None = None) -> None:
         self._session = Session(redis_url, queue, max_queue)
-        self._driver = Driver(self._session.redis_url)
+        self.redis_url, self.queue_name = self._session.redis_url, self._session.queue
+        self._driver = Driver(self.redis_url)
         self.connection: Redis = self._driver.connection
-
-    @property
-    def redis_url(self) -> str:
-        return self._session.redis_url
-
-    @property
-    def queue_name(self) -> str:
-        return self._session.queue
 
     def enqueue(self, prompt: str | list[int], **fields: Unpack[JobFields]) -> Job:
         """Put a prompt, a text or its token ids, into the queue.
@@ -92,7 +77,8 @@ class Client:
         return self._enqueue(JobPlan(request, options, priority, job_timeout, result_ttl))
 
     def _enqueue(self, plan: JobPlan) -> Job:
-        return self.job(self._driver.run(self._session.enqueue(plan)))
+        (job_id,) = self._driver.run(self._session.enqueue_all([plan]))
+        return Job(job_id, self._session, self._driver)
 
     def job(self, job_id: str) -> Job:
         """Return a handle on a job that was enqueued before, here or elsewhere.
@@ -136,48 +122,27 @@ class Client:
         if isinstance(prompt, Job):
             return prompt.stream(read_timeout)
         job = self._enqueue(plan_job(prompt, {**fields, "stream": True}))
-        return TextStream(job, self._session, self._driver, read_timeout, cancels=True)
+        return TextStream(job, read_timeout, cancels=True)
 
     @overload
     def map(
-        self,
-        prompts: Iterable[PromptLike],
-        *,
-        in_flight: int = ...,
-        return_exceptions: Literal[False] = ...,
-        progress: bool = ...,
-        **fields: Unpack[JobFields],
+        self, prompts: Iterable[PromptLike], *, return_exceptions: Literal[False] = ..., **fields: Unpack[BulkFields]
     ) -> Generator[GenerationResult, None, None]: ...
 
     @overload
     def map(
-        self,
-        prompts: Iterable[PromptLike],
-        *,
-        in_flight: int = ...,
-        return_exceptions: bool,
-        progress: bool = ...,
-        **fields: Unpack[JobFields],
+        self, prompts: Iterable[PromptLike], *, return_exceptions: bool, **fields: Unpack[BulkFields]
     ) -> Generator[Outcome, None, None]: ...
 
     def map(
-        self,
-        prompts: Iterable[PromptLike],
-        *,
-        in_flight: int = DEFAULT_IN_FLIGHT,
-        return_exceptions: bool = False,
-        progress: bool = False,
-        **fields: Unpack[JobFields],
+        self, prompts: Iterable[PromptLike], *, return_exceptions: bool = False, **fields: Unpack[BulkFields]
     ) -> Generator[Outcome, None, None]:
         """Yield the results of many prompts, in their order.
 
         Args:
             prompts: read as there is room, so it may be endless.
-            in_flight: at most this many jobs are in the queue or have results that wait here for an earlier one. While
-                others fill the queue up to `max_queue`, `map` waits for room.
             return_exceptions: yield a job's error in its place instead of raising it.
-            progress: show a bar on standard error.
-            fields: for every prompt. Results are kept for an hour, unless these say otherwise.
+            fields: see `BulkFields`. Results are kept for an hour, unless these say otherwise.
 
         If the generator is closed before its end, or ended by an error, it cancels the jobs that are in flight.
 
@@ -186,55 +151,29 @@ class Client:
             QueueUnavailable: Redis stays away.
             What `Job.result` raises for the first job that fails, when its turn comes.
         """
-        with closing(self._run_bulk(prompts, in_flight, True, progress, fields)) as ends:
+        bulk, bar = plan_bulk(self._session, prompts, ordered=True, **fields)
+        with closing(run_bulk(self._driver, bulk, bar)) as ends:
             for _, outcome in ends:
                 yield outcome if return_exceptions else unwrap(outcome)
 
     @overload
     def as_completed(
-        self,
-        prompts: Iterable[PromptLike],
-        *,
-        in_flight: int = ...,
-        return_exceptions: Literal[False] = ...,
-        progress: bool = ...,
-        **fields: Unpack[JobFields],
+        self, prompts: Iterable[PromptLike], *, return_exceptions: Literal[False] = ..., **fields: Unpack[BulkFields]
     ) -> Generator[tuple[int, GenerationResult], None, None]: ...
 
     @overload
     def as_completed(
-        self,
-        prompts: Iterable[PromptLike],
-        *,
-        in_flight: int = ...,
-        return_exceptions: bool,
-        progress: bool = ...,
-        **fields: Unpack[JobFields],
+        self, prompts: Iterable[PromptLike], *, return_exceptions: bool, **fields: Unpack[BulkFields]
     ) -> Generator[tuple[int, Outcome], None, None]: ...
 
     def as_completed(
-        self,
-        prompts: Iterable[PromptLike],
-        *,
-        in_flight: int = DEFAULT_IN_FLIGHT,
-        return_exceptions: bool = False,
-        progress: bool = False,
-        **fields: Unpack[JobFields],
+        self, prompts: Iterable[PromptLike], *, return_exceptions: bool = False, **fields: Unpack[BulkFields]
     ) -> Generator[tuple[int, Outcome], None, None]:
         """Yield (number of the prompt from 0, result) of many prompts, each as soon as it is there; see `map`."""
-        with closing(self._run_bulk(prompts, in_flight, False, progress, fields)) as ends:
+        bulk, bar = plan_bulk(self._session, prompts, ordered=False, **fields)
+        with closing(run_bulk(self._driver, bulk, bar)) as ends:
             for number, outcome in ends:
                 yield number, outcome if return_exceptions else unwrap(outcome)
-
-    def _run_bulk(
-        self, prompts: Iterable[PromptLike], in_flight: int, ordered: bool, progress: bool, fields: Mapping[str, Any]
-    ) -> Generator[tuple[int, Outcome], None, None]:
-        plans = plan_each(prompts, {"result_ttl": BULK_RESULT_TTL_SECONDS, **fields})
-        bulk = BulkRun(self._session, plans, in_flight, ordered)
-        with ProgressBar(length_of(prompts), progress) as bar, closing(run_bulk(self._driver, bulk)) as ends:
-            for number, outcome in ends:
-                bar.add(outcome)
-                yield number, outcome
 
     def close(self) -> None:
         self._driver.close()
@@ -286,9 +225,7 @@ class Job:
         Returns:
             True if it was cancelled, False if it had ended already.
 
-        Raises:
-            JobNotFound: never enqueued here, or expired.
-            QueueUnavailable: Redis cannot be reached.
+        Raises what `status` raises.
         """
         return self._driver.run(self._session.cancel(self.id))
 
@@ -297,7 +234,7 @@ class Job:
 
         The text of a job that was enqueued without `stream` comes as one piece at the end.
         """
-        return TextStream(self, self._session, self._driver, timeout, cancels=False)
+        return TextStream(self, timeout, cancels=False)
 
     def __repr__(self) -> str:
         return f"Job({self.id!r})"
@@ -311,12 +248,11 @@ class TextStream(Iterator[Piece]):
         result: the whole result, once the last piece has been taken.
     """
 
-    def __init__(self, job: Job, session: Session, driver: Driver, timeout: float | None, cancels: bool) -> None:
+    def __init__(self, job: Job, timeout: float | None, cancels: bool) -> None:
         self.job = job
-        self._session = session
-        self._driver = driver
+        self._session, self._driver = job._session, job._driver
         self._reader = JobReader(job.id, streamed=True)
-        self._loop = ReadLoop(session.retries, timeout)
+        self._loop = ReadLoop(self._session.retries, timeout)
         self._ended = False
         self._cancels = cancels
 

@@ -13,10 +13,10 @@ from rq.job import JobStatus
 from rq.serializers import JSONSerializer
 from rq.utils import now
 
-from fastgpt2.api.client.flow import Command, script_command
+from fastgpt2.api.client.flow import Command, Flow, Pipeline
 from fastgpt2.engine.decoding.records import GenerationRequest
 from fastgpt2.errors import BadRequest, IdempotencyMismatch, PromptTooLong, QueueFull
-from fastgpt2.fields import check_fields, refusal, whole
+from fastgpt2.fields import check_fields, whole
 from fastgpt2.protocol.keys import (
     QUEUES_KEY,
     Priority,
@@ -25,6 +25,7 @@ from fastgpt2.protocol.keys import (
     queue_of,
     queues_of,
     totals_key,
+    workers_key,
 )
 from fastgpt2.protocol.messages import TASK, JobOptions, job_to_kwargs, parse_job
 from fastgpt2.protocol.scripts import Script
@@ -50,7 +51,7 @@ _PLAN_FIELDS = ("priority", "job_timeout", "result_ttl")
 
 
 class JobFields(TypedDict, total=False):
-    """What may stand beside a prompt; `GenerationRequest` describes the upper half.
+    """The fields that may stand beside a prompt; `GenerationRequest` describes the upper half.
 
     Attributes:
         timeout: seconds from being enqueued within which the job must be done.
@@ -77,11 +78,7 @@ class JobFields(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class JobPlan:
-    """A job before it is enqueued, checked when made.
-
-    Args:
-        job_timeout: seconds that a worker may spend on the job, from its start.
-        result_ttl: seconds for which the job's end can be read.
+    """A job before it is enqueued, checked when made; see `JobFields`.
 
     Raises:
         BadRequest: a time is no whole number of seconds or out of bounds, or there is no such priority.
@@ -97,12 +94,6 @@ class JobPlan:
         check_fields(self)
 
 
-def check_max_queue(value: object) -> None:
-    """Raise BadRequest if the value is neither None nor a number of jobs."""
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise refusal("max_queue", "a whole number from 1, or None for no limit", value)
-
-
 def plan_job(prompt: PromptLike, fields: Mapping[str, Any]) -> JobPlan:
     """Return the plan of one job, from its prompt and its `JobFields`.
 
@@ -110,15 +101,15 @@ def plan_job(prompt: PromptLike, fields: Mapping[str, Any]) -> JobPlan:
         BadRequest: a field is unknown, ill-typed or out of bounds, or given beside a request that has been made.
     """
     fields = _with_stops_listed(fields)
-    of_plan = {name: fields[name] for name in _PLAN_FIELDS if name in fields}
+    plan_fields = {name: fields[name] for name in _PLAN_FIELDS if name in fields}
     others = {name: value for name, value in fields.items() if name not in _PLAN_FIELDS}
     if not isinstance(prompt, GenerationRequest):
         request, options = parse_job([prompt], others)
-        return JobPlan(request, options, **of_plan)
+        return JobPlan(request, options, **plan_fields)
     for name in others:
         if name not in _OPTION_FIELDS:
             raise BadRequest(f"{name[:100]} is given beside a request that has been made; put it in there")
-    return JobPlan(prompt, JobOptions(**others), **of_plan)
+    return JobPlan(prompt, JobOptions(**others), **plan_fields)
 
 
 def plan_each(prompts: Iterable[PromptLike], fields: Mapping[str, Any]) -> Iterator[JobPlan | BadRequest]:
@@ -155,15 +146,13 @@ class IdempotencyKey:
 
 
 def idempotency_keys(key: str, count: int, asked: object) -> list[IdempotencyKey]:
-    """Return the idempotency keys of all jobs of one request.
+    """Return the idempotency keys of all `count` jobs of one request.
 
     Args:
         key: the client's.
-        count: how many jobs the request has.
-        asked: what the request asks for; requests are compared by its `repr`.
+        asked: what the request asks for; its `repr` is compared with that of an earlier request with the same key.
     """
-    # Once for all of them: it may have megabytes.
-    digest = _digest(repr(asked))
+    digest = _digest(repr(asked))  # once for all jobs: it may have megabytes
     return [IdempotencyKey(once_key(_digest(f"{number} {key}")), digest) for number in range(count)]
 
 
@@ -198,7 +187,7 @@ def enqueue_command(
     keys = [job.key, queue_key(name), QUEUES_KEY, *counted, job.key if key is None else key.redis_key]
     asked = "" if key is None else key.asked
     arguments = job.id, max_queue or 0, totals_key(queue), asked, plan.result_ttl, *fields
-    return job.id, script_command(_ENQUEUE, keys, arguments)
+    return job.id, Command("execute_command", _ENQUEUE.command(keys, arguments))
 
 
 def read_enqueue_reply(
@@ -214,20 +203,21 @@ def read_enqueue_reply(
 
 
 class ModelLimits:
-    """What the live workers' models can take: of several, the largest limits."""
+    """The limits of the live workers' models; of several models, the largest."""
 
     def __init__(self) -> None:
         self._fresh_until = 0.0
         self._n_positions = 0  # 0 while no worker is known
         self._longest_token_bytes = 1
 
-    def are_fresh(self) -> bool:
-        return time.monotonic() < self._fresh_until
-
-    def update(self, replies: list[Any]) -> None:
-        """Take over what workers tell, each [n_positions, longest token in bytes]."""
+    def refresh(self, queue: str) -> Flow[None]:
+        """Read the limits from the workers' own hashes, unless they were read just now."""
+        if time.monotonic() < self._fresh_until:
+            return
+        names = yield Command("smembers", (workers_key(queue),))
+        asked = tuple(Command("hmget", (name, "n_positions", "longest_token_bytes")) for name in names)
         self._n_positions, self._longest_token_bytes = 0, 1
-        for n_positions, longest_token_bytes in replies:
+        for n_positions, longest_token_bytes in (yield Pipeline(asked)) if asked else ():
             if n_positions and longest_token_bytes:
                 self._n_positions = max(self._n_positions, int(n_positions))
                 self._longest_token_bytes = max(self._longest_token_bytes, int(longest_token_bytes))

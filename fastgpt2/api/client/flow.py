@@ -4,7 +4,7 @@ A flow is a generator. It yields one step after the other, a `Command`, a `Pipel
 sent Redis's reply, or the redis library's error is thrown in. What it returns is the result. For example:
 
     def depth_of(queue: str) -> Flow[int]:
-        depth: int = yield command("llen", queue_key(queue))
+        depth: int = yield Command("llen", (queue_key(queue),))
         return depth
 
     Driver(url).run(depth_of("fastgpt2"))              # blocking, over redis.Redis
@@ -18,13 +18,13 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
 from fastgpt2.errors import RedisAccessDenied
 from fastgpt2.protocol.connection import ANSWER_BY, connect, connect_async, in_words
-from fastgpt2.protocol.scripts import Script, execute, is_unknown, with_text
+from fastgpt2.protocol.scripts import execute, is_unknown, with_text
 
 T = TypeVar("T")
 
@@ -39,11 +39,14 @@ LONGEST_PAUSE_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One command, by the name of its method on a connection of the redis library."""
+    """One command, by the name of its method on a connection of the redis library.
+
+    `Command("execute_command", script.command(...))` runs a script: a driver repeats it with the script's text if
+    Redis wants that.
+    """
 
     method: str
     args: tuple[Any, ...] = ()
-    block: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,30 +75,6 @@ Flow: TypeAlias = Generator[Step, Any, T]
 
 # The entries of one Redis stream: (id, {field: value}), bytes throughout.
 Entries: TypeAlias = Sequence[tuple[Any, Any]]
-
-
-def command(method: str, *args: Any) -> Command:
-    return Command(method, args)
-
-
-def script_command(script: Script, keys: Sequence[Any], arguments: Sequence[Any]) -> Command:
-    """Return the command that runs a script. A driver repeats it with the script's text if Redis wants that."""
-    return Command("execute_command", script.command(keys, arguments))
-
-
-def read_streams(positions: Mapping[str, bytes | str], seconds: float) -> Command:
-    """Return the command that waits for stream entries after the given ids, by key.
-
-    It waits for at least a millisecond: to Redis, zero means for ever.
-    """
-    return Command("xread", (positions,), max(1, int(seconds * 1000)))
-
-
-def entries_by_key(reply: Any) -> dict[str, Entries]:
-    """Return the entries in a reply to `read_streams`, whichever protocol the connection speaks."""
-    if isinstance(reply, dict):  # RESP3, where the entries are a list in a list
-        return {key.decode(): [entry for part in parts for entry in part] for key, parts in reply.items()}
-    return {key.decode(): entries for key, entries in reply or ()}
 
 
 class Retries:
@@ -189,25 +168,22 @@ class Driver:
     def _send(self, request: Command | Pipeline) -> Any:
         if isinstance(request, Pipeline):
             with self.connection.pipeline(transaction=request.transaction) as pipeline:
-                _queue_all(pipeline, request.commands)
+                for one in request.commands:
+                    getattr(pipeline, one.method)(*one.args)
                 return _without_errors(execute(pipeline))
         try:
-            return _call(self.connection, request)
+            return getattr(self.connection, request.method)(*request.args)
         except Exception as error:
             if not is_unknown(error):
                 raise
-        return _call(self.connection, _with_text(request))
+        return self.connection.execute_command(*with_text(request.args))  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
         self.connection.close()
 
 
 class AsyncDriver:
-    """Runs flows over connections of the asyncio redis library. They are made inside the running loop, when needed.
-
-    Raises:
-        BadRequest: not a Redis URL.
-    """
+    """See `Driver`. The asyncio redis library makes its connections inside the running loop, when needed."""
 
     def __init__(self, redis_url: str) -> None:
         self.redis_url = redis_url
@@ -246,20 +222,22 @@ class AsyncDriver:
         if isinstance(request, Pipeline):
             return await self._send_pipeline(request)
         try:
-            return await _call(self.connection, request)
+            return await getattr(self.connection, request.method)(*request.args)
         except Exception as error:
             if not is_unknown(error):
                 raise
-        return await _call(self.connection, _with_text(request))
+        return await self.connection.execute_command(*with_text(request.args))  # type: ignore[no-untyped-call]
 
     async def _send_pipeline(self, request: Pipeline) -> list[Any]:
         """As `fastgpt2.protocol.scripts.execute` does for the blocking library."""
         async with self.connection.pipeline(transaction=request.transaction) as pipeline:
-            _queue_all(pipeline, request.commands)
+            for one in request.commands:
+                getattr(pipeline, one.method)(*one.args)
             replies = await pipeline.execute(raise_on_error=False)
-            unknown = [at for at, reply in enumerate(replies) if isinstance(reply, Exception) and is_unknown(reply)]
+            unknown = [at for at, reply in enumerate(replies) if is_unknown(reply)]
             if unknown:
-                _queue_all(pipeline, [_with_text(request.commands[at]) for at in unknown])
+                for at in unknown:
+                    pipeline.execute_command(*with_text(request.commands[at].args))
                 for at, reply in zip(unknown, await pipeline.execute(raise_on_error=False), strict=True):
                     replies[at] = reply
             return _without_errors(replies)
@@ -278,29 +256,11 @@ def _advance(flow: Flow[Any], reply: Any, error: Exception | None, redis_url: st
     try:
         return flow.send(reply) if error is None else flow.throw(error)
     except Exception as escaped:
-        if escaped is error and _is_of_redis(error):
+        from redis.exceptions import RedisError
+
+        if escaped is error and isinstance(error, RedisError | OSError):
             raise in_words(redis_url, error) from None
         raise
-
-
-def _is_of_redis(error: Exception) -> bool:
-    from redis.exceptions import RedisError
-
-    return isinstance(error, RedisError | OSError)
-
-
-def _call(connection: Any, request: Command) -> Any:
-    blocking = {} if request.block is None else {"block": request.block}
-    return getattr(connection, request.method)(*request.args, **blocking)
-
-
-def _queue_all(pipeline: Any, commands: Sequence[Command]) -> None:
-    for one in commands:
-        _call(pipeline, one)
-
-
-def _with_text(request: Command) -> Command:
-    return Command(request.method, with_text(request.args))
 
 
 def _without_errors(replies: list[Any]) -> list[Any]:

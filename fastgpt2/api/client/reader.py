@@ -10,20 +10,30 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from enum import Enum
 from typing import Any, TypeAlias
 
-from fastgpt2.api.client.flow import Entries, Flow, Pipeline, Retries, entries_by_key, read_streams
-from fastgpt2.api.client.outcome import Outcome, PendingResult, Stage
+from rq.job import JobStatus
+from rq.results import Result
+
+from fastgpt2.api.client.flow import Command, Entries, Flow, Pipeline, Retries
+from fastgpt2.api.client.outcome import Outcome, read_outcome, read_partial, return_value
 from fastgpt2.engine.decoding.records import GenerationResult, TokenLogprob
-from fastgpt2.errors import FastGPT2Error
-from fastgpt2.protocol.keys import job_key, stream_key
-from fastgpt2.protocol.messages import Piece, entry_to_piece
+from fastgpt2.errors import FastGPT2Error, JobCancelled
+from fastgpt2.protocol.keys import job_key, results_key, stream_key
+from fastgpt2.protocol.messages import Piece, entry_to_piece, result_from_json
 
 # How long one blocking read lasts at most. Between two reads the states are queried, as a cancellation writes no entry.
 READ_SECONDS = 2.0
 
+# How long a worker may take to write down what it had generated of a job that was cancelled.
+LETTING_GO_SECONDS = 5.0
+
 # How often the state of a cancelled job is queried whose worker is about to write down what it had generated.
 LETTING_GO_QUERY_SECONDS = 0.03
+
+_CANCELED = JobStatus.CANCELED.value.encode()
+_SUCCESSFUL = str(Result.Type.SUCCESSFUL.value).encode()
 
 # A token's id, and where in the text it begins: log probabilities differ between machines in their last digits.
 Token: TypeAlias = tuple[int, int]
@@ -89,112 +99,124 @@ def _count_held(held: Sequence[object], at: int, new: Sequence[object]) -> int:
     return same
 
 
-class _TextStream:
-    """The Redis stream of one job's text, as far as it has been read.
+class Stage(Enum):
+    """Where a job stands, for those who wait for its end."""
 
-    Attributes:
-        pieces: read, and not yet taken by whoever reads the text.
-    """
+    # It waits, runs or will run again. Its end will write an entry to its results.
+    WAITING = "waiting"
 
-    def __init__(self, job_id: str) -> None:
-        self.key = stream_key(job_id)
-        self.after: bytes | str = "0-0"
-        self.pieces: deque[Piece] = deque()
-        self._assembly = Assembly()
+    # Something was written whose meaning only the job's state tells; or nothing is known of the job yet.
+    UNCLEAR = "unclear"
 
-    def on_entries(self, entries: Entries) -> bool:
-        """Take in new entries. Returns whether an attempt's last entry was among them."""
-        has_last = False
-        for entry_id, fields in entries:
-            self.after = entry_id
-            try:
-                piece = entry_to_piece(fields)
-            except (KeyError, TypeError, ValueError):
-                continue  # not written by a worker; text that is missing comes with the result
-            if piece is None:
-                has_last = True
-            else:
-                self._append(self._assembly.add(piece))
-        return has_last
+    # It was cancelled, and its worker still has to write down what it had generated. That writes no entry.
+    LETTING_GO = "letting go"
 
-    def complete(self, result: GenerationResult) -> None:
-        """Add the piece that is missing of the result's text."""
-        self._append(self._assembly.complete(result.text, result.logprobs or ()))
-
-    def _append(self, piece: Piece | None) -> None:
-        if piece is not None:
-            self.pieces.append(piece)
+    ENDED = "ended"
 
 
 class JobReader:
-    """What has been read of one job: pieces of its text, if that is streamed, and how it ended.
+    """The reader of one job: it keeps pieces of its text, if that is streamed, and how it ended.
 
     Args:
         streamed: read the text too.
         new: the job was enqueued just now, so there is no need to ask whether it exists or has ended long since.
         notify: called when there are pieces to take, or the job has ended.
+
+    Attributes:
+        outcome: how the job ended; None until then.
+        positions: the keys of the job's streams, each with the id of the last entry read there.
     """
 
     def __init__(
         self, job_id: str, streamed: bool = False, new: bool = False, notify: Callable[[], object] | None = None
     ) -> None:
         self.id = job_id
-        self.pending = PendingResult(job_id, Stage.WAITING if new else Stage.UNCLEAR)
-        self._text = _TextStream(job_id) if streamed else None
+        self.stage = Stage.WAITING if new else Stage.UNCLEAR
+        self.outcome: Outcome | None = None
+        self._results_key = results_key(job_id)
+        self._text_key = stream_key(job_id) if streamed else ""
+        self.positions: dict[str, bytes | str] = dict.fromkeys(filter(None, (self._results_key, self._text_key)), "0-0")
+        self._assembly = Assembly()
+        self._pieces = deque[Piece]()
+        self._cancelled_at = 0.0
         self._notify = notify
 
     @property
-    def outcome(self) -> Outcome | None:
-        """How the job ended; None until then."""
-        return self.pending.outcome
-
-    @property
     def result(self) -> GenerationResult | None:
-        """The job's result; None until there is one."""
-        outcome = self.pending.outcome
-        return outcome if isinstance(outcome, GenerationResult) else None
-
-    @property
-    def positions(self) -> dict[str, bytes | str]:
-        """The keys of the job's streams, each with the id of the last entry read there."""
-        positions = {self.pending.key: self.pending.after}
-        if self._text is not None:
-            positions[self._text.key] = self._text.after
-        return positions
-
-    @property
-    def key_types(self) -> dict[str, bytes]:
-        """The Redis type of each of the job's keys, as TYPE names it."""
-        return {job_key(self.id): b"hash", **dict.fromkeys(self.positions, b"stream")}
+        """Return the job's result; None until there is one."""
+        return self.outcome if isinstance(self.outcome, GenerationResult) else None
 
     def pieces(self) -> Iterator[Piece]:
         """Take the pieces that have come, each once."""
-        while self._text is not None and self._text.pieces:
-            yield self._text.pieces.popleft()
+        while self._pieces:
+            yield self._pieces.popleft()
+
+    def query(self) -> tuple[Command, Command]:
+        """Return what reads the job's state, for one transaction: its status and its result belong together."""
+        return (
+            Command("hmget", (job_key(self.id), "status", "worker_name", "meta")),
+            Command("xrevrange", (self._results_key, "+", "-", 1)),
+        )
 
     def on_state(self, replies: Sequence[Any], now: float) -> None:
-        """Take in the replies to `PendingResult.query`."""
-        self.pending.on_state(replies, now)
-        self._conclude()
+        """Take in the replies to `query`; `now` is on the monotonic clock."""
+        (status, worker_name, meta), entries = replies
+        if entries:
+            self.positions[self._results_key] = entries[-1][0]
+        if status == _CANCELED:
+            if self.stage is not Stage.LETTING_GO:
+                self.stage, self._cancelled_at = Stage.LETTING_GO, now
+            if not worker_name or now - self._cancelled_at >= LETTING_GO_SECONDS:
+                self.end(JobCancelled(self.id, "on request", "JobCancelled", read_partial(meta)))
+            return
+        self.stage = Stage.WAITING
+        try:
+            outcome = read_outcome(self.id, status, meta, entries)
+        except FastGPT2Error as error:
+            outcome = error
+        if outcome is not None:
+            self.end(outcome)
 
     def on_entries(self, entries: Mapping[str, Entries]) -> None:
         """Take in new entries, by the keys of their streams; those of other jobs are passed over."""
-        if self._text is not None and self._text.on_entries(entries.get(self._text.key, ())):
-            self.pending.require_query()
-        self.pending.on_entries(entries.get(self.pending.key, ()))
-        self._conclude()
+        for entry_id, fields in entries.get(self._text_key, ()):
+            self.positions[self._text_key] = entry_id
+            try:
+                piece = entry_to_piece(fields)
+            except (KeyError, TypeError, ValueError):
+                continue  # not written by a worker; text that is missing comes with the result
+            if piece is None:
+                self._require_query()
+            else:
+                self._append(self._assembly.add(piece))
+        for entry_id, fields in entries.get(self._results_key, ()):
+            self.positions[self._results_key] = entry_id
+            if fields.get(b"type") == _SUCCESSFUL:
+                try:
+                    self.end(result_from_json(return_value(fields)))
+                except FastGPT2Error as error:
+                    self.end(error)
+                return
+            self._require_query()
 
-    def fail(self, error: FastGPT2Error) -> None:
-        """End the reading with an error."""
-        self.pending.end(error)
-        self._conclude()
-
-    def _conclude(self) -> None:
-        if self._text is not None and self.result is not None:
-            self._text.complete(self.result)
-        has_news = self.outcome is not None or (self._text is not None and self._text.pieces)
-        if has_news and self._notify is not None:
+    def end(self, outcome: Outcome) -> None:
+        """Note how the job, or the reading, ended. The text is completed from the result."""
+        self.stage, self.outcome = Stage.ENDED, outcome
+        if self._text_key and isinstance(outcome, GenerationResult):
+            self._append(self._assembly.complete(outcome.text, outcome.logprobs or ()))
+        if self._notify is not None:
             self._notify()
+
+    def _require_query(self) -> None:
+        """Have the state queried: of entries, only one of success tells by itself how the job ended."""
+        if self.stage is Stage.WAITING:
+            self.stage = Stage.UNCLEAR
+
+    def _append(self, piece: Piece | None) -> None:
+        if piece is not None:
+            self._pieces.append(piece)
+            if self._notify is not None:
+                self._notify()
 
 
 class ReadLoop:
@@ -225,7 +247,7 @@ class ReadLoop:
             longest: seconds that the read may last, at most `READ_SECONDS`.
 
         Returns:
-            Whether entries have come.
+            True if entries have come.
         """
         if (yield from self._query_due(jobs)):
             return False
@@ -234,7 +256,7 @@ class ReadLoop:
         self.timed_out = now >= self._deadline
         if self.timed_out or not waiting:
             return False
-        stages = {job.pending.stage for job in waiting}
+        stages = {job.stage for job in waiting}
         seconds = min(longest, self._query_all_at - now)
         if Stage.LETTING_GO in stages:
             seconds = min(seconds, LETTING_GO_QUERY_SECONDS)
@@ -250,14 +272,14 @@ class ReadLoop:
         """Query all states every `READ_SECONDS` and at the deadline, otherwise those that are not clear.
 
         Returns:
-            Whether a job has ended.
+            True if a job has ended.
         """
         if query_all := time.monotonic() >= self._query_all_at:
             due = list(jobs)
         else:
-            due = [job for job in jobs if job.pending.stage in (Stage.UNCLEAR, Stage.LETTING_GO)]
+            due = [job for job in jobs if job.stage in (Stage.UNCLEAR, Stage.LETTING_GO)]
         if due:
-            queries = Pipeline(tuple(one for job in due for one in job.pending.query().commands), transaction=True)
+            queries = Pipeline(tuple(one for job in due for one in job.query()), transaction=True)
             replies = yield from self._retries.ask(queries, self._deadline)
             now = time.monotonic()
             for job, two in zip(due, zip(replies[::2], replies[1::2], strict=True), strict=True):
@@ -271,13 +293,22 @@ class ReadLoop:
         positions = dict(self._wake_positions)
         for job in jobs:
             positions.update(job.positions)
+        # For at least a millisecond: to Redis, zero means for ever.
+        read = Command("xread", (positions, None, max(1, int(seconds * 1000))))
         self.blocked = True
         try:
-            reply = yield from self._retries.ask(read_streams(positions, seconds), self._deadline)
+            reply = yield from self._retries.ask(read, self._deadline)
         finally:
             self.blocked = False
-        entries = entries_by_key(reply)
+        entries = _entries_by_key(reply)
         for key in self._wake_positions:
             for entry_id, _ in entries.pop(key, ()):
                 self._wake_positions[key] = entry_id
         return entries
+
+
+def _entries_by_key(reply: Any) -> dict[str, Entries]:
+    """Return the entries in a reply to XREAD by the keys of their streams, whichever protocol the connection speaks."""
+    if isinstance(reply, dict):  # RESP3, where the entries are a list in a list
+        return {key.decode(): [entry for part in parts for entry in part] for key, parts in reply.items()}
+    return {key.decode(): entries for key, entries in reply or ()}

@@ -1,4 +1,4 @@
-"""What both clients say to Redis about one job: enqueue it, ask for its status, wait for its end, cancel it."""
+"""The flows of both clients about a job: enqueue it, ask for its status, wait for its end, cancel it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from fastgpt2.api.client.enqueue import (
     IdempotencyKey,
     JobPlan,
     ModelLimits,
-    check_max_queue,
     enqueue_command,
     read_enqueue_reply,
 )
-from fastgpt2.api.client.flow import Bounded, Command, Flow, Pipeline, Retries, command, script_command
-from fastgpt2.api.client.outcome import Outcome, PendingResult, decode_status, unwrap
+from fastgpt2.api.client.flow import Bounded, Command, Flow, Pipeline, Retries
+from fastgpt2.api.client.outcome import Outcome, decode_status, unwrap
 from fastgpt2.api.client.reader import JobReader, ReadLoop
 from fastgpt2.engine.decoding.records import GenerationResult
 from fastgpt2.errors import FastGPT2Error, JobNotFound, ResultTimeout
+from fastgpt2.fields import refusal
 from fastgpt2.protocol.keys import job_key, queues_of, totals_key, workers_key
 from fastgpt2.protocol.messages import Piece
 from fastgpt2.protocol.scripts import Script
@@ -32,7 +32,7 @@ EXPLANATION_SECONDS = 1.0
 
 
 class Session:
-    """The flows of one client. A session holds no connection: a driver of `flow` runs its flows.
+    """The flows of one client; they raise what the client's methods raise. A driver of `flow` holds the connections.
 
     Attributes:
         retries: the repetition of reads while Redis is away.
@@ -43,32 +43,22 @@ class Session:
     """
 
     def __init__(self, redis_url: str | None, queue: str | None, max_queue: int | None) -> None:
-        check_max_queue(max_queue)
+        if max_queue is not None and (not isinstance(max_queue, int) or isinstance(max_queue, bool) or max_queue < 1):
+            raise refusal("max_queue", "a whole number from 1, or None for no limit", max_queue)
         self.redis_url = redis_url or settings.REDIS_URL.resolve()
         self.queue = queue or settings.QUEUE.resolve()
         self.max_queue = settings.MAX_QUEUE.resolve() if max_queue is None else max_queue
         self.retries = Retries()
         self.limits = ModelLimits()
 
-    def enqueue(self, plan: JobPlan) -> Flow[str]:
-        """Enqueue a job and return its id.
-
-        Raises:
-            PromptTooLong, QueueFull
-        """
-        (job_id,) = yield from self.enqueue_all([plan])
-        return job_id
-
     def enqueue_all(self, plans: Sequence[JobPlan], keys: Sequence[IdempotencyKey] | None = None) -> Flow[list[str]]:
         """Enqueue several jobs, all or none, and return their ids.
 
         Args:
             keys: one for each plan. Where an earlier request with the same key enqueued the job, its id is returned.
-
-        Raises:
-            PromptTooLong, QueueFull, IdempotencyMismatch
+                If that asked for something else, IdempotencyMismatch is raised.
         """
-        yield from self.refresh_limits()
+        yield from self.limits.refresh(self.queue)
         for plan in plans:
             self.limits.check(plan.request)
         made = [
@@ -90,28 +80,12 @@ class Session:
             yield Pipeline(tuple(cancel_command(job_id, self.queue) for job_id in new))
         raise refusal
 
-    def refresh_limits(self) -> Flow[None]:
-        """Read what the live workers' models can take, unless it was read just now."""
-        if self.limits.are_fresh():
-            return
-        names = yield command("smembers", workers_key(self.queue))
-        asked = tuple(command("hmget", name, "n_positions", "longest_token_bytes") for name in names)
-        self.limits.update((yield Pipeline(asked)) if asked else [])
-
     def status(self, job_id: str) -> Flow[str]:
-        """Return RQ's status of a job.
-
-        Raises:
-            JobNotFound
-        """
-        return decode_status(job_id, (yield command("hget", job_key(job_id), "status")))
+        """Return RQ's status of a job."""
+        return decode_status(job_id, (yield Command("hget", (job_key(job_id), "status"))))
 
     def cancel(self, job_id: str) -> Flow[bool]:
-        """Cancel a job. Returns False if it had ended already.
-
-        Raises:
-            JobNotFound
-        """
+        """Cancel a job. Returns False if it had ended already."""
         reply = yield cancel_command(job_id, self.queue)
         if reply < 0:
             raise JobNotFound(f"no job {job_id!r}: it was never enqueued here, or its result has expired")
@@ -119,7 +93,7 @@ class Session:
 
     def workers(self) -> Flow[int]:
         """Return how many workers are registered on the queue."""
-        count: int = yield command("scard", workers_key(self.queue))
+        count: int = yield Command("scard", (workers_key(self.queue),))
         return count
 
     def result(self, job_id: str, timeout: float | None) -> Flow[GenerationResult]:
@@ -146,17 +120,13 @@ class Session:
 
     def outcome(self, job_id: str) -> Flow[Outcome | None]:
         """Return how a job ended, JobNotFound if there is no such job; None if it has not ended."""
-        pending = PendingResult(job_id)
-        pending.on_state((yield pending.query()), time.monotonic())
-        return pending.outcome
+        reader = JobReader(job_id)
+        reader.on_state((yield Pipeline(reader.query(), transaction=True)), time.monotonic())
+        return reader.outcome
 
     def timeout_error(self, job_id: str, timeout: float | None) -> Flow[FastGPT2Error]:
-        """Return what to raise when the caller waits no longer: it says where the job stands.
-
-        Raises:
-            JobNotFound
-        """
-        asked = command("hget", job_key(job_id), "status"), command("scard", workers_key(self.queue))
+        """Return what to raise when the caller waits no longer: it says where the job stands."""
+        asked = Command("hget", (job_key(job_id), "status")), Command("scard", (workers_key(self.queue),))
         status, workers = yield Bounded(Pipeline(asked), time.monotonic() + EXPLANATION_SECONDS)
         status = decode_status(job_id, status)
         hint = "" if workers else f"; no worker listens on the queue {self.queue!r}: start `fastgpt2 up`"
@@ -166,4 +136,4 @@ class Session:
 def cancel_command(job_id: str, queue: str) -> Command:
     """Return the command that cancels a job which has not ended, and counts it for the pool; see `cancel.lua`."""
     arguments = job_id, DEFAULT_RESULT_TTL_SECONDS, totals_key(queue), *queues_of(queue)
-    return script_command(_CANCEL, [job_key(job_id)], arguments)
+    return Command("execute_command", _CANCEL.command([job_key(job_id)], arguments))

@@ -45,7 +45,7 @@ def create_app(
         BadRequest: the Redis URL cannot be used.
     """
     service = Service(redis_url, queue, bounds, stopping)
-    monitoring, completions = Monitoring(service), Completions(service, Models(service.client))
+    monitoring, completions = Monitoring(service), Completions(service, Models(service.driver, queue))
     generate, jobs = Generate(service), Jobs(service)
 
     @asynccontextmanager

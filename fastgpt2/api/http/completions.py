@@ -60,12 +60,12 @@ RESULT_TTL_SECONDS = 3600
 _NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
 
 _GREEDY = "fastgpt2 decodes greedily, always taking the likeliest token"
+_NOTHING_ELSE = "Greedy decoding takes nothing else."
 _ONLY_ZERO = only(0, f"must be 0 or left out: {_GREEDY}")
 _ONLY_ONE = only(1, f"must be 1 or left out, there being one likeliest text: {_GREEDY}")
 _NO_BIAS = only({}, f"must be empty or left out: {_GREEDY}")
 _NO_SUFFIX = only("", "must be empty or left out: GPT-2 continues texts, it fills none in")
 _TOP_P_RULE = f"must be 1 or left out, unless temperature is 0, when it may be anything from 0 to 1: {_GREEDY}"
-_NOTHING_ELSE = "Greedy decoding takes nothing else."
 
 
 def _check_top_p(name: str, value: Any) -> float:
@@ -151,11 +151,6 @@ class CompletionRequest:
             raise BadRequest("stream_options goes with stream: true")
 
     @property
-    def include_usage(self) -> bool:
-        """Tell whether a stream ends with token counts."""
-        return self.stream_options is not None and self.stream_options.get("include_usage", False)
-
-    @property
     def prompt_logprobs(self) -> int | None:
         """Return how many likeliest tokens are asked for at each of the prompt's tokens."""
         return self.logprobs if self.echo else None
@@ -207,15 +202,13 @@ class CachedTokens(TypedDict):
 
 
 class PredictedTokens(TypedDict):
-    """How guesses fared. OpenAI's predictions come from the caller, and are counted by the same names."""
+    """The fate of guesses. OpenAI's predictions, which come from the caller, are counted by the same names."""
 
     accepted_prediction_tokens: Count
     rejected_prediction_tokens: Count
 
 
 class CompletionUsage(TypedDict):
-    """Token counts of a request."""
-
     prompt_tokens: Count
     completion_tokens: Count
     total_tokens: Count
@@ -236,8 +229,6 @@ class CompletionBody(TypedDict):
 
 
 class ModelBody(TypedDict):
-    """A model that workers serve."""
-
     id: str
     object: Literal["model"]
     created: Count
@@ -258,12 +249,7 @@ class Completion:
     asked: list[tuple[str, Any]]
 
 
-def parse_completion(body: Mapping[str, Any]) -> Completion:
-    """Read the body of a request.
-
-    Raises:
-        BadRequest: a field is unknown, of a wrong type, out of bounds, or asks for what greedy decoding cannot give.
-    """
+def _parse(body: Mapping[str, Any]) -> Completion:
     given = {name: value for name, value in body.items() if value is not None}
     known = fields_of(CompletionRequest)
     for name in given:
@@ -273,10 +259,10 @@ def parse_completion(body: Mapping[str, Any]) -> Completion:
         request = CompletionRequest(**given)
         return Completion(request, request.plans(), sorted(given.items(), key=lambda pair: pair[0]))
     except BadRequest as error:
-        raise translate_error(error) from None
+        raise _translate_error(error) from None
 
 
-def translate_error(error: FastGPT2Error) -> FastGPT2Error:
+def _translate_error(error: FastGPT2Error) -> FastGPT2Error:
     """Return the error with our fields by the names of this API, and the field that it begins with as its `param`."""
     message = re.sub("|".join(_NAMES), lambda match: _NAMES[match[0]], str(error))
     if type(error) is PromptTooLong:
@@ -309,20 +295,21 @@ class Completions:
 
     async def create(self, request: Request) -> Response:
         """Answer `POST /v1/completions`."""
-        body = await read_object(request, self._service.bounds.body_timeout, EXAMPLE)
-        completion = parse_completion(body)
+        completion = _parse(await read_object(request, self._service.bounds.body_timeout, EXAMPLE))
         served = await self._models.read()
         # Without a worker nobody knows the models: the job waits for a worker.
         model = completion.request.model
         if model is not None and served and model not in served:
             raise _unknown(model, served)
         if completion.request.stream:
-            return EventStream(self._events(request, completion), _error_event)
+            return EventStream(
+                self._events(request, completion), lambda error: event(error_object(error, openai=True)) + DONE
+            )
         try:
             async with self._service.submit(request, completion.plans, completion.asked) as waiting:
                 results = await waiting.results()
         except FastGPT2Error as error:
-            raise translate_error(error) from None
+            raise _translate_error(error) from None
         choices = [
             _choice(number, result.text, result.finish_reason, _logprobs_of(result, completion))
             for number, result in enumerate(results)
@@ -340,12 +327,13 @@ class Completions:
                 model = completion.request.model or next(iter(served), "")
                 yield _headers(waiting), _chunks(waiting, completion, _envelope(waiting, model))
         except FastGPT2Error as error:
-            raise translate_error(error) from None
+            raise _translate_error(error) from None
 
 
 async def _chunks(waiting: PendingJobs, completion: Completion, envelope: CompletionBody) -> AsyncIterator[bytes]:
     results, appended = [], AppendOnlyTexts()
-    if completion.request.include_usage:
+    include_usage = (completion.request.stream_options or {}).get("include_usage", False)
+    if include_usage:
         envelope["usage"] = None
     async for item in waiting.events():
         if item is None:
@@ -364,13 +352,9 @@ async def _chunks(waiting: PendingJobs, completion: Completion, envelope: Comple
                 yield event({**envelope, "choices": [choice]})
             choice = _choice(number, "", result.finish_reason, None)
         yield event({**envelope, "choices": [choice]})
-    if completion.request.include_usage:
+    if include_usage:
         yield event({**envelope, "choices": [], "usage": _usage(results)})
     yield DONE
-
-
-def _error_event(error: FastGPT2Error) -> bytes:
-    return event(error_object(error, openai=True)) + DONE
 
 
 def _unknown(name: str, served: Iterable[str]) -> ModelUnknown:
@@ -431,21 +415,13 @@ def _top(entry: TokenLogprob) -> dict[str, float] | None:
     return top
 
 
-def _usage(results: Iterable[GenerationResult]) -> CompletionUsage:
-    prompt, completion, cached, drafted, accepted = 0, 0, 0, 0, 0
-    for result in results:
-        prompt += result.usage.prompt_tokens
-        completion += result.usage.completion_tokens
-        cached += result.usage.cached_tokens
-        drafted += result.drafting.drafted
-        accepted += result.drafting.accepted
+def _usage(results: Sequence[GenerationResult]) -> CompletionUsage:
+    accepted = sum(result.drafting.accepted for result in results)
+    rejected = sum(result.drafting.drafted for result in results) - accepted
     return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": cached},
-        "completion_tokens_details": {
-            "accepted_prediction_tokens": accepted,
-            "rejected_prediction_tokens": drafted - accepted,
-        },
+        "prompt_tokens": sum(result.usage.prompt_tokens for result in results),
+        "completion_tokens": sum(result.usage.completion_tokens for result in results),
+        "total_tokens": sum(result.usage.total_tokens for result in results),
+        "prompt_tokens_details": {"cached_tokens": sum(result.usage.cached_tokens for result in results)},
+        "completion_tokens_details": {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": rejected},
     }

@@ -19,7 +19,7 @@ from fastgpt2.api.http.requests import read_object
 from fastgpt2.api.http.responses import JSON, KEEP_ALIVE, AppendOnlyTexts, EventStream, error_object, event
 from fastgpt2.api.http.service import PendingJobs, Service
 from fastgpt2.engine.decoding.records import Count, GenerationResult, Logprobs, TokenLogprob
-from fastgpt2.errors import BadRequest, FastGPT2Error
+from fastgpt2.errors import BadRequest
 from fastgpt2.fields import check_fields, fields_of, flag, only
 from fastgpt2.protocol.messages import Piece, TokenObject, logprobs_to_json, refuse_unknown
 
@@ -46,7 +46,7 @@ class NeutralParameters:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerParameters:
-    """What a caller wants to see in the answer, checked when made.
+    """The parameters that say what the answer tells, checked when made.
 
     Args:
         return_full_text: the answer begins with the prompt. None means so for `POST /` only.
@@ -65,8 +65,6 @@ class AnswerParameters:
 
 
 class TokenBody(TypedDict):
-    """A token in an answer."""
-
     id: Count
     text: str
     logprob: float | None
@@ -74,7 +72,7 @@ class TokenBody(TypedDict):
 
 
 class DetailsBody(TypedDict):
-    """What an answer tells beside the text."""
+    """The details of an answer, beside the text."""
 
     finish_reason: Literal["length", "eos_token", "stop_sequence"]
     generated_tokens: Count
@@ -86,8 +84,6 @@ class DetailsBody(TypedDict):
 
 
 class GeneratedBody(TypedDict):
-    """An answer."""
-
     generated_text: str
     details: NotRequired[DetailsBody]
     logprobs: NotRequired[list[TokenObject]]
@@ -127,19 +123,14 @@ class Generation:
         return f"{prompt}{result.text}" if self.full_text and not self.plan.request.echo else result.text
 
 
-def parse_generation(body: Mapping[str, Any], listed: bool, stream: bool = False) -> Generation:
-    """Read the body of a request.
-
-    Args:
-        listed: as `POST /` has it: the full text is the default, and `stream` a field.
+def _parse(body: Mapping[str, Any], listed: bool, stream: bool) -> Generation:
+    """Read the body of a request. For `POST /`, which is `listed`, the full text is the default, and `stream` a field.
 
     Raises:
         BadRequest: a field is unknown, of a wrong type, out of bounds, or asks for what greedy decoding cannot give.
     """
     refuse_unknown(body, ("inputs", "parameters", "stream") if listed else ("inputs", "parameters"))
-    parameters = body.get("parameters")
-    if parameters is None:
-        parameters = {}
+    parameters = {} if body.get("parameters") is None else body["parameters"]
     if not isinstance(parameters, dict):
         raise BadRequest("parameters must be an object")
     if "inputs" not in body:
@@ -180,22 +171,21 @@ class Generate:
 
     async def original(self, request: Request) -> Response:
         """Answer `POST /`: with `[{"generated_text": "..."}]`, or a stream."""
-        return await self._answer(request, parse_generation(await self._read(request), listed=True))
+        return await self._answer(request, listed=True)
 
     async def generate(self, request: Request) -> Response:
         """Answer `POST /generate`: with `{"generated_text": "..."}`."""
-        return await self._answer(request, parse_generation(await self._read(request), listed=False))
+        return await self._answer(request)
 
     async def generate_stream(self, request: Request) -> Response:
         """Answer `POST /generate_stream`: with an event for each token."""
-        return await self._answer(request, parse_generation(await self._read(request), listed=False, stream=True))
+        return await self._answer(request, stream=True)
 
-    async def _read(self, request: Request) -> dict[str, Any]:
-        return await read_object(request, self._service.bounds.body_timeout, EXAMPLE)
-
-    async def _answer(self, request: Request, asked: Generation) -> Response:
+    async def _answer(self, request: Request, listed: bool = False, stream: bool = False) -> Response:
+        body = await read_object(request, self._service.bounds.body_timeout, EXAMPLE)
+        asked = _parse(body, listed, stream)
         if asked.stream:
-            return EventStream(self._events(request, asked), _error_event)
+            return EventStream(self._events(request, asked), lambda error: event(error_object(error, openai=False)))
         async with self._service.submit(request, [asked.plan], asked.plan) as waiting:
             (result,) = await waiting.results()
         answer: GeneratedBody = {"generated_text": asked.text(result)}
@@ -287,7 +277,3 @@ def _finish_reason(result: GenerationResult) -> Literal["length", "eos_token", "
     if result.finish_reason != "stop":
         return "length"
     return "eos_token" if result.logprobs and result.logprobs[-1].token == END_OF_TEXT else "stop_sequence"
-
-
-def _error_event(error: FastGPT2Error) -> bytes:
-    return event(error_object(error, openai=False))

@@ -10,14 +10,14 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 from starlette.requests import Request
 from starlette.responses import Response
 
-from fastgpt2.api.client.enqueue import JobPlan, idempotency_keys, plan_job
+from fastgpt2.api.client.enqueue import JobPlan, plan_job
 from fastgpt2.api.client.outcome import Outcome, unwrap
 from fastgpt2.api.http.requests import read_object
 from fastgpt2.api.http.responses import JSON, KEEP_ALIVE, EventStream, error_object, event
-from fastgpt2.api.http.service import PendingJobs, Service, idempotency_key
+from fastgpt2.api.http.service import PendingJobs, Service, read_idempotency_keys
 from fastgpt2.engine.decoding.records import Count
 from fastgpt2.errors import BadRequest, FastGPT2Error, JobFailed, JobNotFound
-from fastgpt2.fields import fields_of, one_of
+from fastgpt2.fields import fields_of, one_of, refusal
 from fastgpt2.protocol.connection import redis_errors
 from fastgpt2.protocol.keys import ATTEMPTS_FIELD, job_key, queues_of
 from fastgpt2.protocol.messages import Piece, ResultObject, refuse_unknown, result_to_json
@@ -27,14 +27,10 @@ EXAMPLE = '{"prompt": "Once upon a time", "max_new_tokens": 20}'
 MAX_LISTED = 100
 DEFAULT_LISTED = 20
 MAX_WAIT_SECONDS = 60.0
-
-
 _STATUSES = "queued", "started", "finished", "failed", "stopped", "canceled", "deferred", "scheduled", "expired"
 
 
 class OpenAIError(TypedDict):
-    """An error as OpenAI's API has it."""
-
     message: str
     type: str
     param: str | None
@@ -42,7 +38,7 @@ class OpenAIError(TypedDict):
 
 
 class EndEvent(TypedDict):
-    """How a job ended: its result, or its error and what there is of a result. Both are null before the end."""
+    """The end of a job: its result, or its error and what there is of a result. Both are null before the end."""
 
     result: Annotated[dict[str, Any], ResultObject, "Of a job that was cut short, what there is of it."] | None
     error: OpenAIError | None
@@ -84,15 +80,14 @@ class Jobs:
             raise BadRequest(f"prompt is missing: send {EXAMPLE}")
         fields = {name: value for name, value in body.items() if name != "prompt" and value is not None}
         plan = plan_job(body["prompt"], fields)
-        key = idempotency_key(request)
-        keys = None if key is None else idempotency_keys(f"job {key}", 1, plan)
+        keys = read_idempotency_keys(request, 1, plan, prefix="job ")
         (job_id,) = await self._service.driver.run(self._service.session.enqueue_all([plan], keys))
         return JSON(await self._describe(job_id), 202, {"location": f"/v1/jobs/{job_id}", "x-job-id": job_id})
 
     async def show(self, request: Request) -> Response:
         """Answer `GET /v1/jobs/{id}`: with `?wait=SECONDS`, when the job has ended or the time is up."""
         job_id = await self._known(request)
-        wait = _number(request, "wait", 0.0, MAX_WAIT_SECONDS)
+        wait = _parse_wait(request)
         if wait:
             with self._service.attend(request, job_id, streamed=False, timeout=wait) as waiting:
                 await waiting.wait()
@@ -190,12 +185,12 @@ def _error_event(error: FastGPT2Error) -> bytes:
     return event(_end(error), "error")
 
 
-def _number(request: Request, name: str, low: float, high: float) -> float:
-    text = request.query_params.get(name, "0")
+def _parse_wait(request: Request) -> float:
+    text = request.query_params.get("wait", "0")
     try:
         value = float(text[:40])
     except ValueError:
         value = -1.0
-    if not low <= value <= high:
-        raise BadRequest(f"{name} must be a number from {low:g} to {high:g}, not {text[:40]!r}")
+    if not 0 <= value <= MAX_WAIT_SECONDS:
+        raise refusal("wait", f"a number of seconds from 0 to {MAX_WAIT_SECONDS:g}", text)
     return value

@@ -17,7 +17,8 @@ from fastgpt2.api.http.responses import JSON
 from fastgpt2.api.http.service import Service
 from fastgpt2.api.pool.job_list import list_jobs
 from fastgpt2.api.pool.status import check_readiness, read_status, record_depth
-from fastgpt2.errors import BadRequest, FastGPT2Error, QueueUnavailable
+from fastgpt2.errors import FastGPT2Error, QueueUnavailable
+from fastgpt2.fields import refusal
 from fastgpt2.protocol.connection import redis_errors
 
 log = logging.getLogger("fastgpt2.http")
@@ -59,8 +60,17 @@ class Monitoring:
         self._service = service
         self._client = service.client
         self._obstacle = FreshValue(self._find_obstacle)
-        self._status = FreshValue(lambda: self._read_status(history=False))
-        self._status_with_history = FreshValue(lambda: self._read_status(history=True))
+        self._status = FreshValue(lambda: self._ask(read_status))
+        self._status_with_history = FreshValue(lambda: self._ask(read_status, True))
+
+    async def _ask(self, read: Callable[..., Awaitable[T]], *arguments: Any) -> T:
+        """Return what one of the readers of `pool` finds.
+
+        Raises:
+            QueueUnavailable
+        """
+        with redis_errors(self._client.redis_url):
+            return await read(self._client.connection, self._client.queue_name, *arguments)
 
     async def home(self, request: Request) -> Response:
         """Answer `GET /`: with the page for a browser, with `Ok` for a program, as the original does."""
@@ -81,7 +91,7 @@ class Monitoring:
         Raises:
             NotReady
         """
-        if self._service.stopping:
+        if self._service.stopping():
             raise NotReady("the endpoint is being stopped")
         obstacle = await self._obstacle.get()
         if obstacle is not None:
@@ -90,8 +100,7 @@ class Monitoring:
 
     async def _find_obstacle(self) -> str | None:
         try:
-            with redis_errors(self._client.redis_url):
-                return await check_readiness(self._client.connection, self._client.queue_name)
+            return await self._ask(check_readiness)
         except QueueUnavailable:
             return "Redis cannot be used; /status says why"
 
@@ -100,18 +109,11 @@ class Monitoring:
         history = _parse_flag(request, "history")
         return JSON(await (self._status_with_history if history else self._status).get())
 
-    async def _read_status(self, history: bool) -> dict[str, Any]:
-        with redis_errors(self._client.redis_url):
-            return await read_status(self._client.connection, self._client.queue_name, history)
-
     async def metrics(self, request: Request) -> Response:
         """Answer `GET /metrics`, for Prometheus."""
         from fastgpt2.api.pool.prometheus import render_metrics
 
-        with redis_errors(self._client.redis_url):
-            kind, body = await render_metrics(
-                self._client.connection, self._client.queue_name, request.headers.get("accept", "")
-            )
+        kind, body = await self._ask(render_metrics, request.headers.get("accept", ""))
         return Response(body, headers={"content-type": kind})
 
     async def jobs(self, request: Request) -> Response:
@@ -128,8 +130,7 @@ class Monitoring:
         """
         while True:
             try:
-                with redis_errors(self._client.redis_url):
-                    await record_depth(self._client.connection, self._client.queue_name)
+                await self._ask(record_depth)
             except QueueUnavailable:
                 pass  # whoever asks the endpoint is told
             except Exception:
@@ -140,12 +141,12 @@ class Monitoring:
 def _parse_flag(request: Request, name: str) -> bool:
     text = request.query_params.get(name, "false").lower()
     if text not in ("true", "false", "1", "0"):
-        raise BadRequest(f"{name} must be true or false, not {text[:40]!r}")
+        raise refusal(name, "true or false", text)
     return text in ("true", "1")
 
 
 def _parse_limit(request: Request) -> int:
     text = request.query_params.get("limit", str(DEFAULT_LISTED))
     if not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) <= MAX_LISTED:
-        raise BadRequest(f"limit must be a whole number from 1 to {MAX_LISTED}, not {text[:40]!r}")
+        raise refusal("limit", f"a whole number from 1 to {MAX_LISTED}", text)
     return int(text[:9])

@@ -5,6 +5,7 @@ Requests and answers are described where they are read and built; what other roo
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal
 
@@ -24,8 +25,9 @@ from fastgpt2.api.http.jobs import (
     OpenAIError,
     TextEvent,
 )
-from fastgpt2.api.http.responses import JSON
+from fastgpt2.api.http.responses import JSON, OPENAI_PREFIX
 from fastgpt2.api.http.schemas import body_schema, nullable, object_schema, schema_of
+from fastgpt2.api.pool.job_list import REALS, TEXTS, WHOLES
 from fastgpt2.engine.decoding.records import Count, Prompt
 from fastgpt2.fields import Schema
 
@@ -56,18 +58,51 @@ _REDIS = (503,)
 _BODY = (400, 408, 413)
 _ENQUEUES = (*_BODY, 422, 429, 503)
 _RUNS = (*_ENQUEUES, 409, 502, 504)
-
+_PATH_PARAMETERS: dict[str, Object] = {
+    "{model}": {"type": "string", "minLength": 1},
+    "{job_id}": {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,128}$"},
+}
 
 # A job in the list of the jobs that run and of the latest that have ended.
-_LISTED_JOB: dict[str, Any] = {
-    "id": str,
-    "status": str,
-    **dict.fromkeys(("finish_reason", "error", "worker"), str | None),
-    **dict.fromkeys(("prompt_tokens", "cached_tokens", "completion_tokens"), int | None),
-    **dict.fromkeys(("steps", "drafted", "accepted"), int | None),
-    **dict.fromkeys(("queue_seconds", "prefill_seconds", "decode_seconds", "ended_at"), float | None),
+_LISTED_JOB: Object = {
+    **dict.fromkeys(TEXTS, str | None),
+    **dict.fromkeys(WHOLES, int | None),
+    **dict.fromkeys(REALS, float | None),
+    **dict.fromkeys(("id", "status"), str),
     "prompt": Annotated[str | list[Count] | None, "If the operator shows prompts."],
 }
+
+
+@dataclass(frozen=True, slots=True)
+class _Operation:
+    """A route with one method.
+
+    Attributes:
+        content: of the answer.
+        errors: the statuses of errors, beside those that every route has.
+        body: the schema of what is sent; an idempotency key may then come with it.
+        status: of the answer.
+    """
+
+    name: str
+    summary: str
+    content: Object
+    errors: tuple[int, ...] = ()
+    body: str | None = None
+    parameter: Object | None = None
+    status: int = 200
+
+    def describe(self, error: str) -> Object:
+        """Return the operation as OpenAPI has it; `error` is the schema of its errors."""
+        answers = {str(self.status): {"description": "Done.", "content": self.content}}
+        for status in sorted({*self.errors, *_ANY}):
+            answers[str(status)] = {"description": _STATUSES[status], "content": _json(error)}
+        operation: Object = {"operationId": self.name, "summary": self.summary, "responses": answers}
+        parameter = self.parameter
+        if self.body is not None:
+            operation["requestBody"] = {"required": True, "content": _json(self.body)}
+            parameter = _parameter("Idempotency-Key", {"type": "string", "minLength": 1, "maxLength": 255}, "header")
+        return operation if parameter is None else {**operation, "parameters": [parameter]}
 
 
 async def show_document(_request: Request) -> Response:
@@ -81,11 +116,8 @@ def document() -> Object:
     return {
         "openapi": "3.1.0",
         "info": {"title": "fastgpt2", "version": __version__, "description": _DESCRIPTION, "license": {"name": "MIT"}},
-        "paths": {**_original_paths(), **_openai_paths(), **_job_paths(), **_operating_paths()},
-        "components": {
-            "schemas": _schemas(),
-            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
-        },
+        "paths": _paths(),
+        "components": {"schemas": _schemas(), "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
         "security": [{}, {"token": []}],
     }
 
@@ -95,7 +127,7 @@ def _schemas() -> dict[str, Schema]:
     parameters = body_schema(JobPlan, AnswerParameters, NeutralParameters, required=(), without=("prompt", "stream"))
     generate = {"inputs": prompt, "parameters": nullable(parameters)}
     listed_job = object_schema(_LISTED_JOB, ("id", "status"))
-    of_list, queue = {"object": Literal["list"]}, object_schema({"name": str, "depth": Count})
+    list_head, queue = {"object": Literal["list"]}, object_schema({"name": str, "depth": Count})
     status = {"version": str, "queue": queue, "jobs": dict[str, Count], "workers": list[dict[str, Any]]}
     return {
         "OriginalRequest": object_schema({**generate, "stream": flag}, ("inputs",), closed=True),
@@ -106,10 +138,10 @@ def _schemas() -> dict[str, Schema]:
         "CompletionRequest": body_schema(CompletionRequest, required=()),
         "Completion": schema_of(CompletionBody),
         "Model": schema_of(ModelBody),
-        "ModelList": object_schema({**of_list, "data": list[ModelBody]}),
+        "ModelList": object_schema({**list_head, "data": list[ModelBody]}),
         "JobRequest": body_schema(JobPlan, required=("prompt",)),
         "Job": schema_of(JobBody),
-        "JobList": object_schema({**of_list, "data": {"type": "array", "items": listed_job}}),
+        "JobList": object_schema({**list_head, "data": {"type": "array", "items": listed_job}}),
         "TextEvent": schema_of(TextEvent),
         "EndEvent": schema_of(EndEvent),
         "State": object_schema({"status": str}),
@@ -119,164 +151,89 @@ def _schemas() -> dict[str, Schema]:
     }
 
 
-def _original_paths() -> Object:
-    generated, streamed = _json("Generated"), _events("TokenEvent")
+def _paths() -> Object:
+    """Return the operations by path and method. Errors under `/v1/` have OpenAI's shape."""
+    paths: Object = {}
+    for route, operation in {**_generating(), **_jobs(), **_operating()}.items():
+        method, path = route.split()
+        error = "OpenAIError" if path.startswith(OPENAI_PREFIX) else "Error"
+        paths.setdefault(path, {})[method.lower()] = operation.describe(error)
+        for part in path.split("/"):
+            if part in _PATH_PARAMETERS:
+                paths[path]["parameters"] = [_parameter(part.strip("{}"), _PATH_PARAMETERS[part], "path")]
+    return paths
+
+
+def _generating() -> dict[str, _Operation]:
+    tokens, completion = _events("TokenEvent"), {**_json("Completion"), **_events("Completion")}
+    page = {**_text("text/plain"), **_text("text/html")}
+    completing = "Continue prompts, as OpenAI's API does; with `stream`, as events that end with `[DONE]`"
     return {
-        "/": {
-            "get": _operation(
-                "home",
-                "`Ok` for a program; for a browser, a page that shows the pool",
-                {**_text("text/plain"), **_text("text/html")},
-            ),
-            "post": _operation(
-                "original",
-                "Continue a prompt, as Narsil's fast_gpt2 does",
-                {**_json("GeneratedList"), **streamed},
-                _RUNS,
-                "OriginalRequest",
-            ),
-        },
-        "/generate": {
-            "post": _operation(
-                "generate", "Continue a prompt, as text-generation-inference does", generated, _RUNS, "GenerateRequest"
-            )
-        },
-        "/generate_stream": {
-            "post": _operation(
-                "generate_stream",
-                "The same, an event a token; the last event has the whole text",
-                streamed,
-                _RUNS,
-                "GenerateRequest",
-            )
-        },
+        "GET /": _Operation("home", "`Ok` for a program; for a browser, a page that shows the pool", page),
+        "POST /": _Operation(
+            "original",
+            "Continue a prompt, as Narsil's fast_gpt2 does",
+            {**_json("GeneratedList"), **tokens},
+            _RUNS,
+            "OriginalRequest",
+        ),
+        "POST /generate": _Operation(
+            "generate",
+            "Continue a prompt, as text-generation-inference does",
+            _json("Generated"),
+            _RUNS,
+            "GenerateRequest",
+        ),
+        "POST /generate_stream": _Operation(
+            "generate_stream",
+            "The same, an event a token; the last event has the whole text",
+            tokens,
+            _RUNS,
+            "GenerateRequest",
+        ),
+        "POST /v1/completions": _Operation(
+            "create_completion", completing, completion, (*_RUNS, 404), "CompletionRequest"
+        ),
+        "GET /v1/models": _Operation("list_models", "The models that workers serve", _json("ModelList"), _REDIS),
+        "GET /v1/models/{model}": _Operation("show_model", "One of them", _json("Model"), (404, *_REDIS)),
     }
 
 
-def _openai_paths() -> Object:
-    return {
-        "/v1/completions": {
-            "post": _operation(
-                "create_completion",
-                "Continue prompts, as OpenAI's API does; with `stream`, as events that end with `[DONE]`",
-                {**_json("Completion"), **_events("Completion")},
-                (*_RUNS, 404),
-                "CompletionRequest",
-                openai=True,
-            )
-        },
-        "/v1/models": {
-            "get": _operation("list_models", "The models that workers serve", _json("ModelList"), _REDIS, openai=True)
-        },
-        "/v1/models/{model}": {
-            "parameters": [_path("model", {"type": "string", "minLength": 1})],
-            "get": _operation("show_model", "One of them", _json("Model"), (404, *_REDIS), openai=True),
-        },
-    }
-
-
-def _job_paths() -> Object:
-    job_id = _path("job_id", {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,128}$"})
+def _jobs() -> dict[str, _Operation]:
+    job, events = _json("Job"), _events("TextEvent", "EndEvent")
     limit = {"type": "integer", "minimum": 1, "maximum": MAX_LISTED, "default": DEFAULT_LISTED}
     wait = {"type": "number", "minimum": 0, "maximum": MAX_WAIT_SECONDS, "default": 0}
-    known = {"type": "string", "pattern": "^[0-9]{1,9}$"}
-    created = _operation("create_job", "Enqueue a job, and leave", _json("Job"), _ENQUEUES, "JobRequest", openai=True)
-    created["responses"]["202"] = created["responses"].pop("200")
+    last = _parameter("Last-Event-ID", {"type": "string", "pattern": "^[0-9]{1,9}$"}, "header")
+    listing = "The jobs that workers run, and the latest that have ended"
+    showing = "How a job is, or how it ended; with `wait`, once it has ended or that many seconds are over"
+    following = "Its text as it comes, from the beginning; if it was not enqueued with `stream`, all of it at its end"
     return {
-        "/v1/jobs": {
-            "get": _operation(
-                "list_jobs",
-                "The jobs that workers run, and the latest that have ended",
-                _json("JobList"),
-                (400, *_REDIS),
-                openai=True,
-                parameters=[_query("limit", limit)],
-            ),
-            "post": created,
-        },
-        "/v1/jobs/{job_id}": {
-            "parameters": [job_id],
-            "get": _operation(
-                "show_job",
-                "How a job is, or how it ended; with `wait`, once it has ended or that many seconds are over",
-                _json("Job"),
-                (400, 404, *_REDIS),
-                openai=True,
-                parameters=[_query("wait", wait)],
-            ),
-            "delete": _operation(
-                "cancel_job", "Cancel it, unless it has ended", _json("Job"), (404, *_REDIS), openai=True
-            ),
-        },
-        "/v1/jobs/{job_id}/stream": {
-            "parameters": [job_id],
-            "get": _operation(
-                "follow_job",
-                "Its text as it comes, from the beginning; if it was not enqueued with `stream`, all of it at its end",
-                _events("TextEvent", "EndEvent"),
-                (400, 404, 409, 502, *_REDIS, 504),
-                openai=True,
-                parameters=[{"name": "Last-Event-ID", "in": "header", "required": False, "schema": known}],
-            ),
-        },
+        "GET /v1/jobs": _Operation(
+            "list_jobs", listing, _json("JobList"), (400, *_REDIS), parameter=_parameter("limit", limit, "query")
+        ),
+        "POST /v1/jobs": _Operation("create_job", "Enqueue a job, and leave", job, _ENQUEUES, "JobRequest", status=202),
+        "GET /v1/jobs/{job_id}": _Operation(
+            "show_job", showing, job, (400, 404, *_REDIS), parameter=_parameter("wait", wait, "query")
+        ),
+        "DELETE /v1/jobs/{job_id}": _Operation("cancel_job", "Cancel it, unless it has ended", job, (404, *_REDIS)),
+        "GET /v1/jobs/{job_id}/stream": _Operation(
+            "follow_job", following, events, (400, 404, 409, 502, *_REDIS, 504), parameter=last
+        ),
     }
 
 
-def _operating_paths() -> Object:
-    flag = {"type": "boolean", "default": False}
+def _operating() -> dict[str, _Operation]:
+    history = _parameter("history", {"type": "boolean", "default": False}, "query")
+    reporting = "What the pool is doing; with `history`, and did in the last minutes"
+    metrics = {**_text("text/plain"), **_text("application/openmetrics-text")}
+    described = {"application/json": {"schema": {"type": "object"}}}
     return {
-        "/health": {"get": _operation("health", "This process is alive", _json("State"))},
-        "/ready": {"get": _operation("ready", "A job that is sent now would be run", _json("State"), _REDIS)},
-        "/status": {
-            "get": _operation(
-                "status",
-                "What the pool is doing; with `history`, and did in the last minutes",
-                _json("Status"),
-                (400, *_REDIS),
-                parameters=[_query("history", flag)],
-            )
-        },
-        "/metrics": {
-            "get": _operation(
-                "metrics",
-                "The same for Prometheus",
-                {**_text("text/plain"), **_text("application/openmetrics-text")},
-                _REDIS,
-            )
-        },
-        "/openapi.json": {
-            "get": _operation("document", "This document", {"application/json": {"schema": {"type": "object"}}})
-        },
+        "GET /health": _Operation("health", "This process is alive", _json("State")),
+        "GET /ready": _Operation("ready", "A job that is sent now would be run", _json("State"), _REDIS),
+        "GET /status": _Operation("status", reporting, _json("Status"), (400, *_REDIS), parameter=history),
+        "GET /metrics": _Operation("metrics", "The same for Prometheus", metrics, _REDIS),
+        "GET /openapi.json": _Operation("document", "This document", described),
     }
-
-
-def _operation(
-    name: str,
-    summary: str,
-    content: Object,
-    errors: tuple[int, ...] = (),
-    body: str | None = None,
-    openai: bool = False,
-    parameters: list[Object] | None = None,
-) -> Object:
-    error = _json("OpenAIError" if openai else "Error")
-    operation: Object = {
-        "operationId": name,
-        "summary": summary,
-        "responses": {
-            "200": {"description": "Done.", "content": content},
-            **{
-                str(status): {"description": _STATUSES[status], "content": error} for status in sorted({*errors, *_ANY})
-            },
-        },
-    }
-    if body is not None:
-        operation["requestBody"] = {"required": True, "content": _json(body)}
-        key = {"type": "string", "minLength": 1, "maxLength": 255}
-        parameters = [{"name": "Idempotency-Key", "in": "header", "required": False, "schema": key}]
-    if parameters:
-        operation["parameters"] = parameters
-    return operation
 
 
 def _json(schema: str) -> Object:
@@ -305,9 +262,5 @@ def _text(kind: str) -> Object:
     return {kind: {"schema": {"type": "string"}}}
 
 
-def _path(name: str, schema: Object) -> Object:
-    return {"name": name, "in": "path", "required": True, "schema": schema}
-
-
-def _query(name: str, schema: Object) -> Object:
-    return {"name": name, "in": "query", "required": False, "schema": schema}
+def _parameter(name: str, schema: Object, where: str) -> Object:
+    return {"name": name, "in": where, "required": where == "path", "schema": schema}

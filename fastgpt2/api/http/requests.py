@@ -1,11 +1,10 @@
-"""What comes from a client: the body of a request, read within its bounds, and the news that the client is gone."""
+"""The body of a request, read within its bounds."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -73,32 +72,3 @@ def _refuse_foreign_page(request: Request) -> None:
         raise ForbiddenOrigin(
             f"requests from pages of {origin[:100]!r} are refused; only the endpoint's own page may send them"
         )
-
-
-class DisconnectListener:
-    """A task that notices when the client closes the connection, once the body has been read. A context manager.
-
-    Args:
-        on_disconnect: is called then.
-
-    Attributes:
-        is_gone: tells whether the client has closed the connection.
-    """
-
-    def __init__(self, request: Request, on_disconnect: Callable[[], None]) -> None:
-        self._request = request
-        self._on_disconnect = on_disconnect
-        self.is_gone = False
-
-    def __enter__(self) -> Self:
-        self._task = asyncio.create_task(self._listen())
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._task.cancel()
-
-    async def _listen(self) -> None:
-        while (await self._request.receive())["type"] != "http.disconnect":
-            pass
-        self.is_gone = True
-        self._on_disconnect()

@@ -81,10 +81,16 @@ def encode_json(value: Any) -> bytes:
 
 def error_object(error: FastGPT2Error, openai: bool) -> dict[str, Any]:
     """Return the body that tells of an error, as OpenAI's API has it or as the original's routes do."""
-    if not openai:
-        return {"error": str(error), "error_type": type(error).__name__}
     kind, code = _kind_and_code(error)
-    return {"error": {"message": str(error), "type": kind, "param": getattr(error, "param", None), "code": code}}
+    return _error_body(openai, str(error), type(error).__name__, kind, getattr(error, "param", None), code)
+
+
+def _error_body(
+    openai: bool, message: str, name: str, kind: str, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    if openai:
+        return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    return {"error": message, "error_type": name}
 
 
 def _kind_and_code(error: FastGPT2Error) -> tuple[str, str | None]:
@@ -118,12 +124,7 @@ def respond(error: FastGPT2Error, scope: Scope) -> Response:
         headers["retry-after"] = str(RETRY_AFTER_SECONDS)
     elif isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"
-    return JSON(error_object(error, is_openai_route(scope)), error.http_status, headers)
-
-
-def is_openai_route(scope: Scope) -> bool:
-    path: str = scope["path"]
-    return path.startswith(OPENAI_PREFIX)
+    return JSON(error_object(error, scope["path"].startswith(OPENAI_PREFIX)), error.http_status, headers)
 
 
 async def handle_error(request: Request, error: Exception) -> Response:
@@ -138,24 +139,17 @@ async def handle_unknown_route(request: Request, error: Exception) -> Response:
     """Answer a request for a route or a method that does not exist, for Starlette."""
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path[:200]}: {error.detail}"
-    return _respond_with(request, error.status_code, "HTTPException", "invalid_request_error", message, error.headers)
+    openai = request.url.path.startswith(OPENAI_PREFIX)
+    body = _error_body(openai, message, "HTTPException", "invalid_request_error")
+    return JSON(body, error.status_code, error.headers)
 
 
 async def handle_unforeseen(request: Request, error: Exception) -> Response:
     """Log an error that nobody foresaw, and answer with one that says no more, for Starlette."""
     log.error("%s %s failed", request.method, request.url.path, exc_info=error)
     message = "an unforeseen error; the endpoint's log has the details"
-    return _respond_with(request, 500, "InternalError", "server_error", message)
-
-
-def _respond_with(
-    request: Request, status: int, kind: str, openai_kind: str, message: str, headers: Mapping[str, str] | None = None
-) -> Response:
-    if is_openai_route(request.scope):
-        body: dict[str, Any] = {"error": {"message": message, "type": openai_kind, "param": None, "code": None}}
-    else:
-        body = {"error": message, "error_type": kind}
-    return JSON(body, status, headers)
+    openai = request.url.path.startswith(OPENAI_PREFIX)
+    return JSON(_error_body(openai, message, "InternalError", "server_error"), 500)
 
 
 def event(data: Any, name: str = "", event_id: str = "") -> bytes:

@@ -1,26 +1,26 @@
-"""What the routes share: the client, the jobs that requests wait for, their bounds, the stop, and the served models."""
+"""The pool as the routes use it: client, jobs that requests wait for, their bounds, the stop, and the served models."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 from starlette.requests import Request
 
 from fastgpt2.api.client.async_client import AsyncClient
-from fastgpt2.api.client.enqueue import JobPlan, idempotency_keys
+from fastgpt2.api.client.enqueue import IdempotencyKey, JobPlan, idempotency_keys
+from fastgpt2.api.client.flow import AsyncDriver, Command, Flow, Pipeline
 from fastgpt2.api.client.outcome import Outcome, unwrap
 from fastgpt2.api.client.reader import JobReader
-from fastgpt2.api.http.requests import ClientGone, DisconnectListener
+from fastgpt2.api.http.requests import ClientGone
 from fastgpt2.api.http.watch import Watch
 from fastgpt2.engine.decoding.records import GenerationResult
 from fastgpt2.errors import BadRequest, FastGPT2Error, ResultTimeout, ServiceBusy, ServiceStopping
-from fastgpt2.protocol.connection import redis_errors
 from fastgpt2.protocol.keys import workers_key
 from fastgpt2.protocol.messages import Piece
 from fastgpt2.protocol.untrusted import epoch_seconds
@@ -86,7 +86,7 @@ class Service:
         self.watch = Watch(self.client)
         self.pending: set[PendingJobs] = set()
         self.is_closing = False
-        self._stopping = stopping
+        self.stopping = stopping
         self._tasks: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
@@ -101,12 +101,8 @@ class Service:
             await asyncio.gather(*tasks, *self._tasks, return_exceptions=True)
             await self.client.aclose()
 
-    @property
-    def stopping(self) -> bool:
-        return self._stopping()
-
     async def _close_after_stop(self) -> None:
-        while not self.stopping:
+        while not self.stopping():
             await asyncio.sleep(STOP_LOOK_SECONDS)
         await asyncio.sleep(STOP_GRACE_SECONDS)
         self.is_closing = True
@@ -121,15 +117,13 @@ class Service:
         the jobs has failed.
 
         Args:
-            asked: what the request asks for. Its `repr` is compared with that of an earlier request that has the same
-                idempotency key.
+            asked: see `idempotency_keys`.
 
         Raises:
             BadRequest, PromptTooLong, QueueFull, QueueUnavailable, ServiceBusy, IdempotencyMismatch
         """
         self._check_room(len(plans))
-        key = idempotency_key(request)
-        keys = None if key is None else idempotency_keys(key, len(plans), asked)
+        keys = read_idempotency_keys(request, len(plans), asked)
         job_ids = await self.driver.run(self.session.enqueue_all(plans, keys))
         streamed = [plan.options.stream for plan in plans]
         with PendingJobs(self, request, job_ids, streamed, keys is None, self.bounds.timeout) as pending:
@@ -138,7 +132,9 @@ class Service:
             finally:
                 left = [job.id for job in pending.jobs if job.outcome is None]
                 if left and not self.is_closing:
-                    self._run_in_background(self._cancel(left))
+                    task = asyncio.create_task(self._cancel(left))
+                    self._tasks.add(task)
+                    task.add_done_callback(self._tasks.discard)
 
     def attend(self, request: Request, job_id: str, streamed: bool, timeout: float | None = None) -> PendingJobs:
         """Wait within a context for a job that exists; it goes on whatever becomes of the request.
@@ -156,28 +152,29 @@ class Service:
                 "enqueued, try again later"
             )
 
-    def _run_in_background(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run what no request waits for. It is finished before the endpoint closes."""
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
     async def _cancel(self, job_ids: Iterable[str]) -> None:
+        """Cancel jobs, in a task that no request waits for. It is finished before the endpoint closes."""
         for job_id in job_ids:
             with suppress(FastGPT2Error):
                 await self.client.cancel(job_id)
 
 
-def idempotency_key(request: Request) -> str | None:
-    """Return the request's idempotency key, or None if it has none.
+def read_idempotency_keys(request: Request, jobs: int, asked: object, prefix: str = "") -> list[IdempotencyKey] | None:
+    """Return an idempotency key for each of a request's jobs, or None if the request has no such header.
+
+    Args:
+        asked: see `idempotency_keys`.
+        prefix: tells apart routes that a client may send the same header to.
 
     Raises:
-        BadRequest: the key is empty or too long.
+        BadRequest: the header is empty or too long.
     """
     key = request.headers.get(IDEMPOTENCY_HEADER)
-    if key is not None and not 1 <= len(key) <= MAX_KEY_CHARACTERS:
+    if key is None:
+        return None
+    if not 1 <= len(key) <= MAX_KEY_CHARACTERS:
         raise BadRequest(f"{IDEMPOTENCY_HEADER} must have 1 to {MAX_KEY_CHARACTERS} characters, not {len(key)}")
-    return key
+    return idempotency_keys(f"{prefix}{key}", jobs, asked)
 
 
 class PendingJobs:
@@ -199,7 +196,8 @@ class PendingJobs:
     ) -> None:
         self.signal = asyncio.Event()
         self._service = service
-        self._listener = DisconnectListener(request, self.signal.set)
+        self._request = request
+        self._is_client_gone = False
         self._timeout = timeout
         self.jobs: list[JobReader] = [
             service.watch.follow(job_id, stream, self.signal, new)
@@ -210,16 +208,23 @@ class PendingJobs:
         loop = asyncio.get_running_loop()
         self._deadline = time.monotonic() + self._timeout
         self._timer = loop.call_later(self._timeout, self.signal.set)
-        self._listener.__enter__()
+        self._listening = asyncio.create_task(self._listen())
         self._service.pending.add(self)
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self._service.pending.discard(self)
-        self._listener.__exit__(*error)
+        self._listening.cancel()
         self._timer.cancel()
         for job in self.jobs:
             self._service.watch.drop(job)
+
+    async def _listen(self) -> None:
+        """Notice when the client closes the connection; the body has been read."""
+        while (await self._request.receive())["type"] != "http.disconnect":
+            pass
+        self._is_client_gone = True
+        self.signal.set()
 
     async def events(self) -> AsyncIterator[tuple[int, Piece | Outcome] | None]:
         """Give what comes of the jobs, until all have ended.
@@ -256,7 +261,7 @@ class PendingJobs:
 
     async def _check_worth_waiting(self, job_id: str) -> None:
         """Raise if nobody waits any more, or no longer may; the job is one of those that have not ended."""
-        if self._listener.is_gone:
+        if self._is_client_gone:
             raise ClientGone("the client closed the connection")
         if time.monotonic() >= self._deadline:
             raise await self._service.driver.run(self._service.session.timeout_error(job_id, self._timeout))
@@ -285,8 +290,9 @@ class PendingJobs:
 class Models:
     """The models that live workers serve, read from the workers' own hashes in Redis."""
 
-    def __init__(self, client: AsyncClient) -> None:
-        self._client = client
+    def __init__(self, driver: AsyncDriver, queue: str) -> None:
+        self._driver = driver
+        self._queue = queue
         self._known: dict[str, int] = {}
         self._fresh_until = 0.0
 
@@ -296,27 +302,17 @@ class Models:
         Raises:
             QueueUnavailable
         """
-        if time.monotonic() < self._fresh_until:
-            return self._known
-        with redis_errors(self._client.redis_url):
-            connection = self._client.connection
-            names = await connection.smembers(workers_key(self._client.queue_name))
-            async with connection.pipeline(transaction=False) as pipeline:
-                for name in sorted(names)[:MAX_WORKERS]:
-                    pipeline.hmget(name, ["model", "birth"])
-                answers = await pipeline.execute() if names else []
-        self._known = _count_models(answers)
-        # A pool without models may get its first one at any moment.
-        self._fresh_until = time.monotonic() + MODELS_FRESH_SECONDS if self._known else 0.0
+        if time.monotonic() >= self._fresh_until:
+            self._known = await self._driver.run(self._read())
+            # A pool without models may get its first one at any moment.
+            self._fresh_until = time.monotonic() + MODELS_FRESH_SECONDS if self._known else 0.0
         return self._known
 
-
-def _count_models(answers: list[tuple[bytes | None, bytes | None]]) -> dict[str, int]:
-    workers: dict[str, int] = {}
-    since: dict[str, int] = {}
-    for model, birth in answers:
-        if model:
-            name = model.decode("utf-8", "replace")
-            workers[name] = workers.get(name, 0) + 1
-            since[name] = min(since.get(name, 1 << 62), max(0, int(epoch_seconds(birth) or 0)))
-    return {name: since[name] for name in sorted(workers, key=lambda name: (-workers[name], name))}
+    def _read(self) -> Flow[dict[str, int]]:
+        keys = yield Command("smembers", (workers_key(self._queue),))
+        asked = tuple(Command("hmget", (key, "model", "birth")) for key in sorted(keys)[:MAX_WORKERS])
+        births: dict[str, list[int]] = {}
+        for model, birth in (yield Pipeline(asked)) if asked else ():
+            if model:
+                births.setdefault(model.decode("utf-8", "replace"), []).append(max(0, int(epoch_seconds(birth) or 0)))
+        return {name: min(births[name]) for name in sorted(births, key=lambda name: (-len(births[name]), name))}

@@ -14,10 +14,10 @@ from contextlib import suppress
 from redis.exceptions import RedisError
 
 from fastgpt2.api.client.async_client import AsyncClient
-from fastgpt2.api.client.flow import Flow, Pause, Pipeline, command
+from fastgpt2.api.client.flow import Command, Flow, Pause, Pipeline
 from fastgpt2.api.client.reader import JobReader, ReadLoop
 from fastgpt2.errors import FastGPT2Error
-from fastgpt2.protocol.keys import wake_key
+from fastgpt2.protocol.keys import job_key, wake_key
 from fastgpt2.protocol.untrusted import is_of_entry
 
 log = logging.getLogger("fastgpt2.http")
@@ -79,7 +79,7 @@ class Watch:
                 if error is not reason:
                     log.exception("unforeseen, while reading for %d jobs", len(self._readers))
                 for reader in list(self._readers):
-                    reader.fail(error)
+                    reader.end(error)
             self._drop_ended()
 
     def _turn(self) -> Flow[None]:
@@ -95,15 +95,16 @@ class Watch:
         """End the jobs with a key of another type than ours: such a key fails every read, also for other jobs.
 
         Returns:
-            Whether there were any.
+            True if there were any.
         """
-        asked = [(reader, key, kind) for reader in self._readers for key, kind in reader.key_types.items()]
-        found = yield from self._session.retries.ask(Pipeline(tuple(command("type", key) for _, key, _ in asked)))
+        hashes = [(reader, job_key(reader.id), b"hash") for reader in self._readers]
+        asked = [*hashes, *((reader, key, b"stream") for reader in self._readers for key in reader.positions)]
+        found = yield from self._session.retries.ask(Pipeline(tuple(Command("type", (key,)) for _, key, _ in asked)))
         before = len(self._readers)
         for (reader, key, kind), actual in zip(asked, found, strict=True):
             if actual not in (kind, b"none"):
                 text = f"Redis holds a {actual.decode()} at {key}, where the {kind.decode()} of job {reader.id} belongs"
-                reader.fail(FastGPT2Error(f"{text}: another program has written there"))
+                reader.end(FastGPT2Error(f"{text}: another program has written there"))
                 self.drop(reader)
         return len(self._readers) < before
 

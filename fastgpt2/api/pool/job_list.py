@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
 # The limit for one worker's record of a job, far beyond what a worker writes.
 _MAX_RECORD_BYTES = 4096
-_TEXTS = ("id", "status", "finish_reason", "error", "worker")
-_WHOLES = ("prompt_tokens", "cached_tokens", "completion_tokens", "steps", "drafted", "accepted")
-_REALS = ("queue_seconds", "prefill_seconds", "decode_seconds", "ended_at")
-_UNKNOWN: dict[str, Any] = dict.fromkeys((*_TEXTS, *_WHOLES, *_REALS))
+# The fields of a listed job, by the kind of their values.
+TEXTS = ("id", "status", "finish_reason", "error", "worker")
+WHOLES = ("prompt_tokens", "cached_tokens", "completion_tokens", "steps", "drafted", "accepted")
+REALS = ("queue_seconds", "prefill_seconds", "decode_seconds", "ended_at")
+_UNKNOWN: dict[str, Any] = dict.fromkeys((*TEXTS, *WHOLES, *REALS))
 MAX_PROMPTS = 100
 MAX_PROMPT_SHOWN = 200
 
@@ -41,9 +42,6 @@ async def list_jobs(
         workers: those of `read_status`.
         limit: the most jobs to return.
         show_prompts: add each job's prompt.
-
-    Raises:
-        QueueUnavailable
     """
     with redis_errors(client.redis_url):
         jobs = await _read_claimed(client.connection, workers, limit)
@@ -82,9 +80,6 @@ async def read_latest(connection: Redis, queue: str, limit: int) -> list[dict[st
         `completion_tokens`, `steps`, `drafted`, `accepted` (as `Drafting` has them), `queue_seconds`,
         `prefill_seconds`, `decode_seconds`, `ended_at` (seconds since 1970), `worker`. A field that is not known is
         None. An entry that is not a worker's record is left out.
-
-    Raises:
-        RedisError
     """
     if limit < 1:
         return []
@@ -104,9 +99,9 @@ def _parse_record(entry: bytes) -> dict[str, Any] | None:
     if not isinstance(value, dict) or not text(value.get("id")) or not text(value.get("status")):
         return None
     return {
-        **{name: text(value.get(name)) or None for name in _TEXTS},
-        **{name: whole(value.get(name)) for name in _WHOLES},
-        **{name: real(value.get(name)) for name in _REALS},
+        **{name: text(value.get(name)) or None for name in TEXTS},
+        **{name: whole(value.get(name)) for name in WHOLES},
+        **{name: real(value.get(name)) for name in REALS},
     }
 
 
@@ -115,9 +110,6 @@ async def read_prompts(connection: Redis, job_ids: Sequence[str]) -> dict[str, s
 
     Left out are jobs that are gone, jobs whose entry cannot be read or has more than 64 KiB of arguments, and all jobs
     after the first hundred.
-
-    Raises:
-        RedisError
     """
     ids = list(dict.fromkeys(job_ids))[:MAX_PROMPTS]
     if not ids:

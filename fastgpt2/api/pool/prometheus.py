@@ -11,27 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastgpt2 import __version__
 from fastgpt2.api.pool.snapshot import Snapshot, read_snapshot
-from fastgpt2.protocol.keys import (
-    ACCEPTED_TOKENS,
-    BATCH_SIZE,
-    CACHED_TOKENS,
-    DRAFTED_TOKENS,
-    FIRST_TOKEN_SECONDS,
-    GENERATED_TOKENS,
-    GIVEN_BACK,
-    KV_USED,
-    OUTCOMES,
-    PROMPT_TOKENS,
-    QUEUE_SECONDS,
-    RECOVERIES,
-    REFUSED,
-    RESTARTS,
-    RETRIED,
-    TOKEN_SECONDS,
-    Histogram,
-    ended_field,
-    restarts_field,
-)
+from fastgpt2.protocol import keys
 from fastgpt2.protocol.untrusted import real, seconds_since, text, whole
 
 if TYPE_CHECKING:
@@ -40,44 +20,47 @@ if TYPE_CHECKING:
 
 WORKER_STATES = ("starting", "started", "suspended", "busy", "idle")
 _COUNTERS = {
-    PROMPT_TOKENS: ("fastgpt2_prompt_tokens", "Prompt tokens that were read, of jobs that left a worker."),
-    CACHED_TOKENS: (
+    keys.PROMPT_TOKENS: ("fastgpt2_prompt_tokens", "Prompt tokens that were read, of jobs that left a worker."),
+    keys.CACHED_TOKENS: (
         "fastgpt2_cached_tokens",
         "Prompt tokens that were not computed, as an earlier prompt began alike; of jobs that left a worker.",
     ),
-    GENERATED_TOKENS: ("fastgpt2_generated_tokens", "Generated tokens, also those of jobs that were started again."),
-    DRAFTED_TOKENS: ("fastgpt2_drafted_tokens", "Guessed tokens that were verified, of jobs that left a worker."),
-    ACCEPTED_TOKENS: (
+    keys.GENERATED_TOKENS: (
+        "fastgpt2_generated_tokens",
+        "Generated tokens, also those of jobs that were started again.",
+    ),
+    keys.DRAFTED_TOKENS: ("fastgpt2_drafted_tokens", "Guessed tokens that were verified, of jobs that left a worker."),
+    keys.ACCEPTED_TOKENS: (
         "fastgpt2_accepted_tokens",
         "Guessed tokens that came true, each of which saved a step; of jobs that left a worker.",
     ),
-    RETRIED: ("fastgpt2_jobs_retried", "Jobs that failed and were enqueued again, as their Retry asks."),
-    GIVEN_BACK: (
+    keys.RETRIED: ("fastgpt2_jobs_retried", "Jobs that failed and were enqueued again, as their Retry asks."),
+    keys.GIVEN_BACK: (
         "fastgpt2_jobs_given_back",
         "Jobs that a worker put back into the queue, in most cases because the worker was stopped.",
     ),
-    RECOVERIES: ("fastgpt2_job_recoveries", "Jobs that were taken back from workers that died, to run again."),
-    REFUSED: ("fastgpt2_jobs_refused", "Attempts to enqueue that were refused because the queue was full."),
+    keys.RECOVERIES: ("fastgpt2_job_recoveries", "Jobs that were taken back from workers that died, to run again."),
+    keys.REFUSED: ("fastgpt2_jobs_refused", "Attempts to enqueue that were refused because the queue was full."),
 }
 _HISTOGRAMS = (
     (
-        QUEUE_SECONDS,
+        keys.QUEUE_SECONDS,
         "fastgpt2_job_queue_seconds",
         "Seconds from a job's enqueueing to its start, for jobs that finished.",
     ),
     (
-        FIRST_TOKEN_SECONDS,
+        keys.FIRST_TOKEN_SECONDS,
         "fastgpt2_time_to_first_token_seconds",
         "Seconds from a job's enqueueing to its first token (queue and prefill), for jobs that finished.",
     ),
     (
-        TOKEN_SECONDS,
+        keys.TOKEN_SECONDS,
         "fastgpt2_time_per_output_token_seconds",
         "Mean seconds for each of a job's tokens after the first, for jobs that finished.",
     ),
-    (BATCH_SIZE, "fastgpt2_step_batch_size", "Sequences that a step decodes together."),
+    (keys.BATCH_SIZE, "fastgpt2_step_batch_size", "Sequences that a step decodes together."),
     (
-        KV_USED,
+        keys.KV_USED,
         "fastgpt2_kv_used_ratio",
         "Reserved part of the memory for keys and values, sampled four times a second while jobs run.",
     ),
@@ -109,9 +92,6 @@ async def render_metrics(connection: Redis, queue: str, accept: str = "") -> tup
 
     Returns:
         The content type, and the body.
-
-    Raises:
-        RedisError
     """
     from prometheus_client import CollectorRegistry
     from prometheus_client.exposition import choose_encoder
@@ -175,22 +155,22 @@ def _counters(totals: Mapping[str, Any]) -> Iterator[Metric]:
     ended = CounterMetricFamily(
         "fastgpt2_jobs_ended", "Jobs that ended, by RQ's status and by reason.", labels=["outcome", "reason"]
     )
-    for outcome in OUTCOMES:
-        ended.add_metric(outcome, _count(totals, ended_field(*outcome)))
+    for outcome in keys.OUTCOMES:
+        ended.add_metric(outcome, _count(totals, keys.ended_field(*outcome)))
     yield ended
     restarts = CounterMetricFamily(
         "fastgpt2_worker_restarts",
         "Workers that their supervisor started again, after one died or after one ended in good order.",
         labels=["reason"],
     )
-    for reason in RESTARTS:
-        restarts.add_metric([reason], _count(totals, restarts_field(reason)))
+    for reason in keys.RESTARTS:
+        restarts.add_metric([reason], _count(totals, keys.restarts_field(reason)))
     yield restarts
     for field, (name, meaning) in _COUNTERS.items():
         yield CounterMetricFamily(name, meaning, value=_count(totals, field))
 
 
-def _histogram(histogram: Histogram, name: str, meaning: str, totals: Mapping[str, Any]) -> Metric:
+def _histogram(histogram: keys.Histogram, name: str, meaning: str, totals: Mapping[str, Any]) -> Metric:
     from prometheus_client.metrics_core import HistogramMetricFamily
 
     upto, buckets = 0, []

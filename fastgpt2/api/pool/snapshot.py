@@ -93,9 +93,6 @@ async def read_snapshot(connection: Redis, queue: str, buckets: int = 0) -> Snap
 
     Args:
         buckets: the number of recent hashes to read, that of this moment included.
-
-    Raises:
-        RedisError
     """
     queues = queues_of(queue)
     pipeline: Any = connection.pipeline(transaction=False)
@@ -128,11 +125,11 @@ async def read_snapshot(connection: Redis, queue: str, buckets: int = 0) -> Snap
         pipeline.hmget(recent_key(queue, start), list(RECENT_FIELDS))
     replies = await pipeline.execute(raise_on_error=False) if len(pipeline) else []
     enqueued, answers = _allow_denials(replies[: len(waiting)]), check_replies(replies[len(waiting) :])
-    of_workers, of_buckets = answers[: 3 * len(keys)], answers[3 * len(keys) :]
+    worker_replies, bucket_replies = answers[: 3 * len(keys)], answers[3 * len(keys) :]
     waits: list[float | None] = [None] * len(queues)
     for at, moment in zip(waiting, enqueued, strict=True):
         waits[at] = seconds_since(moment, now)
-    entries = zip(keys, of_workers[::3], of_workers[1::3], of_workers[2::3], strict=True)
+    entries = zip(keys, worker_replies[::3], worker_replies[1::3], worker_replies[2::3], strict=True)
     return Snapshot(
         time=now,
         depths=dict(zip(PRIORITIES, depths, strict=True)),
@@ -140,7 +137,7 @@ async def read_snapshot(connection: Redis, queue: str, buckets: int = 0) -> Snap
         jobs=dict(zip(REGISTRY_PREFIXES, (sum(map(_count, row)) for row in registries), strict=True)),
         workers=[entry for each in entries if (entry := _read_worker(*each)) is not None],
         totals=by_name(TOTAL_FIELDS, totals),
-        recent=[(start, by_name(RECENT_FIELDS, reply)) for start, reply in zip(starts, of_buckets, strict=True)],
+        recent=[(start, by_name(RECENT_FIELDS, reply)) for start, reply in zip(starts, bucket_replies, strict=True)],
         redis_version=text(server.get("valkey_version") or server.get("redis_version")),
     )
 

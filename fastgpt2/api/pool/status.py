@@ -1,4 +1,4 @@
-"""What the pool is doing now, what it did lately, and whether it would serve a job.
+"""The state of a pool: what it does now, what it did lately, and whether it would serve a job.
 
 All of it is read from Redis, so that every endpoint tells the same. What the pool did lately stands there as workers
 report it, in one hash for each ten seconds: rates, means and the history come from these.
@@ -11,28 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastgpt2 import __version__
 from fastgpt2.api.pool.snapshot import Snapshot, WorkerEntry, read_snapshot
-from fastgpt2.protocol.keys import (
-    BUCKET_SECONDS,
-    COUNTS,
-    DEPTH,
-    FAILED,
-    JOBS,
-    LEASE_SECONDS,
-    OF_JOBS,
-    OUTCOMES,
-    RECENT_FIELDS,
-    RESTARTS,
-    ROOM,
-    SEQUENCES,
-    STEPS,
-    TOKENS,
-    count_field,
-    ended_field,
-    leases_key,
-    queues_of,
-    recent_key,
-    restarts_field,
-)
+from fastgpt2.protocol import keys
 from fastgpt2.protocol.scripts import Script
 from fastgpt2.protocol.untrusted import real, seconds_since, text, whole
 
@@ -45,6 +24,9 @@ WINDOWS = {"1m": 60, "5m": 300, "15m": 900}
 
 # All points, and the ten seconds that are not over yet.
 BUCKETS = POINTS + 1
+
+# What a worker may not tell of its memory.
+_OPTIONAL_BYTES = ("prefix_bytes", "prefix_bytes_limit", "private_bytes", "shared_bytes")
 
 _RECORD_DEPTH = Script(__file__, "record_depth")
 _COUNT_LEASES = Script(__file__, "count_leases")
@@ -63,9 +45,6 @@ async def read_status(connection: Redis, queue: str, history: bool = False) -> d
         1, 5 and 15 minutes, and None for a mean of nothing. `models`: the models that the workers serve. `workers`:
         each with its state, age and time since its last heartbeat (seconds), model, counts, pace, memory and the jobs
         that it has claimed (`in_hand` is their number). What a worker says of itself is as old as its heartbeat.
-
-    Raises:
-        RedisError
     """
     snapshot = await read_snapshot(connection, queue, BUCKETS)
     depth = sum(snapshot.depths.values())
@@ -94,12 +73,12 @@ def _totals(snapshot: Snapshot) -> dict[str, Any]:
     """Return the counts since the pool was first used, or since it was used again after a month without use."""
     totals = snapshot.totals
     return {
-        **{name: whole(totals.get(name)) or 0 for name in COUNTS},
+        **{name: whole(totals.get(name)) or 0 for name in keys.COUNTS},
         "ended": [
-            {"status": status, "reason": reason, "jobs": whole(totals.get(ended_field(status, reason))) or 0}
-            for status, reason in OUTCOMES
+            {"status": status, "reason": reason, "jobs": whole(totals.get(keys.ended_field(status, reason))) or 0}
+            for status, reason in keys.OUTCOMES
         ],
-        "restarts": {reason: whole(totals.get(restarts_field(reason))) or 0 for reason in RESTARTS},
+        "restarts": {reason: whole(totals.get(keys.restarts_field(reason))) or 0 for reason in keys.RESTARTS},
     }
 
 
@@ -115,11 +94,7 @@ def _describe_worker(entry: WorkerEntry, now: float) -> dict[str, Any]:
         "heartbeat_age_seconds": _age(fields.get("last_heartbeat"), now),
         "host": text(fields.get("hostname")) or None,
         "pid": whole(fields.get("pid")),
-        "model": text(fields.get("model")) or None,
-        "computes_by": text(fields.get("computes_by")) or None,
-        "blas": text(fields.get("blas")) or None,
-        "weights": text(fields.get("weights")) or None,
-        "drafts": text(fields.get("drafts")) or None,
+        **{name: text(fields.get(name)) or None for name in ("model", "computes_by", "blas", "weights", "drafts")},
         "threads": whole(fields.get("threads")),
         "version": text(fields.get("fastgpt2_version")) or None,
         "restarts": whole(fields.get("restarts")),
@@ -131,10 +106,7 @@ def _describe_worker(entry: WorkerEntry, now: float) -> dict[str, Any]:
         "kv_bytes": kv_bytes,
         "kv_bytes_limit": kv_limit,
         "kv_used": round(min(1.0, kv_bytes / kv_limit), 4) if kv_limit else None,
-        "prefix_bytes": whole(fields.get("prefix_bytes")),
-        "prefix_bytes_limit": whole(fields.get("prefix_bytes_limit")),
-        "private_bytes": whole(fields.get("private_bytes")),
-        "shared_bytes": whole(fields.get("shared_bytes")),
+        **{name: whole(fields.get(name)) for name in _OPTIONAL_BYTES},
         "tokens": whole(fields.get("tokens")) or 0,
         "tokens_per_second": real(fields.get("tokens_per_second")),
         "steps": whole(fields.get("steps")) or 0,
@@ -151,12 +123,8 @@ def _age(moment: Any, now: float) -> float | None:
 
 
 async def record_depth(connection: Redis, queue: str) -> None:
-    """Write down how many jobs wait, for the history. Any number of endpoints may do so, every ten seconds each.
-
-    Raises:
-        RedisError
-    """
-    await _RECORD_DEPTH.run_async(connection, (), (recent_key(queue, ""), *queues_of(queue)))
+    """Write down how many jobs wait, for the history. Any number of endpoints may do so, every ten seconds each."""
+    await _RECORD_DEPTH.run_async(connection, (), (keys.recent_key(queue, ""), *keys.queues_of(queue)))
 
 
 def _rates(recent: Sequence[tuple[int, dict[str, Any]]], now: float) -> dict[str, dict[str, float | None]]:
@@ -168,8 +136,8 @@ def _rates(recent: Sequence[tuple[int, dict[str, Any]]], now: float) -> dict[str
     """
     found = {}
     for name, seconds in WINDOWS.items():
-        buckets = recent[: seconds // BUCKET_SECONDS + 1]
-        counts: dict[str, float] = dict.fromkeys(RECENT_FIELDS, 0.0)
+        buckets = recent[: seconds // keys.BUCKET_SECONDS + 1]
+        counts: dict[str, float] = dict.fromkeys(keys.RECENT_FIELDS, 0.0)
         for _, fields in buckets:
             for field, value in fields.items():
                 counts[field] += real(value) or 0.0
@@ -182,23 +150,23 @@ def _history(recent: Sequence[tuple[int, dict[str, Any]]]) -> dict[str, Any]:
     found = []
     for start, fields in reversed(recent[1:]):
         counts = {field: real(value) or 0.0 for field, value in fields.items()}
-        known = any(field in counts for field in (TOKENS, JOBS, STEPS))
-        point: dict[str, Any] = _figures({**dict.fromkeys(RECENT_FIELDS, 0.0), **counts}, BUCKET_SECONDS)
-        if not known and DEPTH not in counts:
+        known = any(field in counts for field in (keys.TOKENS, keys.JOBS, keys.STEPS))
+        point: dict[str, Any] = _figures({**dict.fromkeys(keys.RECENT_FIELDS, 0.0), **counts}, keys.BUCKET_SECONDS)
+        if not known and keys.DEPTH not in counts:
             point = dict.fromkeys(point)
-        room = counts.get(ROOM, 0.0)
-        point["batch_occupancy"] = round(min(1.0, counts.get(SEQUENCES, 0.0) / room), 4) if room else None
-        found.append({"at": start, **point, "depth": int(counts[DEPTH]) if DEPTH in counts else None})
-    return {"seconds": BUCKET_SECONDS, "points": found}
+        room = counts.get(keys.ROOM, 0.0)
+        point["batch_occupancy"] = round(min(1.0, counts.get(keys.SEQUENCES, 0.0) / room), 4) if room else None
+        found.append({"at": start, **point, "depth": int(counts[keys.DEPTH]) if keys.DEPTH in counts else None})
+    return {"seconds": keys.BUCKET_SECONDS, "points": found}
 
 
 def _figures(counts: dict[str, float], seconds: float) -> dict[str, float | None]:
     return {
-        "tokens_per_second": round(counts[TOKENS] / seconds, 3),
-        "jobs_per_second": round(counts[JOBS] / seconds, 4),
-        "failed_per_second": round(counts[FAILED] / seconds, 4),
-        **{each.name: _mean(counts[each.sum_field], counts[count_field(each)]) for each in OF_JOBS},
-        "batch": _mean(counts[SEQUENCES], counts[STEPS]),
+        "tokens_per_second": round(counts[keys.TOKENS] / seconds, 3),
+        "jobs_per_second": round(counts[keys.JOBS] / seconds, 4),
+        "failed_per_second": round(counts[keys.FAILED] / seconds, 4),
+        **{each.name: _mean(counts[each.sum_field], counts[keys.count_field(each)]) for each in keys.OF_JOBS},
+        "batch": _mean(counts[keys.SEQUENCES], counts[keys.STEPS]),
     }
 
 
@@ -215,7 +183,7 @@ async def check_readiness(connection: Redis, queue: str) -> str | None:
     Raises:
         RedisError: Redis cannot be reached, which is a reason of its own.
     """
-    leases = await _COUNT_LEASES.run_async(connection, (), (leases_key(queue), int(LEASE_SECONDS * 1000)))
+    leases = await _COUNT_LEASES.run_async(connection, (), (keys.leases_key(queue), int(keys.LEASE_SECONDS * 1000)))
     if leases:
         return None
     return (

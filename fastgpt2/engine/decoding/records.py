@@ -1,4 +1,4 @@
-"""What a caller asks of a generation, and what comes back: plain records, checked when made. Imports nothing heavy."""
+"""The records of a generation: what a caller asks, checked when made, and what comes back. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Drafting:
-    """How the tokens after the first came: steps + accepted = completion tokens - 1, if there are any tokens.
+    """The steps and guesses of the tokens after the first: steps + accepted = completion tokens - 1, if there are any.
 
     Attributes:
         steps: the steps that gave the tokens after the first, which comes with the last step of the prompt.
