@@ -204,7 +204,7 @@ class Timed:
 
 def settle() -> None:
     """Wait until the engine's helpers sleep: after a step they look for the next one, and keep a core busy."""
-    from fastgpt2.engine.network.step import SPIN_SECONDS
+    from fastgpt2.engine.network.helpers import SPIN_SECONDS
 
     time.sleep(3 * SPIN_SECONDS)
 
@@ -223,14 +223,14 @@ def step_bytes(config: GPT2Config, weight_bytes: int = 4) -> int:
 
 def weight_bytes(model: GPT2) -> int:
     """Return the bytes of a number in a network's matrices."""
-    return int(model._weights.lm_head.array.itemsize)
+    return int(model.sets[0].weights.lm_head.array.itemsize)
 
 
 def layout(model: GPT2) -> Values:
     """Return how a network is laid out and multiplied here; panels as inputs x columns."""
-    block = model._weights.blocks[0]
+    block = model.sets[0].weights.blocks[0]
     return {
-        "blas": model._kernel.product.name,
+        "blas": model.sets[0].kernel.product.name,
         "panels": ", ".join(f"{x.weight.n_in}x{x.weight.width}" for x in (block.c_fc, block.mlp_c_proj)),
         "processes": model.size,
         "exact": model.exact,

@@ -162,7 +162,7 @@ def load_network(
     from fastgpt2.engine.model.checkpoint import Checkpoint
     from fastgpt2.engine.model.packing import pack
     from fastgpt2.engine.network.gpt2 import DEFAULT_MAX_ROWS, GPT2, PREFILL_ROWS_BESIDE
-    from fastgpt2.engine.network.helpers import Shape
+    from fastgpt2.engine.network.transformer import Shape
 
     checkpoint = Checkpoint.open(folder)
     measurements = open_measurements(config)

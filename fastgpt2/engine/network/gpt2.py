@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +19,10 @@ from fastgpt2.engine.model.config import GPT2Config
 from fastgpt2.engine.model.packing import PackedFile
 from fastgpt2.engine.model.weights import view_weights
 from fastgpt2.engine.network.arena import Arena
-from fastgpt2.engine.network.helpers import HelperProcesses, Helpers, Shape, state_specs
+from fastgpt2.engine.network.helpers import WAKE_AFTER_SECONDS, HelperProcesses, TeamBroken
 from fastgpt2.engine.network.kv_cache import KVCache
-from fastgpt2.engine.network.step import DRAFT_WEIGHTS, OWN_WEIGHTS, Segment, Step, TeamBroken
-from fastgpt2.engine.network.transformer import Shard, WeightSet, buffer_name, make_shards
+from fastgpt2.engine.network.step import DRAFT_WEIGHTS, OWN_WEIGHTS, Barrier, Segment, Step
+from fastgpt2.engine.network.transformer import Shape, Shard, WeightSet, buffer_name, make_shards, state_specs
 from fastgpt2.errors import ModelError
 
 log = logging.getLogger("fastgpt2.engine")
@@ -41,6 +43,7 @@ class GPT2:
     """The network and the state of its sequences.
 
     Attributes:
+        sets: the sets of weights, by `OWN_WEIGHTS` and `DRAFT_WEIGHTS`.
         cache: the keys and values of the sequences; ask it for slots.
         size: the number of processes that it is meant to run on; `ready` tells whether all of them have joined.
     """
@@ -66,12 +69,10 @@ class GPT2:
             ModelError: the system does not give the address space for that many slots.
         """
         self.config, self.size, self.max_rows = config, shape.size, shape.max_rows
-        self._packed, self._kernel = packed, kernel
-        self._sets = [
+        self.sets = [
             WeightSet(file, view_weights(file.tensors, config), multiplier)
-            for file, multiplier in ([(packed, kernel)] if draft is None else [(packed, kernel), draft])
+            for file, multiplier in ((packed, kernel), *([draft] if draft is not None else []))
         ]
-        self._weights = self._sets[OWN_WEIGHTS].weights
         self._shape, self._n_slots, self._kv_memory = shape, shape.n_slots, kv_memory
         self._starts_left = MAX_STARTS
         self._lost = False
@@ -80,7 +81,7 @@ class GPT2:
 
     def _set_up(self) -> None:
         try:
-            self._arena = Arena(state_specs(self.config, self._sets, self._shape), shared=self.size > 1)
+            self._arena = Arena(state_specs(self.config, self.sets, self._shape), shared=self.size > 1)
         except (OSError, ValueError, OverflowError) as reason:
             raise ModelError(
                 f"no memory for {self._shape.n_slots} sequences of {self.config.n_positions} positions ({reason}); "
@@ -88,30 +89,28 @@ class GPT2:
             ) from None
         self.cache = KVCache(self.config, self._shape.n_slots, self._arena, self._kv_memory)
         self.cache.use_slots(self._n_slots)
-        self._alone = self._shards(1, lambda: None)
+        self._alone = make_shards(self.config, self.sets, self.cache, self._arena, (0, 1), lambda: None)
         self._together: list[Shard] | None = None
-        self._helpers: Helpers | None = None
-
-    def _shards(self, size: int, meet: Callable[[], None]) -> list[Shard]:
-        """Return the first process's shards among `size` processes."""
-        return make_shards(self.config, self._sets, self.cache, self._arena, (0, size), meet)
+        self._helpers: HelperProcesses | None = None
+        self._barrier: Barrier | None = None
 
     @property
     def product_name(self) -> str:
         """Return the name of what multiplies: "mkl", "compiled-int8", or how numpy's BLAS calls itself."""
-        return identify_blas() if self._kernel.product.name == "openblas" else self._kernel.product.name
+        name = self.sets[OWN_WEIGHTS].kernel.product.name
+        return identify_blas() if name == "openblas" else name
 
     def describe(self) -> str:
         """Return BLAS, panels' widths and processes as text: "openblas-SkylakeX in panels of 64/32, 2 processes"."""
-        block = self._weights.blocks[0]
+        block = self.sets[OWN_WEIGHTS].weights.blocks[0]
         widths = dict.fromkeys(linear.weight.width for linear in (block.c_fc, block.mlp_c_proj))
         processes = f"{self.size} process{'es' if self.size > 1 else ''}"
-        drafts = f", drafts by {self._sets[DRAFT_WEIGHTS].kernel.product.name}" if self.can_draft else ""
+        drafts = f", drafts by {self.sets[DRAFT_WEIGHTS].kernel.product.name}" if self.can_draft else ""
         return f"{self.product_name} in panels of {'/'.join(map(str, widths))}, {processes}{drafts}"
 
     def helper_pids(self) -> list[int]:
         """Return the ids of the processes beside this one."""
-        return [] if self._helpers is None else self._helpers.processes.pids
+        return [] if self._helpers is None else self._helpers.pids
 
     @property
     def exact(self) -> bool:
@@ -126,12 +125,12 @@ class GPT2:
     @property
     def ready(self) -> bool:
         """Tell whether every process has joined."""
-        return self._helpers.complete if self._helpers is not None else not self._wants_helpers
+        return self._barrier.complete if self._barrier is not None else not self._wants_helpers
 
     @property
     def can_draft(self) -> bool:
         """Tell whether there are weights to `draft` with."""
-        return len(self._sets) > 1
+        return len(self.sets) > 1
 
     def forward(self, segments: Sequence[Segment]) -> Array:
         """Run the segments' tokens, append their keys and values to the cache, and return logits.
@@ -174,13 +173,18 @@ class GPT2:
     def _run(self, step: Step) -> None:
         if self._wants_helpers:
             self.start_helpers()
-        helpers = self._helpers
-        if helpers is None or not helpers.complete:
+        helpers, barrier = self._helpers, self._barrier
+        if helpers is None or barrier is None or not barrier.complete:
             self._alone[step.weights].run(step)
             return
         if self._together is None:
-            self._together = self._shards(self.size, helpers.barrier.wait)
-        helpers.begin(step)
+            share = 0, self.size
+            self._together = make_shards(self.config, self.sets, self.cache, self._arena, share, barrier.wait)
+        # The helpers have been idle since this process came to the barrier last, or since a later moment.
+        may_sleep = time.monotonic() - barrier.arrived_at > WAKE_AFTER_SECONDS
+        barrier.begin(step)
+        if may_sleep:
+            helpers.wake()
         self._together[step.weights].run(step)
 
     def wait_until_ready(self, seconds: float = 30.0) -> bool:
@@ -189,7 +193,10 @@ class GPT2:
             self.start_helpers()
         deadline = time.monotonic() + seconds
         while not self.ready and time.monotonic() < deadline:
-            if self._helpers is not None and self._helpers.processes.find_end() is not None:
+            try:
+                if self._helpers is not None:
+                    self._helpers.check()
+            except TeamBroken:
                 return False
             time.sleep(0.002)
         return self.ready
@@ -208,22 +215,44 @@ class GPT2:
         self._starts_left -= 1
         try:
             processes = processes or HelperProcesses(self.size - 1)
-            self._helpers = Helpers(processes, self.config, self._sets, self._arena, self._shape)
+            control = self._arena["control"]
+            control[:] = 0
+            barrier = Barrier(control, 0, self.size, processes.check)
+            barrier.join()
+            processes.send_order(self._describe_for_helpers())
         except OSError as reason:
             log.warning("no helper process can be started (%s); going on in one process", reason)
             self._starts_left = 0
+        else:
+            self._helpers, self._barrier = processes, barrier
+
+    def _describe_for_helpers(self) -> dict[str, Any]:
+        """Return what a helper is to map, as JSON has it."""
+        # Through /proc, helpers can also open what was opened after they had been started.
+        files = f"/proc/{os.getpid()}/fd"
+        sets = [
+            {
+                "weights": f"{files}/{weight_set.packed.fd}",
+                "product": weight_set.kernel.product.name,
+                "exact_chunks": weight_set.kernel.exact_chunks,
+            }
+            for weight_set in self.sets
+        ]
+        config, shape = dataclasses.asdict(self.config), dataclasses.asdict(self._shape)
+        state = f"{files}/{self._arena.fd}"
+        return {"config": config, "state": state, "sets": sets, "shape": shape, "parent": os.getpid()}
 
     def _dismiss_helpers(self) -> None:
         if self._helpers is not None:
-            self._helpers.processes.stop()
-        self._helpers = self._together = None
+            self._helpers.stop()
+        self._helpers = self._barrier = self._together = None
 
     def after_fork(self) -> None:
         """Leave the original's helpers, and the memory that it shares with them, alone in a forked copy."""
         if self.size == 1:
             return
         if self._helpers is not None:
-            self._helpers.processes.disown()
+            self._helpers.disown()
         self._lost = self.cache.free_slots < self._n_slots
         self._set_up()
 

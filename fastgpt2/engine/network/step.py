@@ -30,12 +30,6 @@ OWN_WEIGHTS, DRAFT_WEIGHTS = 0, 1
 STRIDE = 16
 STEP = 0  # the number of the step begun last; at multiples of STRIDE follow the arrivals, then who has joined
 
-# A helper that has nothing to do looks this long for a new step, then it sleeps.
-SPIN_SECONDS = 0.003
-
-# After a longer pause than this between two steps, helpers may sleep, or be about to; well below the time above.
-WAKE_AFTER_SECONDS = 0.001
-
 # Processes that have a core each come to the barrier within microseconds; this many looks take a few hundred.
 _LOOKS_BEFORE_SLEEP = 5000
 _NAP_SECONDS = 50e-6
@@ -112,10 +106,6 @@ def control_spec(size: int, max_rows: int) -> Spec:
     return (STRIDE * (2 * size + 1) + 2 + most_numbers(max_rows, max_rows),), np.int64
 
 
-class TeamBroken(Exception):
-    """Another process of the team has ended; its share of this step is not done."""
-
-
 class Barrier:
     """One process's end of a team's barrier: it starts or receives steps, and waits for the others within them."""
 
@@ -124,7 +114,7 @@ class Barrier:
         Args:
             control: the shared array, of `control_spec`.
             rank: 0 for the first process, which starts the steps.
-            check: called now and then while waiting; raises `TeamBroken` when waiting is in vain.
+            check: called now and then while waiting; raises an error when waiting is in vain.
         """
         self._numbers = memoryview(control.data)
         self._own_arrivals = STRIDE * (1 + rank)
@@ -169,11 +159,7 @@ class Barrier:
         return Step.from_numbers(self._numbers[at + 2 : at + 2 + self._numbers[at + 1]].tolist())
 
     def wait(self) -> None:
-        """Return when every process has come here.
-
-        Raises:
-            TeamBroken: from `check`.
-        """
+        """Return when every process has come here; what `check` raises ends the waiting."""
         numbers = self._numbers
         self._arrivals += 1
         self.arrived_at = time.monotonic()

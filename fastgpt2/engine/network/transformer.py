@@ -26,7 +26,7 @@ from fastgpt2.engine.model.weights import LayerNorm, Linear, Weights
 from fastgpt2.engine.network.arena import Arena, Spec
 from fastgpt2.engine.network.attention import Attention
 from fastgpt2.engine.network.kv_cache import BLOCK, KVCache
-from fastgpt2.engine.network.step import Step
+from fastgpt2.engine.network.step import Step, control_spec
 
 Array = NDArray[np.float32]
 
@@ -55,11 +55,21 @@ def buffer_name(index: int, name: str) -> str:
     return f"{index} {name}"
 
 
-def buffer_specs(config: GPT2Config, sets: Sequence[WeightSet], max_rows: int) -> dict[str, Spec]:
-    """Return the shapes of all sets' `BUFFERS`: rows by columns, with room for rows that fill up a last chunk."""
-    # Chunks are equal, so that fewer than one row a chunk is added, of chunks of two.
-    rows = max_rows + max_rows // 2 + 64
-    specs: dict[str, Spec] = {}
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The size of a network's state: how many sequences, tokens in a step at most, and processes."""
+
+    n_slots: int
+    max_rows: int
+    size: int
+
+
+def state_specs(config: GPT2Config, sets: Sequence[WeightSet], shape: Shape) -> dict[str, Spec]:
+    """Return the arrays that the processes of a team share: barrier, keys and values, and each set's `BUFFERS`."""
+    specs = {"control": control_spec(shape.size, shape.max_rows), **KVCache.specs(config, shape.n_slots)}
+    # With room for rows that fill up a last chunk. Chunks are equal, so that fewer than one row a chunk is added, of
+    # chunks of two.
+    rows = shape.max_rows + shape.max_rows // 2 + 64
     for index, weight_set in enumerate(sets):
         block = weight_set.weights.blocks[0]
         columns = {
@@ -104,7 +114,7 @@ class Shard:
     ) -> None:
         """
         Args:
-            buffers: the shared arrays, of `buffer_specs`, under their own names.
+            buffers: the shared arrays, `BUFFERS`.
             share: this process's rank, and the number of processes.
             meet: returns when every process has called it.
         """
@@ -132,7 +142,6 @@ class Shard:
         self._head = head.array[first:last]
         self._head_scales = None if head.scales is None else head.scales[first * head.width : last * head.width]
         self._views: dict[int, _Views] = {}
-        self._head_views: dict[int, _Product] = {}
 
     @property
     def exact(self) -> bool:
@@ -197,15 +206,10 @@ class Shard:
         for row, source in enumerate(wanted):
             self._last[row] = x[source]
         layer_norm(self._last[:n], self._weights.ln_f, self._epsilon, self._normed[:n], self._scale[:n])
-        view = self._head_views.get(n)
-        if view is None:
-            if len(self._head_views) >= _MOST_VIEWS:
-                self._head_views.clear()
-            lm_head = self._weights.lm_head
-            view = self._head_views[n] = self._view(self._normed, lm_head, self._buffers["logits"], n)
-        self._kernel.product(view.x, self._head, view.out)
+        logits = self._views_for(n).logits
+        self._kernel.product(logits.x, self._head, logits.out)
         if self._head_scales is not None:
-            np.multiply(view.own, self._head_scales, out=view.own)
+            np.multiply(logits.own, self._head_scales, out=logits.own)
 
     def _views_for(self, rows: int) -> _Views:
         views = self._views.get(rows)
@@ -233,6 +237,7 @@ class Shard:
             projected=self._view(buffers["attended"], block.attn_c_proj.weight, buffers["projected"], rows),
             inner=inner,
             reduced=self._view(buffers["inner"], block.mlp_c_proj.weight, buffers["reduced"], rows),
+            logits=self._view(self._normed, self._weights.lm_head, buffers["logits"], rows),
         )
 
     def _view(self, x: Array, weight: Panels, out: Array, rows: int) -> _Product:
@@ -303,6 +308,7 @@ class _Views:
     projected: _Product
     inner: _Product
     reduced: _Product
+    logits: _Product
 
 
 def layer_norm(x: Array, norm: LayerNorm, epsilon: np.float32, out: Array, scale: Array) -> None:
