@@ -49,6 +49,10 @@ class Block:
     c_fc: Linear
     mlp_c_proj: Linear
 
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return self.c_attn, self.attn_c_proj, self.c_fc, self.mlp_c_proj
+
 
 @dataclass(frozen=True, slots=True)
 class Weights:

@@ -125,18 +125,13 @@ class Shard:
         self._activation = ACTIVATIONS[config.activation_function]
         self._epsilon = np.float32(config.layer_norm_epsilon)
         heads = config.n_head * rank // size, config.n_head * (rank + 1) // size
-        chunking = kernel.attention_row_chunks(cache.values.shape[3], config.head_dim, BLOCK)
-        self._attention = Attention(config, cache, heads, buffers["qkv"], buffers["attended"], chunking)
+        row_chunks = kernel.attention_row_chunks(cache.values.shape[3], config.head_dim, BLOCK)
+        self._attention = Attention(config, cache, heads, buffers["qkv"], buffers["attended"], row_chunks)
         rows = buffers["qkv"].shape[0]
-        self._x = np.zeros((rows, config.n_embd), np.float32)
-        self._normed = np.zeros((rows, config.n_embd), np.float32)
-        self._last = np.zeros((rows, config.n_embd), np.float32)
+        self._x, self._normed, self._last = (np.zeros((rows, config.n_embd), np.float32) for _ in range(3))
         self._scale = np.zeros((rows, 1), np.float32)
         self._scratch = np.zeros(max(IN_CACHE, buffers["inner"].shape[1]), np.float32)
-        self._blocks = [
-            tuple(self._share_of(linear) for linear in (b.c_attn, b.attn_c_proj, b.c_fc, b.mlp_c_proj))
-            for b in weights.blocks
-        ]
+        self._blocks = [tuple(self._share_of(linear) for linear in block.linears) for block in weights.blocks]
         head = weights.lm_head
         first, last = head.share(rank, size)
         self._head = head.array[first:last]
@@ -146,9 +141,7 @@ class Shard:
     @property
     def exact(self) -> bool:
         """Tell whether every product gives a row the same bits whatever rows stand beside it."""
-        block = self._weights.blocks[0]
-        weights = (block.c_attn, block.attn_c_proj, block.c_fc, block.mlp_c_proj)
-        panels = [*(linear.weight for linear in weights), self._weights.lm_head]
+        panels = [*(linear.weight for linear in self._weights.blocks[0].linears), self._weights.lm_head]
         return all(self._kernel.row_chunks(p.n_in, p.width).exact for p in panels) and self._attention.exact
 
     def _share_of(self, linear: Linear) -> _Linear:
@@ -200,9 +193,9 @@ class Shard:
 
     def _logits(self, step: Step, x: Array) -> None:
         wanted = step.rows_with_logits()
-        if not wanted:
-            return
         n = len(wanted)
+        if not n:
+            return
         for row, source in enumerate(wanted):
             self._last[row] = x[source]
         layer_norm(self._last[:n], self._weights.ln_f, self._epsilon, self._normed[:n], self._scale[:n])
@@ -212,18 +205,15 @@ class Shard:
             np.multiply(logits.own, self._head_scales, out=logits.own)
 
     def _views_for(self, rows: int) -> _Views:
-        views = self._views.get(rows)
-        if views is None:
-            if len(self._views) >= _MOST_VIEWS:
-                self._views.clear()
-            views = self._views[rows] = self._make_views(rows)
-        return views
-
-    def _make_views(self, rows: int) -> _Views:
+        known = self._views.get(rows)
+        if known is not None:
+            return known
+        if len(self._views) >= _MOST_VIEWS:
+            self._views.clear()
         buffers, block = self._buffers, self._weights.blocks[0]
         inner = self._view(self._normed, block.c_fc.weight, buffers["inner"], rows)
         width = inner.own.shape[1]
-        return _Views(
+        self._views[rows] = views = _Views(
             x=self._x[:rows],
             norms=[
                 (self._x[part], self._normed[part], self._scale[part])
@@ -239,6 +229,7 @@ class Shard:
             reduced=self._view(buffers["inner"], block.mlp_c_proj.weight, buffers["reduced"], rows),
             logits=self._view(self._normed, self._weights.lm_head, buffers["logits"], rows),
         )
+        return views
 
     def _view(self, x: Array, weight: Panels, out: Array, rows: int) -> _Product:
         """Return the first rows of `x` and `out`, which a weight's panels are multiplied from and to."""
