@@ -45,18 +45,10 @@ class Engine:
     """
 
     def __init__(
-        self,
-        model: str,
-        decoder: Decoder,
-        load_times: LoadTimes,
-        weights: str = "float32",
-        drafts: str | int = "off",
+        self, model: str, decoder: Decoder, load_times: LoadTimes, weights: str = "float32", drafts: str | int = "off"
     ) -> None:
-        self.model = model
-        self.decoder = decoder
-        self.load_times = load_times
-        self.weights = weights
-        self.drafts = drafts
+        self.model, self.decoder, self.load_times = model, decoder, load_times
+        self.weights, self.drafts = weights, drafts
 
     @property
     def config(self) -> GPT2Config:
@@ -117,19 +109,9 @@ class Engine:
                 `kv_memory` does not hold one sequence of all the model's positions, `prefix_memory` is neither 0 nor
                 enough for one block of them, or `drafts` is neither a word above nor 1 to 15.
         """
-        options = LoadOptions(
-            revision=revision,
-            threads=threads,
-            max_batch=max_batch,
-            kv_memory=kv_memory,
-            prefix_memory=prefix_memory,
-            blas=blas,
-            weights=weights,
-            drafts=drafts,
-        )
-        name = os.fspath(model)
-        decoder, load_times = load_decoder(name, options)
-        return cls(name, decoder, load_times, weights, drafts)
+        options = LoadOptions(revision, threads, max_batch, kv_memory, prefix_memory, blas, weights, drafts)
+        decoder, load_times = load_decoder(os.fspath(model), options)
+        return cls(os.fspath(model), decoder, load_times, weights, drafts)
 
     @overload
     def generate(self, prompts: str, **options: Unpack[Options]) -> GenerationResult: ...
@@ -149,8 +131,7 @@ class Engine:
 
         Args:
             prompts: a text or a list of token ids; or a list of texts, or of lists of token ids.
-            options: max_new_tokens, stop, ignore_eos, min_new_tokens, logprobs, prompt_logprobs, echo; see
-                `GenerationRequest`.
+            options: those of `Options`; see `GenerationRequest`.
 
         Returns:
             One result for one prompt, a list in the order of the prompts for several.

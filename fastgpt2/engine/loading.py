@@ -22,6 +22,7 @@ from fastgpt2.errors import BadRequest, TokenizerError
 
 if TYPE_CHECKING:
     from fastgpt2.engine.decoding.decoder import Decoder
+    from fastgpt2.engine.kernels.kernel import Kernel
     from fastgpt2.engine.model.packing import PackedFile
     from fastgpt2.engine.network.gpt2 import GPT2
     from fastgpt2.engine.network.helpers import HelperProcesses
@@ -31,13 +32,9 @@ DRAFTS_CHOICES = ("off", "auto", "int8")
 WEIGHTS_CHOICES = ("float32", "bfloat16", "int8")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """The options of a load, checked. `Engine.load` says what each one means.
-
-    Raises:
-        BadRequest: an option has a value that it cannot have.
-    """
+    """The options of a load, checked when made. `Engine.load` says what each one means, and what is raised."""
 
     revision: str | None
     threads: int | None
@@ -81,11 +78,7 @@ class LoadTimes:
 
 
 def load_decoder(model: str, options: LoadOptions) -> tuple[Decoder, LoadTimes]:
-    """Load a model, until it can take requests.
-
-    Raises:
-        ModelError, BadRequest: as `Engine.load`.
-    """
+    """Load a model, until it can take requests. Raises as `Engine.load`."""
     started = perf_counter()
     hold_to_one_thread()
     folder = find_model(model, options.revision)
@@ -106,7 +99,7 @@ def load_decoder(model: str, options: LoadOptions) -> tuple[Decoder, LoadTimes]:
             folder,
             config,
             model,
-            n_slots=slots_to_map(config) if options.max_batch is None else options.max_batch,
+            n_slots=options.max_batch or slots_to_map(config),
             size=size,
             blas=options.blas,
             weights=options.weights,
@@ -158,32 +151,26 @@ def load_network(
     """
     # Threads of BLAS beside processes that spin for each other would cost a hundredfold.
     hold_to_one_thread()
-    from fastgpt2.engine.kernels.choice import choose_kernel, open_measurements
-    from fastgpt2.engine.model.checkpoint import Checkpoint
-    from fastgpt2.engine.model.packing import pack
     from fastgpt2.engine.network.gpt2 import DEFAULT_MAX_ROWS, GPT2, PREFILL_ROWS_BESIDE
     from fastgpt2.engine.network.transformer import Shape
 
-    checkpoint = Checkpoint.open(folder)
-    measurements = open_measurements(config)
-    kernel, layout = choose_kernel(config, measurements, blas, weights)
-    packed = pack(checkpoint, config, model, layout)
-    draft = None
-    if draft_weights is not None:
-        draft_kernel, draft_layout = choose_kernel(config, measurements, blas, draft_weights)
-        draft = pack(checkpoint, config, model, draft_layout), draft_kernel
+    packed, kernel = pack_model(folder, config, model, blas, weights)
+    draft = pack_model(folder, config, model, blas, draft_weights) if draft_weights is not None else None
     shape = Shape(n_slots, max(DEFAULT_MAX_ROWS, n_slots + PREFILL_ROWS_BESIDE), size)
     return GPT2(config, packed, kernel, shape, kv_memory, draft)
 
 
-def pack_model(folder: Path, config: GPT2Config, model: str, blas: str, weights: str) -> PackedFile:
-    """Return the packed file of a model in the cache, also of a small one, writing it if there is none.
+def pack_model(
+    folder: Path, config: GPT2Config, model: str, blas: str, weights: str, must_keep: bool = False
+) -> tuple[PackedFile, Kernel]:
+    """Return the packed file of a model, writing it if there is none, and what multiplies it here.
 
     Args:
         model, blas, weights: as for `load_network`.
+        must_keep: a small model's file is kept in the cache too, and it is an error if that cannot be.
 
     Raises:
-        ModelError: as `load_network`, or the cache cannot be written.
+        ModelError, BadRequest: as `load_network`, or the cache cannot be written.
     """
     # What is measured for the layout is measured as a worker multiplies.
     hold_to_one_thread()
@@ -191,8 +178,9 @@ def pack_model(folder: Path, config: GPT2Config, model: str, blas: str, weights:
     from fastgpt2.engine.model.checkpoint import Checkpoint
     from fastgpt2.engine.model.packing import pack
 
-    _, layout = choose_kernel(config, open_measurements(config), blas, weights)
-    return pack(Checkpoint.open(folder), config, model, layout, must_keep=True)
+    checkpoint = Checkpoint.open(folder)
+    kernel, layout = choose_kernel(config, open_measurements(config), blas, weights)
+    return pack(checkpoint, config, model, layout, must_keep), kernel
 
 
 def _kv_bytes(config: GPT2Config, asked: int | None) -> int:

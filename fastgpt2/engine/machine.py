@@ -1,9 +1,8 @@
 """What this machine offers: cores, memory, a place to keep things, and what was measured on it.
 
-Everything that depends on the machine is asked here, in this order: how many cores and how much memory this process may
-use, which in a container is less than the machine has; how BLAS is held to one thread; what a model's size decides; the
-cache folder, which keeps packed weights, and its locks; the store of measurements, in the same folder. Nothing heavy is
-imported, numpy least of all: whoever loads a model asks most of this before.
+In this order: how many cores and how much memory this process may use, which in a container is less than the machine
+has; how BLAS is held to one thread; what a model's size decides; the cache folder, which keeps packed weights, and its
+locks; the store of measurements. Nothing heavy is imported: whoever loads a model asks most of this before numpy.
 """
 
 from __future__ import annotations
@@ -53,8 +52,7 @@ def usable_cores() -> int:
 def _cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> int | None:
     """Return the whole cores that the control group's CPU quota pays for, at least 1; None if there is no quota.
 
-    That is what `docker run --cpus` sets. Source: `cpu.max` in the kernel's admin-guide/cgroup-v2.rst,
-    `cpu.cfs_quota_us` in scheduler/sched-bwc.rst.
+    That is what `docker run --cpus` sets. Source: admin-guide/cgroup-v2.rst and scheduler/sched-bwc.rst of the kernel.
     """
     for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
         try:
@@ -75,20 +73,7 @@ def usable_memory(root: Path = Path("/")) -> int:
 
 
 def _memory_limits(root: Path) -> Iterator[int]:
-    """Yield the limits of this process's control group and of all above it. In a container its own is the topmost."""
-    for hierarchy, group, name in _memory_groups(root):
-        for folder in (group, *group.parents):
-            try:
-                limit = (root / "sys/fs/cgroup" / hierarchy / str(folder).lstrip("/") / name).read_text().strip()
-            except OSError:
-                continue
-            # No limit is "max" in version 2; in version 1 it is a number beyond any memory.
-            if limit.isdecimal():
-                yield int(limit)
-
-
-def _memory_groups(root: Path) -> Iterator[tuple[str, Path, str]]:
-    """Yield hierarchy, group, and the name of the file with the limit, of each group that this process is in.
+    """Yield the limits of this process's control groups and of all above them. In a container its own is the topmost.
 
     The lines of /proc/self/cgroup read "0::/group" in version 2, "9:memory:/group" in version 1.
     """
@@ -98,24 +83,30 @@ def _memory_groups(root: Path) -> Iterator[tuple[str, Path, str]]:
         return
     for line in lines:
         number, controllers, group = line.split(":", 2)
-        if number == "0":
-            yield "", Path(group), "memory.max"
-        elif "memory" in controllers.split(","):
-            yield "memory", Path(group), "memory.limit_in_bytes"
+        if number != "0" and "memory" not in controllers.split(","):
+            continue
+        hierarchy, name = ("", "memory.max") if number == "0" else ("memory", "memory.limit_in_bytes")
+        for folder in (Path(group), *Path(group).parents):
+            try:
+                limit = (root / "sys/fs/cgroup" / hierarchy / str(folder).lstrip("/") / name).read_text().strip()
+            except OSError:
+                continue
+            # No limit is "max" in version 2; in version 1 it is a number beyond any memory.
+            if limit.isdecimal():
+                yield int(limit)
 
 
 def fair_share_of_cores() -> int:
-    """Return the cores that are this process's to use, as one of the workers that a supervisor has started here."""
+    """Return the cores for this process, as one of the workers that a supervisor has started here."""
     return max(1, usable_cores() // _workers())
 
 
 def fair_share_of_kv_memory() -> int:
-    """Return the bytes for this process's keys and values, as one of the workers that a supervisor has started here."""
+    """Return the bytes for this process's keys and values, as one of those workers."""
     return usable_memory() // KV_SHARE // _workers()
 
 
 def _workers() -> int:
-    """Return how many workers share this machine; 1 if no supervisor says so."""
     workers = os.environ.get("FASTGPT2_POOL_WORKERS", "")
     return max(1, int(workers)) if workers.isdecimal() else 1
 

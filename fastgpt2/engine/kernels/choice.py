@@ -85,11 +85,8 @@ def _compare(measurements: Measurements, n_in: int, usual: tuple[str, int], othe
 
 def _choose_layout(config: GPT2Config, kernel: Kernel, measurements: Measurements) -> Layout:
     """Return the layout of float32 weights that this machine multiplies best."""
-    parts = usable_cores()
-    choices = {
-        n_in: choose_width(kernel, measurements, n_in, timed=is_large(config))
-        for n_in in (config.n_embd, config.n_inner)
-    }
+    parts, timed = usable_cores(), is_large(config)
+    choices = {n_in: choose_width(kernel, measurements, n_in, timed) for n_in in (config.n_embd, config.n_inner)}
     names = [f"plain{parts}" if choice == PLAIN else str(choice) for choice in dict.fromkeys(choices.values())]
     return Layout("-".join(names), lambda n_in, n_out: width_of(choices[n_in], n_out, parts))
 

@@ -57,11 +57,7 @@ class Product(Protocol):
 
 
 class ArgumentCache:
-    """The arguments of calls of a foreign function, worked out once for each three arrays that come again and again.
-
-    Args:
-        make: works the arguments out, from x, panels and out as `Product` has them.
-    """
+    """The arguments of calls of a foreign function, worked out once by `make` for each x, panels and out that recur."""
 
     def __init__(self, make: Callable[[Array, NDArray[Any], Array], tuple[Any, ...]]) -> None:
         self._make = make
@@ -69,7 +65,6 @@ class ArgumentCache:
         self._remembered: dict[tuple[int, int, int], tuple[tuple[Any, ...], Array, NDArray[Any], Array]] = {}
 
     def get(self, x: Array, panels: NDArray[Any], out: Array) -> tuple[Any, ...]:
-        """Return the arguments for these arrays, from memory if possible."""
         key = (id(x), id(panels), id(out))
         entry = self._remembered.get(key)
         if entry is None:

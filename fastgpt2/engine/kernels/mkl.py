@@ -72,7 +72,6 @@ def _make_arguments(x: Array, panels: Array, out: Array) -> tuple[Any, ...]:
 
 
 def _one_int(value: int) -> ctypes.Array[ctypes.c_int]:
-    """Return an array of one int."""
     return (ctypes.c_int * 1)(value)
 
 

@@ -71,10 +71,6 @@ class PackedFile:
     def __del__(self) -> None:
         os.close(self.fd)
 
-    def touch(self) -> None:
-        """Enter all pages into this process's page table at once, where the system can (Linux 5.14)."""
-        self.tensors.populate()
-
 
 def pack(checkpoint: Checkpoint, config: GPT2Config, model: str, layout: Layout, must_keep: bool = False) -> PackedFile:
     """Return the packed file of a checkpoint, writing it if there is none.
@@ -83,7 +79,7 @@ def pack(checkpoint: Checkpoint, config: GPT2Config, model: str, layout: Layout,
 
     Args:
         model: its name, for people.
-        must_keep: a small model's file is kept in the cache too, and it is an error if that cannot be.
+        must_keep: it is an error if the file cannot be in the cache.
 
     Raises:
         ModelError: the checkpoint cannot be used, there is no memory for the weights, or a file that must be kept
@@ -102,7 +98,7 @@ def pack(checkpoint: Checkpoint, config: GPT2Config, model: str, layout: Layout,
                 "%.0f MB, as every other will, and once more at every start. Set FASTGPT2_CACHE to a folder that can "
                 "be written",
                 reason,
-                PackPlan.of(checkpoint, config, layout).data_bytes / 1e6,
+                PackPlan(checkpoint, config, layout).data_bytes / 1e6,
             )
     try:
         return pack_in_memory(checkpoint, config, model, layout)
@@ -116,7 +112,8 @@ def pack_path(folder: Path, checkpoint: Checkpoint, model: str, layout: Layout) 
     The model's name in it is for people: a file made under another name of the same source is taken.
     """
     end = f"-{checkpoint.identity}-{layout.name}{SUFFIX}"
-    return next(folder.glob(f"*{end}"), folder / f"{_as_file_name(model)}{end}")
+    for_people = "".join(c if c.isalnum() else "-" for c in model)[-60:].strip("-") or "model"
+    return next(folder.glob(f"*{end}"), folder / f"{for_people}{end}")
 
 
 def pack_in_cache(
@@ -128,7 +125,7 @@ def pack_in_cache(
         CheckpointError: a tensor of the checkpoint is missing, surplus or misshapen.
         OSError: the file can neither be read nor written.
     """
-    plan = PackPlan.of(checkpoint, config, layout)
+    plan = PackPlan(checkpoint, config, layout)
     packed = _open_if_sound(path, plan)
     if packed is not None:
         return packed
@@ -149,13 +146,8 @@ def pack_in_cache(
 
 
 def pack_in_memory(checkpoint: Checkpoint, config: GPT2Config, model: str, layout: Layout) -> PackedFile:
-    """Return the same in memory of this process, which only its own helpers share.
-
-    Raises:
-        CheckpointError: as `pack_in_cache`.
-        OSError: there is not enough memory.
-    """
-    plan = PackPlan.of(checkpoint, config, layout)
+    """Return the same in memory of this process, which only its own helpers share. Raises as `pack_in_cache`."""
+    plan = PackPlan(checkpoint, config, layout)
     fd = anonymous_file("fastgpt2-weights")
     try:
         with os.fdopen(os.dup(fd), "wb") as file:
@@ -167,11 +159,7 @@ def pack_in_memory(checkpoint: Checkpoint, config: GPT2Config, model: str, layou
 
 
 def open_packed(fd: int, path: Path | None = None) -> PackedFile:
-    """Map a packed file by its descriptor, which is the result's from now on.
-
-    Raises:
-        CheckpointError: the file is damaged.
-    """
+    """Map a packed file by its descriptor, which is the result's from now on; raise CheckpointError if damaged."""
     source = path or Path(f"/proc/self/fd/{fd}" if sys.platform == "linux" else f"/dev/fd/{fd}")
     tensors, mapped = map_file(source)
     return PackedFile(Checkpoint(tensors, {source: mapped}), path, fd)
@@ -209,23 +197,17 @@ class PackPlan:
         tensors: the form of each tensor, in the order of the file.
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, names: dict[str, str], tensors: dict[str, TensorForm], weights: str
-    ) -> None:
-        self.checkpoint, self._names, self.tensors, self._weights = checkpoint, names, tensors, weights
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint, config: GPT2Config, layout: Layout) -> PackPlan:
-        """Plan the packed file of a checkpoint.
-
+    def __init__(self, checkpoint: Checkpoint, config: GPT2Config, layout: Layout) -> None:
+        """
         Raises:
             CheckpointError: as `pack_in_cache`.
         """
-        names = match_names(checkpoint, config)
-        shapes = expected_shapes(config)
+        self.checkpoint, self._weights = checkpoint, layout.weights
+        self._names = match_names(checkpoint, config)
+        self.tensors: dict[str, TensorForm] = {}
+        shapes, tensors = expected_shapes(config), self.tensors
         head = "wte.weight" if config.tie_word_embeddings else "lm_head.weight"
-        tensors: dict[str, TensorForm] = {}
-        for name in names:
+        for name in self._names:
             shape = shapes[name]
             if name == head or (len(shape) == 2 and name.startswith("h.")):
                 n_out, n_in = shape if name == head else shape[::-1]
@@ -241,11 +223,9 @@ class PackPlan:
             else:
                 rows = -(-shape[0] // _ALIGNED_FLOATS) * _ALIGNED_FLOATS
                 tensors[name] = TensorForm("F32", (rows, *shape[1:]))
-        return cls(checkpoint, names, tensors, layout.weights)
 
     @property
     def data_bytes(self) -> int:
-        """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def write(self, file: BinaryIO, model: str, sealed: int, progress: Callable[[int], object]) -> None:
@@ -388,8 +368,3 @@ def _progress_bar(size: int, model: str, wanted: bool) -> Iterator[Callable[[int
 
     with tqdm(total=size, desc=f"packing {model}", unit="B", unit_scale=True, leave=False) as bar:
         yield bar.update
-
-
-def _as_file_name(model: str) -> str:
-    """Return the model's name as part of a file name, for people who look into the cache."""
-    return "".join(c if c.isalnum() else "-" for c in model)[-60:].strip("-") or "model"

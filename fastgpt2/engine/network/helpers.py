@@ -149,7 +149,7 @@ def main() -> None:
     barrier = Barrier(arena["control"], *share, check)
     shards = make_shards(config, sets, KVCache(config, shape.n_slots, arena), arena, share, barrier.wait)
     for weight_set in sets:
-        weight_set.packed.touch()
+        weight_set.packed.tensors.populate()
     barrier.join()
     while _await_step(barrier, check):
         step = barrier.receive()
