@@ -245,12 +245,11 @@ def layout_line(facts: Values) -> str:
 
 
 def decode_entry(rows: int, rounds: Sequence[Sequence[float]], rates: Sequence[float], n_bytes: int) -> Values:
-    """Return the figures of steps with `rows` rows.
+    """Return the figures of steps with `rows` rows, which read `n_bytes` each.
 
     Args:
         rounds: the seconds of each step of each round.
         rates: the bytes a second that as many processes read just before each round.
-        n_bytes: what a step reads.
     """
     ms = summary([seconds for steps in rounds for seconds in steps], 1e3)
     shares = [n_bytes / median(steps) / rate for steps, rate in zip(rounds, rates, strict=True)]

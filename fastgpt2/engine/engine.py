@@ -114,15 +114,12 @@ class Engine:
         return cls(os.fspath(model), decoder, load_times, weights, drafts)
 
     @overload
-    def generate(self, prompts: str, **options: Unpack[Options]) -> GenerationResult: ...
+    def generate(self, prompts: str | list[int], **options: Unpack[Options]) -> GenerationResult: ...
 
     @overload
     def generate(
         self, prompts: list[str] | list[list[int]] | tuple[str, ...], **options: Unpack[Options]
     ) -> list[GenerationResult]: ...
-
-    @overload
-    def generate(self, prompts: list[int], **options: Unpack[Options]) -> GenerationResult: ...
 
     def generate(
         self, prompts: str | list[int] | list[str] | list[list[int]] | tuple[str, ...], **options: Unpack[Options]

@@ -106,14 +106,11 @@ class Decoder:
                     f"prompt holds token id {max(ids)}, and the model's vocabulary has {vocab_size}: "
                     f"give ids from 0 to {vocab_size - 1}"
                 )
-        return ids or [self._beginning_of_text()]
-
-    def _beginning_of_text(self) -> int:
-        """Return the token that an empty prompt starts from. In GPT-2 it is the end of another text."""
-        config = self.model.config
-        if config.bos_token_id is not None:
-            return config.bos_token_id
-        return config.eos_token_ids[0] if config.eos_token_ids else 0
+        if not ids:
+            # An empty prompt starts from the beginning of a text. In GPT-2 that is the end of another.
+            bos, eos = self.model.config.bos_token_id, self.model.config.eos_token_ids
+            ids = [bos] if bos is not None else [*eos[:1]] or [0]
+        return ids
 
     def _offsets(self, request: GenerationRequest, ids: list[int]) -> list[int]:
         """Return where in the prompt's text its tokens begin, for `prompt_logprobs`; [] without them."""
@@ -139,7 +136,11 @@ class Decoder:
             IndexError: there is no room; ask `has_room` first.
         """
         detokenizer = IncrementalDetokenizer(self.tokenizer)
-        text = _echo(prompt.request, detokenizer) if prompt.request.echo else ""
+        text = ""
+        if prompt.request.echo:
+            given = prompt.request.prompt
+            # Token ids may end within a character, which the first generated token completes.
+            text = given if isinstance(given, str) else "".join(map(detokenizer.push, given))
         scored = list(zip(prompt.ids, prompt.offsets, strict=False))
         sequence = Sequence(
             request=prompt.request,
@@ -393,10 +394,3 @@ def _text_offset(sequence: Sequence, token_id: int, is_end: bool) -> int:
     # An end of text is none of it, and stands behind what an unfinished character becomes.
     behind_a_character = detokenizer.unfinished if is_end else detokenizer.breaks_off(token_id)
     return len(sequence.text) + 1 if behind_a_character else len(sequence.text)
-
-
-def _echo(request: GenerationRequest, detokenizer: IncrementalDetokenizer) -> str:
-    """Return the prompt as text. Token ids may end within a character, which the first generated token completes."""
-    if isinstance(request.prompt, str):
-        return request.prompt
-    return "".join(map(detokenizer.push, request.prompt))

@@ -238,7 +238,6 @@ class StepCosts:
         self._steps = 0
 
     def note(self, rows: int, seconds: float) -> None:
-        """Learn how long a step took."""
         self._steps += 1
         expected, at = self._noted.get(rows, (0.0, -_STALE_STEPS))
         if self._steps - at < _STALE_STEPS:

@@ -124,10 +124,8 @@ class Acceptance:
 
     def chances(self, match: int, most: int) -> list[float]:
         """Return how likely each of the next `most` guesses comes true with all before it; [] without a match."""
-        chances: list[float] = []
-        chance = 1.0
-        if match:
-            for i in range(most):
-                chance *= self.rate(min(match + i, LONGEST_MATCH))
-                chances.append(chance)
+        chances, chance = [], 1.0
+        for i in range(most if match else 0):
+            chance *= self.rate(min(match + i, LONGEST_MATCH))
+            chances.append(chance)
         return chances

@@ -11,12 +11,11 @@ from collections.abc import Callable
 from time import perf_counter
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fastgpt2.engine.kernels.kernel import Kernel
+from fastgpt2.engine.kernels.panels import Array
 
 log = logging.getLogger("fastgpt2.engine")
-Array = NDArray[np.float32]
 
 # Widths of panels that are tried, beside PLAIN. 64 is the widest tile of OpenBLAS's small-matrix kernels.
 WIDTHS = (64, 32, 16)

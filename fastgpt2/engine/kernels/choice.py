@@ -8,7 +8,6 @@ code, of which the fastest is taken unless one is asked for. A large model's cho
 from __future__ import annotations
 
 import logging
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -64,23 +63,20 @@ def _choose_fastest(config: GPT2Config, measurements: Measurements, layout: Layo
     from fastgpt2.engine.kernels import compiled, mkl
 
     n_in, width = config.n_embd, layout.width(config.n_embd, config.n_inner)
+    widths = {"openblas": width, "mkl": width, "compiled-float32": COMPILED_WIDTH}
     best, shape = "openblas", f"{n_in}x{width}"
-    compare = partial(_compare, measurements, n_in)
-    if mkl.is_installed() and measurements.find_or_measure(
-        f"mkl {mkl.version_key()} faster {shape}", partial(compare, (best, width), ("mkl", width))
-    ):
+
+    def is_beaten_by(other: str) -> int:
+        usual, rival = ((Kernel(make_product(name), measurements), widths[name]) for name in (best, other))
+        return int(is_worth_loading(n_in, usual, rival))
+
+    key = f"mkl {mkl.version_key()} faster {shape}"
+    if mkl.is_installed() and measurements.find_or_measure(key, lambda: is_beaten_by("mkl")):
         best = "mkl"
-    if compiled.is_installed() and measurements.find_or_measure(
-        f"compiled faster than {best} {shape}", partial(compare, (best, width), ("compiled-float32", COMPILED_WIDTH))
-    ):
+    key = f"compiled faster than {best} {shape}"
+    if compiled.is_installed() and measurements.find_or_measure(key, lambda: is_beaten_by("compiled-float32")):
         return _compiled(measurements, "float32")
     return Kernel(make_product(best), measurements), layout
-
-
-def _compare(measurements: Measurements, n_in: int, usual: tuple[str, int], other: tuple[str, int]) -> int:
-    """Return 1 if another product is worth loading instead of the usual one, else 0; each with its panels' width."""
-    of_usual, of_other = ((Kernel(make_product(name), measurements), width) for name, width in (usual, other))
-    return int(is_worth_loading(n_in, of_usual, of_other))
 
 
 def _choose_layout(config: GPT2Config, kernel: Kernel, measurements: Measurements) -> Layout:

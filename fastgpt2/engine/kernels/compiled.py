@@ -17,10 +17,8 @@ from numpy.typing import NDArray
 
 from fastgpt2.engine.kernels.kernel import ArgumentCache
 from fastgpt2.engine.kernels.llvm_ir import Registers, write_module
-from fastgpt2.engine.kernels.panels import COMPILED_WIDTH, STORED_TYPES
+from fastgpt2.engine.kernels.panels import COMPILED_WIDTH, STORED_TYPES, Array
 from fastgpt2.errors import BadRequest
-
-Array = NDArray[np.float32]
 
 # void multiply(x, x_stride, w, n, k, out, out_stride, rows), as `write_module` has it.
 _POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64

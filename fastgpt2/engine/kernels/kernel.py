@@ -17,9 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgpt2.engine.kernels.openblas import NumpyProduct
+from fastgpt2.engine.kernels.panels import Array
 from fastgpt2.engine.machine import Measurements
-
-Array = NDArray[np.float32]
 
 # The most rows in a chunk. More gain nothing: the panel is in the second-level cache after the first.
 MAX_CHUNK = 16

@@ -13,9 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgpt2.engine.kernels.kernel import ArgumentCache
+from fastgpt2.engine.kernels.panels import Array
 from fastgpt2.errors import BadRequest
-
-Array = NDArray[np.float32]
 
 # Source: oneMKL's mkl_service.h and mkl_cblas.h.
 _SEQUENTIAL, _LP64 = 1, 0

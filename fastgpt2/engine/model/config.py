@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,24 +169,21 @@ class _Reader:
         self.fields = fields
 
     def size(self, name: str, default: int) -> int:
-        value = self.fields.get(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_DIMENSION:
-            raise ConfigError(
-                f"{self.path}: {name} is {_quote(value)}; it must be a whole number from 1 to {MAX_DIMENSION}"
-            )
-        return value
+        rule = f"a whole number from 1 to {MAX_DIMENSION}"
+        return int(self._checked(name, default, rule, lambda value: type(value) is int and 1 <= value <= MAX_DIMENSION))
 
     def flag(self, name: str, default: bool) -> bool:
-        value = self.fields.get(name, default)
-        if not isinstance(value, bool):
-            raise ConfigError(f"{self.path}: {name} is {_quote(value)}; it must be true or false")
-        return value
+        return bool(self._checked(name, default, "true or false", lambda value: type(value) is bool))
 
     def epsilon(self, name: str, default: float) -> float:
+        rule = "a number from 0 up to 1"
+        return float(self._checked(name, default, rule, lambda value: type(value) in (int, float) and 0 <= value < 1))
+
+    def _checked(self, name: str, default: Any, rule: str, fits: Callable[[Any], bool]) -> Any:
         value = self.fields.get(name, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
-            raise ConfigError(f"{self.path}: {name} is {_quote(value)}; it must be a number from 0 up to 1")
-        return float(value)
+        if not fits(value):
+            raise ConfigError(f"{self.path}: {name} is {_quote(value)}; it must be {rule}")
+        return value
 
     def token_ids(self, name: str, vocab_size: int) -> tuple[int, ...]:
         """Read one id, a list of ids or null. Ids outside the vocabulary cannot occur: dropped, with a warning."""

@@ -32,7 +32,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgpt2.engine.kernels.panels import STORED_TYPES, Layout, compute_scales, narrow, panel_count, to_panels
+from fastgpt2.engine.kernels.panels import STORED_TYPES, Array, Layout, compute_scales, narrow, panel_count, to_panels
 from fastgpt2.engine.machine import anonymous_file, cache_folder, is_large, locked
 from fastgpt2.engine.model.checkpoint import NUMPY_TYPES, Checkpoint, map_file, read_metadata
 from fastgpt2.engine.model.config import GPT2Config
@@ -40,7 +40,6 @@ from fastgpt2.engine.model.weights import expected_shapes, match_names, scales_n
 from fastgpt2.errors import CheckpointError, ModelError
 
 log = logging.getLogger("fastgpt2.engine")
-Array = NDArray[np.float32]
 
 # Part of the file's name: a release that writes another format looks for another name.
 FORMAT = 2

@@ -5,15 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
-from fastgpt2.engine.kernels.panels import Panels
+from fastgpt2.engine.kernels.panels import Array, Panels
 from fastgpt2.engine.model.checkpoint import Checkpoint
 from fastgpt2.engine.model.config import GPT2Config
 from fastgpt2.errors import CheckpointError
-
-Array = NDArray[np.float32]
 
 # Causal masks that older exports carry; the attention here needs none.
 _MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")

@@ -15,11 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgpt2.engine.kernels.kernel import RowChunks
+from fastgpt2.engine.kernels.panels import Array
 from fastgpt2.engine.model.config import GPT2Config
 from fastgpt2.engine.network.kv_cache import BLOCK, MOST_PADDING, KVCache
 from fastgpt2.engine.network.step import Step
-
-Array = NDArray[np.float32]
 
 # Scores held at a time, in floats: a megabyte, so that they stay in the cache between the passes over them.
 SCORES = 1 << 18

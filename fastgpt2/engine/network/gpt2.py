@@ -10,11 +10,9 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from fastgpt2.engine.kernels.kernel import Kernel
 from fastgpt2.engine.kernels.openblas import identify_blas
+from fastgpt2.engine.kernels.panels import Array
 from fastgpt2.engine.model.config import GPT2Config
 from fastgpt2.engine.model.packing import PackedFile
 from fastgpt2.engine.model.weights import view_weights
@@ -26,7 +24,6 @@ from fastgpt2.engine.network.transformer import Shape, Shard, WeightSet, buffer_
 from fastgpt2.errors import ModelError
 
 log = logging.getLogger("fastgpt2.engine")
-Array = NDArray[np.float32]
 
 # Rows of a step, beside those of sequences that decode.
 DEFAULT_MAX_ROWS = 256

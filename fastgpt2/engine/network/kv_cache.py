@@ -51,8 +51,8 @@ class KVCache:
         self._arena = arena
         if arena.fd is None:
             # A huge page would commit far more than what is written to it.
-            arena.use_small_pages("keys")
-            arena.use_small_pages("values")
+            arena.advise("keys", "MADV_NOHUGEPAGE")
+            arena.advise("values", "MADV_NOHUGEPAGE")
         # Bytes that a slot in use may come to commit, and bytes that a slot has committed.
         self._reserved = [0] * n_slots
         self._committed = [0] * n_slots

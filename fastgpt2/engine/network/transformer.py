@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgpt2.engine.kernels.kernel import Kernel
-from fastgpt2.engine.kernels.panels import Panels
+from fastgpt2.engine.kernels.panels import Array, Panels
 from fastgpt2.engine.model.config import GPT2Config
 from fastgpt2.engine.model.packing import PackedFile
 from fastgpt2.engine.model.weights import LayerNorm, Linear, Weights
@@ -27,8 +27,6 @@ from fastgpt2.engine.network.arena import Arena, Spec
 from fastgpt2.engine.network.attention import Attention
 from fastgpt2.engine.network.kv_cache import BLOCK, KVCache
 from fastgpt2.engine.network.step import Step, control_spec
-
-Array = NDArray[np.float32]
 
 # The arrays that the processes of a team write for each other, one for each operation.
 BUFFERS = ("qkv", "attended", "projected", "inner", "reduced", "logits")
