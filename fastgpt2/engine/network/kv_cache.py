@@ -122,10 +122,10 @@ class KVCache:
         return self.keys[slot, :, number], self.values[slot, :, :, at : at + BLOCK]
 
     def truncate(self, slot: int, length: int) -> None:
-        """Forget what a slot holds beyond `length` positions. What is committed stays committed."""
+        """Have a slot hold the first `length` positions that were filled. What is committed stays committed."""
         if length < self.lengths[slot]:
             self._committed[slot] = max(self._committed[slot], self._bytes_for(self.lengths[slot]))
-            self.lengths[slot] = length
+        self.lengths[slot] = length
 
     def release(self, slot: int) -> None:
         """Take a slot back; raise ValueError if it is free already."""
