@@ -71,7 +71,7 @@ def measure(model: str, asked: argparse.Namespace) -> Values:
     ids = plain.tokenizer.encode(HELD_OUT_TEXT.read_text("utf-8"))
     for batch in asked.batches:
         for engine in engines.values():
-            engine.decoder.model.use_slots(batch)
+            engine.decoder.model.cache.use_slots(batch)
         pieces = [ids[at * PROMPT : (at + 1) * PROMPT] for at in range(batch * (asked.rounds + 1))]
 
         def turn(engine: Engine, pieces: list[list[int]] = pieces, batch: int = batch) -> Callable[[], Run]:

@@ -55,27 +55,13 @@ class Decoder:
         self.running: list[Sequence] = []
 
     @property
-    def free_slots(self) -> int:
-        return self.model.cache.free_slots
-
-    @property
-    def kv_bytes_reserved(self) -> int:
-        """Return the bytes that keys and values take at most: of the sequences that run, and what free slots keep."""
-        return self.model.cache.bytes_reserved
-
-    @property
-    def kv_bytes_limit(self) -> int:
-        """Return the bytes that keys and values may take."""
-        return self.model.cache.bytes_limit
-
-    @property
     def prefix_bytes(self) -> int:
         """Return the bytes that kept prefixes have come to take, in this process alone; they are not given back."""
         return self.prefixes.bytes_committed if self.prefixes is not None else 0
 
     @property
     def prefix_bytes_limit(self) -> int:
-        """Return the bytes that kept prefixes may take, beside `kv_bytes_limit`."""
+        """Return the bytes that kept prefixes may take, beside the cache's `bytes_limit`."""
         return self.prefixes.bytes_limit if self.prefixes is not None else 0
 
     def prepare(self, request: GenerationRequest) -> TokenizedPrompt:

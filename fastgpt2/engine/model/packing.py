@@ -194,13 +194,12 @@ class PackPlan:
 
     Attributes:
         tensors: the form of each tensor, in the order of the file.
+
+    Raises:
+        CheckpointError: as `pack_in_cache`.
     """
 
     def __init__(self, checkpoint: Checkpoint, config: GPT2Config, layout: Layout) -> None:
-        """
-        Raises:
-            CheckpointError: as `pack_in_cache`.
-        """
         self.checkpoint, self._weights = checkpoint, layout.weights
         self._names = match_names(checkpoint, config)
         self.tensors: dict[str, TensorForm] = {}

@@ -25,18 +25,17 @@ class Arena:
     """Named arrays in one anonymous mapping, private to this process or shared with the helpers that open its `fd`.
 
     The same specifications give the same layout in every process.
+
+    Args:
+        specs: shape and dtype by name.
+        shared: back the memory with a file descriptor that a helper process can map too.
+        fd: that of another process's shared arena with the same specifications; it is not closed here.
+
+    Raises:
+        OSError, ValueError: the system does not give that much address space.
     """
 
     def __init__(self, specs: Mapping[str, Spec], *, shared: bool = False, fd: int | None = None) -> None:
-        """
-        Args:
-            specs: shape and dtype by name.
-            shared: back the memory with a file descriptor that a helper process can map too.
-            fd: that of another process's shared arena with the same specifications; it is not closed here.
-
-        Raises:
-            OSError, ValueError: the system does not give that much address space.
-        """
         self._offsets: dict[str, int] = {}
         size = 0
         for name, (shape, dtype) in specs.items():

@@ -39,10 +39,20 @@ MAX_STARTS = 100
 class GPT2:
     """The network and the state of its sequences.
 
+    Args:
+        packed: stays mapped as long as this object lives.
+        draft: another set of weights of the same model, for `draft`.
+        shape: how many sequences, tokens a step, and processes, this one included. The others are started by the
+            first step at the latest, and join when they are ready.
+        kv_memory: bytes for the keys and values of all sequences; None for what all slots can take at most.
+
     Attributes:
         sets: the sets of weights, by `OWN_WEIGHTS` and `DRAFT_WEIGHTS`.
         cache: the keys and values of the sequences; ask it for slots.
         size: the number of processes that it is meant to run on; `ready` tells whether all of them have joined.
+
+    Raises:
+        ModelError: the system does not give the address space for that many slots.
     """
 
     def __init__(
@@ -54,23 +64,12 @@ class GPT2:
         kv_memory: int | None = None,
         draft: tuple[PackedFile, Kernel] | None = None,
     ) -> None:
-        """
-        Args:
-            packed: stays mapped as long as this object lives.
-            draft: another set of weights of the same model, for `draft`.
-            shape: how many sequences, tokens a step, and processes, this one included. The others are started by the
-                first step at the latest, and join when they are ready.
-            kv_memory: bytes for the keys and values of all sequences; None for what all slots can take at most.
-
-        Raises:
-            ModelError: the system does not give the address space for that many slots.
-        """
         self.config, self.size, self.max_rows = config, shape.size, shape.max_rows
         self.sets = [
             WeightSet(file, view_weights(file.tensors, config), multiplier)
             for file, multiplier in ((packed, kernel), *([draft] if draft is not None else []))
         ]
-        self._shape, self._n_slots, self._kv_memory = shape, shape.n_slots, kv_memory
+        self._shape, self._kv_memory = shape, kv_memory
         self._starts_left = MAX_STARTS
         self._lost = False
         self._set_up()
@@ -85,7 +84,6 @@ class GPT2:
                 "set a smaller max_batch"
             ) from None
         self.cache = KVCache(self.config, self._shape.n_slots, self._arena, self._kv_memory)
-        self.cache.use_slots(self._n_slots)
         self._alone = make_shards(self.config, self.sets, self.cache, self._arena, (0, 1), lambda: None)
         self._together: list[Shard] | None = None
         self._helpers: HelperProcesses | None = None
@@ -113,11 +111,6 @@ class GPT2:
     def exact(self) -> bool:
         """Tell whether a sequence's logits have the same bits alone, in any batch, and with its prompt cut anywhere."""
         return self._alone[OWN_WEIGHTS].exact
-
-    def use_slots(self, n_slots: int) -> None:
-        """Hold at most `n_slots` sequences from now on; there must be none when this is called."""
-        self.cache.use_slots(n_slots)
-        self._n_slots = n_slots
 
     @property
     def ready(self) -> bool:
@@ -250,8 +243,10 @@ class GPT2:
             return
         if self._helpers is not None:
             self._helpers.disown()
-        self._lost = self.cache.free_slots < self._n_slots
+        usable = self.cache.usable_slots
+        self._lost = self.cache.free_slots < usable
         self._set_up()
+        self.cache.use_slots(usable)
 
 
 def _after_fork() -> None:

@@ -18,6 +18,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable
+from subprocess import DEVNULL, PIPE
 from typing import TYPE_CHECKING, Any
 
 from fastgpt2.engine.machine import hold_to_one_thread
@@ -44,18 +45,23 @@ class HelperProcesses:
     """Helpers that have been started, and import what they need while this process does the same.
 
     They end when this object is no longer held.
+
+    Raises:
+        OSError: no process can be started.
     """
 
     def __init__(self, count: int) -> None:
-        """
-        Raises:
-            OSError: no process can be started.
-        """
         self._processes: list[subprocess.Popen[bytes]] = []
         # Not a method: with a reference to `self`, this object would live for ever.
         self.stop = weakref.finalize(self, _stop, self._processes)
+        command = [sys.executable, "-P", "-m", "fastgpt2.engine.network.helpers"]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         for _ in range(count):
-            self._processes.append(_start())
+            # -P: without it, a file in the current folder could take the place of a module of the same name. A session
+            # of its own: the first process answers Ctrl-C in the terminal.
+            self._processes.append(
+                subprocess.Popen(command, stdin=PIPE, stdout=DEVNULL, env=environment, start_new_session=True)
+            )
 
     @property
     def pids(self) -> list[int]:
@@ -93,18 +99,6 @@ class HelperProcesses:
             if process.stdin is not None:
                 process.stdin.close()
             process.returncode = 0  # not ours to wait for
-
-
-def _start() -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        # -P: without it, a file in the current folder could take the place of a module of the same name.
-        [sys.executable, "-P", "-m", "fastgpt2.engine.network.helpers"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-        # The first process answers Ctrl-C in the terminal.
-        start_new_session=True,
-    )
 
 
 def _stop(processes: list[subprocess.Popen[bytes]]) -> None:

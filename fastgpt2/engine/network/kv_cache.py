@@ -25,6 +25,9 @@ MOST_PADDING = 2 * BLOCK
 class KVCache:
     """The keys and values of `n_slots` sequences of up to `n_positions` tokens.
 
+    Args:
+        bytes_limit: at least `sequence_bytes(config)`; None for as much as all slots can hold.
+
     Attributes:
         keys: float32 [n_slots, n_layer, blocks, n_head, head_dim, BLOCK]: panels of keys, so that queries are
             multiplied with them by the same kernel as with weights.
@@ -35,10 +38,6 @@ class KVCache:
     """
 
     def __init__(self, config: GPT2Config, n_slots: int, arena: Arena, bytes_limit: int | None = None) -> None:
-        """
-        Args:
-            bytes_limit: at least `sequence_bytes(config)`; None for as much as all slots can hold.
-        """
         self.keys: NDArray[np.float32] = arena["keys"]
         self.values: NDArray[np.float32] = arena["values"]
         self.lengths = [0] * n_slots
@@ -77,10 +76,9 @@ class KVCache:
         return sum(self._reserved) + sum(self._committed[slot] for slot in self._free)
 
     def use_slots(self, n_slots: int) -> None:
-        """Give out only the first `n_slots` slots from now on. What slots keep committed goes back to the system.
+        """Give out only the first `n_slots` slots from now on; raise ValueError if a slot is in use.
 
-        Raises:
-            ValueError: a slot is in use.
+        What slots keep committed goes back to the system.
         """
         if len(self._free) < self.usable_slots:
             raise ValueError("slots are in use")

@@ -44,19 +44,18 @@ class Entry(NamedTuple):
 class Prefixes:
     """Blocks of BLOCK positions each; the least recently used make way for others.
 
+    Args:
+        memory: bytes, enough for a block. Address space for them is taken now, memory as blocks come.
+
+    Raises:
+        ModelError: the system does not give that much address space.
+
     Attributes:
         n_blocks: how many are kept at most.
         bytes_limit: what they take together.
     """
 
     def __init__(self, config: GPT2Config, memory: int) -> None:
-        """
-        Args:
-            memory: bytes, enough for a block. Address space for them is taken now, memory as blocks come.
-
-        Raises:
-            ModelError: the system does not give that much address space.
-        """
         self._block_bytes = block_bytes(config)
         self.n_blocks = min(memory // PAGE * PAGE // self._block_bytes, MOST_BLOCKS)
         self.bytes_limit = self.n_blocks * self._block_bytes

@@ -107,25 +107,23 @@ def control_spec(size: int, max_rows: int) -> Spec:
 
 
 class Barrier:
-    """One process's end of a team's barrier: it starts or receives steps, and waits for the others within them."""
+    """One process's end of a team's barrier: it starts or receives steps, and waits for the others within them.
+
+    Args:
+        control: the shared array, of `control_spec`.
+        rank: 0 for the first process, which starts the steps.
+        check: called now and then while waiting; raises an error when waiting is in vain.
+    """
 
     def __init__(self, control: NDArray[np.int64], rank: int, size: int, check: Callable[[], None]) -> None:
-        """
-        Args:
-            control: the shared array, of `control_spec`.
-            rank: 0 for the first process, which starts the steps.
-            check: called now and then while waiting; raises an error when waiting is in vain.
-        """
         self._numbers = memoryview(control.data)
         self._own_arrivals = STRIDE * (1 + rank)
         self._others_arrivals = [STRIDE * (1 + other) for other in range(size) if other != rank]
         self._joined = [STRIDE * (1 + size + other) for other in range(size)]
         self._description = STRIDE * (2 * size + 1)
-        self._check = check
-        self._rank = rank
-        self._arrivals = 0
+        self._check, self._rank = check, rank
+        self._arrivals = self._step = 0
         self.arrived_at = 0.0
-        self.step = 0
 
     def join(self) -> None:
         """Tell the others that this process takes part from the next step on."""
@@ -143,17 +141,16 @@ class Barrier:
         self._numbers[at + 1] = len(numbers)
         for offset, number in enumerate(numbers, at + 2):
             self._numbers[offset] = number
-        self.step += 1
+        self._step += 1
         # Last: whoever sees this number sees all that was written before it.
-        self._numbers[STEP] = self.step
+        self._numbers[STEP] = self._step
 
     def has_begun(self) -> bool:
         """Tell whether there is a step that this process has not received; all but the first process ask."""
-        return self._numbers[STEP] > self.step
+        return self._numbers[STEP] > self._step
 
     def receive(self) -> Step:
-        """Return the step that has begun."""
-        self.step = self._numbers[STEP]
+        self._step = self._numbers[STEP]
         at = self._description
         self._arrivals = self._numbers[at]
         return Step.from_numbers(self._numbers[at + 2 : at + 2 + self._numbers[at + 1]].tolist())

@@ -63,10 +63,10 @@ def choose_slots(network: GPT2, measurements: Measurements) -> None:
         room = network.cache.bytes_limit // sequence_bytes(config, _CONTEXT + 2 * BLOCK)
         # A helper that has not joined, or memory for too few sequences, is no measure of the machine.
         if room < most or not network.wait_until_ready():
-            network.use_slots(min(most, UNMEASURED_SLOTS))
+            network.cache.use_slots(min(most, UNMEASURED_SLOTS))
             return
         known = measurements.find_or_measure(f"batch of up to {most}, {suffix}", lambda: measure_slots(network, most))
-    network.use_slots(max(1, min(most, known)))
+    network.cache.use_slots(max(1, min(most, known)))
 
 
 def measure_slots(network: GPT2, most: int) -> int:

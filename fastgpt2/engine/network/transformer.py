@@ -99,7 +99,13 @@ def make_shards(
 
 
 class Shard:
-    """One process's share of the network. It holds no state between steps but views."""
+    """One process's share of the network. It holds no state between steps but views.
+
+    Args:
+        buffers: the shared arrays, `BUFFERS`.
+        share: this process's rank, and the number of processes.
+        meet: returns when every process has called it.
+    """
 
     def __init__(
         self,
@@ -110,12 +116,6 @@ class Shard:
         share: tuple[int, int],
         meet: Callable[[], None],
     ) -> None:
-        """
-        Args:
-            buffers: the shared arrays, `BUFFERS`.
-            share: this process's rank, and the number of processes.
-            meet: returns when every process has called it.
-        """
         rank, size = share
         weights, kernel = weight_set.weights, weight_set.kernel
         self._config, self._weights, self._buffers, self._kernel = config, weights, buffers, kernel
