@@ -86,7 +86,6 @@ def machine() -> Values:
 
 
 def machine_line(facts: Values) -> str:
-    """Return the facts of `machine` in one line."""
     line = "{cpu}, {cores} cores, {memory_gb} GB, {system}; Python {python}, numpy {numpy}, {blas}; {date}"
     return line.format(**facts)
 
@@ -136,10 +135,7 @@ def _time_pass(processes: Sequence[Any]) -> float:
 
 
 def read_when_asked(fd: int) -> None:
-    """Run one reader: for each line "first stop" of the input, add up the squares of those numbers of the mapping.
-
-    Prints when it began and when it was done, by the clock of all processes.
-    """
+    """For each line "first stop" of the input, add up the squares of those numbers, and print its begin and its end."""
     from fastgpt2.engine.machine import hold_to_one_thread
 
     hold_to_one_thread()
@@ -179,18 +175,15 @@ class Timed:
         seconds = []
         for i in range(steps + 1):
             segments = [Segment(slot, [i % self.model.config.vocab_size]) for slot in self._slots[:rows]]
-            for segment in segments:
-                self.model.cache.lengths[segment.slot] = min(context, self._room)
+            for slot in self._slots[:rows]:
+                self.model.cache.lengths[slot] = min(context, self._room)
             started = time.perf_counter()
             self.model.forward(segments).argmax(axis=-1)
             seconds.append(time.perf_counter() - started)
         return seconds[1:]
 
     def read(self, index: int, tokens: int) -> float:
-        """Return the seconds for a prompt of `tokens` tokens, up to its first new one.
-
-        The sequence of that index holds the prompt from then on.
-        """
+        """Return the seconds of a prompt of `tokens` tokens up to its first new one; sequence `index` holds it then."""
         from fastgpt2.engine.network.step import Segment
 
         started, slot = time.perf_counter(), self._slots[index]
@@ -212,8 +205,7 @@ def settle() -> None:
 def step_bytes(config: GPT2Config, weight_bytes: int = 4) -> int:
     """Return the bytes of weights that a decode step reads in any layout: all but the embeddings, whose rows it reads.
 
-    Args:
-        weight_bytes: bytes of a number in a matrix; biases and norms are float32.
+    A number in a matrix has `weight_bytes` bytes; biases and norms are float32.
     """
     from fastgpt2.engine.model.weights import expected_shapes
 
@@ -222,7 +214,6 @@ def step_bytes(config: GPT2Config, weight_bytes: int = 4) -> int:
 
 
 def weight_bytes(model: GPT2) -> int:
-    """Return the bytes of a number in a network's matrices."""
     return int(model.sets[0].weights.lm_head.array.itemsize)
 
 
@@ -239,7 +230,6 @@ def layout(model: GPT2) -> Values:
 
 
 def layout_line(facts: Values) -> str:
-    """Return the facts of `layout` in one line."""
     line = "{step_mb:.1f} MB of weights a step; {blas}, panels {panels}, processes {processes}, batch-invariant {exact}"
     return line.format(**facts)
 
@@ -263,7 +253,6 @@ def decode_entry(rows: int, rounds: Sequence[Sequence[float]], rates: Sequence[f
 
 
 def decode_table(entries: Sequence[Values]) -> str:
-    """Return the entries of `decode_entry` as a table."""
     line = "{rows}|{ms[median]:.2f}|{ms[q1]:.2f}-{ms[q3]:.2f}|{tokens_per_s:.0f}|{gb_per_s:.1f}|{share[median]:.0%}"
     headers = ["rows", "ms/step", "quartiles", "tokens/s", "GB/s", "of the bandwidth"]
     return table(headers, [line.format(**entry).split("|") for entry in entries])
@@ -299,7 +288,6 @@ def measure(engine: Engine) -> Values:
 
 
 def report(result: Values) -> str:
-    """Return what `measure` found as lines for people."""
     rates = [f"{count}: {rate['median']:.1f}" for count, rate in result["bandwidth_gb_per_s"].items()]
     prompt = "a prompt of {tokens} tokens: {ms[median]:.0f} ms, {tokens_per_s:.0f} tokens/s".format(**result["prefill"])
     lines = [

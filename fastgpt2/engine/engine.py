@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fastgpt2.engine.model.tokenizer import Tokenizer
 
 DEFAULT_MODEL = "gpt2"
+Prompts = list[str] | list[list[int]] | tuple[str, ...]
 
 
 class Options(TypedDict, total=False):
@@ -60,7 +61,6 @@ class Engine:
 
     @property
     def max_batch(self) -> int:
-        """The most sequences that are decoded side by side."""
         return self.decoder.model.cache.usable_slots
 
     def describe(self) -> str:
@@ -117,12 +117,10 @@ class Engine:
     def generate(self, prompts: str | list[int], **options: Unpack[Options]) -> GenerationResult: ...
 
     @overload
-    def generate(
-        self, prompts: list[str] | list[list[int]] | tuple[str, ...], **options: Unpack[Options]
-    ) -> list[GenerationResult]: ...
+    def generate(self, prompts: Prompts, **options: Unpack[Options]) -> list[GenerationResult]: ...
 
     def generate(
-        self, prompts: str | list[int] | list[str] | list[list[int]] | tuple[str, ...], **options: Unpack[Options]
+        self, prompts: str | list[int] | Prompts, **options: Unpack[Options]
     ) -> GenerationResult | list[GenerationResult]:
         """Continue a prompt, or several at once.
 
@@ -137,9 +135,8 @@ class Engine:
             BadRequest: an option or a prompt cannot be served; nothing has been generated then.
         """
         if not isinstance(prompts, str | list | tuple):
-            raise BadRequest(
-                f"prompts must be a string, a list of token ids or a list of such, not {type(prompts).__name__}"
-            )
+            kind = type(prompts).__name__
+            raise BadRequest(f"prompts must be a string, a list of token ids or a list of such, not {kind}")
         stop = options.get("stop", ())
         if not isinstance(stop, str | list | tuple) and isinstance(stop, Iterable):
             options["stop"] = tuple(stop)

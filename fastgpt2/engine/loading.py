@@ -140,8 +140,7 @@ def load_network(
         model: its name, for people.
         n_slots: sequences that it has room for.
         size: processes to run it on, from `processes_for`.
-        blas: openblas, mkl, compiled, or auto for the fastest of those that are installed.
-        weights: float32, bfloat16 or int8; the latter two are always multiplied by compiled code.
+        blas, weights: as for `Engine.load`.
         kv_memory: bytes for keys and values; None for what `n_slots` sequences can take at most.
         draft_weights: another set of weights, for guesses.
 

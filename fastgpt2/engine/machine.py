@@ -96,13 +96,8 @@ def _memory_limits(root: Path) -> Iterator[int]:
                 yield int(limit)
 
 
-def fair_share_of_cores() -> int:
-    """Return the cores for this process, as one of the workers that a supervisor has started here."""
-    return max(1, usable_cores() // _workers())
-
-
 def fair_share_of_kv_memory() -> int:
-    """Return the bytes for this process's keys and values, as one of those workers."""
+    """Return the bytes for this process's keys and values, as one of the workers that a supervisor started here."""
     return usable_memory() // KV_SHARE // _workers()
 
 
@@ -154,14 +149,12 @@ def processes_for(config: GPT2Config, threads: int | None) -> int:
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "i686"):
         return 1
     if threads is None:
-        threads = fair_share_of_cores() if is_large(config) else 1
+        threads = max(1, usable_cores() // _workers()) if is_large(config) else 1
     return min(threads, config.n_head)
 
 
 def cache_folder() -> Path:
-    """Return the folder for packed weights and measurements, which need not exist.
-
-    It is `FASTGPT2_CACHE`, else `$XDG_CACHE_HOME/fastgpt2`, else `~/.cache/fastgpt2`.
+    """Return `FASTGPT2_CACHE`, else `$XDG_CACHE_HOME/fastgpt2`, else `~/.cache/fastgpt2`; it need not exist.
 
     Raises:
         FileNotFoundError: there is no home folder.
@@ -220,11 +213,7 @@ def _leads_to(path: Path, fd: int) -> bool:
 
 
 def anonymous_file(name: str) -> int:
-    """Return the descriptor of a new file without a path: in memory if the system can (Linux), else on disk.
-
-    Raises:
-        OSError: neither can be had.
-    """
+    """Return the descriptor of a new file without a path: in memory if the system can (Linux), else on disk."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create(name)
     import tempfile

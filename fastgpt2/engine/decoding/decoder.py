@@ -78,20 +78,12 @@ class Decoder:
 
     def _tokenize(self, request: GenerationRequest) -> list[int]:
         vocab_size = self.model.config.vocab_size
-        if isinstance(request.prompt, str):
-            ids = self.tokenizer.encode(request.prompt)
-            if ids and max(ids) >= vocab_size:
-                raise TokenizerError(
-                    f"the tokenizer gives token {max(ids)}, and the model's vocabulary has {vocab_size}: "
-                    "they do not belong together"
-                )
-        else:
-            ids = list(request.prompt)
-            if ids and max(ids) >= vocab_size:
-                raise BadRequest(
-                    f"prompt holds token id {max(ids)}, and the model's vocabulary has {vocab_size}: "
-                    f"give ids from 0 to {vocab_size - 1}"
-                )
+        ids = self.tokenizer.encode(request.prompt) if isinstance(request.prompt, str) else list(request.prompt)
+        if ids and max(ids) >= vocab_size:
+            known = f"{max(ids)}, and the model's vocabulary has {vocab_size}"
+            if isinstance(request.prompt, str):
+                raise TokenizerError(f"the tokenizer gives token {known}: they do not belong together")
+            raise BadRequest(f"prompt holds token id {known}: give ids from 0 to {vocab_size - 1}")
         if not ids:
             # An empty prompt starts from the beginning of a text. In GPT-2 that is the end of another.
             bos, eos = self.model.config.bos_token_id, self.model.config.eos_token_ids

@@ -1,9 +1,9 @@
 """The drafter decides which guesses the next step verifies.
 
 Speculative decoding (Leviathan et al. 2023): a step runs guesses of what comes next beside each sequence's next token,
-a row for each guess, and accepts them as long as they come true. The guesses are looked up in the sequence itself
-(`lookup.py`), or a draft model makes them: the network's second set of weights, if it has one. The drafter takes
-whichever is expected to gain more.
+a row for each guess, whose result is the token after it, and accepts them as long as they come true. The guesses are
+looked up in the sequence itself (`lookup.py`), or a draft model makes them: the network's second set of weights, if it
+has one. The drafter takes whichever is expected to gain more.
 
 A row more makes a step longer, for everybody in it. So a plan needs two things: how likely guesses come true, which is
 learnt from every token that comes (`Acceptance`, `Rate`), and what a step costs by its number of rows, which is learnt
@@ -21,7 +21,7 @@ from time import perf_counter
 from fastgpt2.engine.decoding.lookup import MOST_DRAFTS, Acceptance, Lookup, Rate
 from fastgpt2.engine.decoding.sequence import Sequence
 from fastgpt2.engine.network.gpt2 import GPT2
-from fastgpt2.engine.network.step import Segment
+from fastgpt2.engine.network.step import DRAFT_WEIGHTS, Segment
 
 # A step may take this much longer for a sequence than what the sequence gains by it.
 TOLERANCE = 0.03
@@ -66,11 +66,10 @@ class Drafter:
         self._by_model = False
 
     def warm_up(self) -> None:
-        """Touch the draft model's weights, if there are any."""
         cache = self._model.cache
         if self._model.can_draft and cache.has_room(1):
             slot = cache.allot(1)
-            self._model.draft([Segment(slot, [0])])
+            self._model.forward([Segment(slot, [0])], DRAFT_WEIGHTS)
             cache.release(slot)
 
     def lookup_for(self, ids: Seq[int], max_new_tokens: int) -> Lookup | None:
@@ -87,9 +86,8 @@ class Drafter:
         else:
             counts, gain = self._plan_lookups(lookups, room, rows)
             if self._model.can_draft:
-                steps, model_gain = plan_model_drafts(
-                    len(sequences), self._model_rate.value, self._model_cost, self._costs.seconds
-                )
+                rate, cost = self._model_rate.value, self._costs.seconds
+                steps, model_gain = plan_model_drafts(len(sequences), rate, self._model_cost, cost)
                 if steps and model_gain > gain:
                     self._by_model = True
                     return self._draft_by_model(sequences, [min(steps, left) for left in room])
@@ -125,7 +123,7 @@ class Drafter:
         for k in range(max(counts)):
             drafting = [i for i, count in enumerate(counts) if k < count]
             started = perf_counter()
-            logits = self._model.draft([Segment(slots[i], [last[i]]) for i in drafting])
+            logits = self._model.forward([Segment(slots[i], [last[i]]) for i in drafting], DRAFT_WEIGHTS)
             for i, row in zip(drafting, logits, strict=True):
                 last[i] = int(row.argmax())
                 drafts[i].append(last[i])
@@ -247,7 +245,6 @@ class StepCosts:
 
     @property
     def known(self) -> bool:
-        """Tell whether any step has been noted."""
         return bool(self._noted)
 
     def seconds(self, rows: int) -> float:

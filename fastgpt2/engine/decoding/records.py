@@ -220,8 +220,6 @@ class GenerationResult:
         token_ids: every generated token, also the end-of-text token and the tokens of a stop string.
         finish_reason: "stop" at the end-of-text token or a stop string, "length" at `max_new_tokens`; "cancelled" or
             "timeout" if the job was ended so, when the result holds what had been generated.
-        usage: token counts.
-        timings: where the time went.
         model: the model's id, as the worker or the engine was given it.
         logprobs: one for each of `token_ids`, if they were asked for.
         prompt_logprobs: one for each of the prompt's tokens, if they were asked for; fewer if the generation was ended

@@ -1,8 +1,8 @@
 """The choice of what multiplies on this machine, and of the panels that it multiplies.
 
 Compact weights are always multiplied by compiled code. For float32 weights there are numpy's own BLAS, MKL and compiled
-code, of which the fastest is taken unless one is asked for. A large model's choices are measured once and kept
-(`Measurements`); a small model's steps are over before they could be told apart, so that nothing is measured for it.
+code, of which the fastest is taken unless one is asked for. A large model's choices are measured once and kept; a small
+model's steps are over before they could be told apart.
 """
 
 from __future__ import annotations

@@ -32,10 +32,16 @@ class MKLProduct:
     exact = False
 
     def __init__(self) -> None:
-        library = _load()
+        path = _find()
+        if path is None:
+            raise BadRequest("MKL is not installed; pip install 'fastgpt2[mkl]', or choose another BLAS than mkl")
+        try:
+            library = ctypes.CDLL(path)
+            self._multiply = library.cblas_sgemm_batch
+        except (OSError, AttributeError) as reason:
+            raise BadRequest(f"{path} cannot be used as MKL ({reason}); choose another BLAS than mkl") from None
         library.MKL_Set_Threading_Layer(_SEQUENTIAL)
         library.MKL_Set_Interface_Layer(_LP64)
-        self._multiply = library.cblas_sgemm_batch
         self._multiply.restype = None
         self._arguments = ArgumentCache(_make_arguments)
 
@@ -90,15 +96,3 @@ def _find() -> str | None:
         for path in sorted(Path(prefix, "lib").glob("libmkl_rt.so*"), reverse=True):
             return str(path)
     return ctypes.util.find_library("mkl_rt")
-
-
-def _load() -> ctypes.CDLL:
-    path = _find()
-    if path is None:
-        raise BadRequest("MKL is not installed; pip install 'fastgpt2[mkl]', or choose another BLAS than mkl")
-    try:
-        library = ctypes.CDLL(path)
-        _ = library.cblas_sgemm_batch
-    except (OSError, AttributeError) as reason:
-        raise BadRequest(f"{path} cannot be used as MKL ({reason}); choose another BLAS than mkl") from None
-    return library

@@ -29,9 +29,7 @@ class StoredType:
     """The type in which weights of one kind are stored, under the name that each library has for it.
 
     Attributes:
-        safetensors: in the header of a file.
-        numpy: in an array. NumPy has no bfloat16: its bits are a uint16.
-        llvm: in LLVM's assembly language.
+        numpy: of an array. NumPy has no bfloat16: its bits are a uint16.
     """
 
     safetensors: str
@@ -40,7 +38,6 @@ class StoredType:
 
     @property
     def itemsize(self) -> int:
-        """Bytes of one weight."""
         return self.numpy.itemsize
 
 

@@ -85,17 +85,13 @@ class GPT2Config:
 
     @property
     def n_parameters(self) -> int:
-        """The count of numbers in all weights."""
         n, inner = self.n_embd, self.n_inner
         block = 4 * n + 3 * n * (n + 1) + n * (n + 1) + inner * (n + 1) + n * (inner + 1)
         tables = (self.vocab_size + self.n_positions) * n + (0 if self.tie_word_embeddings else self.vocab_size * n)
         return tables + self.n_layer * block + 2 * n
 
     def attention_scale(self, layer: int) -> float:
-        """Return the factor of the attention scores of a layer.
-
-        Source: `eager_attention_forward` in `transformers/models/gpt2/modeling_gpt2.py`.
-        """
+        """Return the factor of a layer's scores. Source: `eager_attention_forward` of transformers' modeling_gpt2."""
         scale = self.head_dim**-0.5 if self.scale_attn_weights else 1.0
         return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
 
@@ -145,11 +141,7 @@ def read_config(path: Path) -> GPT2Config:
 
 
 def _by_first_names(path: Path, fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields with `hidden_size` and the like under the names that they stand for.
-
-    Raises:
-        ConfigError: a field is there under two names, with different values.
-    """
+    """Return the fields, each under its first name; raise ConfigError if two names of one have different values."""
     named = dict(fields)
     for other, name in _OTHER_NAMES:
         if fields.get(other) is None:

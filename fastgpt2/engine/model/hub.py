@@ -161,9 +161,13 @@ def _download(repo_id: str, revision: str) -> Path:
     except RevisionNotFoundError:
         raise ModelNotFound(f"{repo_id}: has no revision {revision!r}") from None
     except HfHubHTTPError as reason:
-        raise ModelNotFound(
-            _refusal(repo_id, reason.response.status_code, _first_line(reason.server_message or reason))
-        ) from reason
+        status = reason.response.status_code
+        if status == 401:  # a token was sent: without one, this status has a meaning of its own, handled before
+            message = "the hub refuses the access token; correct or unset HF_TOKEN, or log in again"
+        else:
+            answer = f"{status} ({_first_line(reason.server_message or reason)})"
+            message = f"the hub answers with status {answer}; try again later, and check HF_ENDPOINT"
+        raise ModelNotFound(f"{repo_id}: {message}") from reason
     except ModelError:
         raise
     except Exception as reason:  # network, disk and protocol errors, of many libraries' types
@@ -206,12 +210,6 @@ def _make_fetch(repo_id: str, revision: str) -> Fetch:
         return path
 
     return fetch
-
-
-def _refusal(repo_id: str, status: int, reason: str) -> str:
-    if status == 401:  # a token was sent: without one, this status has a meaning of its own, handled before
-        return f"{repo_id}: the hub refuses the access token; correct or unset HF_TOKEN, or log in again"
-    return f"{repo_id}: the hub answers with status {status} ({reason}); try again later, and check HF_ENDPOINT"
 
 
 def _failure(repo_id: str, reason: Exception) -> str:

@@ -23,7 +23,6 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -340,29 +339,22 @@ def _write(path: Path, plan: PackPlan, model: str, progress: bool) -> None:
     """Stream the tensors into a file that gets its name when it is whole and on the disk."""
     import shutil
 
+    from tqdm import tqdm
+
     free = shutil.disk_usage(path.parent).free
     if free < plan.data_bytes:
         raise OSError(errno.ENOSPC, f"{plan.data_bytes / 1e6:.0f} MB are needed and {free / 1e6:.0f} MB are free")
     temporary = path.with_suffix(".tmp")
     sealed = int(time.time()) * 10**9
     try:
-        with temporary.open("wb") as file, _progress_bar(plan.data_bytes, model, progress) as advance:
-            plan.write(file, model, sealed, advance)
+        bar = tqdm(
+            total=plan.data_bytes, desc=f"packing {model}", unit="B", unit_scale=True, leave=False, disable=not progress
+        )
+        with temporary.open("wb") as file, bar:
+            plan.write(file, model, sealed, bar.update)
             file.flush()
             os.utime(file.fileno(), ns=(sealed, sealed))
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def _progress_bar(size: int, model: str, wanted: bool) -> Iterator[Callable[[int], object]]:
-    """Show a progress bar if it is wanted. Yields a function that advances it by a number of bytes."""
-    if not wanted:
-        yield lambda _count: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=size, desc=f"packing {model}", unit="B", unit_scale=True, leave=False) as bar:
-        yield bar.update

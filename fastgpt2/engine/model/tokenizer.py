@@ -60,7 +60,6 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """The number of tokens, added ones included."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     @property

@@ -48,15 +48,12 @@ class Attention:
         self._first, self._last = heads
         self._keys, self._values = cache.keys, cache.values
         n, dim, rows = self._last - self._first, config.head_dim, qkv.shape[0]
-        q, k, v = (
-            qkv[:, i * config.n_embd + self._first * dim : i * config.n_embd + self._last * dim] for i in range(3)
-        )
+        own = slice(self._first * dim, self._last * dim)
+        q, k, v = (qkv[:, i * config.n_embd : (i + 1) * config.n_embd][:, own] for i in range(3))
         self._q, self._qkv = q, qkv
         # In bytes, from a row to the next, and from a head to the next.
         self._strides = q.strides[0], dim * q.itemsize
-        self._k, self._v, self._out = (
-            x.reshape(rows, n, dim) for x in (k, v, out[:, self._first * dim : self._last * dim])
-        )
+        self._k, self._v, self._out = (x.reshape(rows, n, dim) for x in (k, v, out[:, own]))
         self._scratch = Scratch(n * row_chunks.least, self._values.shape[3], dim)
         self.exact = row_chunks.exact
         order = np.arange(2 * PROMPT_ROWS)
@@ -67,8 +64,7 @@ class Attention:
 
     def prepare(self, step: Step) -> None:
         """Lay out a step; `run` then attends it, layer by layer."""
-        self._count = step.rows
-        self._writes = []
+        self._count, self._writes = step.rows, []
         self._groups = list(self._lay_out(step)) if self._last > self._first else []
 
     def run(self, layer: int) -> None:

@@ -41,7 +41,7 @@ class GPT2:
 
     Args:
         packed: stays mapped as long as this object lives.
-        draft: another set of weights of the same model, for `draft`.
+        draft: another set of weights of the same model, to draft with.
         shape: how many sequences, tokens a step, and processes, this one included. The others are started by the
             first step at the latest, and join when they are ready.
         kv_memory: bytes for the keys and values of all sequences; None for what all slots can take at most.
@@ -104,7 +104,6 @@ class GPT2:
         return f"{self.product_name} in panels of {'/'.join(map(str, widths))}, {processes}{drafts}"
 
     def helper_pids(self) -> list[int]:
-        """Return the ids of the processes beside this one."""
         return [] if self._helpers is None else self._helpers.pids
 
     @property
@@ -119,25 +118,18 @@ class GPT2:
 
     @property
     def can_draft(self) -> bool:
-        """Tell whether there are weights to `draft` with."""
         return len(self.sets) > 1
 
-    def forward(self, segments: Sequence[Segment]) -> Array:
+    def forward(self, segments: Sequence[Segment], weights: int = OWN_WEIGHTS) -> Array:
         """Run the segments' tokens, append their keys and values to the cache, and return logits.
 
         Args:
             segments: one a sequence; a slot must have room for its segment's tokens. Together at most `max_rows`.
+            weights: `OWN_WEIGHTS`, or `DRAFT_WEIGHTS`. What these append to the cache is to be truncated.
 
         Returns:
             float32 [sum of n_logits, vocab_size], in the order of the segments; valid until the next call.
         """
-        return self._forward(segments, OWN_WEIGHTS)
-
-    def draft(self, segments: Sequence[Segment]) -> Array:
-        """Do as `forward`, by the other set of weights. What this appends to the cache is to be truncated."""
-        return self._forward(segments, DRAFT_WEIGHTS)
-
-    def _forward(self, segments: Sequence[Segment], weights: int) -> Array:
         if self._lost:
             raise RuntimeError("the process was forked while sequences were running; load the model after forking")
         step = Step(segments, [self.cache.lengths[segment.slot] for segment in segments], weights)
@@ -217,7 +209,6 @@ class GPT2:
             self._helpers, self._barrier = processes, barrier
 
     def _describe_for_helpers(self) -> dict[str, Any]:
-        """Return what a helper is to map, as JSON has it."""
         # Through /proc, helpers can also open what was opened after they had been started.
         files = f"/proc/{os.getpid()}/fd"
         sets = [

@@ -131,7 +131,6 @@ class Barrier:
 
     @property
     def complete(self) -> bool:
-        """Tell whether every process has joined."""
         return all(self._numbers[at] for at in self._joined)
 
     def begin(self, step: Step) -> None:

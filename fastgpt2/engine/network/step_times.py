@@ -70,11 +70,11 @@ def choose_slots(network: GPT2, measurements: Measurements) -> None:
 
 
 def measure_slots(network: GPT2, most: int) -> int:
-    """Return what `largest_that_pays` finds by steps of the network itself."""
     started = perf_counter()
     slots = [network.cache.allot(_CONTEXT + _REPEATS + 2) for _ in range(most)]
     try:
-        return largest_that_pays(lambda n: _step_seconds(network, [Segment(slot, [0]) for slot in slots[:n]]), most)
+        steps = [Segment(slot, [0]) for slot in slots]
+        return largest_that_pays(lambda n: _step_microseconds(network, steps[:n]) / 1e6, most)
     finally:
         for slot in slots:
             network.cache.release(slot)
@@ -114,14 +114,11 @@ def row_costs(network: GPT2, measurements: Measurements, measure: bool) -> dict[
         slot = network.cache.allot(_CONTEXT + max(ROWS))
         try:
             for rows, name in names.items():
-                measurements.find_or_measure(name, partial(_row_microseconds, network, slot, rows))
+                step = [Segment(slot, [0] * rows, rows)]
+                measurements.find_or_measure(name, partial(_step_microseconds, network, step))
         finally:
             network.cache.release(slot)
     return {rows: (measurements.find(name) or 0) / 1e6 for rows, name in names.items()}
-
-
-def _row_microseconds(network: GPT2, slot: int, rows: int) -> int:
-    return round(1e6 * _step_seconds(network, [Segment(slot, [0] * rows, rows)]))
 
 
 def _circumstances(network: GPT2) -> str:
@@ -131,8 +128,8 @@ def _circumstances(network: GPT2) -> str:
     return f"{shape}, {network.size} processes, {network.product_name}"
 
 
-def _step_seconds(network: GPT2, segments: list[Segment]) -> float:
-    """Return the least seconds of some steps of sequences that hold `_CONTEXT` tokens: a disturbance only ever adds."""
+def _step_microseconds(network: GPT2, segments: list[Segment]) -> int:
+    """Return the least time of some steps of sequences that hold `_CONTEXT` tokens: a disturbance only ever adds."""
     cache, least = network.cache, float("inf")
     for segment in segments:
         # Written, so that there is memory behind it to be read.
@@ -144,4 +141,4 @@ def _step_seconds(network: GPT2, segments: list[Segment]) -> float:
         started = perf_counter()
         network.forward(segments)
         least = min(least, perf_counter() - started)
-    return least
+    return round(1e6 * least)

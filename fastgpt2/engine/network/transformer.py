@@ -210,17 +210,12 @@ class Shard:
             self._views.clear()
         buffers, block = self._buffers, self._weights.blocks[0]
         inner = self._view(self._normed, block.c_fc.weight, buffers["inner"], rows)
-        width = inner.own.shape[1]
+        inner_parts = [inner.own[part] for part in _parts_in_cache(rows, inner.own.shape[1])]
+        norms = _parts_in_cache(rows, self._config.n_embd)
         self._views[rows] = views = _Views(
             x=self._x[:rows],
-            norms=[
-                (self._x[part], self._normed[part], self._scale[part])
-                for part in _parts_in_cache(rows, self._config.n_embd)
-            ],
-            activations=[
-                (inner.own[part], self._scratch[: inner.own[part].size].reshape(part.stop - part.start, width))
-                for part in _parts_in_cache(rows, width)
-            ],
+            norms=[(self._x[part], self._normed[part], self._scale[part]) for part in norms],
+            activations=[(own, self._scratch[: own.size].reshape(own.shape)) for own in inner_parts],
             qkv=self._view(self._normed, block.c_attn.weight, buffers["qkv"], rows),
             projected=self._view(buffers["attended"], block.attn_c_proj.weight, buffers["projected"], rows),
             inner=inner,
