@@ -12,11 +12,12 @@ import math
 import mmap
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from subprocess import PIPE, Popen
 from typing import TYPE_CHECKING, Any
 
 from fastgpt2 import __version__
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
     from fastgpt2.engine.network.gpt2 import GPT2
 
 Values = dict[str, Any]
-
-# Options of the command that `Engine.load` takes too.
-OPTIONS = ("model", "revision", "threads", "blas", "weights")
 
 # Sequences that are decoded together, the tokens that each holds, and the tokens of a prompt.
 ROWS, CONTEXT, PROMPT = (1, 2, 4, 8, 16), 64, 256
@@ -104,23 +102,15 @@ def readers(count: int) -> Iterator[Callable[[int], float]]:
     ones = b"\0\0\x80\x3f" * (1 << 20)
     with os.fdopen(anonymous_file("fastgpt2-bench"), "wb", buffering=0) as file, ExitStack() as stack:
         file.writelines([ones] * (READ_BYTES // len(ones)))
+        fd = file.fileno()
+        command = [sys.executable, "-c", f"from fastgpt2.bench import read_when_asked; read_when_asked({fd})"]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        start = partial(Popen, command, stdin=PIPE, stdout=PIPE, text=True, pass_fds=(fd,), env=environment)
         # A process ends with its input, which the stack closes.
-        processes = [stack.enter_context(_start_reader(file.fileno())) for _ in range(count)]
+        processes: list[Any] = [stack.enter_context(start()) for _ in range(count)]
         for process in processes:
             process.stdout.readline()
         yield lambda asked: median([_time_pass(processes[:asked]) for _ in range(3)])
-
-
-def _start_reader(fd: int) -> Any:
-    """Start a process that runs `read_when_asked` on the file of that descriptor."""
-    return subprocess.Popen(
-        [sys.executable, "-c", f"from fastgpt2.bench import read_when_asked; read_when_asked({fd})"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        pass_fds=(fd,),
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-    )
 
 
 def _time_pass(processes: Sequence[Any]) -> float:
@@ -153,12 +143,7 @@ def read_when_asked(fd: int) -> None:
 
 
 class Timed:
-    """Steps of a loaded engine, timed from outside: `forward` and the choice of the likeliest token.
-
-    Args:
-        rows: the most sequences that a step is timed for.
-        context: tokens that each of them holds.
-    """
+    """Steps of up to `rows` sequences of `context` tokens, timed from outside: `forward` and the likeliest token."""
 
     def __init__(self, engine: Engine, rows: int, context: int = CONTEXT) -> None:
         self.model, self._room = engine.decoder.model, engine.config.n_positions - 1
@@ -203,13 +188,11 @@ def settle() -> None:
 
 
 def step_bytes(config: GPT2Config, weight_bytes: int = 4) -> int:
-    """Return the bytes of weights that a decode step reads in any layout: all but the embeddings, whose rows it reads.
-
-    A number in a matrix has `weight_bytes` bytes; biases and norms are float32.
-    """
+    """Return the bytes of weights that a decode step reads in any layout: all but the embeddings, read by row."""
     from fastgpt2.engine.model.weights import expected_shapes
 
     read = (shape for name, shape in expected_shapes(config).items() if name not in ("wte.weight", "wpe.weight"))
+    # Biases and norms are float32.
     return sum((weight_bytes if len(shape) > 1 else 4) * math.prod(shape) for shape in read)
 
 
@@ -308,6 +291,7 @@ def run(values: Values) -> int:
     """Run the command: load the model, measure, print a table or JSON."""
     from fastgpt2.engine.engine import Engine
 
-    result = measure(Engine.load(max_batch=max(ROWS), **{name: values[name] for name in OPTIONS}))
+    options = {name: values[name] for name in ("model", "revision", "threads", "blas", "weights")}
+    result = measure(Engine.load(max_batch=max(ROWS), **options))
     print(json.dumps(result, indent=2) if values["json"] else report(result))
     return 0

@@ -41,7 +41,6 @@ class Engine:
     Attributes:
         model: the name under which it was loaded.
         decoder: for callers that admit and step sequences themselves.
-        load_times: how long loading took.
         weights, drafts: the options with which it was loaded.
     """
 

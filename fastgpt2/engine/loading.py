@@ -48,13 +48,11 @@ class LoadOptions:
     def __post_init__(self) -> None:
         if self.max_batch is not None and self.max_batch < 1:
             raise BadRequest(f"max_batch must be 1 or more, not {self.max_batch}")
-        if self.blas not in BLAS_CHOICES:
-            raise BadRequest(f"blas must be one of {', '.join(BLAS_CHOICES)}, not {self.blas!r}")
-        if self.weights not in WEIGHTS_CHOICES:
-            raise BadRequest(f"weights must be one of {', '.join(WEIGHTS_CHOICES)}, not {self.weights!r}")
+        for name, value, choices in (("blas", self.blas, BLAS_CHOICES), ("weights", self.weights, WEIGHTS_CHOICES)):
+            if value not in choices:
+                raise BadRequest(f"{name} must be one of {', '.join(choices)}, not {value!r}")
         if self.drafts not in DRAFTS_CHOICES and not (type(self.drafts) is int and 1 <= self.drafts <= MOST_DRAFTS):
-            choices = ", ".join(DRAFTS_CHOICES)
-            raise BadRequest(f"drafts must be {choices} or 1 to {MOST_DRAFTS}, not {self.drafts!r}")
+            raise BadRequest(f"drafts must be {', '.join(DRAFTS_CHOICES)} or 1 to {MOST_DRAFTS}, not {self.drafts!r}")
         if self.drafts == "int8" == self.weights:
             raise BadRequest("drafts by int8 weights are of no use to int8 weights; leave out one of the two")
         if self.threads is not None and self.threads < 1:

@@ -108,11 +108,7 @@ class Decoder:
         return self.model.cache.has_room(prompt.positions)
 
     def admit(self, prompt: TokenizedPrompt) -> Sequence:
-        """Take a prompt in; it is decoded from the next step on.
-
-        Raises:
-            IndexError: there is no room; ask `has_room` first.
-        """
+        """Take a prompt in; it is decoded from the next step on. Raises IndexError without room: ask `has_room`."""
         detokenizer = IncrementalDetokenizer(self.tokenizer)
         text = ""
         if prompt.request.echo:
@@ -174,9 +170,7 @@ class Decoder:
         return finished
 
     def finish(self, sequence: Sequence, reason: FinishReason | None = None) -> None:
-        """Take a sequence out and give its slot back; what it has generated stays readable.
-
-        Does nothing to one that is finished.
+        """Take a sequence out, unless it is finished, and give its slot back; what it has generated stays readable.
 
         Args:
             reason: why the sequence ended by itself; None if the caller drops it.
@@ -327,11 +321,7 @@ class Decoder:
 
 
 def argmax(logits: Array) -> list[int]:
-    """Return the likeliest token of each row of logits [rows, vocab_size].
-
-    Raises:
-        CheckpointError: a row's largest value is not finite.
-    """
+    """Return the likeliest token of each row [rows, vocab_size]; raise CheckpointError if its value is not finite."""
     # Row by row: over an axis, numpy would copy the logits first. A NaN, if there is one, is the largest.
     best = [int(row.argmax()) for row in logits]
     if not all(math.isfinite(row[token_id]) for row, token_id in zip(logits, best, strict=True)):
@@ -342,8 +332,7 @@ def argmax(logits: Array) -> list[int]:
 def token_logprob(tokenizer: Tokenizer, logits: Array, token_id: int, k: int, text_offset: int = 0) -> TokenLogprob:
     """Return the log-softmax, in float64, of a token and of the `k` likeliest; among equals, the lower id comes first.
 
-    Args:
-        logits: [vocab_size], as the model gives them; not changed.
+    The logits [vocab_size] are not changed.
     """
     ids = [token_id, *likeliest(logits, k)]
     values = logits.astype(np.float64)

@@ -110,11 +110,7 @@ class Drafter:
         return self._model_costs.seconds(rows) if self._model_costs.known else _PRIOR_COST * self._costs.seconds(rows)
 
     def _draft_by_model(self, sequences: Seq[Sequence], counts: Seq[int]) -> list[list[int]]:
-        """Return what the draft model goes on with, one token a step.
-
-        It reads the network's own keys and values from the cache and adds some of its own, which the step that verifies
-        replaces.
-        """
+        """Return what the draft model goes on with, one token a step, from the network's own keys and values."""
         cache = self._model.cache
         drafts: list[list[int]] = [[] for _ in sequences]
         slots = [sequence.slot for sequence in sequences]
@@ -128,6 +124,7 @@ class Drafter:
                 last[i] = int(row.argmax())
                 drafts[i].append(last[i])
             self._model_costs.note(len(drafting), perf_counter() - started)
+        # The step that verifies replaces the keys and values of the draft model.
         for slot, length in zip(slots, lengths, strict=True):
             cache.truncate(slot, length)
         return drafts
@@ -205,8 +202,7 @@ def plan_model_drafts(
 
     Args:
         rate: p, how likely a guess comes true if those before it did.
-        draft_cost: of the draft model's step, by its rows.
-        cost: of a step that verifies, by its rows.
+        draft_cost, cost: of the draft model's step, and of one that verifies, by its rows.
     """
     best, best_gain, tokens = 0, 1.0, 1.0
     plain, draft_step = cost(sequences), draft_cost(sequences)

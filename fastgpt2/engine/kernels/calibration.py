@@ -57,12 +57,7 @@ def measure_fastest_width(kernel: Kernel, n_in: int) -> int:
 
 
 def is_worth_loading(n_in: int, usual: tuple[Kernel, int], other: tuple[Kernel, int]) -> bool:
-    """Tell whether another kernel is so much faster than the usual one that it should be loaded.
-
-    Args:
-        n_in: rows of the panels.
-        usual, other: each kernel, with the width of the panels that it multiplies.
-    """
+    """Tell whether another kernel, with its panels' width, beats the usual one by enough to be worth loading."""
     times = _least_times(n_in, {0: usual, 1: other})
     relative = [of_other / of_usual for of_usual, of_other in zip(times[0], times[1], strict=True)]
     return sum(relative) / len(relative) < _WORTH_LOADING

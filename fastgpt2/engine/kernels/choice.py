@@ -37,11 +37,7 @@ def open_measurements(config: GPT2Config) -> Measurements:
 
 
 def choose_kernel(config: GPT2Config, measurements: Measurements, blas: str, weights: str) -> tuple[Kernel, Layout]:
-    """Return what multiplies a model's weights here, and the layout in which it multiplies them.
-
-    Raises:
-        BadRequest: what is asked for is not installed.
-    """
+    """Return what multiplies a model's weights, and the layout in which it does; raise BadRequest if not installed."""
     if weights != "float32" or blas == "compiled":
         return _compiled(measurements, weights)
     kernel = Kernel(NumpyProduct(), measurements)
@@ -100,11 +96,7 @@ def choose_width(kernel: Kernel, measurements: Measurements, n_in: int, timed: b
 
 
 def width_of(choice: int, n_out: int, parts: int) -> int:
-    """Return the width of the panels of a matrix of `n_out` columns, by the choice that was made.
-
-    Args:
-        parts: processes that should be able to share PLAIN panels evenly.
-    """
+    """Return the width of panels of `n_out` columns, by the choice; `parts` processes can share PLAIN ones evenly."""
     if choice != PLAIN:
         return choice
     n = parts * -(-n_out // (parts * PLAIN_WIDTH))

@@ -122,10 +122,7 @@ class Kernel:
         return _chunks_of(self._largest_exact_chunk(self.product, n_in, width))
 
     def attention_row_chunks(self, positions: int, head_dim: int, block: int) -> RowChunks:
-        """Return the chunks for queries by blocks of keys and for probabilities by values.
-
-        Attention is always multiplied by numpy's own BLAS.
-        """
+        """Return the chunks for queries by keys and probabilities by values, always multiplied by numpy's own BLAS."""
         shapes = ((head_dim, block), (positions, head_dim))
         return _chunks_of(min(self._largest_exact_chunk(NumpyProduct(), *shape) for shape in shapes))
 

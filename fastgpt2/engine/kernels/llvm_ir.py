@@ -277,10 +277,7 @@ def _strip(weights: str, rows: int, panels: int) -> str:
 
 
 def _multiply(weights: str, most: int) -> str:
-    """Write the function for all rows by all panels.
-
-    Few rows are one strip. More go in equal parts, a panel at a time, so that each panel is read from memory once.
-    """
+    """Write the function for all rows by all panels: few rows are one strip, more go in equal parts."""
     f = _Function(f"define void @multiply({_ARGUMENTS}, i64 %rows)")
     f.switch("%rows", most, "strip", "many")
     for rows in range(1, most + 1):
@@ -295,6 +292,7 @@ def _multiply(weights: str, most: int) -> str:
         _loop_over_parts(f, most, parts, w, out)
         return []
 
+    # A panel at a time, so that each is read from memory once.
     f.loop("panels", ("0", "%n"), 1, ("", ()), all_rows)
     f.do("ret void")
     return str(f)

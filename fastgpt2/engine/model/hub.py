@@ -234,14 +234,13 @@ def _incompleteness(repo_id: str, revision: str) -> str:
         names = set(list_repo_files(repo_id, revision=revision))
     except Exception:
         names = set()
-    if names and not any(name.endswith(".safetensors") for name in names):
-        pickles = sorted(name for name in names if name.endswith(".bin"))
-        if pickles:
-            return (
-                f"{repo_id}: has {pickles[0]} but no {SINGLE_FILE}. A .bin file is a pickle, which can run any code, "
-                "and is never opened here; the hub's own converter (the space safetensors/convert) makes a safetensors "
-                "file of it, often found as revision `refs/pr/N`"
-            )
+    pickles = sorted(name for name in names if name.endswith(".bin"))
+    if pickles and not any(name.endswith(".safetensors") for name in names):
+        return (
+            f"{repo_id}: has {pickles[0]} but no {SINGLE_FILE}. A .bin file is a pickle, which can run any code, and "
+            "is never opened here; the hub's own converter (the space safetensors/convert) makes a safetensors file of "
+            "it, often found as revision `refs/pr/N`"
+        )
     return (
         f"{repo_id}: revision {revision} is no complete model: it needs {CONFIG_FILE}, {SINGLE_FILE} (or {INDEX_FILE} "
         "and its shards), and tokenizer.json (or vocab.json and merges.txt)"

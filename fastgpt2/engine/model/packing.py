@@ -57,7 +57,6 @@ class PackedFile:
     """A packed file, mapped.
 
     Attributes:
-        tensors: the tensors in it.
         path: where it lies; None for memory of this process and its helpers only.
         fd: an open descriptor, for a helper to inherit. Closed with this object.
     """
@@ -80,8 +79,7 @@ def pack(checkpoint: Checkpoint, config: GPT2Config, model: str, layout: Layout,
         must_keep: it is an error if the file cannot be in the cache.
 
     Raises:
-        ModelError: the checkpoint cannot be used, there is no memory for the weights, or a file that must be kept
-            cannot be.
+        ModelError: the checkpoint cannot be used, there is no memory for it, or a file that must be kept cannot be.
     """
     try:
         path = pack_path(cache_folder(), checkpoint, model, layout)
@@ -229,7 +227,6 @@ class PackPlan:
         """Write header and tensors, a piece at a time.
 
         Args:
-            model: its name, for people.
             sealed: the file's time of change when it is whole, in nanoseconds.
             progress: called with the number of bytes of each piece.
         """

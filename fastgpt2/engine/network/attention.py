@@ -38,7 +38,6 @@ class Attention:
         heads: the first head, and the one after the last.
         qkv: [rows, at least 3 n_embd], contiguous, what c_attn gives; the queries are scaled in place.
         out: [rows, at least n_embd], written for these heads.
-        row_chunks: how many rows the kernel takes at once.
     """
 
     def __init__(

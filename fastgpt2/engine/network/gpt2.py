@@ -160,8 +160,7 @@ class GPT2:
             self._alone[step.weights].run(step)
             return
         if self._together is None:
-            share = 0, self.size
-            self._together = make_shards(self.config, self.sets, self.cache, self._arena, share, barrier.wait)
+            self._together = make_shards(self.config, self.sets, self.cache, self._arena, (0, self.size), barrier.wait)
         # The helpers have been idle since this process came to the barrier last, or since a later moment.
         may_sleep = time.monotonic() - barrier.arrived_at > WAKE_AFTER_SECONDS
         barrier.begin(step)

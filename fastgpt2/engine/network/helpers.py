@@ -42,12 +42,9 @@ class TeamBroken(Exception):
 
 
 class HelperProcesses:
-    """Helpers that have been started, and import what they need while this process does the same.
+    """Helpers that have been started; they end when this object is no longer held.
 
-    They end when this object is no longer held.
-
-    Raises:
-        OSError: no process can be started.
+    They import what they need while this process does the same. Raises OSError if no process can be started.
     """
 
     def __init__(self, count: int) -> None:

@@ -26,7 +26,7 @@ class KVCache:
     """The keys and values of `n_slots` sequences of up to `n_positions` tokens.
 
     Args:
-        bytes_limit: at least `sequence_bytes(config)`; None for as much as all slots can hold.
+        bytes_limit: that all sequences together may commit, at least `sequence_bytes(config)`; None for no limit.
 
     Attributes:
         keys: float32 [n_slots, n_layer, blocks, n_head, head_dim, BLOCK]: panels of keys, so that queries are
@@ -34,7 +34,6 @@ class KVCache:
         values: float32 [n_slots, n_layer, n_head, blocks * BLOCK, head_dim].
         lengths: how many positions of each slot are filled.
         usable_slots: how many of the slots are given out, the first ones.
-        bytes_limit: how much memory all sequences together may commit.
     """
 
     def __init__(self, config: GPT2Config, n_slots: int, arena: Arena, bytes_limit: int | None = None) -> None:
@@ -92,18 +91,14 @@ class KVCache:
         return bool(self._free) and sum(self._reserved) + self._bytes_for(positions) <= self.bytes_limit
 
     def allot(self, positions: int | None = None) -> int:
-        """Give out an empty slot, the lowest: neighbours are attended together.
+        """Give out an empty slot, the lowest: neighbours are attended together. Raises IndexError without room.
 
         Args:
             positions: how many the sequence will fill at most; None for as many as there are.
-
-        Raises:
-            IndexError: no slot is free, or there is no memory left within the limit.
         """
-        if not self._free:
-            raise IndexError("no slot is free; ask `has_room` first")
         if not self.has_room(positions):
-            raise IndexError("the memory for keys and values is taken; ask `has_room` first")
+            taken = "the memory for keys and values is taken" if self._free else "no slot is free"
+            raise IndexError(f"{taken}; ask `has_room` first")
         slot = min(self._free)
         self._free.remove(slot)
         self._reserved[slot] = max(self._bytes_for(positions), self._committed[slot])

@@ -49,10 +49,6 @@ class Prefixes:
 
     Raises:
         ModelError: the system does not give that much address space.
-
-    Attributes:
-        n_blocks: how many are kept at most.
-        bytes_limit: what they take together.
     """
 
     def __init__(self, config: GPT2Config, memory: int) -> None:
@@ -151,7 +147,6 @@ def prefixes_within(config: GPT2Config, memory: int | None, kv_memory: int) -> P
 
     Raises:
         BadRequest: `memory` has no room for one block.
-        ModelError: the system does not give that much address space.
     """
     least = -(-block_bytes(config) // PAGE) * PAGE
     if memory is not None and memory != 0 and memory < least:

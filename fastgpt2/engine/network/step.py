@@ -43,7 +43,6 @@ class Segment:
     """The next tokens of one sequence.
 
     Attributes:
-        slot: the sequence's slot in the KV cache.
         ids: the tokens that follow what the slot holds, at least one.
         n_logits: of how many of the last of these tokens logits are wanted: 0 in the midst of a prompt, else 1 or more.
     """

@@ -32,7 +32,7 @@ LEAST_BATCH_GAIN = 1.15
 _CONTEXT = 64
 _REPEATS = 5
 
-# Rows of one sequence whose steps are timed, for `drafter.StepCosts`.
+# Rows of one sequence whose steps are timed, for `StepCosts`.
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16)
 
 
@@ -100,11 +100,7 @@ def largest_that_pays(step_seconds: Callable[[int], float], most: int) -> int:
 
 
 def row_costs(network: GPT2, measurements: Measurements, measure: bool) -> dict[int, float]:
-    """Return the seconds of a step by rows of one sequence; {} where they are not known, as for a small model.
-
-    Args:
-        measure: whether to measure now what was not measured here before.
-    """
+    """Return the seconds of a step by rows of one sequence, measured now if need be and `measure`; {} if not known."""
     if not is_large(network.config):
         return {}
     names = {rows: f"microseconds of {rows} rows, {_circumstances(network)}" for rows in ROWS}

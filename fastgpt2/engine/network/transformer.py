@@ -91,18 +91,17 @@ def make_shards(
     meet: Callable[[], None],
 ) -> list[Shard]:
     """Return one process's shard of the network by each set of weights."""
-    shards = []
-    for index, weight_set in enumerate(sets):
-        buffers = {name: arena[buffer_name(index, name)] for name in BUFFERS}
-        shards.append(Shard(config, weight_set, cache, buffers, share, meet))
-    return shards
+    return [
+        Shard(config, weight_set, cache, {name: arena[buffer_name(index, name)] for name in BUFFERS}, share, meet)
+        for index, weight_set in enumerate(sets)
+    ]
 
 
 class Shard:
     """One process's share of the network. It holds no state between steps but views.
 
     Args:
-        buffers: the shared arrays, `BUFFERS`.
+        buffers: by the names of `BUFFERS`.
         share: this process's rank, and the number of processes.
         meet: returns when every process has called it.
     """
