@@ -180,7 +180,7 @@ class Timed:
         return time.perf_counter() - started
 
 
-def settle() -> None:
+def let_helpers_sleep() -> None:
     """Wait until the engine's helpers sleep: after a step they look for the next one, and keep a core busy."""
     from fastgpt2.engine.network.helpers import SPIN_SECONDS
 
@@ -257,9 +257,9 @@ def measure(engine: Engine) -> Values:
             for rows in ROWS:
                 rates[rows].append(read_rate(model.size))
                 steps[rows].append(timed.decode(rows))
-                settle()
+                let_helpers_sleep()
             prefill.append(timed.read(0, prompt))
-            settle()
+            let_helpers_sleep()
     return {
         "model": engine.model,
         "machine": facts,
