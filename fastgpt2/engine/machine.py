@@ -154,7 +154,10 @@ def processes_for(config: GPT2Config, threads: int | None) -> int:
 
 
 def cache_folder() -> Path:
-    """Return `FASTGPT2_CACHE`, else `$XDG_CACHE_HOME/fastgpt2`, else `~/.cache/fastgpt2`; it need not exist."""
+    """Return `FASTGPT2_CACHE`, else `$XDG_CACHE_HOME/fastgpt2`, else `~/.cache/fastgpt2`; it need not exist.
+
+    Raises FileNotFoundError if there is no home folder.
+    """
     explicit = os.environ.get("FASTGPT2_CACHE")
     folder = Path(explicit) if explicit else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fastgpt2"
     try:
@@ -172,6 +175,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
 
     Raises:
         BlockingIOError: another process holds the lock, and `wait` is not set.
+        OSError: the file cannot be made.
     """
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)

@@ -48,9 +48,7 @@ class Decoder:
     def __init__(
         self, model: GPT2, tokenizer: Tokenizer, prefixes: Prefixes | None = None, drafter: Drafter | None = None
     ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.prefixes = prefixes
+        self.model, self.tokenizer, self.prefixes = model, tokenizer, prefixes
         self.drafter = drafter or Drafter(model)
         self.running: list[Sequence] = []
 

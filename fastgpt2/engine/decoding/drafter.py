@@ -59,8 +59,7 @@ class Drafter:
     """
 
     def __init__(self, model: GPT2, most: int | None = 0, measured: Mapping[int, float] | None = None) -> None:
-        self._model = model
-        self._most = most
+        self._model, self._most = model, most
         self._costs, self._model_costs = StepCosts(measured), StepCosts()
         self._acceptance, self._model_rate = Acceptance(), Rate(_PRIOR_RATE)
         self._by_model = False

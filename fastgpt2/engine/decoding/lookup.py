@@ -42,8 +42,7 @@ class Lookup:
         self._ids: list[int] = []
         # Where each n-gram ended when it occurred last: the index of what followed.
         self._ends: dict[tuple[int, ...], int] = {}
-        self._next = 0
-        self.match = 0
+        self._next = self.match = 0
         for token_id in ids:
             self.push(token_id)
 

@@ -51,8 +51,7 @@ class Checkpoint:
     """The tensors of a model's folder, by name. Views stay valid as long as any of them, or this object, is alive."""
 
     def __init__(self, tensors: dict[str, TensorInfo], maps: dict[Path, mmap.mmap]) -> None:
-        self.tensors = tensors
-        self._maps = maps
+        self.tensors, self._maps = tensors, maps
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:

@@ -157,8 +157,7 @@ class _Reader:
     """Reads the fields of one configuration file, and raises ConfigError for a value of the wrong kind."""
 
     def __init__(self, path: Path, fields: dict[str, Any]) -> None:
-        self.path = path
-        self.fields = fields
+        self.path, self.fields = path, fields
 
     def size(self, name: str, default: int) -> int:
         rule = f"a whole number from 1 to {MAX_DIMENSION}"

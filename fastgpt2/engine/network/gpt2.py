@@ -70,8 +70,7 @@ class GPT2:
             for file, multiplier in ((packed, kernel), *([draft] if draft is not None else []))
         ]
         self._shape, self._kv_memory = shape, kv_memory
-        self._starts_left = MAX_STARTS
-        self._lost = False
+        self._starts_left, self._lost = MAX_STARTS, False
         self._set_up()
         _networks.add(self)
 

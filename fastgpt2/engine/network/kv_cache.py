@@ -52,8 +52,7 @@ class KVCache:
             arena.advise("keys", "MADV_NOHUGEPAGE")
             arena.advise("values", "MADV_NOHUGEPAGE")
         # Bytes that a slot in use may come to commit, and bytes that a slot has committed.
-        self._reserved = [0] * n_slots
-        self._committed = [0] * n_slots
+        self._reserved, self._committed = [0] * n_slots, [0] * n_slots
         self._free = list(range(n_slots))
 
     @staticmethod

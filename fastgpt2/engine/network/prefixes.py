@@ -147,6 +147,7 @@ def prefixes_within(config: GPT2Config, memory: int | None, kv_memory: int) -> P
 
     Raises:
         BadRequest: `memory` has no room for one block.
+        ModelError: the system does not give that much address space.
     """
     least = -(-block_bytes(config) // PAGE) * PAGE
     if memory is not None and memory != 0 and memory < least:
