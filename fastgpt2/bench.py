@@ -12,11 +12,12 @@ import math
 import mmap
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from subprocess import PIPE, Popen
 from typing import TYPE_CHECKING, Any
 
 from fastgpt2 import __version__
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
     from fastgpt2.engine.network.gpt2 import GPT2
 
 Values = dict[str, Any]
-
-# Options of the command that `Engine.load` takes too.
-OPTIONS = ("model", "revision", "threads", "blas", "weights")
 
 # Sequences that are decoded together, the tokens that each holds, and the tokens of a prompt.
 ROWS, CONTEXT, PROMPT = (1, 2, 4, 8, 16), 64, 256
@@ -86,7 +84,6 @@ def machine() -> Values:
 
 
 def machine_line(facts: Values) -> str:
-    """Return the facts of `machine` in one line."""
     line = "{cpu}, {cores} cores, {memory_gb} GB, {system}; Python {python}, numpy {numpy}, {blas}; {date}"
     return line.format(**facts)
 
@@ -105,23 +102,15 @@ def readers(count: int) -> Iterator[Callable[[int], float]]:
     ones = b"\0\0\x80\x3f" * (1 << 20)
     with os.fdopen(anonymous_file("fastgpt2-bench"), "wb", buffering=0) as file, ExitStack() as stack:
         file.writelines([ones] * (READ_BYTES // len(ones)))
+        fd = file.fileno()
+        command = [sys.executable, "-c", f"from fastgpt2.bench import read_when_asked; read_when_asked({fd})"]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        start = partial(Popen, command, stdin=PIPE, stdout=PIPE, text=True, pass_fds=(fd,), env=environment)
         # A process ends with its input, which the stack closes.
-        processes = [stack.enter_context(_start_reader(file.fileno())) for _ in range(count)]
+        processes: list[Any] = [stack.enter_context(start()) for _ in range(count)]
         for process in processes:
             process.stdout.readline()
         yield lambda asked: median([_time_pass(processes[:asked]) for _ in range(3)])
-
-
-def _start_reader(fd: int) -> Any:
-    """Start a process that runs `read_when_asked` on the file of that descriptor."""
-    return subprocess.Popen(
-        [sys.executable, "-c", f"from fastgpt2.bench import read_when_asked; read_when_asked({fd})"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        pass_fds=(fd,),
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-    )
 
 
 def _time_pass(processes: Sequence[Any]) -> float:
@@ -136,10 +125,7 @@ def _time_pass(processes: Sequence[Any]) -> float:
 
 
 def read_when_asked(fd: int) -> None:
-    """Run one reader: for each line "first stop" of the input, add up the squares of those numbers of the mapping.
-
-    Prints when it began and when it was done, by the clock of all processes.
-    """
+    """For each line "first stop" of the input, add up the squares of those numbers, and print its begin and its end."""
     from fastgpt2.engine.machine import hold_to_one_thread
 
     hold_to_one_thread()
@@ -157,12 +143,7 @@ def read_when_asked(fd: int) -> None:
 
 
 class Timed:
-    """Steps of a loaded engine, timed from outside: `forward` and the choice of the likeliest token.
-
-    Args:
-        rows: the most sequences that a step is timed for.
-        context: tokens that each of them holds.
-    """
+    """Steps of up to `rows` sequences of `context` tokens, timed from outside: `forward` and the likeliest token."""
 
     def __init__(self, engine: Engine, rows: int, context: int = CONTEXT) -> None:
         self.model, self._room = engine.decoder.model, engine.config.n_positions - 1
@@ -179,18 +160,15 @@ class Timed:
         seconds = []
         for i in range(steps + 1):
             segments = [Segment(slot, [i % self.model.config.vocab_size]) for slot in self._slots[:rows]]
-            for segment in segments:
-                self.model.cache.lengths[segment.slot] = min(context, self._room)
+            for slot in self._slots[:rows]:
+                self.model.cache.lengths[slot] = min(context, self._room)
             started = time.perf_counter()
             self.model.forward(segments).argmax(axis=-1)
             seconds.append(time.perf_counter() - started)
         return seconds[1:]
 
     def read(self, index: int, tokens: int) -> float:
-        """Return the seconds for a prompt of `tokens` tokens, up to its first new one.
-
-        The sequence of that index holds the prompt from then on.
-        """
+        """Return the seconds of a prompt of `tokens` tokens up to its first new one; sequence `index` holds it then."""
         from fastgpt2.engine.network.step import Segment
 
         started, slot = time.perf_counter(), self._slots[index]
@@ -202,35 +180,31 @@ class Timed:
         return time.perf_counter() - started
 
 
-def settle() -> None:
+def let_helpers_sleep() -> None:
     """Wait until the engine's helpers sleep: after a step they look for the next one, and keep a core busy."""
-    from fastgpt2.engine.network.step import SPIN_SECONDS
+    from fastgpt2.engine.network.helpers import SPIN_SECONDS
 
     time.sleep(3 * SPIN_SECONDS)
 
 
 def step_bytes(config: GPT2Config, weight_bytes: int = 4) -> int:
-    """Return the bytes of weights that a decode step reads in any layout: all but the embeddings, whose rows it reads.
-
-    Args:
-        weight_bytes: bytes of a number in a matrix; biases and norms are float32.
-    """
+    """Return the bytes of weights that a decode step reads in any layout: all but the embeddings, read by row."""
     from fastgpt2.engine.model.weights import expected_shapes
 
     read = (shape for name, shape in expected_shapes(config).items() if name not in ("wte.weight", "wpe.weight"))
+    # Biases and norms are float32.
     return sum((weight_bytes if len(shape) > 1 else 4) * math.prod(shape) for shape in read)
 
 
 def weight_bytes(model: GPT2) -> int:
-    """Return the bytes of a number in a network's matrices."""
-    return int(model._weights.lm_head.array.itemsize)
+    return int(model.sets[0].weights.lm_head.array.itemsize)
 
 
 def layout(model: GPT2) -> Values:
     """Return how a network is laid out and multiplied here; panels as inputs x columns."""
-    block = model._weights.blocks[0]
+    block = model.sets[0].weights.blocks[0]
     return {
-        "blas": model._kernel.product.name,
+        "blas": model.sets[0].kernel.product.name,
         "panels": ", ".join(f"{x.weight.n_in}x{x.weight.width}" for x in (block.c_fc, block.mlp_c_proj)),
         "processes": model.size,
         "exact": model.exact,
@@ -239,18 +213,16 @@ def layout(model: GPT2) -> Values:
 
 
 def layout_line(facts: Values) -> str:
-    """Return the facts of `layout` in one line."""
     line = "{step_mb:.1f} MB of weights a step; {blas}, panels {panels}, processes {processes}, batch-invariant {exact}"
     return line.format(**facts)
 
 
 def decode_entry(rows: int, rounds: Sequence[Sequence[float]], rates: Sequence[float], n_bytes: int) -> Values:
-    """Return the figures of steps with `rows` rows.
+    """Return the figures of steps with `rows` rows, which read `n_bytes` each.
 
     Args:
         rounds: the seconds of each step of each round.
         rates: the bytes a second that as many processes read just before each round.
-        n_bytes: what a step reads.
     """
     ms = summary([seconds for steps in rounds for seconds in steps], 1e3)
     shares = [n_bytes / median(steps) / rate for steps, rate in zip(rounds, rates, strict=True)]
@@ -264,7 +236,6 @@ def decode_entry(rows: int, rounds: Sequence[Sequence[float]], rates: Sequence[f
 
 
 def decode_table(entries: Sequence[Values]) -> str:
-    """Return the entries of `decode_entry` as a table."""
     line = "{rows}|{ms[median]:.2f}|{ms[q1]:.2f}-{ms[q3]:.2f}|{tokens_per_s:.0f}|{gb_per_s:.1f}|{share[median]:.0%}"
     headers = ["rows", "ms/step", "quartiles", "tokens/s", "GB/s", "of the bandwidth"]
     return table(headers, [line.format(**entry).split("|") for entry in entries])
@@ -286,9 +257,9 @@ def measure(engine: Engine) -> Values:
             for rows in ROWS:
                 rates[rows].append(read_rate(model.size))
                 steps[rows].append(timed.decode(rows))
-                settle()
+                let_helpers_sleep()
             prefill.append(timed.read(0, prompt))
-            settle()
+            let_helpers_sleep()
     return {
         "model": engine.model,
         "machine": facts,
@@ -300,7 +271,6 @@ def measure(engine: Engine) -> Values:
 
 
 def report(result: Values) -> str:
-    """Return what `measure` found as lines for people."""
     rates = [f"{count}: {rate['median']:.1f}" for count, rate in result["bandwidth_gb_per_s"].items()]
     prompt = "a prompt of {tokens} tokens: {ms[median]:.0f} ms, {tokens_per_s:.0f} tokens/s".format(**result["prefill"])
     lines = [
@@ -321,6 +291,7 @@ def run(values: Values) -> int:
     """Run the command: load the model, measure, print a table or JSON."""
     from fastgpt2.engine.engine import Engine
 
-    result = measure(Engine.load(max_batch=max(ROWS), **{name: values[name] for name in OPTIONS}))
+    options = {name: values[name] for name in ("model", "revision", "threads", "blas", "weights")}
+    result = measure(Engine.load(max_batch=max(ROWS), **options))
     print(json.dumps(result, indent=2) if values["json"] else report(result))
     return 0

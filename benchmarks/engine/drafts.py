@@ -23,7 +23,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the clone's root, where `benchmarks` is
 
 from benchmarks.common import HELD_OUT_TEXT, begin, heading, in_turns, numbers, parse, parser, ratio, write
-from fastgpt2.bench import Values, layout, layout_line, settle, summary, table
+from fastgpt2.bench import Values, layout, layout_line, let_helpers_sleep, summary, table
 from fastgpt2.engine.decoding.records import GenerationRequest
 from fastgpt2.engine.decoding.sequence import Sequence
 from fastgpt2.engine.engine import Engine
@@ -71,7 +71,7 @@ def measure(model: str, asked: argparse.Namespace) -> Values:
     ids = plain.tokenizer.encode(HELD_OUT_TEXT.read_text("utf-8"))
     for batch in asked.batches:
         for engine in engines.values():
-            engine.decoder.model.use_slots(batch)
+            engine.decoder.model.cache.use_slots(batch)
         pieces = [ids[at * PROMPT : (at + 1) * PROMPT] for at in range(batch * (asked.rounds + 1))]
 
         def turn(engine: Engine, pieces: list[list[int]] = pieces, batch: int = batch) -> Callable[[], Run]:
@@ -81,7 +81,7 @@ def measure(model: str, asked: argparse.Namespace) -> Values:
         turns = {how: turn(engine) for how, engine in engines.items()}
         for one in turns.values():
             one()  # not measured: the engine learns what steps cost and how often guesses come true
-        found = in_turns(turns, asked.rounds, between=settle)
+        found = in_turns(turns, asked.rounds, between=let_helpers_sleep)
         entry["batches"][str(batch)] = {how: summed_up(runs, found[OFF], asked.tokens) for how, runs in found.items()}
         show(batch, entry["batches"][str(batch)])
     for engine in engines.values():

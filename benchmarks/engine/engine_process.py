@@ -27,7 +27,7 @@ def main() -> None:
     engine = Engine.load(options.model, threads=options.threads, prefix_memory=options.prefix_memory)
     engine.warm_up()
     network = engine.decoder.model
-    path = network._packed.path
+    path = network.sets[0].packed.path
     hello = {"weights": str(path) if path else None, "state": network.cache.keys.ctypes.data}
     print(json.dumps(hello), flush=True)
     for line in sys.stdin:

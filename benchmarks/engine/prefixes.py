@@ -26,7 +26,7 @@ from time import perf_counter
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the clone's root, where `benchmarks` is
 
 from benchmarks.common import begin, heading, in_turns, parse, parser, ratio, write
-from fastgpt2.bench import Values, layout, layout_line, settle, summary, table
+from fastgpt2.bench import Values, layout, layout_line, let_helpers_sleep, summary, table
 from fastgpt2.engine.engine import Engine
 from fastgpt2.engine.network.kv_cache import BLOCK
 from fastgpt2.engine.network.prefixes import Prefixes, block_bytes
@@ -58,7 +58,7 @@ def measure(model: str, asked: argparse.Namespace) -> Values:
     turns = {"without": runs.without, "with": runs.known, "new": runs.new}
     for turn in turns.values():
         turn()
-    found = in_turns(turns, asked.rounds, between=settle)
+    found = in_turns(turns, asked.rounds, between=let_helpers_sleep)
     seconds = {name: [each for each, _ in of] for name, of in found.items()}
     equal = [ours == theirs for (_, ours), (_, theirs) in zip(found["with"], found["without"], strict=True)]
     copies = runs.copies(asked.rounds)

@@ -42,9 +42,9 @@ from fastgpt2.bench import (
     decode_table,
     layout,
     layout_line,
+    let_helpers_sleep,
     median,
     readers,
-    settle,
     step_bytes,
     summary,
     table,
@@ -143,7 +143,7 @@ def load(model: str, asked: argparse.Namespace) -> tuple[dict[str, Engine], dict
 
 def pause() -> None:
     """Wait until the threads of what went before sleep."""
-    settle()
+    let_helpers_sleep()
     time.sleep(PAUSE_SECONDS)
 
 
@@ -176,7 +176,7 @@ def engine_turn(
             for n in contexts:
                 samples[f"context {rows}"][n].append(timed.decode(rows, asked.steps, n - 1))
         for rows in asked.rows:
-            settle()
+            let_helpers_sleep()
             samples["beside"][rows].append([rate()])
             samples["decode"][rows].append(timed.decode(rows, asked.steps))
         for n in prompts:

@@ -144,7 +144,7 @@ def parts_timed(engine: Engine) -> Iterator[dict[str, Any]]:
 
         return watch
 
-    product = model._kernel.product
+    product = model.sets[0].kernel.product
 
     class WatchedProduct:
         name = product.name
@@ -162,7 +162,7 @@ def parts_timed(engine: Engine) -> Iterator[dict[str, Any]]:
         return spent["logits"]
 
     replaced: list[tuple[Any, str, Any]] = [
-        (model._kernel, "product", WatchedProduct()),
+        (model.sets[0].kernel, "product", WatchedProduct()),
         (transformer, "layer_norm", watched("layer norm", transformer.layer_norm)),
         (shard, "_activation", watched("activation", shard._activation)),
         (shard._attention, "prepare", watched("attention", shard._attention.prepare)),

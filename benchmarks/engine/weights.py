@@ -78,7 +78,7 @@ def measure(model: str, asked: argparse.Namespace) -> Values:
         texts = [result.token_ids for result in engine.generate(pieces, max_new_tokens=asked.tokens, ignore_eos=True)]
         reference = reference or (logprobs, best, texts)
         entry["weights"][weights] = {
-            "mb": os.fstat(engine.decoder.model._packed.fd).st_size / 1e6,
+            "mb": os.fstat(engine.decoder.model.sets[0].packed.fd).st_size / 1e6,
             "perplexity": math.exp(-float(logprobs.mean())),
             "agreement": float((best == reference[1]).mean()),
             "difference": float(np.abs(logprobs - reference[0]).mean()),

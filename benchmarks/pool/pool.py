@@ -49,7 +49,7 @@ from benchmarks.common import (
     write,
 )
 from benchmarks.pool.pools import KINDS, LONGEST, SHORTEST, Pools, mixed_prompts
-from fastgpt2.bench import Values, median, quantile, settle, summary, table
+from fastgpt2.bench import Values, let_helpers_sleep, median, quantile, summary, table
 from fastgpt2.engine.model.config import CONFIG_FILE, GPT2Config, read_config
 from fastgpt2.engine.model.hub import find_model
 
@@ -115,7 +115,7 @@ def measure_cell(
         count = min(jobs, asked.stock_jobs) if KINDS[name].stock else jobs
         return pools.run(name, mixed_prompts(config, count, asked.tokens, shortest, longest), asked.tokens)
 
-    runs = in_turns({name: partial(turn, name) for name in KINDS}, asked.rounds, settle)
+    runs = in_turns({name: partial(turn, name) for name in KINDS}, asked.rounds, let_helpers_sleep)
     speeds = {name: [run["tokens_per_s"] for run in found] for name, found in runs.items()}
     lengths = [len(prompt) for prompt in mixed_prompts(config, jobs, asked.tokens, shortest, longest)]
     return {
@@ -145,7 +145,7 @@ def measure_overhead(pools: Pools, config: GPT2Config, asked: argparse.Namespace
     (prompt,) = mixed_prompts(config, 1, 4, SHORTEST, SHORTEST)
     found = []
     for i in range(asked.single_jobs):
-        settle()
+        let_helpers_sleep()
         result, seconds = pools.run_alone("one", prompt, 1 + i % 4, stream=False)
         found.append(1e3 * (seconds - result.timings.prefill_seconds - result.timings.decode_seconds))
     return {"jobs": asked.single_jobs, "ms": {**summary(found), "p95": quantile(found, 0.95)}}
@@ -191,7 +191,7 @@ def measure_alone(pools: Pools, folder: Path, config: GPT2Config, asked: argpars
         turns = {"engine": of_engine, "streamed": partial(of_job, True), "not_streamed": partial(of_job, False)}
         for warm_up in turns.values():
             warm_up()
-        found = in_turns(turns, LONE_ROUNDS * asked.rounds, settle)
+        found = in_turns(turns, LONE_ROUNDS * asked.rounds, let_helpers_sleep)
     entry: Values = {name: medians(runs) for name, runs in found.items()}
     for name in ("streamed", "not_streamed"):
         for key in ("token_ms", "whole_ms"):

@@ -51,7 +51,7 @@ def _pack(values: dict[str, Any], weights: str) -> PackedFile:
 
     folder = find_model(values["model"], values["revision"])
     config = read_config(folder / CONFIG_FILE)
-    return pack_model(folder, config, values["model"], values["blas"], weights)
+    return pack_model(folder, config, values["model"], values["blas"], weights, must_keep=True)[0]
 
 
 def _measure(values: dict[str, Any]) -> None:

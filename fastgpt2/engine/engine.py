@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fastgpt2.engine.model.tokenizer import Tokenizer
 
 DEFAULT_MODEL = "gpt2"
+Prompts = list[str] | list[list[int]] | tuple[str, ...]
 
 
 class Options(TypedDict, total=False):
@@ -40,23 +41,14 @@ class Engine:
     Attributes:
         model: the name under which it was loaded.
         decoder: for callers that admit and step sequences themselves.
-        load_times: how long loading took.
         weights, drafts: the options with which it was loaded.
     """
 
     def __init__(
-        self,
-        model: str,
-        decoder: Decoder,
-        load_times: LoadTimes,
-        weights: str = "float32",
-        drafts: str | int = "off",
+        self, model: str, decoder: Decoder, load_times: LoadTimes, weights: str = "float32", drafts: str | int = "off"
     ) -> None:
-        self.model = model
-        self.decoder = decoder
-        self.load_times = load_times
-        self.weights = weights
-        self.drafts = drafts
+        self.model, self.decoder, self.load_times = model, decoder, load_times
+        self.weights, self.drafts = weights, drafts
 
     @property
     def config(self) -> GPT2Config:
@@ -68,7 +60,6 @@ class Engine:
 
     @property
     def max_batch(self) -> int:
-        """The most sequences that are decoded side by side."""
         return self.decoder.model.cache.usable_slots
 
     def describe(self) -> str:
@@ -117,40 +108,24 @@ class Engine:
                 `kv_memory` does not hold one sequence of all the model's positions, `prefix_memory` is neither 0 nor
                 enough for one block of them, or `drafts` is neither a word above nor 1 to 15.
         """
-        options = LoadOptions(
-            revision=revision,
-            threads=threads,
-            max_batch=max_batch,
-            kv_memory=kv_memory,
-            prefix_memory=prefix_memory,
-            blas=blas,
-            weights=weights,
-            drafts=drafts,
-        )
-        name = os.fspath(model)
-        decoder, load_times = load_decoder(name, options)
-        return cls(name, decoder, load_times, weights, drafts)
+        options = LoadOptions(revision, threads, max_batch, kv_memory, prefix_memory, blas, weights, drafts)
+        decoder, load_times = load_decoder(os.fspath(model), options)
+        return cls(os.fspath(model), decoder, load_times, weights, drafts)
 
     @overload
-    def generate(self, prompts: str, **options: Unpack[Options]) -> GenerationResult: ...
+    def generate(self, prompts: Prompts, **options: Unpack[Options]) -> list[GenerationResult]: ...
 
     @overload
-    def generate(
-        self, prompts: list[str] | list[list[int]] | tuple[str, ...], **options: Unpack[Options]
-    ) -> list[GenerationResult]: ...
-
-    @overload
-    def generate(self, prompts: list[int], **options: Unpack[Options]) -> GenerationResult: ...
+    def generate(self, prompts: str | list[int], **options: Unpack[Options]) -> GenerationResult: ...
 
     def generate(
-        self, prompts: str | list[int] | list[str] | list[list[int]] | tuple[str, ...], **options: Unpack[Options]
+        self, prompts: str | list[int] | Prompts, **options: Unpack[Options]
     ) -> GenerationResult | list[GenerationResult]:
         """Continue a prompt, or several at once.
 
         Args:
             prompts: a text or a list of token ids; or a list of texts, or of lists of token ids.
-            options: max_new_tokens, stop, ignore_eos, min_new_tokens, logprobs, prompt_logprobs, echo; see
-                `GenerationRequest`.
+            options: those of `Options`; see `GenerationRequest`.
 
         Returns:
             One result for one prompt, a list in the order of the prompts for several.
@@ -159,9 +134,8 @@ class Engine:
             BadRequest: an option or a prompt cannot be served; nothing has been generated then.
         """
         if not isinstance(prompts, str | list | tuple):
-            raise BadRequest(
-                f"prompts must be a string, a list of token ids or a list of such, not {type(prompts).__name__}"
-            )
+            kind = type(prompts).__name__
+            raise BadRequest(f"prompts must be a string, a list of token ids or a list of such, not {kind}")
         stop = options.get("stop", ())
         if not isinstance(stop, str | list | tuple) and isinstance(stop, Iterable):
             options["stop"] = tuple(stop)

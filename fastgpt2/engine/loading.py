@@ -22,6 +22,7 @@ from fastgpt2.errors import BadRequest, TokenizerError
 
 if TYPE_CHECKING:
     from fastgpt2.engine.decoding.decoder import Decoder
+    from fastgpt2.engine.kernels.kernel import Kernel
     from fastgpt2.engine.model.packing import PackedFile
     from fastgpt2.engine.network.gpt2 import GPT2
     from fastgpt2.engine.network.helpers import HelperProcesses
@@ -31,13 +32,9 @@ DRAFTS_CHOICES = ("off", "auto", "int8")
 WEIGHTS_CHOICES = ("float32", "bfloat16", "int8")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """The options of a load, checked. `Engine.load` says what each one means.
-
-    Raises:
-        BadRequest: an option has a value that it cannot have.
-    """
+    """The options of a load, checked when made. `Engine.load` says what each one means, and what is raised."""
 
     revision: str | None
     threads: int | None
@@ -51,13 +48,11 @@ class LoadOptions:
     def __post_init__(self) -> None:
         if self.max_batch is not None and self.max_batch < 1:
             raise BadRequest(f"max_batch must be 1 or more, not {self.max_batch}")
-        if self.blas not in BLAS_CHOICES:
-            raise BadRequest(f"blas must be one of {', '.join(BLAS_CHOICES)}, not {self.blas!r}")
-        if self.weights not in WEIGHTS_CHOICES:
-            raise BadRequest(f"weights must be one of {', '.join(WEIGHTS_CHOICES)}, not {self.weights!r}")
+        for name, value, choices in (("blas", self.blas, BLAS_CHOICES), ("weights", self.weights, WEIGHTS_CHOICES)):
+            if value not in choices:
+                raise BadRequest(f"{name} must be one of {', '.join(choices)}, not {value!r}")
         if self.drafts not in DRAFTS_CHOICES and not (type(self.drafts) is int and 1 <= self.drafts <= MOST_DRAFTS):
-            choices = ", ".join(DRAFTS_CHOICES)
-            raise BadRequest(f"drafts must be {choices} or 1 to {MOST_DRAFTS}, not {self.drafts!r}")
+            raise BadRequest(f"drafts must be {', '.join(DRAFTS_CHOICES)} or 1 to {MOST_DRAFTS}, not {self.drafts!r}")
         if self.drafts == "int8" == self.weights:
             raise BadRequest("drafts by int8 weights are of no use to int8 weights; leave out one of the two")
         if self.threads is not None and self.threads < 1:
@@ -81,11 +76,7 @@ class LoadTimes:
 
 
 def load_decoder(model: str, options: LoadOptions) -> tuple[Decoder, LoadTimes]:
-    """Load a model, until it can take requests.
-
-    Raises:
-        ModelError, BadRequest: as `Engine.load`.
-    """
+    """Load a model, until it can take requests. Raises as `Engine.load`."""
     started = perf_counter()
     hold_to_one_thread()
     folder = find_model(model, options.revision)
@@ -106,7 +97,7 @@ def load_decoder(model: str, options: LoadOptions) -> tuple[Decoder, LoadTimes]:
             folder,
             config,
             model,
-            n_slots=slots_to_map(config) if options.max_batch is None else options.max_batch,
+            n_slots=options.max_batch or slots_to_map(config),
             size=size,
             blas=options.blas,
             weights=options.weights,
@@ -147,8 +138,7 @@ def load_network(
         model: its name, for people.
         n_slots: sequences that it has room for.
         size: processes to run it on, from `processes_for`.
-        blas: openblas, mkl, compiled, or auto for the fastest of those that are installed.
-        weights: float32, bfloat16 or int8; the latter two are always multiplied by compiled code.
+        blas, weights: as for `Engine.load`.
         kv_memory: bytes for keys and values; None for what `n_slots` sequences can take at most.
         draft_weights: another set of weights, for guesses.
 
@@ -158,32 +148,26 @@ def load_network(
     """
     # Threads of BLAS beside processes that spin for each other would cost a hundredfold.
     hold_to_one_thread()
-    from fastgpt2.engine.kernels.choice import choose_kernel, open_measurements
-    from fastgpt2.engine.model.checkpoint import Checkpoint
-    from fastgpt2.engine.model.packing import pack
     from fastgpt2.engine.network.gpt2 import DEFAULT_MAX_ROWS, GPT2, PREFILL_ROWS_BESIDE
-    from fastgpt2.engine.network.helpers import Shape
+    from fastgpt2.engine.network.transformer import Shape
 
-    checkpoint = Checkpoint.open(folder)
-    measurements = open_measurements(config)
-    kernel, layout = choose_kernel(config, measurements, blas, weights)
-    packed = pack(checkpoint, config, model, layout)
-    draft = None
-    if draft_weights is not None:
-        draft_kernel, draft_layout = choose_kernel(config, measurements, blas, draft_weights)
-        draft = pack(checkpoint, config, model, draft_layout), draft_kernel
+    packed, kernel = pack_model(folder, config, model, blas, weights)
+    draft = pack_model(folder, config, model, blas, draft_weights) if draft_weights is not None else None
     shape = Shape(n_slots, max(DEFAULT_MAX_ROWS, n_slots + PREFILL_ROWS_BESIDE), size)
     return GPT2(config, packed, kernel, shape, kv_memory, draft)
 
 
-def pack_model(folder: Path, config: GPT2Config, model: str, blas: str, weights: str) -> PackedFile:
-    """Return the packed file of a model in the cache, also of a small one, writing it if there is none.
+def pack_model(
+    folder: Path, config: GPT2Config, model: str, blas: str, weights: str, must_keep: bool = False
+) -> tuple[PackedFile, Kernel]:
+    """Return the packed file of a model, writing it if there is none, and what multiplies it here.
 
     Args:
         model, blas, weights: as for `load_network`.
+        must_keep: a small model's file is kept in the cache too, and it is an error if that cannot be.
 
     Raises:
-        ModelError: as `load_network`, or the cache cannot be written.
+        ModelError, BadRequest: as `load_network`, or the cache cannot be written.
     """
     # What is measured for the layout is measured as a worker multiplies.
     hold_to_one_thread()
@@ -191,8 +175,9 @@ def pack_model(folder: Path, config: GPT2Config, model: str, blas: str, weights:
     from fastgpt2.engine.model.checkpoint import Checkpoint
     from fastgpt2.engine.model.packing import pack
 
-    _, layout = choose_kernel(config, open_measurements(config), blas, weights)
-    return pack(Checkpoint.open(folder), config, model, layout, must_keep=True)
+    checkpoint = Checkpoint.open(folder)
+    kernel, layout = choose_kernel(config, open_measurements(config), blas, weights)
+    return pack(checkpoint, config, model, layout, must_keep), kernel
 
 
 def _kv_bytes(config: GPT2Config, asked: int | None) -> int:

@@ -1,9 +1,8 @@
 """What this machine offers: cores, memory, a place to keep things, and what was measured on it.
 
-Everything that depends on the machine is asked here, in this order: how many cores and how much memory this process may
-use, which in a container is less than the machine has; how BLAS is held to one thread; what a model's size decides; the
-cache folder, which keeps packed weights, and its locks; the store of measurements, in the same folder. Nothing heavy is
-imported, numpy least of all: whoever loads a model asks most of this before.
+In this order: how many cores and how much memory this process may use, which in a container is less than the machine
+has; how BLAS is held to one thread; what a model's size decides; the cache folder, which keeps packed weights, and its
+locks; the store of measurements. Nothing heavy is imported: whoever loads a model asks most of this before numpy.
 """
 
 from __future__ import annotations
@@ -53,8 +52,7 @@ def usable_cores() -> int:
 def _cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> int | None:
     """Return the whole cores that the control group's CPU quota pays for, at least 1; None if there is no quota.
 
-    That is what `docker run --cpus` sets. Source: `cpu.max` in the kernel's admin-guide/cgroup-v2.rst,
-    `cpu.cfs_quota_us` in scheduler/sched-bwc.rst.
+    That is what `docker run --cpus` sets. Source: admin-guide/cgroup-v2.rst and scheduler/sched-bwc.rst of the kernel.
     """
     for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
         try:
@@ -75,20 +73,7 @@ def usable_memory(root: Path = Path("/")) -> int:
 
 
 def _memory_limits(root: Path) -> Iterator[int]:
-    """Yield the limits of this process's control group and of all above it. In a container its own is the topmost."""
-    for hierarchy, group, name in _memory_groups(root):
-        for folder in (group, *group.parents):
-            try:
-                limit = (root / "sys/fs/cgroup" / hierarchy / str(folder).lstrip("/") / name).read_text().strip()
-            except OSError:
-                continue
-            # No limit is "max" in version 2; in version 1 it is a number beyond any memory.
-            if limit.isdecimal():
-                yield int(limit)
-
-
-def _memory_groups(root: Path) -> Iterator[tuple[str, Path, str]]:
-    """Yield hierarchy, group, and the name of the file with the limit, of each group that this process is in.
+    """Yield the limits of this process's control groups and of all above them. In a container its own is the topmost.
 
     The lines of /proc/self/cgroup read "0::/group" in version 2, "9:memory:/group" in version 1.
     """
@@ -98,24 +83,25 @@ def _memory_groups(root: Path) -> Iterator[tuple[str, Path, str]]:
         return
     for line in lines:
         number, controllers, group = line.split(":", 2)
-        if number == "0":
-            yield "", Path(group), "memory.max"
-        elif "memory" in controllers.split(","):
-            yield "memory", Path(group), "memory.limit_in_bytes"
-
-
-def fair_share_of_cores() -> int:
-    """Return the cores that are this process's to use, as one of the workers that a supervisor has started here."""
-    return max(1, usable_cores() // _workers())
+        if number != "0" and "memory" not in controllers.split(","):
+            continue
+        hierarchy, name = ("", "memory.max") if number == "0" else ("memory", "memory.limit_in_bytes")
+        for folder in (Path(group), *Path(group).parents):
+            try:
+                limit = (root / "sys/fs/cgroup" / hierarchy / str(folder).lstrip("/") / name).read_text().strip()
+            except OSError:
+                continue
+            # No limit is "max" in version 2; in version 1 it is a number beyond any memory.
+            if limit.isdecimal():
+                yield int(limit)
 
 
 def fair_share_of_kv_memory() -> int:
-    """Return the bytes for this process's keys and values, as one of the workers that a supervisor has started here."""
+    """Return the bytes for this process's keys and values, as one of the workers that a supervisor started here."""
     return usable_memory() // KV_SHARE // _workers()
 
 
 def _workers() -> int:
-    """Return how many workers share this machine; 1 if no supervisor says so."""
     workers = os.environ.get("FASTGPT2_POOL_WORKERS", "")
     return max(1, int(workers)) if workers.isdecimal() else 1
 
@@ -163,17 +149,14 @@ def processes_for(config: GPT2Config, threads: int | None) -> int:
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "i686"):
         return 1
     if threads is None:
-        threads = fair_share_of_cores() if is_large(config) else 1
+        threads = max(1, usable_cores() // _workers()) if is_large(config) else 1
     return min(threads, config.n_head)
 
 
 def cache_folder() -> Path:
-    """Return the folder for packed weights and measurements, which need not exist.
+    """Return `FASTGPT2_CACHE`, else `$XDG_CACHE_HOME/fastgpt2`, else `~/.cache/fastgpt2`; it need not exist.
 
-    It is `FASTGPT2_CACHE`, else `$XDG_CACHE_HOME/fastgpt2`, else `~/.cache/fastgpt2`.
-
-    Raises:
-        FileNotFoundError: there is no home folder.
+    Raises FileNotFoundError if there is no home folder.
     """
     explicit = os.environ.get("FASTGPT2_CACHE")
     folder = Path(explicit) if explicit else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fastgpt2"
@@ -229,11 +212,7 @@ def _leads_to(path: Path, fd: int) -> bool:
 
 
 def anonymous_file(name: str) -> int:
-    """Return the descriptor of a new file without a path: in memory if the system can (Linux), else on disk.
-
-    Raises:
-        OSError: neither can be had.
-    """
+    """Return the descriptor of a new file without a path: in memory if the system can (Linux), else on disk."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create(name)
     import tempfile

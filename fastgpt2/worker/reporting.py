@@ -105,7 +105,8 @@ class Metrics:
         now = time.monotonic()
         if now - self._kv_at >= KV_SECONDS and self._batch.decoding:
             self._kv_at = now
-            self._observe(KV_USED, self._decoder.kv_bytes_reserved / self._decoder.kv_bytes_limit)
+            cache = self._decoder.model.cache
+            self._observe(KV_USED, cache.bytes_reserved / cache.bytes_limit)
 
     def count_end(self, end: End, job: ActiveJob | None = None) -> None:
         """Count a job that has ended, and record it among the latest.
@@ -328,8 +329,8 @@ class WorkerInfo:
         return {
             **self._constant,
             "in_flight": len(batch),
-            "kv_bytes": decoder.kv_bytes_reserved,
-            "kv_bytes_limit": decoder.kv_bytes_limit,
+            "kv_bytes": decoder.model.cache.bytes_reserved,
+            "kv_bytes_limit": decoder.model.cache.bytes_limit,
             "prefix_bytes": decoder.prefix_bytes,
             "prefix_bytes_limit": decoder.prefix_bytes_limit,
             "private_bytes": "" if private_bytes is None else private_bytes,

@@ -395,5 +395,5 @@ class GenerationWorker(RQWorker):
             return None
         decoder = self.engine.decoder
         # Shared with the helper processes, those of running jobs are not this process's own memory; kept ones are.
-        kv_bytes = decoder.prefix_bytes + (decoder.kv_bytes_reserved if decoder.model.size == 1 else 0)
+        kv_bytes = decoder.prefix_bytes + (decoder.model.cache.bytes_reserved if decoder.model.size == 1 else 0)
         return self.recycling.due(self.outbox.written + len(self.batch), kv_bytes, time.monotonic())

@@ -182,7 +182,7 @@ def test_the_batch_of_a_large_model_is_measured_once(
     assert network.cache.usable_slots == network.cache.free_slots == found
     assert network.cache.bytes_reserved == 0, "what was measured with is given back"
     (tmp_path / "calibration.json").write_text(json.dumps({"a": {name: 2}}))
-    network.use_slots(8)
+    network.cache.use_slots(8)
     choose_slots(network, Measurements(tmp_path, "a"))
     assert network.cache.usable_slots == 2
 

@@ -161,7 +161,7 @@ def test_a_long_prompt_is_read_in_chunks_and_leaves_others_alone(engine: Engine)
 def test_one_bad_prompt_fails_the_call_before_anything_runs(engine: Engine) -> None:
     with pytest.raises(PromptTooLong):
         engine.generate(["fine", "the " * 3000])
-    assert engine.decoder.free_slots == 4
+    assert engine.decoder.model.cache.free_slots == 4
 
 
 def test_a_run_that_is_broken_off_gives_its_slots_back(engine: Engine) -> None:
@@ -170,7 +170,7 @@ def test_a_run_that_is_broken_off_gives_its_slots_back(engine: Engine) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         engine.run([GenerationRequest("a"), GenerationRequest("b")], stop)
-    assert engine.decoder.free_slots == 4
+    assert engine.decoder.model.cache.free_slots == 4
     assert not engine.decoder.running
     entry = golden["continuations"][0]
     again = engine.generate(entry["prompt"], max_new_tokens=20, ignore_eos=True)
@@ -227,7 +227,7 @@ def test_weights_that_are_not_numbers(tmp_path: Path) -> None:
     engine = Engine.load(folder, max_batch=1)
     with pytest.raises(CheckpointError, match="not finite"):
         engine.warm_up()
-    assert engine.decoder.free_slots == 1
+    assert engine.decoder.model.cache.free_slots == 1
 
 
 def test_a_batch_of_none_is_refused() -> None:

@@ -136,10 +136,10 @@ def test_those_without_new_tokens_come_and_go_beside_others(engine: Engine) -> N
     steady = admit(engine, GenerationRequest(entry["prompt"], 12, ignore_eos=True))
     decoder.step()
     nothing = [admit(engine, GenerationRequest("a", 0)) for _ in range(3)]
-    assert decoder.free_slots == 0
+    assert decoder.model.cache.free_slots == 0
     assert not nothing[0].finished
     assert decoder.step() == nothing
-    assert decoder.free_slots == 3
+    assert decoder.model.cache.free_slots == 3
     assert len(steady.token_ids) == 2
     while decoder.running:
         decoder.step()

@@ -131,14 +131,14 @@ def test_fewer_slots_may_be_used_than_there_are() -> None:
 def test_a_decoder_takes_in_what_there_is_memory_for() -> None:
     engine = Engine.load("demo", max_batch=4, kv_memory=sequence_bytes(DEMO))
     decoder: Decoder = engine.decoder
-    assert decoder.kv_bytes_limit == 512 * DEMO_POSITION
+    assert decoder.model.cache.bytes_limit == 512 * DEMO_POSITION
     large = decoder.prepare(GenerationRequest((7,) * 400, 16, ignore_eos=True))
     small = decoder.prepare(GenerationRequest((7,) * 40, 16, ignore_eos=True))
     running = decoder.admit(large)
     assert not decoder.has_room(large)
     assert decoder.has_room(small)
     decoder.admit(small)
-    assert decoder.kv_bytes_reserved == (416 + 64) * DEMO_POSITION
+    assert decoder.model.cache.bytes_reserved == (416 + 64) * DEMO_POSITION
     assert not decoder.has_room(small)
     with pytest.raises(IndexError, match="memory for keys and values is taken"):
         decoder.admit(small)
@@ -164,11 +164,13 @@ def test_too_little_for_one_sequence_is_refused() -> None:
 
 def test_a_share_of_the_memory_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fair_share_of_kv_memory() == usable_memory() // 4
-    assert Engine.load("demo").decoder.kv_bytes_limit == usable_memory() // 4
+    assert Engine.load("demo").decoder.model.cache.bytes_limit == usable_memory() // 4
     monkeypatch.setenv("FASTGPT2_POOL_WORKERS", "3")
     assert fair_share_of_kv_memory() == usable_memory() // 4 // 3
     monkeypatch.setenv("FASTGPT2_POOL_WORKERS", str(1 << 40))
-    assert Engine.load("demo").decoder.kv_bytes_limit == sequence_bytes(DEMO), "never less than for one sequence"
+    assert Engine.load("demo").decoder.model.cache.bytes_limit == sequence_bytes(DEMO), (
+        "never less than for one sequence"
+    )
 
 
 @pytest.mark.parametrize(
@@ -228,7 +230,7 @@ decoder, network = engine.decoder, engine.decoder.model
 assert network.wait_until_ready()
 engine.generate([7] * 500, max_new_tokens=1)
 engine.generate([[7]] * 16, max_new_tokens=2, ignore_eos=True)
-network.use_slots(16)  # this gives all memory of keys and values back
+network.cache.use_slots(16)  # this gives all memory of keys and values back
 before = held()
 dice, most, reserved, together = random.Random(1), 0, 0, 0
 lengths = [dice.choice([20, 120, 470]) for _ in range(60)]
@@ -238,7 +240,7 @@ while waiting or decoder.running:
         decoder.admit(waiting.pop())
     decoder.step()
     together = max(together, len(decoder.running))
-    reserved = max(reserved, decoder.kv_bytes_reserved)
+    reserved = max(reserved, decoder.model.cache.bytes_reserved)
     most = max(most, held() - before)
 print(most, reserved, together)
 """

@@ -425,7 +425,7 @@ for _ in range(20):
 print(engine.decoder.prefix_bytes)
 print(worker._reason_to_recycle())
 worker.recycling._next_check = 0
-print(worker.recycling.due(0, engine.decoder.kv_bytes_reserved, 1e9) is not None)
+print(worker.recycling.due(0, engine.decoder.model.cache.bytes_reserved, 1e9) is not None)
 """
 
 
@@ -443,7 +443,7 @@ def test_what_is_kept_is_no_growth_of_a_worker(redis_server: RedisServer, queue_
 def test_an_eighth_of_the_memory_for_keys_and_values() -> None:
     kv_memory = 64 * 512 * 2 * 5 * 224 * 4
     decoder = load(kv_memory=kv_memory).decoder
-    assert (decoder.kv_bytes_limit, decoder.prefix_bytes_limit) == (kv_memory, kv_memory // 8)
+    assert (decoder.model.cache.bytes_limit, decoder.prefix_bytes_limit) == (kv_memory, kv_memory // 8)
     assert decoder.prefix_bytes == 0
     assert block_bytes(DEMO) == A_BLOCK
 

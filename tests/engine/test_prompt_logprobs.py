@@ -152,7 +152,7 @@ def test_a_prompt_that_fills_all_positions(engine: Engine) -> None:
     assert result.prompt_logprobs is not None
     assert shorter.logprobs is not None
     assert result.prompt_logprobs[-1].top == shorter.logprobs[0].top
-    assert engine.decoder.free_slots == 4
+    assert engine.decoder.model.cache.free_slots == 4
 
 
 @pytest.mark.parametrize("prompt", ["", []])
@@ -204,7 +204,7 @@ def test_values_that_are_not_finite(tmp_path: Any) -> None:
     engine = Engine.load(str(folder), max_batch=1)
     with pytest.raises(CheckpointError, match="not finite"):
         engine.generate("My name is", max_new_tokens=0, prompt_logprobs=0)
-    assert engine.decoder.free_slots == 1
+    assert engine.decoder.model.cache.free_slots == 1
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def test_packed_once_beside_the_float32_file(
     made = compact.stat()
     again = load(folder, kind)
     assert (compact.stat().st_ino, compact.stat().st_mtime_ns) == (made.st_ino, made.st_mtime_ns)
-    assert again._packed.path == compact
+    assert again.sets[0].packed.path == compact
     with safe_open(compact, framework="numpy") as file:
         scaled = {name for name in file.keys() if name.endswith(".scales")}  # noqa: SIM118  (no mapping)
         stored = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118

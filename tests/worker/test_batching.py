@@ -414,7 +414,7 @@ def test_what_does_not_fit_into_the_memory_waits(redis_server: RedisServer, queu
     while not finished(*jobs):
         turns.take()
         seen = max(seen, len(worker.batch.decoding))
-        assert engine.decoder.kv_bytes_reserved <= engine.decoder.kv_bytes_limit
+        assert engine.decoder.model.cache.bytes_reserved <= engine.decoder.model.cache.bytes_limit
     assert seen == 2
     assert {tuple(ids_of(job)[:100]) for job in jobs} == {tuple(ENTRY["ids"])}
     worker._claims.close()

@@ -48,25 +48,9 @@ class Decoder:
     def __init__(
         self, model: GPT2, tokenizer: Tokenizer, prefixes: Prefixes | None = None, drafter: Drafter | None = None
     ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.prefixes = prefixes
+        self.model, self.tokenizer, self.prefixes = model, tokenizer, prefixes
         self.drafter = drafter or Drafter(model)
         self.running: list[Sequence] = []
-
-    @property
-    def free_slots(self) -> int:
-        return self.model.cache.free_slots
-
-    @property
-    def kv_bytes_reserved(self) -> int:
-        """Return the bytes that keys and values take at most: of the sequences that run, and what free slots keep."""
-        return self.model.cache.bytes_reserved
-
-    @property
-    def kv_bytes_limit(self) -> int:
-        """Return the bytes that keys and values may take."""
-        return self.model.cache.bytes_limit
 
     @property
     def prefix_bytes(self) -> int:
@@ -75,7 +59,7 @@ class Decoder:
 
     @property
     def prefix_bytes_limit(self) -> int:
-        """Return the bytes that kept prefixes may take, beside `kv_bytes_limit`."""
+        """Return the bytes that kept prefixes may take, beside the cache's `bytes_limit`."""
         return self.prefixes.bytes_limit if self.prefixes is not None else 0
 
     def prepare(self, request: GenerationRequest) -> TokenizedPrompt:
@@ -92,28 +76,17 @@ class Decoder:
 
     def _tokenize(self, request: GenerationRequest) -> list[int]:
         vocab_size = self.model.config.vocab_size
-        if isinstance(request.prompt, str):
-            ids = self.tokenizer.encode(request.prompt)
-            if ids and max(ids) >= vocab_size:
-                raise TokenizerError(
-                    f"the tokenizer gives token {max(ids)}, and the model's vocabulary has {vocab_size}: "
-                    "they do not belong together"
-                )
-        else:
-            ids = list(request.prompt)
-            if ids and max(ids) >= vocab_size:
-                raise BadRequest(
-                    f"prompt holds token id {max(ids)}, and the model's vocabulary has {vocab_size}: "
-                    f"give ids from 0 to {vocab_size - 1}"
-                )
-        return ids or [self._beginning_of_text()]
-
-    def _beginning_of_text(self) -> int:
-        """Return the token that an empty prompt starts from. In GPT-2 it is the end of another text."""
-        config = self.model.config
-        if config.bos_token_id is not None:
-            return config.bos_token_id
-        return config.eos_token_ids[0] if config.eos_token_ids else 0
+        ids = self.tokenizer.encode(request.prompt) if isinstance(request.prompt, str) else list(request.prompt)
+        if ids and max(ids) >= vocab_size:
+            known = f"{max(ids)}, and the model's vocabulary has {vocab_size}"
+            if isinstance(request.prompt, str):
+                raise TokenizerError(f"the tokenizer gives token {known}: they do not belong together")
+            raise BadRequest(f"prompt holds token id {known}: give ids from 0 to {vocab_size - 1}")
+        if not ids:
+            # An empty prompt starts from the beginning of a text. In GPT-2 that is the end of another.
+            bos, eos = self.model.config.bos_token_id, self.model.config.eos_token_ids
+            ids = [bos] if bos is not None else [*eos[:1]] or [0]
+        return ids
 
     def _offsets(self, request: GenerationRequest, ids: list[int]) -> list[int]:
         """Return where in the prompt's text its tokens begin, for `prompt_logprobs`; [] without them."""
@@ -133,13 +106,13 @@ class Decoder:
         return self.model.cache.has_room(prompt.positions)
 
     def admit(self, prompt: TokenizedPrompt) -> Sequence:
-        """Take a prompt in; it is decoded from the next step on.
-
-        Raises:
-            IndexError: there is no room; ask `has_room` first.
-        """
+        """Take a prompt in; it is decoded from the next step on. Raises IndexError without room: ask `has_room`."""
         detokenizer = IncrementalDetokenizer(self.tokenizer)
-        text = _echo(prompt.request, detokenizer) if prompt.request.echo else ""
+        text = ""
+        if prompt.request.echo:
+            given = prompt.request.prompt
+            # Token ids may end within a character, which the first generated token completes.
+            text = given if isinstance(given, str) else "".join(map(detokenizer.push, given))
         scored = list(zip(prompt.ids, prompt.offsets, strict=False))
         sequence = Sequence(
             request=prompt.request,
@@ -195,9 +168,7 @@ class Decoder:
         return finished
 
     def finish(self, sequence: Sequence, reason: FinishReason | None = None) -> None:
-        """Take a sequence out and give its slot back; what it has generated stays readable.
-
-        Does nothing to one that is finished.
+        """Take a sequence out, unless it is finished, and give its slot back; what it has generated stays readable.
 
         Args:
             reason: why the sequence ended by itself; None if the caller drops it.
@@ -348,11 +319,7 @@ class Decoder:
 
 
 def argmax(logits: Array) -> list[int]:
-    """Return the likeliest token of each row of logits [rows, vocab_size].
-
-    Raises:
-        CheckpointError: a row's largest value is not finite.
-    """
+    """Return the likeliest token of each row [rows, vocab_size]; raise CheckpointError if its value is not finite."""
     # Row by row: over an axis, numpy would copy the logits first. A NaN, if there is one, is the largest.
     best = [int(row.argmax()) for row in logits]
     if not all(math.isfinite(row[token_id]) for row, token_id in zip(logits, best, strict=True)):
@@ -363,8 +330,7 @@ def argmax(logits: Array) -> list[int]:
 def token_logprob(tokenizer: Tokenizer, logits: Array, token_id: int, k: int, text_offset: int = 0) -> TokenLogprob:
     """Return the log-softmax, in float64, of a token and of the `k` likeliest; among equals, the lower id comes first.
 
-    Args:
-        logits: [vocab_size], as the model gives them; not changed.
+    The logits [vocab_size] are not changed.
     """
     ids = [token_id, *likeliest(logits, k)]
     values = logits.astype(np.float64)
@@ -393,10 +359,3 @@ def _text_offset(sequence: Sequence, token_id: int, is_end: bool) -> int:
     # An end of text is none of it, and stands behind what an unfinished character becomes.
     behind_a_character = detokenizer.unfinished if is_end else detokenizer.breaks_off(token_id)
     return len(sequence.text) + 1 if behind_a_character else len(sequence.text)
-
-
-def _echo(request: GenerationRequest, detokenizer: IncrementalDetokenizer) -> str:
-    """Return the prompt as text. Token ids may end within a character, which the first generated token completes."""
-    if isinstance(request.prompt, str):
-        return request.prompt
-    return "".join(map(detokenizer.push, request.prompt))

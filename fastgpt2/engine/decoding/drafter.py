@@ -1,9 +1,9 @@
 """The drafter decides which guesses the next step verifies.
 
 Speculative decoding (Leviathan et al. 2023): a step runs guesses of what comes next beside each sequence's next token,
-a row for each guess, and accepts them as long as they come true. The guesses are looked up in the sequence itself
-(`lookup.py`), or a draft model makes them: the network's second set of weights, if it has one. The drafter takes
-whichever is expected to gain more.
+a row for each guess, whose result is the token after it, and accepts them as long as they come true. The guesses are
+looked up in the sequence itself (`lookup.py`), or a draft model makes them: the network's second set of weights, if it
+has one. The drafter takes whichever is expected to gain more.
 
 A row more makes a step longer, for everybody in it. So a plan needs two things: how likely guesses come true, which is
 learnt from every token that comes (`Acceptance`, `Rate`), and what a step costs by its number of rows, which is learnt
@@ -21,7 +21,7 @@ from time import perf_counter
 from fastgpt2.engine.decoding.lookup import MOST_DRAFTS, Acceptance, Lookup, Rate
 from fastgpt2.engine.decoding.sequence import Sequence
 from fastgpt2.engine.network.gpt2 import GPT2
-from fastgpt2.engine.network.step import Segment
+from fastgpt2.engine.network.step import DRAFT_WEIGHTS, Segment
 
 # A step may take this much longer for a sequence than what the sequence gains by it.
 TOLERANCE = 0.03
@@ -59,18 +59,16 @@ class Drafter:
     """
 
     def __init__(self, model: GPT2, most: int | None = 0, measured: Mapping[int, float] | None = None) -> None:
-        self._model = model
-        self._most = most
+        self._model, self._most = model, most
         self._costs, self._model_costs = StepCosts(measured), StepCosts()
         self._acceptance, self._model_rate = Acceptance(), Rate(_PRIOR_RATE)
         self._by_model = False
 
     def warm_up(self) -> None:
-        """Touch the draft model's weights, if there are any."""
         cache = self._model.cache
         if self._model.can_draft and cache.has_room(1):
             slot = cache.allot(1)
-            self._model.draft([Segment(slot, [0])])
+            self._model.forward([Segment(slot, [0])], DRAFT_WEIGHTS)
             cache.release(slot)
 
     def lookup_for(self, ids: Seq[int], max_new_tokens: int) -> Lookup | None:
@@ -87,9 +85,8 @@ class Drafter:
         else:
             counts, gain = self._plan_lookups(lookups, room, rows)
             if self._model.can_draft:
-                steps, model_gain = plan_model_drafts(
-                    len(sequences), self._model_rate.value, self._model_cost, self._costs.seconds
-                )
+                rate, cost = self._model_rate.value, self._costs.seconds
+                steps, model_gain = plan_model_drafts(len(sequences), rate, self._model_cost, cost)
                 if steps and model_gain > gain:
                     self._by_model = True
                     return self._draft_by_model(sequences, [min(steps, left) for left in room])
@@ -112,11 +109,7 @@ class Drafter:
         return self._model_costs.seconds(rows) if self._model_costs.known else _PRIOR_COST * self._costs.seconds(rows)
 
     def _draft_by_model(self, sequences: Seq[Sequence], counts: Seq[int]) -> list[list[int]]:
-        """Return what the draft model goes on with, one token a step.
-
-        It reads the network's own keys and values from the cache and adds some of its own, which the step that verifies
-        replaces.
-        """
+        """Return what the draft model goes on with, one token a step, from the network's own keys and values."""
         cache = self._model.cache
         drafts: list[list[int]] = [[] for _ in sequences]
         slots = [sequence.slot for sequence in sequences]
@@ -125,11 +118,12 @@ class Drafter:
         for k in range(max(counts)):
             drafting = [i for i, count in enumerate(counts) if k < count]
             started = perf_counter()
-            logits = self._model.draft([Segment(slots[i], [last[i]]) for i in drafting])
+            logits = self._model.forward([Segment(slots[i], [last[i]]) for i in drafting], DRAFT_WEIGHTS)
             for i, row in zip(drafting, logits, strict=True):
                 last[i] = int(row.argmax())
                 drafts[i].append(last[i])
             self._model_costs.note(len(drafting), perf_counter() - started)
+        # The step that verifies replaces the keys and values of the draft model.
         for slot, length in zip(slots, lengths, strict=True):
             cache.truncate(slot, length)
         return drafts
@@ -207,8 +201,7 @@ def plan_model_drafts(
 
     Args:
         rate: p, how likely a guess comes true if those before it did.
-        draft_cost: of the draft model's step, by its rows.
-        cost: of a step that verifies, by its rows.
+        draft_cost, cost: of the draft model's step, and of one that verifies, by its rows.
     """
     best, best_gain, tokens = 0, 1.0, 1.0
     plain, draft_step = cost(sequences), draft_cost(sequences)
@@ -238,7 +231,6 @@ class StepCosts:
         self._steps = 0
 
     def note(self, rows: int, seconds: float) -> None:
-        """Learn how long a step took."""
         self._steps += 1
         expected, at = self._noted.get(rows, (0.0, -_STALE_STEPS))
         if self._steps - at < _STALE_STEPS:
@@ -248,7 +240,6 @@ class StepCosts:
 
     @property
     def known(self) -> bool:
-        """Tell whether any step has been noted."""
         return bool(self._noted)
 
     def seconds(self, rows: int) -> float:

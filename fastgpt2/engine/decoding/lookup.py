@@ -1,10 +1,8 @@
 """Prompt lookup: the next tokens of a sequence are guessed from what the sequence has said before.
 
 Prompt lookup decoding (Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding) is a form of speculative
-decoding (Leviathan et al. 2023). Where the last tokens have occurred before, what followed them then is a draft: a step
-verifies it beside the next token, in a row for each guess. As long as the guesses agree with what the rows before them
-give, each guess's own row gives the token after it. Greedy decoding makes that lossless: a token is accepted if it is
-the likeliest, and for no other reason.
+decoding (`drafter.py`). Where the last tokens have occurred before, what followed them then is a draft. Greedy decoding
+makes that lossless: a token is accepted if it is the likeliest, and for no other reason.
 
 It costs nothing to learn how often guesses come true: each token that is generated anyway is compared with the guess
 that there was for it, whether that guess had been drafted or not.
@@ -44,8 +42,7 @@ class Lookup:
         self._ids: list[int] = []
         # Where each n-gram ended when it occurred last: the index of what followed.
         self._ends: dict[tuple[int, ...], int] = {}
-        self._next = 0
-        self.match = 0
+        self._next = self.match = 0
         for token_id in ids:
             self.push(token_id)
 
@@ -55,7 +52,6 @@ class Lookup:
         return self._ids[self._next] if self.match else None
 
     def push(self, token_id: int) -> None:
-        """Append the sequence's next token."""
         ids = self._ids
         goes_on = self.match > 0 and ids[self._next] == token_id
         ids.append(token_id)
@@ -124,10 +120,8 @@ class Acceptance:
 
     def chances(self, match: int, most: int) -> list[float]:
         """Return how likely each of the next `most` guesses comes true with all before it; [] without a match."""
-        chances: list[float] = []
-        chance = 1.0
-        if match:
-            for i in range(most):
-                chance *= self.rate(min(match + i, LONGEST_MATCH))
-                chances.append(chance)
+        chances, chance = [], 1.0
+        for i in range(most if match else 0):
+            chance *= self.rate(min(match + i, LONGEST_MATCH))
+            chances.append(chance)
         return chances

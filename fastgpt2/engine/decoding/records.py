@@ -120,10 +120,9 @@ class GenerationRequest:
         return f"{described}, one of which a new token needs" if self.least_room else described
 
     def room(self, prompt_tokens: int, n_positions: int) -> int:
-        """Return the most tokens to generate after a prompt of `prompt_tokens`, on a model of `n_positions` positions.
+        """Return the most tokens to generate; raise PromptTooLong, which says by how much, if they do not fit.
 
-        Raises:
-            PromptTooLong: prompt and continuation do not fit; the message says by how much.
+        The prompt has `prompt_tokens`, the model `n_positions`.
         """
         left = n_positions - prompt_tokens
         if left < self.least_room:
@@ -149,11 +148,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts, named as in OpenAI's API.
-
-    Attributes:
-        cached_tokens: how many of the prompt's tokens were not computed, as another prompt began with the same ones.
-    """
+    """Token counts, named as in OpenAI's API. Tokens are cached that another prompt began with."""
 
     prompt_tokens: Count
     completion_tokens: Count
@@ -168,11 +163,7 @@ class Usage:
 class Drafting:
     """The steps and guesses of the tokens after the first: steps + accepted = completion tokens - 1, if there are any.
 
-    Attributes:
-        steps: the steps that gave the tokens after the first, which comes with the last step of the prompt.
-        drafted: the guesses that these steps verified beside the next token.
-        accepted: the guesses that were taken as tokens, each of which saved a step. The others were wrong, or stood
-            behind the end.
+    The first comes with the last step of the prompt. Guesses not accepted were wrong, or stood behind the end.
     """
 
     steps: Annotated[Count, "The steps that gave the tokens after the first."] = 0
@@ -220,8 +211,6 @@ class GenerationResult:
         token_ids: every generated token, also the end-of-text token and the tokens of a stop string.
         finish_reason: "stop" at the end-of-text token or a stop string, "length" at `max_new_tokens`; "cancelled" or
             "timeout" if the job was ended so, when the result holds what had been generated.
-        usage: token counts.
-        timings: where the time went.
         model: the model's id, as the worker or the engine was given it.
         logprobs: one for each of `token_ids`, if they were asked for.
         prompt_logprobs: one for each of the prompt's tokens, if they were asked for; fewer if the generation was ended

@@ -31,7 +31,6 @@ class TokenizedPrompt:
 
     Attributes:
         ids: the prompt's tokens, at least one.
-        max_new_tokens: at most this many tokens follow.
         offsets: where in the prompt's text each of the ids begins; empty unless `prompt_logprobs` are asked for.
     """
 
@@ -52,9 +51,7 @@ class Sequence:
 
     Attributes:
         slot: its place in the KV cache, its own until it is finished.
-        prompt_ids: the prompt's tokens.
         pending: tokens not yet run: what is left of the prompt, then the token generated last.
-        token_ids: the tokens generated.
         text: the text generated, complete characters only, cut before a stop string; with `echo` after the prompt's.
         echo_length: how many characters at the beginning of `text` are the prompt's.
         unscored: tokens of the prompt, each with its offset, whose log probabilities are asked for and not known yet.
@@ -106,16 +103,12 @@ class Sequence:
         # As vLLM's `min_tokens`: what ends in the text of the first `min_new_tokens` tokens is no match.
         if not piece or len(self.token_ids) <= self.request.min_new_tokens:
             return False
-        matches = []
-        for stop in self.request.stop:
-            # It may begin in the text of earlier tokens, but not in the prompt.
-            at = self.text.find(stop, max(self.echo_length, before - len(stop) + 1))
-            if at >= 0:
-                matches.append(at)
-        if matches:
-            # The earliest counts, whichever string it is.
-            self.text = self.text[: min(matches)]
-        return bool(matches)
+        # It may begin in the text of earlier tokens, but not in the prompt.
+        found = [self.text.find(stop, max(self.echo_length, before - len(stop) + 1)) for stop in self.request.stop]
+        # The earliest counts, whichever string it is.
+        end = min((at for at in found if at >= 0), default=None)
+        self.text = self.text[:end]
+        return end is not None
 
     def flush_text(self) -> None:
         """Append what is left of the text as no token follows: U+FFFD for an unfinished character, else nothing."""
@@ -140,11 +133,8 @@ class Sequence:
         """Return the result: what the sequence has generated so far.
 
         Args:
-            model: the model's id, for the result.
-            reason: why a sequence ends here that runs or was dropped. One that ended by itself keeps its own reason.
-
-        Raises:
-            ValueError: the sequence runs or was dropped, and there is no `reason`.
+            reason: why a sequence ends here that runs or was dropped, needed then (ValueError). One that ended by
+                itself keeps its own reason.
         """
         finish_reason = self.finish_reason or reason
         if finish_reason is None:

@@ -9,8 +9,7 @@ from fastgpt2.engine.kernels.openblas import NumpyProduct
 def make_product(name: str) -> Product:
     """Return the product of that name: "openblas", "mkl", or "compiled-" and a kind of weights ("compiled-int8").
 
-    Raises:
-        BadRequest: MKL, or llvmlite for a compiled product, is not installed.
+    Raises BadRequest if MKL, or llvmlite for a compiled product, is not installed.
     """
     if name.startswith("compiled-"):
         from fastgpt2.engine.kernels.compiled import CompiledProduct

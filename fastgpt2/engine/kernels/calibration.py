@@ -11,12 +11,11 @@ from collections.abc import Callable
 from time import perf_counter
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fastgpt2.engine.kernels.kernel import Kernel
+from fastgpt2.engine.kernels.panels import Array
 
 log = logging.getLogger("fastgpt2.engine")
-Array = NDArray[np.float32]
 
 # Widths of panels that are tried, beside PLAIN. 64 is the widest tile of OpenBLAS's small-matrix kernels.
 WIDTHS = (64, 32, 16)
@@ -46,47 +45,42 @@ def measure_fastest_width(kernel: Kernel, n_in: int) -> int:
     A width's score is the sum, over `_ROWS_TRIED`, of its time relative to the best time.
     """
     started = perf_counter()
-    flat = _numbers()
-    choices = (*WIDTHS, PLAIN)
-    times = _least_times(
-        {
-            (choice, rows): _prepare(kernel, flat, n_in, PLAIN_WIDTH if choice == PLAIN else choice, rows)
-            for choice in choices
-            for rows in _ROWS_TRIED
-        }
-    )
-    best = {rows: min(times[choice, rows] for choice in choices) for rows in _ROWS_TRIED}
-    scores = {choice: sum(times[choice, rows] / best[rows] for rows in _ROWS_TRIED) for choice in choices}
+    times = _least_times(n_in, {width: (kernel, width or PLAIN_WIDTH) for width in (*WIDTHS, PLAIN)})
+    best = [min(of_rows) for of_rows in zip(*times.values(), strict=True)]
+    scores = {
+        width: sum(seconds / least for seconds, least in zip(of_width, best, strict=True))
+        for width, of_width in times.items()
+    }
     log.debug("panels of %d rows: %s, in %.0f ms", n_in, scores, (perf_counter() - started) * 1e3)
     # The widest of those that are as good, so that two measurements give one layout.
-    return next(choice for choice in choices if scores[choice] <= _AS_GOOD * min(scores.values()))
+    return next(width for width, score in scores.items() if score <= _AS_GOOD * min(scores.values()))
 
 
 def is_worth_loading(n_in: int, usual: tuple[Kernel, int], other: tuple[Kernel, int]) -> bool:
-    """Tell whether another kernel is so much faster than the usual one that it should be loaded.
-
-    Args:
-        n_in: rows of the panels.
-        usual, other: each kernel, with the width of the panels that it multiplies.
-    """
-    flat = _numbers()
-    times = _least_times(
-        {
-            (which, rows): _prepare(kernel, flat, n_in, width, rows)
-            for which, (kernel, width) in enumerate((usual, other))
-            for rows in _ROWS_TRIED
-        }
-    )
-    relative = [times[1, rows] / times[0, rows] for rows in _ROWS_TRIED]
+    """Tell whether another kernel, with its panels' width, beats the usual one by enough to be worth loading."""
+    times = _least_times(n_in, {0: usual, 1: other})
+    relative = [of_other / of_usual for of_usual, of_other in zip(times[0], times[1], strict=True)]
     return sum(relative) / len(relative) < _WORTH_LOADING
 
 
-def _numbers() -> Array:
-    """Return the weights that all runs read."""
-    return np.full(_BYTES_TRIED // 4, 0.5, np.float32)
+def _least_times(n_in: int, kernels: dict[int, tuple[Kernel, int]]) -> dict[int, list[float]]:
+    """Return the seconds of each kernel, with its panels' width, for each of `_ROWS_TRIED`.
+
+    They are the least of several rounds in turn, since what disturbs a run only ever adds.
+    """
+    flat = np.full(_BYTES_TRIED // 4, 0.5, np.float32)
+    runs = {key: [_prepare(*of, flat, n_in, rows) for rows in _ROWS_TRIED] for key, of in kernels.items()}
+    times = {key: [float("inf")] * len(_ROWS_TRIED) for key in kernels}
+    for _ in range(_ROUNDS):
+        for key, of_kernel in runs.items():
+            for i, run in enumerate(of_kernel):
+                started = perf_counter()
+                run()
+                times[key][i] = min(times[key][i], perf_counter() - started)
+    return times
 
 
-def _prepare(kernel: Kernel, flat: Array, n_in: int, width: int, rows: int) -> Callable[[], None]:
+def _prepare(kernel: Kernel, width: int, flat: Array, n_in: int, rows: int) -> Callable[[], None]:
     """Return a function that multiplies `rows` rows by all the panels that `flat` has room for, or by one."""
     n = max(1, flat.size // (n_in * width))
     size = n * n_in * width
@@ -95,14 +89,3 @@ def _prepare(kernel: Kernel, flat: Array, n_in: int, width: int, rows: int) -> C
     x = np.full((1, chunks, m, n_in), 0.5, np.float32)
     out = np.empty((chunks, m, n, width), np.float32).transpose(2, 0, 1, 3)
     return lambda: kernel.product(x, panels, out)
-
-
-def _least_times(runs: dict[tuple[int, int], Callable[[], None]]) -> dict[tuple[int, int], float]:
-    """Return each run's seconds: the least of several rounds in turn, since what disturbs a run only ever adds."""
-    times = dict.fromkeys(runs, float("inf"))
-    for _ in range(_ROUNDS):
-        for key, run in runs.items():
-            started = perf_counter()
-            run()
-            times[key] = min(times[key], perf_counter() - started)
-    return times

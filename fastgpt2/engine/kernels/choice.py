@@ -1,14 +1,13 @@
 """The choice of what multiplies on this machine, and of the panels that it multiplies.
 
 Compact weights are always multiplied by compiled code. For float32 weights there are numpy's own BLAS, MKL and compiled
-code, of which the fastest is taken unless one is asked for. A large model's choices are measured once and kept
-(`Measurements`); a small model's steps are over before they could be told apart, so that nothing is measured for it.
+code, of which the fastest is taken unless one is asked for. A large model's choices are measured once and kept; a small
+model's steps are over before they could be told apart.
 """
 
 from __future__ import annotations
 
 import logging
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,11 +37,7 @@ def open_measurements(config: GPT2Config) -> Measurements:
 
 
 def choose_kernel(config: GPT2Config, measurements: Measurements, blas: str, weights: str) -> tuple[Kernel, Layout]:
-    """Return what multiplies a model's weights here, and the layout in which it multiplies them.
-
-    Raises:
-        BadRequest: what is asked for is not installed.
-    """
+    """Return what multiplies a model's weights, and the layout in which it does; raise BadRequest if not installed."""
     if weights != "float32" or blas == "compiled":
         return _compiled(measurements, weights)
     kernel = Kernel(NumpyProduct(), measurements)
@@ -64,32 +59,26 @@ def _choose_fastest(config: GPT2Config, measurements: Measurements, layout: Layo
     from fastgpt2.engine.kernels import compiled, mkl
 
     n_in, width = config.n_embd, layout.width(config.n_embd, config.n_inner)
+    widths = {"openblas": width, "mkl": width, "compiled-float32": COMPILED_WIDTH}
     best, shape = "openblas", f"{n_in}x{width}"
-    compare = partial(_compare, measurements, n_in)
-    if mkl.is_installed() and measurements.find_or_measure(
-        f"mkl {mkl.version_key()} faster {shape}", partial(compare, (best, width), ("mkl", width))
-    ):
+
+    def is_beaten_by(other: str) -> int:
+        usual, rival = ((Kernel(make_product(name), measurements), widths[name]) for name in (best, other))
+        return int(is_worth_loading(n_in, usual, rival))
+
+    key = f"mkl {mkl.version_key()} faster {shape}"
+    if mkl.is_installed() and measurements.find_or_measure(key, lambda: is_beaten_by("mkl")):
         best = "mkl"
-    if compiled.is_installed() and measurements.find_or_measure(
-        f"compiled faster than {best} {shape}", partial(compare, (best, width), ("compiled-float32", COMPILED_WIDTH))
-    ):
+    key = f"compiled faster than {best} {shape}"
+    if compiled.is_installed() and measurements.find_or_measure(key, lambda: is_beaten_by("compiled-float32")):
         return _compiled(measurements, "float32")
     return Kernel(make_product(best), measurements), layout
 
 
-def _compare(measurements: Measurements, n_in: int, usual: tuple[str, int], other: tuple[str, int]) -> int:
-    """Return 1 if another product is worth loading instead of the usual one, else 0; each with its panels' width."""
-    of_usual, of_other = ((Kernel(make_product(name), measurements), width) for name, width in (usual, other))
-    return int(is_worth_loading(n_in, of_usual, of_other))
-
-
 def _choose_layout(config: GPT2Config, kernel: Kernel, measurements: Measurements) -> Layout:
     """Return the layout of float32 weights that this machine multiplies best."""
-    parts = usable_cores()
-    choices = {
-        n_in: choose_width(kernel, measurements, n_in, timed=is_large(config))
-        for n_in in (config.n_embd, config.n_inner)
-    }
+    parts, timed = usable_cores(), is_large(config)
+    choices = {n_in: choose_width(kernel, measurements, n_in, timed) for n_in in (config.n_embd, config.n_inner)}
     names = [f"plain{parts}" if choice == PLAIN else str(choice) for choice in dict.fromkeys(choices.values())]
     return Layout("-".join(names), lambda n_in, n_out: width_of(choices[n_in], n_out, parts))
 
@@ -107,11 +96,7 @@ def choose_width(kernel: Kernel, measurements: Measurements, n_in: int, timed: b
 
 
 def width_of(choice: int, n_out: int, parts: int) -> int:
-    """Return the width of the panels of a matrix of `n_out` columns, by the choice that was made.
-
-    Args:
-        parts: processes that should be able to share PLAIN panels evenly.
-    """
+    """Return the width of panels of `n_out` columns, by the choice; `parts` processes can share PLAIN ones evenly."""
     if choice != PLAIN:
         return choice
     n = parts * -(-n_out // (parts * PLAIN_WIDTH))

@@ -17,10 +17,8 @@ from numpy.typing import NDArray
 
 from fastgpt2.engine.kernels.kernel import ArgumentCache
 from fastgpt2.engine.kernels.llvm_ir import Registers, write_module
-from fastgpt2.engine.kernels.panels import COMPILED_WIDTH, STORED_TYPES
+from fastgpt2.engine.kernels.panels import COMPILED_WIDTH, STORED_TYPES, Array
 from fastgpt2.errors import BadRequest
-
-Array = NDArray[np.float32]
 
 # void multiply(x, x_stride, w, n, k, out, out_stride, rows), as `write_module` has it.
 _POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
@@ -51,11 +49,7 @@ class CompiledProduct:
 
 
 def _make_arguments(dtype: np.dtype[Any], x: Array, panels: NDArray[Any], out: Array) -> tuple[int, ...]:
-    """Return the arrays' addresses and strides, after a check that they lie as the code takes them to.
-
-    Raises:
-        ValueError: they do not.
-    """
+    """Return the arrays' addresses and strides; raise ValueError if they do not lie as the code takes them to."""
     n, chunks, m, width = out.shape
     n_in = x.shape[3]
     fits = x.shape == (1, chunks, m, n_in) and panels.shape == (n, 1, n_in, width) and width == COMPILED_WIDTH
@@ -75,7 +69,6 @@ def is_installed() -> bool:
 
 
 def _compile(weights: str, registers: Registers | None) -> Any:
-    """Return LLVM's execution engine with the compiled code in it."""
     try:
         import llvmlite.binding as llvm
     except ImportError as reason:

@@ -17,9 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgpt2.engine.kernels.openblas import NumpyProduct
+from fastgpt2.engine.kernels.panels import Array
 from fastgpt2.engine.machine import Measurements
-
-Array = NDArray[np.float32]
 
 # The most rows in a chunk. More gain nothing: the panel is in the second-level cache after the first.
 MAX_CHUNK = 16
@@ -57,11 +56,7 @@ class Product(Protocol):
 
 
 class ArgumentCache:
-    """The arguments of calls of a foreign function, worked out once for each three arrays that come again and again.
-
-    Args:
-        make: works the arguments out, from x, panels and out as `Product` has them.
-    """
+    """The arguments of calls of a foreign function, worked out once by `make` for each x, panels and out that recur."""
 
     def __init__(self, make: Callable[[Array, NDArray[Any], Array], tuple[Any, ...]]) -> None:
         self._make = make
@@ -69,7 +64,6 @@ class ArgumentCache:
         self._remembered: dict[tuple[int, int, int], tuple[tuple[Any, ...], Array, NDArray[Any], Array]] = {}
 
     def get(self, x: Array, panels: NDArray[Any], out: Array) -> tuple[Any, ...]:
-        """Return the arguments for these arrays, from memory if possible."""
         key = (id(x), id(panels), id(out))
         entry = self._remembered.get(key)
         if entry is None:
@@ -128,10 +122,7 @@ class Kernel:
         return _chunks_of(self._largest_exact_chunk(self.product, n_in, width))
 
     def attention_row_chunks(self, positions: int, head_dim: int, block: int) -> RowChunks:
-        """Return the chunks for queries by blocks of keys and for probabilities by values.
-
-        Attention is always multiplied by numpy's own BLAS.
-        """
+        """Return the chunks for queries by keys and probabilities by values, always multiplied by numpy's own BLAS."""
         shapes = ((head_dim, block), (positions, head_dim))
         return _chunks_of(min(self._largest_exact_chunk(NumpyProduct(), *shape) for shape in shapes))
 

@@ -41,10 +41,8 @@ class Registers:
 
     @classmethod
     def of(cls, features: set[str]) -> Registers:
-        """Return those of a CPU with these features, by LLVM's names.
-
-        Of 16 registers four are needed for other things than sums, of 32 eight.
-        """
+        """Return those of a CPU with these features, by LLVM's names."""
+        # Of 16 registers four are needed for other things than sums, of 32 eight.
         if "avx512f" in features:
             return cls(16, 24)
         if "avx" in features:
@@ -52,8 +50,7 @@ class Registers:
         return cls(4, 24 if "neon" in features else 12)
 
     @property
-    def vectors(self) -> int:
-        """Registers that a panel's columns take."""
+    def vectors(self) -> int:  # that a panel's columns take
         return COMPILED_WIDTH // self.lanes
 
     @property
@@ -161,7 +158,6 @@ class _Function:
         self.do(f"switch i64 {value}, label %{otherwise} [ {cases} ]")
 
     def call(self, name: str, w: str, x: str, out: str, n: str) -> None:
-        """Call a tile or a strip."""
         self.do(f"call void @{name}(ptr {x}, i64 %x_stride, ptr {w}, i64 {n}, i64 %k, ptr {out}, i64 %out_stride)")
 
 
@@ -236,7 +232,6 @@ def _tile(weights: str, lanes: int, rows: int, panels: int) -> str:
         return _add_products(f, weights, lanes, [f.at(x, at_x) for x in xs], places, sums)
 
     def one_line(k: str, sums: list[str]) -> list[str]:
-        """Write the products for all k that one cache line of a panel holds."""
         if prefetches:
             at = f.let(f"mul i64 {k}, {row_bytes}")
             for w in ws:
@@ -282,10 +277,7 @@ def _strip(weights: str, rows: int, panels: int) -> str:
 
 
 def _multiply(weights: str, most: int) -> str:
-    """Write the function for all rows by all panels.
-
-    Few rows are one strip. More go in equal parts, a panel at a time, so that each panel is read from memory once.
-    """
+    """Write the function for all rows by all panels: few rows are one strip, more go in equal parts."""
     f = _Function(f"define void @multiply({_ARGUMENTS}, i64 %rows)")
     f.switch("%rows", most, "strip", "many")
     for rows in range(1, most + 1):
@@ -300,6 +292,7 @@ def _multiply(weights: str, most: int) -> str:
         _loop_over_parts(f, most, parts, w, out)
         return []
 
+    # A panel at a time, so that each is read from memory once.
     f.loop("panels", ("0", "%n"), 1, ("", ()), all_rows)
     f.do("ret void")
     return str(f)

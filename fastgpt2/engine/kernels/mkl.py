@@ -13,9 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgpt2.engine.kernels.kernel import ArgumentCache
+from fastgpt2.engine.kernels.panels import Array
 from fastgpt2.errors import BadRequest
-
-Array = NDArray[np.float32]
 
 # Source: oneMKL's mkl_service.h and mkl_cblas.h.
 _SEQUENTIAL, _LP64 = 1, 0
@@ -33,10 +32,16 @@ class MKLProduct:
     exact = False
 
     def __init__(self) -> None:
-        library = _load()
+        path = _find()
+        if path is None:
+            raise BadRequest("MKL is not installed; pip install 'fastgpt2[mkl]', or choose another BLAS than mkl")
+        try:
+            library = ctypes.CDLL(path)
+            self._multiply = library.cblas_sgemm_batch
+        except (OSError, AttributeError) as reason:
+            raise BadRequest(f"{path} cannot be used as MKL ({reason}); choose another BLAS than mkl") from None
         library.MKL_Set_Threading_Layer(_SEQUENTIAL)
         library.MKL_Set_Interface_Layer(_LP64)
-        self._multiply = library.cblas_sgemm_batch
         self._multiply.restype = None
         self._arguments = ArgumentCache(_make_arguments)
 
@@ -72,7 +77,6 @@ def _make_arguments(x: Array, panels: Array, out: Array) -> tuple[Any, ...]:
 
 
 def _one_int(value: int) -> ctypes.Array[ctypes.c_int]:
-    """Return an array of one int."""
     return (ctypes.c_int * 1)(value)
 
 
@@ -92,15 +96,3 @@ def _find() -> str | None:
         for path in sorted(Path(prefix, "lib").glob("libmkl_rt.so*"), reverse=True):
             return str(path)
     return ctypes.util.find_library("mkl_rt")
-
-
-def _load() -> ctypes.CDLL:
-    path = _find()
-    if path is None:
-        raise BadRequest("MKL is not installed; pip install 'fastgpt2[mkl]', or choose another BLAS than mkl")
-    try:
-        library = ctypes.CDLL(path)
-        _ = library.cblas_sgemm_batch
-    except (OSError, AttributeError) as reason:
-        raise BadRequest(f"{path} cannot be used as MKL ({reason}); choose another BLAS than mkl") from None
-    return library

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float32]
+from fastgpt2.engine.kernels.panels import Array
 
 # OpenBLAS's question for its kernels, as the names are in newer and in older builds.
 _CORE_NAME_SYMBOLS = ("scipy_openblas_get_corename64_", "scipy_openblas_get_corename", "openblas_get_corename")

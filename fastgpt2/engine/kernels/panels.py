@@ -29,9 +29,7 @@ class StoredType:
     """The type in which weights of one kind are stored, under the name that each library has for it.
 
     Attributes:
-        safetensors: in the header of a file.
-        numpy: in an array. NumPy has no bfloat16: its bits are a uint16.
-        llvm: in LLVM's assembly language.
+        numpy: of an array. NumPy has no bfloat16: its bits are a uint16.
     """
 
     safetensors: str
@@ -40,7 +38,6 @@ class StoredType:
 
     @property
     def itemsize(self) -> int:
-        """Bytes of one weight."""
         return self.numpy.itemsize
 
 
@@ -82,18 +79,15 @@ class Panels:
     scales: Array | None = None
 
     @property
-    def n_in(self) -> int:
-        """K."""
+    def n_in(self) -> int:  # K
         return int(self.array.shape[2])
 
     @property
-    def width(self) -> int:
-        """P."""
+    def width(self) -> int:  # P
         return int(self.array.shape[3])
 
     @property
-    def columns(self) -> int:
-        """N, rounded up to whole panels."""
+    def columns(self) -> int:  # N, rounded up to whole panels
         return int(self.array.shape[0]) * self.width
 
     def share(self, rank: int, size: int) -> tuple[int, int]:
@@ -133,8 +127,7 @@ def compute_scales(columns: Array) -> Array:  # [K, N] -> [N]
     Scales are symmetric and there is one per output column, as LLM.int8() (Dettmers et al. 2022) has it for weights. A
     scale is not finite where its column is not, so that what is computed with it is not finite either.
     """
-    scales: Array = np.abs(columns).max(axis=0, initial=0.0) / np.float32(LARGEST_INT8)
-    return scales
+    return np.asarray(np.abs(columns).max(axis=0, initial=0.0) / np.float32(LARGEST_INT8))
 
 
 def narrow(weights: str, columns: Array) -> NDArray[Any]:  # [K, N] -> [K, N]
@@ -155,7 +148,4 @@ def narrow(weights: str, columns: Array) -> NDArray[Any]:  # [K, N] -> [K, N]
 
 def widen(stored: NDArray[Any]) -> Array:
     """Convert stored numbers to float32; int8 to the whole numbers that it holds, which are still to be scaled."""
-    if stored.dtype == np.uint16:
-        wide: Array = (stored.astype(np.uint32) << 16).view(np.float32)
-        return wide
-    return stored.astype(np.float32)
+    return (stored.astype(np.uint32) << 16).view(np.float32) if stored.dtype == np.uint16 else stored.astype(np.float32)

@@ -51,8 +51,7 @@ class Checkpoint:
     """The tensors of a model's folder, by name. Views stay valid as long as any of them, or this object, is alive."""
 
     def __init__(self, tensors: dict[str, TensorInfo], maps: dict[Path, mmap.mmap]) -> None:
-        self.tensors = tensors
-        self._maps = maps
+        self.tensors, self._maps = tensors, maps
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
@@ -64,14 +63,10 @@ class Checkpoint:
         if (folder / SINGLE_FILE).exists():
             tensors, mapped = map_file(folder / SINGLE_FILE)
             return cls(tensors, {folder / SINGLE_FILE: mapped})
-        if (folder / INDEX_FILE).exists():
-            return cls._open_shards(folder)
-        raise CheckpointError(_nothing_to_open(folder))
-
-    @classmethod
-    def _open_shards(cls, folder: Path) -> Checkpoint:
+        if not (folder / INDEX_FILE).exists():
+            raise CheckpointError(_nothing_to_open(folder))
         index = read_index(folder / INDEX_FILE)
-        tensors: dict[str, TensorInfo] = {}
+        shards: dict[str, TensorInfo] = {}
         maps: dict[Path, mmap.mmap] = {}
         for shard in sorted(set(index.values())):
             present, maps[folder / shard] = map_file(folder / shard)
@@ -80,8 +75,8 @@ class Checkpoint:
                 raise CheckpointError(f"{folder / shard}: tensor {name!r} is missing; {INDEX_FILE} lists it here")
             for name in present.keys() - listed:
                 raise CheckpointError(f"{folder / shard}: tensor {name!r} is not listed here by {INDEX_FILE}")
-            tensors.update(present)
-        return cls(tensors, maps)
+            shards.update(present)
+        return cls(shards, maps)
 
     @cached_property
     def identity(self) -> str:
@@ -107,19 +102,15 @@ class Checkpoint:
         return np.frombuffer(self._maps[info.file], dtype, count, info.start).reshape(info.shape)
 
     def populate(self) -> None:
-        """Enter the pages of all files into this process's page table, reading what is not in memory yet.
-
-        Does nothing where the system has no such call (Linux 5.14).
-        """
+        """Enter all pages into this process's page table at once, where the system can (Linux 5.14)."""
         for mapped in self._maps.values():
             with contextlib.suppress(OSError, ValueError):
                 mapped.madvise(_MADV_POPULATE_READ)
 
     def float32(self, name: str, where: Any = ...) -> NDArray[np.float32]:
-        """Return the tensor, or the part of it at the index `where`, as aligned float32.
+        """Return the tensor, or the part of it at the index `where`, as aligned float32: the view, or a converted copy.
 
-        That is the view itself if it is aligned float32 already, else a converted copy. BLAS reads nothing else: numpy
-        would copy the weights again on every product.
+        BLAS reads nothing else: numpy would copy the weights again on every product.
         """
         if self.tensors[name].dtype not in _FLOATING:
             raise self._unreadable(name)
@@ -165,11 +156,7 @@ def map_file(path: Path) -> tuple[dict[str, TensorInfo], mmap.mmap]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Return the free-form texts in a safetensors file's header.
-
-    Raises:
-        CheckpointError: the file cannot be read.
-    """
+    """Return the free-form texts in a safetensors file's header; raise CheckpointError if it cannot be read."""
     try:
         metadata = _read_header(path)[0].get("__metadata__", {})
     except OSError as reason:
@@ -209,7 +196,6 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _nothing_to_open(folder: Path) -> str:
-    """Return the message for a folder without safetensors files."""
     for name in PICKLE_FILES:
         if (folder / name).exists():
             return (

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,17 +85,13 @@ class GPT2Config:
 
     @property
     def n_parameters(self) -> int:
-        """The count of numbers in all weights."""
         n, inner = self.n_embd, self.n_inner
         block = 4 * n + 3 * n * (n + 1) + n * (n + 1) + inner * (n + 1) + n * (inner + 1)
         tables = (self.vocab_size + self.n_positions) * n + (0 if self.tie_word_embeddings else self.vocab_size * n)
         return tables + self.n_layer * block + 2 * n
 
     def attention_scale(self, layer: int) -> float:
-        """Return the factor of the attention scores of a layer.
-
-        Source: `eager_attention_forward` in `transformers/models/gpt2/modeling_gpt2.py`.
-        """
+        """Return the factor of a layer's scores. Source: `eager_attention_forward` of transformers' modeling_gpt2."""
         scale = self.head_dim**-0.5 if self.scale_attn_weights else 1.0
         return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
 
@@ -144,11 +141,7 @@ def read_config(path: Path) -> GPT2Config:
 
 
 def _by_first_names(path: Path, fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields with `hidden_size` and the like under the names that they stand for.
-
-    Raises:
-        ConfigError: a field is there under two names, with different values.
-    """
+    """Return the fields, each under its first name; raise ConfigError if two names of one have different values."""
     named = dict(fields)
     for other, name in _OTHER_NAMES:
         if fields.get(other) is None:
@@ -164,28 +157,24 @@ class _Reader:
     """Reads the fields of one configuration file, and raises ConfigError for a value of the wrong kind."""
 
     def __init__(self, path: Path, fields: dict[str, Any]) -> None:
-        self.path = path
-        self.fields = fields
+        self.path, self.fields = path, fields
 
     def size(self, name: str, default: int) -> int:
-        value = self.fields.get(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_DIMENSION:
-            raise ConfigError(
-                f"{self.path}: {name} is {_quote(value)}; it must be a whole number from 1 to {MAX_DIMENSION}"
-            )
-        return value
+        rule = f"a whole number from 1 to {MAX_DIMENSION}"
+        return int(self._checked(name, default, rule, lambda value: type(value) is int and 1 <= value <= MAX_DIMENSION))
 
     def flag(self, name: str, default: bool) -> bool:
-        value = self.fields.get(name, default)
-        if not isinstance(value, bool):
-            raise ConfigError(f"{self.path}: {name} is {_quote(value)}; it must be true or false")
-        return value
+        return bool(self._checked(name, default, "true or false", lambda value: type(value) is bool))
 
     def epsilon(self, name: str, default: float) -> float:
+        rule = "a number from 0 up to 1"
+        return float(self._checked(name, default, rule, lambda value: type(value) in (int, float) and 0 <= value < 1))
+
+    def _checked(self, name: str, default: Any, rule: str, fits: Callable[[Any], bool]) -> Any:
         value = self.fields.get(name, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
-            raise ConfigError(f"{self.path}: {name} is {_quote(value)}; it must be a number from 0 up to 1")
-        return float(value)
+        if not fits(value):
+            raise ConfigError(f"{self.path}: {name} is {_quote(value)}; it must be {rule}")
+        return value
 
     def token_ids(self, name: str, vocab_size: int) -> tuple[int, ...]:
         """Read one id, a list of ids or null. Ids outside the vocabulary cannot occur: dropped, with a warning."""

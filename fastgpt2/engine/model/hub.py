@@ -40,8 +40,7 @@ def find_model(model: str, revision: str | None = None) -> Path:
     """Return the folder that holds a model, downloading it first if needed.
 
     The cache is huggingface_hub's own, shared with transformers: `HF_HUB_CACHE`, `HF_HOME`, `HF_HUB_OFFLINE`,
-    `HF_ENDPOINT` and `HF_TOKEN` mean what they mean there. A revision that is cached whole is used without asking the
-    hub again.
+    `HF_ENDPOINT` and `HF_TOKEN` mean what they mean there.
 
     Args:
         model: `demo` (shipped with this package), the path of a folder, or a Hugging Face hub id such as `gpt2`.
@@ -95,10 +94,7 @@ def hub_cache_folder() -> Path:
 
 
 def _resolved_cache() -> Path:
-    """Return the cache without links in its path, so that a model has one path, whether fetched just now or before.
-
-    huggingface_hub's newer versions resolve it too.
-    """
+    """Return the cache without links, so that a model has one path. huggingface_hub's newer versions resolve it too."""
     return hub_cache_folder().resolve()
 
 
@@ -140,11 +136,7 @@ def _collect(fetch: Fetch) -> Path | None:
 
 
 def _download(repo_id: str, revision: str) -> Path:
-    """Download what a model needs, and return its snapshot folder.
-
-    Raises:
-        ModelNotFound: as `find_model`.
-    """
+    """Download what a model needs, and return its snapshot folder. Raises as `find_model`."""
     offline = "HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") else "TRANSFORMERS_OFFLINE"
     if os.environ.get(offline, "").lower() in _TRUE:
         raise ModelNotFound(
@@ -169,9 +161,13 @@ def _download(repo_id: str, revision: str) -> Path:
     except RevisionNotFoundError:
         raise ModelNotFound(f"{repo_id}: has no revision {revision!r}") from None
     except HfHubHTTPError as reason:
-        raise ModelNotFound(
-            _refusal(repo_id, reason.response.status_code, _first_line(reason.server_message or reason))
-        ) from reason
+        status = reason.response.status_code
+        if status == 401:  # a token was sent: without one, this status has a meaning of its own, handled before
+            message = "the hub refuses the access token; correct or unset HF_TOKEN, or log in again"
+        else:
+            answer = f"{status} ({_first_line(reason.server_message or reason)})"
+            message = f"the hub answers with status {answer}; try again later, and check HF_ENDPOINT"
+        raise ModelNotFound(f"{repo_id}: {message}") from reason
     except ModelError:
         raise
     except Exception as reason:  # network, disk and protocol errors, of many libraries' types
@@ -196,10 +192,7 @@ def _check_access(repo_id: str, revision: str) -> None:
 
 
 def _make_fetch(repo_id: str, revision: str) -> Fetch:
-    """Return a function that downloads files into the cache.
-
-    They are all of one commit: that which the revision means when the first of them comes.
-    """
+    """Return a function that downloads files into the cache: all of the commit of the first that comes."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -219,15 +212,7 @@ def _make_fetch(repo_id: str, revision: str) -> Fetch:
     return fetch
 
 
-def _refusal(repo_id: str, status: int, reason: str) -> str:
-    """Return the message for an HTTP status that the hub gave."""
-    if status == 401:  # a token was sent: without one, this status has a meaning of its own, handled before
-        return f"{repo_id}: the hub refuses the access token; correct or unset HF_TOKEN, or log in again"
-    return f"{repo_id}: the hub answers with status {status} ({reason}); try again later, and check HF_ENDPOINT"
-
-
 def _failure(repo_id: str, reason: Exception) -> str:
-    """Return the message for a download that an error ended."""
     if isinstance(reason, OSError) and reason.errno is not None and reason.filename:
         return f"{repo_id}: download failed: {reason.filename}: {reason.strerror}"
     return (
@@ -249,14 +234,13 @@ def _incompleteness(repo_id: str, revision: str) -> str:
         names = set(list_repo_files(repo_id, revision=revision))
     except Exception:
         names = set()
-    if names and not any(name.endswith(".safetensors") for name in names):
-        pickles = sorted(name for name in names if name.endswith(".bin"))
-        if pickles:
-            return (
-                f"{repo_id}: has {pickles[0]} but no {SINGLE_FILE}. A .bin file is a pickle, which can run any code, "
-                "and is never opened here; the hub's own converter (the space safetensors/convert) makes a safetensors "
-                "file of it, often found as revision `refs/pr/N`"
-            )
+    pickles = sorted(name for name in names if name.endswith(".bin"))
+    if pickles and not any(name.endswith(".safetensors") for name in names):
+        return (
+            f"{repo_id}: has {pickles[0]} but no {SINGLE_FILE}. A .bin file is a pickle, which can run any code, and "
+            "is never opened here; the hub's own converter (the space safetensors/convert) makes a safetensors file of "
+            "it, often found as revision `refs/pr/N`"
+        )
     return (
         f"{repo_id}: revision {revision} is no complete model: it needs {CONFIG_FILE}, {SINGLE_FILE} (or {INDEX_FILE} "
         "and its shards), and tokenizer.json (or vocab.json and merges.txt)"

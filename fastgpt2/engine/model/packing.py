@@ -23,7 +23,6 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -32,7 +31,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgpt2.engine.kernels.panels import STORED_TYPES, Layout, compute_scales, narrow, panel_count, to_panels
+from fastgpt2.engine.kernels.panels import STORED_TYPES, Array, Layout, compute_scales, narrow, panel_count, to_panels
 from fastgpt2.engine.machine import anonymous_file, cache_folder, is_large, locked
 from fastgpt2.engine.model.checkpoint import NUMPY_TYPES, Checkpoint, map_file, read_metadata
 from fastgpt2.engine.model.config import GPT2Config
@@ -40,7 +39,6 @@ from fastgpt2.engine.model.weights import expected_shapes, match_names, scales_n
 from fastgpt2.errors import CheckpointError, ModelError
 
 log = logging.getLogger("fastgpt2.engine")
-Array = NDArray[np.float32]
 
 # Part of the file's name: a release that writes another format looks for another name.
 FORMAT = 2
@@ -59,7 +57,6 @@ class PackedFile:
     """A packed file, mapped.
 
     Attributes:
-        tensors: the tensors in it.
         path: where it lies; None for memory of this process and its helpers only.
         fd: an open descriptor, for a helper to inherit. Closed with this object.
     """
@@ -71,10 +68,6 @@ class PackedFile:
     def __del__(self) -> None:
         os.close(self.fd)
 
-    def touch(self) -> None:
-        """Enter all pages into this process's page table at once, where the system can (Linux 5.14)."""
-        self.tensors.populate()
-
 
 def pack(checkpoint: Checkpoint, config: GPT2Config, model: str, layout: Layout, must_keep: bool = False) -> PackedFile:
     """Return the packed file of a checkpoint, writing it if there is none.
@@ -83,11 +76,10 @@ def pack(checkpoint: Checkpoint, config: GPT2Config, model: str, layout: Layout,
 
     Args:
         model: its name, for people.
-        must_keep: a small model's file is kept in the cache too, and it is an error if that cannot be.
+        must_keep: it is an error if the file cannot be in the cache.
 
     Raises:
-        ModelError: the checkpoint cannot be used, there is no memory for the weights, or a file that must be kept
-            cannot be.
+        ModelError: the checkpoint cannot be used, there is no memory for it, or a file that must be kept cannot be.
     """
     try:
         path = pack_path(cache_folder(), checkpoint, model, layout)
@@ -102,7 +94,7 @@ def pack(checkpoint: Checkpoint, config: GPT2Config, model: str, layout: Layout,
                 "%.0f MB, as every other will, and once more at every start. Set FASTGPT2_CACHE to a folder that can "
                 "be written",
                 reason,
-                PackPlan.of(checkpoint, config, layout).data_bytes / 1e6,
+                PackPlan(checkpoint, config, layout).data_bytes / 1e6,
             )
     try:
         return pack_in_memory(checkpoint, config, model, layout)
@@ -116,7 +108,8 @@ def pack_path(folder: Path, checkpoint: Checkpoint, model: str, layout: Layout) 
     The model's name in it is for people: a file made under another name of the same source is taken.
     """
     end = f"-{checkpoint.identity}-{layout.name}{SUFFIX}"
-    return next(folder.glob(f"*{end}"), folder / f"{_as_file_name(model)}{end}")
+    for_people = "".join(c if c.isalnum() else "-" for c in model)[-60:].strip("-") or "model"
+    return next(folder.glob(f"*{end}"), folder / f"{for_people}{end}")
 
 
 def pack_in_cache(
@@ -128,7 +121,7 @@ def pack_in_cache(
         CheckpointError: a tensor of the checkpoint is missing, surplus or misshapen.
         OSError: the file can neither be read nor written.
     """
-    plan = PackPlan.of(checkpoint, config, layout)
+    plan = PackPlan(checkpoint, config, layout)
     packed = _open_if_sound(path, plan)
     if packed is not None:
         return packed
@@ -149,13 +142,8 @@ def pack_in_cache(
 
 
 def pack_in_memory(checkpoint: Checkpoint, config: GPT2Config, model: str, layout: Layout) -> PackedFile:
-    """Return the same in memory of this process, which only its own helpers share.
-
-    Raises:
-        CheckpointError: as `pack_in_cache`.
-        OSError: there is not enough memory.
-    """
-    plan = PackPlan.of(checkpoint, config, layout)
+    """Return the same in memory of this process, which only its own helpers share. Raises as `pack_in_cache`."""
+    plan = PackPlan(checkpoint, config, layout)
     fd = anonymous_file("fastgpt2-weights")
     try:
         with os.fdopen(os.dup(fd), "wb") as file:
@@ -167,11 +155,7 @@ def pack_in_memory(checkpoint: Checkpoint, config: GPT2Config, model: str, layou
 
 
 def open_packed(fd: int, path: Path | None = None) -> PackedFile:
-    """Map a packed file by its descriptor, which is the result's from now on.
-
-    Raises:
-        CheckpointError: the file is damaged.
-    """
+    """Map a packed file by its descriptor, which is the result's from now on; raise CheckpointError if damaged."""
     source = path or Path(f"/proc/self/fd/{fd}" if sys.platform == "linux" else f"/dev/fd/{fd}")
     tensors, mapped = map_file(source)
     return PackedFile(Checkpoint(tensors, {source: mapped}), path, fd)
@@ -207,25 +191,18 @@ class PackPlan:
 
     Attributes:
         tensors: the form of each tensor, in the order of the file.
+
+    Raises:
+        CheckpointError: as `pack_in_cache`.
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, names: dict[str, str], tensors: dict[str, TensorForm], weights: str
-    ) -> None:
-        self.checkpoint, self._names, self.tensors, self._weights = checkpoint, names, tensors, weights
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint, config: GPT2Config, layout: Layout) -> PackPlan:
-        """Plan the packed file of a checkpoint.
-
-        Raises:
-            CheckpointError: as `pack_in_cache`.
-        """
-        names = match_names(checkpoint, config)
-        shapes = expected_shapes(config)
+    def __init__(self, checkpoint: Checkpoint, config: GPT2Config, layout: Layout) -> None:
+        self.checkpoint, self._weights = checkpoint, layout.weights
+        self._names = match_names(checkpoint, config)
+        self.tensors: dict[str, TensorForm] = {}
+        shapes, tensors = expected_shapes(config), self.tensors
         head = "wte.weight" if config.tie_word_embeddings else "lm_head.weight"
-        tensors: dict[str, TensorForm] = {}
-        for name in names:
+        for name in self._names:
             shape = shapes[name]
             if name == head or (len(shape) == 2 and name.startswith("h.")):
                 n_out, n_in = shape if name == head else shape[::-1]
@@ -241,18 +218,15 @@ class PackPlan:
             else:
                 rows = -(-shape[0] // _ALIGNED_FLOATS) * _ALIGNED_FLOATS
                 tensors[name] = TensorForm("F32", (rows, *shape[1:]))
-        return cls(checkpoint, names, tensors, layout.weights)
 
     @property
     def data_bytes(self) -> int:
-        """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def write(self, file: BinaryIO, model: str, sealed: int, progress: Callable[[int], object]) -> None:
         """Write header and tensors, a piece at a time.
 
         Args:
-            model: its name, for people.
             sealed: the file's time of change when it is whole, in nanoseconds.
             progress: called with the number of bytes of each piece.
         """
@@ -362,34 +336,22 @@ def _write(path: Path, plan: PackPlan, model: str, progress: bool) -> None:
     """Stream the tensors into a file that gets its name when it is whole and on the disk."""
     import shutil
 
+    from tqdm import tqdm
+
     free = shutil.disk_usage(path.parent).free
     if free < plan.data_bytes:
         raise OSError(errno.ENOSPC, f"{plan.data_bytes / 1e6:.0f} MB are needed and {free / 1e6:.0f} MB are free")
     temporary = path.with_suffix(".tmp")
     sealed = int(time.time()) * 10**9
     try:
-        with temporary.open("wb") as file, _progress_bar(plan.data_bytes, model, progress) as advance:
-            plan.write(file, model, sealed, advance)
+        bar = tqdm(
+            total=plan.data_bytes, desc=f"packing {model}", unit="B", unit_scale=True, leave=False, disable=not progress
+        )
+        with temporary.open("wb") as file, bar:
+            plan.write(file, model, sealed, bar.update)
             file.flush()
             os.utime(file.fileno(), ns=(sealed, sealed))
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def _progress_bar(size: int, model: str, wanted: bool) -> Iterator[Callable[[int], object]]:
-    """Show a progress bar if it is wanted. Yields a function that advances it by a number of bytes."""
-    if not wanted:
-        yield lambda _count: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=size, desc=f"packing {model}", unit="B", unit_scale=True, leave=False) as bar:
-        yield bar.update
-
-
-def _as_file_name(model: str) -> str:
-    """Return the model's name as part of a file name, for people who look into the cache."""
-    return "".join(c if c.isalnum() else "-" for c in model)[-60:].strip("-") or "model"

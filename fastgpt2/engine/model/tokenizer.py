@@ -60,7 +60,6 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """The number of tokens, added ones included."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     @property
@@ -79,9 +78,7 @@ class Tokenizer:
         return max(longest, 1)
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text."""
-        ids: list[int] = self._backend.encode(text).ids
-        return ids
+        return list(self._backend.encode(text).ids)
 
     def offsets(self, text: str) -> list[int]:
         """Return where in the text each token of `encode` begins: the index of the character of its first byte."""
@@ -134,17 +131,16 @@ class IncrementalDetokenizer:
         return self._decoder.decode(self._tokenizer.token_bytes(token_id))
 
     @property
-    def unfinished(self) -> bool:
-        """True while bytes of an unfinished character are held back."""
-        return bool(self._decoder.getstate()[0])
+    def unfinished(self) -> bytes:
+        """Return the bytes of an unfinished character, which are held back; b"" if there is none."""
+        return self._decoder.getstate()[0]
 
     def breaks_off(self, token_id: int) -> bool:
         """Tell whether this token's first byte cannot continue the unfinished character, which becomes U+FFFD then."""
         if not self.unfinished:
             return False
-        held = self._decoder.getstate()[0]
         try:
-            codecs.getincrementaldecoder("utf-8")().decode(held + self._tokenizer.token_bytes(token_id)[:1])
+            codecs.getincrementaldecoder("utf-8")().decode(self.unfinished + self._tokenizer.token_bytes(token_id)[:1])
         except UnicodeDecodeError:
             return True
         return False

@@ -5,15 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
-from fastgpt2.engine.kernels.panels import Panels
+from fastgpt2.engine.kernels.panels import Array, Panels
 from fastgpt2.engine.model.checkpoint import Checkpoint
 from fastgpt2.engine.model.config import GPT2Config
 from fastgpt2.errors import CheckpointError
-
-Array = NDArray[np.float32]
 
 # Causal masks that older exports carry; the attention here needs none.
 _MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
@@ -48,6 +43,10 @@ class Block:
     ln_2: LayerNorm
     c_fc: Linear
     mlp_c_proj: Linear
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return self.c_attn, self.attn_c_proj, self.c_fc, self.mlp_c_proj
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,29 +113,14 @@ def scales_name(weight: str) -> str:
 def expected_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
     """Return every tensor that the configuration implies, without the `transformer.` prefix, and its shape."""
     n, inner = config.n_embd, config.n_inner
-    shapes: dict[str, tuple[int, ...]] = {
-        "wte.weight": (config.vocab_size, n),
-        "wpe.weight": (config.n_positions, n),
-        "ln_f.weight": (n,),
-        "ln_f.bias": (n,),
-    }
+    shapes: dict[str, tuple[int, ...]] = {"wte.weight": (config.vocab_size, n), "wpe.weight": (config.n_positions, n)}
+    linears = {"attn.c_attn": (n, 3 * n), "attn.c_proj": (n, n), "mlp.c_fc": (n, inner), "mlp.c_proj": (inner, n)}
     for i in range(config.n_layer):
-        shapes |= {
-            f"h.{i}.ln_1.weight": (n,),
-            f"h.{i}.ln_1.bias": (n,),
-            f"h.{i}.attn.c_attn.weight": (n, 3 * n),
-            f"h.{i}.attn.c_attn.bias": (3 * n,),
-            f"h.{i}.attn.c_proj.weight": (n, n),
-            f"h.{i}.attn.c_proj.bias": (n,),
-            f"h.{i}.ln_2.weight": (n,),
-            f"h.{i}.ln_2.bias": (n,),
-            f"h.{i}.mlp.c_fc.weight": (n, inner),
-            f"h.{i}.mlp.c_fc.bias": (inner,),
-            f"h.{i}.mlp.c_proj.weight": (inner, n),
-            f"h.{i}.mlp.c_proj.bias": (n,),
-        }
-    shapes["lm_head.weight"] = (config.vocab_size, n)
-    return shapes
+        for norm in ("ln_1", "ln_2"):
+            shapes |= {f"h.{i}.{norm}.weight": (n,), f"h.{i}.{norm}.bias": (n,)}
+        for name, shape in linears.items():
+            shapes |= {f"h.{i}.{name}.weight": shape, f"h.{i}.{name}.bias": shape[1:]}
+    return {**shapes, "ln_f.weight": (n,), "ln_f.bias": (n,), "lm_head.weight": (config.vocab_size, n)}
 
 
 def match_names(checkpoint: Checkpoint, config: GPT2Config) -> dict[str, str]:

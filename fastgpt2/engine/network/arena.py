@@ -25,21 +25,21 @@ class Arena:
     """Named arrays in one anonymous mapping, private to this process or shared with the helpers that open its `fd`.
 
     The same specifications give the same layout in every process.
+
+    Args:
+        specs: shape and dtype by name.
+        shared: back the memory with a file descriptor that a helper process can map too.
+        fd: that of another process's shared arena with the same specifications; it is not closed here.
+
+    Raises:
+        OSError, ValueError: the system does not give that much address space.
     """
 
     def __init__(self, specs: Mapping[str, Spec], *, shared: bool = False, fd: int | None = None) -> None:
-        """
-        Args:
-            specs: shape and dtype by name.
-            shared: back the memory with a file descriptor that a helper process can map too.
-            fd: that of another process's shared arena with the same specifications; it is not closed here.
-
-        Raises:
-            OSError, ValueError: the system does not give that much address space.
-        """
-        offsets, size = {}, 0
+        self._offsets: dict[str, int] = {}
+        size = 0
         for name, (shape, dtype) in specs.items():
-            offsets[name] = size
+            self._offsets[name] = size
             size += -(-max(1, math.prod(shape)) * np.dtype(dtype).itemsize // PAGE) * PAGE
         self.fd = fd
         self._owned: int | None = None
@@ -51,11 +51,10 @@ class Arena:
             self._map = mmap.mmap(self._owned, size)
         else:
             self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._arrays: dict[str, NDArray[Any]] = {}
-        self._offsets = offsets
-        for name, (shape, dtype) in specs.items():
-            count = math.prod(shape)
-            self._arrays[name] = np.frombuffer(self._map, dtype, count, offsets[name]).reshape(shape)
+        self._arrays: dict[str, NDArray[Any]] = {
+            name: np.frombuffer(self._map, dtype, math.prod(shape), self._offsets[name]).reshape(shape)
+            for name, (shape, dtype) in specs.items()
+        }
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         return self._arrays[name]
@@ -76,20 +75,12 @@ class Arena:
             if stop > start:
                 self._map.madvise(advice, start, stop - start)
 
-    def use_small_pages(self, name: str) -> None:
-        """Have an array committed by single pages, also where the system would take huge ones."""
-        self._advise(name, getattr(mmap, "MADV_NOHUGEPAGE", None))
-
-    def use_huge_pages(self, name: str) -> None:
-        """Have an array committed by huge pages, where the system has them: filling it takes a third of the time."""
-        self._advise(name, getattr(mmap, "MADV_HUGEPAGE", None))
-
-    def _advise(self, name: str, advice: int | None) -> None:
-        if advice is not None:
-            # A kernel without huge pages does not know the advice.
-            with contextlib.suppress(OSError):
-                start = self._offsets[name]
-                self._map.madvise(advice, start, -(-self._arrays[name].nbytes // PAGE) * PAGE)
+    def advise(self, name: str, advice: str) -> None:
+        """Advise the system to commit an array by huge pages, "MADV_HUGEPAGE", or by single ones, "MADV_NOHUGEPAGE"."""
+        # Not every system has the advice, and a kernel without huge pages does not know it.
+        with contextlib.suppress(AttributeError, OSError):
+            size = -(-self._arrays[name].nbytes // PAGE) * PAGE
+            self._map.madvise(getattr(mmap, advice), self._offsets[name], size)
 
     def __del__(self) -> None:
         if getattr(self, "_owned", None) is not None:

@@ -15,11 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgpt2.engine.kernels.kernel import RowChunks
+from fastgpt2.engine.kernels.panels import Array
 from fastgpt2.engine.model.config import GPT2Config
 from fastgpt2.engine.network.kv_cache import BLOCK, MOST_PADDING, KVCache
 from fastgpt2.engine.network.step import Step
-
-Array = NDArray[np.float32]
 
 # Scores held at a time, in floats: a megabyte, so that they stay in the cache between the passes over them.
 SCORES = 1 << 18
@@ -39,27 +38,23 @@ class Attention:
         heads: the first head, and the one after the last.
         qkv: [rows, at least 3 n_embd], contiguous, what c_attn gives; the queries are scaled in place.
         out: [rows, at least n_embd], written for these heads.
-        chunking: how many rows the kernel takes at once.
     """
 
     def __init__(
-        self, config: GPT2Config, cache: KVCache, heads: tuple[int, int], qkv: Array, out: Array, chunking: RowChunks
+        self, config: GPT2Config, cache: KVCache, heads: tuple[int, int], qkv: Array, out: Array, row_chunks: RowChunks
     ) -> None:
-        self._config, self._chunking = config, chunking
+        self._config, self._row_chunks = config, row_chunks
         self._first, self._last = heads
         self._keys, self._values = cache.keys, cache.values
         n, dim, rows = self._last - self._first, config.head_dim, qkv.shape[0]
-        q, k, v = (
-            qkv[:, i * config.n_embd + self._first * dim : i * config.n_embd + self._last * dim] for i in range(3)
-        )
+        own = slice(self._first * dim, self._last * dim)
+        q, k, v = (qkv[:, i * config.n_embd : (i + 1) * config.n_embd][:, own] for i in range(3))
         self._q, self._qkv = q, qkv
         # In bytes, from a row to the next, and from a head to the next.
         self._strides = q.strides[0], dim * q.itemsize
-        self._k, self._v, self._out = (
-            x.reshape(rows, n, dim) for x in (k, v, out[:, self._first * dim : self._last * dim])
-        )
-        self._scratch = Scratch(n * chunking.least, self._values.shape[3], dim)
-        self.exact = chunking.exact
+        self._k, self._v, self._out = (x.reshape(rows, n, dim) for x in (k, v, out[:, own]))
+        self._scratch = Scratch(n * row_chunks.least, self._values.shape[3], dim)
+        self.exact = row_chunks.exact
         order = np.arange(2 * PROMPT_ROWS)
         self._future = order[None, :] > order[:, None]  # [i, j]: j comes after i
         self._count = 0
@@ -68,8 +63,7 @@ class Attention:
 
     def prepare(self, step: Step) -> None:
         """Lay out a step; `run` then attends it, layer by layer."""
-        self._count = step.rows
-        self._writes = []
+        self._count, self._writes = step.rows, []
         self._groups = list(self._lay_out(step)) if self._last > self._first else []
 
     def run(self, layer: int) -> None:
@@ -119,8 +113,9 @@ class Attention:
             return False
         lengths = [before for _, before, _ in decoding]
         together = [*lengths, length]
-        rows = len(together) * (self._last - self._first) * self._chunking.least
-        if max(together) - min(together) > MOST_PADDING or not self._scratch.holds(rows, max(together)):
+        rows = len(together) * (self._last - self._first) * self._row_chunks.least
+        fits = rows * -(-max(together) // BLOCK) * BLOCK <= SCORES
+        if max(together) - min(together) > MOST_PADDING or not fits:
             return False
         return _padding(together) - _padding(lengths) <= MOST_ADDED_PADDING
 
@@ -129,7 +124,7 @@ class Attention:
         (slot, _, row), n = members[0], len(members)
         lengths = np.array([length for _, length, _ in members])
         longest = int(lengths.max())
-        blocks, least = -(-longest // BLOCK), self._chunking.least
+        blocks, least = -(-longest // BLOCK), self._row_chunks.least
         width = blocks * BLOCK
         hidden = (np.arange(width) >= lengths[:, None])[:, None] if int(lengths.min()) < width else None
         slots, heads, count = slice(slot, slot + n), slice(self._first, self._last), self._last - self._first
@@ -158,7 +153,7 @@ class Attention:
 
     def _prompt_groups(self, slot: int, start: int, row: int, n: int) -> Iterator[Group]:
         """Group a piece of a prompt by heads: n rows that see all before them, and of themselves what is not later."""
-        chunks, m = self._chunking.split(n)
+        chunks, m = self._row_chunks.split(n)
         length, dim = start + n, self._config.head_dim
         blocks, rows = -(-length // BLOCK), chunks * m
         width = blocks * BLOCK
@@ -215,9 +210,6 @@ class Scratch:
         self._block_sums = np.zeros(most * BLOCK, np.float32)
         self._sums = np.zeros(most, np.float32)
         self._largest = np.zeros(most, np.float32)
-
-    def holds(self, rows: int, positions: int) -> bool:
-        return rows * -(-positions // BLOCK) * BLOCK <= SCORES
 
     def views(self, a: int, b: int, m: int, blocks: int) -> tuple[Array, Array, Array, Array, Array]:
         """Return arrays [a, b, m, n]; n: blocks * BLOCK scores, dim contexts, 1 sum, BLOCK block sums, 1 largest."""

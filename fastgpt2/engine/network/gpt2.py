@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import time
 import weakref
-from collections.abc import Callable, Sequence
-
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Sequence
+from typing import Any
 
 from fastgpt2.engine.kernels.kernel import Kernel
 from fastgpt2.engine.kernels.openblas import identify_blas
+from fastgpt2.engine.kernels.panels import Array
 from fastgpt2.engine.model.config import GPT2Config
 from fastgpt2.engine.model.packing import PackedFile
 from fastgpt2.engine.model.weights import view_weights
 from fastgpt2.engine.network.arena import Arena
-from fastgpt2.engine.network.helpers import HelperProcesses, Helpers, Shape, state_specs
+from fastgpt2.engine.network.helpers import WAKE_AFTER_SECONDS, HelperProcesses, TeamBroken
 from fastgpt2.engine.network.kv_cache import KVCache
-from fastgpt2.engine.network.step import DRAFT_WEIGHTS, OWN_WEIGHTS, Segment, Step, TeamBroken
-from fastgpt2.engine.network.transformer import Shard, WeightSet, buffer_name, make_shards
+from fastgpt2.engine.network.step import DRAFT_WEIGHTS, OWN_WEIGHTS, Barrier, Segment, Step
+from fastgpt2.engine.network.transformer import Shape, Shard, WeightSet, buffer_name, make_shards, state_specs
 from fastgpt2.errors import ModelError
 
 log = logging.getLogger("fastgpt2.engine")
-Array = NDArray[np.float32]
 
 # Rows of a step, beside those of sequences that decode.
 DEFAULT_MAX_ROWS = 256
@@ -40,9 +39,20 @@ MAX_STARTS = 100
 class GPT2:
     """The network and the state of its sequences.
 
+    Args:
+        packed: stays mapped as long as this object lives.
+        draft: another set of weights of the same model, to draft with.
+        shape: how many sequences, tokens a step, and processes, this one included. The others are started by the
+            first step at the latest, and join when they are ready.
+        kv_memory: bytes for the keys and values of all sequences; None for what all slots can take at most.
+
     Attributes:
+        sets: the sets of weights, by `OWN_WEIGHTS` and `DRAFT_WEIGHTS`.
         cache: the keys and values of the sequences; ask it for slots.
         size: the number of processes that it is meant to run on; `ready` tells whether all of them have joined.
+
+    Raises:
+        ModelError: the system does not give the address space for that many slots.
     """
 
     def __init__(
@@ -54,101 +64,71 @@ class GPT2:
         kv_memory: int | None = None,
         draft: tuple[PackedFile, Kernel] | None = None,
     ) -> None:
-        """
-        Args:
-            packed: stays mapped as long as this object lives.
-            draft: another set of weights of the same model, for `draft`.
-            shape: how many sequences, tokens a step, and processes, this one included. The others are started by the
-                first step at the latest, and join when they are ready.
-            kv_memory: bytes for the keys and values of all sequences; None for what all slots can take at most.
-
-        Raises:
-            ModelError: the system does not give the address space for that many slots.
-        """
         self.config, self.size, self.max_rows = config, shape.size, shape.max_rows
-        self._packed, self._kernel = packed, kernel
-        self._sets = [
+        self.sets = [
             WeightSet(file, view_weights(file.tensors, config), multiplier)
-            for file, multiplier in ([(packed, kernel)] if draft is None else [(packed, kernel), draft])
+            for file, multiplier in ((packed, kernel), *([draft] if draft is not None else []))
         ]
-        self._weights = self._sets[OWN_WEIGHTS].weights
-        self._shape, self._n_slots, self._kv_memory = shape, shape.n_slots, kv_memory
-        self._starts_left = MAX_STARTS
-        self._lost = False
+        self._shape, self._kv_memory = shape, kv_memory
+        self._starts_left, self._lost = MAX_STARTS, False
         self._set_up()
         _networks.add(self)
 
     def _set_up(self) -> None:
         try:
-            self._arena = Arena(state_specs(self.config, self._sets, self._shape), shared=self.size > 1)
+            self._arena = Arena(state_specs(self.config, self.sets, self._shape), shared=self.size > 1)
         except (OSError, ValueError, OverflowError) as reason:
             raise ModelError(
                 f"no memory for {self._shape.n_slots} sequences of {self.config.n_positions} positions ({reason}); "
                 "set a smaller max_batch"
             ) from None
         self.cache = KVCache(self.config, self._shape.n_slots, self._arena, self._kv_memory)
-        self.cache.use_slots(self._n_slots)
-        self._alone = self._shards(1, lambda: None)
+        self._alone = make_shards(self.config, self.sets, self.cache, self._arena, (0, 1), lambda: None)
         self._together: list[Shard] | None = None
-        self._helpers: Helpers | None = None
-
-    def _shards(self, size: int, meet: Callable[[], None]) -> list[Shard]:
-        """Return the first process's shards among `size` processes."""
-        return make_shards(self.config, self._sets, self.cache, self._arena, (0, size), meet)
+        self._helpers: HelperProcesses | None = None
+        self._barrier: Barrier | None = None
 
     @property
     def product_name(self) -> str:
         """Return the name of what multiplies: "mkl", "compiled-int8", or how numpy's BLAS calls itself."""
-        return identify_blas() if self._kernel.product.name == "openblas" else self._kernel.product.name
+        name = self.sets[OWN_WEIGHTS].kernel.product.name
+        return identify_blas() if name == "openblas" else name
 
     def describe(self) -> str:
         """Return BLAS, panels' widths and processes as text: "openblas-SkylakeX in panels of 64/32, 2 processes"."""
-        block = self._weights.blocks[0]
+        block = self.sets[OWN_WEIGHTS].weights.blocks[0]
         widths = dict.fromkeys(linear.weight.width for linear in (block.c_fc, block.mlp_c_proj))
         processes = f"{self.size} process{'es' if self.size > 1 else ''}"
-        drafts = f", drafts by {self._sets[DRAFT_WEIGHTS].kernel.product.name}" if self.can_draft else ""
+        drafts = f", drafts by {self.sets[DRAFT_WEIGHTS].kernel.product.name}" if self.can_draft else ""
         return f"{self.product_name} in panels of {'/'.join(map(str, widths))}, {processes}{drafts}"
 
     def helper_pids(self) -> list[int]:
-        """Return the ids of the processes beside this one."""
-        return [] if self._helpers is None else self._helpers.processes.pids
+        return [] if self._helpers is None else self._helpers.pids
 
     @property
     def exact(self) -> bool:
         """Tell whether a sequence's logits have the same bits alone, in any batch, and with its prompt cut anywhere."""
         return self._alone[OWN_WEIGHTS].exact
 
-    def use_slots(self, n_slots: int) -> None:
-        """Hold at most `n_slots` sequences from now on; there must be none when this is called."""
-        self.cache.use_slots(n_slots)
-        self._n_slots = n_slots
-
     @property
     def ready(self) -> bool:
         """Tell whether every process has joined."""
-        return self._helpers.complete if self._helpers is not None else not self._wants_helpers
+        return self._barrier.complete if self._barrier is not None else not self._wants_helpers
 
     @property
     def can_draft(self) -> bool:
-        """Tell whether there are weights to `draft` with."""
-        return len(self._sets) > 1
+        return len(self.sets) > 1
 
-    def forward(self, segments: Sequence[Segment]) -> Array:
+    def forward(self, segments: Sequence[Segment], weights: int = OWN_WEIGHTS) -> Array:
         """Run the segments' tokens, append their keys and values to the cache, and return logits.
 
         Args:
             segments: one a sequence; a slot must have room for its segment's tokens. Together at most `max_rows`.
+            weights: `OWN_WEIGHTS`, or `DRAFT_WEIGHTS`. What these append to the cache is to be truncated.
 
         Returns:
             float32 [sum of n_logits, vocab_size], in the order of the segments; valid until the next call.
         """
-        return self._forward(segments, OWN_WEIGHTS)
-
-    def draft(self, segments: Sequence[Segment]) -> Array:
-        """Do as `forward`, by the other set of weights. What this appends to the cache is to be truncated."""
-        return self._forward(segments, DRAFT_WEIGHTS)
-
-    def _forward(self, segments: Sequence[Segment], weights: int) -> Array:
         if self._lost:
             raise RuntimeError("the process was forked while sequences were running; load the model after forking")
         step = Step(segments, [self.cache.lengths[segment.slot] for segment in segments], weights)
@@ -174,13 +154,17 @@ class GPT2:
     def _run(self, step: Step) -> None:
         if self._wants_helpers:
             self.start_helpers()
-        helpers = self._helpers
-        if helpers is None or not helpers.complete:
+        helpers, barrier = self._helpers, self._barrier
+        if helpers is None or barrier is None or not barrier.complete:
             self._alone[step.weights].run(step)
             return
         if self._together is None:
-            self._together = self._shards(self.size, helpers.barrier.wait)
-        helpers.begin(step)
+            self._together = make_shards(self.config, self.sets, self.cache, self._arena, (0, self.size), barrier.wait)
+        # The helpers have been idle since this process came to the barrier last, or since a later moment.
+        may_sleep = time.monotonic() - barrier.arrived_at > WAKE_AFTER_SECONDS
+        barrier.begin(step)
+        if may_sleep:
+            helpers.wake()
         self._together[step.weights].run(step)
 
     def wait_until_ready(self, seconds: float = 30.0) -> bool:
@@ -189,7 +173,10 @@ class GPT2:
             self.start_helpers()
         deadline = time.monotonic() + seconds
         while not self.ready and time.monotonic() < deadline:
-            if self._helpers is not None and self._helpers.processes.find_end() is not None:
+            try:
+                if self._helpers is not None:
+                    self._helpers.check()
+            except TeamBroken:
                 return False
             time.sleep(0.002)
         return self.ready
@@ -208,24 +195,47 @@ class GPT2:
         self._starts_left -= 1
         try:
             processes = processes or HelperProcesses(self.size - 1)
-            self._helpers = Helpers(processes, self.config, self._sets, self._arena, self._shape)
+            control = self._arena["control"]
+            control[:] = 0
+            barrier = Barrier(control, 0, self.size, processes.check)
+            barrier.join()
+            processes.send_order(self._describe_for_helpers())
         except OSError as reason:
             log.warning("no helper process can be started (%s); going on in one process", reason)
             self._starts_left = 0
+        else:
+            self._helpers, self._barrier = processes, barrier
+
+    def _describe_for_helpers(self) -> dict[str, Any]:
+        # Through /proc, helpers can also open what was opened after they had been started.
+        files = f"/proc/{os.getpid()}/fd"
+        sets = [
+            {
+                "weights": f"{files}/{weight_set.packed.fd}",
+                "product": weight_set.kernel.product.name,
+                "exact_chunks": weight_set.kernel.exact_chunks,
+            }
+            for weight_set in self.sets
+        ]
+        config, shape = dataclasses.asdict(self.config), dataclasses.asdict(self._shape)
+        state = f"{files}/{self._arena.fd}"
+        return {"config": config, "state": state, "sets": sets, "shape": shape, "parent": os.getpid()}
 
     def _dismiss_helpers(self) -> None:
         if self._helpers is not None:
-            self._helpers.processes.stop()
-        self._helpers = self._together = None
+            self._helpers.stop()
+        self._helpers = self._barrier = self._together = None
 
     def after_fork(self) -> None:
         """Leave the original's helpers, and the memory that it shares with them, alone in a forked copy."""
         if self.size == 1:
             return
         if self._helpers is not None:
-            self._helpers.processes.disown()
-        self._lost = self.cache.free_slots < self._n_slots
+            self._helpers.disown()
+        usable = self.cache.usable_slots
+        self._lost = self.cache.free_slots < usable
         self._set_up()
+        self.cache.use_slots(usable)
 
 
 def _after_fork() -> None:

@@ -10,7 +10,6 @@ it, should it sleep. It ends when the process that started it closes the pipe or
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import select
@@ -18,59 +17,48 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from subprocess import DEVNULL, PIPE
 from typing import TYPE_CHECKING, Any
 
 from fastgpt2.engine.machine import hold_to_one_thread
 from fastgpt2.engine.model.config import GPT2Config
 
 if TYPE_CHECKING:
-    from fastgpt2.engine.network.arena import Arena, Spec
-    from fastgpt2.engine.network.step import Barrier, Step
-    from fastgpt2.engine.network.transformer import WeightSet
+    from fastgpt2.engine.network.step import Barrier
+
+# A helper that has nothing to do looks this long for a new step, then it sleeps.
+SPIN_SECONDS = 0.003
+
+# After a longer pause than this between two steps, helpers may sleep, or be about to; well below the time above.
+WAKE_AFTER_SECONDS = 0.001
 
 # How often a sleeping helper checks whether its parent still lives, should the pipe not tell.
 _CHECK_PARENT_MS = 1000
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Shape:
-    """The size of a network's state: how many sequences, tokens in a step at most, and processes."""
-
-    n_slots: int
-    max_rows: int
-    size: int
-
-
-def state_specs(config: GPT2Config, sets: Sequence[WeightSet], shape: Shape) -> dict[str, Spec]:
-    """Return the arrays that the processes of a team share."""
-    from fastgpt2.engine.network.kv_cache import KVCache
-    from fastgpt2.engine.network.step import control_spec
-    from fastgpt2.engine.network.transformer import buffer_specs
-
-    return {
-        "control": control_spec(shape.size, shape.max_rows),
-        **buffer_specs(config, sets, shape.max_rows),
-        **KVCache.specs(config, shape.n_slots),
-    }
+class TeamBroken(Exception):
+    """Another process of the team has ended; its share of this step is not done."""
 
 
 class HelperProcesses:
-    """Helpers that have been started, and import what they need while this process does the same.
+    """Helpers that have been started; they end when this object is no longer held.
 
-    They end when this object is no longer held.
+    They import what they need while this process does the same. Raises OSError if no process can be started.
     """
 
     def __init__(self, count: int) -> None:
-        """
-        Raises:
-            OSError: no process can be started.
-        """
         self._processes: list[subprocess.Popen[bytes]] = []
         # Not a method: with a reference to `self`, this object would live for ever.
         self.stop = weakref.finalize(self, _stop, self._processes)
+        command = [sys.executable, "-P", "-m", "fastgpt2.engine.network.helpers"]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         for _ in range(count):
-            self._processes.append(_start())
+            # -P: without it, a file in the current folder could take the place of a module of the same name. A session
+            # of its own: the first process answers Ctrl-C in the terminal.
+            self._processes.append(
+                subprocess.Popen(command, stdin=PIPE, stdout=DEVNULL, env=environment, start_new_session=True)
+            )
 
     @property
     def pids(self) -> list[int]:
@@ -94,13 +82,12 @@ class HelperProcesses:
             with contextlib.suppress(OSError):
                 os.write(process.stdin.fileno(), b"\0")
 
-    def find_end(self) -> str | None:
-        """Return how one of the helpers ended; None while all live."""
+    def check(self) -> None:
+        """Raise TeamBroken if one of the helpers has ended."""
         for process in self._processes:
             status = process.poll()
             if status is not None:
-                return f"by signal {-status}" if status < 0 else f"with status {status}"
-        return None
+                raise TeamBroken(f"by signal {-status}" if status < 0 else f"with status {status}")
 
     def disown(self) -> None:
         """Leave the helpers to the process from which this one was forked."""
@@ -109,78 +96,6 @@ class HelperProcesses:
             if process.stdin is not None:
                 process.stdin.close()
             process.returncode = 0  # not ours to wait for
-
-
-class Helpers:
-    """The helpers of one network, and the first process's end of their barrier."""
-
-    def __init__(
-        self,
-        processes: HelperProcesses,
-        config: GPT2Config,
-        sets: Sequence[WeightSet],
-        arena: Arena,
-        shape: Shape,
-    ) -> None:
-        from fastgpt2.engine.network.step import Barrier
-
-        control = arena["control"]
-        control[:] = 0
-        self.processes = processes
-        self.barrier = Barrier(control, 0, shape.size, self._check)
-        self.barrier.join()
-        # Through /proc, helpers can also open what was opened after they had been started.
-        files = f"/proc/{os.getpid()}/fd"
-        processes.send_order(
-            {
-                "config": dataclasses.asdict(config),
-                "state": f"{files}/{arena.fd}",
-                "sets": [
-                    {
-                        "weights": f"{files}/{weight_set.packed.fd}",
-                        "product": weight_set.kernel.product.name,
-                        "chunkings": weight_set.kernel.exact_chunks,
-                    }
-                    for weight_set in sets
-                ],
-                "shape": dataclasses.asdict(shape),
-                "parent": os.getpid(),
-            }
-        )
-
-    @property
-    def complete(self) -> bool:
-        """Tell whether all have joined."""
-        return self.barrier.complete
-
-    def begin(self, step: Step) -> None:
-        """Start a step in every helper."""
-        from fastgpt2.engine.network.step import WAKE_AFTER_SECONDS
-
-        # They have been idle since this process came to the barrier last, or since a later moment.
-        may_sleep = time.monotonic() - self.barrier.arrived_at > WAKE_AFTER_SECONDS
-        self.barrier.begin(step)
-        if may_sleep:
-            self.processes.wake()
-
-    def _check(self) -> None:
-        from fastgpt2.engine.network.step import TeamBroken
-
-        end = self.processes.find_end()
-        if end is not None:
-            raise TeamBroken(end)
-
-
-def _start() -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        # -P: without it, a file in the current folder could take the place of a module of the same name.
-        [sys.executable, "-P", "-m", "fastgpt2.engine.network.helpers"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-        # The first process answers Ctrl-C in the terminal.
-        start_new_session=True,
-    )
 
 
 def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
@@ -204,7 +119,7 @@ def main() -> None:
     from fastgpt2.engine.network.arena import Arena
     from fastgpt2.engine.network.kv_cache import KVCache
     from fastgpt2.engine.network.step import Barrier
-    from fastgpt2.engine.network.transformer import WeightSet, make_shards
+    from fastgpt2.engine.network.transformer import Shape, WeightSet, make_shards, state_specs
 
     order = json.loads(_first_line())
     parent, shape = order["parent"], Shape(**order["shape"])
@@ -218,14 +133,14 @@ def main() -> None:
     sets = []
     for described in order["sets"]:
         packed = open_packed(os.open(described["weights"], os.O_RDONLY))
-        kernel = Kernel(make_product(described["product"]), None, described["chunkings"])
+        kernel = Kernel(make_product(described["product"]), None, described["exact_chunks"])
         sets.append(WeightSet(packed, view_weights(packed.tensors, config), kernel))
     arena = Arena(state_specs(config, sets, shape), fd=os.open(order["state"], os.O_RDWR))
     share = order["rank"], shape.size
     barrier = Barrier(arena["control"], *share, check)
     shards = make_shards(config, sets, KVCache(config, shape.n_slots, arena), arena, share, barrier.wait)
     for weight_set in sets:
-        weight_set.packed.touch()
+        weight_set.packed.tensors.populate()
     barrier.join()
     while _await_step(barrier, check):
         step = barrier.receive()
@@ -245,8 +160,6 @@ def _first_line() -> bytes:
 
 def _await_step(barrier: Barrier, check: Callable[[], None]) -> bool:
     """Wait for the next step: look for it for a moment, then sleep. Return False when there will be none."""
-    from fastgpt2.engine.network.step import SPIN_SECONDS
-
     poll = select.poll()
     poll.register(sys.stdin, select.POLLIN)
     until = time.monotonic() + SPIN_SECONDS

@@ -25,20 +25,18 @@ MOST_PADDING = 2 * BLOCK
 class KVCache:
     """The keys and values of `n_slots` sequences of up to `n_positions` tokens.
 
+    Args:
+        bytes_limit: that all sequences together may commit, at least `sequence_bytes(config)`; None for no limit.
+
     Attributes:
         keys: float32 [n_slots, n_layer, blocks, n_head, head_dim, BLOCK]: panels of keys, so that queries are
             multiplied with them by the same kernel as with weights.
         values: float32 [n_slots, n_layer, n_head, blocks * BLOCK, head_dim].
         lengths: how many positions of each slot are filled.
         usable_slots: how many of the slots are given out, the first ones.
-        bytes_limit: how much memory all sequences together may commit.
     """
 
     def __init__(self, config: GPT2Config, n_slots: int, arena: Arena, bytes_limit: int | None = None) -> None:
-        """
-        Args:
-            bytes_limit: at least `sequence_bytes(config)`; None for as much as all slots can hold.
-        """
         self.keys: NDArray[np.float32] = arena["keys"]
         self.values: NDArray[np.float32] = arena["values"]
         self.lengths = [0] * n_slots
@@ -46,21 +44,20 @@ class KVCache:
         self.bytes_limit = n_slots * sequence_bytes(config) if bytes_limit is None else bytes_limit
         self._config = config
         self._padding = MOST_PADDING if arena.fd is not None else 0
-        # Positions that a free slot keeps, in the mean. Committing memory is dear: 512 positions of gpt2 take 30 ms.
-        self._most_kept = config.n_positions // 4 + self._padding
+        # Bytes that a free slot keeps, in the mean. Committing memory is dear: 512 positions of gpt2 take 30 ms.
+        self._most_kept = sequence_bytes(config, config.n_positions // 4 + self._padding)
         self._arena = arena
         if arena.fd is None:
             # A huge page would commit far more than what is written to it.
-            arena.use_small_pages("keys")
-            arena.use_small_pages("values")
-        # In positions: how far a slot in use may come to be committed, and how far a slot is committed.
-        self._reserved = [0] * n_slots
-        self._committed = [0] * n_slots
+            arena.advise("keys", "MADV_NOHUGEPAGE")
+            arena.advise("values", "MADV_NOHUGEPAGE")
+        # Bytes that a slot in use may come to commit, and bytes that a slot has committed.
+        self._reserved, self._committed = [0] * n_slots, [0] * n_slots
         self._free = list(range(n_slots))
 
     @staticmethod
     def specs(config: GPT2Config, n_slots: int) -> dict[str, Spec]:
-        blocks = _blocks(config.n_positions)
+        blocks = -(-config.n_positions // BLOCK)
         layers = (n_slots, config.n_layer)
         return {
             "keys": ((*layers, blocks, config.n_head, config.head_dim, BLOCK), np.float32),
@@ -74,13 +71,12 @@ class KVCache:
     @property
     def bytes_reserved(self) -> int:
         """Return the bytes that slots in use may come to commit, and that free ones keep committed."""
-        return self._bytes_in_use() + self._bytes_kept()
+        return sum(self._reserved) + sum(self._committed[slot] for slot in self._free)
 
     def use_slots(self, n_slots: int) -> None:
-        """Give out only the first `n_slots` slots from now on. What slots keep committed goes back to the system.
+        """Give out only the first `n_slots` slots from now on; raise ValueError if a slot is in use.
 
-        Raises:
-            ValueError: a slot is in use.
+        What slots keep committed goes back to the system.
         """
         if len(self._free) < self.usable_slots:
             raise ValueError("slots are in use")
@@ -91,29 +87,24 @@ class KVCache:
 
     def has_room(self, positions: int | None = None) -> bool:
         """Tell whether `allot` would give a slot."""
-        return bool(self._free) and self._bytes_in_use() + self._bytes(self._reach(positions)) <= self.bytes_limit
+        return bool(self._free) and sum(self._reserved) + self._bytes_for(positions) <= self.bytes_limit
 
     def allot(self, positions: int | None = None) -> int:
-        """Give out an empty slot, the lowest: neighbours are attended together.
+        """Give out an empty slot, the lowest: neighbours are attended together. Raises IndexError without room.
 
         Args:
             positions: how many the sequence will fill at most; None for as many as there are.
-
-        Raises:
-            IndexError: no slot is free, or there is no memory left within the limit.
         """
-        if not self._free:
-            raise IndexError("no slot is free; ask `has_room` first")
         if not self.has_room(positions):
-            raise IndexError("the memory for keys and values is taken; ask `has_room` first")
+            taken = "the memory for keys and values is taken" if self._free else "no slot is free"
+            raise IndexError(f"{taken}; ask `has_room` first")
         slot = min(self._free)
         self._free.remove(slot)
-        self._reserved[slot] = max(self._reach(positions), self._committed[slot])
-        excess = self._give_back_free(self.bytes_reserved - self.bytes_limit)
-        if excess > 0:
+        self._reserved[slot] = max(self._bytes_for(positions), self._committed[slot])
+        if self._give_back_free(self.bytes_reserved - self.bytes_limit) > 0:
             # At last, what this slot itself keeps.
             self._give_back(slot)
-            self._reserved[slot] = self._reach(positions)
+            self._reserved[slot] = self._bytes_for(positions)
         self.lengths[slot] = 0
         return slot
 
@@ -123,8 +114,9 @@ class KVCache:
         return self.keys[slot, :, number], self.values[slot, :, :, at : at + BLOCK]
 
     def truncate(self, slot: int, length: int) -> None:
-        """Forget what a slot holds beyond `length` positions. What is committed stays committed."""
-        self._committed[slot] = max(self._committed[slot], self._reach(self.lengths[slot]))
+        """Have a slot hold the first `length` positions that were filled. What is committed stays committed."""
+        if length < self.lengths[slot]:
+            self._committed[slot] = max(self._committed[slot], self._bytes_for(self.lengths[slot]))
         self.lengths[slot] = length
 
     def release(self, slot: int) -> None:
@@ -133,8 +125,8 @@ class KVCache:
             raise ValueError(f"slot {slot} is free already")
         self._free.append(slot)
         self._reserved[slot] = 0
-        self._committed[slot] = max(self._committed[slot], self._reach(self.lengths[slot]))
-        self._give_back_free(self._bytes_kept() - self.usable_slots * self._bytes(self._most_kept))
+        self._committed[slot] = max(self._committed[slot], self._bytes_for(self.lengths[slot]))
+        self._give_back_free(sum(self._committed[kept] for kept in self._free) - self.usable_slots * self._most_kept)
 
     def _give_back_free(self, excess: int) -> int:
         """Give back at least `excess` bytes of what free slots keep. Return how many are still to go then."""
@@ -142,7 +134,7 @@ class KVCache:
         for kept in sorted(self._free, reverse=True):
             if excess <= 0:
                 break
-            excess -= self._bytes(self._committed[kept])
+            excess -= self._committed[kept]
             self._give_back(kept)
         return excess
 
@@ -152,33 +144,20 @@ class KVCache:
             self._arena.give_back("values", [slot])
             self._committed[slot] = 0
 
-    def _reach(self, positions: int | None) -> int:
-        """Return how far a slot of this many positions may be committed, what is read beyond them included."""
-        if positions == 0:
-            return 0
-        most = self._config.n_positions
-        return most if positions is None else min(positions + self._padding, most)
-
-    def _bytes(self, positions: int) -> int:
-        return sequence_bytes(self._config, positions)
-
-    def _bytes_in_use(self) -> int:
-        return sum(map(self._bytes, self._reserved))
-
-    def _bytes_kept(self) -> int:
-        return sum(self._bytes(self._committed[slot]) for slot in self._free)
+    def _bytes_for(self, positions: int | None) -> int:
+        """Return the bytes that a slot of this many positions may commit, what is read beyond them included."""
+        if not positions:
+            return sequence_bytes(self._config, positions)
+        return sequence_bytes(self._config, min(positions + self._padding, self._config.n_positions))
 
 
 def sequence_bytes(config: GPT2Config, positions: int | None = None) -> int:
-    """Return the bytes that one sequence of this many positions, or of all, commits: whole blocks, by whole pages.
-
-    A layer's keys lie together, and so do each head's values. A run of these that does not begin at a page touches one
-    page more.
-    """
+    """Return the bytes that one sequence of this many positions, or of all, commits: whole blocks, by whole pages."""
     if positions == 0:
         return 0
-    most = _blocks(config.n_positions)
-    blocks = most if positions is None else _blocks(positions)
+    most = -(-config.n_positions // BLOCK)
+    blocks = most if positions is None else -(-positions // BLOCK)
+    # A layer's keys lie together, and so do each head's values. A run that does not begin at a page touches one more.
     head_block = 4 * BLOCK * config.head_dim  # bytes of one block of one head
     runs = ((config.n_layer, config.n_head * head_block), (config.n_layer * config.n_head, head_block))
     total = 0
@@ -186,7 +165,3 @@ def sequence_bytes(config: GPT2Config, positions: int | None = None) -> int:
         pages = -(-blocks * size // PAGE) + (1 if most * size % PAGE else 0)
         total += min(count * pages, -(-count * most * size // PAGE) + 1) * PAGE
     return total
-
-
-def _blocks(positions: int) -> int:
-    return -(-positions // BLOCK)

@@ -35,12 +35,7 @@ _KEY_BYTES = BLOCK * array("i").itemsize
 
 
 class Entry(NamedTuple):
-    """A block that is kept.
-
-    Attributes:
-        number: never used twice, so that a block whose predecessor has gone is not found.
-        row: where it lies.
-    """
+    """A block that is kept, in `row`. Its number is never used twice: one whose predecessor has gone is not found."""
 
     number: int
     row: int
@@ -49,19 +44,14 @@ class Entry(NamedTuple):
 class Prefixes:
     """Blocks of BLOCK positions each; the least recently used make way for others.
 
-    Attributes:
-        n_blocks: how many are kept at most.
-        bytes_limit: what they take together.
+    Args:
+        memory: bytes, enough for a block. Address space for them is taken now, memory as blocks come.
+
+    Raises:
+        ModelError: the system does not give that much address space.
     """
 
     def __init__(self, config: GPT2Config, memory: int) -> None:
-        """
-        Args:
-            memory: bytes, enough for a block. Address space for them is taken now, memory as blocks come.
-
-        Raises:
-            ModelError: the system does not give that much address space.
-        """
         self._block_bytes = block_bytes(config)
         self.n_blocks = min(memory // PAGE * PAGE // self._block_bytes, MOST_BLOCKS)
         self.bytes_limit = self.n_blocks * self._block_bytes
@@ -73,7 +63,8 @@ class Prefixes:
             raise ModelError(
                 f"no memory for {self.bytes_limit} bytes of prefixes ({reason}); set a smaller prefix_memory, or 0"
             ) from None
-        arena.use_huge_pages("blocks")
+        # Filling them takes a third of the time.
+        arena.advise("blocks", "MADV_HUGEPAGE")
         self._blocks: NDArray[np.float32] = arena["blocks"]
         # The least recently used first, and no block before those that follow it in a prompt: so the block that goes
         # first has none behind it.

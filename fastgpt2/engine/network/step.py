@@ -30,12 +30,6 @@ OWN_WEIGHTS, DRAFT_WEIGHTS = 0, 1
 STRIDE = 16
 STEP = 0  # the number of the step begun last; at multiples of STRIDE follow the arrivals, then who has joined
 
-# A helper that has nothing to do looks this long for a new step, then it sleeps.
-SPIN_SECONDS = 0.003
-
-# After a longer pause than this between two steps, helpers may sleep, or be about to; well below the time above.
-WAKE_AFTER_SECONDS = 0.001
-
 # Processes that have a core each come to the barrier within microseconds; this many looks take a few hundred.
 _LOOKS_BEFORE_SLEEP = 5000
 _NAP_SECONDS = 50e-6
@@ -49,7 +43,6 @@ class Segment:
     """The next tokens of one sequence.
 
     Attributes:
-        slot: the sequence's slot in the KV cache.
         ids: the tokens that follow what the slot holds, at least one.
         n_logits: of how many of the last of these tokens logits are wanted: 0 in the midst of a prompt, else 1 or more.
     """
@@ -112,30 +105,24 @@ def control_spec(size: int, max_rows: int) -> Spec:
     return (STRIDE * (2 * size + 1) + 2 + most_numbers(max_rows, max_rows),), np.int64
 
 
-class TeamBroken(Exception):
-    """Another process of the team has ended; its share of this step is not done."""
-
-
 class Barrier:
-    """One process's end of a team's barrier: it starts or receives steps, and waits for the others within them."""
+    """One process's end of a team's barrier: it starts or receives steps, and waits for the others within them.
+
+    Args:
+        control: the shared array, of `control_spec`.
+        rank: 0 for the first process, which starts the steps.
+        check: called now and then while waiting; raises an error when waiting is in vain.
+    """
 
     def __init__(self, control: NDArray[np.int64], rank: int, size: int, check: Callable[[], None]) -> None:
-        """
-        Args:
-            control: the shared array, of `control_spec`.
-            rank: 0 for the first process, which starts the steps.
-            check: called now and then while waiting; raises `TeamBroken` when waiting is in vain.
-        """
         self._numbers = memoryview(control.data)
         self._own_arrivals = STRIDE * (1 + rank)
         self._others_arrivals = [STRIDE * (1 + other) for other in range(size) if other != rank]
         self._joined = [STRIDE * (1 + size + other) for other in range(size)]
         self._description = STRIDE * (2 * size + 1)
-        self._check = check
-        self._rank = rank
-        self._arrivals = 0
+        self._check, self._rank = check, rank
+        self._arrivals = self._step = 0
         self.arrived_at = 0.0
-        self.step = 0
 
     def join(self) -> None:
         """Tell the others that this process takes part from the next step on."""
@@ -143,7 +130,6 @@ class Barrier:
 
     @property
     def complete(self) -> bool:
-        """Tell whether every process has joined."""
         return all(self._numbers[at] for at in self._joined)
 
     def begin(self, step: Step) -> None:
@@ -153,27 +139,22 @@ class Barrier:
         self._numbers[at + 1] = len(numbers)
         for offset, number in enumerate(numbers, at + 2):
             self._numbers[offset] = number
-        self.step += 1
+        self._step += 1
         # Last: whoever sees this number sees all that was written before it.
-        self._numbers[STEP] = self.step
+        self._numbers[STEP] = self._step
 
     def has_begun(self) -> bool:
         """Tell whether there is a step that this process has not received; all but the first process ask."""
-        return self._numbers[STEP] > self.step
+        return self._numbers[STEP] > self._step
 
     def receive(self) -> Step:
-        """Return the step that has begun."""
-        self.step = self._numbers[STEP]
+        self._step = self._numbers[STEP]
         at = self._description
         self._arrivals = self._numbers[at]
         return Step.from_numbers(self._numbers[at + 2 : at + 2 + self._numbers[at + 1]].tolist())
 
     def wait(self) -> None:
-        """Return when every process has come here.
-
-        Raises:
-            TeamBroken: from `check`.
-        """
+        """Return when every process has come here; what `check` raises ends the waiting."""
         numbers = self._numbers
         self._arrivals += 1
         self.arrived_at = time.monotonic()

@@ -32,7 +32,7 @@ LEAST_BATCH_GAIN = 1.15
 _CONTEXT = 64
 _REPEATS = 5
 
-# Rows of one sequence whose steps are timed, for `drafter.StepCosts`.
+# Rows of one sequence whose steps are timed, for `StepCosts`.
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16)
 
 
@@ -63,18 +63,18 @@ def choose_slots(network: GPT2, measurements: Measurements) -> None:
         room = network.cache.bytes_limit // sequence_bytes(config, _CONTEXT + 2 * BLOCK)
         # A helper that has not joined, or memory for too few sequences, is no measure of the machine.
         if room < most or not network.wait_until_ready():
-            network.use_slots(min(most, UNMEASURED_SLOTS))
+            network.cache.use_slots(min(most, UNMEASURED_SLOTS))
             return
         known = measurements.find_or_measure(f"batch of up to {most}, {suffix}", lambda: measure_slots(network, most))
-    network.use_slots(max(1, min(most, known)))
+    network.cache.use_slots(max(1, min(most, known)))
 
 
 def measure_slots(network: GPT2, most: int) -> int:
-    """Return what `largest_that_pays` finds by steps of the network itself."""
     started = perf_counter()
     slots = [network.cache.allot(_CONTEXT + _REPEATS + 2) for _ in range(most)]
     try:
-        return largest_that_pays(lambda n: _step_seconds(network, [Segment(slot, [0]) for slot in slots[:n]]), most)
+        steps = [Segment(slot, [0]) for slot in slots]
+        return largest_that_pays(lambda n: _step_microseconds(network, steps[:n]) / 1e6, most)
     finally:
         for slot in slots:
             network.cache.release(slot)
@@ -100,11 +100,7 @@ def largest_that_pays(step_seconds: Callable[[int], float], most: int) -> int:
 
 
 def row_costs(network: GPT2, measurements: Measurements, measure: bool) -> dict[int, float]:
-    """Return the seconds of a step by rows of one sequence; {} where they are not known, as for a small model.
-
-    Args:
-        measure: whether to measure now what was not measured here before.
-    """
+    """Return the seconds of a step by rows of one sequence, measured now if need be and `measure`; {} if not known."""
     if not is_large(network.config):
         return {}
     names = {rows: f"microseconds of {rows} rows, {_circumstances(network)}" for rows in ROWS}
@@ -114,14 +110,11 @@ def row_costs(network: GPT2, measurements: Measurements, measure: bool) -> dict[
         slot = network.cache.allot(_CONTEXT + max(ROWS))
         try:
             for rows, name in names.items():
-                measurements.find_or_measure(name, partial(_row_microseconds, network, slot, rows))
+                step = [Segment(slot, [0] * rows, rows)]
+                measurements.find_or_measure(name, partial(_step_microseconds, network, step))
         finally:
             network.cache.release(slot)
     return {rows: (measurements.find(name) or 0) / 1e6 for rows, name in names.items()}
-
-
-def _row_microseconds(network: GPT2, slot: int, rows: int) -> int:
-    return round(1e6 * _step_seconds(network, [Segment(slot, [0] * rows, rows)]))
 
 
 def _circumstances(network: GPT2) -> str:
@@ -131,8 +124,8 @@ def _circumstances(network: GPT2) -> str:
     return f"{shape}, {network.size} processes, {network.product_name}"
 
 
-def _step_seconds(network: GPT2, segments: list[Segment]) -> float:
-    """Return the least seconds of some steps of sequences that hold `_CONTEXT` tokens: a disturbance only ever adds."""
+def _step_microseconds(network: GPT2, segments: list[Segment]) -> int:
+    """Return the least time of some steps of sequences that hold `_CONTEXT` tokens: a disturbance only ever adds."""
     cache, least = network.cache, float("inf")
     for segment in segments:
         # Written, so that there is memory behind it to be read.
@@ -144,4 +137,4 @@ def _step_seconds(network: GPT2, segments: list[Segment]) -> float:
         started = perf_counter()
         network.forward(segments)
         least = min(least, perf_counter() - started)
-    return least
+    return round(1e6 * least)

@@ -19,16 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgpt2.engine.kernels.kernel import Kernel
-from fastgpt2.engine.kernels.panels import Panels
+from fastgpt2.engine.kernels.panels import Array, Panels
 from fastgpt2.engine.model.config import GPT2Config
 from fastgpt2.engine.model.packing import PackedFile
 from fastgpt2.engine.model.weights import LayerNorm, Linear, Weights
 from fastgpt2.engine.network.arena import Arena, Spec
 from fastgpt2.engine.network.attention import Attention
 from fastgpt2.engine.network.kv_cache import BLOCK, KVCache
-from fastgpt2.engine.network.step import Step
-
-Array = NDArray[np.float32]
+from fastgpt2.engine.network.step import Step, control_spec
 
 # The arrays that the processes of a team write for each other, one for each operation.
 BUFFERS = ("qkv", "attended", "projected", "inner", "reduced", "logits")
@@ -55,11 +53,21 @@ def buffer_name(index: int, name: str) -> str:
     return f"{index} {name}"
 
 
-def buffer_specs(config: GPT2Config, sets: Sequence[WeightSet], max_rows: int) -> dict[str, Spec]:
-    """Return the shapes of all sets' `BUFFERS`: rows by columns, with room for rows that fill up a last chunk."""
-    # Chunks are equal, so that fewer than one row a chunk is added, of chunks of two.
-    rows = max_rows + max_rows // 2 + 64
-    specs: dict[str, Spec] = {}
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The size of a network's state: how many sequences, tokens in a step at most, and processes."""
+
+    n_slots: int
+    max_rows: int
+    size: int
+
+
+def state_specs(config: GPT2Config, sets: Sequence[WeightSet], shape: Shape) -> dict[str, Spec]:
+    """Return the arrays that the processes of a team share: barrier, keys and values, and each set's `BUFFERS`."""
+    specs = {"control": control_spec(shape.size, shape.max_rows), **KVCache.specs(config, shape.n_slots)}
+    # With room for rows that fill up a last chunk. Chunks are equal, so that fewer than one row a chunk is added, of
+    # chunks of two.
+    rows = shape.max_rows + shape.max_rows // 2 + 64
     for index, weight_set in enumerate(sets):
         block = weight_set.weights.blocks[0]
         columns = {
@@ -83,15 +91,20 @@ def make_shards(
     meet: Callable[[], None],
 ) -> list[Shard]:
     """Return one process's shard of the network by each set of weights."""
-    shards = []
-    for index, weight_set in enumerate(sets):
-        buffers = {name: arena[buffer_name(index, name)] for name in BUFFERS}
-        shards.append(Shard(config, weight_set, cache, buffers, share, meet))
-    return shards
+    return [
+        Shard(config, weight_set, cache, {name: arena[buffer_name(index, name)] for name in BUFFERS}, share, meet)
+        for index, weight_set in enumerate(sets)
+    ]
 
 
 class Shard:
-    """One process's share of the network. It holds no state between steps but views."""
+    """One process's share of the network. It holds no state between steps but views.
+
+    Args:
+        buffers: by the names of `BUFFERS`.
+        share: this process's rank, and the number of processes.
+        meet: returns when every process has called it.
+    """
 
     def __init__(
         self,
@@ -102,12 +115,6 @@ class Shard:
         share: tuple[int, int],
         meet: Callable[[], None],
     ) -> None:
-        """
-        Args:
-            buffers: the shared arrays, of `buffer_specs`, under their own names.
-            share: this process's rank, and the number of processes.
-            meet: returns when every process has called it.
-        """
         rank, size = share
         weights, kernel = weight_set.weights, weight_set.kernel
         self._config, self._weights, self._buffers, self._kernel = config, weights, buffers, kernel
@@ -115,31 +122,23 @@ class Shard:
         self._activation = ACTIVATIONS[config.activation_function]
         self._epsilon = np.float32(config.layer_norm_epsilon)
         heads = config.n_head * rank // size, config.n_head * (rank + 1) // size
-        chunking = kernel.attention_row_chunks(cache.values.shape[3], config.head_dim, BLOCK)
-        self._attention = Attention(config, cache, heads, buffers["qkv"], buffers["attended"], chunking)
+        row_chunks = kernel.attention_row_chunks(cache.values.shape[3], config.head_dim, BLOCK)
+        self._attention = Attention(config, cache, heads, buffers["qkv"], buffers["attended"], row_chunks)
         rows = buffers["qkv"].shape[0]
-        self._x = np.zeros((rows, config.n_embd), np.float32)
-        self._normed = np.zeros((rows, config.n_embd), np.float32)
-        self._last = np.zeros((rows, config.n_embd), np.float32)
+        self._x, self._normed, self._last = (np.zeros((rows, config.n_embd), np.float32) for _ in range(3))
         self._scale = np.zeros((rows, 1), np.float32)
         self._scratch = np.zeros(max(IN_CACHE, buffers["inner"].shape[1]), np.float32)
-        self._blocks = [
-            tuple(self._share_of(linear) for linear in (b.c_attn, b.attn_c_proj, b.c_fc, b.mlp_c_proj))
-            for b in weights.blocks
-        ]
+        self._blocks = [tuple(self._share_of(linear) for linear in block.linears) for block in weights.blocks]
         head = weights.lm_head
         first, last = head.share(rank, size)
         self._head = head.array[first:last]
         self._head_scales = None if head.scales is None else head.scales[first * head.width : last * head.width]
         self._views: dict[int, _Views] = {}
-        self._head_views: dict[int, _Product] = {}
 
     @property
     def exact(self) -> bool:
         """Tell whether every product gives a row the same bits whatever rows stand beside it."""
-        block = self._weights.blocks[0]
-        weights = (block.c_attn, block.attn_c_proj, block.c_fc, block.mlp_c_proj)
-        panels = [*(linear.weight for linear in weights), self._weights.lm_head]
+        panels = [*(linear.weight for linear in self._weights.blocks[0].linears), self._weights.lm_head]
         return all(self._kernel.row_chunks(p.n_in, p.width).exact for p in panels) and self._attention.exact
 
     def _share_of(self, linear: Linear) -> _Linear:
@@ -191,49 +190,38 @@ class Shard:
 
     def _logits(self, step: Step, x: Array) -> None:
         wanted = step.rows_with_logits()
-        if not wanted:
-            return
         n = len(wanted)
+        if not n:
+            return
         for row, source in enumerate(wanted):
             self._last[row] = x[source]
         layer_norm(self._last[:n], self._weights.ln_f, self._epsilon, self._normed[:n], self._scale[:n])
-        view = self._head_views.get(n)
-        if view is None:
-            if len(self._head_views) >= _MOST_VIEWS:
-                self._head_views.clear()
-            lm_head = self._weights.lm_head
-            view = self._head_views[n] = self._view(self._normed, lm_head, self._buffers["logits"], n)
-        self._kernel.product(view.x, self._head, view.out)
+        logits = self._views_for(n).logits
+        self._kernel.product(logits.x, self._head, logits.out)
         if self._head_scales is not None:
-            np.multiply(view.own, self._head_scales, out=view.own)
+            np.multiply(logits.own, self._head_scales, out=logits.own)
 
     def _views_for(self, rows: int) -> _Views:
-        views = self._views.get(rows)
-        if views is None:
-            if len(self._views) >= _MOST_VIEWS:
-                self._views.clear()
-            views = self._views[rows] = self._make_views(rows)
-        return views
-
-    def _make_views(self, rows: int) -> _Views:
+        known = self._views.get(rows)
+        if known is not None:
+            return known
+        if len(self._views) >= _MOST_VIEWS:
+            self._views.clear()
         buffers, block = self._buffers, self._weights.blocks[0]
         inner = self._view(self._normed, block.c_fc.weight, buffers["inner"], rows)
-        width = inner.own.shape[1]
-        return _Views(
+        inner_parts = [inner.own[part] for part in _parts_in_cache(rows, inner.own.shape[1])]
+        norms = _parts_in_cache(rows, self._config.n_embd)
+        self._views[rows] = views = _Views(
             x=self._x[:rows],
-            norms=[
-                (self._x[part], self._normed[part], self._scale[part])
-                for part in _parts_in_cache(rows, self._config.n_embd)
-            ],
-            activations=[
-                (inner.own[part], self._scratch[: inner.own[part].size].reshape(part.stop - part.start, width))
-                for part in _parts_in_cache(rows, width)
-            ],
+            norms=[(self._x[part], self._normed[part], self._scale[part]) for part in norms],
+            activations=[(own, self._scratch[: own.size].reshape(own.shape)) for own in inner_parts],
             qkv=self._view(self._normed, block.c_attn.weight, buffers["qkv"], rows),
             projected=self._view(buffers["attended"], block.attn_c_proj.weight, buffers["projected"], rows),
             inner=inner,
             reduced=self._view(buffers["inner"], block.mlp_c_proj.weight, buffers["reduced"], rows),
+            logits=self._view(self._normed, self._weights.lm_head, buffers["logits"], rows),
         )
+        return views
 
     def _view(self, x: Array, weight: Panels, out: Array, rows: int) -> _Product:
         """Return the first rows of `x` and `out`, which a weight's panels are multiplied from and to."""
@@ -303,6 +291,7 @@ class _Views:
     projected: _Product
     inner: _Product
     reduced: _Product
+    logits: _Product
 
 
 def layer_norm(x: Array, norm: LayerNorm, epsilon: np.float32, out: Array, scale: Array) -> None:
