@@ -128,7 +128,7 @@ def leases_key(name: str) -> str:
 def claimed_key(worker_name: str, queue_name: str) -> str:
     """Return the key of the list of the jobs of one RQ queue that a worker has claimed.
 
-    A job stays in it until its end is written.
+    A job stays in the list until its end is written.
     """
     return f"fastgpt2:taken:{worker_name}:{queue_name}"
 
@@ -185,33 +185,17 @@ RECOVERIES = "recoveries"
 REFUSED = "refused"
 RETRIED = "retried"
 GIVEN_BACK = "given_back"
-COUNTS = (
-    PROMPT_TOKENS,
-    CACHED_TOKENS,
-    GENERATED_TOKENS,
-    DRAFTED_TOKENS,
-    ACCEPTED_TOKENS,
-    RECOVERIES,
-    REFUSED,
-    RETRIED,
-    GIVEN_BACK,
-)
+TOKEN_COUNTS = (PROMPT_TOKENS, CACHED_TOKENS, GENERATED_TOKENS, DRAFTED_TOKENS, ACCEPTED_TOKENS)
+COUNTS = (*TOKEN_COUNTS, RECOVERIES, REFUSED, RETRIED, GIVEN_BACK)
 
 # How a job can end: RQ's status, and why: the finish reason, the kind of error, or that somebody asked for it.
 POISON = ("failed", "poison")
 CANCELED = ("canceled", "on_request")
 OUTCOMES = (
-    ("finished", "stop"),
-    ("finished", "length"),
-    ("failed", "bad_request"),
-    ("failed", "prompt_too_long"),
-    ("failed", "model_error"),
-    ("failed", "timeout"),
-    ("failed", "malformed"),
+    *(("finished", reason) for reason in ("stop", "length")),
+    *(("failed", reason) for reason in ("bad_request", "prompt_too_long", "model_error", "timeout", "malformed")),
     POISON,
-    ("failed", "error"),
-    ("stopped", "on_request"),
-    CANCELED,
+    *(("failed", "error"), ("stopped", "on_request"), CANCELED),
 )
 
 # Why a worker was started again: it died, or it had ended in good order (`--max-jobs`, `--max-growth`).

@@ -57,17 +57,15 @@ class Attempt:
 
     Attributes:
         execution: RQ's record of the run; without an id until the job is started.
+        began_at: when it began, on `time.monotonic`'s clock.
         number: how often the job has been started, this time included; 0 until it is started.
-        began_at: when, on `time.monotonic`'s clock.
-        crashes: how many workers have died while they ran the job.
     """
 
     rq_job: GenerationJob
     queue: Queue
     execution: Execution
-    number: int
     began_at: float
-    crashes: int
+    number: int = 0
 
     @property
     def id(self) -> str:
@@ -81,7 +79,7 @@ class Attempt:
     @property
     def is_suspect(self) -> bool:
         """Whether workers have died of the job: then it runs with no other beside it."""
-        return self.crashes >= SUSPECT_CRASHES
+        return self.rq_job.crashes >= SUSPECT_CRASHES
 
 
 @dataclass(eq=False, slots=True)

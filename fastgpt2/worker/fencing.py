@@ -78,9 +78,7 @@ class IfClaimed:
     """What to write about a job that a worker is about to start, if the worker still has it as claimed.
 
     Attributes:
-        job_key: the key of the job's hash.
         claimed_key: the worker's list that must have the job: a worker that was taken for dead starts nothing.
-        write: as `IfRunning.write`.
     """
 
     job_key: str
@@ -112,12 +110,12 @@ def run_fenced(connection: Redis, fenced: Sequence[IfRunning | IfClaimed]) -> li
             script, keys, condition = one.fence()
             words = [word for command in commands for word in (len(command), *command)]
             script.add(scripts, keys, [*condition, *words])
-        return [_judge(reply) for reply in execute(scripts)]
-
-
-def _judge(reply: Any) -> tuple[Verdict, Any]:
-    if isinstance(reply, RedisError) and is_of_entry(reply):
-        return Verdict.MALFORMED, reply
-    if isinstance(reply, Exception):
-        raise reply
-    return Verdict(int(reply[0])), reply[1]
+        verdicts: list[tuple[Verdict, Any]] = []
+        for reply in execute(scripts):
+            if isinstance(reply, RedisError) and is_of_entry(reply):
+                verdicts.append((Verdict.MALFORMED, reply))
+            elif isinstance(reply, Exception):
+                raise reply
+            else:
+                verdicts.append((Verdict(int(reply[0])), reply[1]))
+        return verdicts

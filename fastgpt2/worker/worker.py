@@ -11,6 +11,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import RedisError
+from rq.suspension import is_suspended
 from rq.worker import WorkerStatus
 
 from fastgpt2.errors import JobStopped, PromptTooLong
@@ -175,7 +176,7 @@ class GenerationWorker(RQWorker):
         """Exchange with Redis what there is; if that fails, go on without Redis for a while.
 
         Returns:
-            Whether any job was found; True if that is not known.
+            Whether any job was found, or the worker had some before; True if that is not known.
         """
         began = time.perf_counter()
         try:
@@ -200,11 +201,7 @@ class GenerationWorker(RQWorker):
         return True
 
     def _exchange(self, burst: bool, idle: bool) -> bool:
-        """Write ends, keep up, then claim and start jobs. Return whether there were any jobs.
-
-        Raises:
-            RedisError
-        """
+        """Write ends, keep up, then claim and start jobs. Return whether there were any jobs."""
         self.outbox.write()
         if self.keep_up() or self.lease.consume_loss():
             self._compare_with_redis()
@@ -240,7 +237,7 @@ class GenerationWorker(RQWorker):
             self._begin(attempt)
 
     def _wait_for_jobs(self, burst: bool) -> list[Claim]:
-        if self.is_suspended():
+        if is_suspended(self.connection, self):
             self.enter(WorkerStatus.SUSPENDED)
             if not burst:
                 self.stopping.wait(IDLE_SECONDS)
@@ -256,15 +253,21 @@ class GenerationWorker(RQWorker):
         with self.connection.pipeline(transaction=False) as pipeline:
             sent = self._add_pieces(pipeline)
             queries = self._add_cancellation_queries(pipeline)
-            wanted = self._count_wanted()
+            may_claim = self.lease.is_valid and not (self.stopping.is_set() or self._claimed)
+            wanted = min(MOST_CLAIMS, self.batch.room()) if may_claim else 0
             if wanted:
                 self._claims.add_claim(pipeline, wanted, len(self.batch))
             replies = execute(pipeline)
-        pieces = {at for at, _, _ in sent}
         for at, reply in enumerate(replies):
-            if isinstance(reply, RedisError) and not (at in pieces and is_of_entry(reply)):
+            failed = isinstance(reply, RedisError)
+            if failed and not (at in sent and is_of_entry(reply)):
                 raise reply
-        self._note_sent(sent, replies)
+            if at in sent:
+                job, piece = sent[at]
+                job.position.advance(piece)
+                if failed:
+                    log.warning("%s: the text of job %s cannot be streamed (%s)", self.name, job.id, reply)
+                    job.muted = True
         if wanted:
             self._claimed += self._claims.read(replies.pop())
         for jobs, scores in zip(queries, replies[len(replies) - len(queries) :], strict=True):
@@ -272,29 +275,16 @@ class GenerationWorker(RQWorker):
                 if score is not None:
                     self.outbox.cancel(job)
 
-    def _count_wanted(self) -> int:
-        """Return how many jobs to claim now."""
-        if self.stopping.is_set() or self._claimed or not self.lease.is_valid:
-            return 0
-        return min(MOST_CLAIMS, self.batch.room())
-
-    def _note_sent(self, sent: list[tuple[int, ActiveJob, Piece]], replies: list[Any]) -> None:
-        for at, job, piece in sent:
-            job.position.advance(piece)
-            if isinstance(replies[at], RedisError):
-                log.warning("%s: the text of job %s cannot be streamed (%s)", self.name, job.id, replies[at])
-                job.muted = True
-
-    def _add_pieces(self, pipeline: Pipeline) -> list[tuple[int, ActiveJob, Piece]]:
-        """Add the new pieces to a pipeline. Return each with the number of its command and its job."""
-        sent = []
+    def _add_pieces(self, pipeline: Pipeline) -> dict[int, tuple[ActiveJob, Piece]]:
+        """Add the new pieces to a pipeline. Return each with its job, by the number of its command."""
+        sent = {}
         for job in self.batch.decoding:
             piece = job.next_piece()
             if piece is not None:
                 key = stream_key(job.id)
                 # A bound for a stream that many attempts write to; one attempt has at most an entry for each token.
                 most = 4 * self.engine.config.n_positions
-                sent.append((len(pipeline), job, piece))
+                sent[len(pipeline)] = job, piece
                 pipeline.xadd(key, piece_to_entry(piece), maxlen=most, approximate=True)
                 if piece.at == 0:
                     pipeline.expire(key, RUNNING_TTL_SECONDS)
@@ -327,16 +317,12 @@ class GenerationWorker(RQWorker):
         self.batch.add(ActiveJob.begin(attempt, prompt, options, self.engine.model, time.monotonic()))
 
     def _refuse_hopeless(self, request: GenerationRequest) -> None:
-        """Raise PromptTooLong, without tokenizing, for a text of more bytes than all positions have room for.
-
-        The other jobs would wait while it is tokenized.
-        """
+        """Raise PromptTooLong for a text that has too many bytes; the other jobs would wait while it is tokenized."""
         prompt, n_positions = request.prompt, self.engine.config.n_positions
         least = -(-len(prompt.encode()) // self._info.longest_token_bytes) if isinstance(prompt, str) else 0
         if least + request.least_room > n_positions:
-            raise PromptTooLong(
-                f"prompt tokens {least} or more, over {request.describe_positions(n_positions)}: shorten the prompt"
-            )
+            limit = request.describe_positions(n_positions)
+            raise PromptTooLong(f"prompt tokens {least} or more, over {limit}: shorten the prompt")
 
     def _step(self) -> None:
         self.metrics.sample()
@@ -355,9 +341,9 @@ class GenerationWorker(RQWorker):
             self.stopping.set()
         if len(jobs) == 1:
             self.outbox.fail(jobs[0], error)
-            return
-        log.error("%s: a step with %d jobs failed", self.name, len(jobs), exc_info=error)
-        self.outbox.give_back(jobs, crashed=True)
+        else:
+            log.error("%s: a step with %d jobs failed", self.name, len(jobs), exc_info=error)
+            self.outbox.give_back(jobs, crashed=True)
 
     def _end_overdue(self) -> None:
         """End the jobs whose time is up, or that a stop command names."""
