@@ -159,21 +159,18 @@ def duration(name: str, default: float, purpose: str) -> Setting[float]:
     return Setting(name, "SECONDS", seconds, default, purpose, f"{default:g} seconds")
 
 
+# For each setting its name, what `--help` calls the value, its reader and its default; then the help, and the default as
+# the help shows it where that is not the value itself.
+# fmt: off
 MODEL = Setting(
-    "model",
-    "ID|PATH",
-    str,
-    "gpt2",
+    "model", "ID|PATH", str, "gpt2",
     "The model: an id on the hub such as gpt2-medium, a folder, or demo, the small model that comes with fastgpt2.",
 )
 REVISION: Setting[str | None] = Setting(
     "revision", "REV", str, None, "The branch, tag or commit of the model's repository on the hub.", "main"
 )
 REDIS_URL = Setting(
-    "redis_url",
-    "URL",
-    str,
-    "redis://127.0.0.1:6379/0",
+    "redis_url", "URL", str, "redis://127.0.0.1:6379/0",
     "The Redis to use. Other users of this machine can read options: set the variable if the URL holds a password, or "
     "add ?password_file=PATH to the URL.",
 )
@@ -183,67 +180,43 @@ OWN_REDIS_URL: Setting[str | None] = Setting(
 QUEUE = Setting("queue", "NAME", word, "fastgpt2", "The name of the RQ queue.")
 WORKERS = Setting("workers", "N", whole_number(1, 1024), 2, "The number of worker processes.")
 THREADS: Setting[int | None] = Setting(
-    "threads",
-    "N",
-    whole_number(1, 1024),
-    None,
+    "threads", "N", whole_number(1, 1024), None,
     "The number of cores to use, each by a process of its own.",
     "all cores, or one for a small model",
 )
 POOL_THREADS: Setting[int | None] = Setting(
-    "threads",
-    "N",
-    whole_number(1, 1024),
-    None,
+    "threads", "N", whole_number(1, 1024), None,
     "The number of cores that each worker uses, each core by a process of its own.",
     "cores / workers, or one for a small model",
 )
 BLAS = Setting(
-    "blas",
-    "NAME",
-    one_of("auto", "openblas", "mkl", "compiled"),
-    "auto",
+    "blas", "NAME", one_of("auto", "openblas", "mkl", "compiled"), "auto",
     "The code that multiplies float32 weights: openblas, mkl, compiled, or auto, which measures those that are "
     "installed and takes the fastest.",
 )
 WEIGHTS = Setting(
-    "weights",
-    "TYPE",
-    one_of("float32", "bfloat16", "int8"),
-    "float32",
+    "weights", "TYPE", one_of("float32", "bfloat16", "int8"), "float32",
     "The type of the weights: float32, bfloat16 or int8. The latter two are faster and smaller but rounded, so that "
     "texts may differ.",
 )
 DRAFTS: Setting[str | int] = Setting(
-    "drafts",
-    "HOW",
-    drafts,
-    "auto",
+    "drafts", "HOW", drafts, "auto",
     "How to guess the next tokens, several of which one step then verifies; the text is the same. auto: look them up "
     "in the text so far, as many as pay. 1 to 15: look up this many. int8: as auto, and guess by int8 weights where "
     "that promises more. off: guess nothing.",
 )
 MAX_BATCH: Setting[int | None] = Setting(
-    "max_batch",
-    "N",
-    whole_number(1, 1024),
-    None,
+    "max_batch", "N", whole_number(1, 1024), None,
     "The most jobs that a worker decodes together.",
     "as many as pay on this machine, which is measured",
 )
 KV_MEMORY: Setting[int | None] = Setting(
-    "kv_memory",
-    "SIZE",
-    size,
-    None,
+    "kv_memory", "SIZE", size, None,
     "The most memory for the keys and values of a worker's jobs, such as 2GB; further jobs wait.",
     "a quarter of the memory, divided by the pool's workers",
 )
 PREFIX_MEMORY: Setting[int | None] = Setting(
-    "prefix_memory",
-    "SIZE",
-    size_or_none,
-    None,
+    "prefix_memory", "SIZE", size_or_none, None,
     "The most memory, on top of --kv-memory, in which a worker keeps the keys and values of prompts for later prompts "
     "that begin alike, such as 512MB; 0 for none.",
     "an eighth of the memory for keys and values",
@@ -252,18 +225,12 @@ MAX_JOBS: Setting[int | None] = Setting(
     "max_jobs", "N", whole_number(1, 1 << 40), None, "End a worker after N jobs; a pool starts another.", "no limit"
 )
 MAX_GROWTH = Setting(
-    "max_growth",
-    "SIZE",
-    size,
-    512 * 1024 * 1024,
+    "max_growth", "SIZE", size, 512 * 1024 * 1024,
     "End a worker whose own memory, without keys and values, has grown by more than this; a pool starts another.",
     "512MiB",
 )
 ALIVE_FILE: Setting[str | None] = Setting(
-    "alive_file",
-    "FILE",
-    str,
-    None,
+    "alive_file", "FILE", str, None,
     "A file for probes: it exists while the worker serves, and is touched every few seconds while the worker's loop "
     "turns.",
     "no file",
@@ -274,10 +241,7 @@ HOST = Setting(
     "host", "ADDRESS", str, "127.0.0.1", "The address that the HTTP endpoint listens on; 0.0.0.0 for all of them."
 )
 HOST_NAME: Setting[str | None] = Setting(
-    "host_name",
-    "NAME",
-    word,
-    None,
+    "host_name", "NAME", word, None,
     "Without a token, serve only requests that are made to this name or to localhost, whatever address the endpoint "
     "listens on.",
     "the address itself if only this machine can reach it, any name otherwise",
@@ -288,26 +252,17 @@ TOKEN: Setting[str | None] = Setting(
     "token", "TOKEN", str, None, "The token that requests to the HTTP endpoint must have.", "none"
 )
 TOKEN_FILE: Setting[str | None] = Setting(
-    "token_file",
-    "FILE",
-    str,
-    None,
+    "token_file", "FILE", str, None,
     "A file whose first line is the token that requests to the HTTP endpoint must have.",
     "the token of FASTGPT2_TOKEN, or none",
 )
 INSECURE = flag("insecure", "Serve other machines without a token.")
 REDIS_PORT = Setting(
-    "redis_port",
-    "PORT",
-    whole_number(0, 65535),
-    6379,
+    "redis_port", "PORT", whole_number(0, 65535), 6379,
     "The port of the embedded Redis; a free one is taken if this one is in use.",
 )
 REDIS_DIR: Setting[str | None] = Setting(
-    "redis_dir",
-    "DIR",
-    str,
-    None,
+    "redis_dir", "DIR", str, None,
     "The folder in which the embedded Redis keeps its append-only file.",
     "a temporary folder, removed at the end",
 )
@@ -328,26 +283,17 @@ STOP: Setting[str | None] = Setting(
 )
 IGNORE_EOS = flag("ignore_eos", "Go on after the end-of-text token.")
 MIN_NEW_TOKENS = Setting(
-    "min_new_tokens",
-    "N",
-    whole_number(0, 1 << 20),
-    0,
+    "min_new_tokens", "N", whole_number(0, 1 << 20), 0,
     "Generate at least N tokens: until then, neither an end-of-text token nor the stop text ends the text.",
 )
 LOGPROBS: Setting[int | None] = Setting(
-    "logprobs",
-    "N",
-    whole_number(0, 20),
-    None,
+    "logprobs", "N", whole_number(0, 20), None,
     "In a JSON result, give each token's log probability, and those of the N likeliest tokens in its place.",
     "none",
 )
 ECHO = flag("echo", "In a JSON result, let the text begin with the prompt.")
 DEADLINE: Setting[float | None] = Setting(
-    "deadline",
-    "SECONDS",
-    seconds,
-    None,
+    "deadline", "SECONDS", seconds, None,
     "Let the job fail if it has not ended this long after it was enqueued.",
     "none",
 )
@@ -356,10 +302,7 @@ OUTPUT: Setting[str | None] = Setting(
     "output", "FILE", str, None, "The file for the results, a line of JSON each; - is standard output.", "-"
 )
 FORMAT = Setting(
-    "format",
-    "NAME",
-    one_of("auto", "txt", "jsonl"),
-    "auto",
+    "format", "NAME", one_of("auto", "txt", "jsonl"), "auto",
     "The format of the prompts: txt (one prompt a line), jsonl, or auto, which goes by the file's name.",
 )
 IN_FLIGHT = Setting("in_flight", "N", whole_number(1, 100_000), 256, "The most jobs to have in the queue at once.")
@@ -378,13 +321,12 @@ BODY_TIMEOUT = duration("body_timeout", 20.0, "How long the body of a request to
 SHOW_PROMPTS = flag("show_prompts", "Show prompts in the HTTP endpoint's list of the latest jobs.")
 LOG_PROMPTS = flag("log_prompts", "Write prompts into the workers' logs.")
 LOG_LEVEL = Setting(
-    "log_level",
-    "LEVEL",
-    log_level,
-    "INFO",
+    "log_level", "LEVEL", log_level, "INFO",
     "The least important messages to log: debug, info, warning or error.",
     "info",
 )
+
+# fmt: on
 
 # The settings of the commands, in the order in which `--help` shows them; first, groups that several commands share.
 OF_MODEL = (MODEL, REVISION)

@@ -67,11 +67,6 @@ def results_key(job_id: str) -> str:
     return f"{RESULTS_PREFIX}{job_id}"
 
 
-def executions_key(job_id: str) -> str:
-    """Return the key of the sorted set of a job's executions."""
-    return f"{EXECUTIONS_PREFIX}{job_id}"
-
-
 def queue_key(queue_name: str) -> str:
     """Return the key of the list of the ids of the jobs that wait in an RQ queue."""
     return f"{QUEUE_PREFIX}{queue_name}"
@@ -85,11 +80,6 @@ def registry_key(state: str, queue_name: str) -> str:
 def workers_key(queue_name: str) -> str:
     """Return the key of the set of the keys of an RQ queue's workers."""
     return f"{WORKERS_KEY}:{queue_name}"
-
-
-def worker_key(worker_name: str) -> str:
-    """Return the key of a worker's hash."""
-    return f"{WORKER_PREFIX}{worker_name}"
 
 
 # --- This package's fields in a job's hash, and in its metadata ---

@@ -51,16 +51,12 @@ class JSONOnlySerializer:
         return read(data)
 
 
-class PlainPickleSerializer:
+class PlainPickleSerializer(JSONOnlySerializer):
     """Writes pickles of plain values, for jobs that came pickled: who enqueued them reads the results as pickles."""
 
     @staticmethod
     def dumps(value: Any) -> bytes:
         return pickle.dumps(value, protocol=4)
-
-    @staticmethod
-    def loads(data: bytes) -> Any:
-        return read(data)
 
 
 def is_pickle(data: bytes) -> bool:

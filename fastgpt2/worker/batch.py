@@ -16,7 +16,6 @@ from rq.executions import Execution
 
 from fastgpt2.engine.decoding.records import FinishReason, GenerationResult, Timings, Usage
 from fastgpt2.engine.network.gpt2 import PREFILL_ROWS_BESIDE
-from fastgpt2.errors import JobTimedOut
 from fastgpt2.protocol.keys import SUSPECT_CRASHES
 from fastgpt2.protocol.messages import JobOptions, Piece, result_to_json
 from fastgpt2.protocol.untrusted import seconds_between
@@ -87,7 +86,7 @@ class ActiveJob:
     """A running job: its request is known to be good; it waits for a slot, or is decoded.
 
     Attributes:
-        deadline: when its time is up, on `time.monotonic`'s clock.
+        deadline: when its time is up, on `time.monotonic`'s clock; `deadline_reason` says why.
         sequence: None while the job waits for a slot.
         position: how far its stream has come.
         muted: no more is streamed: under the stream's key stands something else.
@@ -133,10 +132,6 @@ class ActiveJob:
         since_start = time.monotonic() - self.attempt.began_at
         since_first_token = time.perf_counter() - self.sequence.first_token_at
         return self.attempt.waited_seconds + max(0.0, since_start - since_first_token)
-
-    def check_deadline(self, now: float) -> JobTimedOut | None:
-        """Return the error that ends the job if its time is up."""
-        return JobTimedOut(self.id, self.deadline_reason) if now > self.deadline else None
 
     def next_piece(self) -> Piece | None:
         """Return the text that may be streamed and was not yet; None if there is none."""

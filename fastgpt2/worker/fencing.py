@@ -98,9 +98,6 @@ def run_fenced(connection: Redis, fenced: Sequence[IfRunning | IfClaimed]) -> li
 
     Returns:
         For each its verdict, and what its last command replied; where one of its keys is of the wrong kind, the error.
-
-    Raises:
-        RedisError: Redis cannot be reached, or takes no commands.
     """
     with connection.pipeline(transaction=False) as scripts:
         for one in fenced:

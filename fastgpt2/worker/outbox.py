@@ -67,11 +67,7 @@ class Outbox:
         self._unwritten.append((job, End(job.attempt, EndKind.LOST)))
 
     def refuse(self, attempt: Attempt, error: Exception) -> None:
-        """Fail a job that cannot even begin. This is written at once.
-
-        Raises:
-            RedisError: Redis cannot be reached, or takes no commands.
-        """
+        """Fail a job that cannot even begin. This is written at once."""
         self._log_failure(attempt.id, error)
         end = End(attempt, _kind_of_failure(attempt, error), error=error)
         try:

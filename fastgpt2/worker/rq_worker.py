@@ -21,7 +21,6 @@ from rq.scheduler import RQScheduler
 from rq.worker import BaseWorker, WorkerStatus
 
 from fastgpt2.errors import BadRequest, RedisAccessDenied
-from fastgpt2.process import on_stop_signals
 from fastgpt2.protocol.connection import address_of, in_words
 from fastgpt2.protocol.keys import claimed_key, queues_of
 from fastgpt2.protocol.untrusted import JSONOnlySerializer
@@ -206,19 +205,12 @@ class RQWorker(BaseWorker):
         while not self._stop_commands.empty():
             yield self._stop_commands.get()
 
-    def _install_signal_handlers(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            on_stop_signals(self.request_stop)
-
     def request_stop(self, _signum: int, _frame: FrameType | None) -> None:
         """Set flags only: RQ's own handler raises where it stands, which loses a job that was just claimed."""
         if self.stopping.is_set():
             self.stop_at_once = True
         self.stopping.set()
         self._stop_requested = True
-
-    def request_force_stop(self, signum: int, frame: FrameType | None) -> None:
-        self.request_stop(signum, frame)
 
     def is_orphaned(self) -> bool:
         """Tell whether the supervisor is gone: nobody would stop this worker any more."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import threading
 import time
 from collections import defaultdict
 from types import FrameType
@@ -14,7 +15,8 @@ from redis.exceptions import RedisError
 from rq.suspension import is_suspended
 from rq.worker import WorkerStatus
 
-from fastgpt2.errors import JobStopped, PromptTooLong
+from fastgpt2.errors import JobStopped, JobTimedOut, PromptTooLong
+from fastgpt2.process import on_stop_signals
 from fastgpt2.protocol.keys import registry_key, stream_key
 from fastgpt2.protocol.messages import RUNNING_TTL_SECONDS, Piece, piece_to_entry
 from fastgpt2.protocol.scripts import execute
@@ -55,10 +57,7 @@ class GenerationWorker(RQWorker):
 
     Args:
         engine: loaded and warmed up.
-        connection: to Redis; see `fastgpt2.protocol.connection.connect`.
-        queue: the name of the queue; the more and the less urgent ones beside it are served too (`keys.queues_of`).
-        name: unique among the live workers; the default is made of the host's name, the process id and a random part.
-        supervisor_pid: the process without which this one should not live on.
+        connection, queue, name, supervisor_pid: as `RQWorker` takes them.
         drain_timeout: in seconds.
         recycling: when to end although nobody asks for it.
         log_prompts: write the prompts into the log, where they would else not be found.
@@ -101,8 +100,7 @@ class GenerationWorker(RQWorker):
 
     def serialize(self) -> dict[str, Any]:
         """Return what Redis holds of this worker: RQ's fields, and those of `WorkerInfo`."""
-        own = {"exchange_seconds": round(self._exchange_seconds, 6)}
-        return {**super().serialize(), **self._info.fields(), **own}
+        return {**super().serialize(), **self._info.fields(), "exchange_seconds": round(self._exchange_seconds, 6)}
 
     def announce(self) -> None:
         """Report the pool's figures first: who reads a worker's own rate finds the same work among the pool's."""
@@ -120,12 +118,12 @@ class GenerationWorker(RQWorker):
         """
         if other or others:
             raise TypeError(f"{type(self).__name__}.work() takes no option but burst")
-        self._install_signal_handlers()
+        if threading.current_thread() is threading.main_thread():
+            on_stop_signals(self.request_stop)
         if not self.sign_on():
             return False
-        message = "%s is ready: model %s, up to %d jobs at once, queues %s, process %d"
-        names = ", ".join(self.queue_names())
-        log.info(message, self.name, self.engine.model, self.engine.max_batch, names, self.pid)
+        what = f"model {self.engine.model}, up to {self.engine.max_batch} jobs at once"
+        log.info("%s is ready: %s, queues %s, process %d", self.name, what, ", ".join(self.queue_names()), self.pid)
         if self.recycling is not None:
             self.recycling.start()
         try:
@@ -352,8 +350,8 @@ class GenerationWorker(RQWorker):
         for job in self.batch:
             if job.id in stopped:
                 self.outbox.fail(job, JobStopped(job.id, "stopped on request"))
-            elif (error := job.check_deadline(now)) is not None:
-                self.outbox.fail(job, error)
+            elif now > job.deadline:
+                self.outbox.fail(job, JobTimedOut(job.id, job.deadline_reason))
 
     # The worker ends.
 
@@ -370,8 +368,8 @@ class GenerationWorker(RQWorker):
         if self._drain_until == math.inf:
             self._drain_until = time.monotonic() + self.drain_timeout
             if len(self.batch):
-                message = "%s is told to stop: finishing %d jobs within %g s; a second signal gives them back"
-                log.info(message, self.name, len(self.batch.decoding), self.drain_timeout)
+                running = f"{len(self.batch.decoding)} jobs within {self.drain_timeout:g} s"
+                log.info("%s is told to stop: finishing %s; a second signal gives them back", self.name, running)
             self.outbox.give_back(self.batch.waiting)
         if self.stop_at_once or time.monotonic() > self._drain_until:
             self.outbox.give_back(list(self.batch))

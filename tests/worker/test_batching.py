@@ -329,7 +329,7 @@ def test_one_bad_entry_leaves_its_neighbours_alone(turns: Turns, queue: Queue, r
     redis.delete("rq:job:huge", "rq:job:a-string")
 
 
-def test_jobs_in_hand_are_what_rq_says(turns: Turns, queue: Queue) -> None:
+def test_running_jobs_are_what_rq_says(turns: Turns, queue: Queue) -> None:
     jobs = [queue.enqueue(TASK, e["prompt"], max_new_tokens=40, ignore_eos=True) for e in ENTRIES[:3]]
     turns.until(lambda: len(turns.worker.batch) == 3, "all to begin")
     (worker,) = Worker.all(queue=queue, serializer=JSONSerializer)

@@ -371,7 +371,7 @@ def test_a_worker_in_the_background_outlives_its_shell(
     wait_until(lambda: redis.scard(f"rq:workers:{queue_name}") == 0, "the worker to sign off")
 
 
-def test_sigterm_finishes_the_job_in_hand_and_no_other(queue: Queue, redis: Redis, start_worker: StartWorker) -> None:
+def test_sigterm_finishes_the_running_job_and_no_other(queue: Queue, redis: Redis, start_worker: StartWorker) -> None:
     process = start_worker(FASTGPT2_MAX_BATCH="1")
     job = queue.enqueue(TASK, ENTRY["prompt"], **LONG)
     waiting = queue.enqueue(TASK, ENTRY["prompt"])
@@ -455,8 +455,8 @@ def test_a_job_over_its_time_fails_and_the_worker_goes_on(queue: Queue, start_wo
     wait_for_status(job, "started")
     # The clock of a limit runs on while the process is held up.
     process.send_signal(signal.SIGSTOP)
-    held_at = time.monotonic()
-    wait_until(lambda: time.monotonic() - held_at > 1.2, "the limit to pass")
+    stopped_at = time.monotonic()
+    wait_until(lambda: time.monotonic() - stopped_at > 1.2, "the limit to pass")
     process.send_signal(signal.SIGCONT)
     assert "took longer than the 1" in failure(job)
     after = queue.enqueue(TASK, ENTRY["prompt"], max_new_tokens=3, ignore_eos=True)
