@@ -159,7 +159,7 @@ def duration(name: str, default: float, purpose: str) -> Setting[float]:
     return Setting(name, "SECONDS", seconds, default, purpose, f"{default:g} seconds")
 
 
-# For each setting its name, what `--help` calls the value, its reader and its default; then the help, and the default as
+# For each setting: its name, what `--help` calls the value, its reader, its default; then the help, and the default as
 # the help shows it where that is not the value itself.
 # fmt: off
 MODEL = Setting(

@@ -60,15 +60,12 @@ class Attempt:
         number: how often the job has been started, this time included; 0 until it is started.
     """
 
+    id: str
     rq_job: GenerationJob
     queue: Queue
     execution: Execution
     began_at: float
     number: int = 0
-
-    @property
-    def id(self) -> str:
-        return self.rq_job.id
 
     @property
     def waited_seconds(self) -> float:
@@ -92,6 +89,7 @@ class ActiveJob:
         muted: no more is streamed: under the stream's key stands something else.
     """
 
+    id: str
     attempt: Attempt
     prompt: TokenizedPrompt
     options: JobOptions
@@ -116,11 +114,7 @@ class ActiveJob:
                     f"took longer than the {options.timeout:g} s that it was given from being enqueued (timeout), "
                     f"{attempt.waited_seconds:.1f} s of them in the queue"
                 )
-        return cls(attempt, prompt, options, model, deadline, reason)
-
-    @property
-    def id(self) -> str:
-        return self.attempt.id
+        return cls(attempt.id, attempt, prompt, options, model, deadline, reason)
 
     @property
     def first_token_seconds(self) -> float:

@@ -69,7 +69,8 @@ class Ledger:
             elif job.get_status(refresh=False) in _ENDED:
                 release_dependents(queue, job_id, self._claimed_key(queue))
             else:
-                found.append(Attempt(job, queue, Execution("", job.id, self._connection), time.monotonic()))
+                execution = Execution("", job_id, self._connection)
+                found.append(Attempt(job_id, job, queue, execution, time.monotonic()))
         return found
 
     def fail_malformed(self, queue: Queue, job_id: str, reason: Exception) -> None:
