@@ -185,7 +185,9 @@ OUTCOMES = (
     *(("finished", reason) for reason in ("stop", "length")),
     *(("failed", reason) for reason in ("bad_request", "prompt_too_long", "model_error", "timeout", "malformed")),
     POISON,
-    *(("failed", "error"), ("stopped", "on_request"), CANCELED),
+    ("failed", "error"),
+    ("stopped", "on_request"),
+    CANCELED,
 )
 
 # Why a worker was started again: it died, or it had ended in good order (`--max-jobs`, `--max-growth`).
