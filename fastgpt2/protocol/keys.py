@@ -211,7 +211,7 @@ def restarts_field(reason: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """Counts observations by size, and adds them up.
+    """A histogram counts observations by size, and adds them up.
 
     Bucket i counts observations of at most `bounds[i]` that are more than the bound before; the last bucket counts
     those over all bounds. A field is named for its bound, so that the counts of another release, which may have other

@@ -51,7 +51,7 @@ _SAMPLING = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class JobOptions:
-    """What a job asks of the worker rather than of the model, checked when made.
+    """The options that a job gives the worker rather than the model, checked when made.
 
     Args:
         timeout: seconds from being enqueued within which the job must be done; waiting counts. RQ's own `job_timeout`

@@ -108,7 +108,7 @@ class ChildFailed(FastGPT2Error):
 
 
 class Pool:
-    """Supervises children: `start`, then `check(now)` again and again, then `stop`.
+    """A pool supervises children: `start`, then `check(now)` again and again, then `stop`.
 
     Attributes:
         reap: called with the identity of each worker whose process has ended, in whatever way.

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class StreamPosition:
-    """How far a job's stream has come: how many characters of its text, and how many log probabilities, were sent."""
+    """The part of a job's stream that was sent: a number of characters of its text, and of log probabilities."""
 
     characters: int = 0
     logprobs: int = 0
@@ -74,7 +74,7 @@ class Attempt:
 
     @property
     def is_suspect(self) -> bool:
-        """Whether workers have died of the job: then it runs with no other beside it."""
+        """True if workers have died of the job: then it runs with no other beside it."""
         return self.rq_job.crashes >= SUSPECT_CRASHES
 
 
@@ -167,7 +167,7 @@ class EndKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """How a job ends.
+    """An end of a job.
 
     Attributes:
         result: of a job that finished, as JSON.

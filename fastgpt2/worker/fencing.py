@@ -40,7 +40,7 @@ _FENCE_CLAIMED = Script(__file__, "fence_claimed")
 
 
 class Verdict(IntEnum):
-    """What became of fenced commands. The scripts know the first three by their numbers."""
+    """The fate of fenced commands. The scripts know the first three by their numbers."""
 
     REFUSED = 0
     DONE = 1
@@ -50,7 +50,7 @@ class Verdict(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class IfRunning:
-    """What to write about a job if a worker still runs it.
+    """Commands about a job, to be run if a worker still runs the job.
 
     Attributes:
         job_key: the key of the job's hash.
@@ -75,7 +75,7 @@ class IfRunning:
 
 @dataclass(frozen=True, slots=True)
 class IfClaimed:
-    """What to write about a job that a worker is about to start, if the worker still has it as claimed.
+    """Commands that start a job, to be run if a worker still has the job as claimed.
 
     Attributes:
         claimed_key: the worker's list that must have the job: a worker that was taken for dead starts nothing.

@@ -43,7 +43,7 @@ _ENDED = (JobStatus.FINISHED, JobStatus.FAILED, JobStatus.STOPPED)
 
 
 class Ledger:
-    """Writes into Redis what becomes of one worker's jobs.
+    """The ledger writes into Redis what becomes of one worker's jobs.
 
     Args:
         malformed: called with the id of each job that was failed for the state of its entry.

@@ -72,7 +72,7 @@ class Lease:
 
     @property
     def is_valid(self) -> bool:
-        """Whether this worker still counts as alive, by its own clock: one that does not claims no jobs."""
+        """True if this worker still counts as alive, by its own clock: one that does not claims no jobs."""
         return time.monotonic() - self._renewed_at < LEASE_SECONDS
 
     def consume_loss(self) -> bool:

@@ -47,7 +47,7 @@ _COUNT_ONE = Script(__file__, "count_one")
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """What became of the jobs that a dead worker had.
+    """The recovery of the jobs that a dead worker had.
 
     Attributes:
         put_back: the ids of the jobs that went back to the front of their queues.
@@ -67,7 +67,7 @@ class Recovery:
 
 
 class Reaper:
-    """Takes jobs back from dead workers of a pool, for whoever notices that they are dead.
+    """A reaper takes jobs back from dead workers of a pool, for whoever notices that they are dead.
 
     Each worker is dealt with by one script, so that two reapers cannot both take a job back, and one that dies itself
     leaves nothing half done: what a script cannot do stays in the dead worker's list until it is done.

@@ -16,7 +16,7 @@ MEMORY_SECONDS = 4.0
 
 
 class Recycling:
-    """Says when a worker has done its share: after a number of jobs, or when it has grown too large.
+    """A rule that says when a worker has done its share: after a number of jobs, or when it has grown too large.
 
     A memory leak, or a heap in shreds, then costs a restart instead of the machine's memory. Growth is looked for on
     Linux only: elsewhere the standard library knows no more than the peak.

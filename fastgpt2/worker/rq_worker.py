@@ -47,7 +47,7 @@ UPKEEP_PAUSE_SECONDS = 60.0
 
 
 class RQWorker(BaseWorker):
-    """All of a worker that is RQ's affair; a subclass runs the jobs.
+    """The part of a worker that is RQ's affair; a subclass runs the jobs.
 
     A first SIGTERM, SIGINT or shutdown command sets `stopping`, a second one `stop_at_once`; nothing is interrupted.
 

@@ -50,7 +50,7 @@ MOST_CLAIMS = 4
 
 
 class GenerationWorker(RQWorker):
-    """Claims jobs as long as there is room for them, steps all of them together, and writes each one's end.
+    """A worker that claims jobs as long as there is room, steps all of them together, and writes each one's end.
 
     A stop signal makes it claim no more, finish what it runs within `drain_timeout`, and give the rest back to the
     front of the queue; a second one makes it give back all at once.
