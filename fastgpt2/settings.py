@@ -16,9 +16,6 @@ from fastgpt2.errors import BadRequest
 
 T = TypeVar("T")
 
-_TRUE = {"1", "true", "yes", "on"}
-_FALSE = {"0", "false", "no", "off", ""}
-
 
 @dataclass(frozen=True)
 class Setting(Generic[T]):
@@ -115,11 +112,10 @@ def size_or_none(text: str) -> int:
 
 
 def yes_or_no(text: str) -> bool:
-    if text.lower() in _TRUE:
-        return True
-    if text.lower() in _FALSE:
-        return False
-    raise ValueError("is neither yes nor no")
+    yes, no = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
+    if text.lower() not in (*yes, *no):
+        raise ValueError("is neither yes nor no")
+    return text.lower() in yes
 
 
 def word(text: str) -> str:
@@ -153,21 +149,28 @@ def log_level(text: str) -> str:
     return text.upper()
 
 
+def flag(name: str, purpose: str) -> Setting[bool]:
+    """Return a setting that is yes or no, and no by default."""
+    return Setting(name, "", yes_or_no, False, purpose)
+
+
+def duration(name: str, default: float, purpose: str) -> Setting[float]:
+    """Return a setting in seconds."""
+    return Setting(name, "SECONDS", seconds, default, purpose, f"{default:g} seconds")
+
+
+# For each setting: its name, what `--help` calls the value, its reader, its default; then the help, and the default as
+# the help shows it where that is not the value itself.
+# fmt: off
 MODEL = Setting(
-    "model",
-    "ID|PATH",
-    str,
-    "gpt2",
+    "model", "ID|PATH", str, "gpt2",
     "The model: an id on the hub such as gpt2-medium, a folder, or demo, the small model that comes with fastgpt2.",
 )
 REVISION: Setting[str | None] = Setting(
     "revision", "REV", str, None, "The branch, tag or commit of the model's repository on the hub.", "main"
 )
 REDIS_URL = Setting(
-    "redis_url",
-    "URL",
-    str,
-    "redis://127.0.0.1:6379/0",
+    "redis_url", "URL", str, "redis://127.0.0.1:6379/0",
     "The Redis to use. Other users of this machine can read options: set the variable if the URL holds a password, or "
     "add ?password_file=PATH to the URL.",
 )
@@ -177,67 +180,43 @@ OWN_REDIS_URL: Setting[str | None] = Setting(
 QUEUE = Setting("queue", "NAME", word, "fastgpt2", "The name of the RQ queue.")
 WORKERS = Setting("workers", "N", whole_number(1, 1024), 2, "The number of worker processes.")
 THREADS: Setting[int | None] = Setting(
-    "threads",
-    "N",
-    whole_number(1, 1024),
-    None,
+    "threads", "N", whole_number(1, 1024), None,
     "The number of cores to use, each by a process of its own.",
     "all cores, or one for a small model",
 )
 POOL_THREADS: Setting[int | None] = Setting(
-    "threads",
-    "N",
-    whole_number(1, 1024),
-    None,
+    "threads", "N", whole_number(1, 1024), None,
     "The number of cores that each worker uses, each core by a process of its own.",
     "cores / workers, or one for a small model",
 )
 BLAS = Setting(
-    "blas",
-    "NAME",
-    one_of("auto", "openblas", "mkl", "compiled"),
-    "auto",
+    "blas", "NAME", one_of("auto", "openblas", "mkl", "compiled"), "auto",
     "The code that multiplies float32 weights: openblas, mkl, compiled, or auto, which measures those that are "
     "installed and takes the fastest.",
 )
 WEIGHTS = Setting(
-    "weights",
-    "TYPE",
-    one_of("float32", "bfloat16", "int8"),
-    "float32",
+    "weights", "TYPE", one_of("float32", "bfloat16", "int8"), "float32",
     "The type of the weights: float32, bfloat16 or int8. The latter two are faster and smaller but rounded, so that "
     "texts may differ.",
 )
 DRAFTS: Setting[str | int] = Setting(
-    "drafts",
-    "HOW",
-    drafts,
-    "auto",
+    "drafts", "HOW", drafts, "auto",
     "How to guess the next tokens, several of which one step then verifies; the text is the same. auto: look them up "
     "in the text so far, as many as pay. 1 to 15: look up this many. int8: as auto, and guess by int8 weights where "
     "that promises more. off: guess nothing.",
 )
 MAX_BATCH: Setting[int | None] = Setting(
-    "max_batch",
-    "N",
-    whole_number(1, 1024),
-    None,
+    "max_batch", "N", whole_number(1, 1024), None,
     "The most jobs that a worker decodes together.",
     "as many as pay on this machine, which is measured",
 )
 KV_MEMORY: Setting[int | None] = Setting(
-    "kv_memory",
-    "SIZE",
-    size,
-    None,
+    "kv_memory", "SIZE", size, None,
     "The most memory for the keys and values of a worker's jobs, such as 2GB; further jobs wait.",
     "a quarter of the memory, divided by the pool's workers",
 )
 PREFIX_MEMORY: Setting[int | None] = Setting(
-    "prefix_memory",
-    "SIZE",
-    size_or_none,
-    None,
+    "prefix_memory", "SIZE", size_or_none, None,
     "The most memory, on top of --kv-memory, in which a worker keeps the keys and values of prompts for later prompts "
     "that begin alike, such as 512MB; 0 for none.",
     "an eighth of the memory for keys and values",
@@ -246,32 +225,23 @@ MAX_JOBS: Setting[int | None] = Setting(
     "max_jobs", "N", whole_number(1, 1 << 40), None, "End a worker after N jobs; a pool starts another.", "no limit"
 )
 MAX_GROWTH = Setting(
-    "max_growth",
-    "SIZE",
-    size,
-    512 * 1024 * 1024,
+    "max_growth", "SIZE", size, 512 * 1024 * 1024,
     "End a worker whose own memory, without keys and values, has grown by more than this; a pool starts another.",
     "512MiB",
 )
 ALIVE_FILE: Setting[str | None] = Setting(
-    "alive_file",
-    "FILE",
-    str,
-    None,
+    "alive_file", "FILE", str, None,
     "A file for probes: it exists while the worker serves, and is touched every few seconds while the worker's loop "
     "turns.",
     "no file",
 )
-BURST = Setting("burst", "", yes_or_no, False, "End when the queue is empty.")
+BURST = flag("burst", "End when the queue is empty.")
 NAME: Setting[str | None] = Setting("name", "NAME", word, None, "The name of the worker.", "host and process id")
 HOST = Setting(
     "host", "ADDRESS", str, "127.0.0.1", "The address that the HTTP endpoint listens on; 0.0.0.0 for all of them."
 )
 HOST_NAME: Setting[str | None] = Setting(
-    "host_name",
-    "NAME",
-    word,
-    None,
+    "host_name", "NAME", word, None,
     "Without a token, serve only requests that are made to this name or to localhost, whatever address the endpoint "
     "listens on.",
     "the address itself if only this machine can reach it, any name otherwise",
@@ -282,36 +252,22 @@ TOKEN: Setting[str | None] = Setting(
     "token", "TOKEN", str, None, "The token that requests to the HTTP endpoint must have.", "none"
 )
 TOKEN_FILE: Setting[str | None] = Setting(
-    "token_file",
-    "FILE",
-    str,
-    None,
+    "token_file", "FILE", str, None,
     "A file whose first line is the token that requests to the HTTP endpoint must have.",
     "the token of FASTGPT2_TOKEN, or none",
 )
-INSECURE = Setting("insecure", "", yes_or_no, False, "Serve other machines without a token.")
+INSECURE = flag("insecure", "Serve other machines without a token.")
 REDIS_PORT = Setting(
-    "redis_port",
-    "PORT",
-    whole_number(0, 65535),
-    6379,
+    "redis_port", "PORT", whole_number(0, 65535), 6379,
     "The port of the embedded Redis; a free one is taken if this one is in use.",
 )
 REDIS_DIR: Setting[str | None] = Setting(
-    "redis_dir",
-    "DIR",
-    str,
-    None,
+    "redis_dir", "DIR", str, None,
     "The folder in which the embedded Redis keeps its append-only file.",
     "a temporary folder, removed at the end",
 )
-DRAIN_TIMEOUT = Setting(
-    "drain_timeout",
-    "SECONDS",
-    seconds,
-    30.0,
-    "How long workers may go on with their jobs when they are told to stop.",
-    "30 seconds",
+DRAIN_TIMEOUT = duration(
+    "drain_timeout", 30.0, "How long workers may go on with their jobs when they are told to stop."
 )
 MAX_QUEUE: Setting[int | None] = Setting(
     "max_queue", "N", whole_number(1, 1 << 40), None, "Refuse new jobs while N jobs wait.", "no limit"
@@ -325,114 +281,73 @@ MAX_NEW_TOKENS: Setting[int | None] = Setting(
 STOP: Setting[str | None] = Setting(
     "stop", "TEXT", str, None, "End the generated text before it contains TEXT.", "none"
 )
-IGNORE_EOS = Setting("ignore_eos", "", yes_or_no, False, "Go on after the end-of-text token.")
+IGNORE_EOS = flag("ignore_eos", "Go on after the end-of-text token.")
 MIN_NEW_TOKENS = Setting(
-    "min_new_tokens",
-    "N",
-    whole_number(0, 1 << 20),
-    0,
+    "min_new_tokens", "N", whole_number(0, 1 << 20), 0,
     "Generate at least N tokens: until then, neither an end-of-text token nor the stop text ends the text.",
 )
 LOGPROBS: Setting[int | None] = Setting(
-    "logprobs",
-    "N",
-    whole_number(0, 20),
-    None,
+    "logprobs", "N", whole_number(0, 20), None,
     "In a JSON result, give each token's log probability, and those of the N likeliest tokens in its place.",
     "none",
 )
-ECHO = Setting("echo", "", yes_or_no, False, "In a JSON result, let the text begin with the prompt.")
+ECHO = flag("echo", "In a JSON result, let the text begin with the prompt.")
 DEADLINE: Setting[float | None] = Setting(
-    "deadline",
-    "SECONDS",
-    seconds,
-    None,
+    "deadline", "SECONDS", seconds, None,
     "Let the job fail if it has not ended this long after it was enqueued.",
     "none",
 )
-STREAM = Setting("stream", "", yes_or_no, False, "Print the text as it comes.")
+STREAM = flag("stream", "Print the text as it comes.")
 OUTPUT: Setting[str | None] = Setting(
     "output", "FILE", str, None, "The file for the results, a line of JSON each; - is standard output.", "-"
 )
 FORMAT = Setting(
-    "format",
-    "NAME",
-    one_of("auto", "txt", "jsonl"),
-    "auto",
+    "format", "NAME", one_of("auto", "txt", "jsonl"), "auto",
     "The format of the prompts: txt (one prompt a line), jsonl, or auto, which goes by the file's name.",
 )
 IN_FLIGHT = Setting("in_flight", "N", whole_number(1, 100_000), 256, "The most jobs to have in the queue at once.")
-RESTART = Setting("restart", "", yes_or_no, False, "Begin anew, and not after the last line of the output.")
-TIMINGS = Setting("timings", "", yes_or_no, False, "Print on standard error how long each part took.")
-JSON = Setting("json", "", yes_or_no, False, "Print all that is known, as JSON.")
-WAIT = Setting("wait", "", yes_or_no, False, "Wait for the result and print it.")
-VERIFY = Setting(
-    "verify", "", yes_or_no, False, "Check every byte of the packed file, and make it anew if one is wrong."
+RESTART = flag("restart", "Begin anew, and not after the last line of the output.")
+TIMINGS = flag("timings", "Print on standard error how long each part took.")
+JSON = flag("json", "Print all that is known, as JSON.")
+WAIT = flag("wait", "Wait for the result and print it.")
+VERIFY = flag("verify", "Check every byte of the packed file, and make it anew if one is wrong.")
+MEASURE = flag(
+    "measure", "Measure also what a worker with the same --threads measures when it first starts on this machine."
 )
-MEASURE = Setting(
-    "measure",
-    "",
-    yes_or_no,
-    False,
-    "Measure also what a worker with the same --threads measures when it first starts on this machine.",
-)
-ALL = Setting(
-    "all", "", yes_or_no, False, "With prune: remove every packed file, and what was measured of this machine."
-)
-DRY_RUN = Setting("dry_run", "", yes_or_no, False, "With prune: say what would be removed, and remove nothing.")
-TIMEOUT = Setting("timeout", "SECONDS", seconds, 60.0, "How long to wait for a result.", "60 seconds")
-BODY_TIMEOUT = Setting(
-    "body_timeout",
-    "SECONDS",
-    seconds,
-    20.0,
-    "How long the body of a request to the HTTP endpoint may take to come.",
-    "20 seconds",
-)
-SHOW_PROMPTS = Setting(
-    "show_prompts", "", yes_or_no, False, "Show prompts in the HTTP endpoint's list of the latest jobs."
-)
-LOG_PROMPTS = Setting("log_prompts", "", yes_or_no, False, "Write prompts into the workers' logs.")
+ALL = flag("all", "With prune: remove every packed file, and what was measured of this machine.")
+DRY_RUN = flag("dry_run", "With prune: say what would be removed, and remove nothing.")
+TIMEOUT = duration("timeout", 60.0, "How long to wait for a result.")
+BODY_TIMEOUT = duration("body_timeout", 20.0, "How long the body of a request to the HTTP endpoint may take to come.")
+SHOW_PROMPTS = flag("show_prompts", "Show prompts in the HTTP endpoint's list of the latest jobs.")
+LOG_PROMPTS = flag("log_prompts", "Write prompts into the workers' logs.")
 LOG_LEVEL = Setting(
-    "log_level",
-    "LEVEL",
-    log_level,
-    "INFO",
+    "log_level", "LEVEL", log_level, "INFO",
     "The least important messages to log: debug, info, warning or error.",
     "info",
 )
 
-# The settings of `fastgpt2 up`.
-SYSTEM: tuple[Setting[Any], ...] = (
-    MODEL,
-    REVISION,
-    POOL_THREADS,
-    BLAS,
-    WEIGHTS,
-    DRAFTS,
-    MAX_BATCH,
-    KV_MEMORY,
-    PREFIX_MEMORY,
-    WORKERS,
-    MAX_JOBS,
-    MAX_GROWTH,
-    OWN_REDIS_URL,
-    QUEUE,
-    HOST,
-    HOST_NAME,
-    PORT,
-    TOKEN_FILE,
-    INSECURE,
-    REDIS_PORT,
-    REDIS_DIR,
-    DRAIN_TIMEOUT,
-    TIMEOUT,
-    BODY_TIMEOUT,
-    MAX_QUEUE,
-    SHOW_PROMPTS,
-    LOG_PROMPTS,
-    LOG_LEVEL,
-)
+# fmt: on
+
+# The settings of the commands, in the order in which `--help` shows them; first, groups that several commands share.
+OF_MODEL = (MODEL, REVISION)
+OF_QUEUE = (REDIS_URL, QUEUE)
+OF_ARITHMETIC = (THREADS, BLAS, WEIGHTS)
+OF_BATCH = (MAX_BATCH, KV_MEMORY, PREFIX_MEMORY)
+OF_REQUEST = (MAX_NEW_TOKENS, STOP, IGNORE_EOS, MIN_NEW_TOKENS, LOGPROBS, ECHO)
+OF_LOAD = (*OF_MODEL, *OF_ARITHMETIC, DRAFTS)
+OF_WORKERS = (*OF_MODEL, POOL_THREADS, BLAS, WEIGHTS, DRAFTS, *OF_BATCH, WORKERS, MAX_JOBS, MAX_GROWTH)
+OF_ADDRESS = (HOST, HOST_NAME, PORT, TOKEN_FILE, INSECURE)
+OF_ANSWERS = (TIMEOUT, BODY_TIMEOUT, MAX_QUEUE, SHOW_PROMPTS)
+OF_END = (DRAIN_TIMEOUT, MAX_JOBS, MAX_GROWTH, ALIVE_FILE, BURST)
+OF_LOG = (LOG_PROMPTS, LOG_LEVEL)
+
+OF_REDIS = (REDIS_PORT, REDIS_DIR)
+OF_UP = (*OF_WORKERS, OWN_REDIS_URL, QUEUE, *OF_ADDRESS, *OF_REDIS, DRAIN_TIMEOUT, *OF_ANSWERS, *OF_LOG)
+OF_WORKER = (*OF_LOAD, *OF_BATCH, *OF_QUEUE, NAME, *OF_END, *OF_LOG)
+OF_POOL = (*OF_WORKERS, *OF_QUEUE, DRAIN_TIMEOUT, ALIVE_FILE, *OF_LOG)
+OF_ENDPOINT = (*OF_QUEUE, *OF_ADDRESS, *OF_ANSWERS, LOG_LEVEL)
+OF_ENQUEUE = (*OF_REQUEST, PRIORITY, DEADLINE, *OF_QUEUE, MAX_QUEUE, WAIT, STREAM, TIMEOUT, JSON)
+OF_FILE = (OUTPUT, FORMAT, IN_FLIGHT, RESTART, *OF_REQUEST, PRIORITY, DEADLINE, *OF_QUEUE, MAX_QUEUE)
 
 
 def of_system(**given: str) -> dict[str, Any]:
@@ -441,4 +356,4 @@ def of_system(**given: str) -> dict[str, Any]:
     Raises:
         BadRequest: one of them cannot be read.
     """
-    return {setting.name: setting.resolve(given.get(setting.name)) for setting in SYSTEM}
+    return {setting.name: setting.resolve(given.get(setting.name)) for setting in OF_UP}

@@ -21,7 +21,7 @@ from fastgpt2.api.client.session import Session
 from fastgpt2.api.pool.status import read_status
 from fastgpt2.bench import Values
 from fastgpt2.protocol.connection import connect, connect_async
-from fastgpt2.protocol.keys import LEASE_SECONDS, worker_key, workers_key
+from fastgpt2.protocol.keys import LEASE_SECONDS, WORKER_PREFIX, workers_key
 from fastgpt2.protocol.untrusted import JSONOnlySerializer
 from fastgpt2.system.redis_server import RedisServer
 from fastgpt2.worker.liveness import BEAT_SECONDS, Lease
@@ -133,8 +133,8 @@ def measure_reads(connection: Any, url: str, entry: Values, count: int) -> Value
     connection.flushall()
     with connection.pipeline(transaction=False) as pipeline:
         for number in range(count):
-            pipeline.hset(worker_key(f"paper.{number}"), mapping=entry)
-            pipeline.sadd(workers_key(QUEUE), worker_key(f"paper.{number}"))
+            pipeline.hset(f"{WORKER_PREFIX}paper.{number}", mapping=entry)
+            pipeline.sadd(workers_key(QUEUE), f"{WORKER_PREFIX}paper.{number}")
         pipeline.execute()
     queue = Queue(QUEUE, connection, serializer=JSONOnlySerializer)
     driver = Driver(url)

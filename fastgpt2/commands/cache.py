@@ -123,7 +123,7 @@ def _escape(text: str) -> str:
 
 
 class State(StrEnum):
-    """What can be said of a file in the cache."""
+    """The state of a file in the cache, in the words of the list."""
 
     OK = "ok"
     BUSY = "being packed"

@@ -26,6 +26,12 @@ ANSWER_BY: ContextVar[float] = ContextVar("ANSWER_BY", default=math.inf)
 
 # Everybody who waits for a result holds a connection. redis-py's own limit is 100, that of Redis 10,000.
 MAX_CONNECTIONS = 2000
+_OPTIONS: dict[str, Any] = {
+    "socket_connect_timeout": CONNECT_SECONDS,
+    "socket_timeout": SOCKET_SECONDS,
+    "health_check_interval": 30,
+    "max_connections": MAX_CONNECTIONS,
+}
 
 
 def connect(url: str) -> Redis:
@@ -44,7 +50,7 @@ def connect(url: str) -> Redis:
 
     with _url_errors():
         bare, credentials = without_password_file(url)
-        client = Redis.from_url(bare, retry=Retry(NoBackoff(), 0), **_options(), **credentials)
+        client = Redis.from_url(bare, retry=Retry(NoBackoff(), 0), **_OPTIONS, **credentials)
         pool: Any = client.connection_pool
         pool.connection_class = _keep_to_deadline(pool.connection_class)
         pool.make_connection()
@@ -90,18 +96,9 @@ def connect_async(url: str) -> AsyncRedis:
 
     with _url_errors():
         bare, credentials = without_password_file(url)
-        client = Redis.from_url(bare, retry=Retry(NoBackoff(), 1), **_options(), **credentials)
+        client = Redis.from_url(bare, retry=Retry(NoBackoff(), 1), **_OPTIONS, **credentials)
         client.connection_pool.make_connection()  # type: ignore[no-untyped-call]
     return client
-
-
-def _options() -> dict[str, Any]:
-    return {
-        "socket_connect_timeout": CONNECT_SECONDS,
-        "socket_timeout": SOCKET_SECONDS,
-        "health_check_interval": 30,
-        "max_connections": MAX_CONNECTIONS,
-    }
 
 
 @contextmanager

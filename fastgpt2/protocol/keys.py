@@ -67,11 +67,6 @@ def results_key(job_id: str) -> str:
     return f"{RESULTS_PREFIX}{job_id}"
 
 
-def executions_key(job_id: str) -> str:
-    """Return the key of the sorted set of a job's executions."""
-    return f"{EXECUTIONS_PREFIX}{job_id}"
-
-
 def queue_key(queue_name: str) -> str:
     """Return the key of the list of the ids of the jobs that wait in an RQ queue."""
     return f"{QUEUE_PREFIX}{queue_name}"
@@ -85,11 +80,6 @@ def registry_key(state: str, queue_name: str) -> str:
 def workers_key(queue_name: str) -> str:
     """Return the key of the set of the keys of an RQ queue's workers."""
     return f"{WORKERS_KEY}:{queue_name}"
-
-
-def worker_key(worker_name: str) -> str:
-    """Return the key of a worker's hash."""
-    return f"{WORKER_PREFIX}{worker_name}"
 
 
 # --- This package's fields in a job's hash, and in its metadata ---
@@ -128,7 +118,7 @@ def leases_key(name: str) -> str:
 def claimed_key(worker_name: str, queue_name: str) -> str:
     """Return the key of the list of the jobs of one RQ queue that a worker has claimed.
 
-    A job stays in it until its end is written.
+    A job stays in the list until its end is written.
     """
     return f"fastgpt2:taken:{worker_name}:{queue_name}"
 
@@ -185,29 +175,15 @@ RECOVERIES = "recoveries"
 REFUSED = "refused"
 RETRIED = "retried"
 GIVEN_BACK = "given_back"
-COUNTS = (
-    PROMPT_TOKENS,
-    CACHED_TOKENS,
-    GENERATED_TOKENS,
-    DRAFTED_TOKENS,
-    ACCEPTED_TOKENS,
-    RECOVERIES,
-    REFUSED,
-    RETRIED,
-    GIVEN_BACK,
-)
+TOKEN_COUNTS = (PROMPT_TOKENS, CACHED_TOKENS, GENERATED_TOKENS, DRAFTED_TOKENS, ACCEPTED_TOKENS)
+COUNTS = (*TOKEN_COUNTS, RECOVERIES, REFUSED, RETRIED, GIVEN_BACK)
 
 # How a job can end: RQ's status, and why: the finish reason, the kind of error, or that somebody asked for it.
 POISON = ("failed", "poison")
 CANCELED = ("canceled", "on_request")
 OUTCOMES = (
-    ("finished", "stop"),
-    ("finished", "length"),
-    ("failed", "bad_request"),
-    ("failed", "prompt_too_long"),
-    ("failed", "model_error"),
-    ("failed", "timeout"),
-    ("failed", "malformed"),
+    *(("finished", reason) for reason in ("stop", "length")),
+    *(("failed", reason) for reason in ("bad_request", "prompt_too_long", "model_error", "timeout", "malformed")),
     POISON,
     ("failed", "error"),
     ("stopped", "on_request"),
@@ -235,7 +211,7 @@ def restarts_field(reason: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """Counts observations by size, and adds them up.
+    """A histogram counts observations by size, and adds them up.
 
     Bucket i counts observations of at most `bounds[i]` that are more than the bound before; the last bucket counts
     those over all bounds. A field is named for its bound, so that the counts of another release, which may have other

@@ -51,7 +51,7 @@ _SAMPLING = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class JobOptions:
-    """What a job asks of the worker rather than of the model, checked when made.
+    """The options that a job gives the worker rather than the model, checked when made.
 
     Args:
         timeout: seconds from being enqueued within which the job must be done; waiting counts. RQ's own `job_timeout`
@@ -170,19 +170,18 @@ def result_to_json(result: GenerationResult, queue_seconds: float = 0.0) -> dict
 
 def logprobs_to_json(logprobs: Iterable[TokenLogprob]) -> list[TokenObject]:
     """Return the JSON forms of tokens' log probabilities, each with `top` if it has alternatives."""
-    return [_token_to_json(token) for token in logprobs]
-
-
-def _token_to_json(token: TokenLogprob) -> TokenObject:
-    value: TokenObject = {
-        "token_id": token.token_id,
-        "token": token.token,
-        "logprob": token.logprob,
-        "text_offset": token.text_offset,
-    }
-    if token.top:
-        value["top"] = [_alternative_to_json(other) for other in token.top]
-    return value
+    values = []
+    for token in logprobs:
+        value: TokenObject = {
+            "token_id": token.token_id,
+            "token": token.token,
+            "logprob": token.logprob,
+            "text_offset": token.text_offset,
+        }
+        if token.top:
+            value["top"] = [_alternative_to_json(other) for other in token.top]
+        values.append(value)
+    return values
 
 
 def _alternative_to_json(token: TokenLogprob) -> AlternativeObject:
@@ -195,14 +194,13 @@ def logprobs_from_json(values: object) -> tuple[TokenLogprob, ...]:
     Raises:
         KeyError, TypeError: it is something else.
     """
-    return tuple([_token_from_json(value) for value in _require(list, values)])
-
-
-def _token_from_json(value: object) -> TokenLogprob:
-    found = _require(dict, value)
-    token = _alternative_from_json(found)
-    top = tuple([_alternative_from_json(other) for other in _require(list, found.get("top", []))])
-    return TokenLogprob(token.token_id, token.token, token.logprob, top, _require(int, found.get("text_offset", 0)))
+    tokens = []
+    for value in _require(list, values):
+        token = _alternative_from_json(value)
+        top = tuple([_alternative_from_json(other) for other in _require(list, value.get("top", []))])
+        offset = _require(int, value.get("text_offset", 0))
+        tokens.append(TokenLogprob(token.token_id, token.token, token.logprob, top, offset))
+    return tuple(tokens)
 
 
 def _alternative_from_json(value: object) -> TokenLogprob:

@@ -45,11 +45,7 @@ class Script:
         return "EVALSHA", self.digest, len(keys), *keys, *arguments
 
     def run(self, connection: Redis, keys: Sequence[Any], arguments: Sequence[Any]) -> Any:
-        """Run the script and return its reply.
-
-        Raises:
-            RedisError
-        """
+        """Run the script and return its reply."""
         command = self.command(keys, arguments)
         try:
             return connection.execute_command(*command)  # type: ignore[no-untyped-call]
@@ -112,11 +108,8 @@ def with_text(command: Sequence[Any]) -> tuple[Any, ...]:
 
 def _read(path: Path) -> str:
     """Return the text of a file with its includes and constants filled in."""
-    folder, text = path.parent, path.read_text("utf-8")
-    text = re.sub(r"^-- include (\w+)\n", lambda found: _read(_find(folder, f"{found[1]}.lua")), text, flags=re.M)
+    text = path.read_text("utf-8")
+    for line, name in re.findall(r"^(-- include (\w+)\n)", text, re.M):
+        beside = path.with_name(f"{name}.lua")
+        text = text.replace(line, _read(beside if beside.exists() else Path(__file__).with_name(beside.name)))
     return re.sub(r"\$([A-Z][A-Z_]*)", lambda found: str(getattr(names, found[1])), text)
-
-
-def _find(folder: Path, name: str) -> Path:
-    beside = folder / name
-    return beside if beside.exists() else Path(__file__).with_name(name)

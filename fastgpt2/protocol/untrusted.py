@@ -40,7 +40,7 @@ _PLAIN_OPCODES = frozenset(
 
 
 class JSONOnlySerializer:
-    """Writes JSON, and reads what `read` reads. RQ's own default unpickles, which runs whatever a pickle says."""
+    """A serializer that writes JSON, and reads what `read` reads. RQ's own unpickles, which runs what a pickle says."""
 
     @staticmethod
     def dumps(value: Any) -> bytes:
@@ -51,16 +51,12 @@ class JSONOnlySerializer:
         return read(data)
 
 
-class PlainPickleSerializer:
-    """Writes pickles of plain values, for jobs that came pickled: who enqueued them reads the results as pickles."""
+class PlainPickleSerializer(JSONOnlySerializer):
+    """A serializer that writes pickles of plain values, for jobs that came pickled: so their results are read too."""
 
     @staticmethod
     def dumps(value: Any) -> bytes:
         return pickle.dumps(value, protocol=4)
-
-    @staticmethod
-    def loads(data: bytes) -> Any:
-        return read(data)
 
 
 def is_pickle(data: bytes) -> bool:

@@ -91,12 +91,11 @@ class Child:
 
     def wait(self, seconds: float) -> bool:
         """Wait at most `seconds` for the process to end. Return whether it has."""
-        if self.process is None:
-            return True
-        try:
-            self.process.wait(max(0.0, seconds))
-        except subprocess.TimeoutExpired:
-            return False
+        if self.process is not None:
+            try:
+                self.process.wait(max(0.0, seconds))
+            except subprocess.TimeoutExpired:
+                return False
         return True
 
 
@@ -109,7 +108,7 @@ class ChildFailed(FastGPT2Error):
 
 
 class Pool:
-    """Supervises children: `start`, then `check(now)` again and again, then `stop`.
+    """A pool supervises children: `start`, then `check(now)` again and again, then `stop`.
 
     Attributes:
         reap: called with the identity of each worker whose process has ended, in whatever way.
@@ -205,7 +204,9 @@ def _back_off(child: Child, status: int, now: float) -> None:
     Raises:
         FastGPT2Error: it is not: trying again would not help, or did not.
     """
-    how = f"was killed by {_signal_name(-status)}" if status < 0 else f"ended with status {status}"
+    names = {each.value: each.name for each in signal.Signals}  # real-time signals have none
+    signum = names.get(-status, f"signal {-status}")
+    how = f"was killed by {signum}" if status < 0 else f"ended with status {status}"
     if status in FATAL_EXIT_CODES:
         raise ChildFailed(f"{child.name} {how}; its message above says why", status)
     child.quick_deaths = 1 if now - child.started_at > HEALTHY_SECONDS else child.quick_deaths + 1
@@ -216,10 +217,3 @@ def _back_off(child: Child, status: int, now: float) -> None:
     back_off = min(MAX_BACK_OFF_SECONDS, 0.5 * 2 ** (child.quick_deaths - 1))
     child.restart_at = now + back_off
     log.warning("%s %s; starting it again in %.1f s", child.name, how, back_off)
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # a real-time signal
-        return f"signal {number}"

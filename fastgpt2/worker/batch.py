@@ -16,7 +16,6 @@ from rq.executions import Execution
 
 from fastgpt2.engine.decoding.records import FinishReason, GenerationResult, Timings, Usage
 from fastgpt2.engine.network.gpt2 import PREFILL_ROWS_BESIDE
-from fastgpt2.errors import JobTimedOut
 from fastgpt2.protocol.keys import SUSPECT_CRASHES
 from fastgpt2.protocol.messages import JobOptions, Piece, result_to_json
 from fastgpt2.protocol.untrusted import seconds_between
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class StreamPosition:
-    """How far a job's stream has come: how many characters of its text, and how many log probabilities, were sent."""
+    """The part of a job's stream that was sent: a number of characters of its text, and of log probabilities."""
 
     characters: int = 0
     logprobs: int = 0
@@ -57,21 +56,16 @@ class Attempt:
 
     Attributes:
         execution: RQ's record of the run; without an id until the job is started.
+        began_at: when it began, on `time.monotonic`'s clock.
         number: how often the job has been started, this time included; 0 until it is started.
-        began_at: when, on `time.monotonic`'s clock.
-        crashes: how many workers have died while they ran the job.
     """
 
+    id: str
     rq_job: GenerationJob
     queue: Queue
     execution: Execution
-    number: int
     began_at: float
-    crashes: int
-
-    @property
-    def id(self) -> str:
-        return self.rq_job.id
+    number: int = 0
 
     @property
     def waited_seconds(self) -> float:
@@ -80,8 +74,8 @@ class Attempt:
 
     @property
     def is_suspect(self) -> bool:
-        """Whether workers have died of the job: then it runs with no other beside it."""
-        return self.crashes >= SUSPECT_CRASHES
+        """True if workers have died of the job: then it runs with no other beside it."""
+        return self.rq_job.crashes >= SUSPECT_CRASHES
 
 
 @dataclass(eq=False, slots=True)
@@ -89,12 +83,13 @@ class ActiveJob:
     """A running job: its request is known to be good; it waits for a slot, or is decoded.
 
     Attributes:
-        deadline: when its time is up, on `time.monotonic`'s clock.
+        deadline: when its time is up, on `time.monotonic`'s clock; `deadline_reason` says why.
         sequence: None while the job waits for a slot.
         position: how far its stream has come.
         muted: no more is streamed: under the stream's key stands something else.
     """
 
+    id: str
     attempt: Attempt
     prompt: TokenizedPrompt
     options: JobOptions
@@ -119,11 +114,7 @@ class ActiveJob:
                     f"took longer than the {options.timeout:g} s that it was given from being enqueued (timeout), "
                     f"{attempt.waited_seconds:.1f} s of them in the queue"
                 )
-        return cls(attempt, prompt, options, model, deadline, reason)
-
-    @property
-    def id(self) -> str:
-        return self.attempt.id
+        return cls(attempt.id, attempt, prompt, options, model, deadline, reason)
 
     @property
     def first_token_seconds(self) -> float:
@@ -135,10 +126,6 @@ class ActiveJob:
         since_start = time.monotonic() - self.attempt.began_at
         since_first_token = time.perf_counter() - self.sequence.first_token_at
         return self.attempt.waited_seconds + max(0.0, since_start - since_first_token)
-
-    def check_deadline(self, now: float) -> JobTimedOut | None:
-        """Return the error that ends the job if its time is up."""
-        return JobTimedOut(self.id, self.deadline_reason) if now > self.deadline else None
 
     def next_piece(self) -> Piece | None:
         """Return the text that may be streamed and was not yet; None if there is none."""
@@ -180,7 +167,7 @@ class EndKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """How a job ends.
+    """An end of a job.
 
     Attributes:
         result: of a job that finished, as JSON.

@@ -57,12 +57,11 @@ class Claims:
         os.set_blocking(self._wake_writer, False)
 
     def add_claim(self, pipeline: Pipeline, most: int, running: int) -> None:
-        """Add to a pipeline the claim of at most `most` jobs; `read` takes the reply. None while workers are suspended.
+        """Add to a pipeline the claim of at most `most` jobs, by a worker that has `running` jobs already.
 
-        Args:
-            running: how many jobs this worker has already.
+        `read` takes the reply, which has no jobs while workers are suspended.
         """
-        _CLAIM.add(pipeline, self._keys, self._arguments(most, running))
+        _CLAIM.add(pipeline, self._keys, [most, self._turn, running, LAST_EVERY, SECOND_EVERY])
 
     def read(self, reply: Sequence[Any]) -> list[Claim]:
         """Return the jobs that the reply to a claim names."""
@@ -71,10 +70,8 @@ class Claims:
 
     def claim(self, most: int) -> list[Claim]:
         """Claim at most `most` jobs that are there now, for a worker that has none."""
-        return self.read(_CLAIM.run(self._connection, self._keys, self._arguments(most, running=0)))
-
-    def _arguments(self, most: int, running: int) -> list[int]:
-        return [most, self._turn, running, LAST_EVERY, SECOND_EVERY]
+        arguments = [most, self._turn, 0, LAST_EVERY, SECOND_EVERY]
+        return self.read(_CLAIM.run(self._connection, self._keys, arguments))
 
     def list_all(self) -> list[Claim]:
         """Return all that Redis has as claimed by this worker, in the order in which it was claimed.
@@ -88,7 +85,6 @@ class Claims:
         return self._decode([(queue, raw) for queue, ids in zip(self._queues, lists, strict=True) for raw in ids])
 
     def put_back(self, claims: Sequence[Claim]) -> None:
-        """Put claimed jobs, none of which was started, back to the front of their queues."""
         for queue in self._queues:
             ids = [job_id for of, job_id in reversed(claims) if of == queue]
             if ids:
@@ -101,9 +97,8 @@ class Claims:
         commands that take from them without leaving a trace. The connections that were not served are unblocked again,
         so that nothing is claimed later.
         """
-        self._waiting = self._waiting or [
-            _Waiting(self._connection, queue, self._worker_name) for queue in self._queues
-        ]
+        if not self._waiting:
+            self._waiting = [_Waiting(self._connection, queue, self._worker_name) for queue in self._queues]
         try:
             for waiting in self._waiting:
                 waiting.begin()
@@ -112,7 +107,11 @@ class Claims:
                 for waiting in self._waiting:
                     selector.register(waiting.fileno(), selectors.EVENT_READ)
                 ready = {key.fd for key, _ in selector.select(seconds)}
-            self._unblock([waiting.client_id for waiting in self._waiting if waiting.fileno() not in ready])
+            with self._connection.pipeline(transaction=False) as pipeline:
+                for waiting in self._waiting:
+                    if waiting.fileno() not in ready:
+                        pipeline.client_unblock(waiting.client_id)
+                pipeline.execute()
             claims = self._decode([(each.queue, raw) for each in self._waiting if (raw := each.end()) is not None])
         except BaseException:
             self.close_connections()
@@ -130,9 +129,8 @@ class Claims:
             os.write(self._wake_writer, b"!")
 
     def close_connections(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        for each in waiting:
-            each.close()
+        while self._waiting:
+            self._waiting.pop().close()
 
     def close(self) -> None:
         self.close_connections()
@@ -152,12 +150,6 @@ class Claims:
                 log.warning("%s: an entry of the queue %s is no job's id: %r", self._worker_name, queue.name, raw[:100])
                 self._connection.lrem(claimed_key(self._worker_name, queue.name), 1, raw)  # type: ignore[arg-type]
         return decoded
-
-    def _unblock(self, client_ids: Iterable[int]) -> None:
-        with self._connection.pipeline(transaction=False) as pipeline:
-            for client_id in client_ids:
-                pipeline.client_unblock(client_id)
-            pipeline.execute()
 
 
 class _Waiting:

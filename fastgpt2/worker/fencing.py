@@ -40,7 +40,7 @@ _FENCE_CLAIMED = Script(__file__, "fence_claimed")
 
 
 class Verdict(IntEnum):
-    """What became of fenced commands. The scripts know the first three by their numbers."""
+    """The fate of fenced commands. The scripts know the first three by their numbers."""
 
     REFUSED = 0
     DONE = 1
@@ -50,7 +50,7 @@ class Verdict(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class IfRunning:
-    """What to write about a job if a worker still runs it.
+    """Commands about a job, to be run if a worker still runs the job.
 
     Attributes:
         job_key: the key of the job's hash.
@@ -75,12 +75,10 @@ class IfRunning:
 
 @dataclass(frozen=True, slots=True)
 class IfClaimed:
-    """What to write about a job that a worker is about to start, if the worker still has it as claimed.
+    """Commands that start a job, to be run if a worker still has the job as claimed.
 
     Attributes:
-        job_key: the key of the job's hash.
         claimed_key: the worker's list that must have the job: a worker that was taken for dead starts nothing.
-        write: as `IfRunning.write`.
     """
 
     job_key: str
@@ -100,9 +98,6 @@ def run_fenced(connection: Redis, fenced: Sequence[IfRunning | IfClaimed]) -> li
 
     Returns:
         For each its verdict, and what its last command replied; where one of its keys is of the wrong kind, the error.
-
-    Raises:
-        RedisError: Redis cannot be reached, or takes no commands.
     """
     with connection.pipeline(transaction=False) as scripts:
         for one in fenced:
@@ -112,12 +107,12 @@ def run_fenced(connection: Redis, fenced: Sequence[IfRunning | IfClaimed]) -> li
             script, keys, condition = one.fence()
             words = [word for command in commands for word in (len(command), *command)]
             script.add(scripts, keys, [*condition, *words])
-        return [_judge(reply) for reply in execute(scripts)]
-
-
-def _judge(reply: Any) -> tuple[Verdict, Any]:
-    if isinstance(reply, RedisError) and is_of_entry(reply):
-        return Verdict.MALFORMED, reply
-    if isinstance(reply, Exception):
-        raise reply
-    return Verdict(int(reply[0])), reply[1]
+        verdicts: list[tuple[Verdict, Any]] = []
+        for reply in execute(scripts):
+            if isinstance(reply, RedisError) and is_of_entry(reply):
+                verdicts.append((Verdict.MALFORMED, reply))
+            elif isinstance(reply, Exception):
+                raise reply
+            else:
+                verdicts.append((Verdict(int(reply[0])), reply[1]))
+        return verdicts

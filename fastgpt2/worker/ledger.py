@@ -11,7 +11,6 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
-from enum import Enum
 from functools import partial as bound
 from typing import TYPE_CHECKING, Any
 
@@ -25,14 +24,7 @@ from rq.utils import now as utc_now
 from rq.utils import utcformat
 from rq.worker import BaseWorker, WorkerStatus
 
-from fastgpt2.protocol.keys import (
-    ATTEMPTS_FIELD,
-    EXECUTION_FIELD,
-    PARTIAL_META,
-    claimed_key,
-    registry_key,
-    stream_key,
-)
+from fastgpt2.protocol import keys
 from fastgpt2.protocol.messages import STREAM_TTL_SECONDS, Piece, end_entry, piece_to_entry
 from fastgpt2.protocol.scripts import Script
 from fastgpt2.worker.batch import Attempt, End, EndKind
@@ -44,23 +36,14 @@ if TYPE_CHECKING:
     from redis.client import Pipeline
 
 log = logging.getLogger("fastgpt2.worker")
-_GIVE_BACK = Script(__file__, "give_back")
 _LET_GO = Script(__file__, "let_go")
 
 # The statuses of a job whose end is written.
 _ENDED = (JobStatus.FINISHED, JobStatus.FAILED, JobStatus.STOPPED)
 
 
-class Fate(Enum):
-    """What became of a job whose end this worker could not write."""
-
-    CANCELED = "somebody has cancelled it"
-    ENDED = "this worker has written its end, but never heard that it was written"
-    LOST = "it was deleted, or taken back"
-
-
 class Ledger:
-    """Writes into Redis what becomes of one worker's jobs.
+    """The ledger writes into Redis what becomes of one worker's jobs.
 
     Args:
         malformed: called with the id of each job that was failed for the state of its entry.
@@ -86,8 +69,8 @@ class Ledger:
             elif job.get_status(refresh=False) in _ENDED:
                 release_dependents(queue, job_id, self._claimed_key(queue))
             else:
-                execution = Execution("", job.id, self._connection)
-                found.append(Attempt(job, queue, execution, 0, time.monotonic(), job.crashes))
+                execution = Execution("", job_id, self._connection)
+                found.append(Attempt(job_id, job, queue, execution, time.monotonic()))
         return found
 
     def fail_malformed(self, queue: Queue, job_id: str, reason: Exception) -> None:
@@ -100,18 +83,10 @@ class Ledger:
         """Write that claimed jobs are started. Return those that are: not what was cancelled meanwhile."""
         if not attempts:
             return []
-        name = self._worker.name
-        fenced = [
-            IfClaimed(
-                attempt.rq_job.key,
-                name,
-                self._claimed_key(attempt.queue),
-                attempt.id,
-                attempt.queue.name,
-                bound(self._add_start, attempt),
-            )
-            for attempt in attempts
-        ]
+        fenced = []
+        for attempt in attempts:
+            job, queue, write = attempt.rq_job, attempt.queue, bound(self._add_start, attempt)
+            fenced.append(IfClaimed(job.key, self._worker.name, self._claimed_key(queue), job.id, queue.name, write))
         started = []
         for attempt, (verdict, reply) in zip(attempts, run_fenced(self._connection, fenced), strict=True):
             if verdict == Verdict.DONE:
@@ -131,11 +106,11 @@ class Ledger:
         attempt.execution = Execution.create(job, ttl, pipeline=pipeline, worker_name=worker.name)
         job.prepare_for_execution(worker.name, pipeline=pipeline)
         pipeline.persist(job.key)
-        pipeline.hset(job.key, EXECUTION_FIELD, attempt.execution.id)
+        pipeline.hset(job.key, keys.EXECUTION_FIELD, attempt.execution.id)
         # A job that was cancelled and enqueued again is still among the cancelled.
-        pipeline.zrem(registry_key("canceled", queue.name), job.id)
+        pipeline.zrem(keys.registry_key("canceled", queue.name), job.id)
         worker.set_state(WorkerStatus.BUSY, pipeline=pipeline)
-        pipeline.hincrby(job.key, ATTEMPTS_FIELD, 1)
+        pipeline.hincrby(job.key, keys.ATTEMPTS_FIELD, 1)
 
     def write(self, end: End) -> bool:
         """Write how a job ends, or put it back into its queue if it is to run again.
@@ -146,34 +121,27 @@ class Ledger:
         Raises:
             RedisError: Redis cannot be reached or takes no commands, or a key of the job is of the wrong kind.
         """
-        attempt = end.attempt
-        match end.kind:
-            case EndKind.FINISHED:
-                verdict = self._write_finished(end)
-            case EndKind.RETRIED:
-                verdict = self._run(attempt, bound(self._add_end_and_unclaim, end))
-            case EndKind.FAILED | EndKind.STOPPED:
-                verdict = self._run(attempt, bound(self._add_end, end))
-                if verdict == Verdict.DONE:
-                    release_dependents(attempt.queue, attempt.id, self._claimed_key(attempt.queue))
-            case EndKind.CANCELED | EndKind.LOST:
-                verdict = Verdict.REFUSED
-        if verdict == Verdict.DONE:
-            release_slot(attempt.rq_job)
-        return verdict == Verdict.DONE
-
-    def _write_finished(self, end: End) -> Verdict:
-        attempt = end.attempt
-        verdict = self._run(attempt, bound(self._add_end_and_unclaim, end), attempt.rq_job.dependents_key)
-        if verdict != Verdict.HAS_DEPENDENTS:
-            return verdict
-        ready = self._write_and_move_dependents(end)
-        if ready is None:
-            return Verdict.REFUSED
-        attempt.queue.enqueue_ready_jobs_by_queue(ready)
-        # Last: should this worker die before, whoever finds the job in its list releases those that wait for it.
-        self._unclaim(attempt.queue, attempt.id)
-        return Verdict.DONE
+        if end.kind in (EndKind.CANCELED, EndKind.LOST):
+            return False
+        attempt, job = end.attempt, end.attempt.rq_job
+        fails = end.kind in (EndKind.FAILED, EndKind.STOPPED)
+        dependents_key = job.dependents_key if end.kind == EndKind.FINISHED else None
+        fenced = self._if_running(attempt, bound(self._add_end, end, not fails), dependents_key)
+        ((verdict, reply),) = run_fenced(self._connection, [fenced])
+        if verdict == Verdict.MALFORMED:
+            raise reply
+        ready = self._write_and_move_dependents(end) if verdict == Verdict.HAS_DEPENDENTS else None
+        if verdict != Verdict.DONE and ready is None:
+            return False
+        # Last of all, the job leaves this worker's list: should the worker die before, whoever finds the job there
+        # releases those that wait for it.
+        if fails:
+            release_dependents(attempt.queue, job.id, self._claimed_key(attempt.queue))
+        elif ready is not None:
+            attempt.queue.enqueue_ready_jobs_by_queue(ready)
+            self._unclaim(attempt.queue, job.id)
+        release_slot(job)
+        return True
 
     def _write_and_move_dependents(self, end: End) -> dict[str, list[str]] | None:
         """Write a result in a transaction that first reads which jobs wait for it.
@@ -188,40 +156,39 @@ class Ledger:
             while True:
                 try:
                     pipeline.watch(job.key, job.dependents_key)
-                    known: Any = pipeline.hmget(job.key, "status", "worker_name", EXECUTION_FIELD)
+                    known: Any = pipeline.hmget(job.key, "status", "worker_name", keys.EXECUTION_FIELD)
                     if known != [word.encode() for word in expected]:
                         return None
                     ready = attempt.queue.move_dependents_to_ready(job, pipeline=pipeline)
                     if not pipeline.explicit_transaction:
                         pipeline.multi()
-                    self._add_end(end, pipeline)
+                    self._add_end(end, False, pipeline)
                     pipeline.execute()
                     return ready
                 except WatchError:
                     pipeline.reset()
 
-    def _run(self, attempt: Attempt, write: Callable[[Pipeline], None], dependents_key: str | None = None) -> Verdict:
-        fenced = IfRunning(attempt.rq_job.key, self._worker.name, attempt.execution.id, write, dependents_key)
-        ((verdict, reply),) = run_fenced(self._connection, [fenced])
-        if verdict == Verdict.MALFORMED:
-            raise reply
-        return verdict
+    def _if_running(
+        self, attempt: Attempt, write: Callable[[Pipeline], None], dependents_key: str | None = None
+    ) -> IfRunning:
+        return IfRunning(attempt.rq_job.key, self._worker.name, attempt.execution.id, write, dependents_key)
 
-    def _add_end_and_unclaim(self, end: End, pipeline: Pipeline) -> None:
-        self._add_end(end, pipeline)
-        pipeline.lrem(self._claimed_key(end.attempt.queue), 1, end.attempt.id)
-
-    def _add_end(self, end: End, pipeline: Pipeline) -> None:
-        """Add what RQ writes of an end, and the end of the job's stream."""
-        attempt, worker = end.attempt, self._worker
-        job = attempt.rq_job
+    def _add_end(self, end: End, unclaim: bool, pipeline: Pipeline) -> None:
+        """Add what RQ writes of an end, and the end of the job's stream; with `unclaim`, take the job off the list."""
+        attempt, worker, job = end.attempt, self._worker, end.attempt.rq_job
         job.rewind()
         job.ended_at = utc_now()
+        execution: dict[str, Any] = {
+            "worker_name": worker.name,
+            "execution_id": attempt.execution.id,
+            "execution_started_at": attempt.execution.created_at,
+            "execution_ended_at": job.ended_at,
+        }
         if end.partial is not None:
             pipeline.hset(job.key, "meta", _meta_with(job, end.partial))
         match end.kind:
             case EndKind.FINISHED:
-                self._add_success(end, pipeline)
+                self._add_success(end, execution, pipeline)
             case EndKind.RETRIED:
                 _add_retry(attempt, pipeline)
                 worker.increment_failed_job_count(pipeline)
@@ -229,50 +196,52 @@ class Ledger:
                 assert end.error is not None
                 status = JobStatus.STOPPED if end.kind == EndKind.STOPPED else JobStatus.FAILED
                 job.set_status(status, pipeline=pipeline)
-                reason = describe_error(end.error)
-                job._handle_failure(reason, pipeline=pipeline, worker_name=worker.name, **_execution(attempt))
+                job._handle_failure(describe_error(end.error), pipeline=pipeline, **execution)
                 worker.increment_failed_job_count(pipeline)
-        self._add_working_time(job, pipeline)
         self._add_end_of_execution(attempt, end.last_piece, pipeline)
+        if unclaim:
+            pipeline.lrem(self._claimed_key(attempt.queue), 1, job.id)
 
-    def _add_success(self, end: End, pipeline: Pipeline) -> None:
-        attempt, worker = end.attempt, self._worker
-        job = attempt.rq_job
+    def _add_success(self, end: End, execution: dict[str, Any], pipeline: Pipeline) -> None:
+        attempt, worker, job = end.attempt, self._worker, end.attempt.rq_job
         job._result = end.result
         job._status = JobStatus.FINISHED
         worker.increment_successful_job_count(pipeline=pipeline)
         result_ttl = job.get_result_ttl(worker.default_result_ttl)
         if result_ttl != 0:
-            job._handle_success(result_ttl, pipeline=pipeline, worker_name=worker.name, **_execution(attempt))
+            job._handle_success(result_ttl, pipeline=pipeline, **execution)
         if job.repeats_left is not None and job.repeats_left > 0:
             Repeat.schedule(job, attempt.queue, pipeline=pipeline)
         else:
             job.cleanup(result_ttl, pipeline=pipeline, remove_from_queue=False)
             job._status = JobStatus.FINISHED
 
-    def let_go(self, attempt: Attempt, last_piece: Piece | None, partial: Any) -> Fate:
+    def let_go(self, end: End, last_piece: Piece | None, partial: dict[str, Any]) -> EndKind:
         """Let go of a job whose end could not be written; what had been generated is kept if it was cancelled.
 
         Args:
-            last_piece: what its stream ends with, if it has one, and if the job was cancelled.
+            last_piece: what the job's stream ends with if the job was cancelled; None if it has no stream.
             partial: the JSON of a result of what had been generated.
-        """
-        job, claimed = attempt.rq_job, self._claimed_key(attempt.queue)
-        fields = ("ended_at", utcformat(utc_now()), "meta", _meta_with(job, partial))
-        status = _LET_GO.run(self._connection, [job.key, claimed], [attempt.id, attempt.execution.id, *fields])
-        fate = Fate.LOST
-        if status == JobStatus.CANCELED.value.encode():
-            fate = Fate.CANCELED
-        elif status in [each.value.encode() for each in _ENDED]:
-            fate = Fate.ENDED
-            release_dependents(attempt.queue, attempt.id, claimed)
-        with self._connection.pipeline() as pipeline:
-            self._add_working_time(job, pipeline)
-            self._add_end_of_execution(attempt, last_piece if fate == Fate.CANCELED else None, pipeline)
-            pipeline.execute()
-        return fate
 
-    def give_back(self, attempts: Iterable[Attempt], crashed: bool = False) -> list[str]:
+        Returns:
+            CANCELED; LOST if the job was deleted or taken back; the kind of the end itself if this worker had written
+            it, but never heard that it was written.
+        """
+        attempt, job, claimed = end.attempt, end.attempt.rq_job, self._claimed_key(end.attempt.queue)
+        fields = ("ended_at", utcformat(utc_now()), "meta", _meta_with(job, partial))
+        status = _LET_GO.run(self._connection, [job.key, claimed], [job.id, attempt.execution.id, *fields])
+        kind = EndKind.LOST
+        if status == JobStatus.CANCELED.value.encode():
+            kind = EndKind.CANCELED
+        elif status in [each.value.encode() for each in _ENDED]:
+            kind = end.kind
+            release_dependents(attempt.queue, job.id, claimed)
+        with self._connection.pipeline() as pipeline:
+            self._add_end_of_execution(attempt, last_piece if kind == EndKind.CANCELED else None, pipeline)
+            pipeline.execute()
+        return kind
+
+    def give_back(self, attempts: Iterable[Attempt], crashed: bool = False) -> set[str]:
         """Put running jobs back to the front of their queues, as if they had never been claimed.
 
         Args:
@@ -281,18 +250,21 @@ class Ledger:
         Returns:
             The ids of the jobs that were put back.
         """
-        worker = self._worker
         # The one that was claimed first is to stand in front.
         backwards = sorted(attempts, key=lambda attempt: attempt.execution.created_at, reverse=True)
-        with self._connection.pipeline() as pipeline:
-            for attempt in backwards:
-                keys = attempt.rq_job.key, attempt.queue.key, self._claimed_key(attempt.queue)
-                words = attempt.id, worker.name, attempt.execution.id, int(crashed)
-                _GIVE_BACK.add_to_transaction(pipeline, keys, words)
-            for attempt in backwards:
-                worker.cleanup_execution(attempt.rq_job, pipeline=pipeline, execution=attempt.execution)
-            replies = pipeline.execute()
-        return [attempt.id for attempt, reply in zip(backwards, replies, strict=False) if reply][::-1]
+        fenced = [self._if_running(attempt, bound(self._add_return, attempt, crashed)) for attempt in backwards]
+        verdicts = run_fenced(self._connection, fenced)
+        return {each.id for each, (verdict, _) in zip(backwards, verdicts, strict=True) if verdict == Verdict.DONE}
+
+    def _add_return(self, attempt: Attempt, crashed: bool, pipeline: Pipeline) -> None:
+        job, queue = attempt.rq_job, attempt.queue
+        if crashed:
+            pipeline.hincrby(job.key, keys.CRASHES_FIELD, 1)
+        pipeline.hset(job.key, mapping={"status": JobStatus.QUEUED.value, "worker_name": "", "started_at": ""})
+        pipeline.hdel(job.key, keys.EXECUTION_FIELD)
+        self._worker.cleanup_execution(job, pipeline=pipeline, execution=attempt.execution)
+        pipeline.lrem(self._claimed_key(queue), 1, job.id)
+        pipeline.lpush(queue.key, job.id)
 
     def keep_alive(self, attempts: Sequence[Attempt]) -> list[Attempt]:
         """Write heartbeats of running jobs.
@@ -300,11 +272,7 @@ class Ledger:
         Returns:
             Those that are not this worker's any more: cancelled, deleted, or taken back.
         """
-        name = self._worker.name
-        fenced = [
-            IfRunning(attempt.rq_job.key, name, attempt.execution.id, bound(self._add_heartbeat, attempt))
-            for attempt in attempts
-        ]
+        fenced = [self._if_running(attempt, bound(self._add_heartbeat, attempt)) for attempt in attempts]
         verdicts = run_fenced(self._connection, fenced)
         return [attempt for attempt, (verdict, _) in zip(attempts, verdicts, strict=True) if verdict == Verdict.REFUSED]
 
@@ -315,33 +283,24 @@ class Ledger:
         job.heartbeat(utc_now(), ttl, pipeline=pipeline, xx=True)
 
     def _add_end_of_execution(self, attempt: Attempt, last_piece: Piece | None, pipeline: Pipeline) -> None:
-        self._worker.cleanup_execution(attempt.rq_job, pipeline=pipeline, execution=attempt.execution)
+        """Add the time that the worker spent on the job, what RQ deletes of the execution, and the stream's end."""
+        job = attempt.rq_job
+        if job.started_at is not None:
+            seconds = (job.ended_at or utc_now()) - job.started_at
+            self._worker.increment_total_working_time(max(seconds, timedelta()), pipeline)
+        self._worker.cleanup_execution(job, pipeline=pipeline, execution=attempt.execution)
         if last_piece is not None:
-            key = stream_key(attempt.id)
+            key = keys.stream_key(attempt.id)
             if last_piece.text:
                 pipeline.xadd(key, piece_to_entry(last_piece))
             pipeline.xadd(key, end_entry(attempt.number))
             pipeline.expire(key, STREAM_TTL_SECONDS)
 
-    def _add_working_time(self, job: GenerationJob, pipeline: Pipeline) -> None:
-        if job.started_at is not None:
-            seconds = (job.ended_at or utc_now()) - job.started_at
-            self._worker.increment_total_working_time(max(seconds, timedelta()), pipeline)
-
     def _unclaim(self, queue: Queue, job_id: str) -> None:
         self._connection.lrem(self._claimed_key(queue), 1, job_id)
 
     def _claimed_key(self, queue: Queue) -> str:
-        return claimed_key(self._worker.name, queue.name)
-
-
-def _execution(attempt: Attempt) -> dict[str, Any]:
-    execution = attempt.execution
-    return {
-        "execution_id": execution.id,
-        "execution_started_at": execution.created_at,
-        "execution_ended_at": attempt.rq_job.ended_at,
-    }
+        return keys.claimed_key(self._worker.name, queue.name)
 
 
 def _add_retry(attempt: Attempt, pipeline: Pipeline) -> None:
@@ -354,12 +313,12 @@ def _add_retry(attempt: Attempt, pipeline: Pipeline) -> None:
         queue.schedule_job(job, utc_now() + timedelta(seconds=interval), pipeline=pipeline)
     else:
         queue._enqueue_job(job, pipeline=pipeline, at_front=job.enqueue_at_front_on_retry)
-    pipeline.hdel(job.key, EXECUTION_FIELD)
+    pipeline.hdel(job.key, keys.EXECUTION_FIELD)
 
 
 def _meta_with(job: GenerationJob, partial: Any) -> bytes:
     """Return the job's metadata as RQ keeps it, with what had been generated."""
     meta = job.meta if isinstance(job.meta, dict) and "unserialized" not in job.meta else {}
-    job.meta = {**meta, PARTIAL_META: partial}
+    job.meta = {**meta, keys.PARTIAL_META: partial}
     written: bytes = job.serializer.dumps(job.meta)
     return written

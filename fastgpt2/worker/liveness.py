@@ -72,7 +72,7 @@ class Lease:
 
     @property
     def is_valid(self) -> bool:
-        """Whether this worker still counts as alive, by its own clock: one that does not claims no jobs."""
+        """True if this worker still counts as alive, by its own clock: one that does not claims no jobs."""
         return time.monotonic() - self._renewed_at < LEASE_SECONDS
 
     def consume_loss(self) -> bool:
@@ -86,11 +86,7 @@ class Lease:
         self._turned_at = time.monotonic()
 
     def start(self) -> None:
-        """Take the lease, and renew it from now on.
-
-        Raises:
-            RedisError: the first beat must succeed.
-        """
+        """Take the lease, which must succeed, and renew it from now on."""
         self.beat()
         self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
         with stop_signals_held():  # they are the main thread's, and interrupt what it waits for
@@ -103,19 +99,11 @@ class Lease:
             self._thread.join(timeout=5)
 
     def leave(self, claimed_keys: list[str]) -> None:
-        """Give the lease up. A worker that leaves claimed jobs behind stays on the list, so that they are found.
-
-        Raises:
-            RedisError
-        """
+        """Give the lease up. A worker that leaves claimed jobs behind stays on the list, so that they are found."""
         _LEAVE.run(self._connection, [self._key, *claimed_keys], [self._name])
 
     def beat(self) -> None:
-        """Renew the lease, and look at those of the others.
-
-        Raises:
-            RedisError
-        """
+        """Renew the lease, and look at those of the others."""
         began = time.monotonic()
         reply = _BEAT.run(self._connection, [self._key], [self._name, int(LEASE_SECONDS * 1000)])
         before, self._written, previous = _text(reply[0]), _text(reply[1]), self._written
@@ -140,7 +128,9 @@ class Lease:
         away = False
         while not self._ending.wait(BEAT_SECONDS):
             if time.monotonic() - self._turned_at > STUCK_SECONDS:
-                self._give_up()
+                log.critical("%s: nothing has moved for %.0f s; giving up", self._name, STUCK_SECONDS)
+                faulthandler.dump_traceback(sys.stderr)
+                os._exit(STUCK_EXIT_CODE)
             try:
                 self.beat()
                 away = False
@@ -150,11 +140,6 @@ class Lease:
                 away = True
             except Exception:
                 log.exception("%s: unforeseen; the lease is renewed all the same", self._name)
-
-    def _give_up(self) -> None:
-        log.critical("%s: nothing has moved for %.0f s; giving up", self._name, STUCK_SECONDS)
-        faulthandler.dump_traceback(sys.stderr)
-        os._exit(STUCK_EXIT_CODE)
 
 
 def _text(value: bytes | str) -> str:

@@ -13,7 +13,7 @@ from fastgpt2.errors import FastGPT2Error, JobFailed, JobStopped, JobTimedOut
 from fastgpt2.protocol.messages import describe_result
 from fastgpt2.protocol.untrusted import is_of_entry
 from fastgpt2.worker.batch import ActiveJob, Attempt, Batch, End, EndKind
-from fastgpt2.worker.ledger import Fate, Ledger
+from fastgpt2.worker.ledger import Ledger
 from fastgpt2.worker.reporting import Metrics
 
 log = logging.getLogger("fastgpt2.worker")
@@ -67,11 +67,7 @@ class Outbox:
         self._unwritten.append((job, End(job.attempt, EndKind.LOST)))
 
     def refuse(self, attempt: Attempt, error: Exception) -> None:
-        """Fail a job that cannot even begin. This is written at once.
-
-        Raises:
-            RedisError: Redis cannot be reached, or takes no commands.
-        """
+        """Fail a job that cannot even begin. This is written at once."""
         self._log_failure(attempt.id, error)
         end = End(attempt, _kind_of_failure(attempt, error), error=error)
         try:
@@ -90,7 +86,7 @@ class Outbox:
         for job in jobs:
             self._batch.drop(job)
         try:
-            given = set(self._ledger.give_back([job.attempt for job in jobs], crashed))
+            given = self._ledger.give_back([job.attempt for job in jobs], crashed)
         except RedisError as reason:
             log.error("%s: %d jobs could not be given back (%s)", self._name, len(jobs), reason)
             return
@@ -106,40 +102,24 @@ class Outbox:
         """
         while self._unwritten:
             job, end = self._unwritten[0]
-            counted = None
+            kind = end.kind
             try:
-                counted = self._write(job, end)
-            except RedisError as reason:
-                if not is_of_entry(reason):
+                if not self._ledger.write(end):
+                    kind = self._ledger.let_go(end, job.last_piece(), job.partial_result("cancelled"))
+                elif end.result is not None:
+                    log.info("%s: job %s finished: %s", self._name, job.id, describe_result(end.result))
+            except Exception as reason:
+                if not isinstance(reason, RedisError):
+                    log.exception("%s: the end of job %s cannot be written", self._name, job.id)
+                elif not is_of_entry(reason):
                     for other in self:
                         log.warning("%s: the end of job %s cannot be written yet", self._name, other.id)
                     raise
-                self._ledger.fail_malformed(job.attempt.queue, job.id, reason)
-            except Exception as reason:
-                log.exception("%s: the end of job %s cannot be written", self._name, job.id)
-                self._ledger.fail_malformed(job.attempt.queue, job.id, reason)
+                self._ledger.fail_malformed(job.attempt.queue, job.id, reason)  # which also counts the job
+                kind = EndKind.LOST
             self._unwritten.popleft()
             self.written += 1
-            if counted is not None:
-                self._metrics.count_end(counted, job)
-
-    def _write(self, job: ActiveJob, end: End) -> End | None:
-        """Write one end, or let go of a job that is not this worker's to end.
-
-        Returns:
-            The end to count; None if it is not this worker's to count.
-        """
-        if self._ledger.write(end):
-            if end.result is not None:
-                log.info("%s: job %s finished: %s", self._name, job.id, describe_result(end.result))
-            return end
-        match self._ledger.let_go(end.attempt, job.last_piece(), job.partial_result("cancelled")):
-            case Fate.CANCELED:
-                return replace(end, kind=EndKind.CANCELED)
-            case Fate.ENDED:
-                return end
-            case Fate.LOST:
-                return None
+            self._metrics.count_end(replace(end, kind=kind), job)
 
     def _log_failure(self, job_id: str, error: Exception) -> None:
         """Write one line into the log, without the prompt; with a traceback only for a defect."""

@@ -19,20 +19,8 @@ from rq.utils import now as utc_now
 
 from fastgpt2.errors import FastGPT2Error, PoisonJob
 from fastgpt2.process import stop_signals_held
+from fastgpt2.protocol import keys
 from fastgpt2.protocol.connection import connect
-from fastgpt2.protocol.keys import (
-    ATTEMPTS_FIELD,
-    CRASHES_FIELD,
-    EXECUTION_FIELD,
-    POISON,
-    claimed_key,
-    ended_field,
-    leases_key,
-    queues_of,
-    restarts_field,
-    stream_key,
-    totals_key,
-)
 from fastgpt2.protocol.messages import STREAM_TTL_SECONDS, end_entry
 from fastgpt2.protocol.scripts import Script
 from fastgpt2.protocol.untrusted import JSONOnlySerializer
@@ -59,7 +47,7 @@ _COUNT_ONE = Script(__file__, "count_one")
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """What became of the jobs that a dead worker had.
+    """The recovery of the jobs that a dead worker had.
 
     Attributes:
         put_back: the ids of the jobs that went back to the front of their queues.
@@ -79,7 +67,7 @@ class Recovery:
 
 
 class Reaper:
-    """Takes jobs back from dead workers of a pool, for whoever notices that they are dead.
+    """A reaper takes jobs back from dead workers of a pool, for whoever notices that they are dead.
 
     Each worker is dealt with by one script, so that two reapers cannot both take a job back, and one that dies itself
     leaves nothing half done: what a script cannot do stays in the dead worker's list until it is done.
@@ -90,8 +78,8 @@ class Reaper:
 
     def __init__(self, connection: Redis, queue: str) -> None:
         self._connection = connection
-        self._leases_key, self._totals_key = leases_key(queue), totals_key(queue)
-        self._queues = [Queue(name, connection, serializer=JSONOnlySerializer) for name in queues_of(queue)]
+        self._leases_key, self._totals_key = keys.leases_key(queue), keys.totals_key(queue)
+        self._queues = [Queue(name, connection, serializer=JSONOnlySerializer) for name in keys.queues_of(queue)]
 
     def reap(self, worker_name: str, leased: str = "") -> Recovery | None:
         """Take back the jobs that a worker has claimed or runs.
@@ -101,17 +89,13 @@ class Reaper:
 
         Returns:
             None if the worker has been heard of since, or somebody else was first.
-
-        Raises:
-            RedisError: Redis cannot be reached, or takes no commands.
         """
-        keys = [self._leases_key]
+        names, of_script = [queue.name for queue in self._queues], [self._leases_key]
         for queue in self._queues:
-            keys += (queue.key, claimed_key(worker_name, queue.name))
+            of_script += (queue.key, keys.claimed_key(worker_name, queue.name))
         limits = MAX_CRASHES, int(FORGET_SECONDS * 1000)
-        names = [queue.name for queue in self._queues]
         arguments = worker_name, leased, *limits, utcformat(utc_now()), self._totals_key, *names
-        reply = _REAP.run(self._connection, keys, arguments)
+        reply = _REAP.run(self._connection, of_script, arguments)
         if not reply[0]:
             return None
         put_back, poison, ended = ([as_text(job_id) for job_id in ids] for ids in reply[1:4])
@@ -129,7 +113,7 @@ class Reaper:
     def _complete(self, worker_name: str, poison: list[str], ended: list[str]) -> None:
         """Do what the script cannot: fail the jobs that are given up, and release those that wait for an ended one."""
         for queue in self._queues:
-            key = claimed_key(worker_name, queue.name)
+            key = keys.claimed_key(worker_name, queue.name)
             for job_id in {as_text(job_id) for job_id in self._connection.lrange(key, 0, -1)}:
                 if job_id in poison:
                     self._give_up(queue, job_id, worker_name)
@@ -137,13 +121,12 @@ class Reaper:
                     release_dependents(queue, job_id, key)
 
     def _give_up(self, queue: Queue, job_id: str, worker_name: str) -> None:
-        """Fail a job that too many workers died of."""
         job = GenerationJob(job_id, connection=self._connection, serializer=JSONOnlySerializer)
         fields: Any = self._connection.hgetall(job.key)
         try:
-            crashes = int(fields.get(CRASHES_FIELD.encode(), 0))
-            attempt = int(fields.get(ATTEMPTS_FIELD.encode(), 1))
-            execution_id = as_text(fields.get(EXECUTION_FIELD.encode(), b""))
+            crashes = int(fields.get(keys.CRASHES_FIELD.encode(), 0))
+            attempt = int(fields.get(keys.ATTEMPTS_FIELD.encode(), 1))
+            execution_id = as_text(fields.get(keys.EXECUTION_FIELD.encode(), b""))
             job.restore(fields)
             job.origin = queue.name
         except Exception as reason:  # whatever RQ's parsing meets
@@ -154,37 +137,30 @@ class Reaper:
             f"{crashes} workers died while they ran it, the last of them while they ran nothing else; it is not tried "
             "again (each worker's log, or the kernel's if memory ran out, may say why)",
         )
-        execution = Execution(execution_id, job_id, self._connection, worker_name)
-        write = bound(_add_failure, job, execution, attempt, error, worker_name)
-        ((verdict, reply),) = run_fenced(self._connection, [IfRunning(job.key, worker_name, execution_id, write)])
+
+        def add_failure(pipeline: Pipeline) -> None:
+            job.ended_at = utc_now()
+            job.set_status(JobStatus.FAILED, pipeline=pipeline)
+            job._handle_failure(describe_error(error), pipeline=pipeline, worker_name=worker_name)
+            Execution(execution_id, job_id, self._connection, worker_name).delete(job, pipeline)
+            pipeline.xadd(keys.stream_key(job_id), end_entry(attempt), nomkstream=True)
+            pipeline.expire(keys.stream_key(job_id), STREAM_TTL_SECONDS)
+
+        fenced = IfRunning(job.key, worker_name, execution_id, add_failure)
+        ((verdict, reply),) = run_fenced(self._connection, [fenced])
         if verdict == Verdict.MALFORMED:
             self._fail_malformed(queue, job_id, reply, worker_name)
         elif verdict == Verdict.DONE:
-            self.count(ended_field(*POISON))
+            self.count(keys.ended_field(*keys.POISON))
         log.error("job %s %s: %s", job_id, PoisonJob.how, error.reason)
 
     def _fail_malformed(self, queue: Queue, job_id: str, reason: Exception, worker_name: str) -> None:
-        fail_malformed(queue, job_id, reason, worker_name, claimed_key(worker_name, queue.name))
-        self.count(ended_field("failed", "malformed"))
+        fail_malformed(queue, job_id, reason, worker_name, keys.claimed_key(worker_name, queue.name))
+        self.count(keys.ended_field("failed", "malformed"))
 
     def count(self, field: str) -> None:
-        """Add one to a field of the pool's totals.
-
-        Raises:
-            RedisError
-        """
+        """Add one to a field of the pool's totals."""
         _COUNT_ONE.run(self._connection, [self._totals_key], [field])
-
-
-def _add_failure(
-    job: GenerationJob, execution: Execution, attempt: int, error: PoisonJob, worker_name: str, pipeline: Pipeline
-) -> None:
-    job.ended_at = utc_now()
-    job.set_status(JobStatus.FAILED, pipeline=pipeline)
-    job._handle_failure(describe_error(error), pipeline=pipeline, worker_name=worker_name)
-    execution.delete(job, pipeline)
-    pipeline.xadd(stream_key(job.id), end_entry(attempt), nomkstream=True)
-    pipeline.expire(stream_key(job.id), STREAM_TTL_SECONDS)
 
 
 class BackgroundReaper:
@@ -214,7 +190,7 @@ class BackgroundReaper:
 
     def count_restart(self, reason: str) -> None:
         """Count a restart, soon, in the thread; `reason` is one of `keys.RESTARTS`."""
-        self._tasks.put(bound(self._try_count, restarts_field(reason)))
+        self._tasks.put(bound(self._try_count, keys.restarts_field(reason)))
 
     def close(self, patience: float) -> None:
         """Finish what there is to do, within `patience` seconds."""
@@ -230,8 +206,9 @@ class BackgroundReaper:
                 if self._ending.wait(RETRY_SECONDS) and not task():
                     return
 
+    # The tasks: each returns whether it is done, and is else tried again.
+
     def _try_reap(self, name: str) -> bool:
-        """Return whether the task is done: not if it is to be tried again."""
         try:
             recovery = self._reaper.reap(name)
             if recovery is not None:
@@ -244,7 +221,6 @@ class BackgroundReaper:
         return True
 
     def _try_count(self, field: str) -> bool:
-        """Return whether the task is done: not if it is to be tried again."""
         try:
             self._reaper.count(field)
         except RedisError:

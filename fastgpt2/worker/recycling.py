@@ -16,7 +16,7 @@ MEMORY_SECONDS = 4.0
 
 
 class Recycling:
-    """Says when a worker has done its share: after a number of jobs, or when it has grown too large.
+    """A rule that says when a worker has done its share: after a number of jobs, or when it has grown too large.
 
     A memory leak, or a heap in shreds, then costs a restart instead of the machine's memory. Growth is looked for on
     Linux only: elsewhere the standard library knows no more than the peak.
@@ -48,24 +48,18 @@ class Recycling:
                 their own: kept prefixes, and those of running jobs unless they lie in memory shared with helpers.
             now: of `time.monotonic()`.
         """
-        if self._reason is None:
-            self._reason = self._check_jobs(jobs_taken) or self._check_growth(kv_bytes, now)
+        if self._reason is None and self.max_jobs is not None and jobs_taken >= self.max_jobs:
+            self._reason = f"it has taken {jobs_taken} jobs, and --max-jobs is {self.max_jobs}"
+        elif self._reason is None:
+            self._reason = self._check_growth(kv_bytes, now)
         return self._reason
-
-    def _check_jobs(self, jobs_taken: int) -> str | None:
-        if self.max_jobs is None or jobs_taken < self.max_jobs:
-            return None
-        return f"it has taken {jobs_taken} jobs, and --max-jobs is {self.max_jobs}"
 
     def _check_growth(self, kv_bytes: int, now: float) -> str | None:
         if self._baseline is None or now < self._next_check:
             return None
         self._next_check = now + GROWTH_CHECK_SECONDS
         memory = private_memory()
-        if memory is None:
-            return None
-        growth = memory - kv_bytes - self._baseline
-        if growth <= self.max_growth:
+        if memory is None or (growth := memory - kv_bytes - self._baseline) <= self.max_growth:
             return None
         return (
             f"its own memory has grown by {growth / _MIB:.1f} MiB, keys and values apart, "
@@ -123,9 +117,8 @@ def private_and_shared(pid: str) -> tuple[int, int] | None:
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
         sizes = {name: int(rest.split()[0]) << 10 for name, _, rest in (line.partition(":") for line in lines)}
-        return (
-            sum(sizes.get(f"Private_{kind}", 0) for kind in ("Clean", "Dirty", "Hugetlb")),
-            sum(sizes.get(f"Shared_{kind}", 0) for kind in ("Clean", "Dirty", "Hugetlb")),
-        )
+        kinds = ("Clean", "Dirty", "Hugetlb")
+        private, shared = (sum(sizes.get(f"{of}_{kind}", 0) for kind in kinds) for of in ("Private", "Shared"))
+        return private, shared
     except (OSError, ValueError, IndexError):
         return None

@@ -17,35 +17,7 @@ from redis.exceptions import TimeoutError as NoAnswer
 
 from fastgpt2 import __version__
 from fastgpt2.errors import BadRequest, JobStopped, JobTimedOut, ModelError, PromptTooLong
-from fastgpt2.protocol.keys import (
-    ACCEPTED_TOKENS,
-    BATCH_SIZE,
-    CACHED_TOKENS,
-    DRAFTED_TOKENS,
-    FAILED,
-    FIRST_TOKEN_SECONDS,
-    GENERATED_TOKENS,
-    GIVEN_BACK,
-    JOBS,
-    KV_USED,
-    MAX_LATEST,
-    OF_JOBS,
-    PROMPT_TOKENS,
-    QUEUE_SECONDS,
-    RETRIED,
-    ROOM,
-    SEQUENCES,
-    STEPS,
-    TOKEN_SECONDS,
-    TOKENS,
-    Histogram,
-    count_field,
-    ended_field,
-    last_report_key,
-    latest_key,
-    recent_key,
-    totals_key,
-)
+from fastgpt2.protocol import keys
 from fastgpt2.protocol.scripts import Script
 from fastgpt2.worker.batch import End, EndKind
 from fastgpt2.worker.recycling import Memory
@@ -87,13 +59,13 @@ class Metrics:
 
     def __init__(self, connection: Redis, queue: str, worker_name: str, batch: Batch, decoder: Decoder) -> None:
         self._connection = connection
-        self._keys = totals_key(queue), last_report_key(worker_name), latest_key(queue)
-        self._recent_prefix = recent_key(queue, "")
+        self._keys = keys.totals_key(queue), keys.last_report_key(worker_name), keys.latest_key(queue)
+        self._recent_prefix = keys.recent_key(queue, "")
         self._name = worker_name
         self._batch, self._decoder = batch, decoder
         self._totals: defaultdict[str, float] = defaultdict(int)
         self._recent: defaultdict[str, float] = defaultdict(int)
-        self._records: deque[str] = deque(maxlen=MAX_LATEST)
+        self._records: deque[str] = deque(maxlen=keys.MAX_LATEST)
         self._counted_tokens, self._counted_sizes = 0, [0] * len(batch.sizes)
         self._unanswered: list[Any] | None = None
         self._reported_at = self._kv_at = -math.inf
@@ -106,7 +78,7 @@ class Metrics:
         if now - self._kv_at >= KV_SECONDS and self._batch.decoding:
             self._kv_at = now
             cache = self._decoder.model.cache
-            self._observe(KV_USED, cache.bytes_reserved / cache.bytes_limit)
+            self._observe(keys.KV_USED, cache.bytes_reserved / cache.bytes_limit)
 
     def count_end(self, end: End, job: ActiveJob | None = None) -> None:
         """Count a job that has ended, and record it among the latest.
@@ -128,7 +100,7 @@ class Metrics:
                 why = {"finish_reason": "cancelled"} if end.kind == EndKind.STOPPED else {"error": reason}
                 self._record(end.attempt.id, status, why, None if job is None else job.partial_result("cancelled"))
             case EndKind.RETRIED:
-                self._totals[RETRIED] += 1
+                self._totals[keys.RETRIED] += 1
             case EndKind.CANCELED:  # whoever cancels a job counts it; see `fastgpt2.api.client.session`
                 assert job is not None
                 self._record(job.id, "canceled", {"finish_reason": "cancelled"}, job.partial_result("cancelled"))
@@ -141,55 +113,49 @@ class Metrics:
         self._record(job_id, "failed", {"error": "malformed"})
 
     def count_given_back(self, jobs: list[ActiveJob]) -> None:
-        self._totals[GIVEN_BACK] += len(jobs)
+        self._totals[keys.GIVEN_BACK] += len(jobs)
         for job in jobs:
             self._count_tokens(job)
 
     def _count_finished(self, job: ActiveJob, result: dict[str, Any]) -> None:
         usage, timings, reason = result["usage"], result["timings"], result["finish_reason"]
         self._count_outcome("finished", reason)
-        self._observe(QUEUE_SECONDS, timings["queue_seconds"])
-        self._observe(FIRST_TOKEN_SECONDS, job.first_token_seconds)
+        self._observe(keys.QUEUE_SECONDS, timings["queue_seconds"])
+        self._observe(keys.FIRST_TOKEN_SECONDS, job.first_token_seconds)
         if usage["completion_tokens"] > 1:
-            self._observe(TOKEN_SECONDS, timings["decode_seconds"] / (usage["completion_tokens"] - 1))
+            self._observe(keys.TOKEN_SECONDS, timings["decode_seconds"] / (usage["completion_tokens"] - 1))
         self._record(job.id, "finished", {"finish_reason": reason}, result)
 
     def _count_outcome(self, status: str, reason: str) -> None:
-        self._totals[ended_field(status, reason)] += 1
-        self._recent[JOBS] += 1
+        self._totals[keys.ended_field(status, reason)] += 1
+        self._recent[keys.JOBS] += 1
         if status == "failed":
-            self._recent[FAILED] += 1
+            self._recent[keys.FAILED] += 1
 
     def _count_tokens(self, job: ActiveJob) -> None:
         """Count the tokens of a job that leaves, unless its prompt was not read to the end."""
         sequence = job.sequence
         if sequence is not None and sequence.token_ids:
-            self._totals[PROMPT_TOKENS] += len(job.prompt.ids)
-            self._totals[CACHED_TOKENS] += sequence.cached_tokens
-            self._totals[DRAFTED_TOKENS] += sequence.drafted
-            self._totals[ACCEPTED_TOKENS] += sequence.accepted
+            self._totals[keys.PROMPT_TOKENS] += len(job.prompt.ids)
+            self._totals[keys.CACHED_TOKENS] += sequence.cached_tokens
+            self._totals[keys.DRAFTED_TOKENS] += sequence.drafted
+            self._totals[keys.ACCEPTED_TOKENS] += sequence.accepted
 
-    def _observe(self, histogram: Histogram, value: float) -> None:
+    def _observe(self, histogram: keys.Histogram, value: float) -> None:
         self._totals[histogram.field_of(value)] += 1
         self._totals[histogram.sum_field] += float(value)
-        if histogram in OF_JOBS:
+        if histogram in keys.OF_JOBS:
             self._recent[histogram.sum_field] += float(value)
-            self._recent[count_field(histogram)] += 1
+            self._recent[keys.count_field(histogram)] += 1
 
     def _record(self, job_id: str, status: str, why: dict[str, str], result: dict[str, Any] | None = None) -> None:
         """Record a job that ended, with counts and times of its result, and nothing of its text."""
-        figures: dict[str, Any] = {}
-        if result is not None:
-            figures = {**result["usage"], **result["timings"], **result["drafting"]}
+        figures = {} if result is None else {**result["usage"], **result["timings"], **result["drafting"]}
         record = {"id": job_id[:MAX_ID_CHARACTERS], "status": status, **why, **figures}
         self._records.append(json.dumps({**record, "ended_at": round(time.time(), 3), "worker": self._name}))
 
     def report_if_due(self) -> None:
-        """Report once a second.
-
-        Raises:
-            RedisError: see `report`.
-        """
+        """Report once a second; see `report` for errors."""
         now = time.monotonic()
         if now - self._reported_at >= REPORT_SECONDS:
             self._reported_at = now
@@ -245,13 +211,13 @@ class Metrics:
         if not steps:
             return
         for size, count in new.items():
-            self._totals[BATCH_SIZE.field_of(size)] += count
-        self._totals[BATCH_SIZE.sum_field] += float(sequences)
-        self._totals[GENERATED_TOKENS] += tokens - self._counted_tokens
-        self._recent[TOKENS] += tokens - self._counted_tokens
-        self._recent[STEPS] += steps
-        self._recent[SEQUENCES] += sequences
-        self._recent[ROOM] += steps * (len(sizes) - 1)
+            self._totals[keys.BATCH_SIZE.field_of(size)] += count
+        self._totals[keys.BATCH_SIZE.sum_field] += float(sequences)
+        self._totals[keys.GENERATED_TOKENS] += tokens - self._counted_tokens
+        self._recent[keys.TOKENS] += tokens - self._counted_tokens
+        self._recent[keys.STEPS] += steps
+        self._recent[keys.SEQUENCES] += sequences
+        self._recent[keys.ROOM] += steps * (len(sizes) - 1)
         self._counted_tokens, self._counted_sizes = tokens, sizes
 
     def _send(self) -> None:

@@ -7,6 +7,7 @@ import time
 import traceback
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import RedisError
@@ -17,16 +18,10 @@ from rq.results import Result
 
 from fastgpt2.engine.decoding.records import GenerationRequest
 from fastgpt2.errors import BadRequest, FastGPT2Error, JobFailed
+from fastgpt2.protocol import untrusted
 from fastgpt2.protocol.keys import CRASHES_FIELD, job_key
 from fastgpt2.protocol.messages import TASK, JobOptions, parse_job
 from fastgpt2.protocol.scripts import Script
-from fastgpt2.protocol.untrusted import (
-    MAX_PAYLOAD_BYTES,
-    JSONOnlySerializer,
-    PlainPickleSerializer,
-    is_of_entry,
-    is_pickle,
-)
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -57,37 +52,24 @@ class GenerationJob(Job):
     def restore(self, raw_data: dict[Any, Any]) -> None:
         """Read the entry as RQ does, but do not inflate data that would inflate beyond the limit."""
         inflater = zlib.decompressobj()
-        try:
-            inflater.decompress(raw_data.get(b"data", b""), MAX_PAYLOAD_BYTES)
+        with suppress(zlib.error):  # not compressed; the serializer looks at its size
+            inflater.decompress(raw_data.get(b"data", b""), untrusted.MAX_PAYLOAD_BYTES)
             self.too_large = bool(inflater.unconsumed_tail)
-        except zlib.error:  # not compressed; the serializer looks at its size
-            pass
         crashes = raw_data.get(CRASHES_FIELD.encode(), b"")
         self.crashes = int(crashes) if crashes.isdigit() else 0
         super().restore({**raw_data, b"data": b"{}"} if self.too_large else raw_data)
         self._counters = self.retries_left, self.repeats_left, self.repeat_intervals
-        if is_pickle(self.data):
-            self.serializer = PlainPickleSerializer
+        if untrusted.is_pickle(self.data):
+            self.serializer = untrusted.PlainPickleSerializer
 
     def rewind(self) -> None:
         """Set RQ's counters of retries and repeats to what was read: RQ changes them while an end is recorded."""
         self.retries_left, self.repeats_left, self.repeat_intervals = self._counters
 
-    @property
-    def func(self) -> None:
-        return None
-
-    @property
-    def success_callback(self) -> None:
-        return None
-
-    @property
-    def failure_callback(self) -> None:
-        return None
-
-    @property
-    def stopped_callback(self) -> None:
-        return None
+    func = property(lambda _job: None)
+    success_callback = property(lambda _job: None)
+    failure_callback = property(lambda _job: None)
+    stopped_callback = property(lambda _job: None)
 
     def send_webhooks(self, *_args: Any, **_kwargs: Any) -> None:
         return None
@@ -104,20 +86,16 @@ class GenerationJob(Job):
         try:
             name = self.func_name
         except DeserializationError as error:
-            raise self.explain_unreadable(error) from None
+            if self.too_large:
+                raise BadRequest(f"the job's data has more than {untrusted.MAX_PAYLOAD_BYTES} bytes") from None
+            cause = str(error.__cause__ or "unknown")[:200]
+            raise BadRequest(
+                f"the job's data is neither JSON nor a pickle of plain values ({cause}); enqueue with "
+                "serializer=JSONSerializer"
+            ) from None
         if name != TASK:
             raise BadRequest(f"the job names the function {str(name)[:200]!r}; only {TASK} is run here")
         return parse_job(self.args, self.kwargs)
-
-    def explain_unreadable(self, error: DeserializationError) -> BadRequest:
-        """Return the error with which a job fails whose data cannot be read."""
-        if self.too_large:
-            return BadRequest(f"the job's data has more than {MAX_PAYLOAD_BYTES} bytes")
-        cause = str(error.__cause__ or "unknown")[:200]
-        return BadRequest(
-            f"the job's data is neither JSON nor a pickle of plain values ({cause}); enqueue with "
-            "serializer=JSONSerializer"
-        )
 
 
 def fetch(connection: Redis, job_ids: Sequence[str], serializer: Any) -> list[GenerationJob | Exception | None]:
@@ -125,9 +103,6 @@ def fetch(connection: Redis, job_ids: Sequence[str], serializer: Any) -> list[Ge
 
     Returns:
         For each id its job; None if there is none; an error that says why, if it cannot be read.
-
-    Raises:
-        RedisError
     """
     keys = [job_key(job_id) for job_id in job_ids]
     replies = _FETCH_ENTRIES.run(connection, keys, [MAX_ENTRY_BYTES]) if keys else []
@@ -158,7 +133,7 @@ def fail_malformed(queue: Queue, job_id: str, reason: Exception, worker_name: st
         claimed_key: the worker's list that has the job; the job is taken off it.
     """
     error = BadRequest(f"the job's entry in Redis is malformed ({type(reason).__name__}: {str(reason)[:200]})")
-    job = GenerationJob(job_id, connection=queue.connection, serializer=JSONOnlySerializer)
+    job = GenerationJob(job_id, connection=queue.connection, serializer=untrusted.JSONOnlySerializer)
     with queue.connection.pipeline() as pipeline:
         pipeline.lrem(claimed_key, 1, job_id)
         pipeline.hset(job.key, "status", JobStatus.FAILED.value)
@@ -177,17 +152,14 @@ def release_dependents(queue: Queue, job_id: str, claimed_key: str) -> None:
     """Release the jobs that wait for one whose end is written, and then take that one off a worker's list.
 
     May be done twice.
-
-    Raises:
-        RedisError: Redis cannot be reached, or takes no commands.
     """
-    job = GenerationJob(job_id, connection=queue.connection, serializer=JSONOnlySerializer)
+    job = GenerationJob(job_id, connection=queue.connection, serializer=untrusted.JSONOnlySerializer)
     try:
         if queue.connection.exists(job.dependents_key):
             job.restore(queue.connection.hgetall(job.key))
             queue.enqueue_dependents(job)
     except RedisError as reason:
-        if not is_of_entry(reason):
+        if not untrusted.is_of_entry(reason):
             raise
         log.warning("what waits for job %s cannot be released (%s)", job_id, reason)
     except Exception:  # an entry that RQ cannot read, of this job or of one that waits for it
@@ -197,9 +169,7 @@ def release_dependents(queue: Queue, job_id: str, claimed_key: str) -> None:
 
 def describe_error(error: BaseException) -> str:
     """Return what RQ keeps of a failure: the sentence of an error that was foreseen; the traceback of a defect."""
-    kind = type(error)
-    if isinstance(error, JobFailed):
-        return f"{kind.__module__}.{kind.__qualname__}: {error.reason}\n"
     if isinstance(error, FastGPT2Error):
-        return f"{kind.__module__}.{kind.__qualname__}: {error}\n"
+        reason = error.reason if isinstance(error, JobFailed) else error
+        return f"{type(error).__module__}.{type(error).__qualname__}: {reason}\n"
     return "".join(traceback.format_exception(error))

@@ -18,11 +18,9 @@ from rq import worker_registration
 from rq.command import parse_payload
 from rq.job import Job
 from rq.scheduler import RQScheduler
-from rq.suspension import is_suspended
 from rq.worker import BaseWorker, WorkerStatus
 
 from fastgpt2.errors import BadRequest, RedisAccessDenied
-from fastgpt2.process import on_stop_signals
 from fastgpt2.protocol.connection import address_of, in_words
 from fastgpt2.protocol.keys import claimed_key, queues_of
 from fastgpt2.protocol.untrusted import JSONOnlySerializer
@@ -49,7 +47,7 @@ UPKEEP_PAUSE_SECONDS = 60.0
 
 
 class RQWorker(BaseWorker):
-    """All of a worker that is RQ's affair; a subclass runs the jobs.
+    """The part of a worker that is RQ's affair; a subclass runs the jobs.
 
     A first SIGTERM, SIGINT or shutdown command sets `stopping`, a second one `stop_at_once`; nothing is interrupted.
 
@@ -118,7 +116,9 @@ class RQWorker(BaseWorker):
                 if isinstance(error, RedisAccessDenied):
                     raise error from None
                 failures += 1
-                self.wait_for_redis(reason, failures)
+                seconds = back_off(failures)
+                log.warning("%s: Redis cannot be used (%s); trying again in %.1f s", self.name, reason, seconds)
+                self.stopping.wait(seconds)
             except ValueError as reason:
                 raise BadRequest(f"{reason}; give each worker a name of its own") from None
         return False
@@ -148,11 +148,8 @@ class RQWorker(BaseWorker):
             self.announce()
             self._last_heartbeat = now
             self._scheduler.acquire_locks()
-        if now >= self._no_upkeep_before:
-            self._do_upkeep(now)
-        return due
-
-    def _do_upkeep(self, now: float) -> None:
+        if now < self._no_upkeep_before:
+            return due
         self._no_upkeep_before = now + UPKEEP_SECONDS
         try:
             self._scheduler.enqueue_scheduled_jobs()
@@ -163,6 +160,7 @@ class RQWorker(BaseWorker):
         except Exception:
             log.exception("%s: upkeep failed; trying again in %.0f s", self.name, UPKEEP_PAUSE_SECONDS)
             self._no_upkeep_before = now + UPKEEP_PAUSE_SECONDS
+        return due
 
     def unsubscribe(self) -> None:
         """Do as RQ does, but in the order that wakes the listening thread after it was told to end, not before."""
@@ -187,9 +185,6 @@ class RQWorker(BaseWorker):
             self._state = state
             self.announce()
 
-    def is_suspended(self) -> bool:
-        return bool(is_suspended(self.connection, self))
-
     def handle_payload(self, message: dict[Any, Any]) -> None:
         """Note a command, in the thread that listens for commands; it is obeyed between two steps."""
         try:
@@ -210,10 +205,6 @@ class RQWorker(BaseWorker):
         while not self._stop_commands.empty():
             yield self._stop_commands.get()
 
-    def _install_signal_handlers(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            on_stop_signals(self.request_stop)
-
     def request_stop(self, _signum: int, _frame: FrameType | None) -> None:
         """Set flags only: RQ's own handler raises where it stands, which loses a job that was just claimed."""
         if self.stopping.is_set():
@@ -221,21 +212,9 @@ class RQWorker(BaseWorker):
         self.stopping.set()
         self._stop_requested = True
 
-    def request_force_stop(self, signum: int, frame: FrameType | None) -> None:
-        self.request_stop(signum, frame)
-
     def is_orphaned(self) -> bool:
         """Tell whether the supervisor is gone: nobody would stop this worker any more."""
         return self.supervisor_pid is not None and os.getppid() != self.supervisor_pid
-
-    def wait_for_redis(self, reason: Exception, failures: int) -> None:
-        """Say that Redis cannot be used, and wait before it is tried again."""
-        seconds = back_off(failures)
-        log.warning("%s: Redis cannot be used (%s); trying again in %.1f s", self.name, reason, seconds)
-        if self.stopping.is_set():
-            time.sleep(min(seconds, 0.2))  # an event that is set does not wait; a second signal must be seen soon
-        else:
-            self.stopping.wait(seconds)
 
 
 def make_name() -> str:

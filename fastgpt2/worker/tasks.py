@@ -53,7 +53,7 @@ def generate(*args: Any, **kwargs: Any) -> dict[str, Any]:
 
 
 class _StockRun:
-    """Keeps a job's deadline and writes its stream, which a stock worker does not do."""
+    """A run by a stock worker: it keeps the job's deadline and writes its stream, which RQ does not do."""
 
     def __init__(self, job: Job, options: JobOptions) -> None:
         self._job, self._options = job, options

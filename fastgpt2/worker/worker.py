@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import math
+import threading
 import time
 from collections import defaultdict
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import RedisError
+from rq.suspension import is_suspended
 from rq.worker import WorkerStatus
 
-from fastgpt2.errors import JobStopped, PromptTooLong
+from fastgpt2.errors import JobStopped, JobTimedOut, PromptTooLong
+from fastgpt2.process import on_stop_signals
 from fastgpt2.protocol.keys import registry_key, stream_key
 from fastgpt2.protocol.messages import RUNNING_TTL_SECONDS, Piece, piece_to_entry
 from fastgpt2.protocol.scripts import execute
@@ -47,17 +50,14 @@ MOST_CLAIMS = 4
 
 
 class GenerationWorker(RQWorker):
-    """Claims jobs as long as there is room for them, steps all of them together, and writes each one's end.
+    """A worker that claims jobs as long as there is room, steps all of them together, and writes each one's end.
 
     A stop signal makes it claim no more, finish what it runs within `drain_timeout`, and give the rest back to the
     front of the queue; a second one makes it give back all at once.
 
     Args:
         engine: loaded and warmed up.
-        connection: to Redis; see `fastgpt2.protocol.connection.connect`.
-        queue: the name of the queue; the more and the less urgent ones beside it are served too (`keys.queues_of`).
-        name: unique among the live workers; the default is made of the host's name, the process id and a random part.
-        supervisor_pid: the process without which this one should not live on.
+        connection, queue, name, supervisor_pid: as `RQWorker` takes them.
         drain_timeout: in seconds.
         recycling: when to end although nobody asks for it.
         log_prompts: write the prompts into the log, where they would else not be found.
@@ -100,8 +100,7 @@ class GenerationWorker(RQWorker):
 
     def serialize(self) -> dict[str, Any]:
         """Return what Redis holds of this worker: RQ's fields, and those of `WorkerInfo`."""
-        own = {"exchange_seconds": round(self._exchange_seconds, 6)}
-        return {**super().serialize(), **self._info.fields(), **own}
+        return {**super().serialize(), **self._info.fields(), "exchange_seconds": round(self._exchange_seconds, 6)}
 
     def announce(self) -> None:
         """Report the pool's figures first: who reads a worker's own rate finds the same work among the pool's."""
@@ -119,12 +118,12 @@ class GenerationWorker(RQWorker):
         """
         if other or others:
             raise TypeError(f"{type(self).__name__}.work() takes no option but burst")
-        self._install_signal_handlers()
+        if threading.current_thread() is threading.main_thread():
+            on_stop_signals(self.request_stop)
         if not self.sign_on():
             return False
-        message = "%s is ready: model %s, up to %d jobs at once, queues %s, process %d"
-        names = ", ".join(self.queue_names())
-        log.info(message, self.name, self.engine.model, self.engine.max_batch, names, self.pid)
+        what = f"model {self.engine.model}, up to {self.engine.max_batch} jobs at once"
+        log.info("%s is ready: %s, queues %s, process %d", self.name, what, ", ".join(self.queue_names()), self.pid)
         if self.recycling is not None:
             self.recycling.start()
         try:
@@ -175,7 +174,7 @@ class GenerationWorker(RQWorker):
         """Exchange with Redis what there is; if that fails, go on without Redis for a while.
 
         Returns:
-            Whether any job was found; True if that is not known.
+            Whether any job was found, or the worker had some before; True if that is not known.
         """
         began = time.perf_counter()
         try:
@@ -200,11 +199,7 @@ class GenerationWorker(RQWorker):
         return True
 
     def _exchange(self, burst: bool, idle: bool) -> bool:
-        """Write ends, keep up, then claim and start jobs. Return whether there were any jobs.
-
-        Raises:
-            RedisError
-        """
+        """Write ends, keep up, then claim and start jobs. Return whether there were any jobs."""
         self.outbox.write()
         if self.keep_up() or self.lease.consume_loss():
             self._compare_with_redis()
@@ -240,7 +235,7 @@ class GenerationWorker(RQWorker):
             self._begin(attempt)
 
     def _wait_for_jobs(self, burst: bool) -> list[Claim]:
-        if self.is_suspended():
+        if is_suspended(self.connection, self):
             self.enter(WorkerStatus.SUSPENDED)
             if not burst:
                 self.stopping.wait(IDLE_SECONDS)
@@ -256,15 +251,21 @@ class GenerationWorker(RQWorker):
         with self.connection.pipeline(transaction=False) as pipeline:
             sent = self._add_pieces(pipeline)
             queries = self._add_cancellation_queries(pipeline)
-            wanted = self._count_wanted()
+            may_claim = self.lease.is_valid and not (self.stopping.is_set() or self._claimed)
+            wanted = min(MOST_CLAIMS, self.batch.room()) if may_claim else 0
             if wanted:
                 self._claims.add_claim(pipeline, wanted, len(self.batch))
             replies = execute(pipeline)
-        pieces = {at for at, _, _ in sent}
         for at, reply in enumerate(replies):
-            if isinstance(reply, RedisError) and not (at in pieces and is_of_entry(reply)):
+            failed = isinstance(reply, RedisError)
+            if failed and not (at in sent and is_of_entry(reply)):
                 raise reply
-        self._note_sent(sent, replies)
+            if at in sent:
+                job, piece = sent[at]
+                job.position.advance(piece)
+                if failed:
+                    log.warning("%s: the text of job %s cannot be streamed (%s)", self.name, job.id, reply)
+                    job.muted = True
         if wanted:
             self._claimed += self._claims.read(replies.pop())
         for jobs, scores in zip(queries, replies[len(replies) - len(queries) :], strict=True):
@@ -272,29 +273,16 @@ class GenerationWorker(RQWorker):
                 if score is not None:
                     self.outbox.cancel(job)
 
-    def _count_wanted(self) -> int:
-        """Return how many jobs to claim now."""
-        if self.stopping.is_set() or self._claimed or not self.lease.is_valid:
-            return 0
-        return min(MOST_CLAIMS, self.batch.room())
-
-    def _note_sent(self, sent: list[tuple[int, ActiveJob, Piece]], replies: list[Any]) -> None:
-        for at, job, piece in sent:
-            job.position.advance(piece)
-            if isinstance(replies[at], RedisError):
-                log.warning("%s: the text of job %s cannot be streamed (%s)", self.name, job.id, replies[at])
-                job.muted = True
-
-    def _add_pieces(self, pipeline: Pipeline) -> list[tuple[int, ActiveJob, Piece]]:
-        """Add the new pieces to a pipeline. Return each with the number of its command and its job."""
-        sent = []
+    def _add_pieces(self, pipeline: Pipeline) -> dict[int, tuple[ActiveJob, Piece]]:
+        """Add the new pieces to a pipeline. Return each with its job, by the number of its command."""
+        sent = {}
         for job in self.batch.decoding:
             piece = job.next_piece()
             if piece is not None:
                 key = stream_key(job.id)
                 # A bound for a stream that many attempts write to; one attempt has at most an entry for each token.
                 most = 4 * self.engine.config.n_positions
-                sent.append((len(pipeline), job, piece))
+                sent[len(pipeline)] = job, piece
                 pipeline.xadd(key, piece_to_entry(piece), maxlen=most, approximate=True)
                 if piece.at == 0:
                     pipeline.expire(key, RUNNING_TTL_SECONDS)
@@ -327,16 +315,12 @@ class GenerationWorker(RQWorker):
         self.batch.add(ActiveJob.begin(attempt, prompt, options, self.engine.model, time.monotonic()))
 
     def _refuse_hopeless(self, request: GenerationRequest) -> None:
-        """Raise PromptTooLong, without tokenizing, for a text of more bytes than all positions have room for.
-
-        The other jobs would wait while it is tokenized.
-        """
+        """Raise PromptTooLong for a text that has too many bytes; the other jobs would wait while it is tokenized."""
         prompt, n_positions = request.prompt, self.engine.config.n_positions
         least = -(-len(prompt.encode()) // self._info.longest_token_bytes) if isinstance(prompt, str) else 0
         if least + request.least_room > n_positions:
-            raise PromptTooLong(
-                f"prompt tokens {least} or more, over {request.describe_positions(n_positions)}: shorten the prompt"
-            )
+            limit = request.describe_positions(n_positions)
+            raise PromptTooLong(f"prompt tokens {least} or more, over {limit}: shorten the prompt")
 
     def _step(self) -> None:
         self.metrics.sample()
@@ -355,9 +339,9 @@ class GenerationWorker(RQWorker):
             self.stopping.set()
         if len(jobs) == 1:
             self.outbox.fail(jobs[0], error)
-            return
-        log.error("%s: a step with %d jobs failed", self.name, len(jobs), exc_info=error)
-        self.outbox.give_back(jobs, crashed=True)
+        else:
+            log.error("%s: a step with %d jobs failed", self.name, len(jobs), exc_info=error)
+            self.outbox.give_back(jobs, crashed=True)
 
     def _end_overdue(self) -> None:
         """End the jobs whose time is up, or that a stop command names."""
@@ -366,8 +350,8 @@ class GenerationWorker(RQWorker):
         for job in self.batch:
             if job.id in stopped:
                 self.outbox.fail(job, JobStopped(job.id, "stopped on request"))
-            elif (error := job.check_deadline(now)) is not None:
-                self.outbox.fail(job, error)
+            elif now > job.deadline:
+                self.outbox.fail(job, JobTimedOut(job.id, job.deadline_reason))
 
     # The worker ends.
 
@@ -384,8 +368,8 @@ class GenerationWorker(RQWorker):
         if self._drain_until == math.inf:
             self._drain_until = time.monotonic() + self.drain_timeout
             if len(self.batch):
-                message = "%s is told to stop: finishing %d jobs within %g s; a second signal gives them back"
-                log.info(message, self.name, len(self.batch.decoding), self.drain_timeout)
+                running = f"{len(self.batch.decoding)} jobs within {self.drain_timeout:g} s"
+                log.info("%s is told to stop: finishing %s; a second signal gives them back", self.name, running)
             self.outbox.give_back(self.batch.waiting)
         if self.stop_at_once or time.monotonic() > self._drain_until:
             self.outbox.give_back(list(self.batch))

@@ -67,8 +67,8 @@ def test_enqueue_result_status(use: Use, client: Client, start_worker: StartWork
         job = await other.enqueue(ENTRY["prompt"], max_new_tokens=100, ignore_eos=True, priority="high")
         result = await job.result(timeout=30)
         assert await job.status() == await other.status(job.id) == "finished"
-        assert await other.result(job.id, timeout=1) == result
-        assert client.result(job.id, timeout=1) == result
+        assert await other.result(job.id, timeout=30) == result
+        assert client.result(job.id, timeout=30) == result
         made = await other.enqueue_request(GenerationRequest(ENTRY["prompt"], 3, ignore_eos=True))
         assert (await made.result()).token_ids == tuple(ENTRY["ids"][:3])
         assert await other.workers() == 1

@@ -57,7 +57,7 @@ def test_enqueue_and_result(client: Client, start_worker: StartWorker) -> None:
     assert result.timings.decode_seconds > 0
     assert job.status() == "finished"
     # The same by a handle that is made from the id alone.
-    assert client.job(job.id).result(timeout=1) == result
+    assert client.job(job.id).result(timeout=30) == result
 
 
 def test_stop_strings_and_unicode_go_through(client: Client, start_worker: StartWorker) -> None:
@@ -148,7 +148,7 @@ class TestMaxQueue:
             for thread in threads:
                 thread.start()
             for thread in threads:
-                thread.join(30)
+                thread.join(60)
             assert sorted(outcomes) == [False] * 15 + [True] * 5
             assert client.connection.llen(f"rq:queue:{queue_name}") == 5
 
@@ -191,7 +191,7 @@ def test_waiting_without_a_worker_says_so(client: Client) -> None:
     started = time.monotonic()
     with pytest.raises(ResultTimeout, match=r"is queued, no result within 0\.3 s; no worker listens on"):
         job.result(timeout=0.3)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
     assert isinstance(ResultTimeout("x"), TimeoutError)
 
 
@@ -242,7 +242,7 @@ def test_a_defect_in_the_worker_is_a_failed_job(client: Client, redis: Redis) ->
     stored = RQJob.fetch(job.id, connection=redis, serializer=JSONSerializer)
     Result.create_failure(stored, 60, "Traceback (most recent call last):\n  File x\nMemoryError: no more\n")
     with pytest.raises(JobFailed, match="no more") as caught:
-        job.result(timeout=5)
+        job.result(timeout=30)
     assert (caught.value.kind, caught.value.job_id) == ("MemoryError", job.id)
 
 
@@ -251,7 +251,7 @@ def test_a_job_cancelled_by_rq(client: Client, redis: Redis) -> None:
     RQJob.fetch(job.id, connection=redis, serializer=JSONSerializer).cancel()
     assert job.status() == "canceled"
     with pytest.raises(JobCancelled, match="cancelled"):
-        job.result(timeout=5)
+        job.result(timeout=30)
 
 
 class TestCancel:
@@ -267,7 +267,7 @@ class TestCancel:
             assert queue.canceled_job_registry.get_job_ids() == [job.id]
             assert 0 < redis.ttl(stored.key) <= 24 * 3600
             with pytest.raises(JobCancelled) as caught:
-                job.result(timeout=5)
+                job.result(timeout=30)
             assert caught.value.partial is None
         start_worker()
         for job in jobs[::2]:
@@ -297,7 +297,7 @@ class TestCancel:
         job = client.enqueue(ENTRY["prompt"], max_new_tokens=3, ignore_eos=True)
         result = job.result(timeout=30)
         assert not job.cancel()
-        assert (job.status(), job.result(timeout=1)) == ("finished", result)
+        assert (job.status(), job.result(timeout=30)) == ("finished", result)
         with pytest.raises(JobNotFound):
             client.cancel("nonsense")
 
@@ -350,7 +350,7 @@ def test_a_job_whose_time_is_up(client: Client, start_worker: StartWorker) -> No
     assert kept.finish_reason == "timeout"
     assert 0 < len(kept.token_ids) < 480
     with pytest.raises(JobTimedOut) as again:
-        client.result(job.id, timeout=1)
+        client.result(job.id, timeout=30)
     assert again.value.partial == kept
 
 
@@ -397,7 +397,7 @@ def test_prompts_are_scored(client: Client, start_worker: StartWorker) -> None:
 
 def test_unknown_and_expired_jobs(client: Client, redis: Redis) -> None:
     with pytest.raises(JobNotFound, match="no job 'nonsense'"):
-        client.job("nonsense").result(timeout=5)
+        client.job("nonsense").result(timeout=30)
     job = client.enqueue("a")
     RQJob.fetch(job.id, connection=redis, serializer=JSONSerializer).delete()
     with pytest.raises(NoSuchJobError):

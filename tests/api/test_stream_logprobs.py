@@ -243,7 +243,7 @@ def test_a_killed_worker(client: Client, redis: Redis, start_worker: StartWorker
     start_worker(wait=False)
     pieces += stream
     assert {piece.attempt for piece in pieces} == {1, 2}
-    result = client.result(job.id, timeout=1)
+    result = client.result(job.id, timeout=30)
     text, tokens = held(pieces)
     assert text == result.text == "".join(map(str, pieces))
     assert [one.token_id for one in tokens[:100]] == ENTRY["ids"]
@@ -258,7 +258,7 @@ def test_a_stock_worker_sends_them_too(client: Client, redis_server: RedisServer
     entries: Any = redis.xrange(stream_key(job.id))
     pieces = [entry_to_piece(fields) for _, fields in entries]
     assert len(pieces) > 5
-    assert_as_the_result([piece for piece in pieces if piece is not None], job.result(timeout=1))
+    assert_as_the_result([piece for piece in pieces if piece is not None], job.result(timeout=30))
 
 
 HOSTILE = [
@@ -309,4 +309,4 @@ def test_strange_entries_are_passed_over(client: Client, redis: Redis, start_wor
         redis.xadd(stream_key(job.id), {"attempt": 1, "at": 0, "text": "x", "token_at": 0, "logprobs": logprobs})
     start_worker()
     pieces = list(job.stream(timeout=30))
-    assert_as_the_result(pieces, job.result(timeout=1))
+    assert_as_the_result(pieces, job.result(timeout=30))

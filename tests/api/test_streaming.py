@@ -98,7 +98,7 @@ def test_the_text_comes_in_pieces(client: Client, start_worker: StartWorker) -> 
     assert {piece.attempt for piece in pieces} == {1}
     assert len(pieces) > 20
     assert stream.result is not None
-    assert stream.result == stream.job.result(timeout=1)
+    assert stream.result == stream.job.result(timeout=30)
     assert stream.result.text == ENTRY["text"]
     assert list(stream) == []
 
@@ -147,7 +147,7 @@ def test_strange_entries_are_passed_over(client: Client, redis: Redis, start_wor
     redis.xadd(stream_key(job.id), {"what": "?"})
     start_worker()
     text = "".join(map(str, job.stream(timeout=30)))
-    assert text == job.result(timeout=1).text
+    assert text == job.result(timeout=30).text
     assert ENTRY["text"].startswith(text)
 
 
@@ -236,7 +236,7 @@ def test_a_killed_worker(client: Client, redis: Redis, start_worker: StartWorker
     start_worker(wait=False)
     pieces += stream
     text = "".join(map(str, pieces))
-    assert text == client.result(stock.id, timeout=1).text
+    assert text == client.result(stock.id, timeout=30).text
     assert text.startswith(ENTRY["text"])
     assert held(pieces) == text
     assert {piece.attempt for piece in pieces} == {1, 2}

@@ -25,7 +25,7 @@ POSTED = ("/", "/health", "/ready")
 
 def ask(port: int, path: str, *headers: tuple[str, bytes], method: str = "GET", body: bytes = b"") -> tuple[int, str]:
     """Return (status, body)."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.putrequest(method, path, skip_host=any(name == "Host" for name, _ in headers))
     for name, value in headers:
         connection.putheader(name, value)
@@ -86,7 +86,7 @@ def test_with_a_token_everything_but_the_probes_asks_for_it(
 
 def send_raw(port: int, sent: bytes) -> bytes:
     """Send bytes that need not be a whole request, and return the first line of the answer."""
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
         connection.sendall(sent)
         with connection.makefile("rb") as answer:
             return answer.readline()
@@ -211,7 +211,7 @@ def test_the_token_is_in_no_argument_no_log_no_status_and_no_worker(
             stderr=out,
         )
     try:
-        wait_until(lambda: "fastgpt2 is ready" in log.read_text(), "the system to be ready", 30)
+        wait_until(lambda: "fastgpt2 is ready" in log.read_text(), "the system to be ready", 60)
         port = int(log.read_text().partition("endpoint  http://127.0.0.1:")[2].partition("/")[0])
         assert ask(port, "/status")[0] == 401
         status, text = ask(port, "/status", bearer(TOKEN))
@@ -230,5 +230,5 @@ def test_the_token_is_in_no_argument_no_log_no_status_and_no_worker(
         assert TOKEN not in str(redis.hgetall(worker))
     finally:
         process.terminate()
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
     assert TOKEN not in log.read_text()

@@ -196,7 +196,7 @@ def test_the_latest_jobs(web: httpx.Client) -> None:
     assert job["prompt_tokens"] > 0
     assert "prompt" not in job, "nobody has said that prompts may be shown"
     running = created(web, **LONG)
-    wait_until(lambda: listed()[0]["id"] == running, "the running one to be listed first", 10)
+    wait_until(lambda: listed()[0]["id"] == running, "the running one to be listed first", 60)
     (first,) = listed(1)
     assert first.keys() == job.keys()
     web.delete(f"/v1/jobs/{running}")

@@ -223,7 +223,7 @@ class TestAlone:
         wait_until(lambda: answers(url), "the endpoint to answer")
         yield url, server
         process.terminate()
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
         log.close()
         server.stop()
         free.stop()
@@ -234,7 +234,7 @@ class TestAlone:
         assert call(f"{url}/status")[2]["workers"] == []
         status, _, answer = call(f"{url}/", {"inputs": "a"})
         assert (status, answer["error_type"]) == (504, "ResultTimeout")
-        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10) as cut:
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=60) as cut:
             cut.sendall(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\nnot all of it")
         assert call(f"{url}/health")[0] == 200
         server.stop()
@@ -253,7 +253,7 @@ class TestAlone:
             )
             try:
                 wait_until(lambda: answers(f"http://127.0.0.1:{free.port}"), "the endpoint to answer")
-                with socket.create_connection(("127.0.0.1", free.port), timeout=10) as cut:
+                with socket.create_connection(("127.0.0.1", free.port), timeout=60) as cut:
                     cut.sendall(b'POST / HTTP/1.1\r\nhost: localhost\r\ncontent-length: 15\r\n\r\n{"inputs": "a"}')
                     wait_until(lambda: client.connection.llen("rq:queue:fastgpt2") == 1, "the job to be enqueued")
                     job: Any = client.connection.lindex("rq:queue:fastgpt2", 0)
@@ -261,7 +261,7 @@ class TestAlone:
                 assert client.connection.llen("rq:queue:fastgpt2") == 0
             finally:
                 process.terminate()
-                assert process.wait(20) == 0
+                assert process.wait(60) == 0
                 free.stop()
 
     def test_a_full_queue(self) -> None:
@@ -285,7 +285,7 @@ class TestAlone:
                 assert client.connection.llen("rq:queue:fastgpt2") == 1
             finally:
                 process.terminate()
-                assert process.wait(20) == 0
+                assert process.wait(60) == 0
                 free.stop()
 
     def test_a_restart_of_redis_is_survived(self, tmp_path: Path) -> None:
@@ -305,7 +305,7 @@ class TestAlone:
             assert call(f"{url}/status")[0] == 200, "the first request too"
         finally:
             process.terminate()
-            assert process.wait(20) == 0
+            assert process.wait(60) == 0
             server.stop()
             free.stop()
 

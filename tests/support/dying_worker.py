@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from redis.connection import Connection
+from rq.job import JobStatus
 
 from fastgpt2.cli import main
 from fastgpt2.engine.network.attention import Attention
 from fastgpt2.worker import ledger
-from fastgpt2.worker.batch import Batch
+from fastgpt2.worker.batch import Batch, End, EndKind
 from fastgpt2.worker.claims import Claims
 from fastgpt2.worker.ledger import Ledger
 
@@ -57,11 +58,14 @@ def after(owner: Any, name: str, when: Callable[[Any], bool] = lambda _result: T
     setattr(owner, name, patched)
 
 
-def unheard(owner: Any, name: str) -> None:
+def unheard(owner: Any, name: str, when: Callable[..., bool] = lambda *_a, **_k: True) -> None:
     """Die when Redis has run what the method sends first: the answer is not read any more."""
     original, read = getattr(owner, name), Connection.read_response
 
     def patched(*args: Any, **kwargs: Any) -> Any:
+        if not when(*args, **kwargs):
+            return original(*args, **kwargs)
+
         def dying(self: Connection, *a: Any, **k: Any) -> Any:
             answer = read(self, *a, **k)  # it has surely been carried out
             die()
@@ -98,6 +102,10 @@ def poisoned(batch: Batch) -> bool:
     return any(job.prompt.request.prompt == POISON for job in batch.decoding)
 
 
+def finishes(_ledger: Ledger, end: End) -> bool:
+    return end.kind == EndKind.FINISHED
+
+
 STAGES: dict[str, Callable[[], None]] = {
     "after the claim": lambda: after(Claims, "wait", bool),
     "claimed and read": lambda: after(Ledger, "read", bool),
@@ -105,9 +113,9 @@ STAGES: dict[str, Callable[[], None]] = {
     "after the start": lambda: after(Ledger, "start", bool),
     "mid-prefill": lambda: in_a_layer(0),
     "mid-decode": lambda: in_a_layer(7),
-    "before the commit": lambda: before(Ledger, "_write_finished"),
-    "the commit sent": lambda: unheard(Ledger, "_write_finished"),
-    "after the commit": lambda: after(Ledger, "_write_finished"),
+    "before the commit": lambda: before(Ledger, "write", finishes),
+    "the commit sent": lambda: unheard(Ledger, "write", finishes),
+    "after the commit": lambda: before(ledger, "release_slot", lambda job: job._status == JobStatus.FINISHED),
     "before the dependents": lambda: before(ledger.Queue, "enqueue_ready_jobs_by_queue"),  # type: ignore[attr-defined]
     "before the failure's dependents": lambda: before(ledger, "release_dependents"),
     "before the give-back": lambda: before(Ledger, "give_back"),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from http.client import HTTPConnection
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -19,13 +22,21 @@ WaitFor = Callable[..., None]
 StartWorker = Callable[..., subprocess.Popen[str]]
 
 
-def wait_until(condition: Callable[[], object], what: str, seconds: float = 20.0) -> None:
+def wait_until(condition: Callable[[], object], what: str, seconds: float = 60.0) -> None:
     """Poll a condition up to a deadline; fails the test with `what` when it passes."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
             pytest.fail(f"waited {seconds} s for: {what}")
         time.sleep(0.01)
+
+
+def hang_up(url: str, path: str, body: Any, condition: Callable[[], object], **headers: str) -> None:
+    """Post to an endpoint, and close the connection before the answer, once the condition holds."""
+    connection = HTTPConnection(urlsplit(url).netloc, timeout=60)
+    connection.request("POST", path, json.dumps(body), {"content-type": "application/json", **headers})
+    wait_until(condition, "the request to have its effect")
+    connection.close()
 
 
 def half_the_time(client: Client, prompt: str) -> float:

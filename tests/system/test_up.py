@@ -104,7 +104,7 @@ def test_up_serves_and_stops_cleanly(start_up: StartUp, signum: int) -> None:
         running = client.enqueue("My name is", max_new_tokens=450, ignore_eos=True)
         wait_until(lambda: running.status() == "started", "the job to start")
     process.send_signal(signum)
-    assert process.wait(40) == 0
+    assert process.wait(60) == 0
     assert not any(map(alive, pids))
     text = log.read_text()
     assert "stopping: workers finish the jobs that they run" in text
@@ -122,7 +122,7 @@ def test_a_second_signal_hurries_the_stop(start_up: StartUp, tmp_path: Path) -> 
     process.terminate()
     wait_until(lambda: "a second signal gives them back" in log.read_text(), "the worker to be told")
     process.terminate()
-    assert process.wait(40) == 0
+    assert process.wait(60) == 0
     assert "8 jobs given back to the queue" in log.read_text()
     with RedisServer(folder=folder) as again, Client(again.url) as client:
         assert {client.job(job.id).status() for job in jobs} == {"queued"}
@@ -140,7 +140,7 @@ def test_files_of_the_current_folder_are_not_imported(tmp_path: Path, monkeypatc
         assert "a stranger" not in log.read_text()
     finally:
         process.terminate()
-        process.wait(40)
+        process.wait(60)
 
 
 def test_the_line_to_try_names_the_queue(start_up: StartUp, redis_server: RedisServer, queue_name: str) -> None:
@@ -148,7 +148,7 @@ def test_the_line_to_try_names_the_queue(start_up: StartUp, redis_server: RedisS
     wait_until(lambda: "Ctrl-C stops it." in log.read_text(), "the system to be ready")
     assert f"try       FASTGPT2_QUEUE={queue_name} fastgpt2 enqueue --wait" in log.read_text()
     process.terminate()
-    assert process.wait(40) == 0
+    assert process.wait(60) == 0
 
 
 def test_a_killed_worker_is_replaced(start_up: StartUp) -> None:
@@ -161,7 +161,7 @@ def test_a_killed_worker_is_replaced(start_up: StartUp) -> None:
     with Client(redis_url) as client:
         assert client.enqueue("My name is", max_new_tokens=3).result(timeout=30).text
     process.terminate()
-    assert process.wait(40) == 0
+    assert process.wait(60) == 0
     connection.close()
 
 
@@ -183,7 +183,7 @@ def test_up_on_a_redis_that_is_there(start_up: StartUp, redis_server: RedisServe
     with Client(redis_server.url, queue_name) as client:
         assert client.enqueue("My name is", max_new_tokens=3).result(timeout=30).text
     process.terminate()
-    assert process.wait(40) == 0
+    assert process.wait(60) == 0
 
 
 def test_a_second_up_beside_the_first_takes_other_ports(start_up: StartUp) -> None:
@@ -207,7 +207,7 @@ def test_a_second_up_beside_the_first_takes_other_ports(start_up: StartUp) -> No
 )
 def test_up_says_why_it_cannot(start_up: StartUp, options: list[str], code: int, message: str) -> None:
     process, log = start_up(*options)
-    assert process.wait(40) == code
+    assert process.wait(60) == code
     assert message in log.read_text()
     assert "Traceback" not in log.read_text()
 
@@ -217,7 +217,7 @@ def test_a_model_that_the_workers_refuse_ends_it_with_their_status(start_up: Sta
     with (folder / "model.safetensors").open("r+b") as file:
         file.truncate(100_000)
     process, log = start_up("--model", str(folder))
-    assert process.wait(40) == 3
+    assert process.wait(60) == 3
     assert "model.safetensors: damaged or not a safetensors file" in log.read_text()
     assert "ended with status 3; its message above says why" in log.read_text()
     assert "Traceback" not in log.read_text()
@@ -236,7 +236,7 @@ def test_settings_reach_the_workers(start_up: StartUp, tmp_path: Path) -> None:
     connection.set("kept", "yes")
     connection.close()
     process.terminate()
-    assert process.wait(40) == 0
+    assert process.wait(60) == 0
     with RedisServer(folder=folder) as again:
         connection = connect(again.url)
         assert connection.get("kept") == b"yes", "the append-only file has survived"
@@ -255,7 +255,7 @@ def test_ctrl_c_while_it_starts(start_up: StartUp) -> None:
 
     wait_until(begun, "the first processes")
     process.send_signal(signal.SIGINT)
-    assert process.wait(40) in (0, 130)
+    assert process.wait(60) in (0, 130)
     pids.update(descendants(process.pid))
     wait_until(lambda: not any(map(alive, pids)), "what was started to be gone")
     assert "Traceback" not in log.read_text()

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -68,9 +69,11 @@ def recent(redis: Redis, queue: str) -> dict[str, float]:
 
 def test_jobs_one_after_the_other(redis: Redis, client: Client, queue_name: str, start_worker: StartWorker) -> None:
     start_worker(FASTGPT2_NAME=f"w-{queue_name}", FASTGPT2_DRAFTS="off")
-    results = [client.enqueue(ENTRY["prompt"], max_new_tokens=n, ignore_eos=True).result(20) for n in (1, 5, 7)]
+    began = time.monotonic()
+    results = [client.enqueue(ENTRY["prompt"], max_new_tokens=n, ignore_eos=True).result(60) for n in (1, 5, 7)]
     # The text of the fourth token ends it: it is generated, and cut.
-    stop = client.enqueue(ENTRY["prompt_ids"], max_new_tokens=60, stop=results[2].text[-1]).result(20)
+    stop = client.enqueue(ENTRY["prompt_ids"], max_new_tokens=60, stop=results[2].text[-1]).result(60)
+    elapsed = time.monotonic() - began
     assert stop.finish_reason == "stop"
     results.append(stop)
     assert wait_for_ends(redis, queue_name, 4) == {"finished:length": 3, "finished:stop": 1}
@@ -82,11 +85,11 @@ def test_jobs_one_after_the_other(redis: Redis, client: Client, queue_name: str,
     count, seconds = by_name["queue_seconds"]
     assert count == 4
     assert seconds == pytest.approx(sum(r.timings.queue_seconds for r in results), abs=1e-6)
-    # Between the start of a job and its slot lie two round trips at most.
+    # A first token comes after the time in the queue and the prefill, and before the client has the result.
     both = sum(r.timings.queue_seconds + r.timings.prefill_seconds for r in results)
     count, seconds = by_name["first_token_seconds"]
     assert count == 4
-    assert both <= seconds < both + 1.0
+    assert both <= seconds < elapsed
     per_token = [r.timings.decode_seconds / (r.usage.completion_tokens - 1) for r in results[1:]]
     count, seconds = by_name["token_seconds"]
     assert count == 3
@@ -220,7 +223,7 @@ def test_what_a_worker_says_of_itself(redis: Redis, client: Client, queue_name: 
     key = f"rq:worker:w-{queue_name}"
     for job in [client.enqueue(ENTRY["prompt"], **ENDLESS) for _ in range(2)]:
         job.result(60)
-    wait_until(lambda: float(redis.hget(key, "tokens_per_second") or 0) > 0, "the pace to be told", 10)
+    wait_until(lambda: float(redis.hget(key, "tokens_per_second") or 0) > 0, "the pace to be told", 60)
     fields: Any = redis.hgetall(key)
     assert 1.0 < float(fields[b"batch_mean"]) <= 2.0
     assert fields[b"blas"].startswith((b"openblas", b"mkl"))
@@ -356,7 +359,7 @@ def pool(
     yield start
     for process in started:
         process.terminate()
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
 
 
 def test_a_worker_that_is_killed_counts_a_recovery_and_a_restart(

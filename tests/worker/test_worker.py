@@ -137,7 +137,7 @@ def test_the_model_is_loaded_once(queue: Queue, start_worker: StartWorker, tmp_p
     for job in jobs:
         wait_for_status(job, "finished")
     process.terminate()
-    assert process.wait(20) == 0
+    assert process.wait(60) == 0
     lines = (tmp_path / "worker-0.log").read_text().splitlines()
     assert sum("loaded demo" in line for line in lines) == 1
     for job in jobs:
@@ -327,7 +327,7 @@ def test_a_result_is_kept_while_redis_is_away(tmp_path: Path, queue_name: str) -
             assert list(client.job(job.id).result(timeout=30).token_ids[:100]) == ENTRY["ids"]
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(60)
         server.stop()
     assert "Traceback" not in log.read_text()
 
@@ -348,7 +348,7 @@ def test_a_worker_appears_again_when_redis_has_forgotten_it(queue_name: str) -> 
             assert connection.hget(key, "model") == b"demo"
         finally:
             process.terminate()
-            assert process.wait(20) == 0
+            assert process.wait(60) == 0
             connection.close()
 
 
@@ -371,13 +371,13 @@ def test_a_worker_in_the_background_outlives_its_shell(
     wait_until(lambda: redis.scard(f"rq:workers:{queue_name}") == 0, "the worker to sign off")
 
 
-def test_sigterm_finishes_the_job_in_hand_and_no_other(queue: Queue, redis: Redis, start_worker: StartWorker) -> None:
+def test_sigterm_finishes_the_running_job_and_no_other(queue: Queue, redis: Redis, start_worker: StartWorker) -> None:
     process = start_worker(FASTGPT2_MAX_BATCH="1")
     job = queue.enqueue(TASK, ENTRY["prompt"], **LONG)
     waiting = queue.enqueue(TASK, ENTRY["prompt"])
     wait_for_status(job, "started")
     process.terminate()
-    assert process.wait(30) == 0
+    assert process.wait(60) == 0
     assert status(job) == "finished"
     assert value_of(job)["usage"]["completion_tokens"] == 480
     assert status(waiting) == "queued"
@@ -396,7 +396,7 @@ def test_a_second_signal_gives_the_job_back_to_the_front(
     log = tmp_path / "worker-0.log"
     wait_until(lambda: "a second signal gives them back" in log.read_text(), "the worker to see the first signal")
     process.terminate()
-    assert process.wait(20) == 0
+    assert process.wait(60) == 0
     assert queue.job_ids == [job.id, waiting.id]
     assert status(job) == "queued"
     start_worker(wait=False)
@@ -413,7 +413,7 @@ def test_a_file_tells_probes_that_the_loop_turns(queue: Queue, start_worker: Sta
     wait_until(alive.exists, "the file to be made")
     for _ in range(2):  # an idle worker's, and a busy one's
         os.utime(alive, (1, 1))
-        wait_until(lambda: alive.stat().st_mtime > 1, "the file to be touched", 10)
+        wait_until(lambda: alive.stat().st_mtime > 1, "the file to be touched", 60)
         queue.enqueue(TASK, ENTRY["prompt"], **LONG)
     process.send_signal(signal.SIGSTOP)
     os.utime(alive, (1, 1))
@@ -425,16 +425,16 @@ def test_a_file_tells_probes_that_the_loop_turns(queue: Queue, start_worker: Sta
     assert process.wait(60) == 0
     assert not alive.exists()
     refused = start_worker(wait=False, FASTGPT2_ALIVE_FILE=str(tmp_path / "nowhere" / "alive"))
-    assert refused.wait(30) == 2
+    assert refused.wait(60) == 2
     log = (tmp_path / "worker-1.log").read_text()
     assert f"--alive-file {tmp_path}/nowhere/alive: cannot be made (No such file or directory)" in log
     assert "Traceback" not in log
 
 
 def test_sigint_stops_an_idle_worker_at_once(queue: Queue, redis: Redis, start_worker: StartWorker) -> None:
-    process = start_worker()
+    process = start_worker(FASTGPT2_DRAIN_TIMEOUT="1000")
     process.send_signal(signal.SIGINT)
-    assert process.wait(10) == 0
+    assert process.wait(60) == 0
     assert redis.scard(f"rq:workers:{queue.name}") == 0
 
 
@@ -455,8 +455,8 @@ def test_a_job_over_its_time_fails_and_the_worker_goes_on(queue: Queue, start_wo
     wait_for_status(job, "started")
     # The clock of a limit runs on while the process is held up.
     process.send_signal(signal.SIGSTOP)
-    held_at = time.monotonic()
-    wait_until(lambda: time.monotonic() - held_at > 1.2, "the limit to pass")
+    stopped_at = time.monotonic()
+    wait_until(lambda: time.monotonic() - stopped_at > 1.2, "the limit to pass")
     process.send_signal(signal.SIGCONT)
     assert "took longer than the 1" in failure(job)
     after = queue.enqueue(TASK, ENTRY["prompt"], max_new_tokens=3, ignore_eos=True)
@@ -522,7 +522,7 @@ def test_a_worker_waits_for_redis_to_come_up(tmp_path: Path, queue_name: str) ->
             result = client.enqueue(ENTRY["prompt"], max_new_tokens=4, ignore_eos=True).result(timeout=30)
             assert list(result.token_ids) == ENTRY["ids"][:4]
             process.terminate()
-            assert process.wait(20) == 0
+            assert process.wait(60) == 0
     finally:
         process.kill()
         process.wait()
@@ -533,7 +533,7 @@ def test_a_worker_waits_for_redis_to_come_up(tmp_path: Path, queue_name: str) ->
 def test_two_workers_of_one_name(queue: Queue, start_worker: StartWorker, tmp_path: Path) -> None:
     start_worker(FASTGPT2_NAME=queue.name)
     second = start_worker(wait=False, FASTGPT2_NAME=queue.name)
-    assert second.wait(20) == 2
+    assert second.wait(60) == 2
     log = (tmp_path / "worker-1.log").read_text()
     assert "give each worker a name of its own" in log
     assert "Traceback" not in log
@@ -552,7 +552,7 @@ def test_a_worker_that_cannot_start_says_why(
     start_worker: StartWorker, tmp_path: Path, environment: dict[str, str], code: int, message: str
 ) -> None:
     process = start_worker(wait=False, **environment)
-    assert process.wait(20) == code
+    assert process.wait(60) == code
     log = (tmp_path / "worker-0.log").read_text()
     assert message in log
     assert "Traceback" not in log
