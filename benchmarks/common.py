@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: options, turns, child processes, and results as files.
+"""The tools of the benchmark scripts: options, turns, child processes, and results as files.
 
 All scripts measure in the same way. The things compared take turns within one run, in rounds, and each round begins
 with another of them, so that whatever slows the machine down for a while slows all of them. Scripts report medians and

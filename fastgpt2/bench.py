@@ -125,7 +125,7 @@ def _time_pass(processes: Sequence[Any]) -> float:
 
 
 def read_when_asked(fd: int) -> None:
-    """For each line "first stop" of the input, add up the squares of those numbers, and print its begin and its end."""
+    """Add up the squares of the numbers first to stop, for each line of the input; print when that began and ended."""
     from fastgpt2.engine.machine import hold_to_one_thread
 
     hold_to_one_thread()

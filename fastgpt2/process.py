@@ -1,4 +1,4 @@
-"""What every long-running process does: it handles stop signals, ties its children to itself, and sets up its log."""
+"""The set-up of every long-running process: its stop signals, its children, which do not outlive it, and its log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests share: a real Redis, real worker processes, the engine with the shipped model."""
+"""The fixtures of all tests: a real Redis, real worker processes, the engine with the shipped model."""
 
 from __future__ import annotations
 

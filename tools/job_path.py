@@ -56,7 +56,7 @@ RESULT_SECONDS = 60.0
 
 
 class Recorder:
-    """What the client's and the worker's thread do: the functions that they enter, and the bytes that they send.
+    """A record of the client's and the worker's thread: the functions that they enter, and the bytes that they send.
 
     Attributes:
         entered: by side, (file, function) in the order of the calls.

@@ -1,1 +1,1 @@
-"""What one Redis bears and what a worker holds, and what a thousand workers need."""
+"""The load that one Redis bears, the memory that a worker holds, and the needs of a thousand workers."""

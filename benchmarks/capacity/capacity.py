@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What one Redis bears, what a worker holds, and what a thousand workers need.
+"""The load that one Redis bears, the memory that a worker holds, and the needs of a thousand workers.
 
     python benchmarks/capacity/capacity.py --model demo --model gpt2
 

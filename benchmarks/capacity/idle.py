@@ -1,4 +1,4 @@
-"""What workers that wait for jobs cost a Redis: some real ones, and a thousand of which there are only entries."""
+"""The cost to a Redis of workers that wait for jobs: some real ones, and the mere entries of a thousand."""
 
 from __future__ import annotations
 

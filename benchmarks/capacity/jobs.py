@@ -1,4 +1,4 @@
-"""What a job costs Redis: in six kinds of run, and as fast as the machine can drive it."""
+"""The cost of a job to Redis: in six kinds of run, and as fast as the machine can drive it."""
 
 from __future__ import annotations
 

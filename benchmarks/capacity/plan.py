@@ -23,7 +23,7 @@ KEPT_SECONDS = 600.0
 
 @dataclass(frozen=True)
 class Coefficients:
-    """What one worker that uses one core, and its jobs, take of Redis and of a host.
+    """The share of Redis and of a host that one worker on one core, and its jobs, take.
 
     Costs of Redis are microseconds of its main thread, and bytes.
 

@@ -1,4 +1,4 @@
-"""What a Redis does between two moments, by its own INFO: time of its main thread, commands, bytes in and out.
+"""The work of a Redis between two moments, by its own INFO: time of its main thread, commands, bytes in and out.
 
 Redis carries out all commands in one thread: a queue's limit is reached when that thread takes a whole core. The
 append-only file is written to disk by another thread.

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What the HTTP endpoint adds: to a request, to a stream, to a start.
+"""The cost of the HTTP endpoint: to a request, to a stream, to a start.
 
     python benchmarks/endpoint/endpoint.py --model demo
 

@@ -35,7 +35,7 @@ QUICK = {"batches": [2], "tokens": 8}
 
 
 class Run(NamedTuple):
-    """What one engine did for one batch of prompts."""
+    """The work of one engine on one batch of prompts."""
 
     seconds: float
     ids: list[tuple[int, ...]]

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What 1, 2, 4 and 8 engines hold together: one copy of the weights, and little for each.
+"""The memory of 1, 2, 4 and 8 engines together: one copy of the weights, and little for each.
 
     python benchmarks/engine/memory.py --model gpt2
 

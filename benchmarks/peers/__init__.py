@@ -1,1 +1,1 @@
-"""What a user would take instead: transformers and CTranslate2 on the same checkpoint."""
+"""The programs that a user could take instead: transformers and CTranslate2 on the same checkpoint."""

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What a user would take instead: transformers and CTranslate2, on the same checkpoint, from the same prompt ids.
+"""The programs to take instead: transformers and CTranslate2, on the same checkpoint, from the same prompt ids.
 
     python -m venv peers && peers/bin/pip install torch transformers ctranslate2
     python benchmarks/peers/peers.py --model gpt2 --peer-python peers/bin/python

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # torch and transformers are in a peer's environment, not in the one that the checks run in.
 # mypy: disable-error-code="import-not-found,import-untyped,no-any-return,no-untyped-call"
-"""What a user of transformers runs instead of `fastgpt2 generate`: import, load, generate. Started by `cold_start.py`.
+"""The script of a user of transformers: import, load, generate. `cold_start.py` starts it.
 
     python transformers_generate.py MODEL PROMPT TOKENS
 

@@ -1,4 +1,4 @@
-"""What this machine offers: cores, memory, a place to keep things, and what was measured on it.
+"""The machine under the engine: its cores, its memory, a place to keep things, and what was measured on it.
 
 In this order: how many cores and how much memory this process may use, which in a container is less than the machine
 has; how BLAS is held to one thread; what a model's size decides; the cache folder, which keeps packed weights, and its

@@ -1,4 +1,4 @@
-"""What travels through Redis between a client and a worker: a job, its result, and the pieces of its text.
+"""The messages that clients and workers exchange through Redis: a job, its result, and the pieces of its text.
 
 JSON in, JSON out, versioned, and nothing is taken on trust. A job's text travels as the entries of a Redis stream, at
 least once: a job that is started again begins its stream again, with the next attempt's number. The job's result in RQ

@@ -1,4 +1,4 @@
-"""What stands in Redis, read with care: whoever may write there may have written anything.
+"""Careful reading of what stands in Redis: whoever may write there may have written anything.
 
 A payload is JSON or a pickle of plain values, of bounded size, and nothing that could run. A reply of Redis is read as
 a number, a text or a moment, within bounds, and as nothing if it is something else.

@@ -1,4 +1,4 @@
-"""What becomes of a job, written into Redis as RQ writes it: started, finished, failed, cancelled, given back.
+"""The ledger of a worker's jobs, written into Redis as RQ writes it: started, finished, failed, cancelled, given back.
 
 The one place that knows these internals of RQ 3.0, and for many jobs a worker. An end is written only if Redis still
 has the job as started by this worker, in this execution: who cancelled or deleted the job meanwhile is not overruled,

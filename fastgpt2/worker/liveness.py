@@ -1,4 +1,4 @@
-"""How others know that a worker lives: a lease in Redis that it renews each second, and a file that probes look at.
+"""The signs that a worker lives: a lease in Redis that it renews each second, and a file that probes look at.
 
 The workers of a pool watch each other's leases: each notices those that have lapsed.
 """

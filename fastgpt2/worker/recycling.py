@@ -1,4 +1,4 @@
-"""How much memory a worker's processes use, and when a worker ends of itself, so that a fresh one takes its place."""
+"""The memory of a worker's processes, and when a worker ends of itself so that a fresh one takes its place."""
 
 from __future__ import annotations
 

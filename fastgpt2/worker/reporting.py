@@ -1,4 +1,4 @@
-"""What a worker tells Redis: its share of the pool's figures each second, and how it is doing with each heartbeat."""
+"""The reports of a worker to Redis: its share of the pool's figures each second, its own state with each heartbeat."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def test_a_script_writes_its_tables(script: str, runs: dict[str, Future[Done]], 
 
 @pytest.fixture(scope="module")
 def capacity(runs: dict[str, Future[Done]], folder: Path) -> dict[str, Any]:
-    """What both runs have measured, as one would have written it."""
+    """Join what both runs have measured, as one run would have written it."""
     found: dict[str, Any] = {}
     for parts in PARTS:
         done = runs[parts].result()

@@ -1,4 +1,4 @@
-"""What newcomers and contributors read is true: links, file names, settings, rooms, hooks and the workflow."""
+"""The pages for newcomers and contributors are true: links, file names, settings, rooms, hooks and the workflow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands in the files that containers are made of, where no daemon is needed to see it."""
+"""The files that containers are made of, as far as no daemon is needed to look at them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured on a machine is found where it is, kept, and taken up again."""
+"""The figures measured on a machine are found, kept, and used again."""
 
 from __future__ import annotations
 

@@ -780,7 +780,7 @@ def make_scores(folder: Path, out: Path) -> None:
 def generated(
     model: GPT2LMHeadModel, prompt_ids: list[int], most: int, eos: list[int] | None, least: int
 ) -> tuple[list[int], list[torch.Tensor]]:
-    """What ``generate`` takes greedily, and the logits that it saw before any processor, in float64."""
+    """Return what ``generate`` takes greedily, and the logits that it saw before any processor, in float64."""
     model.generation_config.eos_token_id = None
     output = model.generate(
         torch.tensor([prompt_ids]),

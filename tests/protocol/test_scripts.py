@@ -66,7 +66,7 @@ def test_a_redis_that_forgot_its_scripts_learns_them_again(redis: Redis, echo: S
 
 
 def test_a_pipeline_keeps_the_order_of_its_replies(redis: Redis, echo: Script, queue_name: str) -> None:
-    """Of two scripts, one of them unknown, between other commands."""
+    """Two scripts, one of them unknown to Redis, run between other commands."""
     totals = totals_key(queue_name)
     COUNT_ONE.run(redis, [totals], ["a"])
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""What stands in Redis is read as plain values, from JSON and from pickles, and can do nothing else."""
+"""Everything in Redis is read as plain values, from JSON and from pickles, and can do nothing else."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What tests of several rooms use: processes, servers, a browser, files made for the purpose."""
+"""The tools of tests in several rooms: processes, servers, a browser, files made for the purpose."""

@@ -40,7 +40,7 @@ def hang_up(url: str, path: str, body: Any, condition: Callable[[], object], **h
 
 
 def half_the_time(client: Client, prompt: str) -> float:
-    """In which the worker, once warm, gets through about half of 480 tokens, however fast the machine is today."""
+    """Return the seconds in which a warm worker generates about half of 480 tokens, as fast as the machine is today."""
     client.enqueue(prompt, max_new_tokens=1).result(timeout=60)
     began = time.monotonic()
     client.enqueue(prompt, max_new_tokens=480, ignore_eos=True).result(timeout=60)

@@ -1,4 +1,4 @@
-"""What a worker writes about a job is what RQ's own worker writes."""
+"""A worker writes about a job what RQ's own worker writes."""
 
 from __future__ import annotations
 

@@ -229,7 +229,7 @@ class AsyncDriver:
         return await self.connection.execute_command(*with_text(request.args))  # type: ignore[no-untyped-call]
 
     async def _send_pipeline(self, request: Pipeline) -> list[Any]:
-        """As `fastgpt2.protocol.scripts.execute` does for the blocking library."""
+        """Do what `fastgpt2.protocol.scripts.execute` does for the blocking library."""
         async with self.connection.pipeline(transaction=request.transaction) as pipeline:
             for one in request.commands:
                 getattr(pipeline, one.method)(*one.args)

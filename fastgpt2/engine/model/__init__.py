@@ -1,1 +1,1 @@
-"""What lies on disk: a model's files, and its packed weights; uses kernels, machine and errors."""
+"""A model as it lies on disk: its files, and its packed weights; uses kernels, machine and errors."""
