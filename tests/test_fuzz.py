@@ -43,6 +43,8 @@ from fastgpt2.protocol.messages import entry_to_piece, parse_job, result_from_js
 from fastgpt2.system.redis_server import RedisServer
 from fastgpt2.worker.rq_job import GenerationJob
 
+pytestmark = pytest.mark.thorough
+
 LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
 TASK = "fastgpt2.worker.tasks.generate"
 ENTRY: dict[str, Any] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"][0]
