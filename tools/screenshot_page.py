@@ -1,4 +1,4 @@
-"""Take the README's picture of the page: the whole system under a load that comes and goes, in a real Chromium.
+"""Take the picture of the page in docs/endpoint.md: the whole system under a changing load, in a real Chromium.
 
     python tools/screenshot_page.py                      # 16 minutes, for curves over all of the charts' 15
     python tools/screenshot_page.py --seconds 60 --output /tmp
