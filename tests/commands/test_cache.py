@@ -30,6 +30,8 @@ OLD = "old-model-0123456789abcdef.v1"
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FASTGPT2_CACHE", str(tmp_path / "cache"))
+    # The tiny checkpoints have none of their own, and pack opens what a worker will open.
+    monkeypatch.setenv("FASTGPT2_TOKENIZER", "demo")
     return tmp_path / "cache"
 
 
