@@ -208,6 +208,8 @@ def test_a_models_tensors_may_stand_under_a_name(tmp_path: Path, wrapper: str, w
         (b"\x80\2](K\1e.", r"but one value \(list\)"),
         (b"\x80\2cargparse\nNamespace\n)\x81.", r"but one value \(argparse.Namespace\)"),
         (state_dict(), "no tensors by name; at its top there are no entries"),
+        (state_dict(key("a" * 10_000), b"N"), "at its top there are 'a{79}; save"),
+        (state_dict(key("a" * 501), tensor()), "a tensor's name has 501 characters"),
         (state_dict(key("epoch"), b"K\3", key("lr"), b"K\1"), "at its top there are 'epoch', 'lr'"),
         (
             state_dict(
