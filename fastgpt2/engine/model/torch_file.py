@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 import mmap
-import stat
 import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastgpt2.engine.model.config import file_size
 from fastgpt2.engine.model.torch_names import TENSORS_OF_OTHER_KINDS, Inert, UnknownName
 from fastgpt2.engine.model.torch_pickle import MAX_PICKLE_BYTES, BadPickle, Storage, Tensor, TorchPickle
 from fastgpt2.engine.model.zip_directory import BadZip, ZipEntry, read_directory
@@ -171,18 +171,10 @@ class TorchFile:
         )
 
 
-def file_size(path: Path) -> int:
-    """Return a file's bytes; raise CheckpointError if it is a folder, a pipe, which might never end, or a device."""
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError(f"{path}: a folder, pipe or device; put the model's file in its place")
-    return status.st_size
-
-
 def _map(path: Path) -> mmap.mmap:
     """Map a file read-only; raise CheckpointError if that is not possible."""
     try:
-        if file_size(path) == 0:
+        if file_size(path, CheckpointError) == 0:
             raise CheckpointError(f"{path}: empty; fetch it again")
         with path.open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
