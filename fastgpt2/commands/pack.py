@@ -35,13 +35,13 @@ def run(values: dict[str, Any]) -> int:
 def _check_text(values: dict[str, Any]) -> None:
     """Open the tokenizer and the generation settings as a worker does: what is packed can then be served."""
     from fastgpt2.engine.loading import note, notes_on_text
-    from fastgpt2.engine.model.config import CONFIG_FILE, read_config
+    from fastgpt2.engine.model.config import read_config
     from fastgpt2.engine.model.generation_config import read_generation_config
     from fastgpt2.engine.model.hub import find_folders
     from fastgpt2.engine.model.tokenizer import Tokenizer
 
     folder, tokenizer_folder = find_folders(values["model"], values["revision"], values["tokenizer"])
-    config = read_config(folder / CONFIG_FILE)
+    config = read_config(folder)
     generation = read_generation_config(folder, config, values["generation_config"])
     note(values["model"], *notes_on_text(config, Tokenizer.from_folder(tokenizer_folder), generation))
 
@@ -61,11 +61,11 @@ def _pack_and_verify(values: dict[str, Any], weights: str) -> PackedFile:
 
 def _pack(values: dict[str, Any], weights: str) -> PackedFile:
     from fastgpt2.engine.loading import pack_model
-    from fastgpt2.engine.model.config import CONFIG_FILE, read_config
+    from fastgpt2.engine.model.config import read_config
     from fastgpt2.engine.model.hub import find_folders
 
     folder, _ = find_folders(values["model"], values["revision"], values["tokenizer"])
-    config = read_config(folder / CONFIG_FILE)
+    config = read_config(folder)
     return pack_model(folder, config, values["model"], values["blas"], weights, must_keep=True)[0]
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from fastgpt2.engine.decoding.lookup import MOST_DRAFTS
 from fastgpt2.engine.machine import fair_share_of_kv_memory, hold_to_one_thread, processes_for
-from fastgpt2.engine.model.config import CONFIG_FILE, GPT2Config, read_config
+from fastgpt2.engine.model.config import GPT2Config, read_config
 from fastgpt2.engine.model.generation_config import GenerationConfig, read_generation_config
 from fastgpt2.engine.model.hub import find_folders
 from fastgpt2.engine.model.tokenizer import Tokenizer
@@ -104,7 +104,7 @@ def load_decoder(model: str, options: LoadOptions) -> LoadedModel:
     started = perf_counter()
     hold_to_one_thread()
     folder, tokenizer_folder = find_folders(model, options.revision, options.tokenizer)
-    config = read_config(folder / CONFIG_FILE)
+    config = read_config(folder)
     generation = read_generation_config(folder, config, options.generation_config)
     size = processes_for(config, options.threads)
     # The tokenizer's parser releases the GIL, and helpers are other processes.

@@ -48,13 +48,13 @@ def folder(tmp_path: Path) -> Path:
 
 
 def pack(folder: Path, cache: Path) -> PackedFile:
-    checkpoint, config = Checkpoint.open(folder), read_config(folder / "config.json")
+    checkpoint, config = Checkpoint.open(folder), read_config(folder)
     path = pack_path(cache, checkpoint, "some/model", NARROW)
     return pack_in_cache(path, checkpoint, config, "some/model", NARROW)
 
 
 def load(folder: Path) -> GPT2:
-    return load_network(folder, read_config(folder / "config.json"), "some/model", n_slots=1, size=1, blas="openblas")
+    return load_network(folder, read_config(folder), "some/model", n_slots=1, size=1, blas="openblas")
 
 
 def packed_files(cache: Path) -> list[Path]:
@@ -84,7 +84,7 @@ def unpacked(stored: NDArray[Any], shape: tuple[int, ...], transposed: bool) -> 
 @pytest.mark.parametrize("in_cache", [True, False])
 def test_a_packed_file_holds_the_checkpoint(case: str, in_cache: bool, cache: Path) -> None:
     folder = GOLDEN / "checkpoints" / case
-    original, config = Checkpoint.open(folder), read_config(folder / "config.json")
+    original, config = Checkpoint.open(folder), read_config(folder)
     packed = pack(folder, cache) if in_cache else pack_in_memory(original, config, case, NARROW)
     # A standard file, by the library's judgement.
     stored = load_file(packed_files(cache)[0] if in_cache else f"/proc/self/fd/{packed.fd}")
@@ -213,7 +213,7 @@ def test_the_checksum_is_that_of_the_data(folder: Path, cache: Path) -> None:
 def test_a_file_of_another_shape_is_made_anew(folder: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     pack(folder, cache)
     (path,) = packed_files(cache)
-    checkpoint, config = Checkpoint.open(folder), read_config(folder / "config.json")
+    checkpoint, config = Checkpoint.open(folder), read_config(folder)
     pack_in_cache(path, checkpoint, config, "some/model", Layout("16", lambda _n_in, _n_out: 32))
     assert f"{path} is damaged; packing anew" in caplog.text
 
@@ -266,7 +266,7 @@ if limit:
 print("ready", flush=True)
 sys.stdin.readline()
 folder = Path(sys.argv[1])
-config = read_config(folder / "config.json")
+config = read_config(folder)
 network = loading.load_network(folder, config, "m", n_slots=1, size=1, blas="openblas")
 print([line.split()[-1] for line in open("/proc/self/maps") if ".v2.safetensors" in line], flush=True)
 """

@@ -32,7 +32,7 @@ def test_what_the_folder_holds() -> None:
 
 
 def test_model_and_tokenizer_belong_together() -> None:
-    config = read_config(DEMO_FOLDER / "config.json")
+    config = read_config(DEMO_FOLDER)
     generation = read_generation_config(DEMO_FOLDER, config)
     tokenizer = Tokenizer.from_folder(DEMO_FOLDER)
     assert tokenizer.vocab_size == config.vocab_size

@@ -2,13 +2,15 @@
 
 `config.json` holds the architecture's numbers. Every field that bears on the arithmetic is checked, so that a model is
 either computed as its makers meant or refused by the name of a field. The index of a checkpoint in several files is
-read here too. JSON files are read within bounds, and nothing heavy is imported.
+read here too. JSON files are read within bounds, and nothing heavy is imported. A checkpoint of nanoGPT holds these
+numbers itself, so it needs no `config.json`.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,9 @@ from fastgpt2.errors import CheckpointError, ConfigError, FastGPT2Error
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+TORCH_FILE = "pytorch_model.bin"
+TORCH_INDEX_FILE = "pytorch_model.bin.index.json"
+NANOGPT_FILE = "ckpt.pt"
 TOKENIZER_FILE = "tokenizer.json"
 VOCAB_FILE = "vocab.json"
 MERGES_FILE = "merges.txt"
@@ -39,9 +44,6 @@ TOKENIZER_SETS: tuple[tuple[str, ...], ...] = (
 )
 # What may stand beside them, and says more of the tokenizer.
 TOKENIZER_EXTRAS: tuple[str, ...] = (TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE, ADDED_TOKENS_FILE)
-
-# Never opened, but named in messages.
-PICKLE_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 # What no real model comes near: beyond these a file is damaged, or made to do harm.
 MAX_CONFIG_BYTES = 1 << 20
@@ -104,13 +106,17 @@ class GPT2Config:
         return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
 
 
-def read_config(path: Path) -> GPT2Config:
-    """Read and check a `config.json`.
+def read_config(folder: Path) -> GPT2Config:
+    """Read and check the `config.json` of a model's folder. Without one, the numbers of nanoGPT's `ckpt.pt` are taken.
 
     Raises:
         ConfigError: the file is missing, is no JSON object or no GPT-2, or holds a value that cannot be; the message
             names the file and the field.
+        CheckpointError: there is only a `ckpt.pt`, which is damaged or no checkpoint of nanoGPT.
     """
+    path = folder / CONFIG_FILE
+    if not path.exists() and (folder / NANOGPT_FILE).exists():
+        return _read_nanogpt(folder / NANOGPT_FILE)
     fields = read_json_object(path, MAX_CONFIG_BYTES, ConfigError)
     model_type = fields.get("model_type")
     if model_type != "gpt2":
@@ -141,6 +147,28 @@ def read_config(path: Path) -> GPT2Config:
         scale_attn_by_inverse_layer_idx=reader.flag("scale_attn_by_inverse_layer_idx", False),
         # `reorder_and_upcast_attn` needs no code: it computes scores in float32, as this engine always does.
         tie_word_embeddings=reader.flag("tie_word_embeddings", True),
+    )
+
+
+def _read_nanogpt(path: Path) -> GPT2Config:
+    """Return the numbers in a checkpoint of nanoGPT, and those that its code has in common for all models.
+
+    Source: `GPTConfig` and `MLP` in nanoGPT's model.py. Since June 2023 they compute the exact GELU.
+    """
+    from fastgpt2.engine.model.torch_file import TorchFile
+
+    reader = _Reader(path, TorchFile.open(path).nanogpt()[1])
+    n_embd, n_head = reader.size("n_embd", 768), reader.size("n_head", 12)
+    if n_embd % n_head:
+        raise ConfigError(f"{path}: n_embd {n_embd} is not divisible by n_head {n_head}")
+    return GPT2Config(
+        vocab_size=reader.size("vocab_size", 50304),
+        n_positions=reader.size("block_size", 1024),
+        n_embd=n_embd,
+        n_layer=reader.size("n_layer", 12),
+        n_head=n_head,
+        n_inner=4 * n_embd,
+        activation_function="gelu",
     )
 
 
@@ -184,15 +212,19 @@ class _Reader:
 def read_index(path: Path) -> dict[str, str]:
     """Read the `weight_map` of an index file: tensor name -> shard file name, each a plain name in the same folder.
 
+    The shards of `model.safetensors.index.json` end in `.safetensors`, those of `pytorch_model.bin.index.json` end in
+    `.bin`.
+
     Raises:
         CheckpointError: the file is malformed, or a shard's name leads out of the folder.
     """
+    suffix = "bin" if path.name == TORCH_INDEX_FILE else "safetensors"
+    plain_name = re.compile(rf"[^/\\\0\ud800-\udfff]{{1,255}}\.{suffix}")
     weight_map = read_json_object(path, MAX_INDEX_BYTES, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: weight_map is missing or empty")
-    suffix = path.name.removesuffix(".index.json").rpartition(".")[2]
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not re.fullmatch(rf"[^/\\\0\ud800-\udfff]{{1,255}}\.{suffix}", file):
+        if not isinstance(file, str) or not plain_name.fullmatch(file):
             raise CheckpointError(
                 f"{path}: tensor {name!r} is said to lie in {repr(file)[:_MAX_QUOTED]}, which is no plain file name"
             )
@@ -201,10 +233,18 @@ def read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
+def file_size(path: Path, error: type[FastGPT2Error]) -> int:
+    """Return a file's bytes; raise `error` if it is a folder, a device, or a pipe, which might never end."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise error(f"{path}: a folder, pipe or device; put the model's file in its place")
+    return status.st_size
+
+
 def read_json_object(path: Path, max_bytes: int, error: type[FastGPT2Error]) -> dict[str, Any]:
     """Read a JSON object from a file of at most `max_bytes`; raise `error`, naming the file, if it is anything else."""
     try:
-        size = path.stat().st_size
+        size = file_size(path, error)
         if size > max_bytes:
             raise error(f"{path}: {size} bytes; a file of this kind has at most {max_bytes}")
         value = json.loads(path.read_text("utf-8"))

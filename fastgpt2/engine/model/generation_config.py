@@ -99,13 +99,15 @@ def read_generation_config(folder: Path, config: GPT2Config, source: str = "auto
         ConfigError: `config.json` cannot be read, or an id or a length is none; the message names file and field.
     """
     notes: list[str] = []
+    gpt2_end = GPT2_END_OF_TEXT_ID if config.vocab_size > GPT2_END_OF_TEXT_ID else None
     path, fields = _find_fields(folder, source, notes)
+    if fields is None:  # a checkpoint of nanoGPT, which names no tokens
+        return GenerationConfig(gpt2_end, () if gpt2_end is None else (gpt2_end,), notes=tuple(notes))
     reader = _Reader(path, fields, config.vocab_size, notes)
     begins, ends = reader.token_ids("bos_token_id"), reader.token_ids("eos_token_id")
-    if not fields.keys() & {"bos_token_id", "eos_token_id"} and config.vocab_size > GPT2_END_OF_TEXT_ID:
-        # transformers generates nothing from an empty prompt then.
-        begins = (GPT2_END_OF_TEXT_ID,)
-    bos = begins[0] if begins else None
+    # Where neither is there, transformers generates nothing from an empty prompt.
+    named = fields.keys() & {"bos_token_id", "eos_token_id"}
+    bos = begins[0] if begins else None if named else gpt2_end
     if source == "none":
         return GenerationConfig(bos, ends, notes=tuple(notes))
     least, length = reader.length("min_new_tokens"), reader.length("min_length") or 0
@@ -113,16 +115,16 @@ def read_generation_config(folder: Path, config: GPT2Config, source: str = "auto
     return GenerationConfig(bos, ends, least, length, tuple(notes))
 
 
-def _find_fields(folder: Path, source: str, notes: list[str]) -> tuple[Path, dict[str, Any]]:
-    """Return the file that counts, and its fields."""
+def _find_fields(folder: Path, source: str, notes: list[str]) -> tuple[Path, dict[str, Any] | None]:
+    """Return the file that counts, and its fields; None if there is no file."""
     path, instead = folder / GENERATION_CONFIG_FILE, folder / CONFIG_FILE
     if source == "auto" and path.is_file():
         try:
             return path, read_json_object(path, MAX_CONFIG_BYTES, ConfigError)
         except ConfigError as reason:  # where it is no JSON, transformers goes on like that too, and without a word
             notes.append(f"{reason}; {CONFIG_FILE} counts in its place")
-    if not instead.is_file():  # a checkpoint that holds its own configuration
-        return instead, {"bos_token_id": GPT2_END_OF_TEXT_ID, "eos_token_id": GPT2_END_OF_TEXT_ID}
+    if not instead.is_file():
+        return instead, None
     fields = read_json_object(instead, MAX_CONFIG_BYTES, ConfigError)
     if fields.get("force_bos_token_to_be_generated"):  # the old name
         fields["forced_bos_token_id"] = fields.get("bos_token_id")

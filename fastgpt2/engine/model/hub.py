@@ -18,9 +18,12 @@ from pathlib import Path
 from fastgpt2.engine.model.config import (
     CONFIG_FILE,
     INDEX_FILE,
+    NANOGPT_FILE,
     SINGLE_FILE,
     TOKENIZER_EXTRAS,
     TOKENIZER_SETS,
+    TORCH_FILE,
+    TORCH_INDEX_FILE,
     read_config,
     read_index,
 )
@@ -33,10 +36,7 @@ DEMO_FOLDER = Path(__file__).parent.parent.parent / "models" / DEMO_MODEL
 DEFAULT_REVISION = "main"
 
 # The files of the weights, the first that are there: one file, or an index of several.
-WEIGHT_FILES = ((SINGLE_FILE, INDEX_FILE), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
-
-# The checkpoint of a nanoGPT, which holds its own configuration.
-NANOGPT_FILE = "ckpt.pt"
+WEIGHT_FILES = ((SINGLE_FILE, INDEX_FILE), (TORCH_FILE, TORCH_INDEX_FILE))
 
 # Files that every repository has and no program asks for by name: where one of them is in the cache, someone has
 # downloaded all of the revision.
@@ -109,7 +109,7 @@ def find_model(model: str, revision: str | None = None, with_tokenizer: bool = T
     if not (folder / CONFIG_FILE).is_file() and not (folder / NANOGPT_FILE).is_file():
         raise ModelNotFound(f"{model}: is a folder here and holds no {CONFIG_FILE}")
     if with_tokenizer and not _collect_tokenizer(partial(_look_up, folder)):
-        raise TokenizerError(_tokenizer_needed(model, folder / CONFIG_FILE))
+        raise TokenizerError(_tokenizer_needed(model, read_config(folder).vocab_size))
     return folder
 
 
@@ -150,13 +150,8 @@ def _look_up(folder: Path, name: str) -> Path | None:
     return path if path.is_file() else None
 
 
-def _tokenizer_needed(model: str, config: Path) -> str:
-    """Return the message for a model without a tokenizer; raise ConfigError if it is no GPT-2.
-
-    Args:
-        config: the path of its configuration, which a nanoGPT does not have.
-    """
-    vocab_size = read_config(config).vocab_size if config.is_file() else None
+def _tokenizer_needed(model: str, vocab_size: int | None) -> str:
+    """Return the message for a model without a tokenizer. Its `vocab_size` may be unknown."""
     needed = f"{model}: holds no tokenizer, which is {_TOKENIZER_FILES_IN_WORDS}"
     if vocab_size is None or vocab_size in _GPT2_VOCABULARIES:
         return f"{needed}; if the model was trained with GPT-2's own, add --tokenizer gpt2"
@@ -243,7 +238,7 @@ def _collect_model(fetch: Fetch, with_tokenizer: bool) -> Path | None:
     """
     config = fetch(CONFIG_FILE)
     if config is not None:
-        read_config(config)
+        read_config(config.parent)
     if with_tokenizer and not _collect_tokenizer(fetch):
         return None
     if config is None:
@@ -414,7 +409,10 @@ def _incompleteness(repo_id: str, revision: str, collect: Collect) -> ModelError
         return TokenizerError(f"{repo_id}: holds no tokenizer, which is {_TOKENIZER_FILES_IN_WORDS}")
     if not has_tokenizer and any(names.intersection(one) for one in (*WEIGHT_FILES, (NANOGPT_FILE,))):
         snapshot = _open_snapshot(repo_id, revision)
-        return TokenizerError(_tokenizer_needed(repo_id, (snapshot.folder if snapshot else Path()) / CONFIG_FILE))
+        vocab_size = None
+        if snapshot is not None and snapshot.look_up(CONFIG_FILE) is not None:
+            vocab_size = read_config(snapshot.folder).vocab_size
+        return TokenizerError(_tokenizer_needed(repo_id, vocab_size))
     return ModelNotFound(
         f"{repo_id}: revision {revision} is no complete model: it needs {CONFIG_FILE}, {SINGLE_FILE} (or {INDEX_FILE} "
         f"and its shards, or the same as pytorch_model.bin), and a tokenizer, which is {_TOKENIZER_FILES_IN_WORDS}"
