@@ -25,7 +25,7 @@ from fastgpt2.engine.kernels.panels import Layout
 from fastgpt2.engine.loading import load_network
 from fastgpt2.engine.model.checkpoint import Checkpoint
 from fastgpt2.engine.model.config import read_config
-from fastgpt2.engine.model.packing import PackedFile, checksum, pack_in_cache, pack_in_memory, pack_path
+from fastgpt2.engine.model.packing import PackedFile, Source, checksum, pack_in_cache, pack_in_memory, pack_path
 from fastgpt2.engine.model.weights import expected_shapes
 from fastgpt2.engine.network.gpt2 import GPT2
 from fastgpt2.engine.network.step import Segment
@@ -48,9 +48,12 @@ def folder(tmp_path: Path) -> Path:
 
 
 def pack(folder: Path, cache: Path) -> PackedFile:
-    checkpoint, config = Checkpoint.open(folder), read_config(folder / "config.json")
-    path = pack_path(cache, checkpoint, "some/model", NARROW)
-    return pack_in_cache(path, checkpoint, config, "some/model", NARROW)
+    source = find(folder)
+    return pack_in_cache(pack_path(cache, source, NARROW), source, NARROW)
+
+
+def find(folder: Path) -> Source:
+    return Source.find(folder, read_config(folder / "config.json"), "some/model")
 
 
 def load(folder: Path) -> GPT2:
@@ -85,7 +88,7 @@ def unpacked(stored: NDArray[Any], shape: tuple[int, ...], transposed: bool) -> 
 def test_a_packed_file_holds_the_checkpoint(case: str, in_cache: bool, cache: Path) -> None:
     folder = GOLDEN / "checkpoints" / case
     original, config = Checkpoint.open(folder), read_config(folder / "config.json")
-    packed = pack(folder, cache) if in_cache else pack_in_memory(original, config, case, NARROW)
+    packed = pack(folder, cache) if in_cache else pack_in_memory(find(folder), NARROW)
     # A standard file, by the library's judgement.
     stored = load_file(packed_files(cache)[0] if in_cache else f"/proc/self/fd/{packed.fd}")
     head = "wte.weight" if config.tie_word_embeddings else "lm_head.weight"
@@ -213,8 +216,7 @@ def test_the_checksum_is_that_of_the_data(folder: Path, cache: Path) -> None:
 def test_a_file_of_another_shape_is_made_anew(folder: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     pack(folder, cache)
     (path,) = packed_files(cache)
-    checkpoint, config = Checkpoint.open(folder), read_config(folder / "config.json")
-    pack_in_cache(path, checkpoint, config, "some/model", Layout("16", lambda _n_in, _n_out: 32))
+    pack_in_cache(path, find(folder), Layout("16", lambda _n_in, _n_out: 32))
     assert f"{path} is damaged; packing anew" in caplog.text
 
 
@@ -268,7 +270,7 @@ sys.stdin.readline()
 folder = Path(sys.argv[1])
 config = read_config(folder / "config.json")
 network = loading.load_network(folder, config, "m", n_slots=1, size=1, blas="openblas")
-print([line.split()[-1] for line in open("/proc/self/maps") if ".v2.safetensors" in line], flush=True)
+print([line.split()[-1] for line in open("/proc/self/maps") if ".v3.safetensors" in line], flush=True)
 """
 
 

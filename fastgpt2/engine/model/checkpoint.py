@@ -7,12 +7,10 @@ taken, and the offsets are then read from the same header.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import mmap
 import struct
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from fastgpt2.engine.kernels.panels import STORED_TYPES, widen
-from fastgpt2.engine.model.config import INDEX_FILE, PICKLE_FILES, SINGLE_FILE, read_index
+from fastgpt2.engine.model.config import INDEX_FILE, SINGLE_FILE, read_index
+from fastgpt2.engine.model.diagnosis import explain_folder
+from fastgpt2.engine.model.lfs_pointer import explain_pointer, is_pointer
 from fastgpt2.errors import CheckpointError
 
 # gpt2-xl's header has 60 KB. The library would accept 100 MB, which Python's JSON turns into gigabytes.
@@ -33,7 +33,8 @@ _MADV_POPULATE_READ = 22
 # The tensors that can be viewed, by safetensors' names of their dtypes. I8 is found in packed files only.
 NUMPY_TYPES: dict[str, np.dtype[Any]] = {stored.safetensors: stored.numpy for stored in STORED_TYPES.values()}
 NUMPY_TYPES["F16"] = np.dtype(np.float16)
-_FLOATING = ("F32", "F16", "BF16")
+NUMPY_TYPES["F64"] = np.dtype(np.float64)
+_FLOATING = ("F32", "F16", "BF16", "F64")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +48,26 @@ class TensorInfo:
     stop: int
 
 
+@dataclass(frozen=True, slots=True)
+class WeightFiles:
+    """The files that hold a model's weights.
+
+    Attributes:
+        format: "safetensors", "torch" or "nanogpt".
+        files: the files, in the order of their names.
+    """
+
+    format: str
+    files: tuple[Path, ...]
+
+
 class Checkpoint:
     """The tensors of a model's folder, by name. Views stay valid as long as any of them, or this object, is alive."""
 
-    def __init__(self, tensors: dict[str, TensorInfo], maps: dict[Path, mmap.mmap]) -> None:
-        self.tensors, self._maps = tensors, maps
+    def __init__(
+        self, tensors: dict[str, TensorInfo], maps: dict[Path, mmap.mmap], file_format: str = "safetensors"
+    ) -> None:
+        self.tensors, self._maps, self.format = tensors, maps, file_format
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
@@ -60,34 +76,12 @@ class Checkpoint:
         Raises:
             CheckpointError: neither exists, a file is damaged, or it does not hold what the index says.
         """
-        if (folder / SINGLE_FILE).exists():
-            tensors, mapped = map_file(folder / SINGLE_FILE)
-            return cls(tensors, {folder / SINGLE_FILE: mapped})
-        if not (folder / INDEX_FILE).exists():
-            raise CheckpointError(_nothing_to_open(folder))
-        index = read_index(folder / INDEX_FILE)
-        shards: dict[str, TensorInfo] = {}
+        tensors: dict[str, TensorInfo] = {}
         maps: dict[Path, mmap.mmap] = {}
-        for shard in sorted(set(index.values())):
-            present, maps[folder / shard] = map_file(folder / shard)
-            listed = {name for name, file in index.items() if file == shard}
-            for name in listed - present.keys():
-                raise CheckpointError(f"{folder / shard}: tensor {name!r} is missing; {INDEX_FILE} lists it here")
-            for name in present.keys() - listed:
-                raise CheckpointError(f"{folder / shard}: tensor {name!r} is not listed here by {INDEX_FILE}")
-            shards.update(present)
-        return cls(shards, maps)
-
-    @cached_property
-    def identity(self) -> str:
-        """A digest that changes whenever a file does: of sizes, times of change, and the place of every tensor."""
-        digest = hashlib.sha256()
-        for file in sorted({file.resolve() for file in {info.file for info in self.tensors.values()}}):
-            status = file.stat()
-            digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
-        for name, info in sorted(self.tensors.items()):
-            digest.update(f"{name} {info.dtype} {info.shape} {info.start}\n".encode())
-        return digest.hexdigest()[:16]
+        for file in weight_files(folder).files:
+            present, maps[file] = map_file(file)
+            tensors.update(present)
+        return cls(tensors, maps)
 
     def view(self, name: str) -> NDArray[Any]:
         """Return the tensor as it lies in the file, read-only, without a copy; a BF16 tensor as its bits, in uint16.
@@ -128,12 +122,28 @@ class Checkpoint:
         )
 
 
+def weight_files(folder: Path) -> WeightFiles:
+    """Find the files that hold a model's weights; nothing but an index is read.
+
+    Raises:
+        CheckpointError: there are none, or the index is malformed.
+    """
+    if (folder / SINGLE_FILE).exists():
+        return WeightFiles("safetensors", (folder / SINGLE_FILE,))
+    if not (folder / INDEX_FILE).exists():
+        raise CheckpointError(explain_folder(folder))
+    shards = sorted(set(read_index(folder / INDEX_FILE).values()))
+    return WeightFiles("safetensors", tuple(folder / shard for shard in shards))
+
+
 def map_file(path: Path) -> tuple[dict[str, TensorInfo], mmap.mmap]:
     """Validate a safetensors file, list its tensors and map it read-only.
 
     Raises:
         CheckpointError: the file is not a safetensors file, is damaged or truncated, or has a header beyond the limit.
     """
+    if is_pointer(path):
+        raise CheckpointError(explain_pointer(path))
     try:
         header, data_start = _read_header(path)
         with safe_open(path, framework="numpy"):
@@ -193,14 +203,3 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) < len(pairs):
         raise ValueError("a name occurs twice")
     return result
-
-
-def _nothing_to_open(folder: Path) -> str:
-    for name in PICKLE_FILES:
-        if (folder / name).exists():
-            return (
-                f"{folder}: holds {name} but no {SINGLE_FILE}. A .bin file is a pickle, which can run any code and is "
-                f"never opened here; convert it once, where you trust it: python -c 'from transformers import "
-                f'GPT2LMHeadModel as M; M.from_pretrained("{folder}").save_pretrained("converted")\''
-            )
-    return f"{folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}"
