@@ -98,7 +98,7 @@ def test_every_tensor_that_the_public_gpt2_has_is_expected() -> None:
     ("change", "message"),
     [
         (lambda h: h.pop("h.1.mlp.c_fc.bias"), DAMAGED),
-        (rename("h.1.mlp.c_fc.bias", "h.1.mlp.c_fc.bia"), "c_fc.bias' is missing, and there are 'h.1.mlp.c_fc.bia', which"),
+        (rename("h.1.mlp.c_fc.bias", "h.1.mlp.c_fc.bia"), "c_fc.bias' is missing, and there are 'h.1.mlp.c_fc.bia'"),
         (rename("wte.weight", "h.7.ln_1.weight"), r"tensor 'wte\.weight' is missing; fetch the file again"),
         (rename("h.0.ln_1.bias", "h.0.attn.bias"), r"model\.safetensors: tensor 'h\.0\.ln_1\.bias' is missing"),
         (lambda h: h["wpe.weight"]["shape"].reverse(), r"'wpe.weight' has the shape \[35, 32\]; config.json implies"),
