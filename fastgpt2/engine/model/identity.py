@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 # A block of this size is read from each of `BLOCK_SPACING` bytes, but at most `MAX_BLOCKS` blocks of all files.
-# 475 of them (gpt2 in float32) take a millisecond when the system has the files in memory.
+# 522 of them (gpt2 in float32) take 1.5 ms if the system has the file in memory.
 BLOCK_BYTES = 1 << 10
 BLOCK_SPACING = 1 << 20
 MAX_BLOCKS = 1024
@@ -60,11 +60,14 @@ def _add_file(digest: hashlib._Hash, file: Path, spacing: int) -> None:
         if not spacing:
             digest.update(os.pread(fd, size, 0))
             return
-        # Blocks far apart: what the system reads ahead of them would be of no use.
+        blocks = range(spacing, size, spacing)
         if hasattr(os, "posix_fadvise"):
+            # What follows a block is of no use. And what is not in memory is read at once, not block after block.
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+            for at in blocks:
+                os.posix_fadvise(fd, at, BLOCK_BYTES, os.POSIX_FADV_WILLNEED)
         digest.update(os.pread(fd, _first_bytes(fd, size), 0))
-        for at in range(spacing, size, spacing):
+        for at in blocks:
             digest.update(os.pread(fd, BLOCK_BYTES, at))
         digest.update(os.pread(fd, EDGE_BYTES, max(0, size - EDGE_BYTES)))
     finally:
