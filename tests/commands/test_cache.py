@@ -288,6 +288,11 @@ class TestStates:
         assert names(prune(capsys)["removed"]) == [path.name]
         assert pack(capsys, folder) == again
 
+    def test_source_changed_under_the_same_time(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        path = pack(capsys, folder)
+        flip_last_byte(folder / "model.safetensors", keep_time=True)
+        assert states(capsys) == {path.name: "source changed"}
+
     def test_source_gone(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         path = pack(capsys, folder)
         shutil.rmtree(folder)

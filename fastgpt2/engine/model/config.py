@@ -12,11 +12,12 @@ import json
 import logging
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastgpt2.engine.model.lfs_pointer import explain_pointer, is_pointer
 from fastgpt2.errors import CheckpointError, ConfigError, FastGPT2Error
 
 log = logging.getLogger("fastgpt2.engine")
@@ -48,8 +49,25 @@ ACTIVATION_FUNCTIONS = frozenset(
     {"gelu_new", "gelu", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "swish", "tanh"}
 )
 
-# Settings that change what the model computes and that this engine does not have: refused unless off.
-_REFUSED_UNLESS_FALSY = ("add_cross_attention", "is_encoder_decoder", "pruned_heads", "quantization_config")
+# Model types that are taken for GPT-2s, and what they are.
+_OTHER_TYPES = {
+    "gpt_bigcode": "a GPT-2 with multi-query attention",
+    "gpt_neo": "GPT-Neo",
+    "gpt_neox": "GPT-NeoX",
+    "gptj": "GPT-J",
+    "openai-gpt": "the first GPT",
+    "imagegpt": "a model of pixels",
+    "decision_transformer": "a model of actions",
+    "vision-encoder-decoder": "a model of captions, which may have a GPT-2 in it that needs an image",
+    "encoder-decoder": "a translating model, which may have a GPT-2 in it that needs an input of its own",
+    "speech-encoder-decoder": "a model of speech, which may have a GPT-2 in it that needs sound",
+}
+
+# Heads that give no text, as classes of transformers and of others name them.
+_NO_TEXT = re.compile(r"Classif|QuestionAnswering|MultipleChoice|Regress|Reward|Embedding|Retriev", re.IGNORECASE)
+
+# The remedy for quantised weights, of which there is always an original.
+UNQUANTISED = "Name the model that it was made from, in float32, float16 or bfloat16"
 
 # Other names of some fields. Source: `GPT2Config.attribute_map` in transformers.
 _OTHER_NAMES = (
@@ -110,12 +128,9 @@ def read_config(folder: Path) -> GPT2Config:
     if not path.exists() and (folder / NANOGPT_FILE).exists():
         return _read_nanogpt(folder / NANOGPT_FILE)
     fields = _read_json_object(path, MAX_CONFIG_BYTES, ConfigError)
-    model_type = fields.get("model_type")
-    if model_type != "gpt2":
-        raise ConfigError(f"{path}: model_type is {_quote(model_type)}; fastgpt2 runs GPT-2 models (model_type 'gpt2')")
-    for name in _REFUSED_UNLESS_FALSY:
-        if fields.get(name):
-            raise ConfigError(f"{path}: {name} is {_quote(fields[name])}; fastgpt2 does not support it")
+    problem = config_problem(fields)
+    if problem:
+        raise ConfigError(f"{path}: {problem}")
 
     reader = _Reader(path, _by_first_names(path, fields))
     n_embd = reader.size("n_embd", 768)
@@ -170,6 +185,38 @@ def _read_nanogpt(path: Path) -> GPT2Config:
         bos_token_id=ends[0] if ends else None,
         eos_token_ids=ends,
     )
+
+
+def config_problem(fields: Mapping[str, Any]) -> str | None:
+    """Return why the fields of a `config.json` are no causal GPT-2's, and what to do; None if they may be.
+
+    Two fields of models that are served look as if they mattered: heads in `pruned_heads` are computed, as transformers
+    computes them since its version 5, and cross attention (`add_cross_attention`) has nothing to attend to.
+    """
+    model_type = fields.get("model_type")
+    if model_type is None:
+        return 'there is no model_type. If the model is a GPT-2, add "model_type": "gpt2" to this file'
+    if model_type != "gpt2":
+        known = _OTHER_TYPES.get(model_type) if isinstance(model_type, str) else None
+        what = f", {known}" if known else ""
+        return f"model_type is {_quote(model_type)}{what}; fastgpt2 runs GPT-2 models (model_type 'gpt2')"
+    if fields.get("is_encoder_decoder"):
+        return "is_encoder_decoder is true: the model needs an input of its own beside the text; name a causal GPT-2"
+    quantised = fields.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        how = f" ({method if isinstance(method, str) else 'quantization_config'})"[:_MAX_QUOTED]
+        return f"quantization_config says that the weights are quantised{how}. {UNQUANTISED}"
+    if fields.get("attention_head_type") == "multiquery":
+        return "attention_head_type is 'multiquery', which a GPT-2 has not; fastgpt2 runs GPT-2 models"
+    architectures = fields.get("architectures")
+    for name in architectures if isinstance(architectures, list) else []:
+        if isinstance(name, str) and _NO_TEXT.search(name):
+            return (
+                f"architectures is {_quote(name)}: the model judges text and writes none; name a causal GPT-2. To have "
+                'its transformer write text all the same, set architectures to ["GPT2LMHeadModel"] in this file'
+            )
+    return None
 
 
 def _by_first_names(path: Path, fields: dict[str, Any]) -> dict[str, Any]:
@@ -261,6 +308,8 @@ def _read_json_object(path: Path, max_bytes: int, error: type[FastGPT2Error]) ->
     except OSError as reason:
         raise error(f"{path}: cannot be read ({reason.strerror or reason})") from None
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as reason:
+        if is_pointer(path):
+            raise error(explain_pointer(path)) from None
         raise error(f"{path}: not valid JSON ({reason})") from None
     if not isinstance(value, dict):
         raise error(f"{path}: not a JSON object but {_quote(value)}")
