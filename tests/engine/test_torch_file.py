@@ -208,6 +208,8 @@ def test_a_models_tensors_may_stand_under_a_name(tmp_path: Path, wrapper: str, w
         (b"\x80\2](K\1e.", r"but one value \(list\)"),
         (b"\x80\2cargparse\nNamespace\n)\x81.", r"but one value \(argparse.Namespace\)"),
         (state_dict(), "no tensors by name; at its top there are no entries"),
+        (state_dict(key("a" * 10_000), b"N"), "at its top there are 'a{79}; save"),
+        (state_dict(key("a" * 501), tensor()), "a tensor's name has 501 characters"),
         (state_dict(key("epoch"), b"K\3", key("lr"), b"K\1"), "at its top there are 'epoch', 'lr'"),
         (
             state_dict(
@@ -397,6 +399,7 @@ def test_names_that_would_collide_cost_no_time(tmp_path: Path) -> None:
     assert Checkpoint.open(write_zip(tmp_path, raw)).tensors.keys() == {"a.b"}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["every_dtype", "every_dtype_old_format"])
 def test_a_file_that_ends_too_early_is_refused(tmp_path: Path, name: str) -> None:
     whole = (FILES / name / "pytorch_model.bin").read_bytes()
@@ -436,6 +439,9 @@ def test_the_oldest_format_is_told(tmp_path: Path) -> None:
 def test_what_is_no_file_is_refused_at_once(tmp_path: Path, name: str, make: Callable[[Path], None]) -> None:
     make(tmp_path / name)
     assert f"{name}: a folder, pipe or device" in refusal(tmp_path)
+    make(tmp_path / "config.json")
+    with pytest.raises(ConfigError, match=r"config\.json: a folder, pipe or device"):
+        read_config(tmp_path)
 
 
 class TestZip:

@@ -25,11 +25,11 @@ from fastgpt2.engine.model.config import (
     SINGLE_FILE,
     TORCH_FILE,
     TORCH_INDEX_FILE,
+    file_size,
     read_index,
 )
 from fastgpt2.engine.model.diagnosis import explain_folder
 from fastgpt2.engine.model.lfs_pointer import explain_pointer, is_pointer
-from fastgpt2.engine.model.torch_file import TorchFile, file_size
 from fastgpt2.errors import CheckpointError
 
 # gpt2-xl's header has 60 KB. The library would accept 100 MB, which Python's JSON turns into gigabytes.
@@ -218,7 +218,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     """Return the JSON header, which the library is to validate, and the byte at which tensor data begins."""
-    size = file_size(path)
+    size = file_size(path, CheckpointError)
     with path.open("rb") as file:
         start = file.read(8)
         if len(start) < 8:
@@ -249,6 +249,9 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _map_torch_file(path: Path, file_format: str) -> tuple[dict[str, TensorInfo], mmap.mmap]:
     """List the tensors of a file of torch.save, of the model if there are others, and map the file read-only."""
+    # Most models are loaded without: it takes milliseconds of every start.
+    from fastgpt2.engine.model.torch_file import TorchFile
+
     file = TorchFile.open(path)
     stored = file.nanogpt()[0] if file_format == "nanogpt" else file.state_dict()
     tensors = {

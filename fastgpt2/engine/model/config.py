@@ -294,14 +294,20 @@ def read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
+def file_size(path: Path, error: type[FastGPT2Error]) -> int:
+    """Return a file's bytes; raise `error` if it is a folder, a device, or a pipe, which might never end."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise error(f"{path}: a folder, pipe or device; put the model's file in its place")
+    return status.st_size
+
+
 def _read_json_object(path: Path, max_bytes: int, error: type[FastGPT2Error]) -> dict[str, Any]:
     """Read a JSON object from a file of at most `max_bytes`; raise `error`, naming the file, if it is anything else."""
     try:
-        status = path.stat()
-        if stat.S_ISFIFO(status.st_mode):
-            raise error(f"{path}: a pipe, which might never end; put the file in its place")
-        if status.st_size > max_bytes:
-            raise error(f"{path}: {status.st_size} bytes; a file of this kind has at most {max_bytes}")
+        size = file_size(path, error)
+        if size > max_bytes:
+            raise error(f"{path}: {size} bytes; a file of this kind has at most {max_bytes}")
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise error(f"{path}: no such file") from None

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 import mmap
-import stat
 import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastgpt2.engine.model.config import file_size
 from fastgpt2.engine.model.torch_names import TENSORS_OF_OTHER_KINDS, Inert, UnknownName
 from fastgpt2.engine.model.torch_pickle import MAX_PICKLE_BYTES, BadPickle, Storage, Tensor, TorchPickle
 from fastgpt2.engine.model.zip_directory import BadZip, ZipEntry, read_directory
@@ -25,6 +25,7 @@ from fastgpt2.errors import CheckpointError
 # tables take twice the file, and twelve layers that share all their weights less than twelve times.
 MAX_SHARING = 16
 _SMALL_BYTES = 1 << 20
+_MAX_NAME = 500
 
 # Source: torch/serialization.py.
 _MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
@@ -97,7 +98,7 @@ class TorchFile:
             raise CheckpointError(
                 f"{path}: damaged, or not written by torch.save ({reason}); fetch it again, or save it again with torch"
             ) from None
-        raise CheckpointError(f"{path}: {_what_it_is(mapped)}")
+        raise CheckpointError(f"{path}: {_what_it_is(path, mapped)}")
 
     def state_dict(self) -> dict[str, StoredTensor]:
         """Return the tensors of a model, by name: those of the file, or of the one dict in it that holds a model's.
@@ -116,7 +117,7 @@ class TorchFile:
         if wrapped:
             return self._tensors(self._root[wrapped[0]])
         if not _has_tensors(self._root):
-            names = ", ".join(repr(name) for name in list(self._root)[:5])
+            names = ", ".join(repr(name)[:80] for name in list(self._root)[:5])
             raise self._error(f"holds no tensors by name; at its top there are {names or 'no entries'}")
         return self._tensors(self._root)
 
@@ -140,6 +141,8 @@ class TorchFile:
         tensors = {}
         total = 0
         for name, value in values.items():
+            if type(name) is str and len(name) > _MAX_NAME:
+                raise self._error(f"a tensor's name has {len(name)} characters")
             if type(value) is Inert and value.name in TENSORS_OF_OTHER_KINDS:
                 raise self._error(f"tensor {name!r} is quantized, sparse or without numbers ({value.name})")
             if type(value) is not Tensor or type(name) is not str:
@@ -168,18 +171,10 @@ class TorchFile:
         )
 
 
-def file_size(path: Path) -> int:
-    """Return a file's bytes; raise CheckpointError if it is a folder, a pipe, which might never end, or a device."""
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError(f"{path}: a folder, pipe or device; put the model's file in its place")
-    return status.st_size
-
-
 def _map(path: Path) -> mmap.mmap:
     """Map a file read-only; raise CheckpointError if that is not possible."""
     try:
-        if file_size(path) == 0:
+        if file_size(path, CheckpointError) == 0:
             raise CheckpointError(f"{path}: empty; fetch it again")
         with path.open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -279,15 +274,19 @@ def _refusal(path: Path, name: str) -> str:
             f"its pickle asks to run {name}, as harmful files do and weights never need; nothing of it was run. Do not "
             "open it with anything else: delete it, and take the model from somebody whom you trust"
         )
-    program = _TO_PLAIN_VALUES.format(path=f'"{path}"')
     return (
         f"its pickle asks for {name}, which is neither a tensor nor a plain value; nothing of it was run. If you trust "
-        f"whoever made it, keep its tensors and plain values only, with torch and what {name} is of: "
-        f"python -c '{program}'"
+        f"whoever made it, keep its tensors and plain values only, with torch and the package of {name}: "
+        f"{_command_to_plain_values(path)}"
     )
 
 
-def _what_it_is(mapped: mmap.mmap) -> str:
+def _command_to_plain_values(path: Path) -> str:
+    program = _TO_PLAIN_VALUES.format(path=f'"{path}"')
+    return f"python -c '{program}'"
+
+
+def _what_it_is(path: Path, mapped: mmap.mmap) -> str:
     """Return what to say of a file that torch.save has not written, by how it begins."""
     begin = mapped[:1024]
     if begin.startswith(b"version https://git-lfs"):
@@ -296,8 +295,8 @@ def _what_it_is(mapped: mmap.mmap) -> str:
         return "a web page, not weights; fetch the file again, and look at it if it comes again"
     if begin[257:262] == b"ustar":
         return (
-            "in the format of torch before 0.2, a tar file; load it with torch and save it again: "
-            "torch.save(torch.load(..., weights_only=False), ...)"
+            "in the format of torch before 0.2, a tar file. If you trust whoever made it, save it again with torch: "
+            f"{_command_to_plain_values(path)}"
         )
     if not begin.strip(b"\0"):
         return "filled with zeros, so the download was not finished; fetch it again"
