@@ -266,8 +266,9 @@ def _listdir(folder: Path) -> list[str]:
 def read_small_json(path: Path) -> Mapping[str, Any]:
     """Return the JSON object in a small file; {} if there is none."""
     try:
-        with path.open("rb") as file:
-            value = json.loads(file.read(_MAX_JSON_BYTES))
+        if not path.is_file() or path.stat().st_size > _MAX_JSON_BYTES:
+            return {}
+        value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
@@ -378,7 +379,7 @@ def _explain_other_name(listing: _Listing) -> str | None:
     for name in sorted(
         listing.top, key=lambda name: (next((i for i, end in enumerate(ends) if name.endswith(end)), 9), name)
     ):
-        if not name.endswith(ends) or _NOT_WEIGHTS.fullmatch(name) or _SHARD.fullmatch(name):
+        if not name.endswith(ends) or name in WEIGHT_FILES or _NOT_WEIGHTS.fullmatch(name) or _SHARD.fullmatch(name):
             continue
         wanted = "model.safetensors" if name.endswith(".safetensors") else "pytorch_model.bin"
         return f"holds {name} but no {wanted}; if these are the model's weights, rename the file to {wanted}"
