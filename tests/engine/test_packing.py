@@ -310,12 +310,13 @@ def test_code_of_a_models_own_is_told(folder: Path, cache: Path) -> None:
         assert note.startswith(f"{folder / 'config.json'}: auto_map names code of its own for the model, 'modeling_x.X")
 
 
-def test_a_weights_file_that_cannot_be_read(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors").symlink_to("model.safetensors")
-    config = read_config(folder)
-    with pytest.raises(CheckpointError):
-        packing.pack(folder, config, "m", NARROW)
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_a_weights_file_that_cannot_be_read(folder: Path, kind: str) -> None:
+    path = folder / "model.safetensors"
+    path.unlink()
+    os.mkfifo(path) if kind == "pipe" else path.mkdir()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read \("):
+        packing.pack(folder, read_config(folder), "m", NARROW)
 
 
 def test_what_a_killed_process_left_does_no_harm(folder: Path, cache: Path) -> None:

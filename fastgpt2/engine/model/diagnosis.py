@@ -66,7 +66,7 @@ _OTHER_FORMS = (
     ("flax_model.msgpack.index.json", "the weights for Flax"),
     ("tf_model.h5", "the weights for TensorFlow"),
     ("tf_model.h5.index.json", "the weights for TensorFlow"),
-    (".ckpt.index", "a checkpoint of TensorFlow"),
+    (".index", "a checkpoint of TensorFlow"),
     (".onnx", "the network for ONNX"),
     ("openvino_model.bin", "the network for OpenVINO"),
     (".tflite", "the network for TensorFlow Lite"),
@@ -78,25 +78,32 @@ _OTHER_FORMS = (
 _CONVERSIONS = {
     ".gguf": (
         "torch transformers gguf",
-        "from transformers import AutoModelForCausalLM as M; m = M.from_pretrained({folder}, gguf_file={file}); "
+        "from transformers import AutoModelForCausalLM as M; m = M.from_pretrained({model}, gguf_file={file}); "
         'm.hf_quantizer = None; del m.config.quantization_config; m.save_pretrained("converted")',
     ),
     "flax_model.msgpack": (
         'torch "transformers<5" flax',
         "from transformers import GPT2Config as C, GPT2LMHeadModel as M; from transformers.modeling_flax_pytorch_utils "
-        "import load_flax_checkpoint_in_pytorch_model as load; load(M(C.from_pretrained({folder})), {path})"
+        "import load_flax_checkpoint_in_pytorch_model as load; load(M(C.from_pretrained({model})), {path})"
         '.save_pretrained("converted")',
     ),
     "tf_model.h5": (
         'torch "transformers<5" tensorflow tf-keras',
         "from transformers import GPT2Config as C, GPT2LMHeadModel as M; from transformers.modeling_tf_pytorch_utils "
-        "import load_tf2_checkpoint_in_pytorch_model as load; load(M(C.from_pretrained({folder})), {path}, "
+        "import load_tf2_checkpoint_in_pytorch_model as load; load(M(C.from_pretrained({model})), {path}, "
         'allow_missing_keys=True).save_pretrained("converted")',
     ),
 }
 
-# How the names of tokenizers' files begin.
-_OF_TOKENIZERS = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece")
+# Any of these is a tokenizer.
+_TOKENIZERS = (
+    ("tokenizer.json",),
+    ("vocab.json", "merges.txt"),
+    ("vocab.txt",),
+    ("spiece.model",),
+    ("tokenizer.model",),
+    ("sentencepiece.bpe.model",),
+)
 
 # What a download leaves while it runs.
 _UNFINISHED = (".incomplete", ".part", ".crdownload", ".aria2", ".download")
@@ -118,7 +125,9 @@ def refuse_adapter(folder: Path) -> None:
     Beside a model too: transformers would put the adapter on the base model that the adapter names.
     """
     if (folder / ADAPTER_FILE).exists():
-        raise ConfigError(f"{folder}: " + _adapter(str(folder), _read_json(folder / ADAPTER_FILE), _listdir(folder)))
+        raise ConfigError(
+            f"{folder}: " + _adapter(str(folder), read_small_json(folder / ADAPTER_FILE), _listdir(folder))
+        )
 
 
 def refuse_stored_names(files: Mapping[str, Path]) -> None:
@@ -138,7 +147,7 @@ def refuse_stored_names(files: Mapping[str, Path]) -> None:
 
 def custom_code(folder: Path) -> str | None:
     """Return a sentence for people if `config.json` names code of its own for the model; None if it does not."""
-    auto_map = _read_json(folder / CONFIG_FILE).get("auto_map")
+    auto_map = read_small_json(folder / CONFIG_FILE).get("auto_map")
     if not isinstance(auto_map, dict) or "AutoModelForCausalLM" not in auto_map:
         return None
     code = _quote(auto_map["AutoModelForCausalLM"])
@@ -158,7 +167,7 @@ def explain_folder(path: Path) -> str:
     for name in (CONFIG_FILE, *sorted(name for name in names if "/" not in name)):
         if is_pointer(path / name):
             return explain_pointer(path / name)
-    return explain_names(str(path), names, lambda name: _read_json(path / name))
+    return explain_names(str(path), names, lambda name: read_small_json(path / name))
 
 
 def explain_names(model: str, names: Iterable[str], read_json: ReadJson) -> str:
@@ -179,37 +188,58 @@ def explain_names(model: str, names: Iterable[str], read_json: ReadJson) -> str:
 
 def _adapter(model: str, fields: Mapping[str, Any], names: Iterable[str]) -> str:
     """Return the sentence for a PEFT adapter, with the fields of its `adapter_config.json`."""
-    base = fields.get("base_model_name_or_path") or fields.get("model_name")
-    of = f"of {base[:_MOST_QUOTED]}" if isinstance(base, str) else "of a model that it does not name"
-    what = f"is a PEFT adapter {of} and no model"
-    kind, task = fields.get("peft_type"), fields.get("task_type")
-    if isinstance(task, str) and task != "CAUSAL_LM":
-        return f"{what}, for the task {_quote(task)}, which writes no text; name a causal GPT-2"
+    base = _text(fields.get("base_model_name_or_path")) or _text(fields.get("model_name"))
+    kind, task = _text(fields.get("peft_type")), _text(fields.get("task_type"))
+    what = f"is a PEFT adapter of {base or 'a model that it does not name'}, and no model itself"
+    if task and task != "CAUSAL_LM":
+        return f"{what}; it is for the task {task}, which writes no text. Name a causal GPT-2"
     if kind in _PROMPT_ADAPTERS:
-        return f"{what}. It changes the prompt and no weights, so it cannot be merged ({kind}); name a whole model"
-    text = (
-        f"{what}. Merge the two (with the packages torch, transformers and peft) by "
-        + _command(
-            "from peft import AutoPeftModelForCausalLM as M; "
-            f'M.from_pretrained({json.dumps(model)}).merge_and_unload().save_pretrained("merged")'
-        )
-        + " and name the folder merged"
+        return f"{what}; it changes the prompt and no weights ({kind}), so that it cannot be merged. Name a whole model"
+    code = (
+        "from peft import AutoPeftModelForCausalLM as M; "
+        f'M.from_pretrained({json.dumps(model)}).merge_and_unload().save_pretrained("merged")'
     )
-    tokenizer = model if any(name.startswith(_OF_TOKENIZERS) for name in names) else base
-    text += f", with --tokenizer {shlex.quote(tokenizer)}" if isinstance(tokenizer, str) else ""
-    if any(name in WEIGHT_FILES for name in names):
-        text += f". If {ADAPTER_FILE} is only left over from before a merge, remove it"
-    return text
+    tokenizer = _tokenizer_option(model, names) or (f" with --tokenizer {shlex.quote(base)}" if base else "")
+    left_over = f". If {ADAPTER_FILE} is left over from before a merge, remove it" if _has_weights(names) else ""
+    return (
+        f"{what}. Merge the two (pip install torch transformers peft) by {_command(code)}, and name the folder merged"
+        f"{tokenizer}{left_over}"
+    )
 
 
-def _conversion(model: str, name: str, end: str) -> str:
+def _conversion(listing: _Listing, name: str, end: str) -> str:
     """Return what to do with a file of another form."""
     if end not in _CONVERSIONS:
         return "Name the model that it was made from, as safetensors or pytorch_model.bin"
     packages, code = _CONVERSIONS[end]
-    path = f"{model.rstrip('/')}/{name}"
-    code = code.format(folder=json.dumps(model), file=json.dumps(name), path=json.dumps(path))
-    return f"Convert it (pip install {packages}) by {_command(code)}, and name the folder converted"
+    model = json.dumps(listing.model)
+    path = f"__import__({json.dumps('huggingface_hub')}).hf_hub_download({model}, {json.dumps(name)})"
+    if Path(listing.model).is_dir():
+        path = json.dumps(str(Path(listing.model) / name))
+    command = _command(code.format(model=model, file=json.dumps(name), path=path))
+    return (
+        f"Convert it (pip install {packages}) by {command}, and name the folder converted"
+        f"{_tokenizer_option(listing.model, listing.names)}"
+    )
+
+
+def _tokenizer_option(model: str, names: Iterable[str]) -> str:
+    """Return how to give the tokenizer of a model to what was made of the model; "" if there is none."""
+    return f" with --tokenizer {shlex.quote(model)}" if _has_tokenizer(names) else ""
+
+
+def _has_tokenizer(names: Iterable[str]) -> bool:
+    there = frozenset(names)
+    return any(there.issuperset(files) for files in _TOKENIZERS)
+
+
+def _has_weights(names: Iterable[str]) -> bool:
+    return any(name in WEIGHT_FILES for name in names)
+
+
+def _text(value: object) -> str:
+    """Return a text of a JSON file as a message shows it; "" if it is none."""
+    return value[:_MOST_QUOTED] if isinstance(value, str) else ""
 
 
 def _command(code: str) -> str:
@@ -217,31 +247,28 @@ def _command(code: str) -> str:
 
 
 def _listdir(folder: Path) -> list[str]:
-    """Return the files of a folder and of the folders directly in it, at most `_MAX_FILES`."""
+    """Return the files of a folder and of the folders directly in it, at most about `_MAX_FILES`."""
     names: list[str] = []
-    # What huggingface_hub has not finished to download into a folder lies there.
-    unfinished = folder / ".cache" / "huggingface" / "download"
-    for place in (folder, *_folders_in(folder), unfinished):
+    folders = [folder]
+    for place in folders:
         with contextlib.suppress(OSError), os.scandir(place) as entries:
-            for entry in itertools.islice(entries, _MAX_FILES):
+            for entry in itertools.islice(entries, _MAX_FILES - len(names)):
                 if not entry.is_dir():
                     names.append(Path(entry.path).relative_to(folder).as_posix())
+                elif place == folder:
+                    folders.append(Path(entry.path))
+        if place == folder:
+            # What huggingface_hub has not finished to download into a folder lies there.
+            folders.append(folder / ".cache" / "huggingface" / "download")
     return names
 
 
-def _folders_in(folder: Path) -> list[Path]:
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(Path(entry.path) for entry in itertools.islice(entries, _MAX_FILES) if entry.is_dir())
-    except OSError:
-        return []
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
+def read_small_json(path: Path) -> Mapping[str, Any]:
     """Return the JSON object in a small file; {} if there is none."""
     try:
-        with path.open("rb") as file:
-            value = json.loads(file.read(_MAX_JSON_BYTES))
+        if not path.is_file() or path.stat().st_size > _MAX_JSON_BYTES:
+            return {}
+        value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
@@ -333,7 +360,7 @@ def _explain_missing_config(listing: _Listing) -> str | None:
 
 
 def _explain_missing_tokenizer(listing: _Listing) -> str | None:
-    if listing.weights is None:
+    if listing.weights is None or _has_tokenizer(listing.names):
         return None
     return f"holds {listing.weights} but no tokenizer that can be read; name another model's by --tokenizer"
 
@@ -342,7 +369,7 @@ def _explain_other_form(listing: _Listing) -> str | None:
     for end, what in _OTHER_FORMS:
         name = next((name for name in sorted(listing.names) if name.lower().endswith(end)), None)
         if name is not None:
-            return f"holds {name}, {what}, and no {WEIGHT_FILES[0]}. {_conversion(listing.model, name, end)}"
+            return f"holds {name}, {what}, and no {WEIGHT_FILES[0]}. {_conversion(listing, name, end)}"
     return None
 
 
@@ -352,7 +379,7 @@ def _explain_other_name(listing: _Listing) -> str | None:
     for name in sorted(
         listing.top, key=lambda name: (next((i for i, end in enumerate(ends) if name.endswith(end)), 9), name)
     ):
-        if not name.endswith(ends) or _NOT_WEIGHTS.fullmatch(name) or _SHARD.fullmatch(name):
+        if not name.endswith(ends) or name in WEIGHT_FILES or _NOT_WEIGHTS.fullmatch(name) or _SHARD.fullmatch(name):
             continue
         wanted = "model.safetensors" if name.endswith(".safetensors") else "pytorch_model.bin"
         return f"holds {name} but no {wanted}; if these are the model's weights, rename the file to {wanted}"
@@ -370,11 +397,14 @@ def _explain_sub_folder(listing: _Listing) -> str | None:
 
 
 def _explain_lack(listing: _Listing) -> str:
-    needed = f"{CONFIG_FILE}, {WEIGHT_FILES[0]} (or pytorch_model.bin), and a tokenizer"
-    there = [name for name in listing.top if not _NOT_WEIGHTS.fullmatch(name)]
-    if listing.has_config():
-        return f"has no weights: it needs {needed}; it holds {_list(there)}"
-    return f"holds no {CONFIG_FILE}, nor weights: a model needs {needed}; it holds {_list(there) or _list(listing.top)}"
+    lacking = [
+        *([] if listing.has_config() else [f"no {CONFIG_FILE}"]),
+        *([] if listing.weights else [f"no weights ({SINGLE_FILE} or pytorch_model.bin)"]),
+        *([] if _has_tokenizer(listing.names) else ["no tokenizer"]),
+    ]
+    there = [name for name in listing.top if not _NOT_WEIGHTS.fullmatch(name)] or listing.top
+    lack = " and ".join(lacking) or "not all that a model needs"
+    return f"holds {lack}, but {_list(there) or 'folders only'}; name the folder or the repository of a whole model"
 
 
 _EXPLANATIONS: tuple[Callable[[_Listing], str | None], ...] = (

@@ -9,11 +9,13 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from fastgpt2.engine.model.config import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, TOKENIZER_FILES, read_index
+from fastgpt2.engine.model.diagnosis import explain_folder, explain_names, read_small_json
 from fastgpt2.errors import ModelError, ModelNotFound
 
 log = logging.getLogger("fastgpt2.engine")
@@ -73,10 +75,8 @@ def _find_folder(model: str) -> Path | None:
         is_file, is_folder = path.is_file(), path.is_dir()
     except (OSError, RuntimeError) as reason:  # too long, no right to look, `~nobody`
         raise ModelNotFound(f"{model}: cannot be looked up ({reason})") from None
-    if is_file:
-        raise ModelNotFound(f"{model}: is a file; name the folder that holds it, with {CONFIG_FILE} and a tokenizer")
-    if is_folder:
-        raise ModelNotFound(f"{model}: is a folder here and holds no {CONFIG_FILE}")
+    if is_file or is_folder:
+        raise ModelNotFound(explain_folder(path))
     return None
 
 
@@ -230,17 +230,14 @@ def _incompleteness(repo_id: str, revision: str) -> str:
     """Return the message for a repository that lacks something, after asking the hub what it has."""
     from huggingface_hub import list_repo_files
 
-    try:
-        names = set(list_repo_files(repo_id, revision=revision))
-    except Exception:
-        names = set()
-    pickles = sorted(name for name in names if name.endswith(".bin"))
-    if pickles and not any(name.endswith(".safetensors") for name in names):
-        return (
-            f"{repo_id}: has {pickles[0]} but no {SINGLE_FILE}. A .bin file is a pickle, which can run any code, and "
-            "is never opened here; the hub's own converter (the space safetensors/convert) makes a safetensors file of "
-            "it, often found as revision `refs/pr/N`"
-        )
+    fetch = _make_fetch(repo_id, revision)
+
+    def read_json(name: str) -> Mapping[str, Any]:
+        path = fetch(name)
+        return read_small_json(path) if path else {}
+
+    with suppress(Exception):
+        return explain_names(repo_id, list_repo_files(repo_id, revision=revision), read_json)
     return (
         f"{repo_id}: revision {revision} is no complete model: it needs {CONFIG_FILE}, {SINGLE_FILE} (or {INDEX_FILE} "
         "and its shards), and tokenizer.json (or vocab.json and merges.txt)"

@@ -52,7 +52,8 @@ def weights_identity(files: Sequence[Path], facts: str) -> str:
 
 def _add_file(digest: hashlib._Hash, file: Path, spacing: int) -> None:
     """Add a file to a digest: with blocks so far apart, or whole if `spacing` is 0."""
-    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    # Without the last flag a pipe in place of the file would be waited for. Reading one is an error.
+    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         status = os.fstat(fd)
         size = status.st_size
@@ -70,6 +71,8 @@ def _add_file(digest: hashlib._Hash, file: Path, spacing: int) -> None:
         for at in blocks:
             digest.update(os.pread(fd, BLOCK_BYTES, at))
         digest.update(os.pread(fd, EDGE_BYTES, max(0, size - EDGE_BYTES)))
+    except OSError as reason:
+        raise OSError(reason.errno, reason.strerror, str(file)) from None
     finally:
         os.close(fd)
 

@@ -12,7 +12,7 @@ _MAX_BYTES = 1024
 def is_pointer(path: Path) -> bool:
     """Tell whether a file is a pointer of Git LFS in place of the file that it stands for."""
     try:
-        if path.stat().st_size > _MAX_BYTES:
+        if not path.is_file() or path.stat().st_size > _MAX_BYTES:
             return False
         with path.open("rb") as file:
             return file.read(len(_BEGINNING)) == _BEGINNING
