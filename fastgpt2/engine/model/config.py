@@ -26,6 +26,22 @@ INDEX_FILE = "model.safetensors.index.json"
 TOKENIZER_FILE = "tokenizer.json"
 VOCAB_FILE = "vocab.json"
 MERGES_FILE = "merges.txt"
+WORDPIECE_FILE = "vocab.txt"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+ADDED_TOKENS_FILE = "added_tokens.json"
+# The names that classes of transformers give to a model of sentencepiece.
+SENTENCEPIECE_FILES = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "spm.model")
+
+# The files of a tokenizer: all of one of these sets are enough, and the first set that is whole is taken.
+TOKENIZER_SETS: tuple[tuple[str, ...], ...] = (
+    (TOKENIZER_FILE,),
+    (VOCAB_FILE, MERGES_FILE),
+    *((name,) for name in SENTENCEPIECE_FILES),
+    (WORDPIECE_FILE,),
+)
+# What may stand beside them, and says more of the tokenizer.
+TOKENIZER_EXTRAS: tuple[str, ...] = (TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE, ADDED_TOKENS_FILE)
 
 # A tokenizer is the first of these, or both of the second.
 TOKENIZER_FILES = ((TOKENIZER_FILE,), (VOCAB_FILE, MERGES_FILE))
