@@ -119,7 +119,7 @@ def read_config(path: Path) -> GPT2Config:
         ConfigError: the file is missing, is no JSON object or no GPT-2, or holds a value that cannot be; the message
             names the file and the field.
     """
-    fields = _read_json_object(path, MAX_CONFIG_BYTES, ConfigError)
+    fields = read_json_object(path, MAX_CONFIG_BYTES, ConfigError)
     model_type = fields.get("model_type")
     if model_type != "gpt2":
         raise ConfigError(f"{path}: model_type is {_quote(model_type)}; fastgpt2 runs GPT-2 models (model_type 'gpt2')")
@@ -213,7 +213,7 @@ def read_index(path: Path) -> dict[str, str]:
     Raises:
         CheckpointError: the file is malformed, or a shard's name leads out of the folder.
     """
-    weight_map = _read_json_object(path, MAX_INDEX_BYTES, CheckpointError).get("weight_map")
+    weight_map = read_json_object(path, MAX_INDEX_BYTES, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: weight_map is missing or empty")
     for name, file in weight_map.items():
@@ -226,7 +226,7 @@ def read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_json_object(path: Path, max_bytes: int, error: type[FastGPT2Error]) -> dict[str, Any]:
+def read_json_object(path: Path, max_bytes: int, error: type[FastGPT2Error]) -> dict[str, Any]:
     """Read a JSON object from a file of at most `max_bytes`; raise `error`, naming the file, if it is anything else."""
     try:
         size = path.stat().st_size
