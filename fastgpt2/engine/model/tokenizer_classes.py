@@ -33,6 +33,11 @@ _QWEN_WORDS = (
 )
 
 
+# Source: `GPTSw3Tokenizer.__init__` in models/gpt_sw3/tokenization_gpt_sw3.py.
+_UNPRINTABLE = "".join(map(chr, [*range(9), *range(11, 32), *range(127, 161), 0xAD, 0x200B]))
+_SPACES = "\u2002\u2003\u2005\u2008\u2009\u200a\u202f\u3000\ufffc"
+
+
 class ByteLevelClass(TokenizerClass):
     """GPT-2's own: BPE of bytes, which stand there as printable characters."""
 
@@ -413,8 +418,8 @@ class GPTSw3Class(TokenizerClass):
         if self.vocabulary.source is None:
             raise TokenizerError(f"this tokenizer's class needs {self.files[0]}")
         backend = sentencepiece.pipeline(self.vocabulary.source, legacy=True)
-        unprintable = normalizers.Replace(Regex("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\xa0\\xad\\u200b]"), "")
-        spaces = normalizers.Replace(Regex("[\\u2002\\u2003\\u2005\\u2008\\u2009\\u200a\\u202f\\u3000\\ufffc]"), " ")
+        unprintable = normalizers.Replace(Regex(f"[{_UNPRINTABLE}]"), "")
+        spaces = normalizers.Replace(Regex(f"[{_SPACES}]"), " ")
         backend.normalizer = normalizers.Sequence([unprintable, spaces, normalizers.NFC(), backend.normalizer])
         return backend
 

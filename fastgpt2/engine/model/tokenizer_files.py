@@ -69,35 +69,32 @@ _USUAL_CLASSES = {
     "deberta-v2": "DebertaV2Tokenizer",
 }
 
-# Classes of transformers that this package does not have. A name that transformers does not know either stands for a
-# tokenizer.json that is taken as it is, as there.
-_NEEDS = {
-    "BertJapaneseTokenizer": "MeCab",
-    "CpmTokenizer": "jieba",
-    "GPTNeoXJapaneseTokenizer": "rules of its own",
-    "XLMTokenizer": "sacremoses",
-    "FlaubertTokenizer": "sacremoses",
-    "BioGptTokenizer": "sacremoses",
-    "RoFormerTokenizer": "rjieba",
-}
+# Classes of transformers that this package does not have: those that are pipelines of the tokenizers library too, and
+# those that are code. A name that transformers does not know either stands for a tokenizer.json that is taken as it is,
+# as there.
 # fmt: off
-_UNSUPPORTED = frozenset({
-    "BartphoTokenizer", "BertGenerationTokenizer", "BertTokenizerLegacy", "BertweetTokenizer", "BigBirdTokenizer",
-    "BlenderbotSmallTokenizer", "ByT5Tokenizer", "CLIPTokenizer", "CTRLTokenizer", "CanineTokenizer",
-    "ClvpTokenizer", "CodeLlamaTokenizer", "CohereTokenizer", "ConvBertTokenizer", "CpmAntTokenizer",
+_OTHER_PIPELINES = frozenset({
+    "BigBirdTokenizer", "CLIPTokenizer", "CodeLlamaTokenizer", "CohereTokenizer", "ConvBertTokenizer",
     "DPRContextEncoderTokenizer", "DPRQuestionEncoderTokenizer", "DPRReaderTokenizer", "DebertaTokenizer",
-    "DiaTokenizer", "EsmTokenizer", "EsmcTokenizer", "FNetTokenizer", "FSMTTokenizer",
-    "FastSpeech2ConformerTokenizer", "FunnelTokenizer", "GemmaTokenizer", "LasrTokenizer", "LayoutLMv2Tokenizer",
-    "LayoutLMv3Tokenizer", "LayoutXLMTokenizer", "LukeTokenizer", "M2M100Tokenizer", "MBart50Tokenizer",
-    "MBartTokenizer", "MLukeTokenizer", "MPNetTokenizer", "MarianTokenizer", "MarkupLMTokenizer", "MgpstrTokenizer",
-    "MyT5Tokenizer", "NllbTokenizer", "NougatTokenizer", "PLBartTokenizer", "ParakeetTokenizer", "PegasusTokenizer",
-    "PerceiverTokenizer", "PhobertTokenizer", "ProphetNetTokenizer", "Qwen3_5Tokenizer", "ReformerTokenizer",
-    "RemBertTokenizer", "RoCBertTokenizer", "SeamlessM4TTokenizer", "Siglip2Tokenizer", "SiglipTokenizer",
-    "Speech2TextTokenizer", "SpeechT5Tokenizer", "SplinterTokenizer", "TapasTokenizer", "Tipsv2Tokenizer",
-    "UdopTokenizer", "VideoPrismTokenizer", "VitsTokenizer", "Wav2Vec2CTCTokenizer", "Wav2Vec2PhonemeCTCTokenizer",
-    "WhisperTokenizer", "XGLMTokenizer",
+    "EsmcTokenizer", "FNetTokenizer", "FunnelTokenizer", "GemmaTokenizer", "LasrTokenizer", "LayoutLMv2Tokenizer",
+    "LayoutLMv3Tokenizer", "LayoutXLMTokenizer", "LukeTokenizer", "MBart50Tokenizer", "MBartTokenizer",
+    "MLukeTokenizer", "MPNetTokenizer", "MarkupLMTokenizer", "NllbTokenizer", "NougatTokenizer",
+    "ParakeetTokenizer", "PegasusTokenizer", "Qwen3_5Tokenizer", "ReformerTokenizer", "RemBertTokenizer",
+    "SeamlessM4TTokenizer", "Siglip2Tokenizer", "SplinterTokenizer", "Tipsv2Tokenizer", "UdopTokenizer",
+    "VideoPrismTokenizer", "WhisperTokenizer", "XGLMTokenizer",
+})
+_CODE = frozenset({
+    "BartphoTokenizer", "BertGenerationTokenizer", "BertJapaneseTokenizer", "BertTokenizerLegacy",
+    "BertweetTokenizer", "BioGptTokenizer", "BlenderbotSmallTokenizer", "ByT5Tokenizer", "CTRLTokenizer",
+    "CanineTokenizer", "ClvpTokenizer", "CpmAntTokenizer", "CpmTokenizer", "DiaTokenizer", "EsmTokenizer",
+    "FSMTTokenizer", "FastSpeech2ConformerTokenizer", "FlaubertTokenizer", "GPTNeoXJapaneseTokenizer",
+    "M2M100Tokenizer", "MarianTokenizer", "MgpstrTokenizer", "MyT5Tokenizer", "PLBartTokenizer",
+    "PerceiverTokenizer", "PhobertTokenizer", "ProphetNetTokenizer", "RoCBertTokenizer", "RoFormerTokenizer",
+    "SiglipTokenizer", "Speech2TextTokenizer", "SpeechT5Tokenizer", "TapasTokenizer", "VitsTokenizer",
+    "Wav2Vec2CTCTokenizer", "Wav2Vec2PhonemeCTCTokenizer", "XLMTokenizer",
 })
 # fmt: on
+_NEEDS = {"BertJapaneseTokenizer": " (mostly with MeCab)", "CpmTokenizer": " (with jieba)"}
 
 _OTHER_REMEDY = "give a tokenizer by --tokenizer ID|PATH"
 _SAVE_REMEDY = (
@@ -219,8 +216,16 @@ class _Loader:
         if named is None and usual is None and not parsed and not self._file(_COMMON_MODEL):
             usual = "GPT2Tokenizer"
         self._class_name = (named if named is not None else usual or "").removesuffix("Fast")
-        if self._class_name in _NEEDS or self._class_name in _UNSUPPORTED:
-            raise TokenizerError(self._unsupported(self._class_name))
+        if self._class_name in _OTHER_PIPELINES:
+            raise TokenizerError(
+                f"{self.folder}: its tokenizer is of the class {self._class_name}, which fastgpt2 does not have; "
+                f"{_SAVE_REMEDY}"
+            )
+        if self._class_name in _CODE:
+            raise TokenizerError(
+                f"{self.folder}: its tokenizer is of the class {self._class_name}, which is Python code of transformers"
+                f"{_NEEDS.get(self._class_name, '')} that fastgpt2 does not have; {_OTHER_REMEDY}"
+            )
         if self._class_name == "LlamaTokenizer" and not code and parsed and parsed.mentions_bytes:
             return None
         return CLASSES.get(self._class_name)
@@ -292,13 +297,6 @@ class _Loader:
             return True
         return bool(options.values.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"))
 
-    def _unsupported(self, name: str) -> str:
-        if name in _NEEDS:
-            return (
-                f"{self.folder}: its tokenizer, {name}, needs {_NEEDS[name]}, which fastgpt2 has not; {_OTHER_REMEDY}"
-            )
-        return f"{self.folder}: its tokenizer, {name}, is none that fastgpt2 has; {_SAVE_REMEDY}"
-
     def _missing(self, needed: tuple[str, ...]) -> str:
         """Return the sentence on a folder that lacks the files of its tokenizer's class."""
         lacks = f"neither {TOKENIZER_FILE} nor {' with '.join(needed)}"
@@ -316,9 +314,9 @@ class _Loader:
 def _vocabulary_of_pieces(kind: TokenizerClass, path: Path) -> Vocabulary:
     """Return the vocabulary that a class makes of a model of sentencepiece."""
     model = sentencepiece.parse_sentencepiece(read_bytes(path), path)
-    kind.options.values["additional_special_tokens"] = model.added_tokens()
     if kind.raw:
         return Vocabulary([], source=model)
+    kind.options.values["additional_special_tokens"] = model.added_tokens()
     if kind.model == "BPE":
         ids = model.ids()
         return Vocabulary(ids, sentencepiece.merges_by_id(ids), charsmap=model.charsmap, source=model)
@@ -328,8 +326,8 @@ def _vocabulary_of_pieces(kind: TokenizerClass, path: Path) -> Vocabulary:
 def _vocabulary_of_json(kind: TokenizerClass, parsed: TokenizerJson) -> Vocabulary:
     """Return the vocabulary of a tokenizer.json: as the library has parsed it, where that is what the class wants."""
     model: Any = parsed.backend.model
-    marked = kind.model == "BPE" and bool(model.continuing_subword_prefix or model.end_of_word_suffix)
-    if kind.whole and type(model).__name__ == kind.model and not marked:
+    whole = kind.whole and type(model).__name__ == kind.model
+    if whole and (kind.model != "BPE" or not (model.continuing_subword_prefix or model.end_of_word_suffix)):
         return Vocabulary([], parsed=model, charsmap=parsed.charsmap)
     fields = parsed.model()
     tokens = fields.get("vocab")
