@@ -17,13 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastgpt2.engine.model.tokenizer_base import SPACE
 from fastgpt2.errors import TokenizerError
 
 if TYPE_CHECKING:
     import tokenizers
-
-# What sentencepiece writes for a space.
-SPACE = "▁"
 
 UNIGRAM = 1
 # The types of pieces.

@@ -8,7 +8,6 @@ and `TokenizersBackend.__init__` of transformers 5.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fastgpt2.errors import TokenizerError
@@ -25,7 +24,6 @@ MAX_TOKEN_ID = (1 << 31) - 1
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
-@dataclass(slots=True)
 class Options:
     """What the small files say.
 
@@ -36,10 +34,11 @@ class Options:
         own: special tokens under names that only this model has.
     """
 
-    values: dict[str, Any]
-    declared: dict[int, tokenizers.AddedToken] = field(default_factory=dict)
-    by_content: dict[str, tokenizers.AddedToken] = field(default_factory=dict)
-    own: dict[str, Any] = field(default_factory=dict)
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values = values
+        self.declared: dict[int, tokenizers.AddedToken] = {}
+        self.by_content: dict[str, tokenizers.AddedToken] = {}
+        self.own: dict[str, Any] = {}
 
     def flag(self, name: str, default: bool) -> bool:
         """Return a field that is true or false; null is the default."""
@@ -66,7 +65,6 @@ class Options:
         self.by_content[token.content] = token
 
 
-@dataclass(slots=True)
 class SpecialTokens:
     """The special tokens of a tokenizer.
 
@@ -75,8 +73,8 @@ class SpecialTokens:
         extra: special tokens without such a part.
     """
 
-    named: dict[str, Token | None]
-    extra: list[Token]
+    def __init__(self, named: dict[str, Token | None], extra: list[Token]) -> None:
+        self.named, self.extra = named, extra
 
     def text(self, name: str) -> str | None:
         """Return the text of the token that plays a part."""

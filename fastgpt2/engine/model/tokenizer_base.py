@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fastgpt2.engine.model.config import MERGES_FILE, VOCAB_FILE
@@ -15,10 +14,12 @@ if TYPE_CHECKING:
     from fastgpt2.engine.model.sentencepiece import SentencePieceModel
     from fastgpt2.engine.model.special_tokens import Options, SpecialTokens
 
+# What sentencepiece writes for a space.
+SPACE = "▁"
+
 Pieces: TypeAlias = list[tuple[str, float]]
 
 
-@dataclass(slots=True)
 class Vocabulary:
     """What the files say of the tokens themselves.
 
@@ -30,11 +31,16 @@ class Vocabulary:
         source: the model of sentencepiece that the tokens come from.
     """
 
-    tokens: Any
-    merges: Any = field(default_factory=list)
-    parsed: Any = None
-    charsmap: bytes | None = None
-    source: SentencePieceModel | None = None
+    def __init__(
+        self,
+        tokens: Any,
+        merges: Any = (),
+        parsed: Any = None,
+        charsmap: bytes | None = None,
+        source: SentencePieceModel | None = None,
+    ) -> None:
+        self.tokens, self.merges, self.parsed = tokens, merges, parsed
+        self.charsmap, self.source = charsmap, source
 
     def bpe(self, **settings: Any) -> Any:
         """Return a BPE model with the given settings, and otherwise the defaults."""
@@ -43,7 +49,7 @@ class Vocabulary:
         if isinstance(self.tokens, str):
             return models.BPE.from_file(self.tokens, self.merges, **settings)
         if self.parsed is None:
-            return models.BPE(vocab=self.tokens, merges=self.merges, **settings)
+            return models.BPE(vocab=self.tokens, merges=list(self.merges), **settings)
         plain = {"dropout": None, "unk_token": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
         for name, value in {**plain, **settings}.items():
             setattr(self.parsed, name, value)

@@ -10,11 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from fastgpt2.engine.model import sentencepiece
 from fastgpt2.engine.model.config import WORDPIECE_FILE
-from fastgpt2.engine.model.sentencepiece import SPACE
 from fastgpt2.engine.model.special_tokens import added_token
-from fastgpt2.engine.model.tokenizer_base import Pieces, TokenizerClass, frame, parts, wrap
+from fastgpt2.engine.model.tokenizer_base import SPACE, Pieces, TokenizerClass, frame, parts, wrap
 from fastgpt2.errors import TokenizerError
 
 if TYPE_CHECKING:
@@ -415,9 +413,11 @@ class GPTSw3Class(TokenizerClass):
     def build(self) -> tokenizers.Tokenizer:
         from tokenizers import Regex, normalizers
 
+        from fastgpt2.engine.model.sentencepiece import pipeline
+
         if self.vocabulary.source is None:
             raise TokenizerError(f"this tokenizer's class needs {self.files[0]}")
-        backend = sentencepiece.pipeline(self.vocabulary.source, legacy=True)
+        backend = pipeline(self.vocabulary.source, legacy=True)
         unprintable = normalizers.Replace(Regex(f"[{_UNPRINTABLE}]"), "")
         spaces = normalizers.Replace(Regex(f"[{_SPACES}]"), " ")
         backend.normalizer = normalizers.Sequence([unprintable, spaces, normalizers.NFC(), backend.normalizer])

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastgpt2.engine.model import sentencepiece
 from fastgpt2.engine.model.config import (
     ADDED_TOKENS_FILE,
     CONFIG_FILE,
@@ -272,9 +271,11 @@ class _Loader:
         path = self._file(_COMMON_MODEL)
         if path is None:
             raise TokenizerError(self._missing((TOKENIZER_FILE,)))
-        model = sentencepiece.parse_sentencepiece(read_bytes(path), path)
+        from fastgpt2.engine.model.sentencepiece import parse_sentencepiece, pipeline
+
+        model = parse_sentencepiece(read_bytes(path), path)
         names = {index: token.content for index, token in options.declared.items()}
-        backend = sentencepiece.pipeline(model, options.flag("legacy", True), names)
+        backend = pipeline(model, options.flag("legacy", True), names)
         defaults = {
             name: piece
             for name, index, piece in (
@@ -313,13 +314,15 @@ class _Loader:
 
 def _vocabulary_of_pieces(kind: TokenizerClass, path: Path) -> Vocabulary:
     """Return the vocabulary that a class makes of a model of sentencepiece."""
-    model = sentencepiece.parse_sentencepiece(read_bytes(path), path)
+    from fastgpt2.engine.model.sentencepiece import merges_by_id, parse_sentencepiece
+
+    model = parse_sentencepiece(read_bytes(path), path)
     if kind.raw:
         return Vocabulary([], source=model)
     kind.options.values["additional_special_tokens"] = model.added_tokens()
     if kind.model == "BPE":
         ids = model.ids()
-        return Vocabulary(ids, sentencepiece.merges_by_id(ids), charsmap=model.charsmap, source=model)
+        return Vocabulary(ids, merges_by_id(ids), charsmap=model.charsmap, source=model)
     return Vocabulary(kind.arrange(model.scores()), charsmap=model.charsmap, source=model)
 
 

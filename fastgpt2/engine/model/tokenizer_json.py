@@ -11,7 +11,6 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastgpt2.engine.model.sentencepiece import check_charsmap, decode_charsmap
 from fastgpt2.errors import TokenizerError
 
 if TYPE_CHECKING:
@@ -38,13 +37,11 @@ def read_text(path: Path) -> str:
 def read_bytes(path: Path) -> bytes:
     """Read a tokenizer's file of at most `MAX_TOKENIZER_BYTES`; raise TokenizerError if that cannot be done."""
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_TOKENIZER_BYTES + 1)
+        if path.stat().st_size > MAX_TOKENIZER_BYTES:
+            raise TokenizerError(f"{path}: more than {MAX_TOKENIZER_BYTES} bytes; no tokenizer is as large")
+        return path.read_bytes()
     except OSError as reason:
         raise TokenizerError(f"{path}: cannot be read ({reason.strerror or reason})") from None
-    if len(data) > MAX_TOKENIZER_BYTES:
-        raise TokenizerError(f"{path}: more than {MAX_TOKENIZER_BYTES} bytes; no tokenizer is as large")
-    return data
 
 
 def _decode(path: Path, data: bytes) -> str:
@@ -109,6 +106,8 @@ class TokenizerJson:
             if not isinstance(part, dict):
                 continue
             if part.get("type") == "Precompiled" and part.get("precompiled_charsmap"):
+                from fastgpt2.engine.model.sentencepiece import check_charsmap, decode_charsmap
+
                 charsmap = decode_charsmap(part["precompiled_charsmap"], self.path)
                 check_charsmap(charsmap, self.path)
                 found = found or charsmap
