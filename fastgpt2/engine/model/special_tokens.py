@@ -90,9 +90,19 @@ class SpecialTokens:
         unknown = self.text("unk_token")
         return backend.token_to_id(unknown) if index is None and unknown is not None else index
 
-    def pair(self, backend: tokenizers.Tokenizer, name: str) -> Any:
-        """Return text and id of the token that plays a part, as a post-processor takes them, or fails to."""
-        return str(self.text(name)), self.find(backend, name)
+    def pair(self, backend: tokenizers.Tokenizer, name: str, otherwise: int | None = None) -> tuple[str, int]:
+        """Return text and id of the token that plays a part, for a post-processor.
+
+        Raises:
+            TokenizerError: the token has no id, and there is none to be taken otherwise.
+        """
+        index = self.find(backend, name)
+        index = otherwise if index is None else index
+        if index is None:
+            text = self.text(name)
+            why = "is null" if text is None else f"is {text[:40]!r}, none of its tokens"
+            raise TokenizerError(f"the tokenizer's class puts its {name} beside every text, but that {why}")
+        return str(self.text(name)), index
 
 
 def read_options(
@@ -191,13 +201,13 @@ def add_tokens(backend: tokenizers.Tokenizer, options: Options, special: Special
         backend: the tokenizer.
         options: which has the declared tokens.
         special: the special tokens.
-        raw: whether all of them are looked for in the text as it comes, and not as it is normalized.
+        raw: whether all of them are looked for in the text as it comes, and the special ones by their texts alone.
     """
     tokens: list[Token] = [token for _, token in sorted(options.declared.items())]
     known = {token.content for token in backend.get_added_tokens_decoder().values()} | set(map(str, tokens))
     for token in [*special.named.values(), *special.extra]:
         if token is not None and str(token) not in known and token not in tokens:
-            tokens.append(token)
+            tokens.append(str(token) if raw else token)
     names = {str(token) for token in special.named.values() if token}
     added = []
     for token in tokens:

@@ -72,7 +72,10 @@ class Vocabulary:
     def pieces(self) -> Pieces:
         """Return the tokens with their scores; raise TokenizerError if they have none."""
         if not isinstance(self.tokens, list):
-            raise TokenizerError("the tokens have no scores, and the tokenizer's class needs them")
+            raise TokenizerError(
+                "its tokens have no scores, which the tokenizer's class needs; put "
+                '"tokenizer_class": "PreTrainedTokenizerFast" into tokenizer_config.json to have it taken as it is'
+            )
         return self.tokens
 
     def unigram(self, unk_id: int) -> Any:
@@ -103,7 +106,8 @@ class TokenizerClass:
         defaults: its special tokens, unless the files name others; None if it has none for a part.
         mask_strips: whether the mask token takes the space before it.
         whole: whether a model that `tokenizer.json` describes can be taken as it is.
-        raw: whether all added tokens are looked for in the text as it comes, and not as it is normalized.
+        raw: whether the class works on the text as it comes, as sentencepiece's own classes do: added tokens are looked
+            for before the text is normalized, and a part that the files set to nothing has its usual token.
         options: what the small files say.
         vocabulary: the tokens, once they are read.
         special: the special tokens, once the vocabulary is read.
@@ -148,7 +152,7 @@ def frame(backend: tokenizers.Tokenizer, options: Options, special: SpecialToken
         text = special.text(name)
         if options.flag(flag, False) and text is not None:
             texts.insert(place, f"{text}:0")
-            tokens.append((text, special.find(backend, name)))
+            tokens.append(special.pair(backend, name))
     backend.post_processor = processors.TemplateProcessing(single=" ".join(texts), special_tokens=tokens)
 
 
@@ -157,14 +161,12 @@ def wrap(
     special: SpecialTokens,
     first: str,
     last: str,
-    otherwise: tuple[int, int] | None = None,
+    otherwise: tuple[int | None, int | None] = (None, None),
 ) -> None:
     """Set a post-processor that puts a text between two special tokens, whose ids are the given ones if unknown."""
     from tokenizers import processors
 
-    pairs = [special.pair(backend, name) for name in (first, last)]
-    if otherwise is not None:
-        pairs = [(text, i if index is None else index) for (text, index), i in zip(pairs, otherwise, strict=True)]
+    pairs = [special.pair(backend, name, index) for name, index in zip((first, last), otherwise, strict=True)]
     backend.post_processor = processors.TemplateProcessing(
         single=f"{pairs[0][0]}:0 $A:0 {pairs[1][0]}:0", special_tokens=pairs
     )

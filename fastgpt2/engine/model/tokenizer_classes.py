@@ -187,10 +187,17 @@ class UnigramClass(TokenizerClass):
     files = ("spiece.model",)
     never = "never"
     by_words = True
+    prefixes_always = False
 
     def unk_id(self) -> int:
         """Return the id that unknown characters get."""
         return 3
+
+    def stated_unk_id(self, default: int) -> int:
+        """Return the id of the unknown token that the files state."""
+        if self.vocabulary.source is not None:
+            return self.vocabulary.source.unk_id
+        return self.options.number("unk_id", default, len(self.vocabulary.pieces))
 
     def normalizers(self) -> list[Any]:
         """Return what happens to the text first."""
@@ -204,7 +211,8 @@ class UnigramClass(TokenizerClass):
         steps = self.normalizers()
         if steps:
             backend.normalizer = normalizers.Sequence(steps)
-        scheme = "always" if self.options.flag("add_prefix_space", True) else self.never
+        prefixes = self.prefixes_always or self.options.flag("add_prefix_space", True)
+        scheme = "always" if prefixes else self.never
         space: Any = pre_tokenizers.Metaspace(SPACE, scheme)
         if self.by_words:
             space = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), space])
@@ -215,18 +223,10 @@ class UnigramClass(TokenizerClass):
 
 class T5Class(UnigramClass):
     defaults = parts(eos="</s>", unk="<unk>", pad="<pad>")
+    prefixes_always = True
 
     def unk_id(self) -> int:
         return 2
-
-    def build(self) -> tokenizers.Tokenizer:
-        from tokenizers import decoders, pre_tokenizers
-
-        backend = super().build()
-        space = pre_tokenizers.Metaspace(SPACE, "always")
-        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), space])
-        backend.decoder = decoders.Metaspace(SPACE, "always")
-        return backend
 
     def arrange(self, pieces: Pieces) -> Pieces:
         extra = self.options.number("extra_ids", 100, MAX_EXTRA_IDS)
@@ -245,28 +245,39 @@ class T5Class(UnigramClass):
     def finish(self, backend: tokenizers.Tokenizer) -> None:
         from tokenizers import processors
 
-        end = [("</s>", self.special.find(backend, "eos_token"))]
+        end = [("</s>", self.special.pair(backend, "eos_token")[1])]
         backend.post_processor = processors.TemplateProcessing(single=["$A", "</s>"], special_tokens=end)
 
 
-class AlbertClass(UnigramClass):
+class PlainTextClass(UnigramClass):
+    """What ALBERT and XLNet share: quotes made straight, accents and, if asked for, capitals taken away."""
+
+    lowercase = False
+
+    @property
+    def keeps_accents(self) -> bool:
+        return False
+
+    def normalizers(self) -> list[Any]:
+        from tokenizers import normalizers
+
+        steps: list[Any] = [normalizers.Replace("``", '"'), normalizers.Replace("''", '"')]
+        if not self.keeps_accents:
+            steps += [normalizers.NFKD(), normalizers.StripAccents()]
+        if self.options.flag("do_lower_case", self.lowercase):
+            steps.append(normalizers.Lowercase())
+        return steps + self.vocabulary.normalizers()
+
+
+class AlbertClass(PlainTextClass):
     defaults = parts(_BERT, unk="<unk>", pad="<pad>", bos="[CLS]", eos="[SEP]")
     lowercase = True
 
     def unk_id(self) -> int:
         return 1
 
-    def normalizers(self) -> list[Any]:
-        from tokenizers import normalizers
-
-        steps: list[Any] = [normalizers.Replace("``", '"'), normalizers.Replace("''", '"')]
-        if not self._keeps_accents():
-            steps += [normalizers.NFKD(), normalizers.StripAccents()]
-        if self.options.flag("do_lower_case", self.lowercase):
-            steps.append(normalizers.Lowercase())
-        return steps + self.vocabulary.normalizers()
-
-    def _keeps_accents(self) -> bool:
+    @property
+    def keeps_accents(self) -> bool:
         return self.options.flag("keep_accents", False)
 
     def build(self) -> tokenizers.Tokenizer:
@@ -281,29 +292,13 @@ class AlbertClass(UnigramClass):
         return backend
 
 
-class XLNetClass(AlbertClass):
+class XLNetClass(PlainTextClass):
     defaults = parts(_FAIRSEQ, sep="<sep>", cls="<cls>")
     mask_strips = True
-    lowercase = False
+    prefixes_always = True
 
     def unk_id(self) -> int:
-        return (
-            self.vocabulary.source.unk_id
-            if self.vocabulary.source
-            else self.options.number("unk_id", 0, len(self.vocabulary.pieces))
-        )
-
-    def _keeps_accents(self) -> bool:
-        return False
-
-    def build(self) -> tokenizers.Tokenizer:
-        from tokenizers import decoders, pre_tokenizers
-
-        backend = UnigramClass.build(self)
-        space = pre_tokenizers.Metaspace(SPACE, "always")
-        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), space])
-        backend.decoder = decoders.Metaspace(SPACE, "always")
-        return backend
+        return self.stated_unk_id(0)
 
     def additional(self, listed: list[Any] | None) -> list[Any] | None:
         return ["<eop>", "<eod>"] if listed is None else listed
@@ -375,13 +370,8 @@ class DebertaV2Class(BarthezClass):
 
     def unk_id(self) -> int:
         unknown = (str(self.special.text("unk_token")), 0.0)
-        if unknown in self.vocabulary.pieces:
-            return self.vocabulary.pieces.index(unknown)
-        return (
-            self.vocabulary.source.unk_id
-            if self.vocabulary.source
-            else self.options.number("unk_id", 1, len(self.vocabulary.pieces))
-        )
+        pieces = self.vocabulary.pieces
+        return pieces.index(unknown) if unknown in pieces else self.stated_unk_id(1)
 
     def normalizers(self) -> list[Any]:
         from tokenizers import normalizers

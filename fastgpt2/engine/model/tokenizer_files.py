@@ -234,6 +234,10 @@ class _Loader:
         options = kind.options
         kind.vocabulary = self._vocabulary(kind, parsed)
         additional = kind.additional(options.values.get("additional_special_tokens"))
+        if kind.raw:
+            for name in kind.defaults:
+                if options.values.get(name) is None:
+                    options.values.pop(name, None)
         kind.special = collect_special_tokens(options, kind.defaults, additional, kind.mask_strips)
         backend = kind.build()
         if parsed:
