@@ -30,8 +30,8 @@ WORDPIECE_FILE = "vocab.txt"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 ADDED_TOKENS_FILE = "added_tokens.json"
-# The names that classes of transformers give to a model of sentencepiece.
-SENTENCEPIECE_FILES = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "spm.model")
+# The names that classes of transformers give to a model of sentencepiece; the first is taken by all of them.
+SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")
 
 # The files of a tokenizer: all of one of these sets are enough, and the first set that is whole is taken.
 TOKENIZER_SETS: tuple[tuple[str, ...], ...] = (

@@ -133,7 +133,9 @@ def load_tokenizer(folder: Path) -> LoadedTokenizer:
     except TokenizerError as error:
         if str(folder) in str(error):
             raise
-        raise TokenizerError(f"{loader.path}: {error}") from None
+        # What is wrong with the small files is known by the name of the field.
+        separator = "/" if str(error).startswith(TOKENIZER_CONFIG_FILE) else ": "
+        raise TokenizerError(f"{folder if separator == '/' else loader.path}{separator}{error}") from None
     except BaseException as reason:
         # The library raises plain Exception for whatever its parser meets, and Rust's panics are no Exception.
         if not isinstance(reason, Exception) and type(reason).__name__ != "PanicException":
@@ -238,7 +240,9 @@ class _Loader:
             for name in kind.defaults:
                 if options.values.get(name) is None:
                     options.values.pop(name, None)
+        path, self.path = self.path, self.folder
         kind.special = collect_special_tokens(options, kind.defaults, additional, kind.mask_strips)
+        self.path = path
         backend = kind.build()
         if parsed:
             if parsed.backend.post_processor is not None:
@@ -304,13 +308,14 @@ class _Loader:
 
     def _missing(self, needed: tuple[str, ...]) -> str:
         """Return the sentence on a folder that lacks the files of its tokenizer's class."""
+        name = f"{self._class_name:.60}".encode("ascii", "replace").decode() or "of no class"
         lacks = f"neither {TOKENIZER_FILE} nor {' with '.join(needed)}"
         lacks = f"no {TOKENIZER_FILE}" if TOKENIZER_FILE in needed else lacks
         there = dict.fromkeys(name for names in TOKENIZER_SETS for name in names if (self.folder / name).is_file())
         if not there:
             return f"{self.folder}: holds {lacks}; {_OTHER_REMEDY}"
         return (
-            f"{self.folder}: holds {lacks}, which its tokenizer needs ({self._class_name or 'of no class'}), but "
+            f"{self.folder}: holds {lacks}, which its tokenizer needs ({name}), but "
             f'{" and ".join(there)}; if it is of another class, put "tokenizer_class" with the name of that into '
             f"{TOKENIZER_CONFIG_FILE}, or {_OTHER_REMEDY}"
         )
