@@ -32,6 +32,22 @@ NANOGPT_FILE = "ckpt.pt"
 TOKENIZER_FILE = "tokenizer.json"
 VOCAB_FILE = "vocab.json"
 MERGES_FILE = "merges.txt"
+WORDPIECE_FILE = "vocab.txt"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+ADDED_TOKENS_FILE = "added_tokens.json"
+# The names that classes of transformers give to a model of sentencepiece; the first is taken by all of them.
+SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")
+
+# The files of a tokenizer: all of one of these sets are enough, and the first set that is whole is taken.
+TOKENIZER_SETS: tuple[tuple[str, ...], ...] = (
+    (TOKENIZER_FILE,),
+    (VOCAB_FILE, MERGES_FILE),
+    *((name,) for name in SENTENCEPIECE_FILES),
+    (WORDPIECE_FILE,),
+)
+# What may stand beside them, and says more of the tokenizer.
+TOKENIZER_EXTRAS: tuple[str, ...] = (TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE, ADDED_TOKENS_FILE)
 
 # A tokenizer is the first of these, or both of the second.
 TOKENIZER_FILES = ((TOKENIZER_FILE,), (VOCAB_FILE, MERGES_FILE))
@@ -127,7 +143,7 @@ def read_config(folder: Path) -> GPT2Config:
     path = folder / CONFIG_FILE
     if not path.exists() and (folder / NANOGPT_FILE).exists():
         return _read_nanogpt(folder / NANOGPT_FILE)
-    fields = _read_json_object(path, MAX_CONFIG_BYTES, ConfigError)
+    fields = read_json_object(path, MAX_CONFIG_BYTES, ConfigError)
     problem = config_problem(fields)
     if problem:
         raise ConfigError(f"{path}: {problem}")
@@ -281,7 +297,7 @@ def read_index(path: Path) -> dict[str, str]:
     """
     suffix = "bin" if path.name == TORCH_INDEX_FILE else "safetensors"
     plain_name = re.compile(rf"[^/\\\0\ud800-\udfff]{{1,255}}\.{suffix}")
-    weight_map = _read_json_object(path, MAX_INDEX_BYTES, CheckpointError).get("weight_map")
+    weight_map = read_json_object(path, MAX_INDEX_BYTES, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: weight_map is missing or empty")
     for name, file in weight_map.items():
@@ -302,7 +318,7 @@ def file_size(path: Path, error: type[FastGPT2Error]) -> int:
     return status.st_size
 
 
-def _read_json_object(path: Path, max_bytes: int, error: type[FastGPT2Error]) -> dict[str, Any]:
+def read_json_object(path: Path, max_bytes: int, error: type[FastGPT2Error]) -> dict[str, Any]:
     """Read a JSON object from a file of at most `max_bytes`; raise `error`, naming the file, if it is anything else."""
     try:
         size = file_size(path, error)

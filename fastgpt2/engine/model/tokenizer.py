@@ -6,24 +6,19 @@ import codecs
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastgpt2.engine.model.config import MERGES_FILE, TOKENIZER_FILE, VOCAB_FILE
-from fastgpt2.errors import TokenizerError
+from fastgpt2.engine.model.tokenizer_files import load_tokenizer
 
 if TYPE_CHECKING:
-    import tokenizers
-
-END_OF_TEXT = "<|endoftext|>"
-
-# Far beyond any GPT-2 vocabulary: a larger file is damaged, or made to do harm.
-MAX_TOKENIZER_BYTES = 64 << 20
+    from fastgpt2.engine.model.tokenizer_files import LoadedTokenizer
 
 
 class Tokenizer:
     """A byte-level BPE tokenizer (Radford et al. 2019), as the tokenizers library runs it."""
 
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+    def __init__(self, loaded: LoadedTokenizer) -> None:
         from tokenizers import processors
 
+        backend = loaded.backend
         backend.no_truncation()
         backend.no_padding()
         if isinstance(backend.post_processor, processors.ByteLevel):
@@ -36,27 +31,12 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
-        """Load `tokenizer.json`, or `vocab.json` and `merges.txt` where an older repository has only those.
+        """Load the tokenizer of a model's folder.
 
         Raises:
-            TokenizerError: neither is there, or what is there cannot be read.
+            TokenizerError: there is none, or what is there cannot be read.
         """
-        import tokenizers
-
-        path = folder / TOKENIZER_FILE
-        try:
-            if path.exists():
-                if path.stat().st_size > MAX_TOKENIZER_BYTES:
-                    raise TokenizerError(f"{path}: {path.stat().st_size} bytes; the limit is {MAX_TOKENIZER_BYTES}")
-                return cls(tokenizers.Tokenizer.from_file(str(path)))
-            path = folder / VOCAB_FILE
-            if path.exists() and (folder / MERGES_FILE).exists():
-                return cls(_from_vocab_and_merges(path, folder / MERGES_FILE))
-        except TokenizerError:
-            raise
-        except Exception as reason:  # the library raises plain Exception for whatever its parser meets
-            raise TokenizerError(f"{path}: not a tokenizer that can be read ({reason})") from None
-        raise TokenizerError(f"{folder}: holds neither {TOKENIZER_FILE} nor {VOCAB_FILE} with {MERGES_FILE}")
+        return cls(load_tokenizer(folder))
 
     @property
     def vocab_size(self) -> int:
@@ -148,20 +128,6 @@ class IncrementalDetokenizer:
     def flush(self) -> str:
         """Return what is left when no token follows: U+FFFD for an unfinished character, else ""."""
         return self._decoder.decode(b"", final=True)
-
-
-def _from_vocab_and_merges(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
-    """Build GPT-2's tokenizer from the two files that older repositories have."""
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, processors
-
-    backend = tokenizers.Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.post_processor = processors.ByteLevel(trim_offsets=False)
-    if backend.token_to_id(END_OF_TEXT) is not None:
-        backend.add_special_tokens([tokenizers.AddedToken(END_OF_TEXT, special=True, normalized=True)])
-    return backend
 
 
 def _byte_of_character() -> dict[str, int]:
