@@ -38,6 +38,9 @@ READ_BYTES = 512 << 20
 # Megabytes of weights that may well stay in a last-level cache.
 SMALL_MB = 64
 
+# The settings with which a model is loaded.
+_LOAD_OPTIONS = ("model", "revision", "tokenizer", "generation_config", "threads", "blas", "weights")
+
 # Rounds of a measurement; after _ENOUGH_SECONDS, the fewest that make a median do.
 _ROUNDS = 7
 _FEWEST_ROUNDS = 3
@@ -291,7 +294,7 @@ def run(values: Values) -> int:
     """Run the command: load the model, measure, print a table or JSON."""
     from fastgpt2.engine.engine import Engine
 
-    options = {name: values[name] for name in ("model", "revision", "threads", "blas", "weights")}
+    options = {name: values[name] for name in _LOAD_OPTIONS}
     result = measure(Engine.load(max_batch=max(ROWS), **options))
     print(json.dumps(result, indent=2) if values["json"] else report(result))
     return 0

@@ -169,6 +169,16 @@ MODEL = Setting(
 REVISION: Setting[str | None] = Setting(
     "revision", "REV", str, None, "The branch, tag or commit of the model's repository on the hub.", "main"
 )
+TOKENIZER: Setting[str | None] = Setting(
+    "tokenizer", "ID|PATH", str, None,
+    "Another tokenizer than the model's own, for a model that has none: an id on the hub such as gpt2, or a folder.",
+    "the model's own",
+)
+GENERATION_CONFIG = Setting(
+    "generation_config", "HOW", one_of("auto", "none"), "auto",
+    "The generation settings to follow. auto: the model's generation_config.json, as transformers does; what is not "
+    "applied of it is logged. none: only the ids in config.json that begin and end a text.",
+)
 REDIS_URL = Setting(
     "redis_url", "URL", str, "redis://127.0.0.1:6379/0",
     "The Redis to use. Other users of this machine can read options: set the variable if the URL holds a password, or "
@@ -329,7 +339,7 @@ LOG_LEVEL = Setting(
 # fmt: on
 
 # The settings of the commands, in the order in which `--help` shows them; first, groups that several commands share.
-OF_MODEL = (MODEL, REVISION)
+OF_MODEL = (MODEL, REVISION, TOKENIZER, GENERATION_CONFIG)
 OF_QUEUE = (REDIS_URL, QUEUE)
 OF_ARITHMETIC = (THREADS, BLAS, WEIGHTS)
 OF_BATCH = (MAX_BATCH, KV_MEMORY, PREFIX_MEMORY)

@@ -34,6 +34,7 @@ from fastgpt2.api.http.app import create_app
 from fastgpt2.api.http.service import Bounds
 from fastgpt2.engine.model.checkpoint import NUMPY_TYPES, Checkpoint
 from fastgpt2.engine.model.config import GPT2Config, read_config, read_index
+from fastgpt2.engine.model.generation_config import read_generation_config
 from fastgpt2.engine.model.hub import DEMO_FOLDER
 from fastgpt2.engine.model.packing import open_packed
 from fastgpt2.engine.model.tokenizer import Tokenizer
@@ -416,6 +417,32 @@ def test_a_config_is_of_a_bounded_model_or_a_config_error(data: bytes) -> None:
     assert isinstance(config, GPT2Config)
     assert 0 < config.n_layer < 10**6
     assert config.n_embd % config.n_head == 0
+
+
+_SETTINGS = ("eos_token_id", "bos_token_id", "min_length", "bad_words_ids", "num_beams", "do_sample", "penalty_alpha")
+
+
+@fuzz(200)
+@given(
+    st.one_of(
+        json_bytes,
+        st.dictionaries(st.sampled_from(_SETTINGS), values, max_size=3).map(lambda fields: json.dumps(fields).encode()),
+    )
+)
+@example(b'{"eos_token_id": [' + b"1," * 100_000 + b"1]}")
+@example(b'{"eos_token_id": [1e308, 1e400, NaN]}')
+@example(b'{"suppress_tokens": ' + b"[" * 900 + b"]" * 900 + b"}")
+@example(b'{"stop_strings": "\\ud800"}')
+def test_generation_settings_are_bounded_or_a_config_error(data: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder, little_memory():
+        (Path(folder) / "generation_config.json").write_bytes(data)
+        try:
+            found = read_generation_config(Path(folder), GPT2Config(vocab_size=100))
+        except ConfigError:
+            return
+    assert 0 <= found.start_token_id < 100
+    assert all(0 <= one < 100 for one in found.eos_token_ids)
+    assert len("".join(found.notes).encode()) < 20_000
 
 
 _TOKENIZER = (DEMO_FOLDER / "tokenizer.json").read_bytes()

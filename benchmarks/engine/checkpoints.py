@@ -28,6 +28,7 @@ from safetensors.numpy import load_file, save_file
 
 import fastgpt2
 from fastgpt2.engine.model.config import read_config
+from fastgpt2.engine.model.generation_config import read_generation_config
 from fastgpt2.engine.model.weights import expected_shapes
 
 DEMO = Path(fastgpt2.__file__).parent / "models" / "demo"
@@ -82,7 +83,7 @@ def at_random(shapes: Shapes, places: float) -> Tensors:
         places: standard deviation of the table of positions.
     """
     rng = np.random.default_rng(SEED)
-    config = read_config(DEMO)
+    generation = read_generation_config(DEMO, read_config(DEMO))
     layers = sum(name.endswith("ln_1.weight") for name in shapes)
     deep = 0.02 / math.sqrt(2 * layers)
     tensors = {}
@@ -97,7 +98,7 @@ def at_random(shapes: Shapes, places: float) -> Tensors:
             scale = places if name == "wpe.weight" else deep if name.endswith("c_proj.weight") else 0.02
             tensors[name] = (rng.standard_normal(shape, np.float32) * scale).astype(np.float32)
     # Texts should not end early: the token that ends a text gets a vector of zeros.
-    tensors["wte.weight"][list(config.eos_token_ids)] = 0.0
+    tensors["wte.weight"][list(generation.eos_token_ids)] = 0.0
     return tensors
 
 

@@ -22,6 +22,7 @@ def run(values: dict[str, Any]) -> int:
     from fastgpt2.engine.machine import hold_to_one_thread
 
     hold_to_one_thread()
+    _check_text(values)
     kinds = [values["weights"], *(["int8"] if values["drafts"] == "int8" else [])]
     files = [_pack_and_verify(values, weights) for weights in kinds]
     if values["measure"]:
@@ -29,6 +30,20 @@ def run(values: dict[str, Any]) -> int:
     for packed in files:
         print(packed.path, os.fstat(packed.fd).st_size, sep="\t")
     return 0
+
+
+def _check_text(values: dict[str, Any]) -> None:
+    """Open the tokenizer and the generation settings as a worker does: what is packed can then be served."""
+    from fastgpt2.engine.loading import note, notes_on_text
+    from fastgpt2.engine.model.config import read_config
+    from fastgpt2.engine.model.generation_config import read_generation_config
+    from fastgpt2.engine.model.hub import find_folders
+    from fastgpt2.engine.model.tokenizer import Tokenizer
+
+    folder, tokenizer_folder = find_folders(values["model"], values["revision"], values["tokenizer"])
+    config = read_config(folder)
+    generation = read_generation_config(folder, config, values["generation_config"])
+    note(values["model"], *notes_on_text(config, Tokenizer.from_folder(tokenizer_folder), generation))
 
 
 def _pack_and_verify(values: dict[str, Any], weights: str) -> PackedFile:
@@ -47,9 +62,9 @@ def _pack_and_verify(values: dict[str, Any], weights: str) -> PackedFile:
 def _pack(values: dict[str, Any], weights: str) -> PackedFile:
     from fastgpt2.engine.loading import pack_model
     from fastgpt2.engine.model.config import read_config
-    from fastgpt2.engine.model.hub import find_model
+    from fastgpt2.engine.model.hub import find_folders
 
-    folder = find_model(values["model"], values["revision"])
+    folder, _ = find_folders(values["model"], values["revision"], values["tokenizer"])
     config = read_config(folder)
     return pack_model(folder, config, values["model"], values["blas"], weights, must_keep=True)[0]
 
@@ -58,7 +73,7 @@ def _measure(values: dict[str, Any]) -> None:
     """Load the model as a worker does, which keeps what it measures beside the packed file."""
     from fastgpt2.engine.engine import Engine
 
-    names = ("revision", "threads", "blas", "weights", "drafts")
+    names = ("revision", "threads", "blas", "weights", "drafts", "tokenizer", "generation_config")
     Engine.load(values["model"], **{name: values[name] for name in names})
 
 

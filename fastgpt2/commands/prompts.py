@@ -35,6 +35,8 @@ def generate(values: dict[str, Any]) -> int:
         blas=values["blas"],
         weights=values["weights"],
         drafts=values["drafts"],
+        tokenizer=values["tokenizer"],
+        generation_config=values["generation_config"],
     )
     sequence = engine.decoder.admit(engine.decoder.prepare(request))
     encoded = perf_counter()
@@ -96,9 +98,19 @@ def _status_text(status: dict[str, Any]) -> str:
             f"{worker['tokens_per_second'] or 0.0:.1f} tokens/s, "
             f"{worker['jobs_finished']} finished, {worker['jobs_failed']} failed"
         )
+    for worker, notes in _notes_by_worker(status["workers"]):
+        lines += [f"note on {worker}: {note}" for note in notes]
     if not status["workers"]:
         lines.append("no workers; start some with `fastgpt2 up` or `fastgpt2 worker`")
     return "\n".join(lines)
+
+
+def _notes_by_worker(workers: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Return the notes on models, each once for all workers that have the same ones on the same model."""
+    found: dict[str, tuple[str, list[str]]] = {}
+    for worker in workers:
+        found.setdefault(f"{worker['model']} {worker['notes']}", (worker["model"], worker["notes"]))
+    return list(found.values())
 
 
 def enqueue(values: dict[str, Any]) -> int:

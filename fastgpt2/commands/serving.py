@@ -29,6 +29,8 @@ def worker(values: dict[str, Any]) -> int:
         blas=values["blas"],
         weights=values["weights"],
         drafts=values["drafts"],
+        tokenizer=values["tokenizer"],
+        generation_config=values["generation_config"],
     )
     engine.warm_up()
     log.info("loaded %s in %.0f ms; %s", engine.model, engine.load_times.loaded * 1e3, engine.describe())

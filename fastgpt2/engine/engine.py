@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
 
 from fastgpt2.engine.decoding.records import GenerationRequest, GenerationResult
-from fastgpt2.engine.loading import LoadOptions, LoadTimes, load_decoder
+from fastgpt2.engine.loading import LoadedModel, LoadOptions, load_decoder
 from fastgpt2.errors import BadRequest
 
 if TYPE_CHECKING:
-    from fastgpt2.engine.decoding.decoder import Decoder
     from fastgpt2.engine.decoding.sequence import Sequence
     from fastgpt2.engine.model.config import GPT2Config
     from fastgpt2.engine.model.tokenizer import Tokenizer
@@ -42,12 +41,11 @@ class Engine:
         model: the name under which it was loaded.
         decoder: for callers that admit and step sequences themselves.
         weights, drafts: the options with which it was loaded.
+        notes: sentences for people on what the model's files ask for and is not done, each logged when it was loaded.
     """
 
-    def __init__(
-        self, model: str, decoder: Decoder, load_times: LoadTimes, weights: str = "float32", drafts: str | int = "off"
-    ) -> None:
-        self.model, self.decoder, self.load_times = model, decoder, load_times
+    def __init__(self, model: str, loaded: LoadedModel, weights: str = "float32", drafts: str | int = "off") -> None:
+        self.model, self.decoder, self.load_times, self.notes = model, loaded.decoder, loaded.times, loaded.notes
         self.weights, self.drafts = weights, drafts
 
     @property
@@ -79,6 +77,8 @@ class Engine:
         blas: str = "auto",
         weights: str = "float32",
         drafts: str | int = "auto",
+        tokenizer: str | os.PathLike[str] | None = None,
+        generation_config: str = "auto",
     ) -> Engine:
         """Load a model: `demo`, a folder, or a hub id.
 
@@ -101,16 +101,23 @@ class Engine:
             drafts: guesses of the next tokens that a step verifies (`decoding/lookup.py`); tokens are the same. off;
                 auto, looked up in the text so far, as many as pay; a number, that many wherever there are any; int8, as
                 auto, and made by int8 weights as well (the extra `compact`).
+            tokenizer: the folder or the hub id of another tokenizer than the model's own, such as `gpt2`; None for the
+                model's own. A hub's repository is taken at `main`, whatever `revision` says.
+            generation_config: auto, to follow the model's `generation_config.json` as transformers does (and to note
+                what is not applied of it); none, to take the ids of `config.json` that begin and end a text, and no
+                more.
 
         Raises:
             ModelError: the model cannot be found, read or trusted; the message names the file and what is wrong.
             BadRequest: `max_batch` or `threads` is below 1, `blas` or `weights` is unknown or not installed,
                 `kv_memory` does not hold one sequence of all the model's positions, `prefix_memory` is neither 0 nor
-                enough for one block of them, or `drafts` is neither a word above nor 1 to 15.
+                enough for one block of them, `drafts` is neither a word above nor 1 to 15, or `generation_config` is
+                unknown.
         """
-        options = LoadOptions(revision, threads, max_batch, kv_memory, prefix_memory, blas, weights, drafts)
-        decoder, load_times = load_decoder(os.fspath(model), options)
-        return cls(os.fspath(model), decoder, load_times, weights, drafts)
+        other = None if tokenizer is None else os.fspath(tokenizer)
+        numbers = revision, threads, max_batch, kv_memory, prefix_memory
+        options = LoadOptions(*numbers, blas, weights, drafts, other, generation_config)
+        return cls(os.fspath(model), load_decoder(os.fspath(model), options), weights, drafts)
 
     @overload
     def generate(self, prompts: Prompts, **options: Unpack[Options]) -> list[GenerationResult]: ...

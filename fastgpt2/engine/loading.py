@@ -7,6 +7,7 @@ and the helper processes get ready on other cores while numpy is imported and th
 from __future__ import annotations
 
 import contextlib
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,10 @@ from typing import TYPE_CHECKING
 from fastgpt2.engine.decoding.lookup import MOST_DRAFTS
 from fastgpt2.engine.machine import fair_share_of_kv_memory, hold_to_one_thread, processes_for
 from fastgpt2.engine.model.config import GPT2Config, read_config
-from fastgpt2.engine.model.hub import find_model
+from fastgpt2.engine.model.generation_config import GenerationConfig, read_generation_config
+from fastgpt2.engine.model.hub import find_folders
 from fastgpt2.engine.model.tokenizer import Tokenizer
-from fastgpt2.errors import BadRequest, TokenizerError
+from fastgpt2.errors import BadRequest
 
 if TYPE_CHECKING:
     from fastgpt2.engine.decoding.decoder import Decoder
@@ -29,7 +31,9 @@ if TYPE_CHECKING:
 
 BLAS_CHOICES = ("auto", "openblas", "mkl", "compiled")
 DRAFTS_CHOICES = ("off", "auto", "int8")
+GENERATION_CONFIG_CHOICES = ("auto", "none")
 WEIGHTS_CHOICES = ("float32", "bfloat16", "int8")
+log = logging.getLogger("fastgpt2.engine")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +48,18 @@ class LoadOptions:
     blas: str
     weights: str
     drafts: str | int
+    tokenizer: str | None = None
+    generation_config: str = "auto"
 
     def __post_init__(self) -> None:
         if self.max_batch is not None and self.max_batch < 1:
             raise BadRequest(f"max_batch must be 1 or more, not {self.max_batch}")
-        for name, value, choices in (("blas", self.blas, BLAS_CHOICES), ("weights", self.weights, WEIGHTS_CHOICES)):
+        for name, choices in (
+            ("blas", BLAS_CHOICES),
+            ("weights", WEIGHTS_CHOICES),
+            ("generation_config", GENERATION_CONFIG_CHOICES),
+        ):
+            value = getattr(self, name)
             if value not in choices:
                 raise BadRequest(f"{name} must be one of {', '.join(choices)}, not {value!r}")
         if self.drafts not in DRAFTS_CHOICES and not (type(self.drafts) is int and 1 <= self.drafts <= MOST_DRAFTS):
@@ -75,16 +86,30 @@ class LoadTimes:
     loaded: float
 
 
-def load_decoder(model: str, options: LoadOptions) -> tuple[Decoder, LoadTimes]:
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model that can take requests.
+
+    Attributes:
+        notes: sentences for people on what the model's files ask for and is not done.
+    """
+
+    decoder: Decoder
+    times: LoadTimes
+    notes: tuple[str, ...]
+
+
+def load_decoder(model: str, options: LoadOptions) -> LoadedModel:
     """Load a model, until it can take requests. Raises as `Engine.load`."""
     started = perf_counter()
     hold_to_one_thread()
-    folder = find_model(model, options.revision)
+    folder, tokenizer_folder = find_folders(model, options.revision, options.tokenizer)
     config = read_config(folder)
+    generation = read_generation_config(folder, config, options.generation_config)
     size = processes_for(config, options.threads)
     # The tokenizer's parser releases the GIL, and helpers are other processes.
     with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as thread:
-        beside = thread.submit(_load_beside, folder, size, started)
+        beside = thread.submit(_load_beside, tokenizer_folder, size, started)
         from fastgpt2.engine.decoding.decoder import Decoder
         from fastgpt2.engine.decoding.drafter import Drafter
         from fastgpt2.engine.kernels.choice import open_measurements
@@ -108,16 +133,30 @@ def load_decoder(model: str, options: LoadOptions) -> tuple[Decoder, LoadTimes]:
         tokenizer, tokenizer_done, processes = beside.result()
     if processes is not None:
         network.start_helpers(processes)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise TokenizerError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model's vocabulary {config.vocab_size}"
-        )
     measurements, most_drafts = open_measurements(config), options.most_drafts
     if options.max_batch is None:
         choose_slots(network, measurements)
     costs = row_costs(network, measurements, options.max_batch is None) if most_drafts is None else None
-    decoder = Decoder(network, tokenizer, prefixes, Drafter(network, most_drafts, costs))
-    return decoder, LoadTimes(mapped, tokenizer_done, perf_counter() - started)
+    decoder = Decoder(network, tokenizer, generation, prefixes, Drafter(network, most_drafts, costs))
+    times = LoadTimes(mapped, tokenizer_done, perf_counter() - started)
+    return LoadedModel(decoder, times, note(model, *notes_on_text(config, tokenizer, generation)))
+
+
+def notes_on_text(config: GPT2Config, tokenizer: Tokenizer, generation: GenerationConfig) -> tuple[str, ...]:
+    """Return the notes on a model's tokenizer and on its generation settings."""
+    beyond = tokenizer.ids_from(config.vocab_size)
+    if not beyond:
+        return generation.notes
+    first = f"{beyond[0]}, {tokenizer.token_text(beyond[0])!r}"
+    more = f"the tokenizer has {len(beyond)} tokens beyond the model's table of {config.vocab_size}"
+    return (f"{more}; the first is {first}: a prompt with such a token is refused", *generation.notes)
+
+
+def note(model: str, *notes: str) -> tuple[str, ...]:
+    """Log notes on a model as warnings, and return them."""
+    for one in notes:
+        log.warning("%s: %s", model, one)
+    return notes
 
 
 def load_network(

@@ -104,6 +104,10 @@ SUSPECT_CRASHES = 2
 # For how long a worker counts as alive after each renewal of its lease.
 LEASE_SECONDS = 9.0
 
+# What a worker's hash holds at most of the notes on its model.
+MAX_NOTES = 16
+MAX_NOTE_CHARACTERS = 400
+
 
 def stream_key(job_id: str) -> str:
     """Return the key of the Redis stream of a job's text; see `fastgpt2.protocol.messages`."""

@@ -20,7 +20,7 @@ from typing import Any, Self
 from fastgpt2 import settings
 from fastgpt2.api.http.access import read_token, refuse_exposure
 from fastgpt2.api.http.serve import bind, url_of
-from fastgpt2.engine.model.hub import find_model
+from fastgpt2.engine.model.hub import find_folders
 from fastgpt2.errors import FastGPT2Error, QueueUnavailable, RedisAccessDenied
 from fastgpt2.process import on_stop_signals, set_up_logging, stop_signals_held
 from fastgpt2.protocol.connection import connect, redis_errors, without_password
@@ -79,7 +79,7 @@ class System:
         try:
             refuse_exposure(self.values["host"], read_token(self.values["token_file"]), self.values["insecure"])
             # In the foreground, once: a download shows its progress here, and a wrong name ends it all at once.
-            find_model(self.values["model"], self.values["revision"])
+            find_folders(*(self.values[name] for name in ("model", "revision", "tokenizer")))
             self._start_redis()
             before = self._registered_workers()
             self._start_children()
@@ -262,7 +262,7 @@ def run_pool(values: dict[str, Any]) -> int:
     on_stop_signals(signal.default_int_handler)
     redis_url = values["redis_url"]
     _refuse_if_denied(redis_url)
-    find_model(values["model"], values["revision"])
+    find_folders(values["model"], values["revision"], values["tokenizer"])
     stopping = threading.Event()
     on_stop_signals(lambda _signum, _frame: stopping.set())
     print(

@@ -8,7 +8,7 @@ import math
 import time
 import uuid
 from collections import Counter, defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import ConnectionError as NoConnection
@@ -247,6 +247,14 @@ def outcome_of(error: Exception) -> tuple[str, str]:
     return "failed", next((name for kind, name in kinds if isinstance(error, kind)), "error")
 
 
+def notes_to_field(notes: Sequence[str]) -> str:
+    """Return notes as they stand in a worker's hash: a list in JSON, of those that there is room for."""
+    shown = [one[: keys.MAX_NOTE_CHARACTERS] for one in notes]
+    if len(shown) > keys.MAX_NOTES:
+        shown[keys.MAX_NOTES - 1 :] = [f"{len(shown) - keys.MAX_NOTES + 1} more are in the worker's log"]
+    return json.dumps(shown)
+
+
 def _pairs(counts: dict[str, float]) -> list[str]:
     """Return fields, each followed by what to add: whole numbers to counts, and to sums numbers with a point."""
     return [
@@ -285,6 +293,7 @@ class WorkerInfo:
             "longest_token_bytes": self.longest_token_bytes,
             "max_batch": engine.max_batch,
             "restarts": restarts,
+            "notes": notes_to_field(engine.notes),
         }
 
     def fields(self) -> Mapping[str, Any]:

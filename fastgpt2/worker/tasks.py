@@ -100,4 +100,6 @@ def _engine() -> Engine:
         blas=settings.BLAS.resolve(),
         weights=settings.WEIGHTS.resolve(),
         drafts=settings.DRAFTS.resolve(),
+        tokenizer=settings.TOKENIZER.resolve(),
+        generation_config=settings.GENERATION_CONFIG.resolve(),
     )

@@ -31,7 +31,7 @@ def read(tmp_path: Path, **changes: Any) -> GPT2Config:
 def test_the_public_gpt2(tmp_path: Path) -> None:
     config = read(tmp_path, **PUBLIC_GPT2)
     assert config == GPT2Config()
-    assert (config.head_dim, config.n_inner, config.eos_token_ids) == (64, 3072, (50256,))
+    assert (config.head_dim, config.n_inner) == (64, 3072)
     assert config.attention_scale(5) == pytest.approx(1 / 8)
 
 
@@ -48,13 +48,6 @@ def test_scales_of_attention(tmp_path: Path) -> None:
     assert [by_layer.attention_scale(i) for i in (0, 1, 3)] == [1 / 4, 1 / 8, 1 / 16]
     unscaled = read(tmp_path, n_embd=32, n_head=2, vocab_size=9, scale_attn_weights=False)
     assert unscaled.attention_scale(3) == 1.0
-
-
-def test_end_of_text_may_be_several_or_none(tmp_path: Path) -> None:
-    assert read(tmp_path, vocab_size=9, eos_token_id=[3, 4]).eos_token_ids == (3, 4)
-    assert read(tmp_path, vocab_size=9, eos_token_id=None).eos_token_ids == ()
-    assert read(tmp_path, vocab_size=9).eos_token_ids == ()
-    assert read(tmp_path, vocab_size=9, bos_token_id=1, eos_token_id=50256).eos_token_ids == ()
 
 
 def test_n_ctx_stands_in_for_n_positions(tmp_path: Path) -> None:
@@ -92,7 +85,6 @@ def test_the_names_that_transformers_takes_for_the_same(tmp_path: Path) -> None:
         ("scale_attn_weights", "no"),
         ("scale_attn_by_inverse_layer_idx", 1),
         ("tie_word_embeddings", None),
-        ("eos_token_id", "<|endoftext|>"),
         ("is_encoder_decoder", True),
         ("quantization_config", {"bits": 4}),
         ("attention_head_type", "multiquery"),

@@ -1,4 +1,4 @@
-"""`find_model` asks a hub on 127.0.0.1, each time in a process of its own: the client reads its environment once."""
+"""`find_folders` asks a hub on 127.0.0.1, each time in a process of its own: the client reads its environment once."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from support.fake_hub import WAIT_SECONDS, BreakOff, FakeHub, Refuse, Request
 
-from fastgpt2.engine.model.hub import DEMO_FOLDER, find_model
-from fastgpt2.errors import ModelNotFound
+from fastgpt2.engine.model.hub import DEMO_FOLDER, find_folders, find_model
+from fastgpt2.errors import ConfigError, ModelNotFound, TokenizerError
 
 pytestmark = pytest.mark.processes
 
@@ -30,12 +30,14 @@ SOON_SECONDS = 18.0
 
 # Prints one JSON object; anything else on standard output breaks every test here.
 CALL = """
-import json, sys
-from fastgpt2.engine.model.hub import find_model
+import json, logging, sys
+from fastgpt2.engine.model.hub import find_folders
 from fastgpt2.errors import FastGPT2Error
-found = {"folder": "", "error": "", "message": ""}
+found = {"folder": "", "tokenizer_folder": "", "error": "", "message": ""}
+logging.basicConfig(level="INFO")
 try:
-    found["folder"] = str(find_model(sys.argv[1], sys.argv[2] or None))
+    folders = find_folders(sys.argv[1], sys.argv[2] or None, sys.argv[3] or None)
+    found["folder"], found["tokenizer_folder"] = map(str, folders)
 except FastGPT2Error as error:
     found["error"], found["message"] = type(error).__name__, str(error)
 print(json.dumps({**found, "client_imported": "huggingface_hub" in sys.modules}))
@@ -47,11 +49,14 @@ def checkpoint_files(name: str) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (CHECKPOINTS / name).iterdir() if path.suffix != ".npz"}
 
 
-TOKENIZER = {"tokenizer.json": b'{"version": "1.0"}'}  # find_model does not look inside
+TOKENIZER = {"tokenizer.json": b'{"version": "1.0"}'}  # the search does not look inside
 OLD_TOKENIZER = {"vocab.json": b'{"a": 0}', "merges.txt": b"#version: 0.2\n"}
 SINGLE = {**checkpoint_files("prefixed"), **TOKENIZER}
 SHARDED = {**checkpoint_files("sharded"), **TOKENIZER}
-UNNEEDED = {"README.md": b"# A model", "pytorch_model.bin": b"\x80\x02", "generation_config.json": b"{}"}
+UNNEEDED = {"README.md": b"# A model", "pytorch_model.bin": b"\x80\x02", "chat_template.jinja": b"{}"}
+# What stands beside weights and tokenizer, and has to be asked for.
+EXTRAS = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json"}
+PICKLE = {**{name: SINGLE[name] for name in ("config.json", *TOKENIZER)}, "pytorch_model.bin": b"PK"}
 WEIGHTS = "model.safetensors"
 
 
@@ -60,6 +65,7 @@ class Outcome:
     """The outcome of a call: a folder, or the name and message of an error."""
 
     folder: Path
+    tokenizer_folder: Path
     error: str
     message: str
     client_imported: bool
@@ -71,7 +77,7 @@ class Outcome:
 
 
 class Caller:
-    """Calls `find_model` with nothing of this process's environment but what Python needs, in an empty folder."""
+    """Calls `find_folders` with nothing of this process's environment but what Python needs, in an empty folder."""
 
     def __init__(self, folder: Path, endpoint: str) -> None:
         self.folder = folder
@@ -98,11 +104,11 @@ class Caller:
             env={**self.environment, **environment},
         )
 
-    def start(self, model: str, revision: str = "", **environment: str) -> subprocess.Popen[str]:
-        return self.python(CALL, model, revision, **environment)
+    def start(self, model: str, revision: str = "", tokenizer: str = "", **environment: str) -> subprocess.Popen[str]:
+        return self.python(CALL, model, revision, tokenizer, **environment)
 
-    def call(self, model: str, revision: str = "", **environment: str) -> Outcome:
-        return result_of(self.start(model, revision, **environment))
+    def call(self, model: str, revision: str = "", tokenizer: str = "", **environment: str) -> Outcome:
+        return result_of(self.start(model, revision, tokenizer, **environment))
 
     def put(self, repo_id: str, commit: str, files: Mapping[str, bytes], reference: str = "main") -> Path:
         """Lay a snapshot into the cache as the client would. Returns its folder."""
@@ -125,7 +131,8 @@ def result_of(process: subprocess.Popen[str], deadline: float = WAIT_SECONDS) ->
         raise
     assert process.returncode == 0, stderr
     found = json.loads(stdout)
-    return Outcome(Path(found["folder"]), found["error"], found["message"], found["client_imported"], stderr)
+    folders = Path(found["folder"]), Path(found["tokenizer_folder"])
+    return Outcome(*folders, found["error"], found["message"], found["client_imported"], stderr)
 
 
 def weight_transfers(hub: FakeHub) -> int:
@@ -154,7 +161,7 @@ def test_first_call_downloads_what_is_needed_and_second_call_asks_nothing(hub: F
 
     assert first.files() == SINGLE
     assert first.folder.is_relative_to(caller.cache)
-    assert hub.files_asked_for() == set(SINGLE)
+    assert hub.files_asked_for() == {*SINGLE, *EXTRAS}
     assert all(hub.count("GET", name) >= 1 for name in SINGLE)
 
     asked = len(hub.requests)
@@ -176,7 +183,7 @@ def test_sharded_model_is_its_index_and_exactly_its_shards(hub: FakeHub, caller:
 
     assert first.files() == SHARDED
     # Whether there is a single file has to be asked; there is not.
-    assert hub.files_asked_for() == {*SHARDED, WEIGHTS}
+    assert hub.files_asked_for() == {*SHARDED, WEIGHTS, *EXTRAS}
     asked = len(hub.requests)
     assert caller.call("sharded").folder == first.folder
     assert len(hub.requests) == asked
@@ -346,7 +353,7 @@ def test_repository_of_an_adapter(hub: FakeHub, caller: Caller) -> None:
     assert outcome.message.startswith("lora: is a PEFT adapter of gpt2, and no model itself. Merge the two (")
 
 
-@pytest.mark.parametrize("missing", ["tokenizer.json", "config.json", WEIGHTS])
+@pytest.mark.parametrize("missing", ["config.json", WEIGHTS])
 def test_incomplete_repository(hub: FakeHub, caller: Caller, missing: str) -> None:
     hub.commit("part", {name: content for name, content in SINGLE.items() if name != missing})
 
@@ -354,8 +361,188 @@ def test_incomplete_repository(hub: FakeHub, caller: Caller, missing: str) -> No
 
     assert outcome.error == "ModelNotFound"
     assert outcome.message.startswith("part: holds ")
-    lack = {"tokenizer.json": "no tokenizer", "config.json": "no config.json", WEIGHTS: "no weights (model.safetensors"}
+    lack = {"config.json": "no config.json", WEIGHTS: "no weights (model.safetensors"}
     assert lack[missing] in outcome.message
+
+
+def test_repository_that_is_no_gpt2_is_refused_before_its_weights_are_fetched(hub: FakeHub, caller: Caller) -> None:
+    hub.commit("other", {**SINGLE, "config.json": b'{"model_type": "llama"}'})
+
+    outcome = caller.call("other")
+
+    assert outcome.error == "ConfigError"
+    assert 'model_type is "llama"' in outcome.message
+    assert hub.files_asked_for() == {"config.json"}
+
+
+# Tokenizers
+
+
+def config_with(vocab_size: int) -> bytes:
+    return json.dumps({**json.loads(SINGLE["config.json"]), "vocab_size": vocab_size}).encode()
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "remedy"),
+    [(50257, "add --tokenizer gpt2"), (50304, "add --tokenizer gpt2"), (3000, "3000 tokens, by")],
+)
+def test_repository_without_a_tokenizer(hub: FakeHub, caller: Caller, vocab_size: int, remedy: str) -> None:
+    files = {"config.json": config_with(vocab_size), WEIGHTS: SINGLE[WEIGHTS]}
+    hub.commit("bare", files)
+    hub.commit("gpt2", {**SINGLE, **UNNEEDED})
+
+    refused = caller.call("bare")
+
+    assert refused.error == "TokenizerError"
+    assert refused.message.startswith("bare: holds no tokenizer")
+    assert remedy in refused.message
+    assert WEIGHTS not in hub.files_asked_for()
+    # The remedy. Of the other repository, nothing but the tokenizer is fetched, and its configuration.
+    served = caller.call("bare", tokenizer="gpt2")
+    assert served.files() == files
+    assert {path.name for path in served.tokenizer_folder.iterdir()} == {"tokenizer.json", "config.json"}
+    hub.stop()
+    assert caller.call("bare", tokenizer="gpt2").tokenizer_folder == served.tokenizer_folder
+
+
+def test_tokenizer_of_another_repository_is_taken_at_main(hub: FakeHub, caller: Caller) -> None:
+    hub.commit("bare", SINGLE, reference="v1")
+    hub.commit("gpt2", SINGLE)
+
+    assert caller.call("bare", "v1", tokenizer="gpt2").files().keys() == {"config.json", WEIGHTS}
+
+
+def test_tokenizer_that_is_none(hub: FakeHub, caller: Caller) -> None:
+    hub.commit("bare", SINGLE)
+    hub.commit("none", {"config.json": SINGLE["config.json"]})
+
+    outcome = caller.call("bare", tokenizer="none")
+    assert outcome.error == "TokenizerError"
+    assert outcome.message.startswith("none: holds no tokenizer, which is tokenizer.json, or vocab.json and merges.txt")
+    assert WEIGHTS not in hub.files_asked_for()
+
+    outcome = caller.call("bare", tokenizer="missing")
+    assert outcome.error == "ModelNotFound"
+    assert outcome.message.startswith("missing: no such folder here")
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"vocab.txt": b"[UNK]"},
+        {"spiece.model": b"x"},
+        {"tokenizer.model": b"x"},
+        {"vocab.json": b"{}", "merges.txt": b"", "tokenizer_config.json": b"{}", "added_tokens.json": b"{}"},
+        {"tokenizer.json": b"{}", "special_tokens_map.json": b"{}"},
+    ],
+    ids=lambda files: next(iter(files)),
+)
+def test_every_kind_of_tokenizer_is_fetched(hub: FakeHub, caller: Caller, files: dict[str, bytes]) -> None:
+    whole = {**checkpoint_files("prefixed"), **files}
+    hub.commit("small", {**whole, **UNNEEDED})
+
+    first = caller.call("small")
+
+    assert first.files() == whole
+    asked = len(hub.requests)
+    assert caller.call("small").folder == first.folder
+    assert len(hub.requests) == asked
+
+
+# Other weights than safetensors
+
+
+def test_pickle_is_taken_where_there_is_nothing_else(hub: FakeHub, caller: Caller) -> None:
+    hub.commit("old", {**PICKLE, "tf_model.h5": b"x"})
+    hub.commit("old", SINGLE, reference="refs/pr/3")
+
+    first = caller.call("old")
+
+    assert first.files() == PICKLE
+    assert "its weights are pytorch_model.bin" in first.stderr
+    assert "--revision refs/pr/N takes them" in first.stderr
+    assert caller.call("old").folder == first.folder
+    # The remedy: only if it is asked for.
+    converted = caller.call("old", "refs/pr/3")
+    assert converted.files() == SINGLE
+    assert "pytorch_model.bin" not in converted.stderr
+
+
+def test_pickle_in_shards(hub: FakeHub, caller: Caller) -> None:
+    shards = {f"pytorch_model-0000{n}-of-00002.bin": b"PK" for n in (1, 2)}
+    index = json.dumps({"weight_map": dict(zip(("a", "b"), shards, strict=True))}).encode()
+    files = {**PICKLE, "pytorch_model.bin.index.json": index, **shards}
+    del files["pytorch_model.bin"]
+    hub.commit("old", {**files, "pytorch_model-00003-of-00002.bin": b"not listed"})
+
+    first = caller.call("old")
+
+    assert first.files() == files
+    hub.stop()
+    assert caller.call("old").folder == first.folder
+
+
+def test_checkpoint_of_nanogpt(hub: FakeHub, caller: Caller) -> None:
+    hub.commit("nano", {"ckpt.pt": b"PK", "README.md": b"#"})
+    hub.commit("gpt2", SINGLE)
+
+    refused = caller.call("nano")
+    assert refused.error == "TokenizerError"
+    assert "add --tokenizer gpt2" in refused.message
+    assert caller.call("nano", tokenizer="gpt2").files() == {"ckpt.pt": b"PK"}
+
+
+# What an older release has downloaded
+
+
+NEWER = {**SINGLE, "tokenizer_config.json": b'{"add_bos_token": true}', "generation_config.json": b"{}"}
+
+
+def test_snapshot_of_an_older_release_is_completed_once(hub: FakeHub, caller: Caller) -> None:
+    commit = hub.commit("small", NEWER)
+    folder = caller.put("small", commit, SINGLE)
+    hub.commit("small", {"config.json": b"{}"})  # the branch has moved since
+
+    assert caller.call("small").files() == NEWER
+    assert hub.files_asked_for() == {"config.json", *EXTRAS}
+    assert not weight_transfers(hub)
+    asked = len(hub.requests)
+    second = caller.call("small")
+    assert second.folder == folder
+    assert len(hub.requests) == asked
+    assert not second.client_imported
+
+
+def test_snapshot_of_an_older_release_does_without_a_hub(hub: FakeHub, caller: Caller) -> None:
+    folder = caller.put("small", hub.commit("small", NEWER), SINGLE)
+
+    offline = caller.call("small", HF_HUB_OFFLINE="1")
+    assert offline.folder == folder
+    assert not offline.client_imported
+    assert not hub.requests
+    assert "added_tokens.json, generation_config.json, special_tokens_map.json, tokenizer_config.json" in offline.stderr
+    assert "HF_HUB_OFFLINE is set" in offline.stderr
+
+    def refuse(_: Request) -> None:
+        raise Refuse(403, "Access to this resource is disabled.")
+
+    hub.on_request = refuse
+    refused = caller.call("small")
+    assert refused.folder == folder
+    assert "used as it is in the cache" in refused.stderr
+
+    hub.stop()
+    unreachable = result_of(caller.start("small"), SOON_SECONDS)
+    assert unreachable.folder == folder
+    assert "used as it is in the cache" in unreachable.stderr
+
+
+def test_snapshot_that_was_downloaded_whole_is_not_asked_about(hub: FakeHub, caller: Caller) -> None:
+    """As by `hf download`, which leaves no marks for missing files."""
+    folder = caller.put("small", hub.commit("small", SINGLE), {**SINGLE, ".gitattributes": b""})
+
+    assert caller.call("small").folder == folder
+    assert not hub.requests
 
 
 # Without a hub
@@ -649,7 +836,7 @@ def test_index_that_names_a_file_elsewhere(hub: FakeHub, caller: Caller, name: o
         assert outcome.error == "CheckpointError"
         assert repr(name) in outcome.message
         assert "model.safetensors.index.json" in outcome.message
-    assert hub.files_asked_for() <= {*SHARDED, WEIGHTS}
+    assert hub.files_asked_for() <= {*SHARDED, WEIGHTS, *EXTRAS}
     assert not any("-of-00004" in file for file in hub.files_asked_for())
 
 
@@ -697,7 +884,8 @@ def test_demo_is_the_packaged_folder() -> None:
 
 def test_folder_is_used_as_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "my model").mkdir()
-    (tmp_path / "my model" / "config.json").touch()
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / "my model" / name).touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
 
@@ -720,3 +908,31 @@ def test_folder_without_a_configuration(tmp_path: Path) -> None:
         find_model(str(tmp_path))
 
     assert str(tmp_path) in str(caught.value)
+
+
+def test_folder_without_a_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(config_with(50257))
+    with pytest.raises(TokenizerError, match=r"holds no tokenizer, .*; if .*, add --tokenizer gpt2"):
+        find_folders(str(tmp_path))
+    # The remedy, as far as there is no hub.
+    assert find_folders(str(tmp_path), None, "demo") == (tmp_path, DEMO_FOLDER)
+
+    (tmp_path / "config.json").write_bytes(config_with(3000))
+    with pytest.raises(TokenizerError, match="which has about 3000 tokens, by --tokenizer"):
+        find_folders(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ConfigError, match="model_type"):
+        find_folders(str(tmp_path))
+
+
+def test_folder_of_a_tokenizer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TokenizerError, match=r"^\./mine: holds no tokenizer, which is tokenizer\.json, or"):
+        find_folders("demo", None, "./mine")
+    (tmp_path / "mine" / "vocab.txt").touch()
+    assert find_folders("demo", None, "./mine") == (DEMO_FOLDER, Path("mine"))
+    with pytest.raises(ModelNotFound, match=r"vocab\.txt: is a file; name the folder that holds it"):
+        find_folders("demo", None, "mine/vocab.txt")
+    with pytest.raises(ModelNotFound, match=r"\./none: no such folder"):
+        find_folders("demo", None, "./none")

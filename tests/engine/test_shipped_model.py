@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 from fastgpt2 import Engine
 from fastgpt2.engine.model.config import read_config
+from fastgpt2.engine.model.generation_config import read_generation_config
 from fastgpt2.engine.model.hub import DEMO_FOLDER, find_model
 from fastgpt2.engine.model.tokenizer import Tokenizer
 from fastgpt2.engine.network.step import Segment
@@ -32,15 +33,16 @@ def test_what_the_folder_holds() -> None:
 
 def test_model_and_tokenizer_belong_together() -> None:
     config = read_config(DEMO_FOLDER)
+    generation = read_generation_config(DEMO_FOLDER, config)
     tokenizer = Tokenizer.from_folder(DEMO_FOLDER)
     assert tokenizer.vocab_size == config.vocab_size
-    assert tokenizer.encode("<|endoftext|>") == list(config.eos_token_ids) == [config.bos_token_id]
+    assert tokenizer.encode("<|endoftext|>") == list(generation.eos_token_ids) == [generation.bos_token_id]
     for text in ("Elementary, my dear Watson.", "naïve café — “🦜”\n\t\0", ""):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def nats_a_token(engine: Engine, text: str) -> float:
-    ids = [engine.config.bos_token_id or 0, *engine.tokenizer.encode(text)]
+    ids = [engine.decoder.generation.bos_token_id or 0, *engine.tokenizer.encode(text)]
     model = engine.decoder.model
     slot = model.cache.allot()
     logits = model.forward([Segment(slot, ids, len(ids))]).astype(np.float64)

@@ -87,7 +87,11 @@ const workerRows = new Rows(byId("workers"), (worker) => worker.name, [
     note: (worker) => `seen ${ago(worker.heartbeat_age_seconds)}`,
     style: "state",
   },
-  { text: (worker) => worker.model ?? UNKNOWN, note: (worker) => worker.version },
+  {
+    text: (worker) => worker.model ?? UNKNOWN,
+    title: (worker) => worker.notes?.join("\n"),
+    note: (worker) => join(worker.version, worker.notes?.length && count(worker.notes.length, "note", "notes")),
+  },
   { text: (worker) => whole(worker.in_hand), note: (worker) => `of ${whole(worker.max_batch)}`, style: "number" },
   { text: (worker) => roughly(worker.tokens_per_second), style: "number" },
   {

@@ -39,7 +39,7 @@ _WORKER_FIELDS = (
     "state", "birth", "last_heartbeat", "hostname", "pid", "model", "computes_by", "fastgpt2_version", "max_batch",
     "kv_bytes", "kv_bytes_limit", "tokens", "steps", "step_seconds", "successful_job_count", "failed_job_count",
     "total_working_time", "tokens_per_second", "batch_mean", "private_bytes", "shared_bytes", "threads", "blas",
-    "restarts", "prefix_bytes", "prefix_bytes_limit", "weights", "drafts",
+    "restarts", "prefix_bytes", "prefix_bytes_limit", "weights", "drafts", "notes",
 )  # fmt: skip
 
 # Keys that come from Redis are bytes, which need not be text.

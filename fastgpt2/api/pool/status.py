@@ -6,6 +6,7 @@ report it, in one hash for each ten seconds: rates, means and the history come f
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,9 @@ WINDOWS = {"1m": 60, "5m": 300, "15m": 900}
 # All points, and the ten seconds that are not over yet.
 BUCKETS = POINTS + 1
 
+# Notes of the greatest length: JSON writes at most twelve bytes for a character, and some around each note.
+_MAX_NOTES_BYTES = keys.MAX_NOTES * (12 * keys.MAX_NOTE_CHARACTERS + 100)
+
 # What a worker may not tell of its memory.
 _OPTIONAL_BYTES = ("prefix_bytes", "prefix_bytes_limit", "private_bytes", "shared_bytes")
 
@@ -43,8 +47,9 @@ async def read_status(connection: Redis, queue: str, history: bool = False) -> d
         the head of a queue has waited (None if no job waits). `jobs`: counts by RQ's states; finished and failed jobs
         count until they expire. `totals`: what was counted since the pool was first used. `rates`: those of the last
         1, 5 and 15 minutes, and None for a mean of nothing. `models`: the models that the workers serve. `workers`:
-        each with its state, age and time since its last heartbeat (seconds), model, counts, pace, memory and the jobs
-        that it has claimed (`in_hand` is their number). What a worker says of itself is as old as its heartbeat.
+        each with its state, age and time since its last heartbeat (seconds), model, notes on the model, counts, pace,
+        memory and the jobs that it has claimed (`in_hand` is their number). What a worker says of itself is as old as
+        its heartbeat.
     """
     snapshot = await read_snapshot(connection, queue, BUCKETS)
     depth = sum(snapshot.depths.values())
@@ -95,6 +100,7 @@ def _describe_worker(entry: WorkerEntry, now: float) -> dict[str, Any]:
         "host": text(fields.get("hostname")) or None,
         "pid": whole(fields.get("pid")),
         **{name: text(fields.get(name)) or None for name in ("model", "computes_by", "blas", "weights", "drafts")},
+        "notes": _read_notes(fields.get("notes")),
         "threads": whole(fields.get("threads")),
         "version": text(fields.get("fastgpt2_version")) or None,
         "restarts": whole(fields.get("restarts")),
@@ -115,6 +121,20 @@ def _describe_worker(entry: WorkerEntry, now: float) -> dict[str, Any]:
         "jobs_failed": whole(fields.get("failed_job_count")) or 0,
         "busy_seconds": round(real(fields.get("total_working_time")) or 0.0, 3),
     }
+
+
+def _read_notes(value: Any) -> list[str]:
+    """Return the notes that a worker has written; [] if the value is none, or longer than a worker would write it."""
+    if not isinstance(value, bytes | str) or len(value) > _MAX_NOTES_BYTES:
+        return []
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return []
+    notes = (
+        [one[: keys.MAX_NOTE_CHARACTERS] for one in found if isinstance(one, str)] if isinstance(found, list) else []
+    )
+    return notes[: keys.MAX_NOTES]
 
 
 def _age(moment: Any, now: float) -> float | None:

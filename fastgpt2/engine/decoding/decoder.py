@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from fastgpt2.engine.decoding.drafter import Drafter
 from fastgpt2.engine.decoding.records import FinishReason, GenerationRequest, TokenLogprob
 from fastgpt2.engine.decoding.sequence import Sequence, TokenizedPrompt
+from fastgpt2.engine.model.generation_config import GenerationConfig
 from fastgpt2.engine.model.tokenizer import IncrementalDetokenizer, Tokenizer
 from fastgpt2.engine.network.gpt2 import DEFAULT_MAX_ROWS, GPT2, PREFILL_ROWS_BESIDE
 from fastgpt2.engine.network.prefixes import Prefixes
@@ -41,14 +42,20 @@ class Decoder:
     """Decodes as many sequences side by side as the network has slots, each as if it were alone.
 
     Args:
+        generation: which tokens begin and end a text.
         prefixes: where keys and values of prompts are kept for others that begin alike; None to keep none.
         drafter: what guesses tokens; None to guess none.
     """
 
     def __init__(
-        self, model: GPT2, tokenizer: Tokenizer, prefixes: Prefixes | None = None, drafter: Drafter | None = None
+        self,
+        model: GPT2,
+        tokenizer: Tokenizer,
+        generation: GenerationConfig,
+        prefixes: Prefixes | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.prefixes = model, tokenizer, prefixes
+        self.model, self.tokenizer, self.generation, self.prefixes = model, tokenizer, generation, prefixes
         self.drafter = drafter or Drafter(model)
         self.running: list[Sequence] = []
 
@@ -83,9 +90,7 @@ class Decoder:
                 raise TokenizerError(f"the tokenizer gives token {known}: they do not belong together")
             raise BadRequest(f"prompt holds token id {known}: give ids from 0 to {vocab_size - 1}")
         if not ids:
-            # An empty prompt starts from the beginning of a text. In GPT-2 that is the end of another.
-            bos, eos = self.model.config.bos_token_id, self.model.config.eos_token_ids
-            ids = [bos] if bos is not None else [*eos[:1]] or [0]
+            ids = [self.generation.start_token_id]
         return ids
 
     def _offsets(self, request: GenerationRequest, ids: list[int]) -> list[int]:
@@ -292,8 +297,9 @@ class Decoder:
         before the first that may be an end of text. With `ignore_eos` none ends the text, and none is passed over.
         """
         request, token_id = sequence.request, best
-        ends = self.model.config.eos_token_ids if not request.ignore_eos else ()
-        may_end = len(sequence.token_ids) >= request.min_new_tokens
+        ends = self.generation.eos_token_ids if not request.ignore_eos else ()
+        least = request.min_new_tokens or self.generation.least_new_tokens(len(sequence.prompt_ids))
+        may_end = len(sequence.token_ids) >= least
         if best in ends and not may_end:
             others = logits.copy()
             others[list(ends)] = -np.inf

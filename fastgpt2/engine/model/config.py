@@ -9,7 +9,6 @@ numbers itself, so it needs no `config.json`.
 from __future__ import annotations
 
 import json
-import logging
 import re
 import stat
 from collections.abc import Callable, Mapping
@@ -19,8 +18,6 @@ from typing import Any
 
 from fastgpt2.engine.model.lfs_pointer import explain_pointer, is_pointer
 from fastgpt2.errors import CheckpointError, ConfigError, FastGPT2Error
-
-log = logging.getLogger("fastgpt2.engine")
 
 # The files of a model's folder.
 CONFIG_FILE = "config.json"
@@ -48,9 +45,6 @@ TOKENIZER_SETS: tuple[tuple[str, ...], ...] = (
 )
 # What may stand beside them, and says more of the tokenizer.
 TOKENIZER_EXTRAS: tuple[str, ...] = (TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE, ADDED_TOKENS_FILE)
-
-# A tokenizer is the first of these, or both of the second.
-TOKENIZER_FILES = ((TOKENIZER_FILE,), (VOCAB_FILE, MERGES_FILE))
 
 # What no real model comes near: beyond these a file is damaged, or made to do harm.
 MAX_CONFIG_BYTES = 1 << 20
@@ -112,8 +106,6 @@ class GPT2Config:
     scale_attn_weights: bool = True
     scale_attn_by_inverse_layer_idx: bool = False
     tie_word_embeddings: bool = True
-    bos_token_id: int | None = 50256
-    eos_token_ids: tuple[int, ...] = (50256,)
 
     @property
     def head_dim(self) -> int:
@@ -156,11 +148,9 @@ def read_config(folder: Path) -> GPT2Config:
     activation = fields.get("activation_function", "gelu_new")
     if not isinstance(activation, str) or activation not in ACTIVATION_FUNCTIONS:
         known = ", ".join(sorted(ACTIVATION_FUNCTIONS))
-        raise ConfigError(f"{path}: activation_function is {_quote(activation)}; known are {known}")
-    vocab_size = reader.size("vocab_size", 50257)
-    bos = reader.token_ids("bos_token_id", vocab_size)
+        raise ConfigError(f"{path}: activation_function is {quote(activation)}; known are {known}")
     return GPT2Config(
-        vocab_size=vocab_size,
+        vocab_size=reader.size("vocab_size", 50257),
         n_positions=reader.size("n_positions", 1024),
         n_embd=n_embd,
         n_layer=reader.size("n_layer", 12),
@@ -172,8 +162,6 @@ def read_config(folder: Path) -> GPT2Config:
         scale_attn_by_inverse_layer_idx=reader.flag("scale_attn_by_inverse_layer_idx", False),
         # `reorder_and_upcast_attn` needs no code: it computes scores in float32, as this engine always does.
         tie_word_embeddings=reader.flag("tie_word_embeddings", True),
-        bos_token_id=bos[0] if bos else None,
-        eos_token_ids=reader.token_ids("eos_token_id", vocab_size),
     )
 
 
@@ -188,18 +176,14 @@ def _read_nanogpt(path: Path) -> GPT2Config:
     n_embd, n_head = reader.size("n_embd", 768), reader.size("n_head", 12)
     if n_embd % n_head:
         raise ConfigError(f"{path}: n_embd {n_embd} is not divisible by n_head {n_head}")
-    vocab_size = reader.size("vocab_size", 50304)
-    ends = reader.token_ids("eos_token_id", vocab_size)
     return GPT2Config(
-        vocab_size=vocab_size,
+        vocab_size=reader.size("vocab_size", 50304),
         n_positions=reader.size("block_size", 1024),
         n_embd=n_embd,
         n_layer=reader.size("n_layer", 12),
         n_head=n_head,
         n_inner=4 * n_embd,
         activation_function="gelu",
-        bos_token_id=ends[0] if ends else None,
-        eos_token_ids=ends,
     )
 
 
@@ -215,7 +199,7 @@ def config_problem(fields: Mapping[str, Any]) -> str | None:
     if model_type != "gpt2":
         known = _OTHER_TYPES.get(model_type) if isinstance(model_type, str) else None
         what = f", {known}" if known else ""
-        return f"model_type is {_quote(model_type)}{what}; fastgpt2 runs GPT-2 models (model_type 'gpt2')"
+        return f"model_type is {quote(model_type)}{what}; fastgpt2 runs GPT-2 models (model_type 'gpt2')"
     if fields.get("is_encoder_decoder"):
         return "is_encoder_decoder is true: the model needs an input of its own beside the text; name a causal GPT-2"
     quantised = fields.get("quantization_config")
@@ -229,7 +213,7 @@ def config_problem(fields: Mapping[str, Any]) -> str | None:
     for name in architectures if isinstance(architectures, list) else []:
         if isinstance(name, str) and _NO_TEXT.search(name):
             return (
-                f"architectures is {_quote(name)}: the model judges text and writes none; name a causal GPT-2. To have "
+                f"architectures is {quote(name)}: the model judges text and writes none; name a causal GPT-2. To have "
                 'its transformer write text all the same, set architectures to ["GPT2LMHeadModel"] in this file'
             )
     return None
@@ -242,7 +226,7 @@ def _by_first_names(path: Path, fields: dict[str, Any]) -> dict[str, Any]:
         if fields.get(other) is None:
             continue
         if named.setdefault(name, fields[other]) != fields[other]:
-            raise ConfigError(f"{path}: {name} is {_quote(named[name])}, but {other} is {_quote(fields[other])}")
+            raise ConfigError(f"{path}: {name} is {quote(named[name])}, but {other} is {quote(fields[other])}")
     if fields.get("n_ctx") is not None:
         named.setdefault("n_positions", fields["n_ctx"])  # as older files have it
     return named
@@ -268,22 +252,8 @@ class _Reader:
     def _checked(self, name: str, default: Any, rule: str, fits: Callable[[Any], bool]) -> Any:
         value = self.fields.get(name, default)
         if not fits(value):
-            raise ConfigError(f"{self.path}: {name} is {_quote(value)}; it must be {rule}")
+            raise ConfigError(f"{self.path}: {name} is {quote(value)}; it must be {rule}")
         return value
-
-    def token_ids(self, name: str, vocab_size: int) -> tuple[int, ...]:
-        """Read one id, a list of ids or null. Ids outside the vocabulary cannot occur: dropped, with a warning."""
-        value = self.fields.get(name, 50256 if vocab_size > 50256 else None)
-        if value is None:
-            return ()
-        ids = value if isinstance(value, list) else [value]
-        for one in ids:
-            if not isinstance(one, int) or isinstance(one, bool):
-                raise ConfigError(f"{self.path}: {name} is {_quote(value)}; it must be an id, a list of ids or null")
-        inside = tuple(one for one in ids if 0 <= one < vocab_size)
-        if len(inside) < len(ids):
-            log.warning("%s: %s is %s, outside the vocabulary of %d: ignored", self.path, name, value, vocab_size)
-        return inside
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -295,13 +265,12 @@ def read_index(path: Path) -> dict[str, str]:
     Raises:
         CheckpointError: the file is malformed, or a shard's name leads out of the folder.
     """
-    suffix = "bin" if path.name == TORCH_INDEX_FILE else "safetensors"
-    plain_name = re.compile(rf"[^/\\\0\ud800-\udfff]{{1,255}}\.{suffix}")
     weight_map = read_json_object(path, MAX_INDEX_BYTES, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: weight_map is missing or empty")
+    suffix = path.name.removesuffix(".index.json").rpartition(".")[2]
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not plain_name.fullmatch(file):
+        if not isinstance(file, str) or not re.fullmatch(rf"[^/\\\0\ud800-\udfff]{{1,255}}\.{suffix}", file):
             raise CheckpointError(
                 f"{path}: tensor {name!r} is said to lie in {repr(file)[:_MAX_QUOTED]}, which is no plain file name"
             )
@@ -329,16 +298,16 @@ def read_json_object(path: Path, max_bytes: int, error: type[FastGPT2Error]) -> 
         raise error(f"{path}: no such file") from None
     except OSError as reason:
         raise error(f"{path}: cannot be read ({reason.strerror or reason})") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as reason:
+    except (ValueError, RecursionError) as reason:  # a ValueError also for a number of thousands of digits
         if is_pointer(path):
             raise error(explain_pointer(path)) from None
         raise error(f"{path}: not valid JSON ({reason})") from None
     if not isinstance(value, dict):
-        raise error(f"{path}: not a JSON object but {_quote(value)}")
+        raise error(f"{path}: not a JSON object but {quote(value)}")
     return value
 
 
-def _quote(value: object) -> str:
+def quote(value: object) -> str:
     """Return a value as a message shows it: JSON, of bounded length."""
     text = json.dumps(value, default=str)
     return text if len(text) <= _MAX_QUOTED else text[: _MAX_QUOTED - 3] + "..."

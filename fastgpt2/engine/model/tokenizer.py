@@ -57,6 +57,11 @@ class Tokenizer:
             longest = max(added.get(token, len(token)) for token in self._backend.get_vocab())
         return max(longest, 1)
 
+    def ids_from(self, first: int) -> list[int]:
+        """Return the ids of the tokens from this id on, in their order."""
+        candidates = {*range(first, self.vocab_size), *(i for i in self._added if i >= first)}
+        return sorted(i for i in candidates if self._backend.id_to_token(i) is not None)
+
     def encode(self, text: str) -> list[int]:
         return list(self._backend.encode(text).ids)
 

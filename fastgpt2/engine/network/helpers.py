@@ -128,8 +128,7 @@ def main() -> None:
         if os.getppid() != parent:
             sys.exit(0)
 
-    fields = order["config"]
-    config = GPT2Config(**{**fields, "eos_token_ids": tuple(fields["eos_token_ids"])})
+    config = GPT2Config(**order["config"])
     sets = []
     for described in order["sets"]:
         packed = open_packed(os.open(described["weights"], os.O_RDONLY))

@@ -1,0 +1,193 @@
+"""The generation settings that come with a model, as transformers reads them.
+
+`generation_config.json` counts alone where it is there. Where it is not, or is no JSON, the fields of generation in
+`config.json` count, and those that are missing there have no default. Source: `adjust_generation_fn` in transformers'
+generation/utils.py.
+
+The ids that begin and end a text are applied, and so are least lengths. Every other field that changes what
+transformers generates becomes a note for people.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastgpt2.engine.model.config import CONFIG_FILE, MAX_CONFIG_BYTES, GPT2Config, quote, read_json_object
+from fastgpt2.errors import ConfigError
+
+GENERATION_CONFIG_FILE = "generation_config.json"
+
+# The name of the end-of-text token in GPT-2's own vocabulary, where nothing else says what begins a text.
+GPT2_END_OF_TEXT_ID = 50256
+
+# What no real file comes near. A check of each token against a longer list would take its time.
+MAX_END_IDS = 1024
+
+# The numbers of tokens that a request asks for by default, here and in transformers; not worth a note.
+_USUAL_LENGTHS = (None, 20)
+
+# Fields that change greedy text, each with the values that leave it as it is and with what transformers does by it.
+# A missing field is None.
+_UNAPPLIED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "repetition_penalty": ((1.0,), "make tokens less likely that the prompt or the text has already"),
+    "no_repeat_ngram_size": ((0,), "never repeat that many tokens in a row"),
+    "encoder_repetition_penalty": ((1.0,), "make the tokens of the prompt more likely, or less"),
+    "encoder_no_repeat_ngram_size": ((0,), "never repeat that many tokens of the prompt in a row"),
+    "bad_words_ids": (([],), "never take these tokens"),
+    "suppress_tokens": (([],), "never take these tokens"),
+    "begin_suppress_tokens": (([],), "not begin with these tokens"),
+    "sequence_bias": (({}, []), "make these tokens more likely, or less"),
+    "forced_bos_token_id": ((), "take that token first where the prompt is one token"),
+    "forced_eos_token_id": ((), "take that token last where the text reaches its greatest length"),
+    "exponential_decay_length_penalty": ((), "make the end more likely with each token"),
+    "guidance_scale": ((1.0,), "weigh each token against a text without the prompt"),
+    "watermarking_config": ((), "mark the text by the choice of its tokens"),
+    "token_healing": ((False,), "replace the last token of the prompt"),
+    "stop_strings": ((), "end the text with these strings"),
+    "max_time": ((), "end the text after that many seconds"),
+    "num_beams": ((0, 1), "search with that many beams"),
+    "constraints": ((), "search for a text that meets them"),
+    "force_words_ids": ((), "search for a text that has these words"),
+    "dola_layers": ((), "weigh the logits of the last layer against those of others"),
+    "num_return_sequences": ((0, 1), "give that many texts for a prompt"),
+}
+
+# What shapes the draw where `do_sample` is true, and nothing where it is not.
+_SAMPLING = (
+    "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationConfig:
+    """What a model's files say about generating with it.
+
+    Attributes:
+        bos_token_id: the token from which an empty prompt starts; None if nothing names one.
+        eos_token_ids: each of these tokens ends a text. The first stands in for a missing `bos_token_id`.
+        min_new_tokens: the tokens that come before an end, for requests that do not say.
+        min_length: the same, counted with the prompt's tokens; it counts where `min_new_tokens` is None.
+        notes: sentences for people, each about a setting that is not applied.
+    """
+
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    min_new_tokens: int | None = None
+    min_length: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def start_token_id(self) -> int:
+        """Return the token from which an empty prompt starts. In GPT-2 the end of a text begins the next."""
+        return self.bos_token_id if self.bos_token_id is not None else [*self.eos_token_ids, 0][0]
+
+    def least_new_tokens(self, prompt_tokens: int) -> int:
+        """Return how many tokens come before the one that may end the text of a prompt of `prompt_tokens`."""
+        return self.min_length - prompt_tokens if self.min_new_tokens is None else self.min_new_tokens
+
+
+def read_generation_config(folder: Path, config: GPT2Config, source: str = "auto") -> GenerationConfig:
+    """Read the generation settings of a model's folder.
+
+    Args:
+        config: the model's configuration, for the size of its vocabulary.
+        source: "auto" for what transformers would read; "none" for the ids in `config.json` alone.
+
+    Raises:
+        ConfigError: `config.json` cannot be read, or an id or a length is none; the message names file and field.
+    """
+    notes: list[str] = []
+    path, fields = _find_fields(folder, config.vocab_size, source, notes)
+    reader = _Reader(path, fields, config.vocab_size, notes)
+    begins, ends = reader.token_ids("bos_token_id"), reader.token_ids("eos_token_id")
+    if not fields.keys() & {"bos_token_id", "eos_token_id"} and config.vocab_size > GPT2_END_OF_TEXT_ID:
+        # transformers generates nothing from an empty prompt then.
+        begins = (GPT2_END_OF_TEXT_ID,)
+    bos = begins[0] if begins else None
+    if source == "none":
+        return GenerationConfig(bos, ends, notes=tuple(notes))
+    least, length = reader.length("min_new_tokens"), reader.length("min_length") or 0
+    reader.note_unapplied(ends)
+    return GenerationConfig(bos, ends, least, length, tuple(notes))
+
+
+def _find_fields(folder: Path, vocab_size: int, source: str, notes: list[str]) -> tuple[Path, dict[str, Any]]:
+    """Return the file that counts, and its fields."""
+    path, instead = folder / GENERATION_CONFIG_FILE, folder / CONFIG_FILE
+    if source == "auto" and path.is_file():
+        try:
+            return path, read_json_object(path, MAX_CONFIG_BYTES, ConfigError)
+        except ConfigError as reason:  # where it is no JSON, transformers goes on like that too, and without a word
+            notes.append(f"{reason}; {CONFIG_FILE} counts in its place")
+    if not instead.is_file():  # a checkpoint that holds its own configuration
+        end = GPT2_END_OF_TEXT_ID if vocab_size > GPT2_END_OF_TEXT_ID else None
+        return instead, {"bos_token_id": end, "eos_token_id": end}
+    fields = read_json_object(instead, MAX_CONFIG_BYTES, ConfigError)
+    if fields.get("force_bos_token_to_be_generated"):  # the old name
+        fields["forced_bos_token_id"] = fields.get("bos_token_id")
+    return instead, fields
+
+
+class _Reader:
+    """Reads the fields of one file of generation settings, and adds to the notes what is not applied."""
+
+    def __init__(self, path: Path, fields: dict[str, Any], vocab_size: int, notes: list[str]) -> None:
+        self._path, self._fields, self._vocab_size, self._notes = path, fields, vocab_size, notes
+
+    def token_ids(self, name: str) -> tuple[int, ...]:
+        """Read one id, a list of ids or null. Ids outside the vocabulary cannot occur: left out, with a note."""
+        value = self._fields.get(name)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if len(ids) > MAX_END_IDS:
+            raise ConfigError(f"{self._path}: {name} lists {len(ids)} ids; {MAX_END_IDS} are the most")
+        if not all(isinstance(one, int | float) and not isinstance(one, bool) and one == one // 1 for one in ids):
+            raise self._refusal(name, "an id, a list of ids or null")
+        inside = tuple(int(one) for one in ids if 0 <= one < self._vocab_size)
+        if len(inside) < len(ids):
+            outside = f"outside the vocabulary of {self._vocab_size}: ignored"
+            self._notes.append(f"{self._path.name}: {name} is {quote(value)}, {outside}")
+        return inside
+
+    def length(self, name: str) -> int | None:
+        """Read a number of tokens, or null."""
+        value = self._fields.get(name)
+        if value is not None and (type(value) is not int or value < 0):
+            raise self._refusal(name, "a whole number or null")
+        return value
+
+    def _refusal(self, name: str, rule: str) -> ConfigError:
+        message = f"{self._path}: {name} is {quote(self._fields[name])}; it must be {rule}: correct it"
+        aside = ", or leave the file aside by --generation-config none"
+        return ConfigError(message + (aside if self._path.name == GENERATION_CONFIG_FILE else ""))
+
+    def note_unapplied(self, ends: tuple[int, ...]) -> None:
+        """Add a note for each setting that is not applied.
+
+        Args:
+            ends: the tokens that end a text.
+        """
+        get = self._fields.get
+        for name, (idle, effect) in _UNAPPLIED.items():
+            if get(name) is not None and get(name) not in idle and not (name == "bad_words_ids" and self._bans(ends)):
+                self._note(name, f"transformers would {effect}")
+        if get("penalty_alpha") and get("top_k", 50) != 1:
+            self._note("penalty_alpha", "transformers would search contrastively")
+        if get("do_sample"):
+            given = [f"{name} {quote(get(name))}" for name in _SAMPLING if get(name) is not None]
+            shape = f" by {', '.join(given)}" if given else ""
+            likeliest = "and fastgpt2 takes the likeliest token, as transformers does with do_sample=False"
+            self._note("do_sample", f"transformers would draw tokens at random{shape}, {likeliest}")
+        for name in ("max_new_tokens", "max_length"):
+            if get(name) not in _USUAL_LENGTHS:
+                self._note(name, "a request that names no max_new_tokens gets 20 tokens at most")
+
+    def _bans(self, ends: tuple[int, ...]) -> bool:
+        """Tell whether the only words that are banned are ends of a text, which transformers leaves out of the list."""
+        words = self._fields["bad_words_ids"]
+        return isinstance(words, list) and all(word in [[end] for end in ends] for word in words)
+
+    def _note(self, name: str, instead: str) -> None:
+        value, aside = quote(self._fields[name]), f"--generation-config none leaves all but {CONFIG_FILE}'s ids aside"
+        self._notes.append(f"{self._path.name}: {name} {value} is not applied: {instead}; {aside}")
