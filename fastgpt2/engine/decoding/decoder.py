@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from fastgpt2.engine.decoding.drafter import Drafter
 from fastgpt2.engine.decoding.records import FinishReason, GenerationRequest, TokenLogprob
 from fastgpt2.engine.decoding.sequence import Sequence, TokenizedPrompt
-from fastgpt2.engine.model.tokenizer import IncrementalDetokenizer, Tokenizer
+from fastgpt2.engine.model.tokenizer import Tokenizer
 from fastgpt2.engine.network.gpt2 import DEFAULT_MAX_ROWS, GPT2, PREFILL_ROWS_BESIDE
 from fastgpt2.engine.network.prefixes import Prefixes
 from fastgpt2.engine.network.step import Segment
@@ -94,10 +94,10 @@ class Decoder:
             return []
         if isinstance(request.prompt, str):
             return self.tokenizer.offsets(request.prompt) or [0]
-        detokenizer, length, offsets = IncrementalDetokenizer(self.tokenizer), 0, []
+        detokenizer, length, offsets = self.tokenizer.detokenizer(), 0, list[int]()
         for token_id in ids:
-            # A character that this token breaks off becomes U+FFFD, and stands before the token's text.
-            offsets.append(length + 1 if detokenizer.breaks_off(token_id) else length)
+            # What was held back may have come out shorter than it was.
+            offsets.append(max([length + detokenizer.begin(token_id), *offsets[-1:]]))
             length += len(detokenizer.push(token_id))
         return offsets
 
@@ -107,11 +107,11 @@ class Decoder:
 
     def admit(self, prompt: TokenizedPrompt) -> Sequence:
         """Take a prompt in; it is decoded from the next step on. Raises IndexError without room: ask `has_room`."""
-        detokenizer = IncrementalDetokenizer(self.tokenizer)
-        text = ""
-        if prompt.request.echo:
-            given = prompt.request.prompt
+        given = prompt.request.prompt
+        text, detokenizer = "", self.tokenizer.detokenizer(prompt.ids)
+        if prompt.request.echo and given:
             # Token ids may end within a character, which the first generated token completes.
+            detokenizer = detokenizer if isinstance(given, str) else self.tokenizer.detokenizer()
             text = given if isinstance(given, str) else "".join(map(detokenizer.push, given))
         scored = list(zip(prompt.ids, prompt.offsets, strict=False))
         sequence = Sequence(
@@ -299,6 +299,8 @@ class Decoder:
             others[list(ends)] = -np.inf
             token_id = int(others.argmax())
         is_end = may_end and token_id in ends
+        if is_end:
+            sequence.flush_text()
         if request.logprobs is not None:
             offset = _text_offset(sequence, token_id, is_end)
             sequence.logprobs.append(token_logprob(self.tokenizer, logits, token_id, request.logprobs, offset))
@@ -308,10 +310,7 @@ class Decoder:
         sequence.token_ids.append(token_id)
         sequence.pending = [token_id]
         self.drafter.note_token(sequence, token_id)
-        if is_end:
-            sequence.flush_text()
-            self.finish(sequence, "stop")
-        elif sequence.append_text(sequence.detokenizer.push(token_id)):
+        if is_end or sequence.append_text(sequence.detokenizer.push(token_id)):
             self.finish(sequence, "stop")
         elif len(sequence.token_ids) >= sequence.max_new_tokens:
             sequence.flush_text()
@@ -355,7 +354,5 @@ def likeliest(values: NDArray[np.floating[Any]], k: int) -> list[int]:
 
 def _text_offset(sequence: Sequence, token_id: int, is_end: bool) -> int:
     """Return where in the text a token begins that is about to be appended."""
-    detokenizer = sequence.detokenizer
-    # An end of text is none of it, and stands behind what an unfinished character becomes.
-    behind_a_character = detokenizer.unfinished if is_end else detokenizer.breaks_off(token_id)
-    return len(sequence.text) + 1 if behind_a_character else len(sequence.text)
+    offset = len(sequence.text) + (0 if is_end else sequence.detokenizer.begin(token_id))
+    return max(offset, sequence.logprobs[-1].text_offset) if sequence.logprobs else offset

@@ -17,7 +17,7 @@ from fastgpt2.engine.decoding.records import (
     TokenLogprob,
     Usage,
 )
-from fastgpt2.engine.model.tokenizer import IncrementalDetokenizer
+from fastgpt2.engine.model.detokenizer import Detokenizer
 
 # How far a sequence has come. "prefill": its prompt waits to be read or is partly read, and it has no token yet.
 # "decode": it has its first token, and each step gives it one more, or several. "finished": it ended by itself or was
@@ -69,7 +69,7 @@ class Sequence:
     max_new_tokens: int
     slot: int
     pending: Seq[int]
-    detokenizer: IncrementalDetokenizer
+    detokenizer: Detokenizer
     admitted_at: float
     status: Status = "prefill"
     token_ids: list[int] = field(default_factory=list)
