@@ -132,19 +132,29 @@ def test_what_a_stop_string_cuts_off_lies_beyond(engine: Engine) -> None:
     assert [at < len(result.text) for at in begins] == [True] * 6 + [False] * 3
 
 
-def test_an_end_of_text_lies_beyond(tmp_path: Path) -> None:
+def test_an_end_of_text_lies_beyond(engine: Engine) -> None:
+    byte = {engine.tokenizer.token_bytes(i): i for i in range(1, 2048)}
+    for request in (GenerationRequest("a", 9, logprobs=0), GenerationRequest("a", 9, logprobs=0, stop_token_ids=(77,))):
+        end = 77 if request.stop_token_ids else 0
+        sequence = engine.decoder.admit(engine.decoder.prepare(request))
+        take(engine.decoder, sequence, [byte[b"a"], byte[b"b"], end])
+        assert (sequence.text, sequence.finish_reason) == ("ab", "stop")
+        assert offsets(tuple(sequence.logprobs)) == [0, 1, 2]
+        # It also lies behind an unfinished character, which the end turns into U+FFFD.
+        sequence = engine.decoder.admit(engine.decoder.prepare(request))
+        take(engine.decoder, sequence, [byte[b"a"], byte[b"\xc3"], end])
+        assert (sequence.text, sequence.finish_reason) == ("a\ufffd", "stop")
+        assert offsets(tuple(sequence.logprobs)) == [0, 1, 2]
+
+
+def test_an_end_of_text_that_is_no_special_token_is_text(tmp_path: Path) -> None:
     entry = continuations[0]
     engine = with_end_of_text(tmp_path, [entry["ids"][10]])
     first = entry["ids"].index(entry["ids"][10])
     result = engine.generate(entry["prompt"], max_new_tokens=100, logprobs=0)
     assert result.finish_reason == "stop"
-    assert offsets(result.logprobs)[first] == len(result.text)
-    # It also lies behind an unfinished character, which the end turns into U+FFFD.
-    byte = {engine.tokenizer.token_bytes(i): i for i in range(1, 2048)}
-    sequence = engine.decoder.admit(engine.decoder.prepare(GenerationRequest("a", 9, logprobs=0)))
-    take(engine.decoder, sequence, [byte[b"a"], byte[b"\xc3"], entry["ids"][10]])
-    assert (sequence.text, sequence.finish_reason) == ("a\ufffd", "stop")
-    assert offsets(tuple(sequence.logprobs)) == [0, 1, 2]
+    end = engine.tokenizer.decode([entry["ids"][10]])
+    assert result.text[offsets(result.logprobs)[first] :] == end
 
 
 def test_offsets_do_not_hang_on_the_tokenizer_s_own_settings(tmp_path: Path) -> None:
