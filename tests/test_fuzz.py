@@ -126,6 +126,7 @@ def test_a_payload_is_plain_values_or_a_value_error(data: bytes) -> None:
                 "prompt",
                 "max_new_tokens",
                 "stop",
+                "stop_token_ids",
                 "stream",
                 "timeout",
                 "logprobs",
