@@ -313,6 +313,18 @@ def test_the_text_of_one_token() -> None:
         assert tokenizer.token_bytes(1 << 30) == tokenizer.token_bytes(ids["<s>"]) == b""
 
 
+def test_a_special_token_s_name_is_special_under_every_id() -> None:
+    """CamemBERT's vocabularies have <unk> twice. The library goes by the name."""
+    vocabulary = [("<unk>", 0.0), ("▁a", -1.0), ("<unk>", -2.0)]
+    backend = tokenizers.Tokenizer(models.Unigram(vocabulary, unk_id=0))
+    backend.decoder = decoders.Metaspace()
+    backend.add_special_tokens([AddedToken("<unk>", special=True)])
+    tokenizer = Tokenizer(LoadedTokenizer(backend))
+    assert backend.decode([1, 0, 2, 1]) == tokenizer.decode([1, 0, 2, 1]) == "a a"
+    assert [tokenizer.is_special(token_id) for token_id in (0, 1, 2, 3)] == [True, False, True, False]
+    assert tokenizer.token_text(0) == tokenizer.token_text(2) == "<unk>"
+
+
 def test_added_tokens_of_byte_level_tokenizers_as_the_library_has_them() -> None:
     """Where each of its characters stands for a byte, an added token is these bytes; else it is its own text."""
     tokenizer, ids = made(decoders.ByteLevel())

@@ -164,7 +164,7 @@ class Decoder:
                     self.tokenizer.token_text(token_id),
                     None,
                     text_offset=offset,
-                    special=token_id in self.tokenizer.special_tokens,
+                    special=self.tokenizer.is_special(token_id),
                 )
                 for token_id, offset in scored[:1]
             ],
@@ -348,7 +348,7 @@ class Decoder:
         is_end = may_end and token_id in end_ids
         # As in transformers, the model's own end is text if it is no special token; as in vLLM, a stop token is not.
         is_eos = is_end and token_id in self._eos_token_ids(request)
-        is_text = not is_end or (is_eos and token_id not in self.tokenizer.special_tokens)
+        is_text = not is_end or (is_eos and not self.tokenizer.is_special(token_id))
         if not is_text:
             sequence.flush_text()
         if request.logprobs is not None:
@@ -393,7 +393,7 @@ def token_logprob(tokenizer: Tokenizer, logits: Array, token_id: int, k: int, te
     logprobs = values[ids]
     logprobs -= np.log(np.exp(values, out=values).sum())
     told = [
-        TokenLogprob(one, tokenizer.token_text(one), logprob, special=one in tokenizer.special_tokens)
+        TokenLogprob(one, tokenizer.token_text(one), logprob, special=tokenizer.is_special(one))
         for one, logprob in zip(ids, logprobs.tolist(), strict=True)
     ]
     return replace(told[0], top=tuple(told[1:]), text_offset=text_offset)

@@ -6,7 +6,7 @@ unfinished character, a space that another step may take away. All pieces togeth
 for all tokens together; `tests/engine/test_detokenizer.py` compares the two over random tokens.
 
 What a step does to one token alone is asked of the library. A stage's state consists of values that never change, so
-that `copy.copy` of a stage is a stage of its own.
+that `copy.copy` of a stage is a stage of its own; only what the library has answered is shared by all copies.
 """
 
 from __future__ import annotations

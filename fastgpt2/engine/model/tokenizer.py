@@ -32,6 +32,7 @@ class Tokenizer:
 
     Attributes:
         special_tokens: the names of the special tokens by their ids. They are no part of a text.
+        notes: sentences for people on what was passed over in the tokenizer's files.
     """
 
     def __init__(self, loaded: LoadedTokenizer) -> None:
@@ -39,10 +40,12 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         _keep_spaces_in_offsets(backend)
-        self._backend = backend
+        self._backend, self.notes = backend, loaded.notes
         added = backend.get_added_tokens_decoder()
         self._added = {token_id: token.content for token_id, token in added.items()}
         self.special_tokens = {token_id: token.content for token_id, token in added.items() if token.special}
+        # The vocabulary may have a token of such a name under another id too, which the library takes for special.
+        self._special_names = frozenset(self.special_tokens.values())
         # A token that takes spaces beside it along stands for a text of any length.
         self._takes_spaces = any(token.lstrip or token.rstrip for token in added.values())
         self._cleans_up = loaded.clean_up
@@ -120,10 +123,12 @@ class Tokenizer:
 
     def token(self, token_id: int) -> str | None:
         """Return a token as the vocabulary has it; None for a special token or an id without a token."""
-        if token_id in self.special_tokens:
-            return None
-        token: str | None = self._added.get(token_id) or self._backend.id_to_token(token_id)
-        return token
+        token = self._name(token_id)
+        return None if token in self._special_names else token
+
+    def is_special(self, token_id: int) -> bool:
+        """Tell whether a token is a special one, which is no part of a text."""
+        return self._name(token_id) in self._special_names
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes that a token stands for within a text: b"" for a special token or an id without a token."""
@@ -134,8 +139,9 @@ class Tokenizer:
 
     def token_text(self, token_id: int) -> str:
         """Return a token for people to read, as in `TokenLogprob.token`."""
-        if token_id in self.special_tokens:
-            return self.special_tokens[token_id]
+        name = self._name(token_id)
+        if name is not None and name in self._special_names:
+            return name
         value = self.token_bytes(token_id)
         try:
             return value.decode("utf-8")
@@ -156,6 +162,10 @@ class Tokenizer:
         if not self._needs_stages:
             return ByteDetokenizer(self.token_bytes, prompt_ids)
         return StagedDetokenizer(self.token, copies(self._stages), prompt_ids)
+
+    def _name(self, token_id: int) -> str | None:
+        name: str | None = self._added.get(token_id) or self._backend.id_to_token(token_id)
+        return name
 
     def _encode(self, text: str) -> Any:
         try:
