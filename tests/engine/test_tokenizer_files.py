@@ -160,6 +160,12 @@ def test_a_class_that_there_is_none_of_here(tmp_path: Path, name: str, remedy: s
     assert "--tokenizer" in message
 
 
+def test_a_vocabulary_of_tiktoken(tmp_path: Path) -> None:
+    folder = copy_of("llama", tmp_path)
+    (folder / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\nIw== 2\n")
+    assert "tokenizer.model: a vocabulary of tiktoken, which fastgpt2 does not read; save it" in refusal(folder)
+
+
 def test_a_class_that_does_not_go_with_the_file(tmp_path: Path) -> None:
     folder = copy_of("gpt2-json", tmp_path, tokenizer_config={"tokenizer_class": "AlbertTokenizer"})
     assert '"tokenizer_class": "PreTrainedTokenizerFast"' in refusal(folder)

@@ -7,6 +7,7 @@ The class of the tokenizer decides which files are read and what is believed of 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,8 @@ from fastgpt2.errors import TokenizerError
 
 if TYPE_CHECKING:
     import tokenizers
+
+    from fastgpt2.engine.model.sentencepiece import SentencePieceModel
 
 # Of the small files, which may hold a chat template and thousands of added tokens.
 MAX_SETTINGS_BYTES = 16 << 20
@@ -279,9 +282,9 @@ class _Loader:
         path = self._file(_COMMON_MODEL)
         if path is None:
             raise TokenizerError(self._missing((TOKENIZER_FILE,)))
-        from fastgpt2.engine.model.sentencepiece import parse_sentencepiece, pipeline
+        from fastgpt2.engine.model.sentencepiece import pipeline
 
-        model = parse_sentencepiece(read_bytes(path), path)
+        model = _read_pieces(path)
         names = {index: token.content for index, token in options.declared.items()}
         backend = pipeline(model, options.flag("legacy", True), names)
         defaults = {
@@ -321,11 +324,21 @@ class _Loader:
         )
 
 
+def _read_pieces(path: Path) -> SentencePieceModel:
+    """Read a model of sentencepiece; raise TokenizerError, which tells a vocabulary of tiktoken by its first line."""
+    from fastgpt2.engine.model.sentencepiece import parse_sentencepiece
+
+    data = read_bytes(path)
+    if re.match(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\r?\n", data):
+        raise TokenizerError(f"{path}: a vocabulary of tiktoken, which fastgpt2 does not read; {_SAVE_REMEDY}")
+    return parse_sentencepiece(data, path)
+
+
 def _vocabulary_of_pieces(kind: TokenizerClass, path: Path) -> Vocabulary:
     """Return the vocabulary that a class makes of a model of sentencepiece."""
-    from fastgpt2.engine.model.sentencepiece import merges_by_id, parse_sentencepiece
+    from fastgpt2.engine.model.sentencepiece import merges_by_id
 
-    model = parse_sentencepiece(read_bytes(path), path)
+    model = _read_pieces(path)
     if kind.raw:
         return Vocabulary([], source=model)
     kind.options.values["additional_special_tokens"] = model.added_tokens()
