@@ -66,7 +66,7 @@ class ConfigError(ModelError):
 
 
 class CheckpointError(ModelError):
-    """Raised if a safetensors file is missing or damaged, or lacks tensors that the configuration promises."""
+    """Raised if a file of weights is missing or damaged, or lacks tensors that the configuration promises."""
 
 
 class TokenizerError(ModelError):

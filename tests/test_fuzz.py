@@ -32,11 +32,12 @@ from support.running import GOLDEN, StartWorker, wait_until
 from fastgpt2.api.client.reader import Assembly, JobReader
 from fastgpt2.api.http.app import create_app
 from fastgpt2.api.http.service import Bounds
-from fastgpt2.engine.model.checkpoint import Checkpoint
+from fastgpt2.engine.model.checkpoint import NUMPY_TYPES, Checkpoint
 from fastgpt2.engine.model.config import GPT2Config, read_config, read_index
 from fastgpt2.engine.model.hub import DEMO_FOLDER
 from fastgpt2.engine.model.packing import open_packed
 from fastgpt2.engine.model.tokenizer import Tokenizer
+from fastgpt2.engine.model.torch_file import MAX_SHARING
 from fastgpt2.errors import BadRequest, CheckpointError, ConfigError, FastGPT2Error, TokenizerError
 from fastgpt2.protocol import untrusted
 from fastgpt2.protocol.messages import entry_to_piece, parse_job, result_from_json
@@ -313,6 +314,50 @@ def test_a_weights_file_is_bounded_views_or_a_checkpoint_error(data: bytes) -> N
         del views, checkpoint
 
 
+_TORCH_FILES = [
+    (GOLDEN / "torch_files" / name).read_bytes()
+    for name in (
+        "no_checksums/pytorch_model.bin",  # so that changes reach the machine that reads the pickle
+        "training/pytorch_model.bin",
+        "shared_and_strided_old_format/pytorch_model.bin",
+        "nanogpt/ckpt.pt",
+    )
+]
+
+
+@fuzz(300)
+@given(
+    st.sampled_from(_TORCH_FILES),
+    st.lists(st.tuples(st.integers(0, 2**16), st.binary(min_size=1, max_size=9)), min_size=1, max_size=4),
+    st.integers(0, 3),
+)
+@example(_TORCH_FILES[2], [(0, b"")], 0)
+def test_a_torch_file_is_bounded_views_or_a_checkpoint_error(
+    data: bytes, changes: list[tuple[int, bytes]], cut: int
+) -> None:
+    changed = bytearray(data)
+    for at, piece in changes:
+        at %= len(data)
+        changed[at : at + len(piece)] = piece
+    del changed[len(changed) - cut :]
+    with tempfile.TemporaryDirectory() as folder, little_memory():
+        for name in ("pytorch_model.bin", "ckpt.pt"):
+            (Path(folder) / name).write_bytes(changed)
+            try:
+                checkpoint = Checkpoint.open(Path(folder))
+                views = [
+                    checkpoint.view(name) for name, info in checkpoint.tensors.items() if info.dtype in NUMPY_TYPES
+                ]
+            except CheckpointError:
+                continue
+            finally:
+                (Path(folder) / name).unlink()
+            assert sum(view.nbytes for view in views) <= max(MAX_SHARING * len(changed), 1 << 20)
+            for view in views:
+                view.tobytes()
+            del views, checkpoint
+
+
 @fuzz(150)
 @given(
     st.one_of(
@@ -365,7 +410,7 @@ def test_a_config_is_of_a_bounded_model_or_a_config_error(data: bytes) -> None:
         path = Path(folder) / "config.json"
         path.write_bytes(data)
         try:
-            config = read_config(path)
+            config = read_config(path.parent)
         except ConfigError:
             return
     assert isinstance(config, GPT2Config)

@@ -17,7 +17,7 @@ from benchmarks.capacity.redis_use import describe_server, medians_of_use, meter
 from benchmarks.common import Child, in_turns, medians, progress, wait_until
 from benchmarks.pool.pools import RESULT_SECONDS, mixed_prompts
 from fastgpt2.bench import Values, summary
-from fastgpt2.engine.model.config import CONFIG_FILE, read_config
+from fastgpt2.engine.model.config import read_config
 from fastgpt2.engine.model.hub import find_model
 from fastgpt2.system.redis_server import RedisServer
 
@@ -33,7 +33,7 @@ REST_SECONDS = 0.5
 
 def demo_prompts(count: int, tokens: int, length: int = PROMPT) -> list[list[int]]:
     """Return prompts of one length for the demo model, with room for `tokens` new ones."""
-    return mixed_prompts(read_config(find_model(DEMO) / CONFIG_FILE), count, tokens, length, length)
+    return mixed_prompts(read_config(find_model(DEMO)), count, tokens, length, length)
 
 
 def measure_costs(asked: argparse.Namespace) -> Values:

@@ -17,7 +17,7 @@ from benchmarks.pool.pools import enqueue, mixed_prompts
 from fastgpt2 import Client
 from fastgpt2.bench import Values, summary
 from fastgpt2.engine.machine import usable_cores
-from fastgpt2.engine.model.config import CONFIG_FILE, GPT2Config, read_config
+from fastgpt2.engine.model.config import GPT2Config, read_config
 from fastgpt2.engine.model.hub import find_model
 from fastgpt2.system.redis_server import RedisServer
 from fastgpt2.worker.recycling import private_and_shared
@@ -70,7 +70,7 @@ def kept_entry(state: str, jobs: int, prompt: int, tokens: int, stream: bool, ea
 def measure_workers(model: str, asked: argparse.Namespace) -> Values:
     """Return speed and memory of workers of one model."""
     folder = find_model(model)
-    config = read_config(folder / CONFIG_FILE)
+    config = read_config(folder)
     cores = usable_cores()
     # One worker on one core; one on all cores; as many workers on one core each as there are cores.
     kinds = list(dict.fromkeys([(1, 1), (1, cores), (cores, 1)]))

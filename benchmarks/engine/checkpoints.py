@@ -70,7 +70,7 @@ def main() -> None:
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2))
     shutil.copy(DEMO / "tokenizer.json", folder)
-    shapes = expected_shapes(read_config(folder / CONFIG))
+    shapes = expected_shapes(read_config(folder))
     tensors = english(shapes) if kind == "english" else at_random(shapes, PLACES[kind])
     save_file(tensors, folder / SAFETENSORS)
 
@@ -82,7 +82,7 @@ def at_random(shapes: Shapes, places: float) -> Tensors:
         places: standard deviation of the table of positions.
     """
     rng = np.random.default_rng(SEED)
-    config = read_config(DEMO / CONFIG)
+    config = read_config(DEMO)
     layers = sum(name.endswith("ln_1.weight") for name in shapes)
     deep = 0.02 / math.sqrt(2 * layers)
     tensors = {}
@@ -103,7 +103,7 @@ def at_random(shapes: Shapes, places: float) -> Tensors:
 
 def english(shapes: Shapes) -> Tensors:
     """Return the demo model's weights, filled up with zeros to gpt2's shapes."""
-    config = read_config(DEMO / CONFIG)
+    config = read_config(DEMO)
     demo = {
         name.removeprefix("transformer."): x.astype(np.float64) for name, x in load_file(DEMO / SAFETENSORS).items()
     }

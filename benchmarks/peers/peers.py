@@ -83,7 +83,7 @@ def main() -> None:
 def measure(model: str, asked: argparse.Namespace, workdir: Path) -> Values:
     """Return what was measured of all peers with one model."""
     folder = find_model(model)
-    config = read_config(folder / "config.json")
+    config = read_config(folder)
     threads = asked.threads or usable_cores()
     job = {
         **prompts(

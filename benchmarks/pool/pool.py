@@ -50,7 +50,7 @@ from benchmarks.common import (
 )
 from benchmarks.pool.pools import KINDS, LONGEST, SHORTEST, Pools, mixed_prompts
 from fastgpt2.bench import Values, let_helpers_sleep, median, quantile, summary, table
-from fastgpt2.engine.model.config import CONFIG_FILE, GPT2Config, read_config
+from fastgpt2.engine.model.config import GPT2Config, read_config
 from fastgpt2.engine.model.hub import find_model
 
 OVERHEAD_TARGET_MS, REDIS_TARGET = 5.0, 0.05
@@ -81,7 +81,7 @@ def main() -> None:
 def measure(model: str, asked: argparse.Namespace) -> Values:
     """Return what was measured of all pools with one model."""
     folder = find_model(model)
-    config = read_config(folder / CONFIG_FILE)
+    config = read_config(folder)
     progress(f"{model}: starting")
     with Pools(str(folder)) as pools:
         entry: Values = {"model": model, "tokens": asked.tokens, "pools": pools.describe()}

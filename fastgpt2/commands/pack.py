@@ -46,11 +46,11 @@ def _pack_and_verify(values: dict[str, Any], weights: str) -> PackedFile:
 
 def _pack(values: dict[str, Any], weights: str) -> PackedFile:
     from fastgpt2.engine.loading import pack_model
-    from fastgpt2.engine.model.config import CONFIG_FILE, read_config
+    from fastgpt2.engine.model.config import read_config
     from fastgpt2.engine.model.hub import find_model
 
     folder = find_model(values["model"], values["revision"])
-    config = read_config(folder / CONFIG_FILE)
+    config = read_config(folder)
     return pack_model(folder, config, values["model"], values["blas"], weights, must_keep=True)[0]
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from fastgpt2.engine.decoding.lookup import MOST_DRAFTS
 from fastgpt2.engine.machine import fair_share_of_kv_memory, hold_to_one_thread, processes_for
-from fastgpt2.engine.model.config import CONFIG_FILE, GPT2Config, read_config
+from fastgpt2.engine.model.config import GPT2Config, read_config
 from fastgpt2.engine.model.hub import find_model
 from fastgpt2.engine.model.tokenizer import Tokenizer
 from fastgpt2.errors import BadRequest, TokenizerError
@@ -80,7 +80,7 @@ def load_decoder(model: str, options: LoadOptions) -> tuple[Decoder, LoadTimes]:
     started = perf_counter()
     hold_to_one_thread()
     folder = find_model(model, options.revision)
-    config = read_config(folder / CONFIG_FILE)
+    config = read_config(folder)
     size = processes_for(config, options.threads)
     # The tokenizer's parser releases the GIL, and helpers are other processes.
     with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as thread:

@@ -41,7 +41,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wide")
     config = {"model_type": "gpt2", "n_embd": 768, "n_head": 12, "n_layer": 1, "n_positions": 1024, "vocab_size": 1000}
     (folder / "config.json").write_text(json.dumps(config))
-    shapes = expected_shapes(read_config(folder / "config.json"))
+    shapes = expected_shapes(read_config(folder))
     rng = np.random.default_rng(2019)
     tensors = {
         name: (rng.standard_normal(shape) * 0.1 + (".ln" in name or "ln_f" in name)).astype(np.float32)
@@ -62,7 +62,7 @@ def network(request: pytest.FixtureRequest, wide: Path) -> Iterator[GPT2]:
     folder = wide if name == "wide" else find_model("demo", None)
     made = load_network(
         folder,
-        read_config(folder / "config.json"),
+        read_config(folder),
         name,
         n_slots=SLOTS,
         size=2 if how == "two" else 1,
@@ -152,7 +152,7 @@ def committed(network: GPT2) -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts the pages of a file in memory")
 def test_memory_for_keys_and_values_is_taken_as_it_is_used_and_given_back(wide: Path) -> None:
-    network = load_network(wide, read_config(wide / "config.json"), "wide", n_slots=4, size=2, blas="openblas")
+    network = load_network(wide, read_config(wide), "wide", n_slots=4, size=2, blas="openblas")
     network.wait_until_ready()
     slots = [network.cache.allot() for _ in range(4)]
     network.forward([Segment(slot, [1] * 32) for slot in slots])

@@ -167,7 +167,7 @@ def test_as_many_sequences_as_pay(milliseconds: list[float], most: int, expected
 
 @pytest.fixture
 def network() -> GPT2:
-    config = read_config(DEMO_FOLDER / "config.json")
+    config = read_config(DEMO_FOLDER)
     return load_network(DEMO_FOLDER, config, "demo", n_slots=8, size=1, blas="openblas")
 
 
@@ -190,7 +190,7 @@ def test_the_batch_of_a_large_model_is_measured_once(
 def test_what_was_measured_with_more_memory_is_known_with_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker's container has less than that of the one which packs; with more memory than then, more is tried."""
     monkeypatch.setattr(step_times, "is_large", lambda config: config.n_layer > 0)
-    config = read_config(DEMO_FOLDER / "config.json")
+    config = read_config(DEMO_FOLDER)
     tried: list[int] = []
 
     def settled(slots: int, pays: int) -> int:
@@ -213,7 +213,7 @@ def test_what_was_measured_with_more_memory_is_known_with_less(tmp_path: Path, m
 
 def test_without_the_memory_for_a_measurement_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_times, "is_large", lambda config: config.n_layer > 0)
-    config = read_config(DEMO_FOLDER / "config.json")
+    config = read_config(DEMO_FOLDER)
     kv_memory = sequence_bytes(config)
     network = load_network(DEMO_FOLDER, config, "m", n_slots=32, size=1, blas="openblas", kv_memory=kv_memory)
     choose_slots(network, Measurements(tmp_path, "a"))
@@ -222,7 +222,7 @@ def test_without_the_memory_for_a_measurement_there_is_none(tmp_path: Path, monk
 
 
 def test_slots_of_a_large_model_are_no_more_than_the_system_maps() -> None:
-    assert slots_to_map(read_config(DEMO_FOLDER / "config.json")) == UNMEASURED_SLOTS
+    assert slots_to_map(read_config(DEMO_FOLDER)) == UNMEASURED_SLOTS
     huge = GPT2Config(n_layer=1 << 20, n_embd=1600, n_head=25, n_inner=6400)
     assert slots_to_map(huge) == 1
     config = GPT2Config(n_layer=48, n_embd=1600, n_head=25, n_inner=6400)

@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
 
 def open_weights(folder: Path) -> Any:
     checkpoint = Checkpoint.open(folder)
-    names = match_names(checkpoint, read_config(folder / "config.json")).names
+    names = match_names(checkpoint, read_config(folder)).names
     return [checkpoint.float32(name) for name in names.values() if name is not None]
 
 
@@ -89,7 +89,7 @@ def test_a_view_outlives_its_checkpoint() -> None:
 
 
 def test_every_tensor_that_the_public_gpt2_has_is_expected() -> None:
-    shapes = expected_shapes(read_config(CHECKPOINTS / "odd_heads" / "config.json"))
+    shapes = expected_shapes(read_config(CHECKPOINTS / "odd_heads"))
     header = Checkpoint.open(CHECKPOINTS / "odd_heads").tensors
     assert set(shapes) == set(header) | {"lm_head.weight"}
 
@@ -170,6 +170,18 @@ def test_an_empty_folder(tmp_path: Path) -> None:
         Checkpoint.open(tmp_path)
 
 
+def test_float64_is_read_as_float32(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    numbers = np.array([[1 / 3, 1e300], [-1e300, 2.0]])
+    save_file({"a": numbers, "b": numbers > 0}, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint.open(tmp_path)
+    assert checkpoint.float32("a").tolist() == [[np.float32(1 / 3), np.inf], [-np.inf, 2.0]]
+    assert checkpoint.view("b").tolist() == [[True, True], [False, True]]
+    with pytest.raises(CheckpointError, match="tensor 'b' is BOOL; GPT-2 weights are read as F32, F16, BF16, F64"):
+        checkpoint.float32("b")
+
+
 class TestShards:
     @pytest.fixture
     def sharded(self, tmp_path: Path) -> Path:
@@ -193,6 +205,23 @@ class TestShards:
         self.change_index(sharded, lambda m: m.update({min(m, key=lambda name: m[name]): last}))
         for tensor, same in zip(open_weights(sharded), before, strict=True):
             np.testing.assert_array_equal(tensor, same)
+
+    def test_a_tensor_that_the_index_does_not_list(self, sharded: Path) -> None:
+        before = open_weights(sharded)
+        self.change_index(sharded, lambda m: m.pop(min(m)))
+        for tensor, same in zip(open_weights(sharded), before, strict=True):
+            np.testing.assert_array_equal(tensor, same)
+
+    def test_a_tensor_that_two_shards_hold_is_that_of_the_index(self, sharded: Path) -> None:
+        from safetensors.numpy import save_file
+
+        index = json.loads((sharded / "model.safetensors.index.json").read_text())["weight_map"]
+        for shard in set(index.values()):
+            tensors = load_file(sharded / shard)
+            for name in index:
+                tensors.setdefault(name, np.zeros(1, np.float32))
+            save_file(tensors, sharded / shard)
+        assert all(info.file.name == index[name] for name, info in Checkpoint.open(sharded).tensors.items())
 
     @pytest.mark.parametrize(
         "name", ["../../etc/passwd", "/etc/passwd", "a/b.safetensors", "..", "x.bin", 3, "a\\b.safetensors"]

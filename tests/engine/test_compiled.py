@@ -103,7 +103,7 @@ def test_auto_measures_once_and_says_what_it_took(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("FASTGPT2_CACHE", str(tmp_path))
     monkeypatch.setattr(machine, "MIN_BYTES", 0)
     monkeypatch.setattr(mkl, "is_installed", lambda: False)
-    config = read_config(FOLDER / "config.json")
+    config = read_config(FOLDER)
     described = {load_network(FOLDER, config, "m", n_slots=1, size=1, blas="auto").describe() for _ in range(2)}
     (known,) = json.loads((tmp_path / "calibration.json").read_text()).values()
     (name,) = [name for name in known if name.startswith("compiled faster than openblas")]

@@ -25,7 +25,7 @@ PUBLIC_GPT2 = {
 def read(tmp_path: Path, **changes: Any) -> GPT2Config:
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"model_type": "gpt2", **changes}))
-    return read_config(path)
+    return read_config(tmp_path)
 
 
 def test_the_public_gpt2(tmp_path: Path) -> None:
@@ -108,13 +108,13 @@ def test_a_bad_field_is_named_with_its_file(tmp_path: Path, field: str, value: o
 def test_what_is_no_json_object_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ConfigError, match=r"config\.json: not (valid JSON|a JSON object)"):
-        read_config(tmp_path / "config.json")
+        read_config(tmp_path)
 
 
 def test_missing_and_oversized_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.json: no such file"):
-        read_config(tmp_path / "config.json")
+        read_config(tmp_path)
     with (tmp_path / "config.json").open("wb") as file:
         file.truncate(MAX_CONFIG_BYTES + 1)
     with pytest.raises(ConfigError, match="at most"):
-        read_config(tmp_path / "config.json")
+        read_config(tmp_path)

@@ -107,7 +107,7 @@ class TestConfigurations:
     def test_what_is_no_causal_gpt2(self, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
         write(tmp_path, {"config.json": {**GPT2, **changes}})
         with pytest.raises(ConfigError, match=rf"config\.json: .*{message}"):
-            read_config(tmp_path / "config.json")
+            read_config(tmp_path)
         assert "config.json: " in explain_folder(tmp_path)
 
     @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ class TestConfigurations:
     )
     def test_what_transformers_writes_text_with(self, tmp_path: Path, changes: dict[str, Any]) -> None:
         write(tmp_path, {"config.json": {**GPT2, **changes}})
-        assert read_config(tmp_path / "config.json").n_layer == 12
+        assert read_config(tmp_path).n_layer == 12
 
     def test_code_of_its_own(self, tmp_path: Path) -> None:
         assert custom_code(tmp_path) is None
@@ -145,7 +145,7 @@ class TestDownloads:
             Checkpoint.open(tmp_path)
         write(tmp_path, {"config.json": POINTER})
         with pytest.raises(ConfigError, match=r"config\.json: is a Git LFS pointer"):
-            read_config(tmp_path / "config.json")
+            read_config(tmp_path)
         assert explain_folder(tmp_path).startswith(f"{tmp_path / 'config.json'}: is a Git LFS pointer")
 
     def test_a_pointer_among_other_files(self, tmp_path: Path) -> None:

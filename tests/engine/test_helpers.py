@@ -26,13 +26,13 @@ from fastgpt2.engine.network.step import Segment, Step, most_numbers
 
 FOLDER = GOLDEN / "checkpoints" / "odd_heads"
 
-ALONE = processes_for(read_config(FOLDER / "config.json"), 2) == 1
+ALONE = processes_for(read_config(FOLDER), 2) == 1
 pytestmark = [pytest.mark.processes, pytest.mark.skipif(ALONE, reason="a team needs Linux on x86")]
 
 
 @pytest.fixture
 def network(_count_only_ours: None) -> Iterator[GPT2]:
-    made = load_network(FOLDER, read_config(FOLDER / "config.json"), "m", n_slots=2, size=3, blas="openblas")
+    made = load_network(FOLDER, read_config(FOLDER), "m", n_slots=2, size=3, blas="openblas")
     assert made.wait_until_ready()
     yield made
     made.close()
@@ -168,7 +168,7 @@ def test_they_end_with_the_network(network: GPT2) -> None:
 
 
 def test_they_end_when_nobody_has_the_network_any_more() -> None:
-    made = load_network(FOLDER, read_config(FOLDER / "config.json"), "m", n_slots=1, size=2, blas="openblas")
+    made = load_network(FOLDER, read_config(FOLDER), "m", n_slots=1, size=2, blas="openblas")
     assert made.wait_until_ready()
     assert len(helpers()) == 1
     del made

@@ -19,7 +19,7 @@ from fastgpt2.engine.network.arena import PAGE, Arena
 from fastgpt2.engine.network.kv_cache import BLOCK, MOST_PADDING, KVCache, sequence_bytes
 from fastgpt2.errors import BadRequest
 
-DEMO = read_config(DEMO_FOLDER / "config.json")
+DEMO = read_config(DEMO_FOLDER)
 # 5 layers x 224 numbers x keys and values x 4 bytes. In this model a layer's block, and a head's values of it, are
 # whole pages.
 DEMO_POSITION = 5 * 224 * 2 * 4

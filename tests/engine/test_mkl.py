@@ -54,7 +54,7 @@ def test_auto_measures_once_and_says_what_it_took(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(machine, "MIN_BYTES", 0)
     # The third that might be taken; `test_compiled.py` has it.
     monkeypatch.setattr(compiled, "is_installed", lambda: False)
-    config = read_config(FOLDER / "config.json")
+    config = read_config(FOLDER)
     described = {load_network(FOLDER, config, "m", n_slots=1, size=1, blas="auto").describe() for _ in range(2)}
     (known,) = json.loads((tmp_path / "calibration.json").read_text()).values()
     (faster,) = [value for name, value in known.items() if name.startswith("mkl libmkl_rt") and " faster " in name]

@@ -58,11 +58,11 @@ def pack(folder: Path, cache: Path) -> PackedFile:
 
 
 def find(folder: Path) -> Source:
-    return Source.find(folder, read_config(folder / "config.json"), "some/model")
+    return Source.find(folder, read_config(folder), "some/model")
 
 
 def load(folder: Path) -> GPT2:
-    return load_network(folder, read_config(folder / "config.json"), "some/model", n_slots=1, size=1, blas="openblas")
+    return load_network(folder, read_config(folder), "some/model", n_slots=1, size=1, blas="openblas")
 
 
 def packed_files(cache: Path) -> list[Path]:
@@ -92,7 +92,7 @@ def unpacked(stored: NDArray[Any], shape: tuple[int, ...], transposed: bool) -> 
 @pytest.mark.parametrize("in_cache", [True, False])
 def test_a_packed_file_holds_the_checkpoint(case: str, in_cache: bool, cache: Path) -> None:
     folder = GOLDEN / "checkpoints" / case
-    original, config = Checkpoint.open(folder), read_config(folder / "config.json")
+    original, config = Checkpoint.open(folder), read_config(folder)
     packed = pack(folder, cache) if in_cache else pack_in_memory(find(folder), NARROW)
     # A standard file, by the library's judgement.
     stored = load_file(packed_files(cache)[0] if in_cache else f"/proc/self/fd/{packed.fd}")
@@ -316,7 +316,7 @@ def test_a_weights_file_that_cannot_be_read(folder: Path, kind: str) -> None:
     path.unlink()
     os.mkfifo(path) if kind == "pipe" else path.mkdir()
     with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read \("):
-        packing.pack(folder, read_config(folder / "config.json"), "m", NARROW)
+        packing.pack(folder, read_config(folder), "m", NARROW)
 
 
 def test_what_a_killed_process_left_does_no_harm(folder: Path, cache: Path) -> None:
@@ -353,7 +353,7 @@ if limit:
 print("ready", flush=True)
 sys.stdin.readline()
 folder = Path(sys.argv[1])
-config = read_config(folder / "config.json")
+config = read_config(folder)
 network = loading.load_network(folder, config, "m", n_slots=1, size=1, blas="openblas")
 print([line.split()[-1] for line in open("/proc/self/maps") if ".v3.safetensors" in line], flush=True)
 """

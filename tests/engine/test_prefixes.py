@@ -33,7 +33,7 @@ from fastgpt2.system.redis_server import RedisServer
 from fastgpt2.worker.recycling import private_memory
 
 ENTRIES: list[dict[str, Any]] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"]
-DEMO = read_config(DEMO_FOLDER / "config.json")
+DEMO = read_config(DEMO_FOLDER)
 # Bytes of a block of the demo model: keys and values, 5 layers of 224 numbers of 4 bytes.
 A_BLOCK = 2 * 5 * 224 * 4 * BLOCK
 # A page holds two blocks of this model.

@@ -31,7 +31,7 @@ def test_what_the_folder_holds() -> None:
 
 
 def test_model_and_tokenizer_belong_together() -> None:
-    config = read_config(DEMO_FOLDER / "config.json")
+    config = read_config(DEMO_FOLDER)
     tokenizer = Tokenizer.from_folder(DEMO_FOLDER)
     assert tokenizer.vocab_size == config.vocab_size
     assert tokenizer.encode("<|endoftext|>") == list(config.eos_token_ids) == [config.bos_token_id]

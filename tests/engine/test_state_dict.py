@@ -41,7 +41,7 @@ def store(folder: Path, tensors: Tensors, **config: Any) -> StateDict:
     save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, folder / "model.safetensors")
     fields = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**fields, **config}))
-    return match_names(Checkpoint.open(folder), read_config(folder / "config.json"))
+    return match_names(Checkpoint.open(folder), read_config(folder))
 
 
 def renamed(rename: Callable[[str], str]) -> Callable[[Tensors], Tensors]:
@@ -161,7 +161,7 @@ def test_the_difference_may_lie_in_the_last_row(folder: Path, monkeypatch: pytes
 def test_what_a_gpt2_does_not_have_is_left_out_with_a_note(folder: Path) -> None:
     """The tensors are those of the golden checkpoint of this name, so the text is that of transformers."""
     folder = shutil.copytree(CHECKPOINTS / "left_out", folder.parent / "left_out")
-    checkpoint, config = Checkpoint.open(folder), read_config(folder / "config.json")
+    checkpoint, config = Checkpoint.open(folder), read_config(folder)
     others, beyond = match_names(checkpoint, config).notes
     file = folder / "model.safetensors"
     assert others == (
@@ -203,7 +203,7 @@ def test_several_missing_tensors_are_counted(folder: Path) -> None:
 
 
 def test_nanogpt_stores_linear_layers_transposed(folder: Path) -> None:
-    original, config = tensors_of(folder), read_config(folder / "config.json")
+    original, config = tensors_of(folder), read_config(folder)
     linear = {name for name, shape in expected_shapes(config).items() if name.startswith("h.") and len(shape) == 2}
     tensors = {
         f"_orig_mod.{name}": np.ascontiguousarray(tensor.T) if without_prefix(name) in linear else tensor

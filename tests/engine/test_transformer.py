@@ -32,7 +32,7 @@ def blas(request: pytest.FixtureRequest) -> str:
 
 def load(case: str, n_slots: int = 1, blas: str = "openblas", threads: int = 1) -> GPT2:
     folder = GOLDEN / "checkpoints" / case
-    config = read_config(folder / "config.json")
+    config = read_config(folder)
     return load_network(folder, config, case, n_slots=n_slots, size=threads, blas=blas)
 
 

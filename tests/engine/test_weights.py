@@ -38,7 +38,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def load(folder: Path, weights: str) -> GPT2:
-    config = read_config(folder / "config.json")
+    config = read_config(folder)
     return load_network(folder, config, "m", n_slots=1, size=1, blas="openblas", weights=weights)
 
 
@@ -105,7 +105,7 @@ def test_what_is_computed_is_float32_of_the_rounded_weights(tmp_path: Path, name
         elif bare == ("lm_head.weight" if untied else "wte.weight"):
             tensors[key] = np.ascontiguousarray(rounded(kind, value.T).T)
     save_file(tensors, folder / "model.safetensors")
-    vocabulary = read_config(folder / "config.json").vocab_size
+    vocabulary = read_config(folder).vocab_size
     ids = [i % vocabulary for i in IDS]
     right, found = logits(load(folder, "float32"), ids), logits(load(source, kind), ids)
     np.testing.assert_allclose(found, right, rtol=0, atol=1e-4 * float(np.abs(right).max()))

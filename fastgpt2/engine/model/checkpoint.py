@@ -1,7 +1,7 @@
-"""A checkpoint: the tensors of safetensors files, validated, by name, as zero-copy arrays on read-only memory maps.
+"""A checkpoint: the tensors of a model's files, validated, by name, as zero-copy arrays on read-only memory maps.
 
-The safetensors library validates a file (bounds, overlaps, dtypes, sizes) but hands out copies. So its verdict is
-taken, and the offsets are then read from the same header.
+The files are safetensors' or torch's (`torch_file`). The safetensors library validates a file (bounds, overlaps,
+dtypes, sizes) but hands out copies. So its verdict is taken, and the offsets are then read from the same header.
 """
 
 from __future__ import annotations
@@ -19,7 +19,15 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from fastgpt2.engine.kernels.panels import STORED_TYPES, widen
-from fastgpt2.engine.model.config import INDEX_FILE, SINGLE_FILE, read_index
+from fastgpt2.engine.model.config import (
+    INDEX_FILE,
+    NANOGPT_FILE,
+    SINGLE_FILE,
+    TORCH_FILE,
+    TORCH_INDEX_FILE,
+    file_size,
+    read_index,
+)
 from fastgpt2.engine.model.diagnosis import explain_folder
 from fastgpt2.engine.model.lfs_pointer import explain_pointer, is_pointer
 from fastgpt2.errors import CheckpointError
@@ -30,22 +38,29 @@ MAX_HEADER_BYTES = 8 << 20
 # Source: linux/mman.h. Python's mmap has no name for it.
 _MADV_POPULATE_READ = 22
 
-# The tensors that can be viewed, by safetensors' names of their dtypes. I8 is found in packed files only.
+# The tensors that can be viewed, by safetensors' names of their dtypes.
 NUMPY_TYPES: dict[str, np.dtype[Any]] = {stored.safetensors: stored.numpy for stored in STORED_TYPES.values()}
-NUMPY_TYPES["F16"] = np.dtype(np.float16)
-NUMPY_TYPES["F64"] = np.dtype(np.float64)
+NUMPY_TYPES |= {"F16": np.dtype(np.float16), "F64": np.dtype(np.float64), "BOOL": np.dtype(np.bool_)}
+NUMPY_TYPES |= {f"{kind}{8 * size}": np.dtype(f"{kind.lower()}{size}") for kind in "IU" for size in (1, 2, 4, 8)}
 _FLOATING = ("F32", "F16", "BF16", "F64")
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """The place of a tensor: its file, safetensors' name of its dtype, its shape, and its byte range in the file."""
+    """The place of a tensor.
+
+    Attributes:
+        dtype: safetensors' name of its type.
+        start, stop: its byte range in the file.
+        strides: numbers from one index to the next, for each dimension; None if the tensor lies in C order.
+    """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     start: int
     stop: int
+    strides: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +70,20 @@ class WeightFiles:
     Attributes:
         format: "safetensors", "torch" or "nanogpt".
         files: the files, in the order of their names.
+        index: tensor name -> file name, as the index of several files has it; empty for one file.
     """
 
     format: str
     files: tuple[Path, ...]
+    index: dict[str, str]
 
 
 class Checkpoint:
-    """The tensors of a model's folder, by name. Views stay valid as long as any of them, or this object, is alive."""
+    """The tensors of a model's folder, by name. Views stay valid as long as any of them, or this object, is alive.
+
+    Attributes:
+        format: the files' format, as `WeightFiles` has it.
+    """
 
     def __init__(
         self, tensors: dict[str, TensorInfo], maps: dict[Path, mmap.mmap], file_format: str = "safetensors"
@@ -71,17 +92,26 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
-        """Map `model.safetensors`, or the shards that `model.safetensors.index.json` lists.
+        """Map the files that `weight_files` finds.
+
+        Every tensor that a file holds is taken, also one that the index does not list. If several files hold a tensor,
+        that of the file which the index names is taken.
 
         Raises:
-            CheckpointError: neither exists, a file is damaged, or it does not hold what the index says.
+            CheckpointError: there are none, or a file is missing, damaged or of another kind than its name says.
         """
+        weights = weight_files(folder)
         tensors: dict[str, TensorInfo] = {}
         maps: dict[Path, mmap.mmap] = {}
-        for file in weight_files(folder).files:
-            present, maps[file] = map_file(file)
-            tensors.update(present)
-        return cls(tensors, maps)
+        for file in weights.files:
+            if weights.format == "safetensors":
+                present, maps[file] = map_file(file)
+            else:
+                present, maps[file] = _map_torch_file(file, weights.format)
+            for name, info in present.items():
+                if name not in tensors or weights.index.get(name, file.name) == file.name:
+                    tensors[name] = info
+        return cls(tensors, maps, weights.format)
 
     def view(self, name: str) -> NDArray[Any]:
         """Return the tensor as it lies in the file, read-only, without a copy; a BF16 tensor as its bits, in uint16.
@@ -92,8 +122,8 @@ class Checkpoint:
         if info.dtype not in NUMPY_TYPES:
             raise self._unreadable(name)
         dtype = NUMPY_TYPES[info.dtype]
-        count = (info.stop - info.start) // dtype.itemsize
-        return np.frombuffer(self._maps[info.file], dtype, count, info.start).reshape(info.shape)
+        strides = None if info.strides is None else tuple(dtype.itemsize * stride for stride in info.strides)
+        return np.ndarray(info.shape, dtype, self._maps[info.file], info.start, strides)
 
     def populate(self) -> None:
         """Enter all pages into this process's page table at once, where the system can (Linux 5.14)."""
@@ -104,16 +134,19 @@ class Checkpoint:
     def float32(self, name: str, where: Any = ...) -> NDArray[np.float32]:
         """Return the tensor, or the part of it at the index `where`, as aligned float32: the view, or a converted copy.
 
-        BLAS reads nothing else: numpy would copy the weights again on every product.
+        BLAS reads nothing else: numpy would copy the weights again on every product. Of a tensor that does not lie in C
+        order, the result is a copy that does. Numbers of F64 that are too large for float32 become infinite.
         """
-        if self.tensors[name].dtype not in _FLOATING:
+        info = self.tensors[name]
+        if info.dtype not in _FLOATING:
             raise self._unreadable(name)
         view: NDArray[Any] = self.view(name)[where]
-        if self.tensors[name].dtype == "BF16":
-            return widen(view)
-        if view.dtype == np.float32 and view.flags.aligned:
+        if info.dtype == "BF16":
+            return widen(view) if info.strides is None else widen(np.ascontiguousarray(view))
+        if view.dtype == np.float32 and view.flags.aligned and info.strides is None:
             return view
-        return np.require(view, np.float32, ["A", "C"])
+        with np.errstate(over="ignore"):
+            return np.require(view, np.float32, ["A", "C"])
 
     def _unreadable(self, name: str) -> CheckpointError:
         info = self.tensors[name]
@@ -123,17 +156,26 @@ class Checkpoint:
 
 
 def weight_files(folder: Path) -> WeightFiles:
-    """Find the files that hold a model's weights; nothing but an index is read.
+    """Find the files that hold the weights of a model's folder, by their names. Nothing is read but an index.
+
+    If there are several kinds, the first of these is taken, as transformers does: `model.safetensors`, the shards of
+    `model.safetensors.index.json`, `pytorch_model.bin`, the shards of `pytorch_model.bin.index.json`, and then
+    nanoGPT's `ckpt.pt`.
 
     Raises:
-        CheckpointError: there are none, or the index is malformed.
+        CheckpointError: there are none, or the index is damaged.
     """
-    if (folder / SINGLE_FILE).exists():
-        return WeightFiles("safetensors", (folder / SINGLE_FILE,))
-    if not (folder / INDEX_FILE).exists():
-        raise CheckpointError(explain_folder(folder))
-    shards = sorted(set(read_index(folder / INDEX_FILE).values()))
-    return WeightFiles("safetensors", tuple(folder / shard for shard in shards))
+    for file_format, single, index_name in (
+        ("safetensors", SINGLE_FILE, INDEX_FILE),
+        ("torch", TORCH_FILE, TORCH_INDEX_FILE),
+        ("nanogpt", NANOGPT_FILE, None),
+    ):
+        if (folder / single).exists():
+            return WeightFiles(file_format, (folder / single,), {})
+        if index_name is not None and (folder / index_name).exists():
+            index = read_index(folder / index_name)
+            return WeightFiles(file_format, tuple(folder / name for name in sorted(set(index.values()))), index)
+    raise CheckpointError(explain_folder(folder))
 
 
 def map_file(path: Path) -> tuple[dict[str, TensorInfo], mmap.mmap]:
@@ -176,7 +218,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     """Return the JSON header, which the library is to validate, and the byte at which tensor data begins."""
-    size = path.stat().st_size
+    size = file_size(path, CheckpointError)
     with path.open("rb") as file:
         start = file.read(8)
         if len(start) < 8:
@@ -203,3 +245,17 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) < len(pairs):
         raise ValueError("a name occurs twice")
     return result
+
+
+def _map_torch_file(path: Path, file_format: str) -> tuple[dict[str, TensorInfo], mmap.mmap]:
+    """List the tensors of a file of torch.save, of the model if there are others, and map the file read-only."""
+    # Most models are loaded without: it takes milliseconds of every start.
+    from fastgpt2.engine.model.torch_file import TorchFile
+
+    file = TorchFile.open(path)
+    stored = file.nanogpt()[0] if file_format == "nanogpt" else file.state_dict()
+    tensors = {
+        name: TensorInfo(path, tensor.dtype, tensor.shape, tensor.start, tensor.stop, tensor.strides)
+        for name, tensor in stored.items()
+    }
+    return tensors, file.mapped

@@ -2,7 +2,8 @@
 
 `config.json` holds the architecture's numbers. Every field that bears on the arithmetic is checked, so that a model is
 either computed as its makers meant or refused by the name of a field. The index of a checkpoint in several files is
-read here too. JSON files are read within bounds, and nothing heavy is imported.
+read here too. JSON files are read within bounds, and nothing heavy is imported. A checkpoint of nanoGPT holds these
+numbers itself, so it needs no `config.json`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,9 @@ log = logging.getLogger("fastgpt2.engine")
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+TORCH_FILE = "pytorch_model.bin"
+TORCH_INDEX_FILE = "pytorch_model.bin.index.json"
+NANOGPT_FILE = "ckpt.pt"
 TOKENIZER_FILE = "tokenizer.json"
 VOCAB_FILE = "vocab.json"
 MERGES_FILE = "merges.txt"
@@ -111,13 +116,17 @@ class GPT2Config:
         return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
 
 
-def read_config(path: Path) -> GPT2Config:
-    """Read and check a `config.json`.
+def read_config(folder: Path) -> GPT2Config:
+    """Read and check the `config.json` of a model's folder. Without one, the numbers of nanoGPT's `ckpt.pt` are taken.
 
     Raises:
         ConfigError: the file is missing, is no JSON object or no GPT-2, or holds a value that cannot be; the message
             names the file and the field.
+        CheckpointError: there is only a `ckpt.pt`, which is damaged or no checkpoint of nanoGPT.
     """
+    path = folder / CONFIG_FILE
+    if not path.exists() and (folder / NANOGPT_FILE).exists():
+        return _read_nanogpt(folder / NANOGPT_FILE)
     fields = _read_json_object(path, MAX_CONFIG_BYTES, ConfigError)
     problem = config_problem(fields)
     if problem:
@@ -184,6 +193,32 @@ def config_problem(fields: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _read_nanogpt(path: Path) -> GPT2Config:
+    """Return the numbers in a checkpoint of nanoGPT, and those that its code has in common for all models.
+
+    Source: `GPTConfig` and `MLP` in nanoGPT's model.py. Since June 2023 they compute the exact GELU.
+    """
+    from fastgpt2.engine.model.torch_file import TorchFile
+
+    reader = _Reader(path, TorchFile.open(path).nanogpt()[1])
+    n_embd, n_head = reader.size("n_embd", 768), reader.size("n_head", 12)
+    if n_embd % n_head:
+        raise ConfigError(f"{path}: n_embd {n_embd} is not divisible by n_head {n_head}")
+    vocab_size = reader.size("vocab_size", 50304)
+    ends = reader.token_ids("eos_token_id", vocab_size)
+    return GPT2Config(
+        vocab_size=vocab_size,
+        n_positions=reader.size("block_size", 1024),
+        n_embd=n_embd,
+        n_layer=reader.size("n_layer", 12),
+        n_head=n_head,
+        n_inner=4 * n_embd,
+        activation_function="gelu",
+        bos_token_id=ends[0] if ends else None,
+        eos_token_ids=ends,
+    )
+
+
 def _by_first_names(path: Path, fields: dict[str, Any]) -> dict[str, Any]:
     """Return the fields, each under its first name; raise ConfigError if two names of one have different values."""
     named = dict(fields)
@@ -238,14 +273,19 @@ class _Reader:
 def read_index(path: Path) -> dict[str, str]:
     """Read the `weight_map` of an index file: tensor name -> shard file name, each a plain name in the same folder.
 
+    The shards of `model.safetensors.index.json` end in `.safetensors`, those of `pytorch_model.bin.index.json` end in
+    `.bin`.
+
     Raises:
         CheckpointError: the file is malformed, or a shard's name leads out of the folder.
     """
+    suffix = "bin" if path.name == TORCH_INDEX_FILE else "safetensors"
+    plain_name = re.compile(rf"[^/\\\0\ud800-\udfff]{{1,255}}\.{suffix}")
     weight_map = _read_json_object(path, MAX_INDEX_BYTES, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: weight_map is missing or empty")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not re.fullmatch(r"[^/\\\0\ud800-\udfff]{1,255}\.safetensors", file):
+        if not isinstance(file, str) or not plain_name.fullmatch(file):
             raise CheckpointError(
                 f"{path}: tensor {name!r} is said to lie in {repr(file)[:_MAX_QUOTED]}, which is no plain file name"
             )
@@ -254,10 +294,18 @@ def read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
+def file_size(path: Path, error: type[FastGPT2Error]) -> int:
+    """Return a file's bytes; raise `error` if it is a folder, a device, or a pipe, which might never end."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise error(f"{path}: a folder, pipe or device; put the model's file in its place")
+    return status.st_size
+
+
 def _read_json_object(path: Path, max_bytes: int, error: type[FastGPT2Error]) -> dict[str, Any]:
     """Read a JSON object from a file of at most `max_bytes`; raise `error`, naming the file, if it is anything else."""
     try:
-        size = path.stat().st_size
+        size = file_size(path, error)
         if size > max_bytes:
             raise error(f"{path}: {size} bytes; a file of this kind has at most {max_bytes}")
         value = json.loads(path.read_text("utf-8"))
