@@ -145,7 +145,7 @@ class TestPack:
     @pytest.mark.parametrize(
         ("arguments", "code", "message"),
         [
-            (["/tmp"], 3, "holds no config.json"),
+            ([str(GOLDEN)], 3, "holds no config.json and no weights"),
             (["no such model"], 3, "no such folder, nor a hub id"),
             ([""], 2, "--model is empty"),
             (["demo", "--model", "demo"], 2, "model is given twice"),

@@ -143,6 +143,47 @@ def write_without_biases(model: GPT2LMHeadModel, folder: Path) -> None:
     save_file({name: tensor for name, tensor in bare(model).items() if not name.endswith(".bias")}, folder)
 
 
+def write_pickle(model: GPT2LMHeadModel, folder: Path) -> None:
+    """As torch.save writes it, in float16, with masks."""
+    tensors = {name: tensor.half() for name, tensor in prefixed(model).items()}
+    for layer in range(model.config.n_layer):
+        tensors[f"transformer.h.{layer}.attn.bias"] = causal_mask(model).to(torch.uint8)
+    torch.save(tensors, folder / "pytorch_model.bin")
+
+
+def write_pickle_shards(model: GPT2LMHeadModel, folder: Path) -> None:
+    """Two files of torch's old format, and the index that lists what is in each."""
+    tensors = bare(model)
+    names = sorted(tensors)
+    index: dict[str, str] = {}
+    for number, part in enumerate((names[::2], names[1::2]), 1):
+        file = f"pytorch_model-{number:05}-of-00002.bin"
+        torch.save({name: tensors[name] for name in part}, folder / file, _use_new_zipfile_serialization=False)
+        index |= dict.fromkeys(part, file)
+    text = json.dumps({"metadata": {}, "weight_map": index}, indent=2)
+    (folder / "pytorch_model.bin.index.json").write_text(text + "\n", encoding="utf-8")
+
+
+def write_nanogpt(model: GPT2LMHeadModel, folder: Path) -> None:
+    """As nanoGPT's train.py saves a compiled model without biases; the script takes the logits of `model` itself."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.zero_()
+    tensors = {}
+    for name, tensor in prefixed(model).items():
+        if not name.endswith(".bias"):
+            linear = ".h." in name and tensor.ndim == 2
+            tensors[f"_orig_mod.{name}"] = tensor.t().contiguous() if linear else tensor
+    tensors["_orig_mod.lm_head.weight"] = tensors["_orig_mod.transformer.wte.weight"]
+    config = model.config
+    arguments = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
+    arguments |= {"block_size": config.n_positions, "bias": False, "dropout": 0.0}
+    value = {"model": tensors, "optimizer": {}, "model_args": arguments, "iter_num": 7, "best_val_loss": 1.5}
+    torch.save(value, folder / "ckpt.pt")
+    (folder / "config.json").unlink()
+
+
 def write_as(dtype: torch.dtype) -> Callable[[GPT2LMHeadModel, Path], None]:
     """Prefixed names, every tensor rounded to a narrower dtype."""
     return lambda model, folder: save_file({name: t.to(dtype) for name, t in prefixed(model).items()}, folder)
@@ -197,6 +238,9 @@ CASES = (
         {"n_embd": 8, "n_head": 2, "vocab_size": 59, "pruned_heads": {"0": [1]}},
         unexpected=("lm_head.bias", "v_head.", "multiple_choice_head.", "score.", "transformer.h."),
     ),
+    Case("pickle", write_pickle, {"n_embd": 8, "n_head": 2, "vocab_size": 57}),
+    Case("pickle_shards", write_pickle_shards, {"n_embd": 8, "n_head": 2, "vocab_size": 57}),
+    Case("nanogpt", write_nanogpt, {"n_embd": 8, "n_head": 2, "vocab_size": 57, "activation_function": "gelu"}),
     Case("epsilon", write_bare, {"vocab_size": 67, "layer_norm_epsilon": 1e-2}),
 )
 
@@ -302,10 +346,13 @@ def make_case(case: Case, root: Path) -> None:
     config = case_config(case)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     fields = {name: value for name, value in config.items() if name != "pruned_heads"}
-    case.write(random_model(fields, zlib.crc32(case.name.encode())), folder)
+    model = random_model(fields, zlib.crc32(case.name.encode()))
+    case.write(model, folder)
 
     input_ids = torch.randint(config["vocab_size"], (case.length,))
-    logits = stored_model(folder, case.missing, case.unexpected)(input_ids[None]).logits[0]
+    # transformers does not read nanoGPT's files.
+    stored = model if case.write is write_nanogpt else stored_model(folder, case.missing, case.unexpected)
+    logits = stored(input_ids[None]).logits[0]
     if logits.dtype != torch.float32 or not bool(torch.isfinite(logits).all()):
         raise RuntimeError(f"{case.name}: bad logits")
     np.savez(folder / "golden.npz", input_ids=input_ids.numpy(), logits=logits.numpy())

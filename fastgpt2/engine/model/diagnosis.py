@@ -18,20 +18,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastgpt2.engine.model.config import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, UNQUANTISED, config_problem
+from fastgpt2.engine.model.config import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    NANOGPT_FILE,
+    SINGLE_FILE,
+    TORCH_FILE,
+    TORCH_INDEX_FILE,
+    UNQUANTISED,
+    config_problem,
+)
 from fastgpt2.engine.model.lfs_pointer import explain_pointer, is_pointer
 from fastgpt2.errors import CheckpointError, ConfigError
 
 ADAPTER_FILE = "adapter_config.json"
 
 # In the order in which they are looked for.
-WEIGHT_FILES = (
-    SINGLE_FILE,
-    INDEX_FILE,
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-    "ckpt.pt",
-)
+WEIGHT_FILES = (SINGLE_FILE, INDEX_FILE, TORCH_FILE, TORCH_INDEX_FILE, NANOGPT_FILE)
 
 # A folder with more files than this is no model's.
 _MAX_FILES = 10_000
@@ -351,7 +354,7 @@ def _explain_unfinished(listing: _Listing) -> str | None:
 
 
 def _explain_missing_config(listing: _Listing) -> str | None:
-    if listing.weights is None or listing.has_config() or listing.weights == "ckpt.pt":
+    if listing.weights is None or listing.has_config() or listing.weights == NANOGPT_FILE:
         return None
     return (
         f"holds {listing.weights} but no {CONFIG_FILE}; fetch it from where the weights came, or copy it from the "
@@ -381,7 +384,7 @@ def _explain_other_name(listing: _Listing) -> str | None:
     ):
         if not name.endswith(ends) or name in WEIGHT_FILES or _NOT_WEIGHTS.fullmatch(name) or _SHARD.fullmatch(name):
             continue
-        wanted = "model.safetensors" if name.endswith(".safetensors") else "pytorch_model.bin"
+        wanted = SINGLE_FILE if name.endswith(".safetensors") else TORCH_FILE
         return f"holds {name} but no {wanted}; if these are the model's weights, rename the file to {wanted}"
     return None
 
@@ -399,7 +402,7 @@ def _explain_sub_folder(listing: _Listing) -> str | None:
 def _explain_lack(listing: _Listing) -> str:
     lacking = [
         *([] if listing.has_config() else [f"no {CONFIG_FILE}"]),
-        *([] if listing.weights else [f"no weights ({SINGLE_FILE} or pytorch_model.bin)"]),
+        *([] if listing.weights else [f"no weights ({SINGLE_FILE} or {TORCH_FILE})"]),
         *([] if _has_tokenizer(listing.names) else ["no tokenizer"]),
     ]
     there = [name for name in listing.top if not _NOT_WEIGHTS.fullmatch(name)] or listing.top
