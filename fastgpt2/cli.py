@@ -238,11 +238,11 @@ COMMANDS = {
         settings.OF_FILE,
         Positional("file", "The file of prompts; - is standard input."),
         "A txt file holds one prompt a line. A jsonl file holds on each line a string, or an object with a prompt and "
-        "any of max_new_tokens, stop, ignore_eos, min_new_tokens, logprobs, prompt_logprobs, echo, timeout, id; the "
-        "options give their defaults. Each line of input gives one line of output, in the same order; a prompt that "
-        "fails gives an error in its line. An output that exists is continued after its last line. To go on with a run "
-        "that broke off, however that came, give the same command again. For example: fastgpt2 batch prompts.txt -o "
-        "results.jsonl.",
+        "any of max_new_tokens, stop, stop_token_ids, ignore_eos, min_new_tokens, logprobs, prompt_logprobs, echo, "
+        "timeout, id; the options give their defaults. Each line of input gives one line of output, in the same "
+        "order; a prompt that fails gives an error in its line. An output that exists is continued after its last "
+        "line. To go on with a run that broke off, however that came, give the same command again. For example: "
+        "fastgpt2 batch prompts.txt -o results.jsonl.",
     ),
     "generate": Command(
         "fastgpt2.commands.prompts:generate",

@@ -143,6 +143,14 @@ def drafts(text: str) -> str | int:
     raise ValueError("is not off, auto, int8 or a number from 1 to 15")
 
 
+def token_ids(text: str) -> tuple[int, ...]:
+    """Return the token ids of a text such as 50256 or 13,198."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and part.isascii() and len(part) < 11 for part in parts):
+        raise ValueError("is not a list of token ids with commas between them")
+    return tuple(int(part) for part in parts)
+
+
 def log_level(text: str) -> str:
     if text.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
         raise ValueError("is not one of debug, info, warning, error")
@@ -292,9 +300,14 @@ STOP: Setting[str | None] = Setting(
     "stop", "TEXT", str, None, "End the generated text before it contains TEXT.", "none"
 )
 IGNORE_EOS = flag("ignore_eos", "Go on after the end-of-text token.")
+STOP_TOKEN_IDS: Setting[tuple[int, ...]] = Setting(
+    "stop_token_ids", "IDS", token_ids, (),
+    "End the generated text at any of these tokens, which it leaves out: token ids with commas between them.",
+    "none",
+)
 MIN_NEW_TOKENS = Setting(
     "min_new_tokens", "N", whole_number(0, 1 << 20), 0,
-    "Generate at least N tokens: until then, neither an end-of-text token nor the stop text ends the text.",
+    "Generate at least N tokens: until then, neither an end-of-text or stop token nor the stop text ends it.",
 )
 LOGPROBS: Setting[int | None] = Setting(
     "logprobs", "N", whole_number(0, 20), None,
@@ -343,7 +356,7 @@ OF_MODEL = (MODEL, REVISION, TOKENIZER, GENERATION_CONFIG)
 OF_QUEUE = (REDIS_URL, QUEUE)
 OF_ARITHMETIC = (THREADS, BLAS, WEIGHTS)
 OF_BATCH = (MAX_BATCH, KV_MEMORY, PREFIX_MEMORY)
-OF_REQUEST = (MAX_NEW_TOKENS, STOP, IGNORE_EOS, MIN_NEW_TOKENS, LOGPROBS, ECHO)
+OF_REQUEST = (MAX_NEW_TOKENS, STOP, STOP_TOKEN_IDS, IGNORE_EOS, MIN_NEW_TOKENS, LOGPROBS, ECHO)
 OF_LOAD = (*OF_MODEL, *OF_ARITHMETIC, DRAFTS)
 OF_WORKERS = (*OF_MODEL, POOL_THREADS, BLAS, WEIGHTS, DRAFTS, *OF_BATCH, WORKERS, MAX_JOBS, MAX_GROWTH)
 OF_ADDRESS = (HOST, HOST_NAME, PORT, TOKEN_FILE, INSECURE)

@@ -38,6 +38,7 @@ from fastgpt2.engine.model.generation_config import read_generation_config
 from fastgpt2.engine.model.hub import DEMO_FOLDER
 from fastgpt2.engine.model.packing import open_packed
 from fastgpt2.engine.model.tokenizer import Tokenizer
+from fastgpt2.engine.model.tokenizer_files import load_tokenizer
 from fastgpt2.engine.model.torch_file import MAX_SHARING
 from fastgpt2.errors import BadRequest, CheckpointError, ConfigError, FastGPT2Error, TokenizerError
 from fastgpt2.protocol import untrusted
@@ -126,6 +127,7 @@ def test_a_payload_is_plain_values_or_a_value_error(data: bytes) -> None:
                 "prompt",
                 "max_new_tokens",
                 "stop",
+                "stop_token_ids",
                 "stream",
                 "timeout",
                 "logprobs",
@@ -470,6 +472,67 @@ def test_a_tokenizer_is_usable_or_a_tokenizer_error(data: bytes) -> None:
             assert isinstance(tokenizer.decode(ids), str)
         except TokenizerError:
             pass
+
+
+_KINDS = GOLDEN / "tokenizers"
+_SMALL_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_FIELDS = st.sampled_from(
+    [
+        "tokenizer_class",
+        "auto_map",
+        "bos_token",
+        "pad_token",
+        "image_token",
+        "additional_special_tokens",
+        "extra_special_tokens",
+        "added_tokens_decoder",
+        "model_specific_special_tokens",
+        "add_bos_token",
+        "add_prefix_space",
+        "legacy",
+        "extra_ids",
+        "content",
+        "0",
+    ]
+)
+
+
+def load_or_refuse(kind: str, files: dict[str, bytes]) -> None:
+    """Load a kind's folder with some files changed: that ends with a tokenizer or a TokenizerError."""
+    with tempfile.TemporaryDirectory() as folder:
+        for file in (_KINDS / kind).iterdir():
+            (Path(folder) / file.name).write_bytes(file.read_bytes())
+        for name, content in files.items():
+            (Path(folder) / name).write_bytes(content)
+        with suppress(TokenizerError):
+            load_tokenizer(Path(folder))
+
+
+@fuzz(60)
+@given(
+    st.sampled_from(["gpt2-two-files", "gpt2-declared", "bert", "t5", "pieces-bpe", "unigram"]),
+    st.sampled_from(_SMALL_FILES),
+    st.dictionaries(_FIELDS, values | st.dictionaries(_FIELDS, values, max_size=3), max_size=5),
+)
+def test_small_files_of_a_tokenizer_make_one_or_a_tokenizer_error(kind: str, name: str, fields: dict[str, Any]) -> None:
+    load_or_refuse(kind, {name: json.dumps(fields).encode()})
+
+
+_PIECES = (_KINDS / "t5" / "spiece.model").read_bytes()
+
+
+@fuzz(60)
+@given(
+    st.one_of(
+        st.binary(max_size=200),
+        st.tuples(st.integers(0, len(_PIECES) - 1), st.binary(min_size=1, max_size=4)).map(
+            lambda cut: _PIECES[: cut[0]] + cut[1] + _PIECES[cut[0] + len(cut[1]) :]
+        ),
+        st.integers(0, len(_PIECES)).map(lambda n: _PIECES[:n]),
+    )
+)
+def test_a_model_of_sentencepiece_makes_a_tokenizer_or_a_tokenizer_error(data: bytes) -> None:
+    load_or_refuse("t5", {"spiece.model": data})
 
 
 @fuzz(60)

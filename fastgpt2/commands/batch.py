@@ -43,7 +43,7 @@ READ_AHEAD = 8
 
 _LINE_FIELDS = (
     "prompt", "max_new_tokens", "stop", "ignore_eos", "min_new_tokens", "logprobs", "prompt_logprobs", "echo",
-    "timeout", "id",
+    "stop_token_ids", "timeout", "id",
 )  # fmt: skip
 
 

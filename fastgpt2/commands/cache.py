@@ -13,7 +13,6 @@ import struct
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -21,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt2.engine.machine import MEASUREMENTS_FILE, cache_folder, is_locked, locked
-from fastgpt2.engine.model.checkpoint import MAX_HEADER_BYTES, Checkpoint, TensorInfo, map_file
+from fastgpt2.engine.model.checkpoint import MAX_HEADER_BYTES
+from fastgpt2.engine.model.identity import weights_identity
 from fastgpt2.engine.model.packing import FORMAT, checksum
-from fastgpt2.errors import BadRequest, CheckpointError, FastGPT2Error
+from fastgpt2.errors import BadRequest, FastGPT2Error
 
 # The name of a packed file, of its lock, or of the file that is renamed to it when it is whole. The first format had no
 # layouts.
@@ -332,23 +332,9 @@ def _find_source_state(metadata: dict[str, str]) -> State:
         return State.UNREADABLE
     if not all(os.access(source, os.R_OK) for source in sources):
         return State.UNREADABLE
-    return State.OK if _is_unchanged(sources, metadata["source_identity"]) else State.CHANGED
-
-
-def _is_unchanged(sources: list[Path], wanted: str) -> bool:
-    """Tell whether the sources still have the identity under which they were packed.
-
-    The identity depends on the order of the shards, which is that of their names in the model's folder. In the hub's
-    cache the sources have other names; there, the folders that link to them are tried.
-    """
-    with suppress(CheckpointError, OSError):
-        tensors: dict[str, TensorInfo] = {}
-        for source in sources:
-            tensors.update(map_file(source)[0])
-        if Checkpoint(tensors, {}).identity == wanted:
-            return True
-    for folder in {folder for source in sources for folder in source.parent.parent.glob("snapshots/*")}:
-        with suppress(CheckpointError, OSError):
-            if Checkpoint.open(folder).identity == wanted:
-                return True
-    return False
+    # As when it was packed: the sources are in that order.
+    try:
+        unchanged = weights_identity(sources, metadata.get("source_facts", "")) == metadata["source_identity"]
+    except OSError:
+        return State.UNREADABLE
+    return State.OK if unchanged else State.CHANGED

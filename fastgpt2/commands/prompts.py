@@ -167,6 +167,7 @@ def request_fields(values: dict[str, Any]) -> dict[str, Any]:
     return {
         "max_new_tokens": values["max_new_tokens"],
         "stop": [values["stop"]] if values["stop"] else [],
+        "stop_token_ids": values["stop_token_ids"],
         "ignore_eos": values["ignore_eos"],
         "min_new_tokens": values["min_new_tokens"],
         "logprobs": values["logprobs"],

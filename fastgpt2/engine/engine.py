@@ -30,6 +30,7 @@ class Options(TypedDict, total=False):
     logprobs: int | None
     prompt_logprobs: int | None
     echo: bool
+    stop_token_ids: list[int] | tuple[int, ...]
 
 
 class Engine:

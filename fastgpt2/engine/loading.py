@@ -211,12 +211,10 @@ def pack_model(
     # What is measured for the layout is measured as a worker multiplies.
     hold_to_one_thread()
     from fastgpt2.engine.kernels.choice import choose_kernel, open_measurements
-    from fastgpt2.engine.model.checkpoint import Checkpoint
     from fastgpt2.engine.model.packing import pack
 
-    checkpoint = Checkpoint.open(folder)
     kernel, layout = choose_kernel(config, open_measurements(config), blas, weights)
-    return pack(checkpoint, config, model, layout, must_keep), kernel
+    return pack(folder, config, model, layout, must_keep), kernel
 
 
 def _kv_bytes(config: GPT2Config, asked: int | None) -> int:

@@ -18,6 +18,7 @@ from fastgpt2.engine.decoding.records import (
     FinishReason,
     GenerationRequest,
     GenerationResult,
+    StopReason,
     Timings,
     TokenLogprob,
     Usage,
@@ -122,6 +123,7 @@ class AlternativeObject(TypedDict):
     token_id: Count
     token: str
     logprob: Annotated[float | None, number()]
+    special: NotRequired[bool]
 
 
 class TokenObject(TypedDict):
@@ -132,6 +134,7 @@ class TokenObject(TypedDict):
     logprob: float | None
     text_offset: NotRequired[Count]
     top: NotRequired[list[AlternativeObject]]
+    special: NotRequired[bool]
 
 
 class ResultObject(TypedDict):
@@ -147,6 +150,7 @@ class ResultObject(TypedDict):
     drafting: Annotated[dict[str, Any], Drafting]
     logprobs: NotRequired[list[TokenObject]]
     prompt_logprobs: NotRequired[list[TokenObject]]
+    stop_reason: NotRequired[StopReason]
 
 
 def result_to_json(result: GenerationResult, queue_seconds: float = 0.0) -> dict[str, Any]:
@@ -165,6 +169,8 @@ def result_to_json(result: GenerationResult, queue_seconds: float = 0.0) -> dict
         value["logprobs"] = logprobs_to_json(result.logprobs)
     if result.prompt_logprobs is not None:
         value["prompt_logprobs"] = logprobs_to_json(result.prompt_logprobs)
+    if result.stop_reason is not None:
+        value["stop_reason"] = result.stop_reason
     return dict(value)
 
 
@@ -180,16 +186,21 @@ def logprobs_to_json(logprobs: Iterable[TokenLogprob]) -> list[TokenObject]:
         }
         if token.top:
             value["top"] = [_alternative_to_json(other) for other in token.top]
+        if token.special:
+            value["special"] = True
         values.append(value)
     return values
 
 
 def _alternative_to_json(token: TokenLogprob) -> AlternativeObject:
-    return {"token_id": token.token_id, "token": token.token, "logprob": token.logprob}
+    value: AlternativeObject = {"token_id": token.token_id, "token": token.token, "logprob": token.logprob}
+    if token.special:
+        value["special"] = True
+    return value
 
 
 def logprobs_from_json(values: object) -> tuple[TokenLogprob, ...]:
-    """Read what `logprobs_to_json` made, here or in an earlier release, which gave no `text_offset`.
+    """Read what `logprobs_to_json` made, here or in an earlier release, which gave no `text_offset` or no `special`.
 
     Raises:
         KeyError, TypeError: it is something else.
@@ -199,7 +210,7 @@ def logprobs_from_json(values: object) -> tuple[TokenLogprob, ...]:
         token = _alternative_from_json(value)
         top = tuple([_alternative_from_json(other) for other in _require(list, value.get("top", []))])
         offset = _require(int, value.get("text_offset", 0))
-        tokens.append(TokenLogprob(token.token_id, token.token, token.logprob, top, offset))
+        tokens.append(replace(token, top=top, text_offset=offset))
     return tuple(tokens)
 
 
@@ -208,7 +219,10 @@ def _alternative_from_json(value: object) -> TokenLogprob:
     logprob = found["logprob"]
     if logprob is not None:
         _require(int | float, logprob)
-    return TokenLogprob(_require(int, found["token_id"]), _require(str, found["token"]), logprob)
+    special = found.get("special", False)
+    if not isinstance(special, bool):
+        raise TypeError(f"{type(special).__name__} in log probabilities")
+    return TokenLogprob(_require(int, found["token_id"]), _require(str, found["token"]), logprob, special=special)
 
 
 def _require(kind: Any, value: object) -> Any:
@@ -227,11 +241,10 @@ def result_from_json(value: object) -> GenerationResult:
     if not isinstance(value, dict) or version != RESULT_VERSION:
         raise FastGPT2Error(f"not a result that this release can read (version {version!r}, wanted {RESULT_VERSION})")
     try:
-        logprobs = {
-            name: logprobs_from_json(value[name])
+        logprobs, prompt_logprobs = (
+            None if value.get(name) is None else logprobs_from_json(value[name])
             for name in ("logprobs", "prompt_logprobs")
-            if value.get(name) is not None
-        }
+        )
         return GenerationResult(
             text=value["text"],
             token_ids=tuple(value["token_ids"]),
@@ -240,10 +253,18 @@ def result_from_json(value: object) -> GenerationResult:
             timings=Timings(**value["timings"]),
             model=value["model"],
             drafting=_drafting_from_json(value),
-            **logprobs,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            stop_reason=_stop_reason_from_json(value.get("stop_reason")),
         )
     except (AttributeError, KeyError, TypeError) as reason:
         raise FastGPT2Error(f"a damaged result: {reason}") from None
+
+
+def _stop_reason_from_json(value: object) -> StopReason | None:
+    if value is not None and (not isinstance(value, int | str) or isinstance(value, bool)):
+        raise TypeError(f"{type(value).__name__} as the reason of a stop")
+    return value
 
 
 def _known_fields(record: Any, value: Any) -> dict[str, Any]:

@@ -147,7 +147,7 @@ class TestPack:
     @pytest.mark.parametrize(
         ("arguments", "code", "message"),
         [
-            (["/tmp"], 3, "holds no config.json"),
+            ([str(GOLDEN)], 3, "holds no config.json and no weights"),
             (["no such model"], 3, "no such folder, nor a hub id"),
             ([""], 2, "--model is empty"),
             (["demo", "--model", "demo"], 2, "model is given twice"),
@@ -289,6 +289,11 @@ class TestStates:
         assert states(capsys) == {path.name: "source changed", again.name: "ok"}
         assert names(prune(capsys)["removed"]) == [path.name]
         assert pack(capsys, folder) == again
+
+    def test_source_changed_under_the_same_time(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        path = pack(capsys, folder)
+        flip_last_byte(folder / "model.safetensors", keep_time=True)
+        assert states(capsys) == {path.name: "source changed"}
 
     def test_source_gone(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         path = pack(capsys, folder)

@@ -70,6 +70,13 @@ class TestGenerate:
         done = run("generate", "--model", "demo", "--stop", stop, "--max-new-tokens", "50", ENTRY["prompt"])
         assert done.stdout == ENTRY["prompt"] + ENTRY["text"][: ENTRY["text"].index(stop)] + "\n"
 
+    def test_stop_tokens(self) -> None:
+        ids = f"{ENTRY['ids'][5]}, 2047"
+        done = run("generate", "--model", "demo", "--stop-token-ids", ids, "--json", ENTRY["prompt"])
+        result = json.loads(done.stdout)
+        assert (result["finish_reason"], result["stop_reason"]) == ("stop", ENTRY["ids"][5])
+        assert len(result["token_ids"]) == 1 + ENTRY["ids"].index(ENTRY["ids"][5])
+
     @pytest.mark.parametrize(
         ("arguments", "code", "message"),
         [
@@ -78,6 +85,8 @@ class TestGenerate:
             (["--max-new-tokens", "600", "a"], 2, "over the model's 512 positions"),
             (["--model", "/tmp", "a"], 3, "holds no config.json"),
             (["--model", "no such model", "a"], 3, "no such folder, nor a hub id"),
+            (["--stop-token-ids", "1,x", "a"], 2, "'1,x' is not a list of token ids with commas between them"),
+            (["--stop-token-ids", "4000000000", "a"], 2, "stop_token_ids holds 4000000000, which is no token id"),
             (["--min-new-tokens", "9", "--max-new-tokens", "3", "a"], 2, "min_new_tokens must be between 0 and 3"),
             (["--logprobs", "21", "a"], 2, "--logprobs: '21' is not between 0 and 20"),
             (["--temperature", "1", "a"], 2, "unrecognized arguments: --temperature"),

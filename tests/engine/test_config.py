@@ -85,9 +85,10 @@ def test_the_names_that_transformers_takes_for_the_same(tmp_path: Path) -> None:
         ("scale_attn_weights", "no"),
         ("scale_attn_by_inverse_layer_idx", 1),
         ("tie_word_embeddings", None),
-        ("add_cross_attention", True),
+        ("is_encoder_decoder", True),
         ("quantization_config", {"bits": 4}),
-        ("pruned_heads", {"0": [1]}),
+        ("attention_head_type", "multiquery"),
+        ("architectures", ["GPT2ForSequenceClassification"]),
     ],
 )
 def test_a_bad_field_is_named_with_its_file(tmp_path: Path, field: str, value: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,9 +87,10 @@ def test_end_of_text_stops(tmp_path: Path) -> None:
     engine = with_end_of_text(tmp_path, [2047, stopper])
     result = engine.generate(entry["prompt"], max_new_tokens=100)
     assert result.finish_reason == "stop"
-    # transformers' output ends with the end-of-text token too.
+    # transformers' output ends with the end-of-text token too, and so does its text if that is no special token.
     assert list(result.token_ids) == entry["ids"][: first + 1]
-    assert result.text == engine.tokenizer.decode(entry["ids"][:first])
+    assert result.text == engine.tokenizer.decode(entry["ids"][: first + 1])
+    assert result.stop_reason is None
     onward = engine.generate(entry["prompt"], max_new_tokens=100, ignore_eos=True)
     assert (onward.finish_reason, list(onward.token_ids)) == ("length", entry["ids"])
 
@@ -217,8 +219,11 @@ def test_a_token_that_the_model_does_not_have(tmp_path: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(stored), "utf-8")
     engine = Engine.load(folder, max_batch=1)
     assert engine.model == str(folder)
-    with pytest.raises(TokenizerError, match=r"token 70000, and the model's vocabulary has 2048"):
-        engine.generate(text)
+    message = re.escape(f"reads {text!r} in the prompt as token 70000, and the model's vocabulary has 2048: leave that")
+    with pytest.raises(BadRequest, match=message):
+        engine.generate(f"the{text}")
+    # Without it, as the message says.
+    assert engine.generate("the", max_new_tokens=1).token_ids
 
 
 def test_weights_that_are_not_numbers(tmp_path: Path) -> None:

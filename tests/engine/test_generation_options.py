@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support.models import with_end_of_text
 from support.running import GOLDEN
@@ -42,7 +43,8 @@ def test_a_least_length_as_transformers_has_it(tmp_path: Path, entry: dict[str, 
     result = engine.generate(entry["prompt"], **limits, logprobs=1)
     assert list(result.token_ids) == least["ids"]
     assert result.finish_reason == "stop"
-    assert result.text == engine.tokenizer.decode(least["ids"][:-1])
+    # What ends it is no special token, and so its text stays.
+    assert result.text == engine.tokenizer.decode(least["ids"])
     # They are of the distribution before end-of-text tokens were excluded, which were the likeliest in places.
     assert result.logprobs is not None
     assert [one.logprob for one in result.logprobs] == pytest.approx(least["logprobs"], rel=0, abs=1e-4)
@@ -201,6 +203,115 @@ def test_text_is_held_back_before_the_least_length_too(engine: Engine) -> None:
     kept = len("".join(texts[:3]))
     assert lengths[2:] == [kept] * 6
     assert (sequence.text, len(sequence.token_ids)) == (entry["text"][:kept], 8)
+
+
+# ----------------------------------------------------------------------------------------------- stop tokens
+
+
+def accept(engine: Engine, request: GenerationRequest, ids: list[int]) -> Sequence:
+    """Have the decoder take these tokens for the likeliest, one after the other, until the text ends."""
+    sequence = admit(engine, request)
+    for token_id in ids:
+        logits = np.zeros(engine.config.vocab_size, np.float32)
+        logits[token_id] = 9
+        settled = sequence.text[: sequence.settled]
+        engine.decoder._accept(sequence, logits, token_id, 0.0)
+        assert sequence.text.startswith(settled)
+        if sequence.finished:
+            break
+    engine.decoder.finish(sequence)
+    return sequence
+
+
+def test_a_stop_token_ends_the_text_and_is_left_out(engine: Engine) -> None:
+    entry = continuations[1]
+    at = 6
+    stop = entry["ids"][at]
+    assert stop not in entry["ids"][:at]
+    result = engine.generate(entry["prompt"], max_new_tokens=60, stop_token_ids=[stop, 2047], logprobs=0)
+    assert (result.finish_reason, result.stop_reason) == ("stop", stop)
+    assert list(result.token_ids) == entry["ids"][: at + 1]
+    assert result.text == engine.tokenizer.decode(entry["ids"][:at])
+    assert result.logprobs is not None
+    assert (result.logprobs[-1].text_offset, result.logprobs[-1].special) == (len(result.text), False)
+    # It counts with `ignore_eos` too, and beside stop strings that come later.
+    same = engine.generate(entry["prompt"], max_new_tokens=60, stop_token_ids=(stop,), ignore_eos=True, stop="zebra")
+    assert without_times(same)[:3] == without_times(result)[:3]
+
+
+def test_a_least_length_passes_over_stop_tokens(engine: Engine) -> None:
+    entry = continuations[1]
+    options: Any = {"max_new_tokens": 20, "stop_token_ids": entry["ids"][2:9]}
+    result = engine.generate(entry["prompt"], min_new_tokens=8, logprobs=1, **options)
+    assert list(result.token_ids[:2]) == entry["ids"][:2]
+    assert not set(result.token_ids[:8]) & set(entry["ids"][2:9])
+    assert result.logprobs is not None
+    assert result.logprobs[2].top[0].token_id == entry["ids"][2], "the distribution is the model's"
+    assert len(engine.generate(entry["prompt"], **options).token_ids) == 3
+
+
+def test_the_model_s_own_end_of_text_is_no_stop_reason(tmp_path: Path) -> None:
+    entry = continuations[1]
+    end = entry["ids"][6]
+    engine = with_end_of_text(tmp_path, [end])
+    result = engine.generate(entry["prompt"], max_new_tokens=60, stop_token_ids=[end], logprobs=0)
+    assert (result.finish_reason, result.stop_reason) == ("stop", None)
+    # Being no special token, it is text, as in transformers; a stop string may cut it off all the same.
+    assert result.text == engine.tokenizer.decode(entry["ids"][:7])
+    assert result.logprobs is not None
+    assert [one.special for one in result.logprobs] == [False] * 6 + [True]
+    cut = engine.generate(entry["prompt"], max_new_tokens=60, stop=engine.tokenizer.decode([end]))
+    assert cut.text == engine.tokenizer.decode(entry["ids"][:6])
+    # Once it is ignored, it is a stop token like another.
+    again = engine.generate(entry["prompt"], max_new_tokens=60, stop_token_ids=[end], ignore_eos=True)
+    assert (again.text, again.stop_reason) == (engine.tokenizer.decode(entry["ids"][:6]), end)
+
+
+def test_guesses_stop_at_a_stop_token() -> None:
+    """A stop token within what a step verifies ends the text there."""
+    drafting = Engine.load("demo", max_batch=2, drafts=8)
+    plain = Engine.load("demo", max_batch=2, drafts="off")
+    prompt = "the the the the the the the the"
+    whole = plain.generate(prompt, max_new_tokens=40, ignore_eos=True)
+    for stop in sorted(set(whole.token_ids)):
+        options: Any = {"max_new_tokens": 40, "ignore_eos": True, "stop_token_ids": [stop]}
+        assert without_times(drafting.generate(prompt, **options)) == without_times(plain.generate(prompt, **options))
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (5, "stop_token_ids must be a list of token ids, not int"),
+        ("5", "stop_token_ids must be a list of token ids, not str"),
+        ([5, True], "stop_token_ids, a list, must hold token ids, not bool"),
+        ([-1], "stop_token_ids holds -1, which is no token id"),
+        ([5] * 65, "stop_token_ids holds 65 token ids; the limit is 64"),
+        ([7, 2048], "stop_token_ids holds token id 2048, and the model's vocabulary has 2048: give ids from 0 to 2047"),
+    ],
+)
+def test_bad_stop_tokens_are_named(engine: Engine, ids: Any, message: str) -> None:
+    with pytest.raises(BadRequest, match=message):
+        engine.generate("a", stop_token_ids=ids)
+
+
+def test_a_stop_string_that_names_a_special_token(engine: Engine) -> None:
+    ids = [*engine.tokenizer.encode("He said"), 0, *engine.tokenizer.encode("\nand went")]
+    for stop, text, count in (
+        ("<|endoftext|>", "He said", 3),
+        ("<|endoftext|>\n", "He said", 4),
+        ("said<|endoftext|>", "He ", 3),
+        ("id<|endoftext|>\nand", "He sa", 5),
+    ):
+        assert "".join(engine.tokenizer.token_text(one) for one in ids[:count]).endswith(stop)
+        sequence = accept(engine, GenerationRequest("a", 20, stop=("zebra", stop), ignore_eos=True, logprobs=0), ids)
+        assert (sequence.text, sequence.finish_reason, sequence.stop_reason) == (text, "stop", stop)
+        assert sequence.token_ids == ids[:count]
+    # Within the least length it is text like any other, and the token none of the text.
+    request = GenerationRequest("a", 20, stop="<|endoftext|>", ignore_eos=True, min_new_tokens=3)  # type: ignore[arg-type]
+    assert accept(engine, request, ids).text == "He said\nand went"
+    # Without `ignore_eos` the token is the model's own end.
+    sequence = accept(engine, GenerationRequest("a", 20, stop="<|endoftext|>"), ids)  # type: ignore[arg-type]
+    assert (sequence.text, sequence.finish_reason, sequence.stop_reason) == ("He said", "stop", None)
 
 
 # ------------------------------------------------------------------------------------------- echo and token ids

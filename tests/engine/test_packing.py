@@ -23,14 +23,18 @@ from fastgpt2.engine import machine
 from fastgpt2.engine.engine import Engine
 from fastgpt2.engine.kernels.panels import Layout
 from fastgpt2.engine.loading import load_network
-from fastgpt2.engine.model.checkpoint import Checkpoint
+from fastgpt2.engine.model import packing
+from fastgpt2.engine.model.checkpoint import Checkpoint, weight_files
 from fastgpt2.engine.model.config import read_config
-from fastgpt2.engine.model.packing import PackedFile, checksum, pack_in_cache, pack_in_memory, pack_path
+from fastgpt2.engine.model.packing import PackedFile, Source, checksum, pack_in_cache, pack_in_memory, pack_path
 from fastgpt2.engine.model.weights import expected_shapes
 from fastgpt2.engine.network.gpt2 import GPT2
 from fastgpt2.engine.network.step import Segment
+from fastgpt2.errors import CheckpointError
 
 CASES = ["masks_misaligned", "float16", "bfloat16", "tied_with_head", "untied", "sharded", "masks_uint8", "odd_heads"]
+CASES += ["own_head", "head_only", "equal_head", "float64", "without_biases", "pickle", "pickle_shards"]
+OWN_HEADS = {"untied", "own_head"}
 NARROW = Layout("16", lambda _n_in, _n_out: 16)
 
 
@@ -48,9 +52,12 @@ def folder(tmp_path: Path) -> Path:
 
 
 def pack(folder: Path, cache: Path) -> PackedFile:
-    checkpoint, config = Checkpoint.open(folder), read_config(folder)
-    path = pack_path(cache, checkpoint, "some/model", NARROW)
-    return pack_in_cache(path, checkpoint, config, "some/model", NARROW)
+    source = find(folder)
+    return pack_in_cache(pack_path(cache, source, NARROW), source, NARROW)
+
+
+def find(folder: Path) -> Source:
+    return Source.find(folder, read_config(folder), "some/model")
 
 
 def load(folder: Path) -> GPT2:
@@ -85,19 +92,23 @@ def unpacked(stored: NDArray[Any], shape: tuple[int, ...], transposed: bool) -> 
 def test_a_packed_file_holds_the_checkpoint(case: str, in_cache: bool, cache: Path) -> None:
     folder = GOLDEN / "checkpoints" / case
     original, config = Checkpoint.open(folder), read_config(folder)
-    packed = pack(folder, cache) if in_cache else pack_in_memory(original, config, case, NARROW)
+    packed = pack(folder, cache) if in_cache else pack_in_memory(find(folder), NARROW)
     # A standard file, by the library's judgement.
     stored = load_file(packed_files(cache)[0] if in_cache else f"/proc/self/fd/{packed.fd}")
-    head = "wte.weight" if config.tie_word_embeddings else "lm_head.weight"
+    head = "lm_head.weight" if case in OWN_HEADS else "wte.weight"
     shapes = {
         name: shape for name, shape in expected_shapes(config).items() if name != "lm_head.weight" or name == head
     }
     assert stored.keys() == shapes.keys()
     for name, shape in shapes.items():
-        source = name if name in original.tensors else f"transformer.{name}"
         assert stored[name].dtype == np.float32
         assert stored[name].ndim == (3 if len(shape) == 2 and (name.startswith("h.") or name == head) else len(shape))
-        np.testing.assert_array_equal(unpacked(stored[name], shape, name == head), original.float32(source))
+        sources = [source for source in (name, f"transformer.{name}") if source in original.tensors]
+        if case == "head_only" and name == "wte.weight":
+            sources = ["lm_head.weight"]
+        expected = original.float32(sources[0]) if sources else np.zeros(shape)
+        assert sources or case == "without_biases"
+        np.testing.assert_array_equal(unpacked(stored[name], shape, name == head), expected)
     for info in packed.tensors.tensors.values():
         assert info.start % 64 == 0
 
@@ -213,8 +224,7 @@ def test_the_checksum_is_that_of_the_data(folder: Path, cache: Path) -> None:
 def test_a_file_of_another_shape_is_made_anew(folder: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     pack(folder, cache)
     (path,) = packed_files(cache)
-    checkpoint, config = Checkpoint.open(folder), read_config(folder)
-    pack_in_cache(path, checkpoint, config, "some/model", Layout("16", lambda _n_in, _n_out: 32))
+    pack_in_cache(path, find(folder), Layout("16", lambda _n_in, _n_out: 32))
     assert f"{path} is damaged; packing anew" in caplog.text
 
 
@@ -230,6 +240,87 @@ def test_a_changed_source_is_noticed(folder: Path, cache: Path) -> None:
     rows, _ = Checkpoint.open(folder).view("wte.weight").shape
     panel, column = divmod(rows - 1, 16)
     assert packed.tensors.view("wte.weight")[panel, -1, column] == 42.0
+
+
+def change_secretly(folder: Path) -> None:
+    """Change the weights of all files, and leave their names, sizes and times as they are."""
+    tensors = Checkpoint.open(folder).tensors.items()
+    for path in weight_files(folder).files:
+        before, raw = path.stat(), bytearray(path.read_bytes())
+        for name, info in tensors:
+            if info.file == path and "attn.bias" not in name:
+                numbers = np.frombuffer(raw[info.start : info.stop], {"F32": np.float32, "F16": np.float16}[info.dtype])
+                raw[info.start : info.stop] = (numbers * numbers.dtype.type(-1.5)).tobytes()
+        path.write_bytes(raw)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+
+
+@pytest.mark.parametrize("case", ["prefixed", "sharded", "pickle", "pickle_shards", "nanogpt"])
+def test_other_weights_of_the_same_size_and_time_are_noticed(case: str, tmp_path: Path, cache: Path) -> None:
+    """`rsync -a` and the layers of an image leave such files."""
+    folder = shutil.copytree(GOLDEN / "checkpoints" / case, tmp_path / case)
+    assert_right(folder, load(folder))
+    change_secretly(folder)
+    ids = np.load(folder / "golden.npz")["input_ids"].tolist()
+    found = load(folder).forward([Segment(0, ids, len(ids))]).copy()
+    fresh = shutil.copytree(folder, tmp_path / "elsewhere")
+    np.testing.assert_array_equal(found, load(fresh).forward([Segment(0, ids, len(ids))]))
+    assert found.argmax(-1).tolist() != np.load(folder / "golden.npz")["logits"].argmax(-1).tolist()
+    assert len(packed_files(cache)) == 3
+
+
+def test_a_source_that_is_packed_is_not_opened_again(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a pickle holds is read once, and a second table is compared with the first one once."""
+    folder = shutil.copytree(GOLDEN / "checkpoints" / "left_out", tmp_path / "left_out")
+    notes = pack(folder, cache).notes
+    assert len(notes) == 2
+    monkeypatch.setattr(Checkpoint, "open", None)
+    again = pack(folder, cache)
+    assert again.notes == notes
+    assert "lm_head.weight" in again.tensors.tensors
+
+
+@pytest.mark.parametrize("case", ["pickle", "pickle_shards", "nanogpt"])
+def test_weights_in_a_pickle_are_kept_even_if_they_are_small(
+    case: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "MIN_BYTES", 64 << 20)
+    folder = GOLDEN / "checkpoints" / case
+    assert_right(folder, load(folder))
+    assert len(packed_files(cache)) == 1
+    monkeypatch.setattr(Checkpoint, "open", None)
+    assert_right(folder, load(folder))
+
+
+def test_the_packed_file_depends_on_numbers_of_the_configuration(folder: Path, cache: Path) -> None:
+    """Without the tie, the output's table would be missing."""
+    pack(folder, cache)
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**fields, "tie_word_embeddings": False}))
+    with pytest.raises(CheckpointError, match=r"tensor 'lm_head\.weight' is missing"):
+        pack(folder, cache)
+
+
+def test_code_of_a_models_own_is_told(folder: Path, cache: Path) -> None:
+    pack(folder, cache)
+    fields = json.loads((folder / "config.json").read_text())
+    fields["auto_map"] = {"AutoModelForCausalLM": "modeling_x.XForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(fields))
+    for _ in range(2):
+        (note,) = pack(folder, cache).notes
+        assert note.startswith(f"{folder / 'config.json'}: auto_map names code of its own for the model, 'modeling_x.X")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_a_weights_file_that_cannot_be_read(folder: Path, kind: str) -> None:
+    path = folder / "model.safetensors"
+    path.unlink()
+    os.mkfifo(path) if kind == "pipe" else path.mkdir()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read \("):
+        packing.pack(folder, read_config(folder), "m", NARROW)
 
 
 def test_what_a_killed_process_left_does_no_harm(folder: Path, cache: Path) -> None:
@@ -268,7 +359,7 @@ sys.stdin.readline()
 folder = Path(sys.argv[1])
 config = read_config(folder)
 network = loading.load_network(folder, config, "m", n_slots=1, size=1, blas="openblas")
-print([line.split()[-1] for line in open("/proc/self/maps") if ".v2.safetensors" in line], flush=True)
+print([line.split()[-1] for line in open("/proc/self/maps") if ".v3.safetensors" in line], flush=True)
 """
 
 

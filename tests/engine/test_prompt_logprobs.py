@@ -158,10 +158,10 @@ def test_a_prompt_that_fills_all_positions(engine: Engine) -> None:
 @pytest.mark.parametrize("prompt", ["", []])
 def test_an_empty_prompt_is_its_one_token(engine: Engine, prompt: Any) -> None:
     (result,) = engine.run([GenerationRequest(prompt, 0, prompt_logprobs=3, echo=True)])
-    assert result.prompt_logprobs == (TokenLogprob(0, "<|endoftext|>", None),)
+    assert result.prompt_logprobs == (TokenLogprob(0, "<|endoftext|>", None, special=True),)
     assert (result.text, result.usage.prompt_tokens) == ("", 1)
     (result,) = engine.run([GenerationRequest(prompt, 2, prompt_logprobs=3)])
-    assert result.prompt_logprobs == (TokenLogprob(0, "<|endoftext|>", None),)
+    assert result.prompt_logprobs == (TokenLogprob(0, "<|endoftext|>", None, special=True),)
 
 
 def test_all_kinds_side_by_side(engine: Engine) -> None:

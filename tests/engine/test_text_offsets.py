@@ -15,8 +15,9 @@ from support.running import GOLDEN
 from fastgpt2 import Engine, TokenLogprob
 from fastgpt2.engine.decoding.decoder import Decoder
 from fastgpt2.engine.decoding.records import GenerationRequest
+from fastgpt2.engine.model.detokenizer import ByteDetokenizer
 from fastgpt2.engine.model.hub import DEMO_FOLDER
-from fastgpt2.engine.model.tokenizer import IncrementalDetokenizer, Tokenizer
+from fastgpt2.engine.model.tokenizer import Tokenizer
 
 continuations: list[dict[str, Any]] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))[
     "continuations"
@@ -104,7 +105,8 @@ def test_a_character_that_the_prompt_begins(engine: Engine) -> None:
         sequence = decoder.admit(decoder.prepare(request))
         take(decoder, sequence, [whole[-1], whole[0], whole[1]])
         assert offsets(tuple(sequence.logprobs)) == [begin, begin + 1, begin + 2]
-        assert sequence.text == ("A parrot: 🦜A p" if echo else "\ufffdA p")
+        # Without the echo, the text begins where it differs from what the prompt reads as.
+        assert sequence.text == ("A parrot: 🦜A p" if echo else "🦜A p")
 
 
 def take(decoder: Decoder, sequence: Any, ids: list[int]) -> None:
@@ -130,19 +132,29 @@ def test_what_a_stop_string_cuts_off_lies_beyond(engine: Engine) -> None:
     assert [at < len(result.text) for at in begins] == [True] * 6 + [False] * 3
 
 
-def test_an_end_of_text_lies_beyond(tmp_path: Path) -> None:
+def test_an_end_of_text_lies_beyond(engine: Engine) -> None:
+    byte = {engine.tokenizer.token_bytes(i): i for i in range(1, 2048)}
+    for request in (GenerationRequest("a", 9, logprobs=0), GenerationRequest("a", 9, logprobs=0, stop_token_ids=(77,))):
+        end = 77 if request.stop_token_ids else 0
+        sequence = engine.decoder.admit(engine.decoder.prepare(request))
+        take(engine.decoder, sequence, [byte[b"a"], byte[b"b"], end])
+        assert (sequence.text, sequence.finish_reason) == ("ab", "stop")
+        assert offsets(tuple(sequence.logprobs)) == [0, 1, 2]
+        # It also lies behind an unfinished character, which the end turns into U+FFFD.
+        sequence = engine.decoder.admit(engine.decoder.prepare(request))
+        take(engine.decoder, sequence, [byte[b"a"], byte[b"\xc3"], end])
+        assert (sequence.text, sequence.finish_reason) == ("a\ufffd", "stop")
+        assert offsets(tuple(sequence.logprobs)) == [0, 1, 2]
+
+
+def test_an_end_of_text_that_is_no_special_token_is_text(tmp_path: Path) -> None:
     entry = continuations[0]
     engine = with_end_of_text(tmp_path, [entry["ids"][10]])
     first = entry["ids"].index(entry["ids"][10])
     result = engine.generate(entry["prompt"], max_new_tokens=100, logprobs=0)
     assert result.finish_reason == "stop"
-    assert offsets(result.logprobs)[first] == len(result.text)
-    # It also lies behind an unfinished character, which the end turns into U+FFFD.
-    byte = {engine.tokenizer.token_bytes(i): i for i in range(1, 2048)}
-    sequence = engine.decoder.admit(engine.decoder.prepare(GenerationRequest("a", 9, logprobs=0)))
-    take(engine.decoder, sequence, [byte[b"a"], byte[b"\xc3"], entry["ids"][10]])
-    assert (sequence.text, sequence.finish_reason) == ("a\ufffd", "stop")
-    assert offsets(tuple(sequence.logprobs)) == [0, 1, 2]
+    end = engine.tokenizer.decode([entry["ids"][10]])
+    assert result.text[offsets(result.logprobs)[first] :] == end
 
 
 def test_offsets_do_not_hang_on_the_tokenizer_s_own_settings(tmp_path: Path) -> None:
@@ -159,7 +171,8 @@ def test_offsets_do_not_hang_on_the_tokenizer_s_own_settings(tmp_path: Path) -> 
 
 def test_what_breaks_a_character_off(engine: Engine) -> None:
     byte = {engine.tokenizer.token_bytes(i): i for i in range(1, 2048)}
-    detokenizer = IncrementalDetokenizer(engine.tokenizer)
+    detokenizer = engine.tokenizer.detokenizer()
+    assert isinstance(detokenizer, ByteDetokenizer)
     assert not detokenizer.unfinished
     assert not detokenizer.breaks_off(byte[b"\xa9"]), "there is none"
     detokenizer.push(byte[b"\xe2"])

@@ -11,7 +11,7 @@ import pytest
 from support.running import GOLDEN
 
 from fastgpt2.engine.model.hub import DEMO_FOLDER
-from fastgpt2.engine.model.tokenizer import IncrementalDetokenizer, Tokenizer
+from fastgpt2.engine.model.tokenizer import Tokenizer
 from fastgpt2.errors import TokenizerError
 
 golden: dict[str, list[dict[str, Any]]] = json.loads((GOLDEN / "tokenization.json").read_text("utf-8"))
@@ -43,7 +43,7 @@ def test_decodes_as_openai_does(gpt2: Tokenizer) -> None:
 def test_pieces_are_whole_characters_and_add_up(gpt2: Tokenizer) -> None:
     cut = 0
     for entry in golden["texts"] + golden["partial"]:
-        detokenizer = IncrementalDetokenizer(gpt2)
+        detokenizer = gpt2.detokenizer()
         pieces = [detokenizer.push(token_id) for token_id in entry["ids"]]
         assert "".join(pieces) + detokenizer.flush() == entry["decoded"]
         cut += sum(not piece for piece in pieces)
@@ -53,7 +53,7 @@ def test_pieces_are_whole_characters_and_add_up(gpt2: Tokenizer) -> None:
 def test_a_character_over_several_tokens_comes_with_the_last(gpt2: Tokenizer) -> None:
     ids = gpt2.encode("🦜")
     assert len(ids) == 3
-    detokenizer = IncrementalDetokenizer(gpt2)
+    detokenizer = gpt2.detokenizer()
     assert [detokenizer.push(token_id) for token_id in ids] == ["", "", "🦜"]
 
 

@@ -66,12 +66,17 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """One checkpoint: what its config.json adds to the common part, and how its tensors are written."""
+    """One checkpoint: what its config.json adds to the common part, and how its tensors are written.
+
+    `missing` and `unexpected` are the beginnings of names that transformers may miss in the file or leave out of it.
+    """
 
     name: str
     write: Callable[[GPT2LMHeadModel, Path], None]
     config: dict[str, Any] = field(default_factory=dict)
     length: int = 24
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
 
 
 def write_bare(model: GPT2LMHeadModel, folder: Path) -> None:
@@ -95,6 +100,88 @@ def write_tied_with_head(model: GPT2LMHeadModel, folder: Path) -> None:
     """Tied, yet the file repeats wte as lm_head.weight."""
     tensors = prefixed(model)
     save_file({**tensors, "lm_head.weight": tensors["transformer.wte.weight"].clone()}, folder)
+
+
+def write_own_head(model: GPT2LMHeadModel, folder: Path) -> None:
+    """A second table for the output, whatever the configuration says of tying."""
+    tensors = prefixed(model)
+    save_file({**tensors, "lm_head.weight": 0.3 * torch.randn(tensors["transformer.wte.weight"].shape)}, folder)
+
+
+def write_head_only(model: GPT2LMHeadModel, folder: Path) -> None:
+    """Tied, and the one table is stored as lm_head.weight, as safetensors.torch.save_model does it."""
+    tensors = prefixed(model)
+    table = tensors.pop("transformer.wte.weight")
+    save_file({**tensors, "lm_head.weight": table}, folder)
+
+
+def write_left_out(model: GPT2LMHeadModel, folder: Path) -> None:
+    """Bare and prefixed names side by side, heads of other tasks, and whatever else transformers leaves out."""
+    tensors = prefixed(model)
+    n_embd, n_layer = model.config.n_embd, model.config.n_layer
+    for name in [name for name in tensors if ".h.0." in name]:
+        tensors[name.replace(".h.0.", f".h.{n_layer}.")] = torch.randn(tensors[name].shape)
+        tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+    tensors["transformer.lm_head.weight"] = 0.3 * torch.randn(model.config.vocab_size, n_embd)
+    for name, shape in {
+        "lm_head.bias": (model.config.vocab_size,),
+        "v_head.summary.weight": (1, n_embd),
+        "v_head.summary.bias": (1,),
+        "multiple_choice_head.summary.weight": (1, n_embd),
+        "score.weight": (2, n_embd),
+        "transformer.h.0.crossattention.c_attn.weight": (n_embd, 2 * n_embd),
+        "transformer.h.1.attn.rotary_emb.inv_freq": (2,),
+    }.items():
+        tensors[name] = torch.randn(shape)
+    for layer in range(n_layer):
+        tensors[f"h.{layer}.attn.bias"] = causal_mask(model).to(torch.float16)
+    save_file(tensors, folder)
+
+
+def write_without_biases(model: GPT2LMHeadModel, folder: Path) -> None:
+    """No biases at all; transformers makes them zeros."""
+    save_file({name: tensor for name, tensor in bare(model).items() if not name.endswith(".bias")}, folder)
+
+
+def write_pickle(model: GPT2LMHeadModel, folder: Path) -> None:
+    """As torch.save writes it, in float16, with masks."""
+    tensors = {name: tensor.half() for name, tensor in prefixed(model).items()}
+    for layer in range(model.config.n_layer):
+        tensors[f"transformer.h.{layer}.attn.bias"] = causal_mask(model).to(torch.uint8)
+    torch.save(tensors, folder / "pytorch_model.bin")
+
+
+def write_pickle_shards(model: GPT2LMHeadModel, folder: Path) -> None:
+    """Two files of torch's old format, and the index that lists what is in each."""
+    tensors = bare(model)
+    names = sorted(tensors)
+    index: dict[str, str] = {}
+    for number, part in enumerate((names[::2], names[1::2]), 1):
+        file = f"pytorch_model-{number:05}-of-00002.bin"
+        torch.save({name: tensors[name] for name in part}, folder / file, _use_new_zipfile_serialization=False)
+        index |= dict.fromkeys(part, file)
+    text = json.dumps({"metadata": {}, "weight_map": index}, indent=2)
+    (folder / "pytorch_model.bin.index.json").write_text(text + "\n", encoding="utf-8")
+
+
+def write_nanogpt(model: GPT2LMHeadModel, folder: Path) -> None:
+    """As nanoGPT's train.py saves a compiled model without biases; the script takes the logits of `model` itself."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.zero_()
+    tensors = {}
+    for name, tensor in prefixed(model).items():
+        if not name.endswith(".bias"):
+            linear = ".h." in name and tensor.ndim == 2
+            tensors[f"_orig_mod.{name}"] = tensor.t().contiguous() if linear else tensor
+    tensors["_orig_mod.lm_head.weight"] = tensors["_orig_mod.transformer.wte.weight"]
+    config = model.config
+    arguments = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
+    arguments |= {"block_size": config.n_positions, "bias": False, "dropout": 0.0}
+    value = {"model": tensors, "optimizer": {}, "model_args": arguments, "iter_num": 7, "best_val_loss": 1.5}
+    torch.save(value, folder / "ckpt.pt")
+    (folder / "config.json").unlink()
 
 
 def write_as(dtype: torch.dtype) -> Callable[[GPT2LMHeadModel, Path], None]:
@@ -139,6 +226,21 @@ CASES = (
     Case("unscaled", write_prefixed, {"n_head": 2, "scale_attn_weights": False}),
     Case("upcast", write_prefixed, {"n_layer": 3, "n_inner": 48, "reorder_and_upcast_attn": True}),
     *(Case(f"act_{name}", write_bare, {"vocab_size": 61, "activation_function": name}) for name in ACTIVATIONS),
+    Case("own_head", write_own_head, {"n_embd": 8, "n_head": 2, "vocab_size": 53}),
+    Case("head_only", write_head_only, {"n_embd": 8, "n_head": 2, "vocab_size": 51}),
+    Case("equal_head", write_tied_with_head, {"n_embd": 8, "n_head": 2, "tie_word_embeddings": False}),
+    Case("float64", write_as(torch.float64), {"n_embd": 12, "n_head": 2, "vocab_size": 47}),
+    Case("cross_attention", write_prefixed, {"n_embd": 8, "n_head": 2, "add_cross_attention": True}),
+    Case("without_biases", write_without_biases, {"n_embd": 12, "n_head": 3}, missing=("transformer.",)),
+    Case(
+        "left_out",
+        write_left_out,
+        {"n_embd": 8, "n_head": 2, "vocab_size": 59, "pruned_heads": {"0": [1]}},
+        unexpected=("lm_head.bias", "v_head.", "multiple_choice_head.", "score.", "transformer.h."),
+    ),
+    Case("pickle", write_pickle, {"n_embd": 8, "n_head": 2, "vocab_size": 57}),
+    Case("pickle_shards", write_pickle_shards, {"n_embd": 8, "n_head": 2, "vocab_size": 57}),
+    Case("nanogpt", write_nanogpt, {"n_embd": 8, "n_head": 2, "vocab_size": 57, "activation_function": "gelu"}),
     Case("epsilon", write_bare, {"vocab_size": 67, "layer_norm_epsilon": 1e-2}),
 )
 
@@ -219,15 +321,20 @@ def misalign(path: Path) -> None:
     path.write_bytes(struct.pack("<Q", len(header)) + header + body)
 
 
-def stored_model(folder: Path) -> GPT2LMHeadModel:
-    """The model that a directory holds, upcast to float32, after checking that every weight was found in it."""
+def stored_model(folder: Path, missing: tuple[str, ...] = (), unexpected: tuple[str, ...] = ()) -> GPT2LMHeadModel:
+    """The model that a directory holds, upcast to float32, after checking that every weight was found in it.
+
+    Names that begin with `missing`, of biases, and with `unexpected` are not checked.
+    """
     loaded: Any = GPT2LMHeadModel.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
     model: GPT2LMHeadModel = loaded[0].eval()
     info: dict[str, Any] = loaded[1]
-    unexpected = [name for name in info["unexpected_keys"] if not name.endswith((".attn.bias", ".attn.masked_bias"))]
-    if info["missing_keys"] or info["mismatched_keys"] or unexpected:
+    surplus = [name for name in info["unexpected_keys"] if not name.endswith((".attn.bias", ".attn.masked_bias"))]
+    surplus = [name for name in surplus if not name.startswith(unexpected)]
+    lost = [name for name in info["missing_keys"] if not (name.startswith(missing) and name.endswith(".bias"))]
+    if lost or info["mismatched_keys"] or surplus:
         raise RuntimeError(f"{folder.name}: transformers did not read every tensor: {info}")
     return model
 
@@ -238,10 +345,14 @@ def make_case(case: Case, root: Path) -> None:
     folder.mkdir(parents=True)
     config = case_config(case)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    case.write(random_model(config, zlib.crc32(case.name.encode())), folder)
+    fields = {name: value for name, value in config.items() if name != "pruned_heads"}
+    model = random_model(fields, zlib.crc32(case.name.encode()))
+    case.write(model, folder)
 
     input_ids = torch.randint(config["vocab_size"], (case.length,))
-    logits = stored_model(folder)(input_ids[None]).logits[0]
+    # transformers does not read nanoGPT's files.
+    stored = model if case.write is write_nanogpt else stored_model(folder, case.missing, case.unexpected)
+    logits = stored(input_ids[None]).logits[0]
     if logits.dtype != torch.float32 or not bool(torch.isfinite(logits).all()):
         raise RuntimeError(f"{case.name}: bad logits")
     np.savez(folder / "golden.npz", input_ids=input_ids.numpy(), logits=logits.numpy())
@@ -251,12 +362,17 @@ def make_case(case: Case, root: Path) -> None:
     print(f"{case.name:24} {size:7,} bytes, logits std {logits.std():.2f}, {kinds} distinct argmax of {case.length}")
 
 
-def make_checkpoints(out: Path) -> None:
+def make_checkpoints(out: Path, names: list[str]) -> None:
+    """Make all cases anew, or those of these names and leave the others."""
     root = out / "checkpoints"
-    if root.exists():
-        shutil.rmtree(root)
     for case in CASES:
+        if names and case.name not in names:
+            continue
+        if (root / case.name).exists():
+            shutil.rmtree(root / case.name)
         make_case(case, root)
+    if names:
+        return
     lines = [f"python {platform.python_version()}", *(f"{name} {version(name)}" for name in LIBRARIES)]
     (out / "VERSIONS.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -854,6 +970,7 @@ def parse_arguments() -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     checkpoints = commands.add_parser("checkpoints", help="tiny checkpoints with logits")
     checkpoints.add_argument("--out", type=Path, default=HERE, help="directory to write into")
+    checkpoints.add_argument("--case", action="append", default=[], metavar="NAME", help="make this one only")
     tokenization = commands.add_parser("tokenization", help="token ids of many texts")
     tokenization.add_argument("--tokenizer", type=Path, default=TOKENIZER_COPY, help="GPT-2's tokenizer.json, or .gz")
     tokenization.add_argument("--out", type=Path, default=HERE, help="directory to write into")
@@ -875,7 +992,7 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     if arguments.command == "checkpoints":
-        make_checkpoints(arguments.out)
+        make_checkpoints(arguments.out, arguments.case)
     elif arguments.command == "tokenization":
         make_tokenization(arguments.tokenizer, arguments.out)
     elif arguments.command == "continuations":

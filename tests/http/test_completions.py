@@ -144,6 +144,28 @@ def test_stop_strings_and_echo(ai: OpenAI, engine: Engine, stream: bool) -> None
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_what_stopped_it_is_told_as_vllm_does(ai: OpenAI, engine: Engine, stream: bool) -> None:
+    entry = ENTRIES[1]
+    at = 6
+    assert entry["ids"][at] not in entry["ids"][:at]
+    text = text_of(engine, entry["ids"][:at])
+    for asked, reason in (
+        ({"stop_token_ids": [2047, entry["ids"][at]]}, entry["ids"][at]),
+        ({"stop": [text_of(engine, [entry["ids"][at]])]}, text_of(engine, [entry["ids"][at]])),
+    ):
+        fields: Any = {"model": "demo", "prompt": entry["prompt"], "max_tokens": 30, "extra_body": {**asked, **GO_ON}}
+        if stream:
+            chunks = list(ai.completions.create(stream=True, **fields))
+            assert "".join(chunk.choices[0].text for chunk in chunks) == text
+            choice: Any = chunks[-1].choices[0]
+            assert not any("stop_reason" in chunk.choices[0].to_dict() for chunk in chunks[:-1])
+        else:
+            choice = ai.completions.create(**fields).choices[0]
+            assert choice.text == text
+        assert (choice.finish_reason, choice.stop_reason) == ("stop", reason)
+
+
+@pytest.mark.parametrize("stream", [False, True])
 def test_logprobs(ai: OpenAI, engine: Engine, stream: bool) -> None:
     entry = ENTRIES[3]
     asked: Any = {"model": "demo", "prompt": entry["prompt"], "max_tokens": 8, "logprobs": 3, "extra_body": GO_ON}
@@ -246,6 +268,9 @@ def test_what_makes_no_difference_is_taken(ai: OpenAI, engine: Engine) -> None:
         ({"stop": ["x"] * 17}, "stop", "stop holds 17 strings; the limit is 16"),
         ({"stop": 3}, "stop", "stop must be a string or a list of strings"),
         ({"stop": ""}, None, "a stop string must have 1 to 256 characters"),
+        ({"stop_token_ids": 5}, "stop_token_ids", "stop_token_ids must be a list of token ids, not int"),
+        ({"stop_token_ids": [5] * 65}, "stop_token_ids", "stop_token_ids holds 65 token ids; the limit is 64"),
+        ({"stop_token_ids": [9999]}, "stop_token_ids", "stop_token_ids holds token id 9999, and the model's voc"),
         ({"stream": "yes"}, "stream", "stream must be true or false"),
         ({"stream_options": {}}, "stream_options", "stream_options goes with stream: true"),
         ({"stream": True, "stream_options": {"x": 1}}, "stream_options", "stream_options must be an object"),

@@ -10,7 +10,9 @@ import pytest
 from huggingface_hub import InferenceClient
 from support.running import GOLDEN
 
-from fastgpt2 import Engine
+from fastgpt2 import Engine, TokenLogprob
+from fastgpt2.api.http.generate import _details
+from fastgpt2.engine.decoding.records import GenerationResult, Timings, Usage
 from fastgpt2.system.up import System
 
 ENTRIES: list[dict[str, Any]] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"]
@@ -106,6 +108,41 @@ def test_why_it_ended(system: System, engine: Engine) -> None:
     got = post(system, "/generate", {"inputs": prompt, "parameters": parameters}).json()
     assert got["details"]["finish_reason"] == "eos_token"
     assert got["details"]["tokens"][-1]["special"] is True
+
+
+def test_a_stop_string_that_is_a_special_token(system: System, engine: Engine) -> None:
+    prompt = "The last word"
+    ended = engine.generate(prompt, max_new_tokens=480)
+    assert engine.tokenizer.token_text(ended.token_ids[-1]) == "<|endoftext|>"
+    parameters = {"details": True, "max_new_tokens": 480, "ignore_eos": True, "stop": ["<|endoftext|>"]}
+    got = post(system, "/generate", {"inputs": prompt, "parameters": parameters}).json()
+    assert (got["generated_text"], got["details"]["finish_reason"]) == (ended.text, "stop_sequence")
+    assert got["details"]["tokens"][-1]["special"] is True
+    streamed = events(post(system, "/generate_stream", {"inputs": prompt, "parameters": parameters}))
+    assert streamed[-1]["generated_text"] == ended.text
+    assert "".join(one["token"]["text"] for one in streamed if not one["token"]["special"]) == ended.text
+
+
+def a_result(last: TokenLogprob, stop_reason: int | str | None = None) -> GenerationResult:
+    told = (TokenLogprob(5, "a", -1.0), last)
+    usage, timings = Usage(1, 2), Timings(0.0, 0.0, 0.0)
+    return GenerationResult("a", (5, last.token_id), "stop", usage, timings, "m", told, stop_reason=stop_reason)
+
+
+def test_an_end_of_text_of_any_name() -> None:
+    end = TokenLogprob(2, "[SEP]", -1.0, text_offset=1, special=True)
+    details = _details(a_result(end), prefill=False)
+    assert details["finish_reason"] == "eos_token"
+    assert [token["special"] for token in details["tokens"]] == [False, True]
+    assert details["tokens"][1]["text"] == "[SEP]"
+    # Named by the request, the same token is a stop.
+    for reason in (2, "[SEP]"):
+        assert _details(a_result(end, reason), prefill=False)["finish_reason"] == "stop_sequence"
+    # Of a worker of an earlier release, which tells no more than the names.
+    old = TokenLogprob(0, "<|endoftext|>", -1.0, text_offset=1)
+    assert _details(a_result(old), prefill=False)["finish_reason"] == "eos_token"
+    assert _details(a_result(old), prefill=False)["tokens"][1]["special"] is True
+    assert _details(a_result(TokenLogprob(6, "b", -1.0)), prefill=False)["finish_reason"] == "stop_sequence"
 
 
 def test_what_clients_send_for_not_at_all_is_taken(system: System, engine: Engine) -> None:

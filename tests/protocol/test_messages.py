@@ -70,6 +70,26 @@ def test_log_probabilities_survive_the_journey() -> None:
     assert result_from_json(json.loads(json.dumps(result_to_json(nothing, 0.25)))) == nothing
 
 
+def test_what_is_special_and_why_it_stopped_survive_the_journey() -> None:
+    end = TokenLogprob(7, "</s>", -2.0, (TokenLogprob(7, "</s>", -2.0, special=True),), 2, special=True)
+    for reason in ("</s>", 7, 0, ""):
+        result = replace(RESULT, logprobs=(TokenLogprob(5, "hé", -0.5), end), stop_reason=reason)
+        value = json.loads(json.dumps(result_to_json(result)))
+        assert value["stop_reason"] == reason
+        assert "special" not in value["logprobs"][0]
+        assert value["logprobs"][1]["special"] is value["logprobs"][1]["top"][0]["special"] is True
+        assert result_from_json(value) == replace(result, timings=replace(RESULT.timings, queue_seconds=0.0))
+    # An earlier release says nothing of either.
+    assert "stop_reason" not in result_to_json(RESULT)
+    assert result_from_json(result_to_json(RESULT)).stop_reason is None
+
+
+@pytest.mark.parametrize("reason", [True, 1.5, [7], {}])
+def test_a_damaged_reason_of_a_stop_is_refused(reason: object) -> None:
+    with pytest.raises(FastGPT2Error, match="a damaged result"):
+        result_from_json({**result_to_json(RESULT), "stop_reason": reason})
+
+
 def test_a_prompt_s_log_probabilities_survive_the_journey() -> None:
     first, second = TokenLogprob(5, "A", None), TokenLogprob(6, " b", -1.5, (TokenLogprob(6, " b", -1.5),), 1)
     result = replace(RESULT, prompt_logprobs=(first, second))
@@ -124,6 +144,7 @@ ONE = {"token_id": 1, "token": "a", "logprob": -1}
             [{**ONE, "token_id": True}],
             [{**ONE, "token": 5}],
             [{**ONE, "logprob": "1"}],
+            [{**ONE, "special": 1}],
         ),
     ],
 )
@@ -154,6 +175,11 @@ def test_what_is_no_result_is_refused(value: object) -> None:
             GenerationRequest("", max_new_tokens=5, stop=("\n", "é"), ignore_eos=True),
             JobOptions(timeout=2.5),
             {"prompt": "", "max_new_tokens": 5, "stop": ["\n", "é"], "ignore_eos": True, "timeout": 2.5},
+        ),
+        (
+            GenerationRequest("a", stop_token_ids=(5, 0)),
+            JobOptions(),
+            {"prompt": "a", "stop_token_ids": [5, 0]},
         ),
         (
             GenerationRequest((5, 6), 0, logprobs=0, prompt_logprobs=5, echo=True),

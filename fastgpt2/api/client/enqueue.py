@@ -68,6 +68,7 @@ class JobFields(TypedDict, total=False):
     logprobs: int | None
     prompt_logprobs: int | None
     echo: bool
+    stop_token_ids: list[int] | tuple[int, ...]
 
     timeout: float | None
     stream: bool

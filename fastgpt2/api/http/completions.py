@@ -37,7 +37,9 @@ from fastgpt2.engine.decoding.records import (
     GenerationResult,
     Logprobs,
     NewTokens,
+    StopReason,
     StopStrings,
+    StopTokenIds,
     TokenLogprob,
 )
 from fastgpt2.errors import BadRequest, FastGPT2Error, PromptTooLong
@@ -141,6 +143,7 @@ class CompletionRequest:
 
     ignore_eos: bool = False
     min_tokens: NewTokens = 0
+    stop_token_ids: StopTokenIds = ()
     priority: Priority = "normal"
 
     def __post_init__(self) -> None:
@@ -165,6 +168,7 @@ class CompletionRequest:
             "max_new_tokens": self.max_tokens,
             "min_new_tokens": self.min_tokens,
             "stop": self.stop,
+            "stop_token_ids": self.stop_token_ids,
             "ignore_eos": self.ignore_eos,
             "logprobs": self.logprobs,
             "prompt_logprobs": self.prompt_logprobs,
@@ -187,12 +191,13 @@ class LogprobLists(TypedDict):
 
 
 class Choice(TypedDict):
-    """The continuation of a prompt, or a piece of it."""
+    """The continuation of a prompt, or a piece of it. As vLLM's, it says which stop string or token ended it."""
 
     index: Count
     text: str
     logprobs: LogprobLists | None
     finish_reason: Annotated[str, one_of("stop", "length")] | None
+    stop_reason: NotRequired[StopReason]
 
 
 class CachedTokens(TypedDict):
@@ -311,7 +316,7 @@ class Completions:
         except FastGPT2Error as error:
             raise _translate_error(error) from None
         choices = [
-            _choice(number, result.text, result.finish_reason, _logprobs_of(result, completion))
+            _last_choice(number, result, result.text, _logprobs_of(result, completion))
             for number, result in enumerate(results)
         ]
         answer: CompletionBody = {**_envelope(waiting, results[0].model), "choices": choices, "usage": _usage(results)}
@@ -350,7 +355,7 @@ async def _chunks(waiting: PendingJobs, completion: Completion, envelope: Comple
             if not completion.plans[number].options.stream:
                 choice = _choice(number, result.text, None, _logprobs_of(result, completion))
                 yield event({**envelope, "choices": [choice]})
-            choice = _choice(number, "", result.finish_reason, None)
+            choice = _last_choice(number, result, "", None)
         yield event({**envelope, "choices": [choice]})
     if include_usage:
         yield event({**envelope, "choices": [], "usage": _usage(results)})
@@ -384,6 +389,13 @@ def _envelope(waiting: PendingJobs, model: str) -> CompletionBody:
 
 def _choice(number: int, text: str, finish_reason: str | None, logprobs: LogprobLists | None) -> Choice:
     return {"index": number, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+
+
+def _last_choice(number: int, result: GenerationResult, text: str, logprobs: LogprobLists | None) -> Choice:
+    choice = _choice(number, text, result.finish_reason, logprobs)
+    if result.stop_reason is not None:
+        choice["stop_reason"] = result.stop_reason
+    return choice
 
 
 def _logprobs_of(result: GenerationResult, completion: Completion) -> LogprobLists | None:

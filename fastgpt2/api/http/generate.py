@@ -25,6 +25,8 @@ from fastgpt2.protocol.messages import Piece, TokenObject, logprobs_to_json, ref
 
 EXAMPLE = '{"inputs": "a prompt"}'
 RESULT_TTL_SECONDS = 3600
+
+# By this name alone, workers of earlier releases tell that a token is special.
 END_OF_TEXT = "<|endoftext|>"
 _GREEDY = "Greedy decoding takes nothing else."
 
@@ -250,7 +252,11 @@ def _token(number: int, tokens: list[TokenLogprob], text: str) -> TokenBody:
 
 
 def _bare(token: TokenLogprob) -> TokenBody:
-    return {"id": token.token_id, "text": token.token, "logprob": token.logprob, "special": token.token == END_OF_TEXT}
+    return {"id": token.token_id, "text": token.token, "logprob": token.logprob, "special": _is_special(token)}
+
+
+def _is_special(token: TokenLogprob) -> bool:
+    return token.special or token.token == END_OF_TEXT
 
 
 def _details(result: GenerationResult, prefill: bool) -> DetailsBody:
@@ -276,4 +282,6 @@ def _summary(result: GenerationResult) -> DetailsBody:
 def _finish_reason(result: GenerationResult) -> Literal["length", "eos_token", "stop_sequence"]:
     if result.finish_reason != "stop":
         return "length"
-    return "eos_token" if result.logprobs and result.logprobs[-1].token == END_OF_TEXT else "stop_sequence"
+    # The end of text is none of the reasons that a result names.
+    ended = result.stop_reason is None and result.logprobs is not None and _is_special(result.logprobs[-1])
+    return "eos_token" if ended else "stop_sequence"

@@ -8,6 +8,8 @@ more.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from dataclasses import replace
 from operator import attrgetter
 from time import perf_counter
 from typing import Any
@@ -18,12 +20,13 @@ from numpy.typing import NDArray
 from fastgpt2.engine.decoding.drafter import Drafter
 from fastgpt2.engine.decoding.records import FinishReason, GenerationRequest, TokenLogprob
 from fastgpt2.engine.decoding.sequence import Sequence, TokenizedPrompt
+from fastgpt2.engine.decoding.stop_strings import StopStrings
 from fastgpt2.engine.model.generation_config import GenerationConfig
-from fastgpt2.engine.model.tokenizer import IncrementalDetokenizer, Tokenizer
+from fastgpt2.engine.model.tokenizer import Tokenizer
 from fastgpt2.engine.network.gpt2 import DEFAULT_MAX_ROWS, GPT2, PREFILL_ROWS_BESIDE
 from fastgpt2.engine.network.prefixes import Prefixes
 from fastgpt2.engine.network.step import Segment
-from fastgpt2.errors import BadRequest, CheckpointError, TokenizerError
+from fastgpt2.errors import BadRequest, CheckpointError
 
 Array = NDArray[np.float32]
 
@@ -73,25 +76,46 @@ class Decoder:
         """Tokenize a request's prompt and check that it fits.
 
         Raises:
-            BadRequest: the prompt holds a token id that the model does not have.
+            BadRequest: the prompt or `stop_token_ids` holds a token that the model does not have.
             PromptTooLong: prompt and continuation exceed the model's positions.
-            TokenizerError: the tokenizer gives a token that the model does not have.
+            TokenizerError: the tokenizer cannot encode the prompt.
         """
         ids = self._tokenize(request)
+        if request.stop_token_ids:
+            self._check_ids("stop_token_ids", request.stop_token_ids)
         max_new_tokens = request.room(len(ids), self.model.config.n_positions)
         return TokenizedPrompt(request, ids, max_new_tokens, self._offsets(request, ids))
 
     def _tokenize(self, request: GenerationRequest) -> list[int]:
-        vocab_size = self.model.config.vocab_size
-        ids = self.tokenizer.encode(request.prompt) if isinstance(request.prompt, str) else list(request.prompt)
-        if ids and max(ids) >= vocab_size:
-            known = f"{max(ids)}, and the model's vocabulary has {vocab_size}"
-            if isinstance(request.prompt, str):
-                raise TokenizerError(f"the tokenizer gives token {known}: they do not belong together")
-            raise BadRequest(f"prompt holds token id {known}: give ids from 0 to {vocab_size - 1}")
+        if isinstance(request.prompt, str):
+            ids = self.tokenizer.encode(request.prompt)
+            self._check_text(ids)
+        else:
+            ids = list(request.prompt)
+            self._check_ids("prompt", ids)
         if not ids:
             ids = [self.generation.start_token_id]
         return ids
+
+    def _check_text(self, ids: Iterable[int]) -> None:
+        """Raise BadRequest if the tokenizer has read a prompt as a token that the model does not have."""
+        vocab_size = self.model.config.vocab_size
+        for token_id in ids:
+            if token_id >= vocab_size:
+                raise BadRequest(
+                    f"the tokenizer reads {self.tokenizer.token_text(token_id)!r} in the prompt as token {token_id}, "
+                    f"and the model's vocabulary has {vocab_size}: leave that out of the prompt"
+                )
+
+    def _check_ids(self, field: str, ids: Iterable[int]) -> None:
+        """Raise BadRequest if a field of a request holds a token id that the model does not have."""
+        vocab_size = self.model.config.vocab_size
+        largest = max(ids, default=0)
+        if largest >= vocab_size:
+            raise BadRequest(
+                f"{field} holds token id {largest}, and the model's vocabulary has {vocab_size}: "
+                f"give ids from 0 to {vocab_size - 1}"
+            )
 
     def _offsets(self, request: GenerationRequest, ids: list[int]) -> list[int]:
         """Return where in the prompt's text its tokens begin, for `prompt_logprobs`; [] without them."""
@@ -99,10 +123,10 @@ class Decoder:
             return []
         if isinstance(request.prompt, str):
             return self.tokenizer.offsets(request.prompt) or [0]
-        detokenizer, length, offsets = IncrementalDetokenizer(self.tokenizer), 0, []
+        detokenizer, length, offsets = self.tokenizer.detokenizer(), 0, list[int]()
         for token_id in ids:
-            # A character that this token breaks off becomes U+FFFD, and stands before the token's text.
-            offsets.append(length + 1 if detokenizer.breaks_off(token_id) else length)
+            # What was held back may have come out shorter than it was.
+            offsets.append(max([length + detokenizer.begin(token_id), *offsets[-1:]]))
             length += len(detokenizer.push(token_id))
         return offsets
 
@@ -112,11 +136,11 @@ class Decoder:
 
     def admit(self, prompt: TokenizedPrompt) -> Sequence:
         """Take a prompt in; it is decoded from the next step on. Raises IndexError without room: ask `has_room`."""
-        detokenizer = IncrementalDetokenizer(self.tokenizer)
-        text = ""
-        if prompt.request.echo:
-            given = prompt.request.prompt
+        given = prompt.request.prompt
+        text, detokenizer = "", self.tokenizer.detokenizer(prompt.ids)
+        if prompt.request.echo and given:
             # Token ids may end within a character, which the first generated token completes.
+            detokenizer = detokenizer if isinstance(given, str) else self.tokenizer.detokenizer()
             text = given if isinstance(given, str) else "".join(map(detokenizer.push, given))
         scored = list(zip(prompt.ids, prompt.offsets, strict=False))
         sequence = Sequence(
@@ -127,19 +151,37 @@ class Decoder:
             # A token is run for the sake of the next one: to generate it, or to know how likely it was.
             pending=prompt.ids if prompt.max_new_tokens else prompt.ids[: len(scored[1:])],
             detokenizer=detokenizer,
+            end_ids=self._end_ids(prompt.request),
+            stops=self._stop_strings(prompt.request, len(text)),
             admitted_at=perf_counter(),
             text=text,
             echo_length=len(text),
             unscored=scored[1:],
             # The first token has no log probability: nothing comes before it.
             prompt_logprobs=[
-                TokenLogprob(token_id, self.tokenizer.token_text(token_id), None, text_offset=offset)
+                TokenLogprob(
+                    token_id,
+                    self.tokenizer.token_text(token_id),
+                    None,
+                    text_offset=offset,
+                    special=self.tokenizer.is_special(token_id),
+                )
                 for token_id, offset in scored[:1]
             ],
             lookup=self.drafter.lookup_for(prompt.ids, prompt.max_new_tokens),
         )
         self.running.append(sequence)
         return sequence
+
+    def _eos_token_ids(self, request: GenerationRequest) -> tuple[int, ...]:
+        """Return the model's own tokens that end a text, unless the request tells to pass over them."""
+        return self.generation.eos_token_ids if not request.ignore_eos else ()
+
+    def _end_ids(self, request: GenerationRequest) -> frozenset[int]:
+        return frozenset((*self._eos_token_ids(request), *request.stop_token_ids))
+
+    def _stop_strings(self, request: GenerationRequest, begin: int) -> StopStrings | None:
+        return StopStrings(request.stop, self.tokenizer.special_tokens, begin) if request.stop else None
 
     def step(self) -> list[Sequence]:
         """Advance every running sequence by a piece of its prompt, or by a token. Return those that finished.
@@ -294,30 +336,37 @@ class Decoder:
         """Append the next token to a sequence, and finish the sequence where a stop rule says so.
 
         The least length is that of transformers' `MinNewTokensLengthLogitsProcessor`: `min_new_tokens` tokens come
-        before the first that may be an end of text. With `ignore_eos` none ends the text, and none is passed over.
+        before the first that may be an end of text or a stop token. Where none is to end the text, none is passed over.
         """
-        request, token_id = sequence.request, best
-        ends = self.generation.eos_token_ids if not request.ignore_eos else ()
+        request, token_id, end_ids = sequence.request, best, sequence.end_ids
         least = request.min_new_tokens or self.generation.least_new_tokens(len(sequence.prompt_ids))
         may_end = len(sequence.token_ids) >= least
-        if best in ends and not may_end:
+        if best in end_ids and not may_end:
             others = logits.copy()
-            others[list(ends)] = -np.inf
+            others[list(end_ids)] = -np.inf
             token_id = int(others.argmax())
-        is_end = may_end and token_id in ends
+        is_end = may_end and token_id in end_ids
+        # As in transformers, the model's own end is text if it is no special token; as in vLLM, a stop token is not.
+        is_eos = is_end and token_id in self._eos_token_ids(request)
+        is_text = not is_end or (is_eos and not self.tokenizer.is_special(token_id))
+        if not is_text:
+            sequence.flush_text()
         if request.logprobs is not None:
-            offset = _text_offset(sequence, token_id, is_end)
-            sequence.logprobs.append(token_logprob(self.tokenizer, logits, token_id, request.logprobs, offset))
+            offset = _text_offset(sequence, token_id, is_text)
+            told = token_logprob(self.tokenizer, logits, token_id, request.logprobs, offset)
+            sequence.logprobs.append(replace(told, special=True) if is_eos else told)
         if sequence.status == "prefill":
             sequence.status = "decode"
             sequence.first_token_at = now
         sequence.token_ids.append(token_id)
         sequence.pending = [token_id]
         self.drafter.note_token(sequence, token_id)
-        if is_end:
-            sequence.flush_text()
+        if is_text and sequence.append_text(token_id):
             self.finish(sequence, "stop")
-        elif sequence.append_text(sequence.detokenizer.push(token_id)):
+        elif is_end:
+            if is_text:
+                sequence.flush_text()
+            sequence.stop_reason = None if is_eos else token_id
             self.finish(sequence, "stop")
         elif len(sequence.token_ids) >= sequence.max_new_tokens:
             sequence.flush_text()
@@ -343,9 +392,11 @@ def token_logprob(tokenizer: Tokenizer, logits: Array, token_id: int, k: int, te
     values -= values.max()
     logprobs = values[ids]
     logprobs -= np.log(np.exp(values, out=values).sum())
-    texts = [tokenizer.token_text(one) for one in ids]
-    top = [TokenLogprob(*fields) for fields in zip(ids[1:], texts[1:], logprobs[1:].tolist(), strict=True)]
-    return TokenLogprob(token_id, texts[0], float(logprobs[0]), tuple(top), text_offset)
+    told = [
+        TokenLogprob(one, tokenizer.token_text(one), logprob, special=tokenizer.is_special(one))
+        for one, logprob in zip(ids, logprobs.tolist(), strict=True)
+    ]
+    return replace(told[0], top=tuple(told[1:]), text_offset=text_offset)
 
 
 def likeliest(values: NDArray[np.floating[Any]], k: int) -> list[int]:
@@ -359,9 +410,8 @@ def likeliest(values: NDArray[np.floating[Any]], k: int) -> list[int]:
     return ordered
 
 
-def _text_offset(sequence: Sequence, token_id: int, is_end: bool) -> int:
-    """Return where in the text a token begins that is about to be appended."""
-    detokenizer = sequence.detokenizer
-    # An end of text is none of it, and stands behind what an unfinished character becomes.
-    behind_a_character = detokenizer.unfinished if is_end else detokenizer.breaks_off(token_id)
-    return len(sequence.text) + 1 if behind_a_character else len(sequence.text)
+def _text_offset(sequence: Sequence, token_id: int, is_text: bool) -> int:
+    """Return where in the text a token begins that is about to be appended; what is no text stands at its end."""
+    offset = len(sequence.text) + (sequence.detokenizer.begin(token_id) if is_text else 0)
+    # What was held back may have come out shorter than it was.
+    return max(offset, sequence.logprobs[-1].text_offset) if sequence.logprobs else offset

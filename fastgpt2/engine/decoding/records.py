@@ -15,6 +15,7 @@ MAX_PROMPT_TOKENS = 1 << 17
 MAX_NEW_TOKENS = 1 << 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
+MAX_STOP_TOKEN_IDS = 64
 MAX_LOGPROBS = 20
 
 # Far beyond any vocabulary. The decoder refuses an id that its own model does not have.
@@ -47,6 +48,14 @@ def _check_token_ids(name: str, ids: tuple[Any, ...]) -> tuple[int, ...]:
     return ids
 
 
+def _check_stop_token_ids(name: str, ids: Any) -> tuple[int, ...]:
+    if not isinstance(ids, list | tuple):
+        raise refusal(name, "a list of token ids", ids, of_type=True)
+    if len(ids) > MAX_STOP_TOKEN_IDS:
+        raise BadRequest(f"{name} holds {len(ids)} token ids; the limit is {MAX_STOP_TOKEN_IDS}")
+    return _check_token_ids(name, tuple(ids))
+
+
 def _check_stop(name: str, stop: Any) -> tuple[str, ...]:
     # JSON has no tuples, and one stop string is commonly given bare.
     strings = (stop,) if isinstance(stop, str) else stop
@@ -65,9 +74,12 @@ def _check_stop(name: str, stop: Any) -> tuple[str, ...]:
 TOKEN_IDS_SCHEMA = {"type": "array", "items": whole(0, MAX_TOKEN_ID).schema, "maxItems": MAX_PROMPT_TOKENS}
 _STOP_STRING_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARACTERS}
 _STOP_STRINGS_SCHEMA = {"type": "array", "items": _STOP_STRING_SCHEMA, "maxItems": MAX_STOP_STRINGS}
+_STOP_TOKEN_IDS_SCHEMA = {**TOKEN_IDS_SCHEMA, "maxItems": MAX_STOP_TOKEN_IDS}
 
 Prompt = Annotated[str | tuple[int, ...], Field({"anyOf": [{"type": "string"}, TOKEN_IDS_SCHEMA]}, _check_prompt)]
 StopStrings = Annotated[tuple[str, ...], Field({"anyOf": [_STOP_STRING_SCHEMA, _STOP_STRINGS_SCHEMA]}, _check_stop)]
+StopTokenIds = Annotated[tuple[int, ...], Field(_STOP_TOKEN_IDS_SCHEMA, _check_stop_token_ids)]
+StopReason = Annotated[int | str, "The stop token, by its id, or the stop string that ended the text."]
 Count = Annotated[int, whole(0)]
 NewTokens = Annotated[int, whole(0, MAX_NEW_TOKENS)]
 Logprobs = Annotated[int, whole(0, MAX_LOGPROBS)]
@@ -83,13 +95,15 @@ class GenerationRequest:
             the model's positions leave less room. 0 generates nothing: the prompt may then fill all positions, and
             the model reads it only if the result tells of it.
         stop: generation ends before the first of these strings, and the text is cut there. One string may stand alone.
+            A special token is no part of the text, but a string that names one, such as "<|im_end|>", stops at it.
         ignore_eos: go on past the end-of-text token.
-        min_new_tokens: the number of tokens that come before the one with which an end-of-text token or a stop string
-            ends the text. Until then the likeliest other token is taken instead of an end-of-text token, and a stop
-            string is text like any other.
+        min_new_tokens: the number of tokens that come before the one with which an end-of-text token, a stop token or a
+            stop string ends the text. Until then the likeliest other token is taken instead of an end-of-text token or
+            a stop token, and a stop string is text like any other.
         logprobs: give each generated token's log probability, and those of this many likeliest tokens.
         prompt_logprobs: give the same for each of the prompt's tokens, given those before it.
         echo: the result's text begins with the prompt.
+        stop_token_ids: generation ends with the first of these tokens, also with `ignore_eos`; the text leaves it out.
 
     Raises:
         BadRequest: a field has a wrong type or is out of bounds; the message names the field and the bound.
@@ -103,6 +117,7 @@ class GenerationRequest:
     logprobs: Logprobs | None = None
     prompt_logprobs: Logprobs | None = None
     echo: bool = False
+    stop_token_ids: StopTokenIds = ()
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -193,6 +208,7 @@ class TokenLogprob:
         text_offset: where, in characters of the result's text, the character begins that this token's first byte
             belongs to. For a prompt's token, in the prompt alone. Not less than the text's length if a stop string has
             cut the token off or the token ends the text itself.
+        special: the token is a special token, or the end-of-text token with which the text ended.
     """
 
     token_id: int
@@ -200,6 +216,7 @@ class TokenLogprob:
     logprob: float | None
     top: tuple[TokenLogprob, ...] = ()
     text_offset: int = 0
+    special: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,14 +225,16 @@ class GenerationResult:
 
     Attributes:
         text: the generated text without special tokens, cut before a stop string; with `echo`, after the prompt.
-        token_ids: every generated token, also the end-of-text token and the tokens of a stop string.
-        finish_reason: "stop" at the end-of-text token or a stop string, "length" at `max_new_tokens`; "cancelled" or
-            "timeout" if the job was ended so, when the result holds what had been generated.
+        token_ids: every generated token, also the end-of-text token, a stop token and the tokens of a stop string.
+        finish_reason: "stop" at an end-of-text token, a stop token or a stop string, "length" at `max_new_tokens`;
+            "cancelled" or "timeout" if the job was ended so, when the result holds what had been generated.
         model: the model's id, as the worker or the engine was given it.
         logprobs: one for each of `token_ids`, if they were asked for.
         prompt_logprobs: one for each of the prompt's tokens, if they were asked for; fewer if the generation was ended
             while it read the prompt.
         drafting: in how many steps the tokens came, and by how many guesses that came true.
+        stop_reason: the stop string or the stop token, by its id, that ended the text; None if something else did, as
+            the model's own end-of-text token.
     """
 
     text: str
@@ -227,3 +246,4 @@ class GenerationResult:
     logprobs: tuple[TokenLogprob, ...] | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     drafting: Drafting = Drafting()
+    stop_reason: StopReason | None = None

@@ -17,7 +17,8 @@ from fastgpt2.engine.decoding.records import (
     TokenLogprob,
     Usage,
 )
-from fastgpt2.engine.model.tokenizer import IncrementalDetokenizer
+from fastgpt2.engine.decoding.stop_strings import StopStrings
+from fastgpt2.engine.model.detokenizer import Detokenizer
 
 # How far a sequence has come. "prefill": its prompt waits to be read or is partly read, and it has no token yet.
 # "decode": it has its first token, and each step gives it one more, or several. "finished": it ended by itself or was
@@ -52,12 +53,17 @@ class Sequence:
     Attributes:
         slot: its place in the KV cache, its own until it is finished.
         pending: tokens not yet run: what is left of the prompt, then the token generated last.
+        detokenizer: what makes the tokens' text; it holds back what later tokens may change.
+        end_ids: the tokens that end the text, the model's own and those that the request names.
+        stops: the request's stop strings; None without any.
         text: the text generated, complete characters only, cut before a stop string; with `echo` after the prompt's.
         echo_length: how many characters at the beginning of `text` are the prompt's.
+        unstoppable: how many characters came with the first `min_new_tokens` tokens, and what was held back by then.
         unscored: tokens of the prompt, each with its offset, whose log probabilities are asked for and not known yet.
         cached_tokens: how many of the prompt's tokens were not run, as their keys and values were known.
         prompt_logprobs, logprobs: those of the prompt's tokens and of the generated ones, if they were asked for.
         finish_reason: None while it runs, and if it was dropped.
+        stop_reason: as in `GenerationResult`.
         admitted_at, first_token_at, finished_at: seconds on the clock of `time.perf_counter`.
         step_seconds: how long each step took that advanced it: those of its prompt, then those that gave tokens.
         lookup: from what its next tokens are guessed; None if they are not.
@@ -69,17 +75,21 @@ class Sequence:
     max_new_tokens: int
     slot: int
     pending: Seq[int]
-    detokenizer: IncrementalDetokenizer
+    detokenizer: Detokenizer
+    end_ids: frozenset[int]
+    stops: StopStrings | None
     admitted_at: float
     status: Status = "prefill"
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     echo_length: int = 0
+    unstoppable: int = 0
     unscored: Seq[tuple[int, int]] = ()
     cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
     first_token_at: float = 0.0
     finished_at: float = 0.0
     step_seconds: list[float] = field(default_factory=list)
@@ -96,22 +106,29 @@ class Sequence:
     def finished(self) -> bool:
         return self.status == "finished"
 
-    def append_text(self, piece: str) -> bool:
+    def append_text(self, token_id: int) -> bool:
         """Append the text of the token generated last, and cut it before a stop string. Tell whether there was one."""
         before = len(self.text)
-        self.text += piece
+        self.text += self.detokenizer.push(token_id)
+        return self.stops is not None and self._stops_at(self.stops, before, token_id)
+
+    def _stops_at(self, stops: StopStrings, before: int, token_id: int) -> bool:
+        # Were it to end here, what is held back would be text too.
+        text = self.text + self.detokenizer.pending
+        stops.note(token_id, len(text))
         # As vLLM's `min_tokens`: what ends in the text of the first `min_new_tokens` tokens is no match.
-        if not piece or len(self.token_ids) <= self.request.min_new_tokens:
+        if len(self.token_ids) <= self.request.min_new_tokens:
+            self.unstoppable = len(text)
             return False
-        # It may begin in the text of earlier tokens, but not in the prompt.
-        found = [self.text.find(stop, max(self.echo_length, before - len(stop) + 1)) for stop in self.request.stop]
-        # The earliest counts, whichever string it is.
-        end = min((at for at in found if at >= 0), default=None)
-        self.text = self.text[:end]
-        return end is not None
+        # It may begin in the text of earlier tokens, but not in the prompt. The earliest counts, whichever it is.
+        found = stops.find(text, max(before, self.unstoppable), token_id)
+        if found is None:
+            return False
+        self.text, self.stop_reason = text[: found[0]], found[1]
+        return True
 
     def flush_text(self) -> None:
-        """Append what is left of the text as no token follows: U+FFFD for an unfinished character, else nothing."""
+        """Append what is left of the text as no token follows: what was held back, and U+FFFD for half a character."""
         self.text += self.detokenizer.flush()
 
     @property
@@ -123,11 +140,7 @@ class Sequence:
         """
         if self.finished:
             return len(self.text)
-        held = 0
-        for stop in self.request.stop:
-            longest = min(len(stop) - 1, len(self.text) - self.echo_length)
-            held = next((n for n in range(longest, held, -1) if self.text.endswith(stop[:n])), held)
-        return len(self.text) - held
+        return len(self.text) - (self.stops.held(self.text) if self.stops is not None else 0)
 
     def result(self, model: str, reason: FinishReason | None = None) -> GenerationResult:
         """Return the result: what the sequence has generated so far.
@@ -142,7 +155,7 @@ class Sequence:
         finished_at = self.finished_at if self.finished else perf_counter()
         first_token_at = self.first_token_at if self.token_ids else finished_at
         return GenerationResult(
-            text=self.text,
+            text=self.text if self.finish_reason else self.text + self.detokenizer.pending,
             token_ids=tuple(self.token_ids),
             finish_reason=finish_reason,
             usage=Usage(self.prompt_tokens, len(self.token_ids), self.cached_tokens),
@@ -155,4 +168,5 @@ class Sequence:
             logprobs=tuple(self.logprobs) if self.request.logprobs is not None else None,
             prompt_logprobs=tuple(self.prompt_logprobs) if self.request.prompt_logprobs is not None else None,
             drafting=Drafting(self.steps, self.drafted, self.accepted),
+            stop_reason=self.stop_reason,
         )

@@ -7,12 +7,10 @@ dtypes, sizes) but hands out copies. So its verdict is taken, and the offsets ar
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import mmap
 import struct
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,8 @@ from fastgpt2.engine.model.config import (
     file_size,
     read_index,
 )
+from fastgpt2.engine.model.diagnosis import explain_folder
+from fastgpt2.engine.model.lfs_pointer import explain_pointer, is_pointer
 from fastgpt2.errors import CheckpointError
 
 # gpt2-xl's header has 60 KB. The library would accept 100 MB, which Python's JSON turns into gigabytes.
@@ -113,17 +113,6 @@ class Checkpoint:
                     tensors[name] = info
         return cls(tensors, maps, weights.format)
 
-    @cached_property
-    def identity(self) -> str:
-        """A digest that changes whenever a file does: of sizes, times of change, and the place of every tensor."""
-        digest = hashlib.sha256()
-        for file in sorted({file.resolve() for file in {info.file for info in self.tensors.values()}}):
-            status = file.stat()
-            digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
-        for name, info in sorted(self.tensors.items()):
-            digest.update(f"{name} {info.dtype} {info.shape} {info.start}\n".encode())
-        return digest.hexdigest()[:16]
-
     def view(self, name: str) -> NDArray[Any]:
         """Return the tensor as it lies in the file, read-only, without a copy; a BF16 tensor as its bits, in uint16.
 
@@ -186,7 +175,7 @@ def weight_files(folder: Path) -> WeightFiles:
         if index_name is not None and (folder / index_name).exists():
             index = read_index(folder / index_name)
             return WeightFiles(file_format, tuple(folder / name for name in sorted(set(index.values()))), index)
-    raise CheckpointError(_nothing_to_open(folder))
+    raise CheckpointError(explain_folder(folder))
 
 
 def map_file(path: Path) -> tuple[dict[str, TensorInfo], mmap.mmap]:
@@ -195,6 +184,8 @@ def map_file(path: Path) -> tuple[dict[str, TensorInfo], mmap.mmap]:
     Raises:
         CheckpointError: the file is not a safetensors file, is damaged or truncated, or has a header beyond the limit.
     """
+    if is_pointer(path):
+        raise CheckpointError(explain_pointer(path))
     try:
         header, data_start = _read_header(path)
         with safe_open(path, framework="numpy"):
@@ -268,7 +259,3 @@ def _map_torch_file(path: Path, file_format: str) -> tuple[dict[str, TensorInfo]
         for name, tensor in stored.items()
     }
     return tensors, file.mapped
-
-
-def _nothing_to_open(folder: Path) -> str:
-    return f"{folder}: holds neither {SINGLE_FILE} nor {TORCH_FILE}, nor an index of several such files"

@@ -11,11 +11,12 @@ from __future__ import annotations
 import json
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastgpt2.engine.model.lfs_pointer import explain_pointer, is_pointer
 from fastgpt2.errors import CheckpointError, ConfigError, FastGPT2Error
 
 # The files of a model's folder.
@@ -32,8 +33,8 @@ WORDPIECE_FILE = "vocab.txt"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 ADDED_TOKENS_FILE = "added_tokens.json"
-# The names that classes of transformers give to a model of sentencepiece.
-SENTENCEPIECE_FILES = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "spm.model")
+# The names that classes of transformers give to a model of sentencepiece; the first is taken by all of them.
+SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")
 
 # The files of a tokenizer: all of one of these sets are enough, and the first set that is whole is taken.
 TOKENIZER_SETS: tuple[tuple[str, ...], ...] = (
@@ -58,8 +59,25 @@ ACTIVATION_FUNCTIONS = frozenset(
     {"gelu_new", "gelu", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "swish", "tanh"}
 )
 
-# Settings that change what the model computes and that this engine does not have: refused unless off.
-_REFUSED_UNLESS_FALSY = ("add_cross_attention", "is_encoder_decoder", "pruned_heads", "quantization_config")
+# Model types that are taken for GPT-2s, and what they are.
+_OTHER_TYPES = {
+    "gpt_bigcode": "a GPT-2 with multi-query attention",
+    "gpt_neo": "GPT-Neo",
+    "gpt_neox": "GPT-NeoX",
+    "gptj": "GPT-J",
+    "openai-gpt": "the first GPT",
+    "imagegpt": "a model of pixels",
+    "decision_transformer": "a model of actions",
+    "vision-encoder-decoder": "a model of captions, which may have a GPT-2 in it that needs an image",
+    "encoder-decoder": "a translating model, which may have a GPT-2 in it that needs an input of its own",
+    "speech-encoder-decoder": "a model of speech, which may have a GPT-2 in it that needs sound",
+}
+
+# Heads that give no text, as classes of transformers and of others name them.
+_NO_TEXT = re.compile(r"Classif|QuestionAnswering|MultipleChoice|Regress|Reward|Embedding|Retriev", re.IGNORECASE)
+
+# The remedy for quantised weights, of which there is always an original.
+UNQUANTISED = "Name the model that it was made from, in float32, float16 or bfloat16"
 
 # Other names of some fields. Source: `GPT2Config.attribute_map` in transformers.
 _OTHER_NAMES = (
@@ -118,12 +136,9 @@ def read_config(folder: Path) -> GPT2Config:
     if not path.exists() and (folder / NANOGPT_FILE).exists():
         return _read_nanogpt(folder / NANOGPT_FILE)
     fields = read_json_object(path, MAX_CONFIG_BYTES, ConfigError)
-    model_type = fields.get("model_type")
-    if model_type != "gpt2":
-        raise ConfigError(f"{path}: model_type is {quote(model_type)}; fastgpt2 runs GPT-2 models (model_type 'gpt2')")
-    for name in _REFUSED_UNLESS_FALSY:
-        if fields.get(name):
-            raise ConfigError(f"{path}: {name} is {quote(fields[name])}; fastgpt2 does not support it")
+    problem = config_problem(fields)
+    if problem:
+        raise ConfigError(f"{path}: {problem}")
 
     reader = _Reader(path, _by_first_names(path, fields))
     n_embd = reader.size("n_embd", 768)
@@ -172,6 +187,38 @@ def _read_nanogpt(path: Path) -> GPT2Config:
     )
 
 
+def config_problem(fields: Mapping[str, Any]) -> str | None:
+    """Return why the fields of a `config.json` are no causal GPT-2's, and what to do; None if they may be.
+
+    Two fields of models that are served look as if they mattered: heads in `pruned_heads` are computed, as transformers
+    computes them since its version 5, and cross attention (`add_cross_attention`) has nothing to attend to.
+    """
+    model_type = fields.get("model_type")
+    if model_type is None:
+        return 'there is no model_type. If the model is a GPT-2, add "model_type": "gpt2" to this file'
+    if model_type != "gpt2":
+        known = _OTHER_TYPES.get(model_type) if isinstance(model_type, str) else None
+        what = f", {known}" if known else ""
+        return f"model_type is {quote(model_type)}{what}; fastgpt2 runs GPT-2 models (model_type 'gpt2')"
+    if fields.get("is_encoder_decoder"):
+        return "is_encoder_decoder is true: the model needs an input of its own beside the text; name a causal GPT-2"
+    quantised = fields.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        how = f" ({method if isinstance(method, str) else 'quantization_config'})"[:_MAX_QUOTED]
+        return f"quantization_config says that the weights are quantised{how}. {UNQUANTISED}"
+    if fields.get("attention_head_type") == "multiquery":
+        return "attention_head_type is 'multiquery', which a GPT-2 has not; fastgpt2 runs GPT-2 models"
+    architectures = fields.get("architectures")
+    for name in architectures if isinstance(architectures, list) else []:
+        if isinstance(name, str) and _NO_TEXT.search(name):
+            return (
+                f"architectures is {quote(name)}: the model judges text and writes none; name a causal GPT-2. To have "
+                'its transformer write text all the same, set architectures to ["GPT2LMHeadModel"] in this file'
+            )
+    return None
+
+
 def _by_first_names(path: Path, fields: dict[str, Any]) -> dict[str, Any]:
     """Return the fields, each under its first name; raise ConfigError if two names of one have different values."""
     named = dict(fields)
@@ -218,13 +265,12 @@ def read_index(path: Path) -> dict[str, str]:
     Raises:
         CheckpointError: the file is malformed, or a shard's name leads out of the folder.
     """
-    suffix = "bin" if path.name == TORCH_INDEX_FILE else "safetensors"
-    plain_name = re.compile(rf"[^/\\\0\ud800-\udfff]{{1,255}}\.{suffix}")
     weight_map = read_json_object(path, MAX_INDEX_BYTES, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: weight_map is missing or empty")
+    suffix = path.name.removesuffix(".index.json").rpartition(".")[2]
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not plain_name.fullmatch(file):
+        if not isinstance(file, str) or not re.fullmatch(rf"[^/\\\0\ud800-\udfff]{{1,255}}\.{suffix}", file):
             raise CheckpointError(
                 f"{path}: tensor {name!r} is said to lie in {repr(file)[:_MAX_QUOTED]}, which is no plain file name"
             )
@@ -253,6 +299,8 @@ def read_json_object(path: Path, max_bytes: int, error: type[FastGPT2Error]) -> 
     except OSError as reason:
         raise error(f"{path}: cannot be read ({reason.strerror or reason})") from None
     except (ValueError, RecursionError) as reason:  # a ValueError also for a number of thousands of digits
+        if is_pointer(path):
+            raise error(explain_pointer(path)) from None
         raise error(f"{path}: not valid JSON ({reason})") from None
     if not isinstance(value, dict):
         raise error(f"{path}: not a JSON object but {quote(value)}")

@@ -46,12 +46,12 @@ _UNAPPLIED: dict[str, tuple[tuple[Any, ...], str]] = {
     "watermarking_config": ((), "mark the text by the choice of its tokens"),
     "token_healing": ((False,), "replace the last token of the prompt"),
     "stop_strings": ((), "end the text with these strings"),
-    "max_time": ((), "end the text after so many seconds"),
-    "num_beams": ((0, 1), "search with so many beams"),
+    "max_time": ((), "end the text after that many seconds"),
+    "num_beams": ((0, 1), "search with that many beams"),
     "constraints": ((), "search for a text that meets them"),
     "force_words_ids": ((), "search for a text that has these words"),
     "dola_layers": ((), "weigh the logits of the last layer against those of others"),
-    "num_return_sequences": ((0, 1), "give so many texts for a prompt"),
+    "num_return_sequences": ((0, 1), "give that many texts for a prompt"),
 }
 
 # What shapes the draw where `do_sample` is true, and nothing where it is not.
@@ -99,15 +99,13 @@ def read_generation_config(folder: Path, config: GPT2Config, source: str = "auto
         ConfigError: `config.json` cannot be read, or an id or a length is none; the message names file and field.
     """
     notes: list[str] = []
-    gpt2_end = GPT2_END_OF_TEXT_ID if config.vocab_size > GPT2_END_OF_TEXT_ID else None
-    path, fields = _find_fields(folder, source, notes)
-    if fields is None:  # a checkpoint of nanoGPT, which names no tokens
-        return GenerationConfig(gpt2_end, () if gpt2_end is None else (gpt2_end,), notes=tuple(notes))
+    path, fields = _find_fields(folder, config.vocab_size, source, notes)
     reader = _Reader(path, fields, config.vocab_size, notes)
     begins, ends = reader.token_ids("bos_token_id"), reader.token_ids("eos_token_id")
-    # Where neither is there, transformers generates nothing from an empty prompt.
-    named = fields.keys() & {"bos_token_id", "eos_token_id"}
-    bos = begins[0] if begins else None if named else gpt2_end
+    if not fields.keys() & {"bos_token_id", "eos_token_id"} and config.vocab_size > GPT2_END_OF_TEXT_ID:
+        # transformers generates nothing from an empty prompt then.
+        begins = (GPT2_END_OF_TEXT_ID,)
+    bos = begins[0] if begins else None
     if source == "none":
         return GenerationConfig(bos, ends, notes=tuple(notes))
     least, length = reader.length("min_new_tokens"), reader.length("min_length") or 0
@@ -115,16 +113,17 @@ def read_generation_config(folder: Path, config: GPT2Config, source: str = "auto
     return GenerationConfig(bos, ends, least, length, tuple(notes))
 
 
-def _find_fields(folder: Path, source: str, notes: list[str]) -> tuple[Path, dict[str, Any] | None]:
-    """Return the file that counts, and its fields; None if there is no file."""
+def _find_fields(folder: Path, vocab_size: int, source: str, notes: list[str]) -> tuple[Path, dict[str, Any]]:
+    """Return the file that counts, and its fields."""
     path, instead = folder / GENERATION_CONFIG_FILE, folder / CONFIG_FILE
     if source == "auto" and path.is_file():
         try:
             return path, read_json_object(path, MAX_CONFIG_BYTES, ConfigError)
         except ConfigError as reason:  # where it is no JSON, transformers goes on like that too, and without a word
             notes.append(f"{reason}; {CONFIG_FILE} counts in its place")
-    if not instead.is_file():
-        return instead, None
+    if not instead.is_file():  # a checkpoint that holds its own configuration
+        end = GPT2_END_OF_TEXT_ID if vocab_size > GPT2_END_OF_TEXT_ID else None
+        return instead, {"bos_token_id": end, "eos_token_id": end}
     fields = read_json_object(instead, MAX_CONFIG_BYTES, ConfigError)
     if fields.get("force_bos_token_to_be_generated"):  # the old name
         fields["forced_bos_token_id"] = fields.get("bos_token_id")

@@ -10,10 +10,11 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from fastgpt2.engine.model.config import (
     CONFIG_FILE,
@@ -27,6 +28,7 @@ from fastgpt2.engine.model.config import (
     read_config,
     read_index,
 )
+from fastgpt2.engine.model.diagnosis import explain_folder, explain_names, read_small_json
 from fastgpt2.engine.model.generation_config import GENERATION_CONFIG_FILE
 from fastgpt2.errors import ModelError, ModelNotFound, TokenizerError
 
@@ -107,9 +109,9 @@ def find_model(model: str, revision: str | None = None, with_tokenizer: bool = T
     if folder is None:
         return _find_on_hub(model, revision, partial(_collect_model, with_tokenizer=with_tokenizer))
     if not (folder / CONFIG_FILE).is_file() and not (folder / NANOGPT_FILE).is_file():
-        raise ModelNotFound(f"{model}: is a folder here and holds no {CONFIG_FILE}")
+        raise ModelNotFound(explain_folder(folder))
     if with_tokenizer and not _collect_tokenizer(partial(_look_up, folder)):
-        raise TokenizerError(_tokenizer_needed(model, read_config(folder).vocab_size))
+        raise TokenizerError(_tokenizer_needed(model, folder))
     return folder
 
 
@@ -141,7 +143,7 @@ def _existing_folder(name: str) -> Path | None:
     except (OSError, RuntimeError) as reason:  # too long, no right to look, `~nobody`
         raise ModelNotFound(f"{name}: cannot be looked up ({reason})") from None
     if is_file:
-        raise ModelNotFound(f"{name}: is a file; name the folder that holds it")
+        raise ModelNotFound(explain_folder(path))
     return path if is_folder else None
 
 
@@ -150,8 +152,9 @@ def _look_up(folder: Path, name: str) -> Path | None:
     return path if path.is_file() else None
 
 
-def _tokenizer_needed(model: str, vocab_size: int | None) -> str:
-    """Return the message for a model without a tokenizer. Its `vocab_size` may be unknown."""
+def _tokenizer_needed(model: str, folder: Path) -> str:
+    """Return the message for a model without a tokenizer; raise ConfigError if the folder holds no GPT-2."""
+    vocab_size = read_config(folder).vocab_size if (folder / CONFIG_FILE).is_file() else None
     needed = f"{model}: holds no tokenizer, which is {_TOKENIZER_FILES_IN_WORDS}"
     if vocab_size is None or vocab_size in _GPT2_VOCABULARIES:
         return f"{needed}; if the model was trained with GPT-2's own, add --tokenizer gpt2"
@@ -400,19 +403,21 @@ def _incompleteness(repo_id: str, revision: str, collect: Collect) -> ModelError
     """Return the error for a repository that lacks something, after asking the hub what it has."""
     from huggingface_hub import list_repo_files
 
-    try:
-        names = set(list_repo_files(repo_id, revision=revision))
-    except Exception:
-        names = set()
-    has_tokenizer = any(names.issuperset(one) for one in TOKENIZER_SETS)
     if collect is _collect_tokenizer:
         return TokenizerError(f"{repo_id}: holds no tokenizer, which is {_TOKENIZER_FILES_IN_WORDS}")
-    if not has_tokenizer and any(names.intersection(one) for one in (*WEIGHT_FILES, (NANOGPT_FILE,))):
-        snapshot = _open_snapshot(repo_id, revision)
-        vocab_size = None
-        if snapshot is not None and snapshot.look_up(CONFIG_FILE) is not None:
-            vocab_size = read_config(snapshot.folder).vocab_size
-        return TokenizerError(_tokenizer_needed(repo_id, vocab_size))
+    fetch = _make_fetch(repo_id, revision)
+
+    def read_json(name: str) -> Mapping[str, Any]:
+        path = fetch(name)
+        return read_small_json(path) if path else {}
+
+    with suppress(Exception):
+        names = set(list_repo_files(repo_id, revision=revision))
+        has_tokenizer = any(names.issuperset(one) for one in TOKENIZER_SETS)
+        if not has_tokenizer and any(names.intersection(one) for one in (*WEIGHT_FILES, (NANOGPT_FILE,))):
+            snapshot = _open_snapshot(repo_id, revision)
+            return TokenizerError(_tokenizer_needed(repo_id, snapshot.folder if snapshot else Path()))
+        return ModelNotFound(explain_names(repo_id, names, read_json))
     return ModelNotFound(
         f"{repo_id}: revision {revision} is no complete model: it needs {CONFIG_FILE}, {SINGLE_FILE} (or {INDEX_FILE} "
         f"and its shards, or the same as pytorch_model.bin), and a tokenizer, which is {_TOKENIZER_FILES_IN_WORDS}"

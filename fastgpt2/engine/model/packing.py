@@ -6,9 +6,10 @@ Biases are filled up with zeros to whole panels, other tensors to multiples of 6
 aligned. Causal masks are left out. Panels may be bfloat16 or int8 instead of float32; int8 panels have a float32 tensor
 of scales beside them, `NAME.scales`, one per column.
 
-The file's name changes with the source and the layout, so that a file is never changed once it is there. Whether its
-bytes are still those that were written is told by its time of change, else by a checksum. Where a file cannot be kept,
-or is not worth it, a process holds the same bytes in memory that only its helpers share.
+The file's name changes with the source and the layout, so that a file is never changed once it is there. A source whose
+packed file is there is not opened, only identified (`identity.py`). Whether the packed file's bytes are still those
+that were written is told by its time of change, else by a checksum. Where a file cannot be kept, or is not worth it, a
+process holds the same bytes in memory that only its helpers share.
 """
 
 from __future__ import annotations
@@ -33,15 +34,25 @@ from numpy.typing import NDArray
 
 from fastgpt2.engine.kernels.panels import STORED_TYPES, Array, Layout, compute_scales, narrow, panel_count, to_panels
 from fastgpt2.engine.machine import anonymous_file, cache_folder, is_large, locked
-from fastgpt2.engine.model.checkpoint import NUMPY_TYPES, Checkpoint, map_file, read_metadata
+from fastgpt2.engine.model.checkpoint import (
+    NUMPY_TYPES,
+    Checkpoint,
+    WeightFiles,
+    map_file,
+    read_metadata,
+    weight_files,
+)
 from fastgpt2.engine.model.config import GPT2Config
-from fastgpt2.engine.model.weights import expected_shapes, match_names, scales_name
+from fastgpt2.engine.model.diagnosis import custom_code, refuse_adapter
+from fastgpt2.engine.model.identity import weights_identity
+from fastgpt2.engine.model.state_dict import match_names
+from fastgpt2.engine.model.weights import HEAD, TABLE, expected_shapes, scales_name
 from fastgpt2.errors import CheckpointError, ModelError
 
 log = logging.getLogger("fastgpt2.engine")
 
 # Part of the file's name: a release that writes another format looks for another name.
-FORMAT = 2
+FORMAT = 3
 SUFFIX = f".v{FORMAT}.safetensors"
 
 # Bytes: a cache line, and the widest vector register.
@@ -59,32 +70,74 @@ class PackedFile:
     Attributes:
         path: where it lies; None for memory of this process and its helpers only.
         fd: an open descriptor, for a helper to inherit. Closed with this object.
+        notes: sentences for people about the source, as when it was packed.
     """
 
     tensors: Checkpoint
     path: Path | None
     fd: int
+    notes: tuple[str, ...] = ()
 
     def __del__(self) -> None:
         os.close(self.fd)
 
 
-def pack(checkpoint: Checkpoint, config: GPT2Config, model: str, layout: Layout, must_keep: bool = False) -> PackedFile:
-    """Return the packed file of a checkpoint, writing it if there is none.
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What a packed file is made of: the weights in a model's folder, under a configuration.
 
-    It is in the cache if the model is large, or `must_keep`; else, or where that is not possible, in memory.
+    Attributes:
+        config_note: a sentence for people about `config.json`; "" for none.
+        facts: what the packed file depends on beside the weights, as text.
+        identity: see `weights_identity`.
+    """
+
+    folder: Path
+    weights: WeightFiles
+    config: GPT2Config
+    model: str
+    config_note: str
+    facts: str
+    identity: str
+
+    @classmethod
+    def find(cls, folder: Path, config: GPT2Config, model: str) -> Source:
+        """Find the weights of a folder, without opening them.
+
+        Raises:
+            CheckpointError: there are none.
+            ConfigError: there is a PEFT adapter.
+            OSError: a file cannot be read.
+        """
+        refuse_adapter(folder)
+        weights = weight_files(folder)
+        note = custom_code(folder) or ""
+        numbers = (config.vocab_size, config.n_positions, config.n_embd, config.n_layer, config.n_inner)
+        facts = json.dumps([weights.format, *numbers, config.tie_word_embeddings, note])
+        return cls(folder, weights, config, model, note, facts, weights_identity(weights.files, facts))
+
+
+def pack(folder: Path, config: GPT2Config, model: str, layout: Layout, must_keep: bool = False) -> PackedFile:
+    """Return the packed file of a folder's weights, writing it if there is none.
+
+    It is in the cache if the model is large, if its weights are a pickle, which is read once only, or if `must_keep`;
+    else, or where that is not possible, in memory.
 
     Args:
         model: its name, for people.
         must_keep: it is an error if the file cannot be in the cache.
 
     Raises:
-        ModelError: the checkpoint cannot be used, there is no memory for it, or a file that must be kept cannot be.
+        ModelError: the weights cannot be used, there is no memory for them, or a file that must be kept cannot be.
     """
     try:
-        path = pack_path(cache_folder(), checkpoint, model, layout)
-        if must_keep or is_large(config) or path.exists():
-            return pack_in_cache(path, checkpoint, config, model, layout, progress=sys.stderr.isatty())
+        source = Source.find(folder, config, model)
+    except OSError as reason:
+        raise CheckpointError(f"{reason.filename or folder}: cannot be read ({reason.strerror or reason})") from None
+    try:
+        path = pack_path(cache_folder(), source, layout)
+        if must_keep or is_large(config) or source.weights.format != "safetensors" or path.exists():
+            return pack_in_cache(path, source, layout, progress=sys.stderr.isatty())
     except OSError as reason:
         if must_keep:
             raise ModelError(f"the packed weights cannot be kept ({reason}); set FASTGPT2_CACHE to a folder") from None
@@ -94,71 +147,70 @@ def pack(checkpoint: Checkpoint, config: GPT2Config, model: str, layout: Layout,
                 "%.0f MB, as every other will, and once more at every start. Set FASTGPT2_CACHE to a folder that can "
                 "be written",
                 reason,
-                PackPlan(checkpoint, config, layout).data_bytes / 1e6,
+                4 * config.n_parameters / 1e6,
             )
     try:
-        return pack_in_memory(checkpoint, config, model, layout)
+        return pack_in_memory(source, layout)
     except OSError as reason:
         raise ModelError(f"no memory to hold the weights of {model} ({reason})") from None
 
 
-def pack_path(folder: Path, checkpoint: Checkpoint, model: str, layout: Layout) -> Path:
-    """Return where the packed file of a checkpoint is or belongs: another name for another source or layout.
+def pack_path(folder: Path, source: Source, layout: Layout) -> Path:
+    """Return where the packed file of a source is or belongs: another name for another source or layout.
 
     The model's name in it is for people: a file made under another name of the same source is taken.
     """
-    end = f"-{checkpoint.identity}-{layout.name}{SUFFIX}"
-    for_people = "".join(c if c.isalnum() else "-" for c in model)[-60:].strip("-") or "model"
+    end = f"-{source.identity}-{layout.name}{SUFFIX}"
+    for_people = "".join(c if c.isalnum() else "-" for c in source.model)[-60:].strip("-") or "model"
     return next(folder.glob(f"*{end}"), folder / f"{for_people}{end}")
 
 
-def pack_in_cache(
-    path: Path, checkpoint: Checkpoint, config: GPT2Config, model: str, layout: Layout, progress: bool = False
-) -> PackedFile:
+def pack_in_cache(path: Path, source: Source, layout: Layout, progress: bool = False) -> PackedFile:
     """Return the packed file at `path`. If there is none, the first process to come makes it; the others wait for it.
 
     Raises:
-        CheckpointError: a tensor of the checkpoint is missing, surplus or misshapen.
+        CheckpointError: a tensor of the source is missing or misshapen, or the source is no GPT-2.
         OSError: the file can neither be read nor written.
     """
-    plan = PackPlan(checkpoint, config, layout)
-    packed = _open_if_sound(path, plan)
+    packed = _open_if_sound(path, source, layout)
     if packed is not None:
         return packed
+    # What cannot be packed is told before a file is made for its lock.
+    plan = PackPlan(source, layout)
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.with_suffix(".lock")):
         # Whoever held the lock before may have made it.
-        packed = _open_if_sound(path, plan)
+        packed = _open_if_sound(path, source, layout)
         if packed is None:
             if path.exists():
                 log.warning("%s is damaged; packing anew", path)
             started = perf_counter()
-            _write(path, plan, model, progress)
+            _write(path, plan, progress)
             log.info("packed %s in %.1f s", path, perf_counter() - started)
-            packed = _open_if_sound(path, plan)
+            packed = _open_if_sound(path, source, layout)
     if packed is None:
         raise OSError("the file written a moment ago cannot be read")
     return packed
 
 
-def pack_in_memory(checkpoint: Checkpoint, config: GPT2Config, model: str, layout: Layout) -> PackedFile:
+def pack_in_memory(source: Source, layout: Layout) -> PackedFile:
     """Return the same in memory of this process, which only its own helpers share. Raises as `pack_in_cache`."""
-    plan = PackPlan(checkpoint, config, layout)
+    plan = PackPlan(source, layout)
     fd = anonymous_file("fastgpt2-weights")
     try:
         with os.fdopen(os.dup(fd), "wb") as file:
-            plan.write(file, model, 0, lambda _count: None)
-        return open_packed(fd)
+            plan.write(file, 0, lambda _count: None)
+        return open_packed(fd, notes=plan.notes)
     except BaseException:
         os.close(fd)
         raise
 
 
-def open_packed(fd: int, path: Path | None = None) -> PackedFile:
+def open_packed(fd: int, path: Path | None = None, notes: tuple[str, ...] = ()) -> PackedFile:
     """Map a packed file by its descriptor, which is the result's from now on; raise CheckpointError if damaged."""
     source = path or Path(f"/proc/self/fd/{fd}" if sys.platform == "linux" else f"/dev/fd/{fd}")
     tensors, mapped = map_file(source)
-    return PackedFile(Checkpoint(tensors, {source: mapped}), path, fd)
+    return PackedFile(Checkpoint(tensors, {source: mapped}), path, fd, notes)
 
 
 def checksum(fd: int) -> int:
@@ -186,51 +238,69 @@ class TensorForm:
         return math.prod(self.shape) * itemsize
 
 
+def packed_forms(config: GPT2Config, layout: Layout, own_head: bool) -> dict[str, TensorForm]:
+    """Return the form of each tensor of a packed file, in the order of the file.
+
+    Args:
+        own_head: the output has a table of its own.
+    """
+    shapes = expected_shapes(config)
+    head = HEAD if own_head else TABLE
+    forms: dict[str, TensorForm] = {}
+    for name, shape in shapes.items():
+        if name == HEAD and not own_head:
+            continue
+        if name == head or (len(shape) == 2 and name.startswith("h.")):
+            n_out, n_in = shape if name == head else shape[::-1]
+            width = layout.width(n_in, n_out)
+            n = panel_count(n_out, width)
+            forms[name] = TensorForm(STORED_TYPES[layout.weights].safetensors, (n, n_in, width))
+            if layout.weights == "int8":
+                forms[scales_name(name)] = TensorForm("F32", (n * width,))
+        elif name.endswith("bias") and ".ln_" not in name and name != "ln_f.bias":
+            n_in = shapes[name.removesuffix("bias") + "weight"][0]
+            width = layout.width(n_in, shape[0])
+            forms[name] = TensorForm("F32", (panel_count(shape[0], width) * width,))
+        else:
+            rows = -(-shape[0] // _ALIGNED_FLOATS) * _ALIGNED_FLOATS
+            forms[name] = TensorForm("F32", (rows, *shape[1:]))
+    return forms
+
+
 class PackPlan:
     """The tensors of a packed file, before a byte of it is written, and where their numbers come from.
 
     Attributes:
         tensors: the form of each tensor, in the order of the file.
+        notes: sentences for people about the source.
 
     Raises:
         CheckpointError: as `pack_in_cache`.
     """
 
-    def __init__(self, checkpoint: Checkpoint, config: GPT2Config, layout: Layout) -> None:
-        self.checkpoint, self._weights = checkpoint, layout.weights
-        self._names = match_names(checkpoint, config)
-        self.tensors: dict[str, TensorForm] = {}
-        shapes, tensors = expected_shapes(config), self.tensors
-        head = "wte.weight" if config.tie_word_embeddings else "lm_head.weight"
-        for name in self._names:
-            shape = shapes[name]
-            if name == head or (len(shape) == 2 and name.startswith("h.")):
-                n_out, n_in = shape if name == head else shape[::-1]
-                width = layout.width(n_in, n_out)
-                n = panel_count(n_out, width)
-                tensors[name] = TensorForm(STORED_TYPES[layout.weights].safetensors, (n, n_in, width))
-                if layout.weights == "int8":
-                    tensors[scales_name(name)] = TensorForm("F32", (n * width,))
-            elif name.endswith("bias") and ".ln_" not in name and name != "ln_f.bias":
-                n_in = shapes[name.removesuffix("bias") + "weight"][0]
-                width = layout.width(n_in, shape[0])
-                tensors[name] = TensorForm("F32", (panel_count(shape[0], width) * width,))
-            else:
-                rows = -(-shape[0] // _ALIGNED_FLOATS) * _ALIGNED_FLOATS
-                tensors[name] = TensorForm("F32", (rows, *shape[1:]))
+    def __init__(self, source: Source, layout: Layout) -> None:
+        self._source, self._weights = source, layout.weights
+        self._state = match_names(Checkpoint.open(source.folder), source.config)
+        self._shapes = expected_shapes(source.config)
+        self.tensors = packed_forms(source.config, layout, HEAD in self._state.names)
+        self.notes = (*([source.config_note] if source.config_note else []), *self._state.notes)
 
     @property
     def data_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def write(self, file: BinaryIO, model: str, sealed: int, progress: Callable[[int], object]) -> None:
+    @property
+    def model(self) -> str:
+        return self._source.model
+
+    def write(self, file: BinaryIO, sealed: int, progress: Callable[[int], object]) -> None:
         """Write header and tensors, a piece at a time.
 
         Args:
             sealed: the file's time of change when it is whole, in nanoseconds.
             progress: called with the number of bytes of each piece.
         """
-        file.write(self._header(model, sealed, 0))
+        file.write(self._header(sealed, 0))
         crc = 0
         for name in self.tensors:
             for piece in self._pieces(name):
@@ -238,51 +308,47 @@ class PackPlan:
                 crc = zlib.crc32(piece.data, crc)
                 progress(piece.nbytes)
         file.seek(0)
-        file.write(self._header(model, sealed, crc))
+        file.write(self._header(sealed, crc))
 
     def _pieces(self, name: str) -> Iterator[NDArray[Any]]:
         """Yield a tensor as it is stored, contiguous, some megabytes at a time."""
-        shape = self.tensors[name].shape
-        if name not in self._names:
-            (weight,) = (weight for weight in self._names if scales_name(weight) == name)
+        stored = self.tensors[name].shape
+        if name not in self._shapes:
+            (weight,) = (weight for weight in self._state.names if scales_name(weight) == name)
             for columns in self._columns(weight):
                 yield compute_scales(columns)
-            yield np.zeros(shape[0] - self._n_out(weight), np.float32)
-        elif len(shape) == 3:
+            yield np.zeros(stored[0] - self._n_out(weight), np.float32)
+        elif len(stored) == 3:
             for columns in self._columns(name):
-                yield to_panels(narrow(self._weights, columns), shape[2])
+                yield to_panels(narrow(self._weights, columns), stored[2])
         else:
-            source = self._names[name]
-            rows = self.checkpoint.tensors[source].shape[0]
+            shape = self._shapes[name]
             step = max(1, CHUNK_BYTES // (4 * math.prod(shape[1:])))
-            for at in range(0, rows, step):
-                yield self.checkpoint.float32(source, slice(at, at + step))
-            yield np.zeros((shape[0] - rows, *shape[1:]), np.float32)
+            for at in range(0, shape[0], step):
+                yield np.ascontiguousarray(self._state.rows(name, slice(at, min(at + step, shape[0]))))
+            yield np.zeros((stored[0] - shape[0], *shape[1:]), np.float32)
 
     def _n_out(self, weight: str) -> int:
-        return self.checkpoint.tensors[self._names[weight]].shape[1 if weight.startswith("h.") else 0]
+        return self._shapes[weight][1 if weight.startswith("h.") else 0]
 
     def _columns(self, weight: str) -> Iterator[Array]:
         """Yield the columns of a weight, or of the transpose of a token table, some whole panels at a time: [K, ..]."""
         _, n_in, width = self.tensors[weight].shape
         step = max(1, CHUNK_BYTES // (4 * n_in * width)) * width
-        source = self._names[weight]
         for at in range(0, self._n_out(weight), step):
-            columns = slice(at, at + step)
-            if weight.startswith("h."):
-                yield self.checkpoint.float32(source, (slice(None), columns))
-            else:
-                yield self.checkpoint.float32(source, columns).T
+            yield self._state.columns(weight, slice(at, at + step))
 
-    def _header(self, model: str, sealed: int, crc: int) -> bytes:
+    def _header(self, sealed: int, crc: int) -> bytes:
         """Return length and JSON, padded so that data begins at a multiple of `ALIGNMENT`; as long for any checksum."""
         metadata = {
             "format": "fastgpt2",
             "fastgpt2_format": str(FORMAT),
             "layout": "weights of linear layers [K, N] and the token table [vocab, K] as panels [n, K, P]",
-            "model": model,
-            "source": json.dumps(sorted({str(info.file.resolve()) for info in self.checkpoint.tensors.values()})),
-            "source_identity": self.checkpoint.identity,
+            "model": self.model,
+            "source": json.dumps([str(file.resolve()) for file in self._source.weights.files]),
+            "source_facts": self._source.facts,
+            "source_identity": self._source.identity,
+            "notes": json.dumps(self.notes),
             "sealed": str(sealed),
             "crc32": f"{crc:08x}",
         }
@@ -297,21 +363,31 @@ class PackPlan:
         return struct.pack("<Q", len(text)) + text
 
 
-def _open_if_sound(path: Path, plan: PackPlan) -> PackedFile | None:
-    """Return the packed file, if it is there, whole, and as planned."""
+def _open_if_sound(path: Path, source: Source, layout: Layout) -> PackedFile | None:
+    """Return the packed file, if it is there, whole, and as one of this source is planned."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
     try:
-        packed = open_packed(fd, path)
+        metadata = read_metadata(path)
+        packed = open_packed(fd, path, _read_notes(metadata))
     except CheckpointError:
         os.close(fd)
         return None
     tensors = {name: TensorForm(info.dtype, info.shape) for name, info in packed.tensors.tensors.items()}
-    metadata = read_metadata(path)
-    as_planned = tensors == plan.tensors and metadata.get("source_identity") == plan.checkpoint.identity
-    return packed if as_planned and _is_unharmed(path, fd, metadata) else None
+    as_planned = tensors == packed_forms(source.config, layout, HEAD in tensors)
+    if not as_planned or metadata.get("source_identity") != source.identity:
+        return None
+    return packed if _is_unharmed(path, fd, metadata) else None
+
+
+def _read_notes(metadata: dict[str, str]) -> tuple[str, ...]:
+    try:
+        notes = json.loads(metadata.get("notes", "[]"))
+    except (ValueError, RecursionError):
+        return ()
+    return tuple(str(note) for note in notes) if isinstance(notes, list) else ()
 
 
 def _is_unharmed(path: Path, fd: int, metadata: dict[str, str]) -> bool:
@@ -332,7 +408,7 @@ def _is_unharmed(path: Path, fd: int, metadata: dict[str, str]) -> bool:
     return True
 
 
-def _write(path: Path, plan: PackPlan, model: str, progress: bool) -> None:
+def _write(path: Path, plan: PackPlan, progress: bool) -> None:
     """Stream the tensors into a file that gets its name when it is whole and on the disk."""
     import shutil
 
@@ -345,10 +421,15 @@ def _write(path: Path, plan: PackPlan, model: str, progress: bool) -> None:
     sealed = int(time.time()) * 10**9
     try:
         bar = tqdm(
-            total=plan.data_bytes, desc=f"packing {model}", unit="B", unit_scale=True, leave=False, disable=not progress
+            total=plan.data_bytes,
+            desc=f"packing {plan.model}",
+            unit="B",
+            unit_scale=True,
+            leave=False,
+            disable=not progress,
         )
         with temporary.open("wb") as file, bar:
-            plan.write(file, model, sealed, bar.update)
+            plan.write(file, sealed, bar.update)
             file.flush()
             os.utime(file.fileno(), ns=(sealed, sealed))
             os.fsync(file.fileno())

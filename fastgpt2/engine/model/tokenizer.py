@@ -2,31 +2,59 @@
 
 from __future__ import annotations
 
-import codecs
+import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from fastgpt2.engine.model import decoders
+from fastgpt2.engine.model.detokenizer import ByteDetokenizer, Detokenizer, StagedDetokenizer, copies, rest, run
 from fastgpt2.engine.model.tokenizer_files import load_tokenizer
+from fastgpt2.errors import TokenizerError
 
 if TYPE_CHECKING:
     from fastgpt2.engine.model.tokenizer_files import LoadedTokenizer
 
+# What stands for "no bound": a token may stand for a text of any length.
+ANY_LENGTH = 1 << 30
+
+# A token before another one, to see what that gives within a text. No vocabulary has it.
+_BEFORE = "\uf8ff"
+
+_BYTES_AS_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
+
 
 class Tokenizer:
-    """A byte-level BPE tokenizer (Radford et al. 2019), as the tokenizers library runs it."""
+    """A tokenizer, as the tokenizers library runs it.
+
+    Most are byte-level BPE (Radford et al. 2019), whose tokens are bytes. The text of all others is what the
+    tokenizer's own decoder makes of them.
+
+    Attributes:
+        special_tokens: the names of the special tokens by their ids. They are no part of a text.
+        notes: sentences for people on what was passed over in the tokenizer's files.
+    """
 
     def __init__(self, loaded: LoadedTokenizer) -> None:
-        from tokenizers import processors
-
         backend = loaded.backend
         backend.no_truncation()
         backend.no_padding()
-        if isinstance(backend.post_processor, processors.ByteLevel):
-            # All that this processor could do is to leave spaces out of the tokens' offsets.
-            backend.post_processor = processors.ByteLevel(trim_offsets=False)
-        self._backend = backend
-        self._special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
-        self._added = {i: token.content for i, token in backend.get_added_tokens_decoder().items()}
+        _keep_spaces_in_offsets(backend)
+        self._backend, self.notes = backend, loaded.notes
+        added = backend.get_added_tokens_decoder()
+        self._added = {token_id: token.content for token_id, token in added.items()}
+        self.special_tokens = {token_id: token.content for token_id, token in added.items() if token.special}
+        # The vocabulary may have a token of such a name under another id too, which the library takes for special.
+        self._special_names = frozenset(self.special_tokens.values())
+        # A token that takes spaces beside it along stands for a text of any length.
+        self._takes_spaces = any(token.lstrip or token.rstrip for token in added.values())
+        self._cleans_up = loaded.clean_up
+        self._is_byte_level = decoders.is_byte_level(backend.decoder)
+        # Where tokens are bytes and nothing else is to be done, a table of bytes is enough.
+        self._needs_stages = not self._is_byte_level or loaded.clean_up
+        self._stages = decoders.stages_of(backend.decoder) if self._needs_stages else []
+        if loaded.clean_up:
+            self._stages += decoders.clean_up_stages()
         self._bytes: dict[int, bytes] = {}
 
     @classmethod
@@ -44,17 +72,28 @@ class Tokenizer:
 
     @property
     def longest_token_bytes(self) -> int:
-        """The longest token's length in bytes: a text of n bytes has at least n / longest_token_bytes tokens."""
-        added = {content: len(content.encode()) for content in self._added.values()}
+        """The most bytes that a token stands for: a text of n bytes has at least n / longest_token_bytes tokens.
+
+        `ANY_LENGTH` where there is no bound: a tokenizer may drop characters, or take a whole word for one unknown
+        token.
+        """
+        if not self._keeps_every_byte():
+            return ANY_LENGTH
+        added = set(self._added.values())
+
+        def size(token: str) -> int:
+            # A byte-level token has a character for each byte. Any other has at least the bytes that it stands for.
+            return len(token) if self._is_byte_level and token not in added else len(token.encode())
+
         longest = found = 0
         # One at a time: a dictionary of all would leave behind 10 MB in the process that nothing else can use.
         for token_id in range(self.vocab_size):
             token = self._backend.id_to_token(token_id)
             if token is not None:
                 found += 1
-                longest = max(longest, added.get(token, len(token)))
+                longest = max(longest, size(token))
         if found < self.vocab_size:  # there are gaps in the ids, so that some lie beyond
-            longest = max(added.get(token, len(token)) for token in self._backend.get_vocab())
+            longest = max(map(size, self._backend.get_vocab()))
         return max(longest, 1)
 
     def ids_from(self, first: int) -> list[int]:
@@ -63,14 +102,36 @@ class Tokenizer:
         return sorted(i for i in candidates if self._backend.id_to_token(i) is not None)
 
     def encode(self, text: str) -> list[int]:
-        return list(self._backend.encode(text).ids)
+        """Return the token ids of a text.
+
+        Raises:
+            TokenizerError: the tokenizer has no token for some of the text, nor one for what is unknown.
+        """
+        return list(self._encode(text).ids)
 
     def offsets(self, text: str) -> list[int]:
-        """Return where in the text each token of `encode` begins: the index of the character of its first byte."""
-        return [begin for begin, _ in self._backend.encode(text).offsets]
+        """Return where in the text each token of `encode` begins: the index of the character of its first byte.
+
+        A token that stands for none of the text, as one that the tokenizer puts before or behind it, begins where the
+        token before it ends.
+        """
+        offsets, behind = [], 0
+        for begin, end in self._encode(text).offsets:
+            offsets.append(begin if begin < end else behind)
+            behind = max(behind, end)
+        return offsets
+
+    def token(self, token_id: int) -> str | None:
+        """Return a token as the vocabulary has it; None for a special token or an id without a token."""
+        token = self._name(token_id)
+        return None if token in self._special_names else token
+
+    def is_special(self, token_id: int) -> bool:
+        """Tell whether a token is a special one, which is no part of a text."""
+        return self._name(token_id) in self._special_names
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Return the bytes that a token stands for: b"" for a special token or an id without a token."""
+        """Return the bytes that a token stands for within a text: b"" for a special token or an id without a token."""
         known = self._bytes.get(token_id)
         if known is None:
             known = self._bytes[token_id] = self._look_up(token_id)
@@ -78,68 +139,116 @@ class Tokenizer:
 
     def token_text(self, token_id: int) -> str:
         """Return a token for people to read, as in `TokenLogprob.token`."""
-        if token_id in self._special:
-            return self._added[token_id]
+        name = self._name(token_id)
+        if name is not None and name in self._special_names:
+            return name
         value = self.token_bytes(token_id)
         try:
             return value.decode("utf-8")
         except UnicodeDecodeError:
             return "bytes:" + "".join(chr(b) if 0x20 <= b < 0x7F and b != 0x5C else f"\\x{b:02x}" for b in value)
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids without special tokens; bytes that are no UTF-8 become U+FFFD."""
+        if not self._needs_stages:
+            return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+        tokens = [token for token in map(self.token, ids) if token is not None]
+        decoder = self._backend.decoder
+        text = " ".join(tokens) if decoder is None else decoders.run_decoder(decoder, tokens)
+        return decoders.clean_up(text) if self._cleans_up else text
+
+    def detokenizer(self, prompt_ids: Sequence[int] = ()) -> Detokenizer:
+        """Return what turns token ids into text as they come, of the tokens that follow `prompt_ids`."""
+        if not self._needs_stages:
+            return ByteDetokenizer(self.token_bytes, prompt_ids)
+        return StagedDetokenizer(self.token, copies(self._stages), prompt_ids)
+
+    def _name(self, token_id: int) -> str | None:
+        name: str | None = self._added.get(token_id) or self._backend.id_to_token(token_id)
+        return name
+
+    def _encode(self, text: str) -> Any:
+        try:
+            return self._backend.encode(text)
+        except Exception as reason:  # the library raises plain Exception
+            raise TokenizerError(
+                f"the tokenizer cannot encode this prompt ({reason}): leave out characters that it does not know"
+            ) from None
+
     def _look_up(self, token_id: int) -> bytes:
-        if token_id in self._special:
-            return b""
-        if token_id in self._added:
-            return self._added[token_id].encode()
-        token = self._backend.id_to_token(token_id)
+        token = self.token(token_id)
         if token is None:
             return b""
-        try:
-            return bytes(_BYTE_OF_CHARACTER[c] for c in token)
-        except KeyError:
-            return token.encode()
+        if self._is_byte_level:
+            return decoders.bytes_of(token)
+        byte = decoders.byte_of(token)
+        if byte is not None and any(isinstance(stage, decoders.BytesOfTokens) for stage in self._stages):
+            return byte
+        stages = copies(self._stages)
+        before = run(stages, (_BEFORE,))
+        alone = before + rest(stages)
+        return (before + run(stages, (token,)) + rest(stages)).removeprefix(alone).encode()
 
-    def decode(self, ids: list[int]) -> str:
-        """Return the text of token ids; bytes that are no UTF-8 become U+FFFD."""
-        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+    def _keeps_every_byte(self) -> bool:
+        """Tell whether each byte of a text surely becomes a part of a token.
 
-
-class IncrementalDetokenizer:
-    """Turns token ids into text as they come, holding back the bytes of an unfinished character."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, token_id: int) -> str:
-        """Take the next token, and return the text that it completes."""
-        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
-
-    @property
-    def unfinished(self) -> bytes:
-        """Return the bytes of an unfinished character, which are held back; b"" if there is none."""
-        return self._decoder.getstate()[0]
-
-    def breaks_off(self, token_id: int) -> bool:
-        """Tell whether this token's first byte cannot continue the unfinished character, which becomes U+FFFD then."""
-        if not self.unfinished:
+        That is so for BPE with a token for each byte, if nothing before it takes text away. A normalizer may, but for
+        the one of sentencepiece's kind that puts something before the text, or for spaces.
+        """
+        pipeline = json.loads(self._backend.normalizer.__getstate__()) if self._backend.normalizer is not None else None
+        if self._takes_spaces or type(self._backend.model).__name__ != "BPE":
             return False
-        try:
-            codecs.getincrementaldecoder("utf-8")().decode(self.unfinished + self._tokenizer.token_bytes(token_id)[:1])
-        except UnicodeDecodeError:
+        if not all(_only_adds(part) for part in _flat(pipeline, "normalizers")):
+            return False
+        splitter = self._backend.pre_tokenizer
+        splits = _flat(json.loads(splitter.__getstate__()) if splitter is not None else None, "pretokenizers")
+        if not all(_only_splits(part) for part in splits):
+            return False
+        if any(part["type"] == "ByteLevel" for part in splits):
+            tokens: Sequence[str] = decoders.CHARACTERS_OF_BYTES
+        elif self._backend.model.byte_fallback:
+            tokens = _BYTES_AS_TOKENS
+        else:
+            return False
+        return all(self._backend.token_to_id(token) is not None for token in tokens)
+
+
+def _flat(pipeline: Any, name: str) -> list[dict[str, Any]]:
+    """Return the steps of a normalizer or a pre-tokenizer as JSON describes it, those within others in their order."""
+    if pipeline is None:
+        return []
+    if pipeline["type"] == "Sequence":
+        return [part for step in pipeline[name] for part in _flat(step, name)]
+    return [pipeline]
+
+
+def _only_adds(part: dict[str, Any]) -> bool:
+    """Tell whether a step of a normalizer makes no text shorter, in bytes."""
+    match part:
+        case {"type": "Prepend"}:
             return True
-        return False
-
-    def flush(self) -> str:
-        """Return what is left when no token follows: U+FFFD for an unfinished character, else ""."""
-        return self._decoder.decode(b"", final=True)
+        case {"type": "Replace", "pattern": {"String": str(pattern)}, "content": str(content)}:
+            return len(content.encode()) >= len(pattern.encode())
+    return False
 
 
-def _byte_of_character() -> dict[str, int]:
-    """Return GPT-2's printable stand-ins for bytes. Source: `bytes_to_unicode` in OpenAI's gpt-2/src/encoder.py."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(0x100) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(0x100 + n): b for n, b in enumerate(others)}
+def _only_splits(part: dict[str, Any]) -> bool:
+    """Tell whether a step of a pre-tokenizer takes nothing of the text away."""
+    match part:
+        case {"type": "ByteLevel" | "Metaspace" | "Digits"}:
+            return True
+        case {"type": "Split" | "Punctuation", "behavior": str(behavior)}:
+            return behavior != "Removed"
+    return False
 
 
-_BYTE_OF_CHARACTER = _byte_of_character()
+def _keep_spaces_in_offsets(backend: Any) -> None:
+    """Have no post-processor leave spaces out of the tokens' offsets."""
+    processor = backend.post_processor
+    if processor is None:
+        return
+    state = processor.__getstate__()
+    kept = state.replace(b'"trim_offsets":true', b'"trim_offsets":false')
+    if kept != state:
+        processor.__setstate__(kept)
+        backend.post_processor = processor

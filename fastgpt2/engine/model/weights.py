@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from fastgpt2.engine.kernels.panels import Array, Panels
 from fastgpt2.engine.model.checkpoint import Checkpoint
 from fastgpt2.engine.model.config import GPT2Config
-from fastgpt2.errors import CheckpointError
 
-# Causal masks that older exports carry; the attention here needs none.
-_MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
-
-# Exports of the whole language model put it before every name, those of the bare transformer do not.
-_PREFIX = "transformer."
+# The token table, and the output's table. The first one serves as both if the file has no second one.
+TABLE = "wte.weight"
+HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +50,7 @@ class Weights:
     """The weights of a model, as views on a packed file.
 
     Attributes:
-        wte: [vocab_size, n_embd] if the output has a table of its own; None if `lm_head` serves both.
+        wte: [vocab_size, n_embd] if the output has a table of its own; None if `lm_head` serves as both.
         wpe: [n_positions, n_embd].
         lm_head: the token table as panels of its transpose, [n_embd, vocab_size].
     """
@@ -85,9 +81,9 @@ def view_weights(packed: Checkpoint, config: GPT2Config) -> Weights:
     def linear(name: str) -> Linear:
         return Linear(panels(f"{name}.weight"), packed.float32(f"{name}.bias"))
 
-    tied = config.tie_word_embeddings
+    own_head = HEAD in packed.tensors
     return Weights(
-        wte=None if tied else packed.float32("wte.weight")[: config.vocab_size],
+        wte=packed.float32(TABLE)[: config.vocab_size] if own_head else None,
         wpe=packed.float32("wpe.weight")[: config.n_positions],
         blocks=tuple(
             Block(
@@ -101,7 +97,7 @@ def view_weights(packed: Checkpoint, config: GPT2Config) -> Weights:
             for i in range(config.n_layer)
         ),
         ln_f=norm("ln_f"),
-        lm_head=panels("wte.weight" if tied else "lm_head.weight"),
+        lm_head=panels(HEAD if own_head else TABLE),
     )
 
 
@@ -113,46 +109,11 @@ def scales_name(weight: str) -> str:
 def expected_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
     """Return every tensor that the configuration implies, without the `transformer.` prefix, and its shape."""
     n, inner = config.n_embd, config.n_inner
-    shapes: dict[str, tuple[int, ...]] = {"wte.weight": (config.vocab_size, n), "wpe.weight": (config.n_positions, n)}
+    shapes: dict[str, tuple[int, ...]] = {TABLE: (config.vocab_size, n), "wpe.weight": (config.n_positions, n)}
     linears = {"attn.c_attn": (n, 3 * n), "attn.c_proj": (n, n), "mlp.c_fc": (n, inner), "mlp.c_proj": (inner, n)}
     for i in range(config.n_layer):
         for norm in ("ln_1", "ln_2"):
             shapes |= {f"h.{i}.{norm}.weight": (n,), f"h.{i}.{norm}.bias": (n,)}
         for name, shape in linears.items():
             shapes |= {f"h.{i}.{name}.weight": shape, f"h.{i}.{name}.bias": shape[1:]}
-    return {**shapes, "ln_f.weight": (n,), "ln_f.bias": (n,), "lm_head.weight": (config.vocab_size, n)}
-
-
-def match_names(checkpoint: Checkpoint, config: GPT2Config) -> dict[str, str]:
-    """Return name without prefix -> name in the file, for the tensors that the model uses.
-
-    Every other tensor is a causal mask, or an output table beside a token table that serves as one.
-
-    Raises:
-        CheckpointError: a tensor is missing, surplus, misshapen or stored twice; the message names file and tensor.
-    """
-    shapes = expected_shapes(config)
-    names: dict[str, str] = {}
-    for stored, info in checkpoint.tensors.items():
-        name = stored.removeprefix(_PREFIX)
-        if _MASKS.fullmatch(name):
-            continue
-        if name not in shapes:
-            raise CheckpointError(
-                f"{info.file}: unexpected tensor {stored!r}, which a GPT-2 with n_layer {config.n_layer} does not have"
-            )
-        if name in names:
-            raise CheckpointError(f"{info.file}: tensor {name!r} is stored twice, as {stored!r} and {names[name]!r}")
-        if info.shape != shapes[name]:
-            raise CheckpointError(
-                f"{info.file}: tensor {stored!r} has the shape {list(info.shape)}; config.json implies "
-                f"{list(shapes[name])}"
-            )
-        names[name] = stored
-    files = ", ".join(sorted({str(info.file) for info in checkpoint.tensors.values()})) or "the checkpoint"
-    for name in shapes:
-        if name not in names and not (name == "lm_head.weight" and config.tie_word_embeddings):
-            raise CheckpointError(f"{files}: tensor {name!r} is missing")
-    if config.tie_word_embeddings:
-        names.pop("lm_head.weight", None)
-    return names
+    return {**shapes, "ln_f.weight": (n,), "ln_f.bias": (n,), HEAD: (config.vocab_size, n)}
