@@ -55,7 +55,13 @@ SINGLE = {**checkpoint_files("prefixed"), **TOKENIZER}
 SHARDED = {**checkpoint_files("sharded"), **TOKENIZER}
 UNNEEDED = {"README.md": b"# A model", "pytorch_model.bin": b"\x80\x02", "chat_template.jinja": b"{}"}
 # What stands beside weights and tokenizer, and has to be asked for.
-EXTRAS = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json"}
+EXTRAS = {
+    "adapter_config.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+}
 PICKLE = {**{name: SINGLE[name] for name in ("config.json", *TOKENIZER)}, "pytorch_model.bin": b"PK"}
 WEIGHTS = "model.safetensors"
 
@@ -351,6 +357,26 @@ def test_repository_of_an_adapter(hub: FakeHub, caller: Caller) -> None:
 
     assert outcome.error == "ModelNotFound"
     assert outcome.message.startswith("lora: is a PEFT adapter of gpt2, and no model itself. Merge the two (")
+
+
+def test_model_with_an_adapter_beside_it(hub: FakeHub, caller: Caller) -> None:
+    hub.commit("both", {**SINGLE, "adapter_config.json": b'{"base_model_name_or_path": "gpt2"}'})
+
+    outcome = caller.call("both")
+
+    assert outcome.error == "ConfigError"
+    assert "is a PEFT adapter of gpt2" in outcome.message
+    assert not weight_transfers(hub)
+
+
+def test_model_of_sentencepiece_is_fetched_for_the_one_class_that_needs_it(hub: FakeHub, caller: Caller) -> None:
+    """The class GPTSw3Tokenizer reads it whatever stands beside it; others are content with `tokenizer.json`."""
+    extra = {"spiece.model": b"x", "tokenizer_config.json": b'{"tokenizer_class": "GPTSw3Tokenizer"}'}
+    hub.commit("sw3", {**SINGLE, **extra})
+    hub.commit("t5", {**SINGLE, **extra, "tokenizer_config.json": b'{"tokenizer_class": "T5Tokenizer"}'})
+
+    assert caller.call("sw3").files().keys() == {*SINGLE, *extra}
+    assert "spiece.model" not in caller.call("t5").files()
 
 
 @pytest.mark.parametrize("missing", ["config.json", WEIGHTS])

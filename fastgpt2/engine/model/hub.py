@@ -21,6 +21,7 @@ from fastgpt2.engine.model.config import (
     INDEX_FILE,
     NANOGPT_FILE,
     SINGLE_FILE,
+    TOKENIZER_CONFIG_FILE,
     TOKENIZER_EXTRAS,
     TOKENIZER_SETS,
     TORCH_FILE,
@@ -28,7 +29,7 @@ from fastgpt2.engine.model.config import (
     read_config,
     read_index,
 )
-from fastgpt2.engine.model.diagnosis import explain_folder, explain_names, read_small_json
+from fastgpt2.engine.model.diagnosis import ADAPTER_FILE, explain_folder, explain_names, read_small_json, refuse_adapter
 from fastgpt2.engine.model.generation_config import GENERATION_CONFIG_FILE
 from fastgpt2.errors import ModelError, ModelNotFound, TokenizerError
 
@@ -39,6 +40,9 @@ DEFAULT_REVISION = "main"
 
 # The files of the weights, the first that are there: one file, or an index of several.
 WEIGHT_FILES = ((SINGLE_FILE, INDEX_FILE), (TORCH_FILE, TORCH_INDEX_FILE))
+
+# The model of sentencepiece that the tokenizer of the GPT-SW3 needs beside any other file.
+GPT_SW3_FILE = "spiece.model"
 
 # Files that every repository has and no program asks for by name: where one of them is in the cache, someone has
 # downloaded all of the revision.
@@ -110,6 +114,7 @@ def find_model(model: str, revision: str | None = None, with_tokenizer: bool = T
         return _find_on_hub(model, revision, partial(_collect_model, with_tokenizer=with_tokenizer))
     if not (folder / CONFIG_FILE).is_file() and not (folder / NANOGPT_FILE).is_file():
         raise ModelNotFound(explain_folder(folder))
+    refuse_adapter(folder)
     if with_tokenizer and not _collect_tokenizer(partial(_look_up, folder)):
         raise TokenizerError(_tokenizer_needed(model, folder))
     return folder
@@ -242,6 +247,8 @@ def _collect_model(fetch: Fetch, with_tokenizer: bool) -> Path | None:
     config = fetch(CONFIG_FILE)
     if config is not None:
         read_config(config.parent)
+        if fetch(ADAPTER_FILE):
+            refuse_adapter(config.parent)
     if with_tokenizer and not _collect_tokenizer(fetch):
         return None
     if config is None:
@@ -256,8 +263,11 @@ def _collect_tokenizer(fetch: Fetch) -> Path | None:
     for names in TOKENIZER_SETS:
         paths = [path for name in names if (path := fetch(name)) is not None]
         if len(paths) == len(names):
-            for name in (*TOKENIZER_EXTRAS, CONFIG_FILE):
-                fetch(name)
+            extras = {name: fetch(name) for name in (*TOKENIZER_EXTRAS, CONFIG_FILE)}
+            settings = extras[TOKENIZER_CONFIG_FILE]
+            # Others leave sentencepiece's model alone where there is a tokenizer.json.
+            if settings is not None and read_small_json(settings).get("tokenizer_class") == "GPTSw3Tokenizer":
+                fetch(GPT_SW3_FILE)
             return paths[0].parent
     return None
 

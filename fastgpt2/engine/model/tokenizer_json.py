@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastgpt2.engine.model.lfs_pointer import explain_pointer, is_pointer
 from fastgpt2.errors import TokenizerError
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ class TokenizerJson:
 
         self.path = path
         self.text = read_text(path)
+        if is_pointer(path):
+            raise TokenizerError(explain_pointer(path))
         self._head = _parse_head(path, self.text)
         self.charsmap = self._find_charsmap()
         self.backend: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(self.text)
