@@ -15,7 +15,7 @@ from fastgpt2.engine.model.decoders import AllTokens, bytes_of, clean_up
 from fastgpt2.engine.model.detokenizer import ByteDetokenizer, StagedDetokenizer
 from fastgpt2.engine.model.tokenizer import ANY_LENGTH, Tokenizer
 from fastgpt2.engine.model.tokenizer_files import LoadedTokenizer
-from fastgpt2.errors import TokenizerError
+from fastgpt2.errors import BadRequest, TokenizerError
 
 KINDS: list[dict[str, Any]] = json.loads((GOLDEN / "decoding.json").read_text("utf-8"))
 by_kind = pytest.mark.parametrize("entry", KINDS, ids=lambda entry: entry["kind"])
@@ -229,6 +229,17 @@ def test_a_row_of_bytes_comes_when_it_ends() -> None:
     assert pushed(DECODERS["Llama"], ["<0xE2>", "b"]) == ["", "\ufffdb", ""]
 
 
+def test_bytes_as_sentencepiece_itself_decodes_them() -> None:
+    """Derived by hand from `SentencePieceProcessor::Decode`: each byte that is part of no character is U+FFFD."""
+    backend, ids = made(DECODERS["Llama"])[0]._backend, made(DECODERS["Llama"])[1]
+    tokenizer = Tokenizer(LoadedTokenizer(backend, bytes_alone=True))
+    row = [ids[token] for token in ("a", "<0xE2>", "<0x82>", "<0xAC>", "<0xAC>", "<0x0A>", "<0xE2>", "<0x82>", "b")]
+    pieces = ["a", "", "", "€", "\ufffd", "\n", "", "", "\ufffd\ufffdb", ""]
+    assert pieces_of(tokenizer, row, []) == pieces
+    assert tokenizer.decode(row) == "".join(pieces)
+    assert tokenizer.token_bytes(ids["<0xE2>"]) == b"\xe2"
+
+
 def test_what_is_held_back_is_known_as_text_that_may_come() -> None:
     tokenizer, ids = made(DECODERS["Llama"])
     detokenizer = tokenizer.detokenizer()
@@ -396,5 +407,5 @@ def test_offsets_of_tokens_that_stand_around_the_text() -> None:
 
 def test_what_the_tokenizer_cannot_encode() -> None:
     backend = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="<unk>"))
-    with pytest.raises(TokenizerError, match=r"the tokenizer cannot encode this prompt .*leave out characters"):
+    with pytest.raises(BadRequest, match=r"the tokenizer cannot encode this prompt .*leave out characters"):
         Tokenizer(LoadedTokenizer(backend)).encode("b")

@@ -149,6 +149,42 @@ class BytesOfTokens(Stage):
         return (self._text,) if self._text else ()
 
 
+class BytesAlone(Stage):
+    """The same step as sentencepiece itself does it: a byte that is part of no character is U+FFFD, it alone.
+
+    Source: `SentencePieceProcessor::Decode` in sentencepiece_processor.cc.
+    """
+
+    def __init__(self) -> None:
+        self._unfinished = b""
+
+    def push(self, token: str) -> Iterable[str]:
+        byte = byte_of(token)
+        if byte is None:
+            row = (*self.rest(), token)
+            self._unfinished = b""
+            return row
+        pieces = []
+        data = self._unfinished + byte
+        while data:
+            try:
+                text, used = codecs.utf_8_decode(data, "strict", False)
+            except UnicodeDecodeError:
+                text, used = UNKNOWN, 1
+            if not used:
+                break
+            pieces.append(text)
+            data = data[used:]
+        self._unfinished = data
+        return pieces
+
+    def rest(self) -> Iterable[str]:
+        return (UNKNOWN,) * len(self._unfinished)
+
+    def whole_rest(self) -> Iterable[str]:
+        return ()
+
+
 class ByteLevel(Stage):
     """The step ByteLevel: each character of a token stands for a byte, and the bytes of all tokens are one text."""
 
@@ -245,13 +281,20 @@ def bytes_of(token: str) -> bytes:
         return token.encode()
 
 
+def is_library_failure(reason: BaseException) -> bool:
+    """Tell whether the tokenizers library may have raised this: a plain Exception, or a panic of Rust's.
+
+    The class of a panic is no Exception, and no module has that class under a name.
+    """
+    return isinstance(reason, Exception) or type(reason).__name__ == "PanicException"
+
+
 def run_decoder(decoder: Any, tokens: Sequence[str]) -> str:
-    """Run the library's decoder; raise TokenizerError if it fails, which some do by a panic of Rust's."""
+    """Run the library's decoder; raise TokenizerError if it fails."""
     try:
         return str(decoder.decode(list(tokens)))
     except BaseException as reason:
-        # Its class is no Exception, and no module has it under a name.
-        if not isinstance(reason, Exception) and type(reason).__name__ != "PanicException":
+        if not is_library_failure(reason):
             raise
         raise TokenizerError(f"the tokenizer's decoder cannot make a text of its tokens ({reason})") from None
 
@@ -274,8 +317,12 @@ def clean_up(text: str) -> str:
     return text
 
 
-def stages_of(decoder: Any) -> list[Stage]:
-    """Return the stages that do together what the library's decoder does; None stands for no decoder at all."""
+def stages_of(decoder: Any, bytes_alone: bool = False) -> list[Stage]:
+    """Return the stages that do together what the library's decoder does; None stands for no decoder at all.
+
+    Args:
+        bytes_alone: bytes become characters as sentencepiece itself does it (`BytesAlone`).
+    """
     if decoder is None:
         return [EachToken(None)]
     stages: list[Stage] = []
@@ -295,6 +342,8 @@ def stages_of(decoder: Any) -> list[Stage]:
             return [AllTokens(decoder)]
         stages += made
         takes = {"ByteLevel": "text", "BPEDecoder": "pieces", "CTC": "pieces"}.get(kind, takes)
+    if bytes_alone:
+        stages = [BytesAlone() if isinstance(stage, BytesOfTokens) else stage for stage in stages]
     return stages
 
 

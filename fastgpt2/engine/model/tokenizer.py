@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fastgpt2.engine.model import decoders
 from fastgpt2.engine.model.detokenizer import ByteDetokenizer, Detokenizer, StagedDetokenizer, copies, rest, run
 from fastgpt2.engine.model.tokenizer_files import load_tokenizer
-from fastgpt2.errors import TokenizerError
+from fastgpt2.errors import BadRequest
 
 if TYPE_CHECKING:
     from fastgpt2.engine.model.tokenizer_files import LoadedTokenizer
@@ -48,11 +48,11 @@ class Tokenizer:
         self._special_names = frozenset(self.special_tokens.values())
         # A token that takes spaces beside it along stands for a text of any length.
         self._takes_spaces = any(token.lstrip or token.rstrip for token in added.values())
-        self._cleans_up = loaded.clean_up
+        self._cleans_up, self._bytes_alone = loaded.clean_up, loaded.bytes_alone
         self._is_byte_level = decoders.is_byte_level(backend.decoder)
         # Where tokens are bytes and nothing else is to be done, a table of bytes is enough.
         self._needs_stages = not self._is_byte_level or loaded.clean_up
-        self._stages = decoders.stages_of(backend.decoder) if self._needs_stages else []
+        self._stages = decoders.stages_of(backend.decoder, loaded.bytes_alone) if self._needs_stages else []
         if loaded.clean_up:
             self._stages += decoders.clean_up_stages()
         self._bytes: dict[int, bytes] = {}
@@ -105,7 +105,7 @@ class Tokenizer:
         """Return the token ids of a text.
 
         Raises:
-            TokenizerError: the tokenizer has no token for some of the text, nor one for what is unknown.
+            BadRequest: the tokenizer has no token for some of the text, nor one for what is unknown.
         """
         return list(self._encode(text).ids)
 
@@ -154,6 +154,9 @@ class Tokenizer:
             return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
         tokens = [token for token in map(self.token, ids) if token is not None]
         decoder = self._backend.decoder
+        if self._bytes_alone:
+            stages = copies(self._stages)
+            return run(stages, tokens) + rest(stages)
         text = " ".join(tokens) if decoder is None else decoders.run_decoder(decoder, tokens)
         return decoders.clean_up(text) if self._cleans_up else text
 
@@ -170,8 +173,10 @@ class Tokenizer:
     def _encode(self, text: str) -> Any:
         try:
             return self._backend.encode(text)
-        except Exception as reason:  # the library raises plain Exception
-            raise TokenizerError(
+        except BaseException as reason:
+            if not decoders.is_library_failure(reason):
+                raise
+            raise BadRequest(
                 f"the tokenizer cannot encode this prompt ({reason}): leave out characters that it does not know"
             ) from None
 
@@ -182,7 +187,9 @@ class Tokenizer:
         if self._is_byte_level:
             return decoders.bytes_of(token)
         byte = decoders.byte_of(token)
-        if byte is not None and any(isinstance(stage, decoders.BytesOfTokens) for stage in self._stages):
+        if byte is not None and any(
+            isinstance(stage, decoders.BytesOfTokens | decoders.BytesAlone) for stage in self._stages
+        ):
             return byte
         stages = copies(self._stages)
         before = run(stages, (_BEFORE,))

@@ -21,6 +21,7 @@ from fastgpt2.engine.model.config import (
     TOKENIZER_SETS,
     read_json_object,
 )
+from fastgpt2.engine.model.decoders import is_library_failure
 from fastgpt2.engine.model.special_tokens import (
     Options,
     SpecialTokens,
@@ -112,6 +113,8 @@ class LoadedTokenizer:
     Attributes:
         backend: the pipeline, with the post-processor, the decoder and the added tokens that transformers gives it.
         clean_up: whether transformers would run its `clean_up_tokenization` over decoded text.
+        bytes_alone: whether transformers would have sentencepiece itself decode, which takes each byte that is part of
+            no character for U+FFFD, and not its whole row.
         eos_token_id: the tokenizer's own end-of-sequence token, or None.
         bos_token_id: the tokenizer's own beginning-of-sequence token, or None.
         notes: sentences for people on what was passed over.
@@ -119,6 +122,7 @@ class LoadedTokenizer:
 
     backend: tokenizers.Tokenizer
     clean_up: bool = False
+    bytes_alone: bool = False
     eos_token_id: int | None = None
     bos_token_id: int | None = None
     notes: tuple[str, ...] = ()
@@ -140,8 +144,7 @@ def load_tokenizer(folder: Path) -> LoadedTokenizer:
         separator = "/" if str(error).startswith(TOKENIZER_CONFIG_FILE) else ": "
         raise TokenizerError(f"{folder if separator == '/' else loader.path}{separator}{error}") from None
     except BaseException as reason:
-        # The library raises plain Exception for whatever its parser meets, and Rust's panics are no Exception.
-        if not isinstance(reason, Exception) and type(reason).__name__ != "PanicException":
+        if not is_library_failure(reason):
             raise
         said = " ".join(str(reason).split())[:200] or type(reason).__name__
         raise TokenizerError(f"{loader.path}: not a tokenizer that can be read ({said})") from None
@@ -183,6 +186,7 @@ class _Loader:
         return LoadedTokenizer(
             backend,
             clean_up=self._cleans_up(backend, options, kind),
+            bytes_alone=kind is not None and kind.raw,
             eos_token_id=special.find(backend, "eos_token"),
             bos_token_id=special.find(backend, "bos_token"),
             notes=tuple(self.notes),
