@@ -10,16 +10,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
+from safetensors.numpy import load_file, save_file
 from support.models import with_end_of_text
 from support.running import StartWorker
 
 from fastgpt2 import Client, Engine
 from fastgpt2.api.pool.status import read_status
 from fastgpt2.engine.model.hub import DEMO_FOLDER
-from fastgpt2.errors import TokenizerError
+from fastgpt2.errors import BadRequest
 from fastgpt2.protocol.keys import MAX_NOTE_CHARACTERS, MAX_NOTES
 from fastgpt2.system.redis_server import RedisServer
 from fastgpt2.worker.reporting import notes_to_field
@@ -100,7 +102,7 @@ def test_pack_opens_what_a_worker_will_open(tmp_path: Path) -> None:
     # The remedy.
     packed = run("pack", str(folder), "--tokenizer", "demo", **cache)
     assert packed.returncode == 0, packed.stderr
-    assert "num_beams 4 is not applied: transformers would search with so many beams" in packed.stderr
+    assert "num_beams 4 is not applied: transformers would search with" in packed.stderr
     (folder / "tokenizer.json").write_text("{")
     damaged = run("pack", str(folder), **cache)
     assert damaged.returncode == 3
@@ -134,8 +136,19 @@ def test_a_tokenizer_with_more_tokens_than_the_table_is_noted(tmp_path: Path) ->
     said = "the tokenizer has 2 tokens beyond the model's table of 2048; the first is 2048, '[PAD0]'"
     assert one == f"{said}: a prompt with such a token is refused"
     assert engine.generate("It was", max_new_tokens=3) is not None
-    with pytest.raises(TokenizerError, match="the tokenizer gives token 2049"):
+    with pytest.raises(
+        BadRequest, match=r"'\[PAD1\]' in the prompt as token 2049, and the model's vocabulary has 2048"
+    ):
         engine.generate("It was[PAD1]")
+
+
+def test_tensors_that_are_left_out_are_noted(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path)
+    tensors = {**load_file(DEMO_FOLDER / "model.safetensors"), "v_head.summary.weight": np.zeros((1, 224), np.float32)}
+    (folder / "model.safetensors").unlink()
+    save_file(tensors, folder / "model.safetensors")
+    (one,) = Engine.load(folder, max_batch=1, threads=1).notes
+    assert "v_head.summary.weight" in one
 
 
 def test_a_model_without_notes_has_none(tmp_path: Path) -> None:

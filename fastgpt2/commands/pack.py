@@ -19,12 +19,14 @@ def run(values: dict[str, Any]) -> int:
         ModelError: the model cannot be found or used, or the cache cannot be written.
     """
     # This comes before numpy is imported.
+    from fastgpt2.engine.loading import note
     from fastgpt2.engine.machine import hold_to_one_thread
 
     hold_to_one_thread()
     _check_text(values)
     kinds = [values["weights"], *(["int8"] if values["drafts"] == "int8" else [])]
     files = [_pack_and_verify(values, weights) for weights in kinds]
+    note(values["model"], *files[0].notes)
     if values["measure"]:
         _measure(values)
     for packed in files:

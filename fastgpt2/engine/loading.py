@@ -139,17 +139,20 @@ def load_decoder(model: str, options: LoadOptions) -> LoadedModel:
     costs = row_costs(network, measurements, options.max_batch is None) if most_drafts is None else None
     decoder = Decoder(network, tokenizer, generation, prefixes, Drafter(network, most_drafts, costs))
     times = LoadTimes(mapped, tokenizer_done, perf_counter() - started)
-    return LoadedModel(decoder, times, note(model, *notes_on_text(config, tokenizer, generation)))
+    notes = (*network.sets[0].packed.notes, *notes_on_text(config, tokenizer, generation))
+    return LoadedModel(decoder, times, note(model, *notes))
 
 
 def notes_on_text(config: GPT2Config, tokenizer: Tokenizer, generation: GenerationConfig) -> tuple[str, ...]:
     """Return the notes on a model's tokenizer and on its generation settings."""
     beyond = tokenizer.ids_from(config.vocab_size)
     if not beyond:
-        return generation.notes
+        return (*tokenizer.notes, *generation.notes)
     first = f"{beyond[0]}, {tokenizer.token_text(beyond[0])!r}"
-    more = f"the tokenizer has {len(beyond)} tokens beyond the model's table of {config.vocab_size}"
-    return (f"{more}; the first is {first}: a prompt with such a token is refused", *generation.notes)
+    count = f"{len(beyond)} token" + ("s" if len(beyond) > 1 else "")
+    more = f"the tokenizer has {count} beyond the model's table of {config.vocab_size}"
+    refused = f"{more}; the first is {first}: a prompt with such a token is refused"
+    return (refused, *tokenizer.notes, *generation.notes)
 
 
 def note(model: str, *notes: str) -> tuple[str, ...]:

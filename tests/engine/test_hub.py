@@ -460,6 +460,14 @@ def test_tokenizer_that_is_none(hub: FakeHub, caller: Caller) -> None:
         {"tokenizer.model": b"x"},
         {"vocab.json": b"{}", "merges.txt": b"", "tokenizer_config.json": b"{}", "added_tokens.json": b"{}"},
         {"tokenizer.json": b"{}", "special_tokens_map.json": b"{}"},
+        # Its class reads both files.
+        {
+            "spiece.model": b"x",
+            "tokenizer.json": b"{}",
+            "tokenizer_config.json": b'{"tokenizer_class": "GPTSw3Tokenizer"}',
+        },
+        # Which of them the class reads is not known here.
+        {"spm.model": b"x", "vocab.txt": b"x", "vocab.json": b"{}", "merges.txt": b""},
     ],
     ids=lambda files: next(iter(files)),
 )

@@ -21,8 +21,8 @@ from fastgpt2.engine.model.config import (
     INDEX_FILE,
     NANOGPT_FILE,
     SINGLE_FILE,
-    TOKENIZER_CONFIG_FILE,
     TOKENIZER_EXTRAS,
+    TOKENIZER_FILE,
     TOKENIZER_SETS,
     TORCH_FILE,
     TORCH_INDEX_FILE,
@@ -41,8 +41,9 @@ DEFAULT_REVISION = "main"
 # The files of the weights, the first that are there: one file, or an index of several.
 WEIGHT_FILES = ((SINGLE_FILE, INDEX_FILE), (TORCH_FILE, TORCH_INDEX_FILE))
 
-# The model of sentencepiece that the tokenizer of the GPT-SW3 needs beside any other file.
-GPT_SW3_FILE = "spiece.model"
+# Classes of tokenizers that take their vocabulary of sentencepiece's file, and of tokenizer.json only what remains.
+_READ_PIECES_TOO = ("GPTSw3Tokenizer", "GPTSw3TokenizerFast")
+PIECES_FILE = "spiece.model"
 
 # Files that every repository has and no program asks for by name: where one of them is in the cache, someone has
 # downloaded all of the revision.
@@ -159,7 +160,8 @@ def _look_up(folder: Path, name: str) -> Path | None:
 
 def _tokenizer_needed(model: str, folder: Path) -> str:
     """Return the message for a model without a tokenizer; raise ConfigError if the folder holds no GPT-2."""
-    vocab_size = read_config(folder).vocab_size if (folder / CONFIG_FILE).is_file() else None
+    known = any((folder / name).is_file() for name in (CONFIG_FILE, NANOGPT_FILE))
+    vocab_size = read_config(folder).vocab_size if known else None
     needed = f"{model}: holds no tokenizer, which is {_TOKENIZER_FILES_IN_WORDS}"
     if vocab_size is None or vocab_size in _GPT2_VOCABULARIES:
         return f"{needed}; if the model was trained with GPT-2's own, add --tokenizer gpt2"
@@ -259,17 +261,18 @@ def _collect_model(fetch: Fetch, with_tokenizer: bool) -> Path | None:
 
 
 def _collect_tokenizer(fetch: Fetch) -> Path | None:
-    """Fetch the files of a tokenizer, and the configuration, which may say of which kind the tokenizer is."""
-    for names in TOKENIZER_SETS:
-        paths = [path for name in names if (path := fetch(name)) is not None]
-        if len(paths) == len(names):
-            extras = {name: fetch(name) for name in (*TOKENIZER_EXTRAS, CONFIG_FILE)}
-            settings = extras[TOKENIZER_CONFIG_FILE]
-            # Others leave sentencepiece's model alone where there is a tokenizer.json.
-            if settings is not None and read_small_json(settings).get("tokenizer_class") == "GPTSw3Tokenizer":
-                fetch(GPT_SW3_FILE)
-            return paths[0].parent
-    return None
+    """Fetch the files of a tokenizer, and the configuration, which may say of which class the tokenizer is.
+
+    Without a `tokenizer.json` the class decides which of the others are read, so that all of them are fetched.
+    """
+    settings = [path for name in (CONFIG_FILE, *TOKENIZER_EXTRAS) if (path := fetch(name)) is not None]
+    whole = fetch(TOKENIZER_FILE)
+    if whole is not None:
+        if any(read_small_json(path).get("tokenizer_class") in _READ_PIECES_TOO for path in settings):
+            fetch(PIECES_FILE)
+        return whole.parent
+    paths = [[fetch(name) for name in names] for names in TOKENIZER_SETS]
+    return next((first.parent for first, *others in paths if first is not None and all(others)), None)
 
 
 def _collect_weights(fetch: Fetch) -> bool:
