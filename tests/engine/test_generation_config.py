@@ -106,7 +106,8 @@ def test_a_note_names_the_file_the_field_and_what_transformers_would_do(tmp_path
     assert sampling.startswith("generation_config.json: do_sample true is not applied: transformers would draw")
     assert "by temperature 0.7, top_k 30, and fastgpt2 takes the likeliest" in sampling
     assert all(
-        one.endswith("; --generation-config none leaves all but config.json's ids aside") for one in (penalty, sampling)
+        one.endswith("; --generation-config none takes the ids in config.json and nothing else")
+        for one in (penalty, sampling)
     )
 
 

@@ -189,5 +189,6 @@ class _Reader:
         return isinstance(words, list) and all(word in [[end] for end in ends] for word in words)
 
     def _note(self, name: str, instead: str) -> None:
-        value, aside = quote(self._fields[name]), f"--generation-config none leaves all but {CONFIG_FILE}'s ids aside"
+        value = quote(self._fields[name])
+        aside = f"--generation-config none takes the ids in {CONFIG_FILE} and nothing else"
         self._notes.append(f"{self._path.name}: {name} {value} is not applied: {instead}; {aside}")
