@@ -83,7 +83,7 @@ class TestGenerate:
             (["--max-new-tokens", "-1", "a"], 2, "--max-new-tokens: '-1' is not between 0 and"),
             (["--max-new-tokens", "x", "a"], 2, "--max-new-tokens: 'x' is not a whole number"),
             (["--max-new-tokens", "600", "a"], 2, "over the model's 512 positions"),
-            (["--model", "/tmp", "a"], 3, "holds no config.json"),
+            (["--model", str(Path(__file__).parent), "a"], 3, "holds no config.json"),
             (["--model", "no such model", "a"], 3, "no such folder, nor a hub id"),
             (["--stop-token-ids", "1,x", "a"], 2, "'1,x' is not a list of token ids with commas between them"),
             (["--stop-token-ids", "4000000000", "a"], 2, "stop_token_ids holds 4000000000, which is no token id"),

@@ -19,7 +19,7 @@ from fastgpt2 import Engine
 from fastgpt2.engine.decoding.records import GenerationRequest
 from fastgpt2.engine.kernels import mkl
 from fastgpt2.engine.model.hub import DEMO_FOLDER
-from fastgpt2.errors import BadRequest, CheckpointError, PromptTooLong, TokenizerError
+from fastgpt2.errors import BadRequest, CheckpointError, PromptTooLong
 
 golden: dict[str, Any] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))
 
@@ -207,7 +207,7 @@ def test_a_tokenizer_that_is_larger_than_the_model_is_noted(tmp_path: Path) -> N
     size = engine.config.vocab_size
     expected = f"the tokenizer has {2048 - size} tokens beyond the model's table of {size}; the first is {size}, "
     assert any(note.startswith(expected) for note in engine.notes)
-    with pytest.raises(TokenizerError, match=r"the tokenizer gives token \d+, and the model's vocabulary"):
+    with pytest.raises(BadRequest, match=r"in the prompt as token \d+, and the model's vocabulary has"):
         engine.generate("It was a dark and stormy night")
 
 
