@@ -48,6 +48,8 @@ def backend() -> tokenizers.Tokenizer:
 def engine(backend: tokenizers.Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Engine:
     folder = shutil.copytree(DEMO_FOLDER, tmp_path_factory.mktemp("sentencepiece") / "model")
     (folder / "tokenizer.json").write_text(backend.to_str(), "utf-8")
+    # Without the name of a class, a GPT-2's tokenizer would be taken for a byte-level one.
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}', "utf-8")
     return Engine.load(str(folder), max_batch=2, threads=1)
 
 
