@@ -37,9 +37,9 @@ from fastgpt2.engine.model.config import GPT2Config, read_config, read_index
 from fastgpt2.engine.model.generation_config import read_generation_config
 from fastgpt2.engine.model.hub import DEMO_FOLDER
 from fastgpt2.engine.model.packing import open_packed
-from fastgpt2.engine.model.tokenizer import Tokenizer
-from fastgpt2.engine.model.tokenizer_files import load_tokenizer
 from fastgpt2.engine.model.torch_file import MAX_SHARING
+from fastgpt2.engine.text.auto_tokenizer import load_tokenizer
+from fastgpt2.engine.text.tokenizer import Tokenizer
 from fastgpt2.errors import BadRequest, CheckpointError, ConfigError, FastGPT2Error, TokenizerError
 from fastgpt2.protocol import untrusted
 from fastgpt2.protocol.messages import entry_to_piece, parse_job, result_from_json

@@ -46,7 +46,7 @@ from fastgpt2.bench import Values, median, readers, step_bytes, summary, table
 from fastgpt2.engine.machine import usable_cores
 from fastgpt2.engine.model.config import read_config
 from fastgpt2.engine.model.hub import find_model
-from fastgpt2.engine.model.tokenizer import Tokenizer
+from fastgpt2.engine.text.tokenizer import Tokenizer
 
 RUN = Path(__file__).with_name("run.py")
 OURS = "fastgpt2"

@@ -40,7 +40,7 @@ def _check_text(values: dict[str, Any]) -> None:
     from fastgpt2.engine.model.config import read_config
     from fastgpt2.engine.model.generation_config import read_generation_config
     from fastgpt2.engine.model.hub import find_folders
-    from fastgpt2.engine.model.tokenizer import Tokenizer
+    from fastgpt2.engine.text.tokenizer import Tokenizer
 
     folder, tokenizer_folder = find_folders(values["model"], values["revision"], values["tokenizer"])
     config = read_config(folder)

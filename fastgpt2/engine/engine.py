@@ -14,7 +14,7 @@ from fastgpt2.errors import BadRequest
 if TYPE_CHECKING:
     from fastgpt2.engine.decoding.sequence import Sequence
     from fastgpt2.engine.model.config import GPT2Config
-    from fastgpt2.engine.model.tokenizer import Tokenizer
+    from fastgpt2.engine.text.tokenizer import Tokenizer
 
 DEFAULT_MODEL = "gpt2"
 Prompts = list[str] | list[list[int]] | tuple[str, ...]

@@ -19,7 +19,7 @@ from fastgpt2.engine.machine import fair_share_of_kv_memory, hold_to_one_thread,
 from fastgpt2.engine.model.config import GPT2Config, read_config
 from fastgpt2.engine.model.generation_config import GenerationConfig, read_generation_config
 from fastgpt2.engine.model.hub import find_folders
-from fastgpt2.engine.model.tokenizer import Tokenizer
+from fastgpt2.engine.text.tokenizer import Tokenizer
 from fastgpt2.errors import BadRequest
 
 if TYPE_CHECKING:

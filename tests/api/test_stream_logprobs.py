@@ -19,7 +19,7 @@ from support.stock_worker import run_by_stock
 from fastgpt2 import Client, GenerationResult, Piece, TokenLogprob
 from fastgpt2.api.client.reader import Assembly
 from fastgpt2.engine.model.hub import DEMO_FOLDER
-from fastgpt2.engine.model.tokenizer import Tokenizer
+from fastgpt2.engine.text.tokenizer import Tokenizer
 from fastgpt2.protocol.keys import stream_key
 from fastgpt2.protocol.messages import MAX_LOGPROBS_BYTES, entry_to_piece, piece_to_entry
 from fastgpt2.system.redis_server import RedisServer

@@ -185,7 +185,7 @@ def test_lines_of_text_are_taken_as_they_are(tmp_path: Path, start_worker: Start
 def text_of(prompt: str) -> str:
     """Return the golden text of four tokens."""
     from fastgpt2.engine.model.hub import DEMO_FOLDER
-    from fastgpt2.engine.model.tokenizer import Tokenizer
+    from fastgpt2.engine.text.tokenizer import Tokenizer
 
     (ids,) = [entry["ids"] for entry in ENTRIES if entry["prompt"] == prompt]
     return Tokenizer.from_folder(DEMO_FOLDER).decode(ids[:4])

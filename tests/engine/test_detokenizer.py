@@ -11,10 +11,10 @@ import tokenizers
 from support.running import GOLDEN
 from tokenizers import AddedToken, Regex, decoders, models
 
-from fastgpt2.engine.model.decoders import AllTokens, bytes_of, clean_up
-from fastgpt2.engine.model.detokenizer import ByteDetokenizer, StagedDetokenizer
-from fastgpt2.engine.model.tokenizer import ANY_LENGTH, Tokenizer
-from fastgpt2.engine.model.tokenizer_files import LoadedTokenizer
+from fastgpt2.engine.text.auto_tokenizer import LoadedTokenizer
+from fastgpt2.engine.text.decoders import AllTokens, bytes_of, clean_up
+from fastgpt2.engine.text.detokenizer import ByteDetokenizer, StagedDetokenizer
+from fastgpt2.engine.text.tokenizer import ANY_LENGTH, Tokenizer
 from fastgpt2.errors import BadRequest, TokenizerError
 
 KINDS: list[dict[str, Any]] = json.loads((GOLDEN / "decoding.json").read_text("utf-8"))

@@ -16,7 +16,7 @@ from fastgpt2 import Engine
 from fastgpt2.engine.decoding.records import GenerationRequest
 from fastgpt2.engine.decoding.sequence import Sequence
 from fastgpt2.engine.model.hub import DEMO_FOLDER
-from fastgpt2.engine.model.tokenizer import Tokenizer
+from fastgpt2.engine.text.tokenizer import Tokenizer
 
 ENTRIES: list[dict[str, Any]] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"]
 LLAMA = decoders.Sequence(

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from support.running import GOLDEN
 
-from fastgpt2.engine.model import sentencepiece
-from fastgpt2.engine.model.sentencepiece import (
+from fastgpt2.engine.text import sentencepiece
+from fastgpt2.engine.text.sentencepiece import (
     CONTROL,
     NORMAL,
     USER_DEFINED,

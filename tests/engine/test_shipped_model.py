@@ -12,8 +12,8 @@ from fastgpt2 import Engine
 from fastgpt2.engine.model.config import read_config
 from fastgpt2.engine.model.generation_config import read_generation_config
 from fastgpt2.engine.model.hub import DEMO_FOLDER, find_model
-from fastgpt2.engine.model.tokenizer import Tokenizer
 from fastgpt2.engine.network.step import Segment
+from fastgpt2.engine.text.tokenizer import Tokenizer
 
 # From "A Scandal in Bohemia", Project Gutenberg no. 1661.
 ENGLISH = (

@@ -15,9 +15,9 @@ from support.running import GOLDEN
 from fastgpt2 import Engine, TokenLogprob
 from fastgpt2.engine.decoding.decoder import Decoder
 from fastgpt2.engine.decoding.records import GenerationRequest
-from fastgpt2.engine.model.detokenizer import ByteDetokenizer
 from fastgpt2.engine.model.hub import DEMO_FOLDER
-from fastgpt2.engine.model.tokenizer import Tokenizer
+from fastgpt2.engine.text.detokenizer import ByteDetokenizer
+from fastgpt2.engine.text.tokenizer import Tokenizer
 
 continuations: list[dict[str, Any]] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))[
     "continuations"

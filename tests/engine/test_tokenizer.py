@@ -11,7 +11,7 @@ import pytest
 from support.running import GOLDEN
 
 from fastgpt2.engine.model.hub import DEMO_FOLDER
-from fastgpt2.engine.model.tokenizer import Tokenizer
+from fastgpt2.engine.text.tokenizer import Tokenizer
 from fastgpt2.errors import TokenizerError
 
 golden: dict[str, list[dict[str, Any]]] = json.loads((GOLDEN / "tokenization.json").read_text("utf-8"))

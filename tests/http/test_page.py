@@ -23,7 +23,7 @@ from support.running import GOLDEN, StartEndpoint, wait_until
 from fastgpt2 import Client, Job
 from fastgpt2.api.page import page as made_page
 from fastgpt2.engine.model.hub import DEMO_FOLDER
-from fastgpt2.engine.model.tokenizer import Tokenizer
+from fastgpt2.engine.text.tokenizer import Tokenizer
 from fastgpt2.errors import JobCancelled
 from fastgpt2.system.redis_server import RedisServer
 from fastgpt2.system.up import System

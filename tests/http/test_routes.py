@@ -59,7 +59,7 @@ def test_the_originals_route_goes_through_the_queue(system: System) -> None:
 
 def text_of(ids: list[int]) -> str:
     from fastgpt2.engine.model.hub import DEMO_FOLDER
-    from fastgpt2.engine.model.tokenizer import Tokenizer
+    from fastgpt2.engine.text.tokenizer import Tokenizer
 
     return Tokenizer.from_folder(DEMO_FOLDER).decode(ids)
 

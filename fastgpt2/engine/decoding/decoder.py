@@ -22,10 +22,10 @@ from fastgpt2.engine.decoding.records import FinishReason, GenerationRequest, To
 from fastgpt2.engine.decoding.sequence import Sequence, TokenizedPrompt
 from fastgpt2.engine.decoding.stop_strings import StopStrings
 from fastgpt2.engine.model.generation_config import GenerationConfig
-from fastgpt2.engine.model.tokenizer import Tokenizer
 from fastgpt2.engine.network.gpt2 import DEFAULT_MAX_ROWS, GPT2, PREFILL_ROWS_BESIDE
 from fastgpt2.engine.network.prefixes import Prefixes
 from fastgpt2.engine.network.step import Segment
+from fastgpt2.engine.text.tokenizer import Tokenizer
 from fastgpt2.errors import BadRequest, CheckpointError
 
 Array = NDArray[np.float32]

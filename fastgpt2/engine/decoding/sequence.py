@@ -18,7 +18,7 @@ from fastgpt2.engine.decoding.records import (
     Usage,
 )
 from fastgpt2.engine.decoding.stop_strings import StopStrings
-from fastgpt2.engine.model.detokenizer import Detokenizer
+from fastgpt2.engine.text.detokenizer import Detokenizer
 
 # How far a sequence has come. "prefill": its prompt waits to be read or is partly read, and it has no token yet.
 # "decode": it has its first token, and each step gives it one more, or several. "finished": it ended by itself or was

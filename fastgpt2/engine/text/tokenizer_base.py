@@ -11,8 +11,8 @@ from fastgpt2.errors import TokenizerError
 if TYPE_CHECKING:
     import tokenizers
 
-    from fastgpt2.engine.model.sentencepiece import SentencePieceModel
-    from fastgpt2.engine.model.special_tokens import Options, SpecialTokens
+    from fastgpt2.engine.text.sentencepiece import SentencePieceModel
+    from fastgpt2.engine.text.special_tokens import Options, SpecialTokens
 
 # What sentencepiece writes for a space.
 SPACE = "▁"

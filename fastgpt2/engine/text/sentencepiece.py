@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastgpt2.engine.model.tokenizer_base import SPACE
+from fastgpt2.engine.text.tokenizer_base import SPACE
 from fastgpt2.errors import TokenizerError
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fastgpt2.engine.model.config import WORDPIECE_FILE
-from fastgpt2.engine.model.special_tokens import added_token
-from fastgpt2.engine.model.tokenizer_base import SPACE, Pieces, TokenizerClass, frame, parts, wrap
+from fastgpt2.engine.text.special_tokens import added_token
+from fastgpt2.engine.text.tokenizer_base import SPACE, Pieces, TokenizerClass, frame, parts, wrap
 from fastgpt2.errors import TokenizerError
 
 if TYPE_CHECKING:
@@ -403,7 +403,7 @@ class GPTSw3Class(TokenizerClass):
     def build(self) -> tokenizers.Tokenizer:
         from tokenizers import Regex, normalizers
 
-        from fastgpt2.engine.model.sentencepiece import pipeline
+        from fastgpt2.engine.text.sentencepiece import pipeline
 
         if self.vocabulary.source is None:
             raise TokenizerError(f"this tokenizer's class needs {self.files[0]}")

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from support.running import GOLDEN
 
-from fastgpt2.engine.model import tokenizer_files
 from fastgpt2.engine.model.config import TOKENIZER_EXTRAS, TOKENIZER_SETS
 from fastgpt2.engine.model.hub import DEMO_FOLDER
-from fastgpt2.engine.model.tokenizer_files import LoadedTokenizer, load_tokenizer
+from fastgpt2.engine.text import auto_tokenizer
+from fastgpt2.engine.text.auto_tokenizer import LoadedTokenizer, load_tokenizer
 from fastgpt2.errors import TokenizerError
 
 KINDS = GOLDEN / "tokenizers"
@@ -217,11 +217,11 @@ def test_bytes_that_are_no_text_are_a_sentence(tmp_path: Path, name: str, kind: 
 
 
 def test_tokenizers_too_large_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("tokenizer_json", "tokenizer_files"):
-        monkeypatch.setattr(f"fastgpt2.engine.model.{module}.MAX_TOKENIZER_BYTES", 100)
+    for module in ("tokenizer_json", "auto_tokenizer"):
+        monkeypatch.setattr(f"fastgpt2.engine.text.{module}.MAX_TOKENIZER_BYTES", 100)
     for kind in ("gpt2-json", "gpt2-two-files", "bert", "t5"):
         assert "more than 100 bytes" in refusal(copy_of(kind, tmp_path / kind))
-    monkeypatch.setattr(tokenizer_files, "MAX_SETTINGS_BYTES", 10)
+    monkeypatch.setattr(auto_tokenizer, "MAX_SETTINGS_BYTES", 10)
     assert "has at most 10" in refusal(copy_of("bert", tmp_path / "config"))
 
 
@@ -234,5 +234,5 @@ def test_a_panic_of_the_library_is_a_sentence(tmp_path: Path, monkeypatch: pytes
         raise PanicException("index out of\nbounds")
 
     folder = copy_of("gpt2-json", tmp_path)
-    monkeypatch.setattr(tokenizer_files, "add_tokens", panic)
+    monkeypatch.setattr(auto_tokenizer, "add_tokens", panic)
     assert refusal(folder).endswith("not a tokenizer that can be read (index out of bounds)")

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastgpt2.engine.model import decoders
-from fastgpt2.engine.model.detokenizer import ByteDetokenizer, Detokenizer, StagedDetokenizer, copies, rest, run
-from fastgpt2.engine.model.tokenizer_files import load_tokenizer
+from fastgpt2.engine.text import decoders
+from fastgpt2.engine.text.auto_tokenizer import load_tokenizer
+from fastgpt2.engine.text.detokenizer import ByteDetokenizer, Detokenizer, StagedDetokenizer, copies, rest, run
 from fastgpt2.errors import BadRequest
 
 if TYPE_CHECKING:
-    from fastgpt2.engine.model.tokenizer_files import LoadedTokenizer
+    from fastgpt2.engine.text.auto_tokenizer import LoadedTokenizer
 
 # What stands for "no bound": a token may stand for a text of any length.
 ANY_LENGTH = 1 << 30

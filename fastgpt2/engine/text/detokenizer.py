@@ -12,7 +12,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 
-from fastgpt2.engine.model.decoders import UNKNOWN, Stage, count_same
+from fastgpt2.engine.text.decoders import UNKNOWN, Stage, count_same
 
 # In UTF-8, no character has more bytes.
 MAX_CHARACTER_BYTES = 4

@@ -21,8 +21,8 @@ from fastgpt2.engine.model.config import (
     TOKENIZER_SETS,
     read_json_object,
 )
-from fastgpt2.engine.model.decoders import is_library_failure
-from fastgpt2.engine.model.special_tokens import (
+from fastgpt2.engine.text.decoders import is_library_failure
+from fastgpt2.engine.text.special_tokens import (
     Options,
     SpecialTokens,
     add_tokens,
@@ -30,15 +30,15 @@ from fastgpt2.engine.model.special_tokens import (
     collect_special_tokens,
     read_options,
 )
-from fastgpt2.engine.model.tokenizer_base import TokenizerClass, Vocabulary, frame
-from fastgpt2.engine.model.tokenizer_classes import CLASSES
-from fastgpt2.engine.model.tokenizer_json import MAX_TOKENIZER_BYTES, TokenizerJson, read_bytes
+from fastgpt2.engine.text.tokenizer_base import TokenizerClass, Vocabulary, frame
+from fastgpt2.engine.text.tokenizer_classes import CLASSES
+from fastgpt2.engine.text.tokenizer_json import MAX_TOKENIZER_BYTES, TokenizerJson, read_bytes
 from fastgpt2.errors import TokenizerError
 
 if TYPE_CHECKING:
     import tokenizers
 
-    from fastgpt2.engine.model.sentencepiece import SentencePieceModel
+    from fastgpt2.engine.text.sentencepiece import SentencePieceModel
 
 # Of the small files, which may hold a chat template and thousands of added tokens.
 MAX_SETTINGS_BYTES = 16 << 20
@@ -286,7 +286,7 @@ class _Loader:
         path = self._file(_COMMON_MODEL)
         if path is None:
             raise TokenizerError(self._missing((TOKENIZER_FILE,)))
-        from fastgpt2.engine.model.sentencepiece import pipeline
+        from fastgpt2.engine.text.sentencepiece import pipeline
 
         model = _read_pieces(path)
         names = {index: token.content for index, token in options.declared.items()}
@@ -330,7 +330,7 @@ class _Loader:
 
 def _read_pieces(path: Path) -> SentencePieceModel:
     """Read a model of sentencepiece; raise TokenizerError, which tells a vocabulary of tiktoken by its first line."""
-    from fastgpt2.engine.model.sentencepiece import parse_sentencepiece
+    from fastgpt2.engine.text.sentencepiece import parse_sentencepiece
 
     data = read_bytes(path)
     if re.match(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\r?\n", data):
@@ -340,7 +340,7 @@ def _read_pieces(path: Path) -> SentencePieceModel:
 
 def _vocabulary_of_pieces(kind: TokenizerClass, path: Path) -> Vocabulary:
     """Return the vocabulary that a class makes of a model of sentencepiece."""
-    from fastgpt2.engine.model.sentencepiece import merges_by_id
+    from fastgpt2.engine.text.sentencepiece import merges_by_id
 
     model = _read_pieces(path)
     if kind.raw:

@@ -109,7 +109,7 @@ class TokenizerJson:
             if not isinstance(part, dict):
                 continue
             if part.get("type") == "Precompiled" and part.get("precompiled_charsmap"):
-                from fastgpt2.engine.model.sentencepiece import check_charsmap, decode_charsmap
+                from fastgpt2.engine.text.sentencepiece import check_charsmap, decode_charsmap
 
                 charsmap = decode_charsmap(part["precompiled_charsmap"], self.path)
                 check_charsmap(charsmap, self.path)

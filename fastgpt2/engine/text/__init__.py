@@ -1,0 +1,1 @@
+"""A text and its tokens: the tokenizer that a folder describes, and text from token ids; uses model."""
