@@ -25,6 +25,7 @@ from fastgpt2.engine.model.checkpoint import Checkpoint, weight_files
 from fastgpt2.engine.model.config import read_config
 from fastgpt2.engine.model.torch_file import MAX_SHARING
 from fastgpt2.engine.model.torch_pickle import MAX_MARKS, MAX_OPCODES, MAX_PICKLE_BYTES
+from fastgpt2.engine.model.zip_directory import MAX_DIRECTORY_BYTES
 from fastgpt2.errors import CheckpointError, ConfigError
 
 FILES = GOLDEN / "torch_files"
@@ -506,10 +507,10 @@ class TestZip:
             (b"PK\1\2", 42, b"\xf0\xff\xff\x7f", "not where its directory says"),
             (b"PK\1\2", 42, b"\1", "not where its directory says"),
             (b"PK\1\2", 8, b"\1", "is compressed or encrypted"),
-            (b"PK\1\2", 28, b"\xff\xff", "its directory is damaged"),
-            (b"PK\5\6", 12, b"\xff\xff\xff\xff", "its directory has 4294967295 bytes"),
-            (b"PK\5\6", 16, b"\xff\xff\xff\xff", "its directory is not where its end says"),
-            (b"PK\5\6", 16, b"\0\0\0\0", "its directory is damaged"),
+            (b"PK\1\2", 28, b"\xff\xff", "not where its directory says"),
+            (b"PK\5\6", 12, b"\xff\xff\xff\xff", "its directory cannot be read"),
+            (b"PK\5\6", 16, b"\xff\xff\xff\xff", "not where its directory says"),
+            (b"PK\5\6", 16, b"\0\0\0\0", "not where its directory says"),
         ],
     )
     def test_numbers_that_lead_out_of_the_file(
@@ -522,6 +523,39 @@ class TestZip:
             data[at : at + len(value)] = value
 
         assert message in self.change(tmp_path, change)
+
+    @pytest.mark.parametrize(
+        ("offset", "value"),
+        [
+            (6, b"\xff"),  # a version of the format that is not known
+            (8, b"\0\10"),  # a name in UTF-8, which it is not
+            (30, b"\5"),  # a field beside the name, which is none
+        ],
+    )
+    def test_whatever_the_standard_library_cannot_read(self, tmp_path: Path, offset: int, value: bytes) -> None:
+        write_zip(tmp_path, self.RAW)
+
+        def change(data: bytearray) -> None:
+            at = data.index(b"PK\1\2")
+            data[at + 46] = 0xFF
+            data[at + offset : at + offset + len(value)] = value
+
+        assert "its directory cannot be read" in self.change(tmp_path, change)
+
+    def test_a_directory_beyond_the_limit_is_refused_before_it_is_read(self, tmp_path: Path) -> None:
+        write_zip(tmp_path, self.RAW, {"data/0": bytes(MAX_DIRECTORY_BYTES)})
+        size = MAX_DIRECTORY_BYTES + 1
+        assert f"it has {size} bytes, and may have at most {MAX_DIRECTORY_BYTES}" in self.change(
+            tmp_path, lambda data: struct.pack_into("<L", data, data.index(b"PK\5\6") + 12, size)
+        )
+
+    def test_an_entry_that_reaches_into_the_directory(self, tmp_path: Path) -> None:
+        write_zip(tmp_path, self.RAW)
+
+        def enlarge(data: bytearray) -> None:
+            struct.pack_into("<LL", data, data.rindex(b"PK\1\2") + 20, NUMBERS.nbytes + 1, NUMBERS.nbytes + 1)
+
+        assert "an entry is not where its directory says" in self.change(tmp_path, enlarge)
 
     def test_entries_that_overlap(self, tmp_path: Path) -> None:
         write_zip(tmp_path, self.RAW)
@@ -543,10 +577,14 @@ class TestZip:
         end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
         path.write_bytes(data[:at] + end64 + locator + end)
         assert Checkpoint.open(tmp_path).view("wte.weight").shape == (2, 3)
-        path.write_bytes(data[:at] + end64 + locator + data[at : at + 12] + b"\1" + data[at + 13 :])
-        assert "its two ends disagree" in refusal(tmp_path)
-        path.write_bytes(data[:at] + end64 + locator[:8] + b"\xff" * 8 + locator[16:] + end)
-        assert "its end is damaged" in refusal(tmp_path)
+        for damaged in (
+            end64.replace(b"PK\6\6", b"PK\6\0") + locator,
+            end64[:40] + struct.pack("<Q", 1 << 62) + end64[48:] + locator,
+            end64[:48] + struct.pack("<Q", 1 << 62) + locator,
+            end64 + locator[:16] + b"\2\0\0\0",  # a file on two disks
+        ):
+            path.write_bytes(data[:at] + damaged + end)
+            assert "damaged, or not written by torch.save (" in refusal(tmp_path)
 
 
 class TestOldFormat:
