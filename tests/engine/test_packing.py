@@ -311,7 +311,7 @@ def test_code_of_a_models_own_is_told(folder: Path, cache: Path) -> None:
     (folder / "config.json").write_text(json.dumps(fields))
     for _ in range(2):
         (note,) = pack(folder, cache).notes
-        assert note.startswith(f"{folder / 'config.json'}: auto_map names code of its own for the model, 'modeling_x.X")
+        assert note.startswith(f'{folder / "config.json"}: auto_map names code of its own for the model, "modeling_x.X')
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder"])

@@ -28,7 +28,6 @@ from fastgpt2.engine.model.config import (
     file_size,
     read_index,
 )
-from fastgpt2.engine.model.diagnosis import explain_folder
 from fastgpt2.engine.model.lfs_pointer import explain_pointer, is_pointer
 from fastgpt2.errors import CheckpointError
 
@@ -175,6 +174,8 @@ def weight_files(folder: Path) -> WeightFiles:
         if index_name is not None and (folder / index_name).exists():
             index = read_index(folder / index_name)
             return WeightFiles(file_format, tuple(folder / name for name in sorted(set(index.values()))), index)
+    from fastgpt2.engine.model.diagnosis import explain_folder
+
     raise CheckpointError(explain_folder(folder))
 
 

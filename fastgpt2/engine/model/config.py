@@ -33,6 +33,7 @@ WORDPIECE_FILE = "vocab.txt"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 ADDED_TOKENS_FILE = "added_tokens.json"
+ADAPTER_FILE = "adapter_config.json"
 # The names that classes of transformers give to a model of sentencepiece; the first is taken by all of them.
 SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")
 
@@ -305,6 +306,29 @@ def read_json_object(path: Path, max_bytes: int, error: type[FastGPT2Error]) -> 
     if not isinstance(value, dict):
         raise error(f"{path}: not a JSON object but {quote(value)}")
     return value
+
+
+def read_small_json(path: Path) -> Mapping[str, Any]:
+    """Return the JSON object in a small file; {} if there is none."""
+    try:
+        if not path.is_file() or path.stat().st_size > MAX_INDEX_BYTES:
+            return {}
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def custom_code(folder: Path) -> str | None:
+    """Return a sentence for people if `config.json` names code of its own for the model; None if it does not."""
+    auto_map = read_small_json(folder / CONFIG_FILE).get("auto_map")
+    if not isinstance(auto_map, dict) or "AutoModelForCausalLM" not in auto_map:
+        return None
+    code = quote(auto_map["AutoModelForCausalLM"])
+    return (
+        f"{folder / CONFIG_FILE}: auto_map names code of its own for the model, {code}. It is not run: the model is "
+        "computed as a plain GPT-2, as transformers does without trust_remote_code"
+    )
 
 
 def quote(value: object) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt2.engine.model.config import (
+    ADAPTER_FILE,
     CONFIG_FILE,
     INDEX_FILE,
     NANOGPT_FILE,
@@ -27,18 +28,16 @@ from fastgpt2.engine.model.config import (
     TORCH_INDEX_FILE,
     UNQUANTISED,
     config_problem,
+    read_small_json,
 )
 from fastgpt2.engine.model.lfs_pointer import explain_pointer, is_pointer
-from fastgpt2.errors import CheckpointError, ConfigError
-
-ADAPTER_FILE = "adapter_config.json"
+from fastgpt2.errors import CheckpointError
 
 # In the order in which they are looked for.
 WEIGHT_FILES = (SINGLE_FILE, INDEX_FILE, TORCH_FILE, TORCH_INDEX_FILE, NANOGPT_FILE)
 
 # A folder with more files than this is no model's.
 _MAX_FILES = 10_000
-_MAX_JSON_BYTES = 16 << 20
 _MOST_NAMED = 4
 _MOST_QUOTED = 80
 
@@ -122,15 +121,12 @@ _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.(?P<end>safetensor
 ReadJson = Callable[[str], Mapping[str, Any]]
 
 
-def refuse_adapter(folder: Path) -> None:
-    """Raise ConfigError if a folder holds a PEFT adapter, alone or beside a model.
+def explain_adapter(folder: Path) -> str:
+    """Return one sentence about a folder that holds a PEFT adapter, alone or beside a model.
 
     Beside a model too: transformers would put the adapter on the base model that the adapter names.
     """
-    if (folder / ADAPTER_FILE).exists():
-        raise ConfigError(
-            f"{folder}: " + _adapter(str(folder), read_small_json(folder / ADAPTER_FILE), _listdir(folder))
-        )
+    return f"{folder}: " + _adapter(str(folder), read_small_json(folder / ADAPTER_FILE), _listdir(folder))
 
 
 def refuse_stored_names(files: Mapping[str, Path]) -> None:
@@ -146,18 +142,6 @@ def refuse_stored_names(files: Mapping[str, Path]) -> None:
                 f"{file}: tensor {_quote(name)} is of a PEFT adapter that is not merged into the weights. Merge it "
                 "where it was trained: model.merge_and_unload().save_pretrained(...), and name the folder it makes"
             )
-
-
-def custom_code(folder: Path) -> str | None:
-    """Return a sentence for people if `config.json` names code of its own for the model; None if it does not."""
-    auto_map = read_small_json(folder / CONFIG_FILE).get("auto_map")
-    if not isinstance(auto_map, dict) or "AutoModelForCausalLM" not in auto_map:
-        return None
-    code = _quote(auto_map["AutoModelForCausalLM"])
-    return (
-        f"{folder / CONFIG_FILE}: auto_map names code of its own for the model, {code}. It is not run: the model is "
-        "computed as a plain GPT-2, as transformers does without trust_remote_code"
-    )
 
 
 def explain_folder(path: Path) -> str:
@@ -264,17 +248,6 @@ def _listdir(folder: Path) -> list[str]:
             # What huggingface_hub has not finished to download into a folder lies there.
             folders.append(folder / ".cache" / "huggingface" / "download")
     return names
-
-
-def read_small_json(path: Path) -> Mapping[str, Any]:
-    """Return the JSON object in a small file; {} if there is none."""
-    try:
-        if not path.is_file() or path.stat().st_size > _MAX_JSON_BYTES:
-            return {}
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _quote(value: object) -> str:

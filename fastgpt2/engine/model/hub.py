@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt2.engine.model.config import (
+    ADAPTER_FILE,
     CONFIG_FILE,
     INDEX_FILE,
     NANOGPT_FILE,
@@ -28,10 +29,10 @@ from fastgpt2.engine.model.config import (
     TORCH_INDEX_FILE,
     read_config,
     read_index,
+    read_small_json,
 )
-from fastgpt2.engine.model.diagnosis import ADAPTER_FILE, explain_folder, explain_names, read_small_json, refuse_adapter
 from fastgpt2.engine.model.generation_config import GENERATION_CONFIG_FILE
-from fastgpt2.errors import ModelError, ModelNotFound, TokenizerError
+from fastgpt2.errors import ConfigError, ModelError, ModelNotFound, TokenizerError
 
 log = logging.getLogger("fastgpt2.engine")
 DEMO_MODEL = "demo"
@@ -114,8 +115,8 @@ def find_model(model: str, revision: str | None = None, with_tokenizer: bool = T
     if folder is None:
         return _find_on_hub(model, revision, partial(_collect_model, with_tokenizer=with_tokenizer))
     if not (folder / CONFIG_FILE).is_file() and not (folder / NANOGPT_FILE).is_file():
-        raise ModelNotFound(explain_folder(folder))
-    refuse_adapter(folder)
+        raise _not_a_model(folder)
+    _refuse_adapter(folder)
     if with_tokenizer and not _collect_tokenizer(partial(_look_up, folder)):
         raise TokenizerError(_tokenizer_needed(model, folder))
     return folder
@@ -149,8 +150,23 @@ def _existing_folder(name: str) -> Path | None:
     except (OSError, RuntimeError) as reason:  # too long, no right to look, `~nobody`
         raise ModelNotFound(f"{name}: cannot be looked up ({reason})") from None
     if is_file:
-        raise ModelNotFound(explain_folder(path))
+        raise _not_a_model(path)
     return path if is_folder else None
+
+
+def _not_a_model(path: Path) -> ModelNotFound:
+    """Return the error for a folder without a model, or for a file."""
+    from fastgpt2.engine.model.diagnosis import explain_folder
+
+    return ModelNotFound(explain_folder(path))
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """Raise ConfigError if a folder holds a PEFT adapter, alone or beside a model."""
+    if (folder / ADAPTER_FILE).exists():
+        from fastgpt2.engine.model.diagnosis import explain_adapter
+
+        raise ConfigError(explain_adapter(folder))
 
 
 def _look_up(folder: Path, name: str) -> Path | None:
@@ -249,8 +265,8 @@ def _collect_model(fetch: Fetch, with_tokenizer: bool) -> Path | None:
     config = fetch(CONFIG_FILE)
     if config is not None:
         read_config(config.parent)
-        if fetch(ADAPTER_FILE):
-            refuse_adapter(config.parent)
+        fetch(ADAPTER_FILE)
+        _refuse_adapter(config.parent)
     if with_tokenizer and not _collect_tokenizer(fetch):
         return None
     if config is None:
@@ -415,6 +431,8 @@ def _first_line(reason: object) -> str:
 def _incompleteness(repo_id: str, revision: str, collect: Collect) -> ModelError:
     """Return the error for a repository that lacks something, after asking the hub what it has."""
     from huggingface_hub import list_repo_files
+
+    from fastgpt2.engine.model.diagnosis import explain_names
 
     if collect is _collect_tokenizer:
         return TokenizerError(f"{repo_id}: holds no tokenizer, which is {_TOKENIZER_FILES_IN_WORDS}")

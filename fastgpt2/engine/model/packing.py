@@ -42,10 +42,8 @@ from fastgpt2.engine.model.checkpoint import (
     read_metadata,
     weight_files,
 )
-from fastgpt2.engine.model.config import GPT2Config
-from fastgpt2.engine.model.diagnosis import custom_code, refuse_adapter
+from fastgpt2.engine.model.config import GPT2Config, custom_code
 from fastgpt2.engine.model.identity import weights_identity
-from fastgpt2.engine.model.state_dict import match_names
 from fastgpt2.engine.model.weights import HEAD, TABLE, expected_shapes, scales_name
 from fastgpt2.errors import CheckpointError, ModelError
 
@@ -106,10 +104,8 @@ class Source:
 
         Raises:
             CheckpointError: there are none.
-            ConfigError: there is a PEFT adapter.
             OSError: a file cannot be read.
         """
-        refuse_adapter(folder)
         weights = weight_files(folder)
         note = custom_code(folder) or ""
         numbers = (config.vocab_size, config.n_positions, config.n_embd, config.n_layer, config.n_inner)
@@ -280,6 +276,9 @@ class PackPlan:
 
     def __init__(self, source: Source, layout: Layout) -> None:
         self._source, self._weights = source, layout.weights
+        # Names are matched by a module that a packed file spares.
+        from fastgpt2.engine.model.state_dict import match_names
+
         self._state = match_names(Checkpoint.open(source.folder), source.config)
         self._shapes = expected_shapes(source.config)
         self.tensors = packed_forms(source.config, layout, HEAD in self._state.names)

@@ -29,7 +29,6 @@ import numpy as np
 from fastgpt2.engine.kernels.panels import Array
 from fastgpt2.engine.model.checkpoint import Checkpoint
 from fastgpt2.engine.model.config import GPT2Config
-from fastgpt2.engine.model.diagnosis import refuse_stored_names
 from fastgpt2.engine.model.weights import HEAD, TABLE, expected_shapes
 from fastgpt2.errors import CheckpointError
 
@@ -97,10 +96,13 @@ def match_names(checkpoint: Checkpoint, config: GPT2Config) -> StateDict:
         CheckpointError: a tensor is missing, misshapen or stored twice, or the weights are quantised or not merged; the
             message names file and tensor.
     """
-    refuse_stored_names({name: info.file for name, info in checkpoint.tensors.items()})
     found, others, notes = _choose_model(checkpoint)
     transposed = checkpoint.format == "nanogpt"
     shapes = expected_shapes(config)
+    if others or found.keys() - shapes:
+        from fastgpt2.engine.model.diagnosis import refuse_stored_names
+
+        refuse_stored_names({name: info.file for name, info in checkpoint.tensors.items()})
     names: dict[str, str | None] = {}
     beyond: list[str] = []
     for name, stored in found.items():
