@@ -31,7 +31,7 @@ from fastgpt2.engine.text.special_tokens import (
     read_options,
 )
 from fastgpt2.engine.text.tokenizer_base import TokenizerClass, Vocabulary, frame
-from fastgpt2.engine.text.tokenizer_classes import CLASSES
+from fastgpt2.engine.text.tokenizer_classes import CLASSES, CODE_CLASSES, NEEDS, OTHER_PIPELINES, USUAL_CLASSES
 from fastgpt2.engine.text.tokenizer_json import MAX_TOKENIZER_BYTES, TokenizerJson, read_bytes
 from fastgpt2.errors import TokenizerError
 
@@ -45,59 +45,6 @@ MAX_SETTINGS_BYTES = 16 << 20
 
 # The name under which sentencepiece's model is taken by every class, if there is no tokenizer.json.
 _COMMON_MODEL = "tokenizer.model"
-
-# The classes that a folder has whose files name none, by the kind of its model. Source: `TOKENIZER_MAPPING_NAMES` of
-# transformers, for models whose tokenizer a GPT-2 may borrow.
-_USUAL_CLASSES = {
-    "gpt2": "GPT2Tokenizer",
-    "gpt_neo": "GPT2Tokenizer",
-    "gptj": "GPT2Tokenizer",
-    "opt": "GPT2Tokenizer",
-    "codegen": "GPT2Tokenizer",
-    "gpt_neox": "GPTNeoXTokenizer",
-    "gpt-sw3": "GPTSw3Tokenizer",
-    "openai-gpt": "OpenAIGPTTokenizer",
-    "bert": "BertTokenizer",
-    "distilbert": "BertTokenizer",
-    "electra": "BertTokenizer",
-    "roberta": "RobertaTokenizer",
-    "bart": "RobertaTokenizer",
-    "t5": "T5Tokenizer",
-    "mt5": "T5Tokenizer",
-    "albert": "AlbertTokenizer",
-    "xlnet": "XLNetTokenizer",
-    "xlm-roberta": "XLMRobertaTokenizer",
-    "camembert": "CamembertTokenizer",
-    "barthez": "BarthezTokenizer",
-    "deberta-v2": "DebertaV2Tokenizer",
-}
-
-# Classes of transformers that this package does not have: those that are pipelines of the tokenizers library too, and
-# those that are code. A name that transformers does not know either stands for a tokenizer.json that is taken as it is,
-# as there.
-# fmt: off
-_OTHER_PIPELINES = frozenset({
-    "BigBirdTokenizer", "CLIPTokenizer", "CodeLlamaTokenizer", "CohereTokenizer", "ConvBertTokenizer",
-    "DPRContextEncoderTokenizer", "DPRQuestionEncoderTokenizer", "DPRReaderTokenizer", "DebertaTokenizer",
-    "EsmcTokenizer", "FNetTokenizer", "FunnelTokenizer", "GemmaTokenizer", "LasrTokenizer", "LayoutLMv2Tokenizer",
-    "LayoutLMv3Tokenizer", "LayoutXLMTokenizer", "LukeTokenizer", "MBart50Tokenizer", "MBartTokenizer",
-    "MLukeTokenizer", "MPNetTokenizer", "MarkupLMTokenizer", "NllbTokenizer", "NougatTokenizer",
-    "ParakeetTokenizer", "PegasusTokenizer", "Qwen3_5Tokenizer", "ReformerTokenizer", "RemBertTokenizer",
-    "SeamlessM4TTokenizer", "Siglip2Tokenizer", "SplinterTokenizer", "Tipsv2Tokenizer", "UdopTokenizer",
-    "VideoPrismTokenizer", "WhisperTokenizer", "XGLMTokenizer",
-})
-_CODE = frozenset({
-    "BartphoTokenizer", "BertGenerationTokenizer", "BertJapaneseTokenizer", "BertTokenizerLegacy",
-    "BertweetTokenizer", "BioGptTokenizer", "BlenderbotSmallTokenizer", "ByT5Tokenizer", "CTRLTokenizer",
-    "CanineTokenizer", "ClvpTokenizer", "CpmAntTokenizer", "CpmTokenizer", "DiaTokenizer", "EsmTokenizer",
-    "FSMTTokenizer", "FastSpeech2ConformerTokenizer", "FlaubertTokenizer", "GPTNeoXJapaneseTokenizer",
-    "M2M100Tokenizer", "MarianTokenizer", "MgpstrTokenizer", "MyT5Tokenizer", "PLBartTokenizer",
-    "PerceiverTokenizer", "PhobertTokenizer", "ProphetNetTokenizer", "RoCBertTokenizer", "RoFormerTokenizer",
-    "SiglipTokenizer", "Speech2TextTokenizer", "SpeechT5Tokenizer", "TapasTokenizer", "VitsTokenizer",
-    "Wav2Vec2CTCTokenizer", "Wav2Vec2PhonemeCTCTokenizer", "XLMTokenizer",
-})
-# fmt: on
-_NEEDS = {"BertJapaneseTokenizer": " (mostly with MeCab)", "CpmTokenizer": " (with jieba)"}
 
 _OTHER_REMEDY = "give a tokenizer by --tokenizer ID|PATH"
 _SAVE_REMEDY = (
@@ -220,19 +167,19 @@ class _Loader:
                 "is not run"
             )
         model_type = config.get("model_type")
-        usual = _USUAL_CLASSES.get(model_type) if isinstance(model_type, str) else None
+        usual = USUAL_CLASSES.get(model_type) if isinstance(model_type, str) else None
         if named is None and usual is None and not parsed and not self._file(_COMMON_MODEL):
             usual = "GPT2Tokenizer"
         self._class_name = (named if named is not None else usual or "").removesuffix("Fast")
-        if self._class_name in _OTHER_PIPELINES:
+        if self._class_name in OTHER_PIPELINES:
             raise TokenizerError(
                 f"{self.folder}: its tokenizer is of the class {self._class_name}, which fastgpt2 does not have; "
                 f"{_SAVE_REMEDY}"
             )
-        if self._class_name in _CODE:
+        if self._class_name in CODE_CLASSES:
             raise TokenizerError(
                 f"{self.folder}: its tokenizer is of the class {self._class_name}, which is Python code of transformers"
-                f"{_NEEDS.get(self._class_name, '')} that fastgpt2 does not have; {_OTHER_REMEDY}"
+                f"{NEEDS.get(self._class_name, '')} that fastgpt2 does not have; {_OTHER_REMEDY}"
             )
         if self._class_name == "LlamaTokenizer" and not code and parsed and parsed.mentions_bytes:
             return None

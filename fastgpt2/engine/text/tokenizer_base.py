@@ -96,6 +96,12 @@ def parts(base: Mapping[str, str | None] | None = None, /, **texts: str | None) 
     return {**(base or {}), **{f"{part}_token": text for part, text in texts.items()}}
 
 
+END_OF_TEXT = "<|endoftext|>"
+# The special tokens of RoBERTa and its relatives, and those of BERT.
+FAIRSEQ = parts(bos="<s>", eos="</s>", unk="<unk>", sep="</s>", pad="<pad>", cls="<s>", mask="<mask>")
+BERT = parts(unk="[UNK]", sep="[SEP]", pad="[PAD]", cls="[CLS]", mask="[MASK]")
+
+
 class TokenizerClass:
     """A class of tokenizers, at work on one folder; this one is the base of all.
 

@@ -1,0 +1,88 @@
+"""The classes of tokenizers whose text is bytes: GPT-2's own, and those that change a step of it.
+
+Source of each: the class of the same name in `models/*/tokenization_*.py` of transformers 5.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastgpt2.engine.text.special_tokens import added_token
+from fastgpt2.engine.text.tokenizer_base import END_OF_TEXT, FAIRSEQ, TokenizerClass, frame, parts
+
+if TYPE_CHECKING:
+    import tokenizers
+
+# Source: `PRETOKENIZE_REGEX` in models/qwen2/tokenization_qwen2.py.
+_QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class ByteLevelClass(TokenizerClass):
+    """GPT-2's own: BPE of bytes, which stand there as printable characters."""
+
+    defaults = parts(unk=END_OF_TEXT, bos=END_OF_TEXT, eos=END_OF_TEXT, pad=None)
+    whole = True
+    composes = False
+    prefix_space = False
+
+    def build(self) -> tokenizers.Tokenizer:
+        import tokenizers
+        from tokenizers import decoders, normalizers, pre_tokenizers
+
+        model = self.vocabulary.bpe(continuing_subword_prefix="", end_of_word_suffix="", fuse_unk=False)
+        backend = tokenizers.Tokenizer(model)
+        if self.composes:
+            backend.normalizer = normalizers.NFC()
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(self.options.flag("add_prefix_space", self.prefix_space))
+        backend.decoder = decoders.ByteLevel()
+        return backend
+
+
+class GPTNeoXClass(ByteLevelClass):
+    defaults = parts(ByteLevelClass.defaults, pad="<|padding|>")
+    composes = True
+
+    def finish(self, backend: tokenizers.Tokenizer) -> None:
+        frame(backend, self.options, self.special)
+
+
+class Qwen2Class(ByteLevelClass):
+    defaults = parts(unk=END_OF_TEXT, bos=None, eos=END_OF_TEXT, pad=END_OF_TEXT)
+    composes = True
+
+    def build(self) -> tokenizers.Tokenizer:
+        import tokenizers
+        from tokenizers import pre_tokenizers
+
+        backend = super().build()
+        words = pre_tokenizers.Split(tokenizers.Regex(_QWEN_WORDS), "isolated")
+        prefix_space = self.options.flag("add_prefix_space", False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [words, pre_tokenizers.ByteLevel(prefix_space, use_regex=False)]
+        )
+        return backend
+
+    def finish(self, backend: tokenizers.Tokenizer) -> None:
+        texts = dict.fromkeys(
+            str(token) for token in [*self.special.named.values(), *self.special.extra] if token is not None
+        )
+        backend.add_tokens([added_token(text, special=True) for text in texts])
+
+
+class BlenderbotClass(ByteLevelClass):
+    defaults = FAIRSEQ
+    prefix_space = True
+    mask_strips = True
+
+
+class RobertaClass(ByteLevelClass):
+    defaults = FAIRSEQ
+
+    def finish(self, backend: tokenizers.Tokenizer) -> None:
+        from tokenizers import processors
+
+        sep, cls = (self.special.pair(backend, name) for name in ("sep_token", "cls_token"))
+        trims, prefix_space = self.options.flag("trim_offsets", True), self.options.flag("add_prefix_space", False)
+        backend.post_processor = processors.RobertaProcessing(sep, cls, trims, prefix_space)
