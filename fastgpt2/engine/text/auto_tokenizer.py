@@ -120,14 +120,16 @@ class _Loader:
         self.path = self.folder
         options = read_options(settings, special_map, added, parsed.added_tokens if parsed else [])
         kind = made_by(options) if made_by else None
-        if kind is None:
-            backend, special = self._as_it_is(parsed, options)
+        if kind is None or (kind.inherits and (parsed or self._pieces_file(kind))):
+            backend, special = self._as_it_is(parsed, options, kind)
         else:
             backend, special = self._by_class(kind, parsed), kind.special
         add_tokens(backend, options, special, kind is not None and kind.raw)
-        if backend.post_processor is None or {"add_bos_token", "add_eos_token"} & options.values.keys():
+        framed = backend.post_processor is None or bool({"add_bos_token", "add_eos_token"} & options.values.keys())
+        if framed:
             frame(backend, options, special)
         if kind is not None:
+            kind.special, kind.framed = special, framed
             kind.finish(backend)
         backend.encode_special_tokens = options.flag("split_special_tokens", False)
         return LoadedTokenizer(
@@ -223,19 +225,30 @@ class _Loader:
                 raise TokenizerError(f"{path}: more than {MAX_TOKENIZER_BYTES} bytes; no tokenizer is as large")
         return Vocabulary(str(found[0]), str(found[-1]))
 
-    def _as_it_is(self, parsed: TokenizerJson | None, options: Options) -> tuple[tokenizers.Tokenizer, SpecialTokens]:
-        """Return the pipeline that one file describes as a whole, and the special tokens."""
+    def _pieces_file(self, kind: TokenizerClass | None) -> Path | None:
+        """Return the path of the model of sentencepiece that a class takes, or None if there is none."""
+        names = [_COMMON_MODEL, *(name for name in (kind.files if kind else ()) if name.endswith(".model"))]
+        return next(filter(None, map(self._file, names)), None)
+
+    def _as_it_is(
+        self, parsed: TokenizerJson | None, options: Options, kind: TokenizerClass | None
+    ) -> tuple[tokenizers.Tokenizer, SpecialTokens]:
+        """Return the pipeline that one file describes as a whole, and the special tokens, some of which a class has."""
+        usual, strips = (kind.defaults, kind.mask_strips) if kind else ({}, False)
         if parsed:
             self.path = parsed.path
-            special = collect_special_tokens(options, {}, options.values.get("additional_special_tokens"), False)
-            _take_padding(parsed, options, special)
+            special = collect_special_tokens(options, usual, options.values.get("additional_special_tokens"), strips)
+            if "pad_token" not in usual:
+                _take_padding(parsed, options, special)
             return parsed.backend, special
-        path = self._file(_COMMON_MODEL)
+        path = self._pieces_file(kind)
         if path is None:
             raise TokenizerError(self._missing((TOKENIZER_FILE,)))
-        from fastgpt2.engine.text.sentencepiece import pipeline
+        from fastgpt2.engine.text.sentencepiece import UNIGRAM, pipeline
 
         model = _read_pieces(path)
+        if kind:
+            model.model_type = UNIGRAM
         names = {index: token.content for index, token in options.declared.items()}
         backend = pipeline(model, options.flag("legacy", True), names)
         defaults = {
@@ -250,7 +263,7 @@ class _Loader:
         controls = [token for token in model.added_tokens() if token.special]
         if model.add_dummy_prefix:
             options.declared = {index: as_raw(token) for index, token in options.declared.items()}
-        return backend, collect_special_tokens(options, defaults, controls, False)
+        return backend, collect_special_tokens(options, {**usual, **defaults}, controls, strips)
 
     def _cleans_up(self, backend: tokenizers.Tokenizer, options: Options, kind: TokenizerClass | None) -> bool:
         """Tell whether spaces before punctuation are taken out of the text: not those of a BPE, unless forced."""
@@ -295,7 +308,7 @@ def _vocabulary_of_pieces(kind: TokenizerClass, path: Path) -> Vocabulary:
     kind.options.values["additional_special_tokens"] = model.added_tokens()
     if kind.model == "BPE":
         ids = model.ids()
-        return Vocabulary(ids, merges_by_id(ids), charsmap=model.charsmap, source=model)
+        return Vocabulary(kind.arrange_ids(ids), merges_by_id(ids), charsmap=model.charsmap, source=model)
     return Vocabulary(kind.arrange(model.scores()), charsmap=model.charsmap, source=model)
 
 

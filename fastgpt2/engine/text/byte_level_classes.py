@@ -8,7 +8,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fastgpt2.engine.text.special_tokens import added_token
-from fastgpt2.engine.text.tokenizer_base import END_OF_TEXT, FAIRSEQ, TokenizerClass, frame, parts
+from fastgpt2.engine.text.tokenizer_base import (
+    BERT,
+    END_OF_TEXT,
+    FAIRSEQ,
+    TokenizerClass,
+    frame,
+    make_special,
+    parts,
+    wrap,
+)
 
 if TYPE_CHECKING:
     import tokenizers
@@ -51,13 +60,14 @@ class GPTNeoXClass(ByteLevelClass):
 class Qwen2Class(ByteLevelClass):
     defaults = parts(unk=END_OF_TEXT, bos=None, eos=END_OF_TEXT, pad=END_OF_TEXT)
     composes = True
+    words = _QWEN_WORDS
 
     def build(self) -> tokenizers.Tokenizer:
         import tokenizers
         from tokenizers import pre_tokenizers
 
         backend = super().build()
-        words = pre_tokenizers.Split(tokenizers.Regex(_QWEN_WORDS), "isolated")
+        words = pre_tokenizers.Split(tokenizers.Regex(self.words), "isolated")
         prefix_space = self.options.flag("add_prefix_space", False)
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [words, pre_tokenizers.ByteLevel(prefix_space, use_regex=False)]
@@ -69,6 +79,45 @@ class Qwen2Class(ByteLevelClass):
             str(token) for token in [*self.special.named.values(), *self.special.extra] if token is not None
         )
         backend.add_tokens([added_token(text, special=True) for text in texts])
+
+
+class Qwen3_5Class(Qwen2Class):  # noqa: N801 - it is the name of the model
+    files = ("tokenizer.model",)
+    words = _QWEN_WORDS.replace(r"\p{L}+|", r"[\p{L}\p{M}]+|", 1).replace(r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]")
+
+    def finish(self, backend: tokenizers.Tokenizer) -> None:
+        pass
+
+
+class CohereClass(ByteLevelClass):
+    defaults = parts(
+        unk="<UNK>",
+        bos="<BOS_TOKEN>",
+        eos="<|END_OF_TURN_TOKEN|>",
+        pad="<PAD>",
+        cls="<CLS>",
+        sep="<SEP>",
+        mask="<MASK_TOKEN>",
+    )
+    composes = True
+
+    def build(self) -> tokenizers.Tokenizer:
+        from tokenizers import pre_tokenizers
+
+        backend = super().build()
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
+        return backend
+
+    def finish(self, backend: tokenizers.Tokenizer) -> None:
+        make_special(backend, self.special)
+
+
+class DebertaClass(ByteLevelClass):
+    defaults = parts(BERT, bos="[CLS]", eos="[SEP]")
+
+    def finish(self, backend: tokenizers.Tokenizer) -> None:
+        wrap(backend, self.special, "cls_token", "sep_token")
 
 
 class BlenderbotClass(ByteLevelClass):

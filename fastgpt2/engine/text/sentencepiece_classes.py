@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fastgpt2.engine.model.config import TOKENIZER_FILE
 from fastgpt2.engine.text.tokenizer_base import (
     BERT,
     END_OF_TEXT,
@@ -15,7 +16,9 @@ from fastgpt2.engine.text.tokenizer_base import (
     SPACE,
     Pieces,
     TokenizerClass,
+    make_special,
     parts,
+    surround,
     wrap,
 )
 from fastgpt2.errors import TokenizerError
@@ -29,6 +32,13 @@ MAX_EXTRA_IDS = 1 << 16
 # Source: `GPTSw3Tokenizer.__init__` in models/gpt_sw3/tokenization_gpt_sw3.py.
 _UNPRINTABLE = "".join(map(chr, [*range(9), *range(11, 32), *range(127, 161), 0xAD, 0x200B]))
 _SPACES = "\u2002\u2003\u2005\u2008\u2009\u200a\u202f\u3000\ufffc"
+
+
+def single_spaces(content: str = " ") -> Any:
+    """Return a normalizer that puts one space, or another content, for several."""
+    from tokenizers import Regex, normalizers
+
+    return normalizers.Replace(Regex(" {2,}"), content)
 
 
 class LlamaClass(TokenizerClass):
@@ -47,6 +57,57 @@ class LlamaClass(TokenizerClass):
         parts: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
         backend.decoder = decoders.Sequence(parts + [decoders.Strip(" ", 1, 0)] * prefix_space)
         return backend
+
+
+class GemmaClass(TokenizerClass):
+    """A BPE without a prefix, whose pre-tokenizer finds no space, since the normalizer has replaced them."""
+
+    files = (TOKENIZER_FILE,)
+    defaults = parts(unk="<unk>", bos="<bos>", eos="<eos>", pad="<pad>", mask="<mask>")
+    whole = True
+
+    def build(self) -> tokenizers.Tokenizer:
+        import tokenizers
+        from tokenizers import decoders, normalizers, pre_tokenizers
+
+        unknown = str(self.special.text("unk_token"))
+        backend = tokenizers.Tokenizer(self.vocabulary.bpe(unk_token=unknown, fuse_unk=True, byte_fallback=True))
+        backend.normalizer = normalizers.Replace(" ", SPACE)
+        backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+        backend.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+        return backend
+
+
+class Siglip2Class(GemmaClass):
+    def build(self) -> tokenizers.Tokenizer:
+        from tokenizers import normalizers
+
+        backend = super().build()
+        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), backend.normalizer])
+        return backend
+
+
+class ReformerClass(TokenizerClass):
+    """A BPE of words, each with a prefix."""
+
+    files = ("spiece.model",)
+    defaults = parts(eos="</s>", unk="<unk>")
+    whole = True
+
+    def build(self) -> tokenizers.Tokenizer:
+        import tokenizers
+        from tokenizers import decoders, normalizers, pre_tokenizers
+
+        unknown = str(self.special.text("unk_token"))
+        backend = tokenizers.Tokenizer(self.vocabulary.bpe(unk_token=unknown, fuse_unk=True))
+        if self.vocabulary.charsmap is not None:
+            backend.normalizer = normalizers.Sequence([*self.vocabulary.normalizers(), single_spaces()])
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, "always")
+        backend.decoder = decoders.Metaspace(SPACE, "always")
+        return backend
+
+    def finish(self, backend: tokenizers.Tokenizer) -> None:
+        make_special(backend, self.special)
 
 
 class UnigramClass(TokenizerClass):
@@ -118,6 +179,80 @@ class T5Class(UnigramClass):
         backend.post_processor = processors.TemplateProcessing(single=["$A", "</s>"], special_tokens=end)
 
 
+class VideoPrismClass(T5Class):
+    def finish(self, backend: tokenizers.Tokenizer) -> None:
+        pass
+
+
+class PegasusClass(UnigramClass):
+    """The tokenizer of PEGASUS, which has a hundred unknown tokens in front of its pieces."""
+
+    defaults = parts(pad="<pad>", eos="</s>", unk="<unk>", mask="<mask_2>")
+    by_words = False
+    prefixes_always = True
+
+    def _unknowns(self) -> list[str]:
+        return [f"<unk_{index}>" for index in range(2, self.options.number("offset", 103, MAX_EXTRA_IDS))]
+
+    def arrange(self, pieces: Pieces) -> Pieces:
+        # transformers takes them so: each of the two has the other's usual text here.
+        masks = [self.stated("mask_token", "<mask_1>"), self.stated("mask_token_sent", "<mask_2>")]
+        first = [self.stated("pad_token"), self.stated("eos_token"), *(m for m in dict.fromkeys(masks) if m != "None")]
+        return [*((text, 0.0) for text in first), *((text, -100.0) for text in self._unknowns()), *pieces[2:]]
+
+    def additional(self, _: list[Any] | None) -> list[Any] | None:
+        sentence = self.options.values.get("mask_token_sent", "<mask_1>")
+        return [] if sentence is None else [sentence, *self._unknowns()]
+
+    def unk_id(self) -> int:
+        unknown = (str(self.special.text("unk_token")), 0.0)
+        pieces = self.vocabulary.pieces
+        if unknown not in pieces[1:]:
+            raise TokenizerError(f"the tokenizer's class needs its unk_token {unknown[0][:40]!r}, with the score 0")
+        return pieces.index(unknown, 1)
+
+    def normalizers(self) -> list[Any]:
+        from tokenizers import Regex, normalizers
+
+        lines: list[Any] = [normalizers.Replace(Regex(r"\n"), " ")]
+        return [*(self.vocabulary.normalizers() or lines), single_spaces()]
+
+    def finish(self, backend: tokenizers.Tokenizer) -> None:
+        surround(backend, [], [self.special.pair(backend, "eos_token")])
+
+
+class XGLMClass(UnigramClass):
+    files = (TOKENIZER_FILE,)
+    defaults = parts(FAIRSEQ, mask=None)
+    by_words = False
+
+    def additional(self, listed: list[Any] | None) -> list[Any] | None:
+        return [*(listed or []), *(f"<madeupword{index}>" for index in range(7))]
+
+    def normalizers(self) -> list[Any]:
+        return [*self.vocabulary.normalizers(), single_spaces()]
+
+    def finish(self, backend: tokenizers.Tokenizer) -> None:
+        surround(backend, [self.special.pair(backend, "eos_token")], [])
+
+
+class BigBirdClass(UnigramClass):
+    defaults = parts(FAIRSEQ, sep="[SEP]", cls="[CLS]", mask="[MASK]")
+    mask_strips = True
+    by_words = False
+
+    def unk_id(self) -> int:
+        unknown = (str(self.special.text("unk_token")), 0.0)
+        pieces = self.vocabulary.pieces
+        return pieces.index(unknown) if unknown in pieces else 100
+
+    def normalizers(self) -> list[Any]:
+        return [single_spaces(SPACE)]
+
+    def finish(self, backend: tokenizers.Tokenizer) -> None:
+        wrap(backend, self.special, "cls_token", "sep_token")
+
+
 class PlainTextClass(UnigramClass):
     """What ALBERT and XLNet share: quotes made straight, accents and, if asked for, capitals taken away."""
 
@@ -161,6 +296,32 @@ class AlbertClass(PlainTextClass):
         return backend
 
 
+class FNetClass(AlbertClass):
+    inherits = True
+
+
+class RemBertClass(PlainTextClass):
+    files = ("sentencepiece.model",)
+    defaults = parts(BERT, unk="<unk>", pad="<pad>", bos="[CLS]", eos="[SEP]")
+    by_words = False
+
+    def unk_id(self) -> int:
+        return 2
+
+    @property
+    def keeps_accents(self) -> bool:
+        return self.options.flag("keep_accents", True)
+
+    def normalizers(self) -> list[Any]:
+        steps = super().normalizers()
+        return [*steps[:2], single_spaces(), *steps[2:]]
+
+    def finish(self, backend: tokenizers.Tokenizer) -> None:
+        make_special(backend, self.special)
+        if not self.framed:
+            wrap(backend, self.special, "cls_token", "sep_token")
+
+
 class XLNetClass(PlainTextClass):
     defaults = parts(FAIRSEQ, sep="<sep>", cls="<cls>")
     mask_strips = True
@@ -185,14 +346,9 @@ class XLMRobertaClass(UnigramClass):
     files = ("sentencepiece.bpe.model",)
     defaults = FAIRSEQ
 
-    def _named(self, name: str) -> tuple[str, float]:
-        """Return the token that the files name for a part, with the score of special tokens."""
-        value = self.options.values.get(name, self.defaults[name])
-        return str(value.get("content") if isinstance(value, dict) else value), 0.0
-
     def arrange(self, pieces: Pieces) -> Pieces:
-        first = [self._named(f"{part}_token") for part in ("bos", "pad", "eos", "unk")]
-        return [*first, *pieces[3:], self._named("mask_token")]
+        first = [(self.stated(f"{part}_token"), 0.0) for part in ("bos", "pad", "eos", "unk")]
+        return [*first, *pieces[3:], (self.stated("mask_token"), 0.0)]
 
     def finish(self, backend: tokenizers.Tokenizer) -> None:
         wrap(backend, self.special, "bos_token", "eos_token")
@@ -208,7 +364,7 @@ class CamembertClass(XLMRobertaClass):
         return texts.index(unknown) if unknown in texts else 0
 
     def arrange(self, pieces: Pieces) -> Pieces:
-        pad, unk, mask = (self._named(f"{part}_token") for part in ("pad", "unk", "mask"))
+        pad, unk, mask = ((self.stated(f"{part}_token"), 0.0) for part in ("pad", "unk", "mask"))
         first = [("<s>NOTUSED", 0.0), pad, ("</s>NOTUSED", 0.0), unk, ("<unk>NOTUSED", -100.0)]
         return [*first, *pieces[1:], mask]
 

@@ -11,23 +11,44 @@ from collections.abc import Mapping
 from fastgpt2.engine.text.byte_level_classes import (
     BlenderbotClass,
     ByteLevelClass,
+    CohereClass,
+    DebertaClass,
     GPTNeoXClass,
     Qwen2Class,
+    Qwen3_5Class,
     RobertaClass,
 )
 from fastgpt2.engine.text.sentencepiece_classes import (
     AlbertClass,
     BarthezClass,
+    BigBirdClass,
     CamembertClass,
     DebertaV2Class,
+    FNetClass,
+    GemmaClass,
     GPTSw3Class,
     LlamaClass,
+    PegasusClass,
+    ReformerClass,
+    RemBertClass,
+    Siglip2Class,
     T5Class,
+    VideoPrismClass,
+    XGLMClass,
     XLMRobertaClass,
     XLNetClass,
 )
 from fastgpt2.engine.text.tokenizer_base import TokenizerClass
-from fastgpt2.engine.text.word_classes import BertClass, HerbertClass, OpenAIGPTClass
+from fastgpt2.engine.text.translator_classes import MBart50Class, MBartClass, NllbClass
+from fastgpt2.engine.text.word_classes import (
+    BertClass,
+    ConvBertClass,
+    FunnelClass,
+    HerbertClass,
+    MPNetClass,
+    OpenAIGPTClass,
+    SplinterClass,
+)
 
 CLASSES: Mapping[str, type[TokenizerClass]] = {
     "GPT2Tokenizer": ByteLevelClass,
@@ -61,6 +82,25 @@ CLASSES: Mapping[str, type[TokenizerClass]] = {
     "BarthezTokenizer": BarthezClass,
     "DebertaV2Tokenizer": DebertaV2Class,
     "GPTSw3Tokenizer": GPTSw3Class,
+    "ReformerTokenizer": ReformerClass,
+    "BigBirdTokenizer": BigBirdClass,
+    "PegasusTokenizer": PegasusClass,
+    "MBartTokenizer": MBartClass,
+    "MBart50Tokenizer": MBart50Class,
+    "NllbTokenizer": NllbClass,
+    "XGLMTokenizer": XGLMClass,
+    "RemBertTokenizer": RemBertClass,
+    "FNetTokenizer": FNetClass,
+    "GemmaTokenizer": GemmaClass,
+    "Siglip2Tokenizer": Siglip2Class,
+    "VideoPrismTokenizer": VideoPrismClass,
+    "CohereTokenizer": CohereClass,
+    "Qwen3_5Tokenizer": Qwen3_5Class,
+    "DebertaTokenizer": DebertaClass,
+    "FunnelTokenizer": FunnelClass,
+    "MPNetTokenizer": MPNetClass,
+    "SplinterTokenizer": SplinterClass,
+    "ConvBertTokenizer": ConvBertClass,
 }
 
 # The classes that a folder has whose files name none, by the kind of its model. Source: `TOKENIZER_MAPPING_NAMES` of
@@ -94,14 +134,10 @@ USUAL_CLASSES = {
 # as there.
 # fmt: off
 OTHER_PIPELINES = frozenset({
-    "BigBirdTokenizer", "CLIPTokenizer", "CodeLlamaTokenizer", "CohereTokenizer", "ConvBertTokenizer",
-    "DPRContextEncoderTokenizer", "DPRQuestionEncoderTokenizer", "DPRReaderTokenizer", "DebertaTokenizer",
-    "EsmcTokenizer", "FNetTokenizer", "FunnelTokenizer", "GemmaTokenizer", "LasrTokenizer", "LayoutLMv2Tokenizer",
-    "LayoutLMv3Tokenizer", "LayoutXLMTokenizer", "LukeTokenizer", "MBart50Tokenizer", "MBartTokenizer",
-    "MLukeTokenizer", "MPNetTokenizer", "MarkupLMTokenizer", "NllbTokenizer", "NougatTokenizer",
-    "ParakeetTokenizer", "PegasusTokenizer", "Qwen3_5Tokenizer", "ReformerTokenizer", "RemBertTokenizer",
-    "SeamlessM4TTokenizer", "Siglip2Tokenizer", "SplinterTokenizer", "Tipsv2Tokenizer", "UdopTokenizer",
-    "VideoPrismTokenizer", "WhisperTokenizer", "XGLMTokenizer",
+    "CLIPTokenizer", "CodeLlamaTokenizer", "DPRContextEncoderTokenizer", "DPRQuestionEncoderTokenizer",
+    "DPRReaderTokenizer", "EsmcTokenizer", "LasrTokenizer", "LayoutLMv2Tokenizer", "LayoutLMv3Tokenizer",
+    "LayoutXLMTokenizer", "LukeTokenizer", "MLukeTokenizer", "MarkupLMTokenizer", "NougatTokenizer",
+    "ParakeetTokenizer", "SeamlessM4TTokenizer", "Tipsv2Tokenizer", "UdopTokenizer", "WhisperTokenizer",
 })
 CODE_CLASSES = frozenset({
     "BartphoTokenizer", "BertGenerationTokenizer", "BertJapaneseTokenizer", "BertTokenizerLegacy",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fastgpt2.engine.model.config import WORDPIECE_FILE
-from fastgpt2.engine.text.tokenizer_base import BERT, TokenizerClass, parts, wrap
+from fastgpt2.engine.text.tokenizer_base import BERT, FAIRSEQ, TokenizerClass, parts, wrap
 
 if TYPE_CHECKING:
     import tokenizers
@@ -69,3 +69,37 @@ class BertClass(TokenizerClass):
 
     def finish(self, backend: tokenizers.Tokenizer) -> None:
         wrap(backend, self.special, "cls_token", "sep_token", (2, 3))
+
+
+class ConvBertClass(BertClass):
+    inherits = True
+
+
+class FunnelClass(BertClass):
+    defaults = parts(FAIRSEQ, sep="<sep>", cls="<cls>")
+
+    def build(self) -> tokenizers.Tokenizer:
+        from tokenizers import decoders
+
+        backend = super().build()
+        backend.normalizer.clean_text = self.options.flag("clean_text", True)
+        backend.decoder = decoders.WordPiece(prefix=str(self.options.values.get("wordpieces_prefix", "##")))
+        return backend
+
+    def finish(self, backend: tokenizers.Tokenizer) -> None:
+        wrap(backend, self.special, "cls_token", "sep_token")
+
+
+class MPNetClass(BertClass):
+    defaults = parts(FAIRSEQ, unk="[UNK]")
+    mask_strips = True
+
+    def finish(self, backend: tokenizers.Tokenizer) -> None:
+        wrap(backend, self.special, "cls_token", "sep_token", (0, 2))
+
+
+class SplinterClass(BertClass):
+    defaults = parts(BERT, question="[QUESTION]")
+
+    def finish(self, backend: tokenizers.Tokenizer) -> None:
+        wrap(backend, self.special, "cls_token", "sep_token")
