@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -19,7 +19,6 @@ from fastgpt2.engine.machine import fair_share_of_kv_memory, hold_to_one_thread,
 from fastgpt2.engine.model.config import GPT2Config, read_config
 from fastgpt2.engine.model.generation_config import GenerationConfig, read_generation_config
 from fastgpt2.engine.model.hub import find_folders
-from fastgpt2.engine.text.tokenizer import Tokenizer
 from fastgpt2.errors import BadRequest
 
 if TYPE_CHECKING:
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from fastgpt2.engine.model.packing import PackedFile
     from fastgpt2.engine.network.gpt2 import GPT2
     from fastgpt2.engine.network.helpers import HelperProcesses
+    from fastgpt2.engine.text.tokenizer import Tokenizer
 
 BLAS_CHOICES = ("auto", "openblas", "mkl", "compiled")
 DRAFTS_CHOICES = ("off", "auto", "int8")
@@ -133,6 +133,10 @@ def load_decoder(model: str, options: LoadOptions) -> LoadedModel:
         tokenizer, tokenizer_done, processes = beside.result()
     if processes is not None:
         network.start_helpers(processes)
+    bos = tokenizer.bos_token_id
+    if generation.bos_token_id is None and bos is not None and bos < config.vocab_size:
+        # transformers generates nothing from an empty prompt then. What comes closest to a beginning is taken.
+        generation = replace(generation, bos_token_id=bos)
     measurements, most_drafts = open_measurements(config), options.most_drafts
     if options.max_batch is None:
         choose_slots(network, measurements)
@@ -243,5 +247,7 @@ def _load_beside(folder: Path, size: int, started: float) -> tuple[Tokenizer, fl
         # If that fails, the first step tries again, and complains.
         with contextlib.suppress(OSError):
             processes = HelperProcesses(size - 1)
+    from fastgpt2.engine.text.tokenizer import Tokenizer
+
     tokenizer = Tokenizer.from_folder(folder)
     return tokenizer, perf_counter() - started, processes

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 # What stands for "no bound": a token may stand for a text of any length.
 ANY_LENGTH = 1 << 30
 
+_END_OF_TEXT = "<|endoftext|>"
+
 # A token before another one, to see what that gives within a text. No vocabulary has it.
 _BEFORE = "\uf8ff"
 
@@ -31,6 +33,8 @@ class Tokenizer:
     tokenizer's own decoder makes of them.
 
     Attributes:
+        bos_token_id: the token with which the tokenizer begins a text, or GPT-2's between two texts; None if there is
+            neither.
         special_tokens: the names of the special tokens by their ids. They are no part of a text.
         notes: sentences for people on what was passed over in the tokenizer's files.
     """
@@ -41,6 +45,8 @@ class Tokenizer:
         backend.no_padding()
         _keep_spaces_in_offsets(backend)
         self._backend, self.notes = backend, loaded.notes
+        bos = loaded.bos_token_id
+        self.bos_token_id: int | None = bos if bos is not None else backend.token_to_id(_END_OF_TEXT)
         added = backend.get_added_tokens_decoder()
         self._added = {token_id: token.content for token_id, token in added.items()}
         self.special_tokens = {token_id: token.content for token_id, token in added.items() if token.special}
