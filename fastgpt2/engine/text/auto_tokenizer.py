@@ -31,7 +31,7 @@ from fastgpt2.engine.text.special_tokens import (
     read_options,
 )
 from fastgpt2.engine.text.tokenizer_base import TokenizerClass, Vocabulary, frame
-from fastgpt2.engine.text.tokenizer_classes import CLASSES, CODE_CLASSES, NEEDS, OTHER_PIPELINES, USUAL_CLASSES
+from fastgpt2.engine.text.tokenizer_classes import CODE_CLASSES, NEEDS, OTHER_PIPELINES, USUAL_CLASSES, find_class
 from fastgpt2.engine.text.tokenizer_json import MAX_TOKENIZER_BYTES, TokenizerJson, read_bytes
 from fastgpt2.errors import TokenizerError
 
@@ -185,7 +185,7 @@ class _Loader:
             )
         if self._class_name == "LlamaTokenizer" and not code and parsed and parsed.mentions_bytes:
             return None
-        return CLASSES.get(self._class_name)
+        return find_class(self._class_name)
 
     def _by_class(self, kind: TokenizerClass, parsed: TokenizerJson | None) -> tokenizers.Tokenizer:
         """Return the pipeline that a class builds of the files."""

@@ -5,6 +5,7 @@ Source of each: the class of the same name in `models/*/tokenization_*.py` of tr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from fastgpt2.engine.text.special_tokens import added_token
@@ -135,3 +136,20 @@ class RobertaClass(ByteLevelClass):
         sep, cls = (self.special.pair(backend, name) for name in ("sep_token", "cls_token"))
         trims, prefix_space = self.options.flag("trim_offsets", True), self.options.flag("add_prefix_space", False)
         backend.post_processor = processors.RobertaProcessing(sep, cls, trims, prefix_space)
+
+
+CLASSES: Mapping[str, type[TokenizerClass]] = {
+    "GPT2Tokenizer": ByteLevelClass,
+    "CodeGenTokenizer": ByteLevelClass,
+    "GPTNeoXTokenizer": GPTNeoXClass,
+    "Qwen2Tokenizer": Qwen2Class,
+    "BlenderbotTokenizer": BlenderbotClass,
+    "RobertaTokenizer": RobertaClass,
+    "BartTokenizer": RobertaClass,
+    "LEDTokenizer": RobertaClass,
+    "LongformerTokenizer": RobertaClass,
+    "MvpTokenizer": RobertaClass,
+    "CohereTokenizer": CohereClass,
+    "Qwen3_5Tokenizer": Qwen3_5Class,
+    "DebertaTokenizer": DebertaClass,
+}

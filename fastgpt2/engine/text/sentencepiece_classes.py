@@ -6,6 +6,7 @@ tokens, the converter of that name in convert_slow_tokenizer.py.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fastgpt2.engine.model.config import TOKENIZER_FILE
@@ -442,3 +443,25 @@ class GPTSw3Class(TokenizerClass):
         from tokenizers import processors
 
         backend.post_processor = processors.TemplateProcessing(single="$A")
+
+
+CLASSES: Mapping[str, type[TokenizerClass]] = {
+    "LlamaTokenizer": LlamaClass,
+    "T5Tokenizer": T5Class,
+    "AlbertTokenizer": AlbertClass,
+    "XLNetTokenizer": XLNetClass,
+    "XLMRobertaTokenizer": XLMRobertaClass,
+    "CamembertTokenizer": CamembertClass,
+    "BarthezTokenizer": BarthezClass,
+    "DebertaV2Tokenizer": DebertaV2Class,
+    "GPTSw3Tokenizer": GPTSw3Class,
+    "ReformerTokenizer": ReformerClass,
+    "BigBirdTokenizer": BigBirdClass,
+    "PegasusTokenizer": PegasusClass,
+    "XGLMTokenizer": XGLMClass,
+    "RemBertTokenizer": RemBertClass,
+    "FNetTokenizer": FNetClass,
+    "GemmaTokenizer": GemmaClass,
+    "Siglip2Tokenizer": Siglip2Class,
+    "VideoPrismTokenizer": VideoPrismClass,
+}

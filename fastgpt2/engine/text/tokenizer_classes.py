@@ -1,4 +1,4 @@
-"""The classes of tokenizers that transformers has, by name: those that GPT-2 repositories use are pipelines here.
+"""The names of transformers' classes of tokenizers: which are pipelines here, and which are refused.
 
 A class builds its own normalizer, pre-tokenizer and decoder, whatever `tokenizer.json` says of them. The vocabulary and
 some settings it takes from the files.
@@ -6,102 +6,7 @@ some settings it takes from the files.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from fastgpt2.engine.text.byte_level_classes import (
-    BlenderbotClass,
-    ByteLevelClass,
-    CohereClass,
-    DebertaClass,
-    GPTNeoXClass,
-    Qwen2Class,
-    Qwen3_5Class,
-    RobertaClass,
-)
-from fastgpt2.engine.text.sentencepiece_classes import (
-    AlbertClass,
-    BarthezClass,
-    BigBirdClass,
-    CamembertClass,
-    DebertaV2Class,
-    FNetClass,
-    GemmaClass,
-    GPTSw3Class,
-    LlamaClass,
-    PegasusClass,
-    ReformerClass,
-    RemBertClass,
-    Siglip2Class,
-    T5Class,
-    VideoPrismClass,
-    XGLMClass,
-    XLMRobertaClass,
-    XLNetClass,
-)
 from fastgpt2.engine.text.tokenizer_base import TokenizerClass
-from fastgpt2.engine.text.translator_classes import MBart50Class, MBartClass, NllbClass
-from fastgpt2.engine.text.word_classes import (
-    BertClass,
-    ConvBertClass,
-    FunnelClass,
-    HerbertClass,
-    MPNetClass,
-    OpenAIGPTClass,
-    SplinterClass,
-)
-
-CLASSES: Mapping[str, type[TokenizerClass]] = {
-    "GPT2Tokenizer": ByteLevelClass,
-    "CodeGenTokenizer": ByteLevelClass,
-    "GPTNeoXTokenizer": GPTNeoXClass,
-    "Qwen2Tokenizer": Qwen2Class,
-    "BlenderbotTokenizer": BlenderbotClass,
-    **dict.fromkeys(
-        ("RobertaTokenizer", "BartTokenizer", "LEDTokenizer", "LongformerTokenizer", "MvpTokenizer"), RobertaClass
-    ),
-    "OpenAIGPTTokenizer": OpenAIGPTClass,
-    "HerbertTokenizer": HerbertClass,
-    **dict.fromkeys(
-        (
-            "BertTokenizer",
-            "DistilBertTokenizer",
-            "ElectraTokenizer",
-            "LayoutLMTokenizer",
-            "LxmertTokenizer",
-            "MobileBertTokenizer",
-            "SqueezeBertTokenizer",
-        ),
-        BertClass,
-    ),
-    "LlamaTokenizer": LlamaClass,
-    "T5Tokenizer": T5Class,
-    "AlbertTokenizer": AlbertClass,
-    "XLNetTokenizer": XLNetClass,
-    "XLMRobertaTokenizer": XLMRobertaClass,
-    "CamembertTokenizer": CamembertClass,
-    "BarthezTokenizer": BarthezClass,
-    "DebertaV2Tokenizer": DebertaV2Class,
-    "GPTSw3Tokenizer": GPTSw3Class,
-    "ReformerTokenizer": ReformerClass,
-    "BigBirdTokenizer": BigBirdClass,
-    "PegasusTokenizer": PegasusClass,
-    "MBartTokenizer": MBartClass,
-    "MBart50Tokenizer": MBart50Class,
-    "NllbTokenizer": NllbClass,
-    "XGLMTokenizer": XGLMClass,
-    "RemBertTokenizer": RemBertClass,
-    "FNetTokenizer": FNetClass,
-    "GemmaTokenizer": GemmaClass,
-    "Siglip2Tokenizer": Siglip2Class,
-    "VideoPrismTokenizer": VideoPrismClass,
-    "CohereTokenizer": CohereClass,
-    "Qwen3_5Tokenizer": Qwen3_5Class,
-    "DebertaTokenizer": DebertaClass,
-    "FunnelTokenizer": FunnelClass,
-    "MPNetTokenizer": MPNetClass,
-    "SplinterTokenizer": SplinterClass,
-    "ConvBertTokenizer": ConvBertClass,
-}
 
 # The classes that a folder has whose files name none, by the kind of its model. Source: `TOKENIZER_MAPPING_NAMES` of
 # transformers, for models whose tokenizer a GPT-2 may borrow.
@@ -151,3 +56,18 @@ CODE_CLASSES = frozenset({
 })
 # fmt: on
 NEEDS = {"BertJapaneseTokenizer": " (mostly with MeCab)", "CpmTokenizer": " (with jieba)"}
+
+
+def find_class(name: str) -> type[TokenizerClass] | None:
+    """Return the class of a name, or None if there is none here.
+
+    The classes whose text is bytes are looked at first: GPT-2's own is among them, and starts without the others.
+    """
+    from fastgpt2.engine.text import byte_level_classes
+
+    if name in byte_level_classes.CLASSES:
+        return byte_level_classes.CLASSES[name]
+    from fastgpt2.engine.text import sentencepiece_classes, translator_classes, word_classes
+
+    others = {**word_classes.CLASSES, **sentencepiece_classes.CLASSES, **translator_classes.CLASSES}
+    return others.get(name)

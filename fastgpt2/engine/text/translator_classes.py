@@ -6,6 +6,7 @@ tokens, the converter of that name in convert_slow_tokenizer.py.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fastgpt2.engine.text.sentencepiece_classes import ReformerClass, XLMRobertaClass, single_spaces
@@ -128,3 +129,10 @@ class NllbClass(ReformerClass):
             surround(backend, [], [eos, language])
         else:
             surround(backend, [language], [eos])
+
+
+CLASSES: Mapping[str, type[TokenizerClass]] = {
+    "MBartTokenizer": MBartClass,
+    "MBart50Tokenizer": MBart50Class,
+    "NllbTokenizer": NllbClass,
+}

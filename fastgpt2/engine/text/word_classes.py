@@ -5,6 +5,7 @@ Source of each: the class of the same name in `models/*/tokenization_*.py` of tr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from fastgpt2.engine.model.config import WORDPIECE_FILE
@@ -103,3 +104,20 @@ class SplinterClass(BertClass):
 
     def finish(self, backend: tokenizers.Tokenizer) -> None:
         wrap(backend, self.special, "cls_token", "sep_token")
+
+
+CLASSES: Mapping[str, type[TokenizerClass]] = {
+    "OpenAIGPTTokenizer": OpenAIGPTClass,
+    "HerbertTokenizer": HerbertClass,
+    "BertTokenizer": BertClass,
+    "DistilBertTokenizer": BertClass,
+    "ElectraTokenizer": BertClass,
+    "LayoutLMTokenizer": BertClass,
+    "LxmertTokenizer": BertClass,
+    "MobileBertTokenizer": BertClass,
+    "SqueezeBertTokenizer": BertClass,
+    "FunnelTokenizer": FunnelClass,
+    "MPNetTokenizer": MPNetClass,
+    "SplinterTokenizer": SplinterClass,
+    "ConvBertTokenizer": ConvBertClass,
+}
