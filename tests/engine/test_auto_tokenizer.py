@@ -151,7 +151,7 @@ def test_half_of_two_files(tmp_path: Path) -> None:
         ("BertJapaneseTokenizer", "MeCab"),
         ("CpmTokenizerFast", "jieba"),
         ("EsmTokenizer", "Python code of transformers"),
-        ("MBartTokenizer", '"tokenizer_class": "PreTrainedTokenizerFast"'),
+        ("LukeTokenizer", '"tokenizer_class": "PreTrainedTokenizerFast"'),
     ],
 )
 def test_a_class_that_there_is_none_of_here(tmp_path: Path, name: str, remedy: str) -> None:

@@ -13,6 +13,7 @@ versions make the same files.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import shutil
@@ -95,11 +96,13 @@ def pieces(**settings: Any) -> bytes:
         "hard_vocab_limit": False,
         "num_threads": 1,
         "minloglevel": 2,
-        "normalization_rule_tsv": str(rules),
+        "normalization_rule_tsv": rules.name,
     }
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES * 3), model_writer=out, **{**defaults, **settings}
-    )
+    # The name of the file of rules becomes a part of the model.
+    with contextlib.chdir(HERE):
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(SENTENCES * 3), model_writer=out, **{**defaults, **settings}
+        )
     rules.unlink()
     return out.getvalue()
 
@@ -200,6 +203,9 @@ def byte_level_kinds() -> None:
     )
     store("fast-digits", {"tokenizer.json": digits}, fast)
     store("gpt2-digits", {"tokenizer.json": digits}, {**fast, "tokenizer_class": "GPT2TokenizerFast"})
+    store("cohere", two_files(gpt2), {"tokenizer_class": "CohereTokenizer", "eos_token": typed(END, lstrip=True)})
+    store("deberta", two_files(other), {"tokenizer_class": "DebertaTokenizer", "cls_token": "<s>", "sep_token": "</s>"})
+    store("qwen-3.5", {"tokenizer.json": gpt2}, {"tokenizer_class": "Qwen3_5Tokenizer"})
     store("roberta", two_files(other), {"tokenizer_class": "RobertaTokenizer"})
     store("gpt-neox", {"tokenizer.json": gpt2}, {"tokenizer_class": "GPTNeoXTokenizerFast"})
     store("own-class", {"tokenizer.json": other}, {"tokenizer_class": "OwnTokenizer", "eos_token": "</s>"})
@@ -225,6 +231,7 @@ def other_json_kinds() -> None:
     unigram.add_special_tokens(specials)
     store("unigram", {"tokenizer.json": unigram}, fast)
     store("unigram-no-class", {"tokenizer.json": unigram})
+    store("xglm", {"tokenizer.json": unigram}, {"tokenizer_class": "XGLMTokenizer"})
     store("unigram-t5", {"tokenizer.json": unigram}, {"tokenizer_class": "T5TokenizerFast", "extra_ids": 2})
 
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -261,6 +268,10 @@ def bert_kinds() -> None:
     parts = [f"##{letter}" for letter in letters if ord(letter) < 0x500]
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *parts, "hello", "name", "##ing", "today", "Der"]
     text = "\n".join(tokens) + "\n"
+    marked = text.replace("[UNK]", "<unk>").replace("[CLS]", "<cls>").replace("[SEP]", "<sep>")
+    store("funnel", {"vocab.txt": marked}, {"tokenizer_class": "FunnelTokenizer", "clean_text": False})
+    store("mpnet", {"vocab.txt": text.replace("[SEP]", "</s>")}, {"tokenizer_class": "MPNetTokenizer"})
+    store("splinter", {"vocab.txt": text}, {"tokenizer_class": "SplinterTokenizer", "do_lower_case": False})
     store("bert", {"vocab.txt": text}, {"tokenizer_class": "BertTokenizer"})
     parts_of = {
         part: f"[{part[:-6].upper()}]" for part in ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -285,6 +296,7 @@ def bert_kinds() -> None:
     word_piece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     word_piece.add_special_tokens(tokens[:5])
     store("bert-json", {"tokenizer.json": word_piece}, {"tokenizer_class": "BertTokenizerFast"})
+    store("convbert", {"tokenizer.json": word_piece}, {"tokenizer_class": "ConvBertTokenizer", "bos_token": "[CLS]"})
     store("word-piece", {"tokenizer.json": word_piece}, {"tokenizer_class": "PreTrainedTokenizerFast", **parts_of})
 
 
@@ -337,6 +349,24 @@ def sentencepiece_kinds() -> None:
         user_defined_symbols="<usr>",
     )
     store("gpt-sw3", {"spiece.model": nordic}, {"tokenizer_class": "GPTSw3Tokenizer"})
+    further_sentencepiece_kinds(small, bpe)
+
+
+def further_sentencepiece_kinds(small: bytes, bpe: bytes) -> None:
+    """Make the kinds of classes that few repositories name; `small` is a unigram, `bpe` has a byte fallback."""
+    words = pieces(model_type="bpe", vocab_size=220, control_symbols="<usr>", unk_id=0, bos_id=1, eos_id=2, pad_id=3)
+    store("reformer", {"spiece.model": words}, {"tokenizer_class": "ReformerTokenizer", "bos_token": "<s>"})
+    store("nllb", {"sentencepiece.bpe.model": words}, {"tokenizer_class": "NllbTokenizer", "src_lang": "<usr>"})
+    store("big-bird", {"spiece.model": small}, {"tokenizer_class": "BigBirdTokenizer"})
+    store("rembert", {"sentencepiece.model": small}, {"tokenizer_class": "RemBertTokenizer", "keep_accents": False})
+    store("fnet", {"spiece.model": small}, {"tokenizer_class": "FNetTokenizer"})
+    store("videoprism", {"spiece.model": small}, {"tokenizer_class": "VideoPrismTokenizer", "extra_ids": 3})
+    store("mbart", {"sentencepiece.bpe.model": small}, {"tokenizer_class": "MBartTokenizer", "src_lang": "de_DE"})
+    store("mbart-50", {"sentencepiece.bpe.model": small}, {"tokenizer_class": "MBart50Tokenizer"})
+    pegasus = pieces(vocab_size=200, pad_id=0, eos_id=1, unk_id=2, bos_id=3)
+    store("pegasus", {"spiece.model": pegasus}, {"tokenizer_class": "PegasusTokenizer", "offset": 5})
+    store("gemma", {"tokenizer.model": bpe}, {"tokenizer_class": "GemmaTokenizer", "add_bos_token": True})
+    store("siglip2", {"tokenizer.model": bpe}, {"tokenizer_class": "Siglip2Tokenizer"})
 
 
 def answer(folder: Path) -> dict[str, Any]:

@@ -144,7 +144,7 @@ def xlnet_class(box: Box) -> None:
     class_over_spiece(box, "XLNetTokenizer", "spiece.model", "zh")
 
 
-@kind("pl", special="<s>Cóż</s>", refused=("BigBirdTokenizer", "PreTrainedTokenizerFast"), small=False)
+@kind("pl", special="<s>Cóż</s>", small=False)
 def big_bird_class(box: Box) -> None:
     """spiece.model under BigBirdTokenizer"""
     class_over_spiece(box, "BigBirdTokenizer", "spiece.model")

@@ -35,7 +35,7 @@ SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 ADDED_TOKENS_FILE = "added_tokens.json"
 ADAPTER_FILE = "adapter_config.json"
 # The names that classes of transformers give to a model of sentencepiece; the first is taken by all of them.
-SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")
+SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "sentencepiece.model", "spm.model")
 
 # The files of a tokenizer: all of one of these sets are enough, and the first set that is whole is taken.
 TOKENIZER_SETS: tuple[tuple[str, ...], ...] = (

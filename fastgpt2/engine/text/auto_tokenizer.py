@@ -31,7 +31,7 @@ from fastgpt2.engine.text.special_tokens import (
     read_options,
 )
 from fastgpt2.engine.text.tokenizer_base import TokenizerClass, Vocabulary, frame
-from fastgpt2.engine.text.tokenizer_classes import CLASSES
+from fastgpt2.engine.text.tokenizer_classes import CODE_CLASSES, NEEDS, OTHER_PIPELINES, USUAL_CLASSES, find_class
 from fastgpt2.engine.text.tokenizer_json import MAX_TOKENIZER_BYTES, TokenizerJson, read_bytes
 from fastgpt2.errors import TokenizerError
 
@@ -45,59 +45,6 @@ MAX_SETTINGS_BYTES = 16 << 20
 
 # The name under which sentencepiece's model is taken by every class, if there is no tokenizer.json.
 _COMMON_MODEL = "tokenizer.model"
-
-# The classes that a folder has whose files name none, by the kind of its model. Source: `TOKENIZER_MAPPING_NAMES` of
-# transformers, for models whose tokenizer a GPT-2 may borrow.
-_USUAL_CLASSES = {
-    "gpt2": "GPT2Tokenizer",
-    "gpt_neo": "GPT2Tokenizer",
-    "gptj": "GPT2Tokenizer",
-    "opt": "GPT2Tokenizer",
-    "codegen": "GPT2Tokenizer",
-    "gpt_neox": "GPTNeoXTokenizer",
-    "gpt-sw3": "GPTSw3Tokenizer",
-    "openai-gpt": "OpenAIGPTTokenizer",
-    "bert": "BertTokenizer",
-    "distilbert": "BertTokenizer",
-    "electra": "BertTokenizer",
-    "roberta": "RobertaTokenizer",
-    "bart": "RobertaTokenizer",
-    "t5": "T5Tokenizer",
-    "mt5": "T5Tokenizer",
-    "albert": "AlbertTokenizer",
-    "xlnet": "XLNetTokenizer",
-    "xlm-roberta": "XLMRobertaTokenizer",
-    "camembert": "CamembertTokenizer",
-    "barthez": "BarthezTokenizer",
-    "deberta-v2": "DebertaV2Tokenizer",
-}
-
-# Classes of transformers that this package does not have: those that are pipelines of the tokenizers library too, and
-# those that are code. A name that transformers does not know either stands for a tokenizer.json that is taken as it is,
-# as there.
-# fmt: off
-_OTHER_PIPELINES = frozenset({
-    "BigBirdTokenizer", "CLIPTokenizer", "CodeLlamaTokenizer", "CohereTokenizer", "ConvBertTokenizer",
-    "DPRContextEncoderTokenizer", "DPRQuestionEncoderTokenizer", "DPRReaderTokenizer", "DebertaTokenizer",
-    "EsmcTokenizer", "FNetTokenizer", "FunnelTokenizer", "GemmaTokenizer", "LasrTokenizer", "LayoutLMv2Tokenizer",
-    "LayoutLMv3Tokenizer", "LayoutXLMTokenizer", "LukeTokenizer", "MBart50Tokenizer", "MBartTokenizer",
-    "MLukeTokenizer", "MPNetTokenizer", "MarkupLMTokenizer", "NllbTokenizer", "NougatTokenizer",
-    "ParakeetTokenizer", "PegasusTokenizer", "Qwen3_5Tokenizer", "ReformerTokenizer", "RemBertTokenizer",
-    "SeamlessM4TTokenizer", "Siglip2Tokenizer", "SplinterTokenizer", "Tipsv2Tokenizer", "UdopTokenizer",
-    "VideoPrismTokenizer", "WhisperTokenizer", "XGLMTokenizer",
-})
-_CODE = frozenset({
-    "BartphoTokenizer", "BertGenerationTokenizer", "BertJapaneseTokenizer", "BertTokenizerLegacy",
-    "BertweetTokenizer", "BioGptTokenizer", "BlenderbotSmallTokenizer", "ByT5Tokenizer", "CTRLTokenizer",
-    "CanineTokenizer", "ClvpTokenizer", "CpmAntTokenizer", "CpmTokenizer", "DiaTokenizer", "EsmTokenizer",
-    "FSMTTokenizer", "FastSpeech2ConformerTokenizer", "FlaubertTokenizer", "GPTNeoXJapaneseTokenizer",
-    "M2M100Tokenizer", "MarianTokenizer", "MgpstrTokenizer", "MyT5Tokenizer", "PLBartTokenizer",
-    "PerceiverTokenizer", "PhobertTokenizer", "ProphetNetTokenizer", "RoCBertTokenizer", "RoFormerTokenizer",
-    "SiglipTokenizer", "Speech2TextTokenizer", "SpeechT5Tokenizer", "TapasTokenizer", "VitsTokenizer",
-    "Wav2Vec2CTCTokenizer", "Wav2Vec2PhonemeCTCTokenizer", "XLMTokenizer",
-})
-# fmt: on
-_NEEDS = {"BertJapaneseTokenizer": " (mostly with MeCab)", "CpmTokenizer": " (with jieba)"}
 
 _OTHER_REMEDY = "give a tokenizer by --tokenizer ID|PATH"
 _SAVE_REMEDY = (
@@ -173,14 +120,16 @@ class _Loader:
         self.path = self.folder
         options = read_options(settings, special_map, added, parsed.added_tokens if parsed else [])
         kind = made_by(options) if made_by else None
-        if kind is None:
-            backend, special = self._as_it_is(parsed, options)
+        if kind is None or (kind.inherits and (parsed or self._pieces_file(kind))):
+            backend, special = self._as_it_is(parsed, options, kind)
         else:
             backend, special = self._by_class(kind, parsed), kind.special
         add_tokens(backend, options, special, kind is not None and kind.raw)
-        if backend.post_processor is None or {"add_bos_token", "add_eos_token"} & options.values.keys():
+        framed = backend.post_processor is None or bool({"add_bos_token", "add_eos_token"} & options.values.keys())
+        if framed:
             frame(backend, options, special)
         if kind is not None:
+            kind.special, kind.framed = special, framed
             kind.finish(backend)
         backend.encode_special_tokens = options.flag("split_special_tokens", False)
         return LoadedTokenizer(
@@ -220,23 +169,23 @@ class _Loader:
                 "is not run"
             )
         model_type = config.get("model_type")
-        usual = _USUAL_CLASSES.get(model_type) if isinstance(model_type, str) else None
+        usual = USUAL_CLASSES.get(model_type) if isinstance(model_type, str) else None
         if named is None and usual is None and not parsed and not self._file(_COMMON_MODEL):
             usual = "GPT2Tokenizer"
         self._class_name = (named if named is not None else usual or "").removesuffix("Fast")
-        if self._class_name in _OTHER_PIPELINES:
+        if self._class_name in OTHER_PIPELINES:
             raise TokenizerError(
                 f"{self.folder}: its tokenizer is of the class {self._class_name}, which fastgpt2 does not have; "
                 f"{_SAVE_REMEDY}"
             )
-        if self._class_name in _CODE:
+        if self._class_name in CODE_CLASSES:
             raise TokenizerError(
                 f"{self.folder}: its tokenizer is of the class {self._class_name}, which is Python code of transformers"
-                f"{_NEEDS.get(self._class_name, '')} that fastgpt2 does not have; {_OTHER_REMEDY}"
+                f"{NEEDS.get(self._class_name, '')} that fastgpt2 does not have; {_OTHER_REMEDY}"
             )
         if self._class_name == "LlamaTokenizer" and not code and parsed and parsed.mentions_bytes:
             return None
-        return CLASSES.get(self._class_name)
+        return find_class(self._class_name)
 
     def _by_class(self, kind: TokenizerClass, parsed: TokenizerJson | None) -> tokenizers.Tokenizer:
         """Return the pipeline that a class builds of the files."""
@@ -276,19 +225,30 @@ class _Loader:
                 raise TokenizerError(f"{path}: more than {MAX_TOKENIZER_BYTES} bytes; no tokenizer is as large")
         return Vocabulary(str(found[0]), str(found[-1]))
 
-    def _as_it_is(self, parsed: TokenizerJson | None, options: Options) -> tuple[tokenizers.Tokenizer, SpecialTokens]:
-        """Return the pipeline that one file describes as a whole, and the special tokens."""
+    def _pieces_file(self, kind: TokenizerClass | None) -> Path | None:
+        """Return the path of the model of sentencepiece that a class takes, or None if there is none."""
+        names = [_COMMON_MODEL, *(name for name in (kind.files if kind else ()) if name.endswith(".model"))]
+        return next(filter(None, map(self._file, names)), None)
+
+    def _as_it_is(
+        self, parsed: TokenizerJson | None, options: Options, kind: TokenizerClass | None
+    ) -> tuple[tokenizers.Tokenizer, SpecialTokens]:
+        """Return the pipeline that one file describes as a whole, and the special tokens, some of which a class has."""
+        usual, strips = (kind.defaults, kind.mask_strips) if kind else ({}, False)
         if parsed:
             self.path = parsed.path
-            special = collect_special_tokens(options, {}, options.values.get("additional_special_tokens"), False)
-            _take_padding(parsed, options, special)
+            special = collect_special_tokens(options, usual, options.values.get("additional_special_tokens"), strips)
+            if "pad_token" not in usual:
+                _take_padding(parsed, options, special)
             return parsed.backend, special
-        path = self._file(_COMMON_MODEL)
+        path = self._pieces_file(kind)
         if path is None:
             raise TokenizerError(self._missing((TOKENIZER_FILE,)))
-        from fastgpt2.engine.text.sentencepiece import pipeline
+        from fastgpt2.engine.text.sentencepiece import UNIGRAM, pipeline
 
         model = _read_pieces(path)
+        if kind:
+            model.model_type = UNIGRAM
         names = {index: token.content for index, token in options.declared.items()}
         backend = pipeline(model, options.flag("legacy", True), names)
         defaults = {
@@ -303,7 +263,7 @@ class _Loader:
         controls = [token for token in model.added_tokens() if token.special]
         if model.add_dummy_prefix:
             options.declared = {index: as_raw(token) for index, token in options.declared.items()}
-        return backend, collect_special_tokens(options, defaults, controls, False)
+        return backend, collect_special_tokens(options, {**usual, **defaults}, controls, strips)
 
     def _cleans_up(self, backend: tokenizers.Tokenizer, options: Options, kind: TokenizerClass | None) -> bool:
         """Tell whether spaces before punctuation are taken out of the text: not those of a BPE, unless forced."""
@@ -348,7 +308,7 @@ def _vocabulary_of_pieces(kind: TokenizerClass, path: Path) -> Vocabulary:
     kind.options.values["additional_special_tokens"] = model.added_tokens()
     if kind.model == "BPE":
         ids = model.ids()
-        return Vocabulary(ids, merges_by_id(ids), charsmap=model.charsmap, source=model)
+        return Vocabulary(kind.arrange_ids(ids), merges_by_id(ids), charsmap=model.charsmap, source=model)
     return Vocabulary(kind.arrange(model.scores()), charsmap=model.charsmap, source=model)
 
 

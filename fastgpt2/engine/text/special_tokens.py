@@ -181,12 +181,13 @@ def collect_special_tokens(
     values = options.values
     given = {name: _token(values[name], options.by_content) for name in SPECIAL_NAMES if name in values}
     named: dict[str, Token | None] = {**defaults, **given}
-    named = {name: named.get(name) for name in SPECIAL_NAMES}
+    own_parts = [name for name in defaults if name not in SPECIAL_NAMES]
+    named = {name: named.get(name) for name in (*SPECIAL_NAMES, *own_parts)}
     mask = named["mask_token"]
     if mask_strips and isinstance(mask, str):
         named["mask_token"] = added_token(mask, lstrip=True)
     for name, value in values.items():
-        if name.endswith("_token") and name not in SPECIAL_NAMES and isinstance(value, dict):
+        if name.endswith("_token") and name not in SPECIAL_NAMES and isinstance(value, dict) and "__type" in value:
             named[name] = _token(value, {})
     named |= {name: _token(value, {}) for name, value in options.own.items()}
     extra = values.get("extra_special_tokens") if "extra_special_tokens" in values else additional

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fastgpt2.engine.model.config import MERGES_FILE, VOCAB_FILE
+from fastgpt2.engine.text.special_tokens import added_token
 from fastgpt2.errors import TokenizerError
 
 if TYPE_CHECKING:
@@ -96,6 +97,12 @@ def parts(base: Mapping[str, str | None] | None = None, /, **texts: str | None) 
     return {**(base or {}), **{f"{part}_token": text for part, text in texts.items()}}
 
 
+END_OF_TEXT = "<|endoftext|>"
+# The special tokens of RoBERTa and its relatives, and those of BERT.
+FAIRSEQ = parts(bos="<s>", eos="</s>", unk="<unk>", sep="</s>", pad="<pad>", cls="<s>", mask="<mask>")
+BERT = parts(unk="[UNK]", sep="[SEP]", pad="[PAD]", cls="[CLS]", mask="[MASK]")
+
+
 class TokenizerClass:
     """A class of tokenizers, at work on one folder; this one is the base of all.
 
@@ -106,11 +113,14 @@ class TokenizerClass:
         defaults: its special tokens, unless the files name others; None if it has none for a part.
         mask_strips: whether the mask token takes the space before it.
         whole: whether a model that `tokenizer.json` describes can be taken as it is.
+        inherits: whether transformers takes a `tokenizer.json`, or the settings of a model of sentencepiece, as they
+            are, since its class of that name has nothing of its own but the special tokens.
         raw: whether the class works on the text as it comes, as sentencepiece's own classes do: added tokens are looked
             for before the text is normalized, and a part that the files set to nothing has its usual token.
         options: what the small files say.
         vocabulary: the tokens, once they are read.
         special: the special tokens, once the vocabulary is read.
+        framed: whether `add_bos_token` and `add_eos_token` have set the post-processor, once that is so.
     """
 
     model = "BPE"
@@ -118,13 +128,20 @@ class TokenizerClass:
     defaults = parts()
     mask_strips = False
     whole = False
+    inherits = False
     raw = False
 
     vocabulary: Vocabulary
     special: SpecialTokens
+    framed = False
 
     def __init__(self, options: Options) -> None:
         self.options = options
+
+    def stated(self, name: str, otherwise: str | None = None) -> str:
+        """Return the text that the files state for a part, else the class's own, or the one given."""
+        value = self.options.values.get(name, otherwise or self.defaults.get(name))
+        return str(value.get("content") if isinstance(value, dict) else value)
 
     def build(self) -> tokenizers.Tokenizer:
         """Return the pipeline, without added tokens and, mostly, without a post-processor."""
@@ -137,9 +154,27 @@ class TokenizerClass:
         """Return the list of tokens for the pieces of a model of sentencepiece."""
         return pieces
 
+    def arrange_ids(self, ids: dict[str, int]) -> dict[str, int]:
+        """Return the ids of the tokens of a BPE, given those that a model of sentencepiece has for them."""
+        return ids
+
     def additional(self, listed: list[Any] | None) -> list[Any] | None:
         """Return the further special tokens, given those that the files list; None: they list none."""
         return listed
+
+
+def make_special(backend: tokenizers.Tokenizer, special: SpecialTokens) -> None:
+    """Make all special tokens special, also those that the files declare otherwise.
+
+    Source: `TokenizersBackend._post_init`, which some classes call.
+    """
+    backend.add_special_tokens(
+        [
+            added_token(token, special=True, normalized=False) if isinstance(token, str) else token
+            for token in [*special.named.values(), *special.extra]
+            if token is not None
+        ]
+    )
 
 
 def frame(backend: tokenizers.Tokenizer, options: Options, special: SpecialTokens) -> None:
@@ -164,9 +199,13 @@ def wrap(
     otherwise: tuple[int | None, int | None] = (None, None),
 ) -> None:
     """Set a post-processor that puts a text between two special tokens, whose ids are the given ones if unknown."""
+    pairs = [special.pair(backend, name, index) for name, index in zip((first, last), otherwise, strict=True)]
+    surround(backend, pairs[:1], pairs[1:])
+
+
+def surround(backend: tokenizers.Tokenizer, before: list[tuple[str, int]], after: list[tuple[str, int]]) -> None:
+    """Set a post-processor that puts tokens, given with their ids, before and after a text."""
     from tokenizers import processors
 
-    pairs = [special.pair(backend, name, index) for name, index in zip((first, last), otherwise, strict=True)]
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{pairs[0][0]}:0 $A:0 {pairs[1][0]}:0", special_tokens=pairs
-    )
+    texts = [*(f"{text}:0" for text, _ in before), "$A:0", *(f"{text}:0" for text, _ in after)]
+    backend.post_processor = processors.TemplateProcessing(single=texts, special_tokens=[*before, *after])

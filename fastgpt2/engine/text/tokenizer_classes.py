@@ -1,454 +1,73 @@
-"""The tokenizer classes of transformers that GPT-2 repositories name, as pipelines of the tokenizers library.
+"""The names of transformers' classes of tokenizers: which are pipelines here, and which are refused.
 
 A class builds its own normalizer, pre-tokenizer and decoder, whatever `tokenizer.json` says of them. The vocabulary and
-some settings it takes from the files. Source of each: the class of the same name in `models/*/tokenization_*.py` of
-transformers 5.
+some settings it takes from the files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
-
-from fastgpt2.engine.model.config import WORDPIECE_FILE
-from fastgpt2.engine.text.special_tokens import added_token
-from fastgpt2.engine.text.tokenizer_base import SPACE, Pieces, TokenizerClass, frame, parts, wrap
-from fastgpt2.errors import TokenizerError
-
-if TYPE_CHECKING:
-    import tokenizers
-
-# T5 has 100 sentinels, unless the file asks for another number.
-MAX_EXTRA_IDS = 1 << 16
-
-_END_OF_TEXT = "<|endoftext|>"
-_FAIRSEQ = parts(bos="<s>", eos="</s>", unk="<unk>", sep="</s>", pad="<pad>", cls="<s>", mask="<mask>")
-_BERT = parts(unk="[UNK]", sep="[SEP]", pad="[PAD]", cls="[CLS]", mask="[MASK]")
-
-# Source: `PRETOKENIZE_REGEX` in models/qwen2/tokenization_qwen2.py.
-_QWEN_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-# Source: `GPTSw3Tokenizer.__init__` in models/gpt_sw3/tokenization_gpt_sw3.py.
-_UNPRINTABLE = "".join(map(chr, [*range(9), *range(11, 32), *range(127, 161), 0xAD, 0x200B]))
-_SPACES = "\u2002\u2003\u2005\u2008\u2009\u200a\u202f\u3000\ufffc"
-
-
-class ByteLevelClass(TokenizerClass):
-    """GPT-2's own: BPE of bytes, which stand there as printable characters."""
-
-    defaults = parts(unk=_END_OF_TEXT, bos=_END_OF_TEXT, eos=_END_OF_TEXT, pad=None)
-    whole = True
-    composes = False
-    prefix_space = False
-
-    def build(self) -> tokenizers.Tokenizer:
-        import tokenizers
-        from tokenizers import decoders, normalizers, pre_tokenizers
-
-        model = self.vocabulary.bpe(continuing_subword_prefix="", end_of_word_suffix="", fuse_unk=False)
-        backend = tokenizers.Tokenizer(model)
-        if self.composes:
-            backend.normalizer = normalizers.NFC()
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(self.options.flag("add_prefix_space", self.prefix_space))
-        backend.decoder = decoders.ByteLevel()
-        return backend
-
-
-class GPTNeoXClass(ByteLevelClass):
-    defaults = parts(ByteLevelClass.defaults, pad="<|padding|>")
-    composes = True
-
-    def finish(self, backend: tokenizers.Tokenizer) -> None:
-        frame(backend, self.options, self.special)
-
-
-class Qwen2Class(ByteLevelClass):
-    defaults = parts(unk=_END_OF_TEXT, bos=None, eos=_END_OF_TEXT, pad=_END_OF_TEXT)
-    composes = True
-
-    def build(self) -> tokenizers.Tokenizer:
-        import tokenizers
-        from tokenizers import pre_tokenizers
-
-        backend = super().build()
-        words = pre_tokenizers.Split(tokenizers.Regex(_QWEN_WORDS), "isolated")
-        prefix_space = self.options.flag("add_prefix_space", False)
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [words, pre_tokenizers.ByteLevel(prefix_space, use_regex=False)]
-        )
-        return backend
-
-    def finish(self, backend: tokenizers.Tokenizer) -> None:
-        texts = dict.fromkeys(
-            str(token) for token in [*self.special.named.values(), *self.special.extra] if token is not None
-        )
-        backend.add_tokens([added_token(text, special=True) for text in texts])
-
-
-class BlenderbotClass(ByteLevelClass):
-    defaults = _FAIRSEQ
-    prefix_space = True
-    mask_strips = True
-
-
-class RobertaClass(ByteLevelClass):
-    defaults = _FAIRSEQ
-
-    def finish(self, backend: tokenizers.Tokenizer) -> None:
-        from tokenizers import processors
-
-        sep, cls = (self.special.pair(backend, name) for name in ("sep_token", "cls_token"))
-        trims, prefix_space = self.options.flag("trim_offsets", True), self.options.flag("add_prefix_space", False)
-        backend.post_processor = processors.RobertaProcessing(sep, cls, trims, prefix_space)
-
-
-class OpenAIGPTClass(TokenizerClass):
-    """The tokenizer of the first GPT: lower case, words of BERT, and their ends marked."""
-
-    defaults = parts(unk="<unk>")
-    lowercase = True
-    strip_accents: bool | None = None
-
-    def build(self) -> tokenizers.Tokenizer:
-        import tokenizers
-        from tokenizers import decoders, normalizers, pre_tokenizers
-
-        model = self.vocabulary.bpe(end_of_word_suffix="</w>", unk_token=str(self.special.text("unk_token")))
-        backend = tokenizers.Tokenizer(model)
-        backend.normalizer = normalizers.BertNormalizer(lowercase=self.lowercase, strip_accents=self.strip_accents)
-        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        backend.decoder = decoders.BPEDecoder(suffix="</w>")
-        return backend
-
-
-class HerbertClass(OpenAIGPTClass):
-    defaults = parts(unk="<unk>", sep="</s>", pad="<pad>", cls="<s>", mask="<mask>")
-    lowercase = False
-    strip_accents = False
-
-    def finish(self, backend: tokenizers.Tokenizer) -> None:
-        from tokenizers import processors
-
-        sep, cls = (str(self.special.text(name)) for name in ("sep_token", "cls_token"))
-        backend.post_processor = processors.BertProcessing((sep, 2), (cls, 0))
-
-
-class BertClass(TokenizerClass):
-    model = "WordPiece"
-    files = (WORDPIECE_FILE,)
-    defaults = _BERT
-    whole = True
-
-    def build(self) -> tokenizers.Tokenizer:
-        import tokenizers
-        from tokenizers import decoders, normalizers, pre_tokenizers
-
-        backend = tokenizers.Tokenizer(self.vocabulary.word_piece(str(self.special.text("unk_token"))))
-        strips = None if self.options.values.get("strip_accents") is None else self.options.flag("strip_accents", False)
-        backend.normalizer = normalizers.BertNormalizer(
-            clean_text=True,
-            handle_chinese_chars=self.options.flag("tokenize_chinese_chars", True),
-            strip_accents=strips,
-            lowercase=self.options.flag("do_lower_case", True),
-        )
-        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        backend.decoder = decoders.WordPiece(prefix="##")
-        return backend
-
-    def finish(self, backend: tokenizers.Tokenizer) -> None:
-        wrap(backend, self.special, "cls_token", "sep_token", (2, 3))
-
-
-class LlamaClass(TokenizerClass):
-    files = ("tokenizer.model",)
-    defaults = parts(unk="<unk>", bos="<s>", eos="</s>")
-    whole = True
-
-    def build(self) -> tokenizers.Tokenizer:
-        import tokenizers
-        from tokenizers import decoders, pre_tokenizers
-
-        backend = tokenizers.Tokenizer(self.vocabulary.bpe(fuse_unk=True, byte_fallback=True))
-        prefix_space = self.options.flag("add_prefix_space", True)
-        scheme = ("always" if self.options.flag("legacy", False) else "first") if prefix_space else "never"
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, scheme, split=False)
-        parts: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-        backend.decoder = decoders.Sequence(parts + [decoders.Strip(" ", 1, 0)] * prefix_space)
-        return backend
-
-
-class UnigramClass(TokenizerClass):
-    """Sentencepiece's unigram models: words by white space, each with a prefix."""
-
-    model = "Unigram"
-    files = ("spiece.model",)
-    never = "never"
-    by_words = True
-    prefixes_always = False
-
-    def unk_id(self) -> int:
-        """Return the id that unknown characters get."""
-        return 3
-
-    def stated_unk_id(self, default: int) -> int:
-        """Return the id of the unknown token that the files state."""
-        if self.vocabulary.source is not None:
-            return self.vocabulary.source.unk_id
-        return self.options.number("unk_id", default, len(self.vocabulary.pieces))
-
-    def normalizers(self) -> list[Any]:
-        """Return what happens to the text first."""
-        return self.vocabulary.normalizers()
-
-    def build(self) -> tokenizers.Tokenizer:
-        import tokenizers
-        from tokenizers import decoders, normalizers, pre_tokenizers
-
-        backend = tokenizers.Tokenizer(self.vocabulary.unigram(self.unk_id()))
-        steps = self.normalizers()
-        if steps:
-            backend.normalizer = normalizers.Sequence(steps)
-        prefixes = self.prefixes_always or self.options.flag("add_prefix_space", True)
-        scheme = "always" if prefixes else self.never
-        space: Any = pre_tokenizers.Metaspace(SPACE, scheme)
-        if self.by_words:
-            space = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), space])
-        backend.pre_tokenizer = space
-        backend.decoder = decoders.Metaspace(SPACE, scheme)
-        return backend
-
-
-class T5Class(UnigramClass):
-    defaults = parts(eos="</s>", unk="<unk>", pad="<pad>")
-    prefixes_always = True
-
-    def unk_id(self) -> int:
-        return 2
-
-    def arrange(self, pieces: Pieces) -> Pieces:
-        extra = self.options.number("extra_ids", 100, MAX_EXTRA_IDS)
-        return pieces + [(f"<extra_id_{index}>", 0.0) for index in reversed(range(extra))]
-
-    def additional(self, listed: list[Any] | None) -> list[Any] | None:
-        extra = self.options.number("extra_ids", 100, MAX_EXTRA_IDS)
-        sentinels = [f"<extra_id_{index}>" for index in range(extra)]
-        stated = sum("<extra_id_" in str(token) for token in listed or [])
-        if stated and extra not in (0, stated):
-            raise TokenizerError(
-                f"extra_ids is {extra}, but additional_special_tokens has {stated} of <extra_id_0> ..."
-            )
-        return (listed or []) + ([] if stated else sentinels)
-
-    def finish(self, backend: tokenizers.Tokenizer) -> None:
-        from tokenizers import processors
-
-        end = [("</s>", self.special.pair(backend, "eos_token")[1])]
-        backend.post_processor = processors.TemplateProcessing(single=["$A", "</s>"], special_tokens=end)
-
-
-class PlainTextClass(UnigramClass):
-    """What ALBERT and XLNet share: quotes made straight, accents and, if asked for, capitals taken away."""
-
-    lowercase = False
-
-    @property
-    def keeps_accents(self) -> bool:
-        return False
-
-    def normalizers(self) -> list[Any]:
-        from tokenizers import normalizers
-
-        steps: list[Any] = [normalizers.Replace("``", '"'), normalizers.Replace("''", '"')]
-        if not self.keeps_accents:
-            steps += [normalizers.NFKD(), normalizers.StripAccents()]
-        if self.options.flag("do_lower_case", self.lowercase):
-            steps.append(normalizers.Lowercase())
-        return steps + self.vocabulary.normalizers()
-
-
-class AlbertClass(PlainTextClass):
-    defaults = parts(_BERT, unk="<unk>", pad="<pad>", bos="[CLS]", eos="[SEP]")
-    lowercase = True
-
-    def unk_id(self) -> int:
-        return 1
-
-    @property
-    def keeps_accents(self) -> bool:
-        return self.options.flag("keep_accents", False)
-
-    def build(self) -> tokenizers.Tokenizer:
-        from tokenizers import processors
-
-        backend = super().build()
-        ends = [("[CLS]", self.special.text("cls_token")), ("[SEP]", self.special.text("sep_token"))]
-        ids = [(text, None if token is None else backend.token_to_id(token)) for text, token in ends]
-        # transformers fails where the vocabulary lacks the two.
-        if None not in dict(ids).values():
-            backend.post_processor = processors.TemplateProcessing(single="[CLS]:0 $A:0 [SEP]:0", special_tokens=ids)
-        return backend
-
-
-class XLNetClass(PlainTextClass):
-    defaults = parts(_FAIRSEQ, sep="<sep>", cls="<cls>")
-    mask_strips = True
-    prefixes_always = True
-
-    def unk_id(self) -> int:
-        return self.stated_unk_id(0)
-
-    def additional(self, listed: list[Any] | None) -> list[Any] | None:
-        return ["<eop>", "<eod>"] if listed is None else listed
-
-    def finish(self, backend: tokenizers.Tokenizer) -> None:
-        from tokenizers import processors
-
-        sep, cls = (self.special.pair(backend, name) for name in ("sep_token", "cls_token"))
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"$A:0 {sep[0]}:0 {cls[0]}:2", special_tokens=[sep, cls]
-        )
-
-
-class XLMRobertaClass(UnigramClass):
-    files = ("sentencepiece.bpe.model",)
-    defaults = _FAIRSEQ
-
-    def _named(self, name: str) -> tuple[str, float]:
-        """Return the token that the files name for a part, with the score of special tokens."""
-        value = self.options.values.get(name, self.defaults[name])
-        return str(value.get("content") if isinstance(value, dict) else value), 0.0
-
-    def arrange(self, pieces: Pieces) -> Pieces:
-        first = [self._named(f"{part}_token") for part in ("bos", "pad", "eos", "unk")]
-        return [*first, *pieces[3:], self._named("mask_token")]
-
-    def finish(self, backend: tokenizers.Tokenizer) -> None:
-        wrap(backend, self.special, "bos_token", "eos_token")
-
-
-class CamembertClass(XLMRobertaClass):
-    model = ""
-    mask_strips = True
-
-    def unk_id(self) -> int:
-        texts = [text for text, _ in self.vocabulary.pieces]
-        unknown = str(self.special.text("unk_token"))
-        return texts.index(unknown) if unknown in texts else 0
-
-    def arrange(self, pieces: Pieces) -> Pieces:
-        pad, unk, mask = (self._named(f"{part}_token") for part in ("pad", "unk", "mask"))
-        first = [("<s>NOTUSED", 0.0), pad, ("</s>NOTUSED", 0.0), unk, ("<unk>NOTUSED", -100.0)]
-        return [*first, *pieces[1:], mask]
-
-    def additional(self, listed: list[Any] | None) -> list[Any] | None:
-        return ["<s>NOTUSED", "</s>NOTUSED", "<unk>NOTUSED"] if listed is None else listed
-
-
-class BarthezClass(UnigramClass):
-    model = ""
-    files = ("sentencepiece.bpe.model",)
-    defaults = _FAIRSEQ
-    mask_strips = True
-    by_words = False
-
-    def normalizers(self) -> list[Any]:
-        from tokenizers import Regex, normalizers
-
-        spaces = normalizers.Replace(Regex(r"\s{2,}|[\n\r\t]"), " ")
-        return [spaces, normalizers.NFC(), normalizers.Strip(left=False, right=True)]
-
-
-class DebertaV2Class(BarthezClass):
-    model = "Unigram"
-    files = ("spm.model",)
-    defaults = parts(_BERT, bos="[CLS]", eos="[SEP]")
-    mask_strips = False
-    never = "first"
-
-    def unk_id(self) -> int:
-        unknown = (str(self.special.text("unk_token")), 0.0)
-        pieces = self.vocabulary.pieces
-        return pieces.index(unknown) if unknown in pieces else self.stated_unk_id(1)
-
-    def normalizers(self) -> list[Any]:
-        from tokenizers import normalizers
-
-        lower: list[Any] = [normalizers.Lowercase()] if self.options.flag("do_lower_case", False) else []
-        return lower + super().normalizers()
-
-    def build(self) -> tokenizers.Tokenizer:
-        from tokenizers import pre_tokenizers
-
-        backend = super().build()
-        marks: list[Any] = (
-            [pre_tokenizers.Punctuation("isolated")] if self.options.flag("split_by_punct", False) else []
-        )
-        backend.pre_tokenizer = pre_tokenizers.Sequence([*marks, backend.pre_tokenizer])
-        return backend
-
-    def finish(self, backend: tokenizers.Tokenizer) -> None:
-        wrap(backend, self.special, "cls_token", "sep_token", (0, 0))
-
-
-class GPTSw3Class(TokenizerClass):
-    """The tokenizer of the Nordic GPT-SW3: sentencepiece itself, after a cleaning of its own."""
-
-    files = ("spiece.model",)
-    raw = True
-    defaults = parts(eos=_END_OF_TEXT, unk="<unk>", pad="<pad>", bos="<s>")
-
-    def build(self) -> tokenizers.Tokenizer:
-        from tokenizers import Regex, normalizers
-
-        from fastgpt2.engine.text.sentencepiece import pipeline
-
-        if self.vocabulary.source is None:
-            raise TokenizerError(f"this tokenizer's class needs {self.files[0]}")
-        backend = pipeline(self.vocabulary.source, legacy=True)
-        unprintable = normalizers.Replace(Regex(f"[{_UNPRINTABLE}]"), "")
-        spaces = normalizers.Replace(Regex(f"[{_SPACES}]"), " ")
-        backend.normalizer = normalizers.Sequence([unprintable, spaces, normalizers.NFC(), backend.normalizer])
-        return backend
-
-    def finish(self, backend: tokenizers.Tokenizer) -> None:
-        from tokenizers import processors
-
-        backend.post_processor = processors.TemplateProcessing(single="$A")
-
-
-CLASSES: Mapping[str, type[TokenizerClass]] = {
-    "GPT2Tokenizer": ByteLevelClass,
-    "CodeGenTokenizer": ByteLevelClass,
-    "GPTNeoXTokenizer": GPTNeoXClass,
-    "Qwen2Tokenizer": Qwen2Class,
-    "BlenderbotTokenizer": BlenderbotClass,
-    **dict.fromkeys(
-        ("RobertaTokenizer", "BartTokenizer", "LEDTokenizer", "LongformerTokenizer", "MvpTokenizer"), RobertaClass
-    ),
-    "OpenAIGPTTokenizer": OpenAIGPTClass,
-    "HerbertTokenizer": HerbertClass,
-    **dict.fromkeys(
-        (
-            "BertTokenizer",
-            "DistilBertTokenizer",
-            "ElectraTokenizer",
-            "LayoutLMTokenizer",
-            "LxmertTokenizer",
-            "MobileBertTokenizer",
-            "SqueezeBertTokenizer",
-        ),
-        BertClass,
-    ),
-    "LlamaTokenizer": LlamaClass,
-    "T5Tokenizer": T5Class,
-    "AlbertTokenizer": AlbertClass,
-    "XLNetTokenizer": XLNetClass,
-    "XLMRobertaTokenizer": XLMRobertaClass,
-    "CamembertTokenizer": CamembertClass,
-    "BarthezTokenizer": BarthezClass,
-    "DebertaV2Tokenizer": DebertaV2Class,
-    "GPTSw3Tokenizer": GPTSw3Class,
+from fastgpt2.engine.text.tokenizer_base import TokenizerClass
+
+# The classes that a folder has whose files name none, by the kind of its model. Source: `TOKENIZER_MAPPING_NAMES` of
+# transformers, for models whose tokenizer a GPT-2 may borrow.
+USUAL_CLASSES = {
+    "gpt2": "GPT2Tokenizer",
+    "gpt_neo": "GPT2Tokenizer",
+    "gptj": "GPT2Tokenizer",
+    "opt": "GPT2Tokenizer",
+    "codegen": "GPT2Tokenizer",
+    "gpt_neox": "GPTNeoXTokenizer",
+    "gpt-sw3": "GPTSw3Tokenizer",
+    "openai-gpt": "OpenAIGPTTokenizer",
+    "bert": "BertTokenizer",
+    "distilbert": "BertTokenizer",
+    "electra": "BertTokenizer",
+    "roberta": "RobertaTokenizer",
+    "bart": "RobertaTokenizer",
+    "t5": "T5Tokenizer",
+    "mt5": "T5Tokenizer",
+    "albert": "AlbertTokenizer",
+    "xlnet": "XLNetTokenizer",
+    "xlm-roberta": "XLMRobertaTokenizer",
+    "camembert": "CamembertTokenizer",
+    "barthez": "BarthezTokenizer",
+    "deberta-v2": "DebertaV2Tokenizer",
 }
+
+# Classes of transformers that this package does not have: those that are pipelines of the tokenizers library too, and
+# those that are code. A name that transformers does not know either stands for a tokenizer.json that is taken as it is,
+# as there.
+# fmt: off
+OTHER_PIPELINES = frozenset({
+    "CLIPTokenizer", "CodeLlamaTokenizer", "DPRContextEncoderTokenizer", "DPRQuestionEncoderTokenizer",
+    "DPRReaderTokenizer", "EsmcTokenizer", "LasrTokenizer", "LayoutLMv2Tokenizer", "LayoutLMv3Tokenizer",
+    "LayoutXLMTokenizer", "LukeTokenizer", "MLukeTokenizer", "MarkupLMTokenizer", "NougatTokenizer",
+    "ParakeetTokenizer", "SeamlessM4TTokenizer", "Tipsv2Tokenizer", "UdopTokenizer", "WhisperTokenizer",
+})
+CODE_CLASSES = frozenset({
+    "BartphoTokenizer", "BertGenerationTokenizer", "BertJapaneseTokenizer", "BertTokenizerLegacy",
+    "BertweetTokenizer", "BioGptTokenizer", "BlenderbotSmallTokenizer", "ByT5Tokenizer", "CTRLTokenizer",
+    "CanineTokenizer", "ClvpTokenizer", "CpmAntTokenizer", "CpmTokenizer", "DiaTokenizer", "EsmTokenizer",
+    "FSMTTokenizer", "FastSpeech2ConformerTokenizer", "FlaubertTokenizer", "GPTNeoXJapaneseTokenizer",
+    "M2M100Tokenizer", "MarianTokenizer", "MgpstrTokenizer", "MyT5Tokenizer", "PLBartTokenizer",
+    "PerceiverTokenizer", "PhobertTokenizer", "ProphetNetTokenizer", "RoCBertTokenizer", "RoFormerTokenizer",
+    "SiglipTokenizer", "Speech2TextTokenizer", "SpeechT5Tokenizer", "TapasTokenizer", "VitsTokenizer",
+    "Wav2Vec2CTCTokenizer", "Wav2Vec2PhonemeCTCTokenizer", "XLMTokenizer",
+})
+# fmt: on
+NEEDS = {"BertJapaneseTokenizer": " (mostly with MeCab)", "CpmTokenizer": " (with jieba)"}
+
+
+def find_class(name: str) -> type[TokenizerClass] | None:
+    """Return the class of a name, or None if there is none here.
+
+    The classes whose text is bytes are looked at first: GPT-2's own is among them, and starts without the others.
+    """
+    from fastgpt2.engine.text import byte_level_classes
+
+    if name in byte_level_classes.CLASSES:
+        return byte_level_classes.CLASSES[name]
+    from fastgpt2.engine.text import sentencepiece_classes, translator_classes, word_classes
+
+    others = {**word_classes.CLASSES, **sentencepiece_classes.CLASSES, **translator_classes.CLASSES}
+    return others.get(name)
