@@ -415,7 +415,7 @@ def test_a_file_that_ends_too_early_is_refused(tmp_path: Path, name: str) -> Non
     [
         (b"", "empty; fetch it again"),
         (b"<!DOCTYPE html><html>Not found</html>", "a web page, not weights"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "a pointer of Git LFS.*git lfs pull"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "is a Git LFS pointer.*git lfs pull"),
         (bytes(4096), "filled with zeros, so the download was not finished"),
         (b"weights", "not written by torch.save: neither a zip file nor a pickle"),
         (struct.pack("<Q", 2) + b"{}", "looks like a safetensors file; name it model.safetensors"),

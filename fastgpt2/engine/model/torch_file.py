@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt2.engine.model.config import file_size
+from fastgpt2.engine.model.lfs_pointer import explain_pointer, is_pointer
 from fastgpt2.engine.model.torch_names import TENSORS_OF_OTHER_KINDS, Inert, UnknownName
 from fastgpt2.engine.model.torch_pickle import MAX_PICKLE_BYTES, BadPickle, Storage, Tensor, TorchPickle
 from fastgpt2.engine.model.zip_directory import BadZip, ZipEntry, read_directory
@@ -98,6 +99,8 @@ class TorchFile:
             raise CheckpointError(
                 f"{path}: damaged, or not written by torch.save ({reason}); fetch it again, or save it again with torch"
             ) from None
+        if is_pointer(path):
+            raise CheckpointError(explain_pointer(path))
         raise CheckpointError(f"{path}: {_what_it_is(path, mapped)}")
 
     def state_dict(self) -> dict[str, StoredTensor]:
@@ -289,8 +292,6 @@ def _command_to_plain_values(path: Path) -> str:
 def _what_it_is(path: Path, mapped: mmap.mmap) -> str:
     """Return what to say of a file that torch.save has not written, by how it begins."""
     begin = mapped[:1024]
-    if begin.startswith(b"version https://git-lfs"):
-        return "a pointer of Git LFS, not the weights: run `git lfs pull` in the folder, or fetch the file again"
     if begin.lstrip()[:1] == b"<":
         return "a web page, not weights; fetch the file again, and look at it if it comes again"
     if begin[257:262] == b"ustar":
