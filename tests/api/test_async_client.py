@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from itertools import count
 from typing import Any
 
@@ -18,6 +18,7 @@ from fastgpt2 import AsyncClient, Client, GenerationRequest, GenerationResult
 from fastgpt2.api.client.async_client import AsyncJob, AsyncTextStream
 from fastgpt2.api.client.client import Job, TextStream
 from fastgpt2.api.client.enqueue import plan_job
+from fastgpt2.api.client.flow import AsyncDriver
 from fastgpt2.errors import (
     BadRequest,
     JobCancelled,
@@ -246,6 +247,29 @@ def test_a_cancelled_task_cancels_what_is_in_flight(use: Use, client: Client, re
 
     use(body)
     assert redis.zcard(f"rq:canceled:{client.queue_name}") == 5
+
+
+def test_a_cancellation_that_the_redis_library_loses(use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`asyncio.wait_for` of Python 3.11 loses one that comes as what it waits for ends."""
+
+    async def body(client: AsyncClient) -> None:
+        waits = asyncio.Event()
+
+        async def lose(_driver: AsyncDriver, _step: Any) -> int:
+            waits.set()
+            with suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
+            return 0
+
+        monkeypatch.setattr(AsyncDriver, "_take", lose)
+        task = asyncio.create_task(client.enqueue("a"))
+        await waits.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        monkeypatch.undo()
+
+    use(body)
 
 
 def test_a_restart_of_redis(

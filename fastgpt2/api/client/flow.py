@@ -193,6 +193,8 @@ class AsyncDriver:
         """See `Driver.run`."""
         reply: Any = None
         error: Exception | None = None
+        task = asyncio.current_task()
+        cancellations = task.cancelling() if task else 0
         while True:
             try:
                 step = _advance(flow, reply, error, self.redis_url)
@@ -202,6 +204,10 @@ class AsyncDriver:
             reply, error = None, None
             try:
                 reply = await self._take(step)
+                if task and task.cancelling() > cancellations:
+                    # Before Python 3.12, `asyncio.wait_for`, by which the redis library sends, loses a cancellation
+                    # that comes as the sending ends.
+                    raise asyncio.CancelledError
             except TimeoutError:
                 from redis.exceptions import TimeoutError as NoReply
 
