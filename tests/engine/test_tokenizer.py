@@ -80,9 +80,10 @@ def test_vocabulary_and_merges_alone_make_the_same_tokenizer(gpt2_folder: Path, 
 def test_longest_token_bounds_every_text(gpt2: Tokenizer, gpt2_folder: Path) -> None:
     # In the file a token is written with one character for each of its bytes.
     vocabulary = json.loads((gpt2_folder / "tokenizer.json").read_text("utf-8"))["model"]["vocab"]
-    assert gpt2.longest_token_bytes >= max(map(len, vocabulary)) == 128
+    longest = gpt2.longest_token_bytes
+    assert longest >= max(map(len, vocabulary)) == 128
     for entry in golden["texts"]:
-        assert len(entry["text"].encode()) <= gpt2.longest_token_bytes * len(entry["ids"])
+        assert len(entry["text"].encode()) <= longest * len(entry["ids"])
 
 
 def test_the_longest_token_is_found_beyond_gaps_in_the_numbers(tmp_path: Path) -> None:
