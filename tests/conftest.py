@@ -19,6 +19,9 @@ from fastgpt2.protocol.keys import leases_key
 from fastgpt2.system.redis_server import RedisServer
 from fastgpt2.system.up import System
 
+# Hundreds of processes are started. One that compiles the package anew starts 0.1 s later.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,6 +37,7 @@ LONG_FILES = (
     "test_benchmarks.py",
     "test_prefixes.py",
     "test_worker.py",
+    "test_hub.py",
     "test_crashes.py",
     "test_page.py",
     "test_drafter.py",
