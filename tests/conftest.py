@@ -34,17 +34,24 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 # The files that take longest begin first: one that began last would run while the other cores have nothing left to do.
 LONG_FILES = (
     "test_batch_invariance.py",
-    "test_benchmarks.py",
     "test_prefixes.py",
-    "test_worker.py",
+    "test_benchmarks.py",
     "test_hub.py",
+    "test_worker.py",
+    "test_drafter.py",
     "test_crashes.py",
     "test_page.py",
-    "test_drafter.py",
     "test_decoder.py",
     "test_soak.py",
-    "test_cli.py",
     "test_pool.py",
+    "test_cli.py",
+    "test_draft_reports.py",
+    "test_endpoint.py",
+    "test_fuzz.py",
+    "test_packing.py",
+    "test_openapi.py",
+    "test_up.py",
+    "test_batch.py",
 )
 PROCESS_FIXTURES = frozenset({"redis_server", "redis", "start_worker", "start_endpoint", "system"})
 
