@@ -232,6 +232,8 @@ class TestFolders:
         shutil.copytree(GOLDEN / "checkpoints" / "prefixed", tmp_path / "checkpoint-500")
         sentence = explain({"README.md": b"x", "trainer_state.json": b"{}"})
         assert sentence == "is no model itself, but holds one in the folder checkpoint-500; name F/checkpoint-500"
+        # Of what training leaves, the tokenizer is often beside the checkpoints.
+        assert explain(TOKENIZER) == f"{sentence} with --tokenizer F"
 
     def test_no_configuration(self, explain: Callable[..., str]) -> None:
         assert explain({"pytorch_model.bin": b"x", **TOKENIZER}).startswith(

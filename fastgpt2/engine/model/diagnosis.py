@@ -366,9 +366,10 @@ def _explain_sub_folder(listing: _Listing) -> str | None:
     for name in sorted(listing.names):
         folder, slash, last = name.rpartition("/")
         if slash and last == CONFIG_FILE and any(f"{folder}/{weights}" in listing.names for weights in WEIGHT_FILES):
-            return (
-                f"is no model itself, but holds one in the folder {folder}; name {listing.model.rstrip('/')}/{folder}"
-            )
+            inside = [name.removeprefix(f"{folder}/") for name in listing.names if name.startswith(f"{folder}/")]
+            option = "" if _has_tokenizer(inside) else _tokenizer_option(listing.model, listing.names)
+            below = f"{listing.model.rstrip('/')}/{folder}"
+            return f"is no model itself, but holds one in the folder {folder}; name {below}{option}"
     return None
 
 
