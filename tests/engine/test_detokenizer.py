@@ -350,6 +350,17 @@ def test_a_decoder_that_fails_is_a_tokenizer_error() -> None:
         tokenizer.decode([ids["a"]])
 
 
+def test_a_decoder_that_fails_ends_no_step_of_many_sequences() -> None:
+    """Tokens that the library makes no text of stand as they are: an error would end the neighbours too."""
+    for decoder in (
+        decoders.Sequence([decoders.Strip("a", 1, 0), decoders.Strip(" ", 0, 1)]),
+        decoders.Sequence([decoders.Strip("a", 1, 0), decoders.Strip("b", 1, 0), decoders.Strip(" ", 0, 1)]),
+    ):
+        tokenizer, ids = made(decoder)
+        assert "".join(pieces_of(tokenizer, [ids["a"]], [])) == "a"
+        assert "".join(pieces_of(tokenizer, [ids["b"]], [ids["a"]])) == "b"
+
+
 # ------------------------------------------------------------------------------------- bounds and offsets
 
 

@@ -66,7 +66,7 @@ class EachToken(Stage):
     def push(self, token: str) -> Iterable[str]:
         if self._is_first:
             self._is_first = False
-            return (token if self._decoder is None else self._decoder.decode([token]),)
+            return (token if self._decoder is None else text_of(self._decoder, (token,)),)
         known = self._known.get(token)
         if known is None:
             if len(self._known) >= _MAX_KNOWN_TOKENS:
@@ -78,8 +78,7 @@ class EachToken(Stage):
         """Return what a token gives that is not the first."""
         if self._decoder is None:
             return " " + token
-        text: str = self._decoder.decode(["", token])
-        return text.removeprefix(self._decoder.decode([""]))
+        return text_of(self._decoder, ("", token)).removeprefix(text_of(self._decoder, ("",)))
 
 
 class UnlikeTheLast(Stage):
@@ -256,7 +255,7 @@ class AllTokens(Stage):
         return ()
 
     def rest(self) -> Iterable[str]:
-        return (run_decoder(self._decoder, self._tokens),)
+        return (text_of(self._decoder, self._tokens),)
 
 
 def count_same(one: str, other: str) -> int:
@@ -297,6 +296,17 @@ def run_decoder(decoder: Any, tokens: Sequence[str]) -> str:
         if not is_library_failure(reason):
             raise
         raise TokenizerError(f"the tokenizer's decoder cannot make a text of its tokens ({reason})") from None
+
+
+def text_of(decoder: Any, tokens: Sequence[str]) -> str:
+    """Return the library's text of tokens, or the tokens as they stand if the library fails.
+
+    A step decodes many sequences together. An error would end all of them, for the tokens of one.
+    """
+    try:
+        return run_decoder(decoder, tokens)
+    except TokenizerError:
+        return "".join(tokens)
 
 
 def is_byte_level(decoder: Any) -> bool:
