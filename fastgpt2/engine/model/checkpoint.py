@@ -19,15 +19,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from fastgpt2.engine.kernels.panels import STORED_TYPES, widen
-from fastgpt2.engine.model.config import (
-    INDEX_FILE,
-    NANOGPT_FILE,
-    SINGLE_FILE,
-    TORCH_FILE,
-    TORCH_INDEX_FILE,
-    file_size,
-    read_index,
-)
+from fastgpt2.engine.model.config import WEIGHT_FILES, file_size, read_index
 from fastgpt2.engine.model.lfs_pointer import explain_pointer, is_pointer
 from fastgpt2.errors import CheckpointError
 
@@ -164,11 +156,7 @@ def weight_files(folder: Path) -> WeightFiles:
     Raises:
         CheckpointError: there are none, or the index is damaged.
     """
-    for file_format, single, index_name in (
-        ("safetensors", SINGLE_FILE, INDEX_FILE),
-        ("torch", TORCH_FILE, TORCH_INDEX_FILE),
-        ("nanogpt", NANOGPT_FILE, None),
-    ):
+    for file_format, single, index_name in WEIGHT_FILES:
         if (folder / single).exists():
             return WeightFiles(file_format, (folder / single,), {})
         if index_name is not None and (folder / index_name).exists():

@@ -26,6 +26,14 @@ INDEX_FILE = "model.safetensors.index.json"
 TORCH_FILE = "pytorch_model.bin"
 TORCH_INDEX_FILE = "pytorch_model.bin.index.json"
 NANOGPT_FILE = "ckpt.pt"
+
+# The files of the weights, in the order in which they are looked for: their format, one file, and an index of several.
+WEIGHT_FILES = (
+    ("safetensors", SINGLE_FILE, INDEX_FILE),
+    ("torch", TORCH_FILE, TORCH_INDEX_FILE),
+    ("nanogpt", NANOGPT_FILE, None),
+)
+
 TOKENIZER_FILE = "tokenizer.json"
 VOCAB_FILE = "vocab.json"
 MERGES_FILE = "merges.txt"
@@ -142,10 +150,7 @@ def read_config(folder: Path) -> GPT2Config:
         raise ConfigError(f"{path}: {problem}")
 
     reader = _Reader(path, _by_first_names(path, fields))
-    n_embd = reader.size("n_embd", 768)
-    n_head = reader.size("n_head", 12)
-    if n_embd % n_head:
-        raise ConfigError(f"{path}: n_embd {n_embd} is not divisible by n_head {n_head}")
+    n_embd, n_head = reader.width_and_heads()
     activation = fields.get("activation_function", "gelu_new")
     if not isinstance(activation, str) or activation not in ACTIVATION_FUNCTIONS:
         known = ", ".join(sorted(ACTIVATION_FUNCTIONS))
@@ -174,9 +179,7 @@ def _read_nanogpt(path: Path) -> GPT2Config:
     from fastgpt2.engine.model.torch_file import TorchFile
 
     reader = _Reader(path, TorchFile.open(path).nanogpt()[1])
-    n_embd, n_head = reader.size("n_embd", 768), reader.size("n_head", 12)
-    if n_embd % n_head:
-        raise ConfigError(f"{path}: n_embd {n_embd} is not divisible by n_head {n_head}")
+    n_embd, n_head = reader.width_and_heads()
     return GPT2Config(
         vocab_size=reader.size("vocab_size", 50304),
         n_positions=reader.size("block_size", 1024),
@@ -242,6 +245,13 @@ class _Reader:
     def size(self, name: str, default: int) -> int:
         rule = f"a whole number from 1 to {MAX_DIMENSION}"
         return int(self._checked(name, default, rule, lambda value: type(value) is int and 1 <= value <= MAX_DIMENSION))
+
+    def width_and_heads(self) -> tuple[int, int]:
+        """Return `n_embd` and `n_head`, which divides it."""
+        n_embd, n_head = self.size("n_embd", 768), self.size("n_head", 12)
+        if n_embd % n_head:
+            raise ConfigError(f"{self.path}: n_embd {n_embd} is not divisible by n_head {n_head}")
+        return n_embd, n_head
 
     def flag(self, name: str, default: bool) -> bool:
         return bool(self._checked(name, default, "true or false", lambda value: type(value) is bool))

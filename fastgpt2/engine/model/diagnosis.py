@@ -21,20 +21,19 @@ from typing import Any
 from fastgpt2.engine.model.config import (
     ADAPTER_FILE,
     CONFIG_FILE,
-    INDEX_FILE,
     NANOGPT_FILE,
     SINGLE_FILE,
+    TOKENIZER_SETS,
     TORCH_FILE,
-    TORCH_INDEX_FILE,
     UNQUANTISED,
+    WEIGHT_FILES,
     config_problem,
     read_small_json,
 )
 from fastgpt2.engine.model.lfs_pointer import explain_pointer, is_pointer
 from fastgpt2.errors import CheckpointError
 
-# In the order in which they are looked for.
-WEIGHT_FILES = (SINGLE_FILE, INDEX_FILE, TORCH_FILE, TORCH_INDEX_FILE, NANOGPT_FILE)
+_WEIGHTS = tuple(name for _, *names in WEIGHT_FILES for name in names if name)
 
 # A folder with more files than this is no model's.
 _MAX_FILES = 10_000
@@ -96,16 +95,6 @@ _CONVERSIONS = {
         'allow_missing_keys=True).save_pretrained("converted")',
     ),
 }
-
-# Any of these is a tokenizer.
-_TOKENIZERS = (
-    ("tokenizer.json",),
-    ("vocab.json", "merges.txt"),
-    ("vocab.txt",),
-    ("spiece.model",),
-    ("tokenizer.model",),
-    ("sentencepiece.bpe.model",),
-)
 
 # What a download leaves while it runs.
 _UNFINISHED = (".incomplete", ".part", ".crdownload", ".aria2", ".download")
@@ -217,11 +206,11 @@ def _tokenizer_option(model: str, names: Iterable[str]) -> str:
 
 def _has_tokenizer(names: Iterable[str]) -> bool:
     there = frozenset(names)
-    return any(there.issuperset(files) for files in _TOKENIZERS)
+    return any(there.issuperset(files) for files in TOKENIZER_SETS)
 
 
 def _has_weights(names: Iterable[str]) -> bool:
-    return any(name in WEIGHT_FILES for name in names)
+    return any(name in _WEIGHTS for name in names)
 
 
 def _text(value: object) -> str:
@@ -270,13 +259,13 @@ class _Listing:
 
     @property
     def top(self) -> list[str]:
-        """The names that are not in a folder below."""
+        """Return the names that are not in a folder below, sorted."""
         return sorted(name for name in self.names if "/" not in name)
 
     @property
     def weights(self) -> str | None:
-        """The first file of weights that can be read."""
-        return next((name for name in WEIGHT_FILES if name in self.names), None)
+        """Return the first file of weights that can be read; None if there is none."""
+        return next((name for name in _WEIGHTS if name in self.names), None)
 
     def has_config(self) -> bool:
         return CONFIG_FILE in self.names
@@ -300,7 +289,7 @@ def _explain_config(listing: _Listing) -> str | None:
 
 def _explain_shards(listing: _Listing) -> str | None:
     """Explain shards that an index lists and that are not there, or the other way round."""
-    for index in (name for name in WEIGHT_FILES if name.endswith(".index.json") and name in listing.names):
+    for index in (name for name in _WEIGHTS if name.endswith(".index.json") and name in listing.names):
         weight_map = listing.read_json(index).get("weight_map")
         listed = (
             {name for name in weight_map.values() if isinstance(name, str)} if isinstance(weight_map, dict) else set()
@@ -345,7 +334,7 @@ def _explain_other_form(listing: _Listing) -> str | None:
     for end, what in _OTHER_FORMS:
         name = next((name for name in sorted(listing.names) if name.lower().endswith(end)), None)
         if name is not None:
-            return f"holds {name}, {what}, and no {WEIGHT_FILES[0]}. {_conversion(listing, name, end)}"
+            return f"holds {name}, {what}, and no {SINGLE_FILE}. {_conversion(listing, name, end)}"
     return None
 
 
@@ -355,7 +344,7 @@ def _explain_other_name(listing: _Listing) -> str | None:
     for name in sorted(
         listing.top, key=lambda name: (next((i for i, end in enumerate(ends) if name.endswith(end)), 9), name)
     ):
-        if not name.endswith(ends) or name in WEIGHT_FILES or _NOT_WEIGHTS.fullmatch(name) or _SHARD.fullmatch(name):
+        if not name.endswith(ends) or name in _WEIGHTS or _NOT_WEIGHTS.fullmatch(name) or _SHARD.fullmatch(name):
             continue
         wanted = SINGLE_FILE if name.endswith(".safetensors") else TORCH_FILE
         return f"holds {name} but no {wanted}; if these are the model's weights, rename the file to {wanted}"
@@ -365,7 +354,7 @@ def _explain_other_name(listing: _Listing) -> str | None:
 def _explain_sub_folder(listing: _Listing) -> str | None:
     for name in sorted(listing.names):
         folder, slash, last = name.rpartition("/")
-        if slash and last == CONFIG_FILE and any(f"{folder}/{weights}" in listing.names for weights in WEIGHT_FILES):
+        if slash and last == CONFIG_FILE and any(f"{folder}/{weights}" in listing.names for weights in _WEIGHTS):
             inside = [name.removeprefix(f"{folder}/") for name in listing.names if name.startswith(f"{folder}/")]
             option = "" if _has_tokenizer(inside) else _tokenizer_option(listing.model, listing.names)
             below = f"{listing.model.rstrip('/')}/{folder}"

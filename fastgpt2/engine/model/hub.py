@@ -22,11 +22,13 @@ from fastgpt2.engine.model.config import (
     INDEX_FILE,
     NANOGPT_FILE,
     SINGLE_FILE,
+    TOKENIZER_CONFIG_FILE,
     TOKENIZER_EXTRAS,
     TOKENIZER_FILE,
     TOKENIZER_SETS,
     TORCH_FILE,
     TORCH_INDEX_FILE,
+    WEIGHT_FILES,
     read_config,
     read_index,
     read_small_json,
@@ -38,9 +40,6 @@ log = logging.getLogger("fastgpt2.engine")
 DEMO_MODEL = "demo"
 DEMO_FOLDER = Path(__file__).parent.parent.parent / "models" / DEMO_MODEL
 DEFAULT_REVISION = "main"
-
-# The files of the weights, the first that are there: one file, or an index of several.
-WEIGHT_FILES = ((SINGLE_FILE, INDEX_FILE), (TORCH_FILE, TORCH_INDEX_FILE))
 
 # Classes of tokenizers that take their vocabulary of sentencepiece's file, and of tokenizer.json only what remains.
 _READ_PIECES_TOO = ("GPTSw3Tokenizer", "GPTSw3TokenizerFast")
@@ -117,7 +116,7 @@ def find_model(model: str, revision: str | None = None, with_tokenizer: bool = T
     if not (folder / CONFIG_FILE).is_file() and not (folder / NANOGPT_FILE).is_file():
         raise _not_a_model(folder)
     _refuse_adapter(folder)
-    if with_tokenizer and not _collect_tokenizer(partial(_look_up, folder)):
+    if with_tokenizer and not _has_tokenizer(folder):
         raise TokenizerError(_tokenizer_needed(model, folder))
     return folder
 
@@ -137,7 +136,7 @@ def find_tokenizer(tokenizer: str) -> Path:
     folder = _existing_folder(tokenizer)
     if folder is None:
         return _find_on_hub(tokenizer, None, _collect_tokenizer)
-    if not _collect_tokenizer(partial(_look_up, folder)):
+    if not _has_tokenizer(folder):
         raise TokenizerError(f"{tokenizer}: holds no tokenizer, which is {_TOKENIZER_FILES_IN_WORDS}")
     return folder
 
@@ -152,6 +151,10 @@ def _existing_folder(name: str) -> Path | None:
     if is_file:
         raise _not_a_model(path)
     return path if is_folder else None
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any(all((folder / name).is_file() for name in names) for names in TOKENIZER_SETS)
 
 
 def _not_a_model(path: Path) -> ModelNotFound:
@@ -281,10 +284,11 @@ def _collect_tokenizer(fetch: Fetch) -> Path | None:
 
     Without a `tokenizer.json` the class decides which of the others are read, so that all of them are fetched.
     """
-    settings = [path for name in (CONFIG_FILE, *TOKENIZER_EXTRAS) if (path := fetch(name)) is not None]
+    settings = {name: fetch(name) for name in (CONFIG_FILE, *TOKENIZER_EXTRAS)}
     whole = fetch(TOKENIZER_FILE)
     if whole is not None:
-        if any(read_small_json(path).get("tokenizer_class") in _READ_PIECES_TOO for path in settings):
+        naming = filter(None, (settings[name] for name in (CONFIG_FILE, TOKENIZER_CONFIG_FILE)))
+        if any(read_small_json(path).get("tokenizer_class") in _READ_PIECES_TOO for path in naming):
             fetch(PIECES_FILE)
         return whole.parent
     paths = [[fetch(name) for name in names] for names in TOKENIZER_SETS]
@@ -293,10 +297,10 @@ def _collect_tokenizer(fetch: Fetch) -> Path | None:
 
 def _collect_weights(fetch: Fetch) -> bool:
     """Fetch the weights in the first form in which they are there, and tell whether they are complete."""
-    for single, index in WEIGHT_FILES:
+    for _, single, index in WEIGHT_FILES:
         if fetch(single):
             return True
-        found = fetch(index)
+        found = fetch(index) if index else None
         if found is not None:
             return all(fetch(name) for name in sorted(set(read_index(found).values())))
     return False
@@ -368,13 +372,12 @@ def _download(repo_id: str, revision: str, collect: Collect) -> Path:
         raise ModelNotFound(_failure(repo_id, reason)) from reason
     if folder is None:
         raise _incompleteness(repo_id, revision, collect)
-    single, index = WEIGHT_FILES[-1]
-    if _look_up(folder, single) or _look_up(folder, index):
+    if _look_up(folder, TORCH_FILE) or _look_up(folder, TORCH_INDEX_FILE):
         log.info(
             "%s: its weights are %s, as there are no safetensors. Where a pull request of the repository has some, "
             "--revision refs/pr/N takes them, with N the number of the pull request",
             repo_id,
-            single,
+            TORCH_FILE,
         )
     return folder
 
@@ -445,7 +448,7 @@ def _incompleteness(repo_id: str, revision: str, collect: Collect) -> ModelError
     with suppress(Exception):
         names = set(list_repo_files(repo_id, revision=revision))
         has_tokenizer = any(names.issuperset(one) for one in TOKENIZER_SETS)
-        if not has_tokenizer and any(names.intersection(one) for one in (*WEIGHT_FILES, (NANOGPT_FILE,))):
+        if not has_tokenizer and any(names.intersection(files) for _, *files in WEIGHT_FILES):
             snapshot = _open_snapshot(repo_id, revision)
             return TokenizerError(_tokenizer_needed(repo_id, snapshot.folder if snapshot else Path()))
         return ModelNotFound(explain_names(repo_id, names, read_json))
