@@ -76,9 +76,8 @@ class Decoder:
         """Tokenize a request's prompt and check that it fits.
 
         Raises:
-            BadRequest: the prompt or `stop_token_ids` holds a token that the model does not have.
+            BadRequest: the prompt cannot be encoded, or it or `stop_token_ids` holds a token that the model does not have.
             PromptTooLong: prompt and continuation exceed the model's positions.
-            TokenizerError: the tokenizer cannot encode the prompt.
         """
         ids = self._tokenize(request)
         if request.stop_token_ids:
@@ -152,6 +151,7 @@ class Decoder:
             pending=prompt.ids if prompt.max_new_tokens else prompt.ids[: len(scored[1:])],
             detokenizer=detokenizer,
             end_ids=self._end_ids(prompt.request),
+            least_new_tokens=prompt.request.min_new_tokens or self.generation.least_new_tokens(len(prompt.ids)),
             stops=self._stop_strings(prompt.request, len(text)),
             admitted_at=perf_counter(),
             text=text,
@@ -339,8 +339,7 @@ class Decoder:
         before the first that may be an end of text or a stop token. Where none is to end the text, none is passed over.
         """
         request, token_id, end_ids = sequence.request, best, sequence.end_ids
-        least = request.min_new_tokens or self.generation.least_new_tokens(len(sequence.prompt_ids))
-        may_end = len(sequence.token_ids) >= least
+        may_end = len(sequence.token_ids) >= sequence.least_new_tokens
         if best in end_ids and not may_end:
             others = logits.copy()
             others[list(end_ids)] = -np.inf

@@ -55,6 +55,7 @@ class Sequence:
         pending: tokens not yet run: what is left of the prompt, then the token generated last.
         detokenizer: what makes the tokens' text; it holds back what later tokens may change.
         end_ids: the tokens that end the text, the model's own and those that the request names.
+        least_new_tokens: how many tokens come before the first that may be one of these.
         stops: the request's stop strings; None without any.
         text: the text generated, complete characters only, cut before a stop string; with `echo` after the prompt's.
         echo_length: how many characters at the beginning of `text` are the prompt's.
@@ -77,6 +78,7 @@ class Sequence:
     pending: Seq[int]
     detokenizer: Detokenizer
     end_ids: frozenset[int]
+    least_new_tokens: int
     stops: StopStrings | None
     admitted_at: float
     status: Status = "prefill"
