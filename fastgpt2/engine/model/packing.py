@@ -143,7 +143,8 @@ def pack(folder: Path, config: GPT2Config, model: str, layout: Layout, must_keep
                 "%.0f MB, as every other will, and once more at every start. Set FASTGPT2_CACHE to a folder that can "
                 "be written",
                 reason,
-                4 * config.n_parameters / 1e6,
+                sum(form.nbytes for form in packed_forms(config, layout, not config.tie_word_embeddings).values())
+                / 1e6,
             )
     try:
         return pack_in_memory(source, layout)
