@@ -59,7 +59,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How a model compares: `equal`, `differs`, `refused` or `not asked`, and the lines that say more."""
+    """The result for a model: `equal`, `differs`, `refused` or `not asked`, and the lines that say more."""
 
     model: str
     outcome: str

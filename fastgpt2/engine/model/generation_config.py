@@ -62,7 +62,7 @@ _SAMPLING = (
 
 @dataclass(frozen=True, slots=True)
 class GenerationConfig:
-    """What a model's files say about generating with it.
+    """The settings of generating with a model, as its files have them.
 
     Attributes:
         bos_token_id: the token from which an empty prompt starts; None if nothing names one.

@@ -51,7 +51,7 @@ def weights_identity(files: Sequence[Path], facts: str) -> str:
 
 
 def _add_file(digest: hashlib._Hash, file: Path, spacing: int) -> None:
-    """Add a file to a digest: with blocks so far apart, or whole if `spacing` is 0."""
+    """Add a file to a digest: one block of each `spacing` bytes, or the whole file if `spacing` is 0."""
     # Without the last flag a pipe in place of the file would be waited for. Reading one is an error.
     fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:

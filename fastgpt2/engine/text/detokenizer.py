@@ -132,13 +132,13 @@ class StagedDetokenizer(Detokenizer):
         token = self._token_of(token_id)
         piece = run(ahead, (token,)) if token is not None else ""
         # If nothing comes out, the token may go on with an unfinished character, and begins where that does.
-        before, after = (rest(self._stages), rest(ahead)) if piece else (whole_rest(self._stages), whole_rest(ahead))
-        after = piece + after
+        before = rest(self._stages, only_whole=not piece)
+        after = piece + rest(ahead, only_whole=not piece)
         return max(0, count_same(before, after) - count_same(self._shown, after))
 
     @property
     def pending(self) -> str:
-        text = whole_rest(self._stages)
+        text = rest(self._stages, only_whole=True)
         return text[count_same(self._shown, text) :]
 
     def flush(self) -> str:
@@ -161,19 +161,14 @@ def run(stages: Iterable[Stage], tokens: Iterable[str]) -> str:
     return "".join(tokens)
 
 
-def rest(stages: Iterable[Stage]) -> str:
-    """Return the text that follows if no token does."""
+def rest(stages: Iterable[Stage], only_whole: bool = False) -> str:
+    """Return the text that follows if no token does.
+
+    Args:
+        only_whole: leave out what stands for unfinished characters.
+    """
     pieces: list[str] = []
     for stage in copies(stages):
         pieces = [piece for token in pieces for piece in stage.push(token)]
-        pieces += stage.rest()
-    return "".join(pieces)
-
-
-def whole_rest(stages: Iterable[Stage]) -> str:
-    """Return the same without what stands for unfinished characters."""
-    pieces: list[str] = []
-    for stage in copies(stages):
-        pieces = [piece for token in pieces for piece in stage.push(token)]
-        pieces += stage.whole_rest()
+        pieces += stage.whole_rest() if only_whole else stage.rest()
     return "".join(pieces)

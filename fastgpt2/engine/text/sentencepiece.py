@@ -46,7 +46,7 @@ class Piece:
 
 @dataclass(slots=True)
 class SentencePieceModel:
-    """What a model's file says, under the names of its fields; the defaults are those of sentencepiece."""
+    """The fields of a model's file, under their own names; the defaults are those of sentencepiece."""
 
     pieces: list[Piece] = field(default_factory=list)
     model_type: int = UNIGRAM

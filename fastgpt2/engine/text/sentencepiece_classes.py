@@ -130,6 +130,12 @@ class UnigramClass(TokenizerClass):
             return self.vocabulary.source.unk_id
         return self.options.number("unk_id", default, len(self.vocabulary.pieces))
 
+    def unscored_unk_id(self) -> int | None:
+        """Return the place of the unknown token among the pieces, with the score 0; None if it has none there."""
+        unknown = (str(self.special.text("unk_token")), 0.0)
+        pieces = self.vocabulary.pieces
+        return pieces.index(unknown) if unknown in pieces else None
+
     def normalizers(self) -> list[Any]:
         """Return what happens to the text first."""
         return self.vocabulary.normalizers()
@@ -243,9 +249,8 @@ class BigBirdClass(UnigramClass):
     by_words = False
 
     def unk_id(self) -> int:
-        unknown = (str(self.special.text("unk_token")), 0.0)
-        pieces = self.vocabulary.pieces
-        return pieces.index(unknown) if unknown in pieces else 100
+        found = self.unscored_unk_id()
+        return 100 if found is None else found
 
     def normalizers(self) -> list[Any]:
         return [single_spaces(SPACE)]
@@ -255,7 +260,7 @@ class BigBirdClass(UnigramClass):
 
 
 class PlainTextClass(UnigramClass):
-    """What ALBERT and XLNet share: quotes made straight, accents and, if asked for, capitals taken away."""
+    """The base of ALBERT's and XLNet's: quotes become straight; accents and, if asked for, capitals are taken away."""
 
     lowercase = False
 
@@ -395,9 +400,8 @@ class DebertaV2Class(BarthezClass):
     never = "first"
 
     def unk_id(self) -> int:
-        unknown = (str(self.special.text("unk_token")), 0.0)
-        pieces = self.vocabulary.pieces
-        return pieces.index(unknown) if unknown in pieces else self.stated_unk_id(1)
+        found = self.unscored_unk_id()
+        return self.stated_unk_id(1) if found is None else found
 
     def normalizers(self) -> list[Any]:
         from tokenizers import normalizers

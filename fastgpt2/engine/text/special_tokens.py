@@ -25,7 +25,7 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 class Options:
-    """What the small files say.
+    """The fields and the tokens that the small files have.
 
     Attributes:
         values: the fields of `tokenizer_config.json`, with those of `special_tokens_map.json` over them.

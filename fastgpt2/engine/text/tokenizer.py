@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fastgpt2.engine.text import decoders
 from fastgpt2.engine.text.auto_tokenizer import load_tokenizer
 from fastgpt2.engine.text.detokenizer import ByteDetokenizer, Detokenizer, StagedDetokenizer, copies, rest, run
+from fastgpt2.engine.text.tokenizer_base import END_OF_TEXT
 from fastgpt2.errors import BadRequest
 
 if TYPE_CHECKING:
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 
 # What stands for "no bound": a token may stand for a text of any length.
 ANY_LENGTH = 1 << 30
-
-_END_OF_TEXT = "<|endoftext|>"
 
 # A token before another one, to see what that gives within a text. No vocabulary has it.
 _BEFORE = "\uf8ff"
@@ -46,7 +45,7 @@ class Tokenizer:
         _keep_spaces_in_offsets(backend)
         self._backend, self.notes = backend, loaded.notes
         bos = loaded.bos_token_id
-        self.bos_token_id: int | None = bos if bos is not None else backend.token_to_id(_END_OF_TEXT)
+        self.bos_token_id: int | None = bos if bos is not None else backend.token_to_id(END_OF_TEXT)
         added = backend.get_added_tokens_decoder()
         self._added = {token_id: token.content for token_id, token in added.items()}
         self.special_tokens = {token_id: token.content for token_id, token in added.items() if token.special}
@@ -78,7 +77,7 @@ class Tokenizer:
 
     @property
     def longest_token_bytes(self) -> int:
-        """The most bytes that a token stands for: a text of n bytes has at least n / longest_token_bytes tokens.
+        """Return the most bytes that a token stands for: a text of n bytes has at least n / longest_token_bytes tokens.
 
         `ANY_LENGTH` where there is no bound: a tokenizer may drop characters, or take a whole word for one unknown
         token.

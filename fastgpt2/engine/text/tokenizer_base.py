@@ -1,4 +1,4 @@
-"""What all classes of tokenizers share: the vocabulary that they are built of, and how they frame a text."""
+"""The base of all classes of tokenizers: the vocabulary that they are built of, and how they frame a text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Pieces: TypeAlias = list[tuple[str, float]]
 
 
 class Vocabulary:
-    """What the files say of the tokens themselves.
+    """The tokens themselves, as the files have them.
 
     Attributes:
         tokens: id by token, or a list of tokens with their scores, or the path of the file that has them.
