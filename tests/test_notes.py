@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 from safetensors.numpy import load_file, save_file
 from support.models import with_end_of_text
-from support.running import StartWorker
+from support.running import StartWorker, run
 
 from fastgpt2 import Client, Engine
 from fastgpt2.api.pool.status import read_status
@@ -25,16 +22,6 @@ from fastgpt2.errors import BadRequest
 from fastgpt2.protocol.keys import MAX_NOTE_CHARACTERS, MAX_NOTES
 from fastgpt2.system.redis_server import RedisServer
 from fastgpt2.worker.reporting import notes_to_field
-
-
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "fastgpt2", *arguments],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
 
 
 def status_of(url: str, queue: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 import pytest
-from support.running import GOLDEN, StartWorker, wait_until
+from support.running import GOLDEN, StartWorker, run, wait_until
 
 from fastgpt2 import Client, settings
 from fastgpt2.cli import COMMANDS, Command, build_parser
@@ -26,17 +26,6 @@ from fastgpt2.system.up import System
 pytestmark = pytest.mark.processes
 
 ENTRY: dict[str, Any] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"][0]
-
-
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "fastgpt2", *arguments],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        stdin=subprocess.DEVNULL,
-    )
 
 
 class TestGenerate:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +32,18 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = 60.0
         if time.monotonic() > deadline:
             pytest.fail(f"waited {seconds} s for: {what}")
         time.sleep(0.01)
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of fastgpt2 to its end, with these variables besides the test's own."""
+    return subprocess.run(
+        [sys.executable, "-m", "fastgpt2", *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        stdin=subprocess.DEVNULL,
+    )
 
 
 def hang_up(url: str, path: str, body: Any, condition: Callable[[], object], **headers: str) -> None:
