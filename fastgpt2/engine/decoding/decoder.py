@@ -76,7 +76,7 @@ class Decoder:
         """Tokenize a request's prompt and check that it fits.
 
         Raises:
-            BadRequest: the prompt cannot be encoded, or it or `stop_token_ids` holds a token that the model does not have.
+            BadRequest: the prompt cannot be encoded, or the model lacks a token of it or of `stop_token_ids`.
             PromptTooLong: prompt and continuation exceed the model's positions.
         """
         ids = self._tokenize(request)
