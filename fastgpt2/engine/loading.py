@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from fastgpt2.engine.decoding.lookup import MOST_DRAFTS
 from fastgpt2.engine.machine import fair_share_of_kv_memory, hold_to_one_thread, processes_for
@@ -86,8 +86,7 @@ class LoadTimes:
     loaded: float
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedModel:
+class LoadedModel(NamedTuple):
     """A model that can take requests.
 
     Attributes:
@@ -136,7 +135,7 @@ def load_decoder(model: str, options: LoadOptions) -> LoadedModel:
     bos = tokenizer.bos_token_id
     if generation.bos_token_id is None and bos is not None and bos < config.vocab_size:
         # transformers generates nothing from an empty prompt then. What comes closest to a beginning is taken.
-        generation = replace(generation, bos_token_id=bos)
+        generation = generation._replace(bos_token_id=bos)
     measurements, most_drafts = open_measurements(config), options.most_drafts
     if options.max_batch is None:
         choose_slots(network, measurements)

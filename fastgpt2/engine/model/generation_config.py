@@ -10,9 +10,8 @@ transformers generates becomes a note for people.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastgpt2.engine.model.config import CONFIG_FILE, MAX_CONFIG_BYTES, GPT2Config, quote, read_json_object
 from fastgpt2.errors import ConfigError
@@ -60,8 +59,7 @@ _SAMPLING = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class GenerationConfig:
+class GenerationConfig(NamedTuple):
     """The settings of generating with a model, as its files have them.
 
     Attributes:

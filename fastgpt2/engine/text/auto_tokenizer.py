@@ -8,9 +8,8 @@ The class of the tokenizer decides which files are read and what is believed of 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastgpt2.engine.model.config import (
     ADDED_TOKENS_FILE,
@@ -53,8 +52,7 @@ _SAVE_REMEDY = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedTokenizer:
+class LoadedTokenizer(NamedTuple):
     """A tokenizer as it was loaded from a folder.
 
     Attributes:
