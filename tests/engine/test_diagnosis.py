@@ -102,7 +102,7 @@ class TestConfigurations:
             ({"quantization_config": {"quant_method": "gptq"}}, r"quantised \(gptq\). Name the model that it was made"),
             ({"quantization_config": {"load_in_8bit": True}}, r"quantised \(quantization_config\). Name the model"),
             ({"is_encoder_decoder": True}, "is_encoder_decoder is true: the model needs an input of its own"),
-            ({"attention_head_type": "multiquery"}, "attention_head_type is 'multiquery', which a GPT-2 has not"),
+            ({"attention_head_type": "multiquery"}, "attention_head_type is 'multiquery', which a GPT-2 does not have"),
         ],
     )
     def test_what_is_no_causal_gpt2(self, tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import os
 import pickle
+import shlex
 import shutil
 import struct
 import tarfile
@@ -23,7 +25,7 @@ from support.running import GOLDEN
 from fastgpt2.engine.model import torch_pickle
 from fastgpt2.engine.model.checkpoint import Checkpoint, weight_files
 from fastgpt2.engine.model.config import read_config
-from fastgpt2.engine.model.torch_file import MAX_SHARING
+from fastgpt2.engine.model.torch_file import MAX_SHARING, TorchFile
 from fastgpt2.engine.model.torch_pickle import MAX_MARKS, MAX_OPCODES, MAX_PICKLE_BYTES
 from fastgpt2.engine.model.zip_directory import MAX_DIRECTORY_BYTES
 from fastgpt2.errors import CheckpointError, ConfigError
@@ -262,7 +264,20 @@ def test_a_name_that_is_not_known_is_told_with_a_way_out(tmp_path: Path, write: 
 
 def test_the_way_out_is_a_program(tmp_path: Path) -> None:
     message = refusal(write_zip(tmp_path, state_dict(key("config"), b"c__main__\nGPTConfig\n)\x81")))
-    compile(message.partition("python -c '")[2].rstrip("'"), "message", "exec")
+    compile(message.partition("python -c '")[2].rstrip("'`"), "message", "exec")
+
+
+def test_the_way_out_runs_nothing_that_a_file_s_name_says(tmp_path: Path) -> None:
+    """An index may name a shard so; somebody will paste the command into a shell."""
+    path = tmp_path / """a'; touch x; '"; import os; os.abort(); ".bin"""
+    write_zip(tmp_path, state_dict(key("config"), b"c__main__\nGPTConfig\n)\x81"), name=path.name)
+    with pytest.raises(CheckpointError) as refused:
+        TorchFile.open(path)
+    command = shlex.split(str(refused.value).rpartition("`python")[2].rstrip("`"))
+    assert command[0] == "-c"
+    assert len(command) == 2
+    (assigned,) = (node for node in ast.parse(command[1]).body[1:2] if isinstance(node, ast.Assign))
+    assert ast.literal_eval(assigned.value) == str(path)
 
 
 def test_what_stands_beside_the_weights_is_inert(tmp_path: Path) -> None:

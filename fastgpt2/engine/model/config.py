@@ -212,7 +212,7 @@ def config_problem(fields: Mapping[str, Any]) -> str | None:
         how = f" ({method if isinstance(method, str) else 'quantization_config'})"[:_MAX_QUOTED]
         return f"quantization_config says that the weights are quantised{how}. {UNQUANTISED}"
     if fields.get("attention_head_type") == "multiquery":
-        return "attention_head_type is 'multiquery', which a GPT-2 has not; fastgpt2 runs GPT-2 models"
+        return "attention_head_type is 'multiquery', which a GPT-2 does not have; fastgpt2 runs GPT-2 models"
     architectures = fields.get("architectures")
     for name in architectures if isinstance(architectures, list) else []:
         if isinstance(name, str) and _NO_TEXT.search(name):

@@ -178,8 +178,8 @@ def _adapter(model: str, fields: Mapping[str, Any], names: Iterable[str]) -> str
     tokenizer = _tokenizer_option(model, names) or (f" with --tokenizer {shlex.quote(base)}" if base else "")
     left_over = f". If {ADAPTER_FILE} is left over from before a merge, remove it" if _has_weights(names) else ""
     return (
-        f"{what}. Merge the two (pip install torch transformers peft) by {_command(code)}, and name the folder merged"
-        f"{tokenizer}{left_over}"
+        f"{what}. Merge the two (pip install torch transformers peft) by {python_command(code)}, and name the folder "
+        f"merged{tokenizer}{left_over}"
     )
 
 
@@ -192,7 +192,7 @@ def _conversion(listing: _Listing, name: str, end: str) -> str:
     path = f"__import__({json.dumps('huggingface_hub')}).hf_hub_download({model}, {json.dumps(name)})"
     if Path(listing.model).is_dir():
         path = json.dumps(str(Path(listing.model) / name))
-    command = _command(code.format(model=model, file=json.dumps(name), path=path))
+    command = python_command(code.format(model=model, file=json.dumps(name), path=path))
     return (
         f"Convert it (pip install {packages}) by {command}, and name the folder converted"
         f"{_tokenizer_option(listing.model, listing.names)}"
@@ -218,7 +218,8 @@ def _text(value: object) -> str:
     return value[:_MOST_QUOTED] if isinstance(value, str) else ""
 
 
-def _command(code: str) -> str:
+def python_command(code: str) -> str:
+    """Return the command that runs some Python code, quoted for a shell: names of files may be a stranger's."""
     return f"`python -c {shlex.quote(code)}`"
 
 

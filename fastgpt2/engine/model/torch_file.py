@@ -7,6 +7,7 @@ found, so that each tensor becomes a byte range of a read-only map, checked to l
 
 from __future__ import annotations
 
+import json
 import math
 import mmap
 import struct
@@ -285,8 +286,9 @@ def _refusal(path: Path, name: str) -> str:
 
 
 def _command_to_plain_values(path: Path) -> str:
-    program = _TO_PLAIN_VALUES.format(path=f'"{path}"')
-    return f"python -c '{program}'"
+    from fastgpt2.engine.model.diagnosis import python_command
+
+    return python_command(_TO_PLAIN_VALUES.format(path=json.dumps(str(path))))
 
 
 def _what_it_is(path: Path, mapped: mmap.mmap) -> str:
