@@ -21,6 +21,7 @@ from typing import Any
 
 from fastgpt2.engine.machine import MEASUREMENTS_FILE, cache_folder, is_locked, locked
 from fastgpt2.engine.model.checkpoint import MAX_HEADER_BYTES
+from fastgpt2.engine.model.config import printable
 from fastgpt2.engine.model.identity import weights_identity
 from fastgpt2.engine.model.packing import FORMAT, checksum
 from fastgpt2.errors import BadRequest, FastGPT2Error
@@ -80,10 +81,10 @@ def _list(folder: Path, as_json: bool) -> None:
             _format_day(entry.used),
         )
         rows.append((*texts, str(entry.state), str(entry.path)))
-    widths = [max(len(_escape(row[column])) for row in rows) for column in range(6)]
+    widths = [max(len(printable(row[column])) for row in rows) for column in range(6)]
     for row in rows:
-        cells = [_escape(cell).ljust(width) for cell, width in zip(row, widths, strict=False)]
-        print("  ".join([*cells, _escape(row[6])]))
+        cells = [printable(cell).ljust(width) for cell, width in zip(row, widths, strict=False)]
+        print("  ".join([*cells, printable(row[6])]))
     print(f"{len(found)} file{'s' if len(found) > 1 else ''}, {_format_size(total)}")
 
 
@@ -96,9 +97,9 @@ def _prune(folder: Path, everything: bool, dry_run: bool, as_json: bool) -> None
             continue
         if gone:
             verb = "would remove" if dry_run else "removed"
-            print(f"{verb} {_escape(str(entry.path))} ({entry.state}, {_format_size(entry.size)})")
+            print(f"{verb} {printable(str(entry.path))} ({entry.state}, {_format_size(entry.size)})")
         else:
-            print(f"kept {_escape(str(entry.path))}: it is being packed", file=sys.stderr)
+            print(f"kept {printable(str(entry.path))}: it is being packed", file=sys.stderr)
     freed = sum(entry.size for entry in removed)
     if as_json:
         lists = {"removed": [entry.as_json() for entry in removed], "kept": [entry.as_json() for entry in kept]}
@@ -115,11 +116,6 @@ def _format_size(count: int) -> str:
 
 def _format_day(seconds: float) -> str:
     return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d")
-
-
-def _escape(text: str) -> str:
-    """Replace what a terminal would obey: a model's name comes from a file."""
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 class State(StrEnum):

@@ -78,6 +78,11 @@ class TestAdapters:
         write(tmp_path, self.adapter(**fields))
         assert re.search(message, explain_adapter(tmp_path))
 
+    def test_names_that_a_terminal_would_obey(self, explain: Callable[..., str]) -> None:
+        sentence = explain(self.adapter(base_model_name_or_path="gpt2\n\x1b[2J"))
+        assert sentence.isprintable()
+        assert explain({"model\x1b[2J.gguf": b"x"}).isprintable()
+
     def test_beside_a_model(self, tmp_path: Path) -> None:
         """transformers would load the base model and the adapter, so that the text would be another."""
         write(tmp_path, {**self.adapter(), "config.json": GPT2, "model.safetensors": b"x"})

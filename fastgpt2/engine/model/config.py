@@ -281,7 +281,7 @@ def read_index(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{path}: weight_map is missing or empty")
     suffix = path.name.removesuffix(".index.json").rpartition(".")[2]
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not re.fullmatch(rf"[^/\\\0\ud800-\udfff]{{1,255}}\.{suffix}", file):
+        if not isinstance(file, str) or not re.fullmatch(rf"[^/\\\x00-\x1f\x7f\ud800-\udfff]{{1,255}}\.{suffix}", file):
             raise CheckpointError(
                 f"{path}: tensor {name!r} is said to lie in {repr(file)[:_MAX_QUOTED]}, which is no plain file name"
             )
@@ -339,6 +339,11 @@ def custom_code(folder: Path) -> str | None:
         f"{folder / CONFIG_FILE}: auto_map names code of its own for the model, {code}. It is not run: the model is "
         "computed as a plain GPT-2, as transformers does without trust_remote_code"
     )
+
+
+def printable(text: str) -> str:
+    """Return a text with "?" for what a terminal would obey: names in a file may be made to do harm."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def quote(value: object) -> str:

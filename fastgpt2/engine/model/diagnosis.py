@@ -28,6 +28,7 @@ from fastgpt2.engine.model.config import (
     UNQUANTISED,
     WEIGHT_FILES,
     config_problem,
+    printable,
     read_small_json,
 )
 from fastgpt2.engine.model.lfs_pointer import explain_pointer, is_pointer
@@ -115,7 +116,8 @@ def explain_adapter(folder: Path) -> str:
 
     Beside a model too: transformers would put the adapter on the base model that the adapter names.
     """
-    return f"{folder}: " + _adapter(str(folder), read_small_json(folder / ADAPTER_FILE), _listdir(folder))
+    sentence = _adapter(str(folder), read_small_json(folder / ADAPTER_FILE), _listdir(folder))
+    return printable(f"{folder}: {sentence}")
 
 
 def refuse_stored_names(files: Mapping[str, Path]) -> None:
@@ -158,7 +160,7 @@ def explain_names(model: str, names: Iterable[str], read_json: ReadJson) -> str:
     for explain in _EXPLANATIONS:
         sentence = explain(listing)
         if sentence:
-            return f"{model}: {sentence}"
+            return printable(f"{model}: {sentence}")
     raise AssertionError("the last explanation fits everything")
 
 
