@@ -133,13 +133,16 @@ class Metrics:
             self._recent[keys.FAILED] += 1
 
     def _count_tokens(self, job: ActiveJob) -> None:
-        """Count the tokens of a job that leaves, unless its prompt was not read to the end."""
-        sequence = job.sequence
-        if sequence is not None and sequence.token_ids:
-            self._totals[keys.PROMPT_TOKENS] += len(job.prompt.ids)
-            self._totals[keys.CACHED_TOKENS] += sequence.cached_tokens
-            self._totals[keys.DRAFTED_TOKENS] += sequence.drafted
-            self._totals[keys.ACCEPTED_TOKENS] += sequence.accepted
+        """Count the tokens of a job that leaves, unless its prompt was not read to the end.
+
+        The prompt counts once, as the first text's sequence has read it; the others have taken it over.
+        """
+        if not job.sequences or not job.sequences[0].token_ids:
+            return
+        self._totals[keys.PROMPT_TOKENS] += len(job.prompt.ids)
+        self._totals[keys.CACHED_TOKENS] += job.sequences[0].cached_tokens
+        self._totals[keys.DRAFTED_TOKENS] += sum(sequence.drafted for sequence in job.sequences)
+        self._totals[keys.ACCEPTED_TOKENS] += sum(sequence.accepted for sequence in job.sequences)
 
     def _observe(self, histogram: keys.Histogram, value: float) -> None:
         self._totals[histogram.field_of(value)] += 1
