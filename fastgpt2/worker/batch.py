@@ -14,8 +14,14 @@ from typing import TYPE_CHECKING, Any
 from rq import Queue
 from rq.executions import Execution
 
-from fastgpt2.engine.decoding.records import FinishReason, GenerationRequest, GenerationResult, Timings, Usage
-from fastgpt2.engine.decoding.sequence import combine
+from fastgpt2.engine.decoding.records import (
+    FinishReason,
+    GenerationRequest,
+    GenerationResult,
+    Timings,
+    Usage,
+    combine,
+)
 from fastgpt2.engine.network.gpt2 import PREFILL_ROWS_BESIDE
 from fastgpt2.errors import FastGPT2Error
 from fastgpt2.protocol.keys import SUSPECT_CRASHES
@@ -307,11 +313,11 @@ class Batch:
         return self._slots - len(self._decoding)
 
     def _unread_tokens(self) -> int:
-        """Return how many tokens of prompts are to be read; texts of one job read theirs once."""
+        """Return how many tokens of prompts are to be read; of a job's texts one reads, and the others take it over."""
         unread: dict[ActiveJob, int] = {}
         for sequence, job in self._decoding.items():
             if not sequence.token_ids:
-                unread[job] = max(unread.get(job, 0), len(sequence.pending))
+                unread[job] = min(unread.get(job, len(sequence.pending)), len(sequence.pending))
         return sum(unread.values())
 
     def step(self) -> list[ActiveJob]:

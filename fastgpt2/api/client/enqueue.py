@@ -28,16 +28,13 @@ from fastgpt2.protocol.keys import (
     totals_key,
     workers_key,
 )
-from fastgpt2.protocol.messages import TASK, JobOptions, job_to_kwargs, parse_job, refuse_unstreamable
+from fastgpt2.protocol.messages import SEED_BITS, TASK, JobOptions, job_to_kwargs, parse_job, refuse_unstreamable
 from fastgpt2.protocol.scripts import Script
 
 DEFAULT_JOB_TIMEOUT_SECONDS = 600
 DEFAULT_RESULT_TTL_SECONDS = 24 * 3600
 Seconds = Annotated[int, whole(1, 10**8, "seconds")]
 NO_OPTIONS = JobOptions()
-
-# A job's seed, if nobody has given one: JSON's readers, JavaScript's among them, keep whole numbers of 53 bits exactly.
-SEED_BITS = 53
 
 # For how long what the workers told of their models is relied on.
 MODEL_LIMITS_SECONDS = 30.0
