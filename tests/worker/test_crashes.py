@@ -145,7 +145,7 @@ def test_killed_at_any_stage_nothing_is_lost(
         for n, (name, entry) in enumerate(zip(queues_of(queue_name), entries, strict=True))
     ]
     rq = Queue(queue_name, connection=redis, serializer=JSONSerializer)
-    failing = rq.enqueue(TASK, "a", temperature=1)
+    failing = rq.enqueue(TASK, "a", num_beams=4)
     after = [
         rq.enqueue(TASK, ENTRIES[3]["prompt"], max_new_tokens=3, ignore_eos=True, depends_on=jobs[0]),
         rq.enqueue(

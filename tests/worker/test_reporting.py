@@ -123,10 +123,10 @@ def test_every_way_to_end(redis: Redis, client: Client, queue_name: str, start_w
     """A job that ends without a result gives no observation, and counts once, under its reason."""
     start_worker(FASTGPT2_MAX_BATCH="1")
     queue = Queue(queue_name, connection=redis, serializer=JSONSerializer)
-    queue.enqueue(TASK, ENTRY["prompt"], temperature=1)
+    queue.enqueue(TASK, ENTRY["prompt"], num_beams=4)
     queue.enqueue(TASK, ENTRY["prompt"], max_new_tokens=100_000)
     queue.enqueue(TASK, ENTRY["prompt"], timeout=1e-6)
-    queue.enqueue(TASK, ENTRY["prompt"], temperature=1, retry=Retry(max=2))
+    queue.enqueue(TASK, ENTRY["prompt"], num_beams=4, retry=Retry(max=2))
     redis.hset("rq:job:odd-" + queue_name, "status", "queued")
     redis.hset("rq:job:odd-" + queue_name, "created_at", "yesterday")
     redis.rpush(f"rq:queue:{queue_name}", "odd-" + queue_name)
