@@ -277,7 +277,7 @@ NEW: dict[str, str] = {}
 
 @pytest.fixture(scope="module")
 def taken_over() -> Iterator[RedisServer]:
-    """A Redis in which a worker of this commit has run `NEW`, and the jobs that a client of the earlier one enqueued."""
+    """A Redis in which a worker of this commit has run the jobs of a client of the earlier one, and `NEW`."""
     with RedisServer() as server:
         redis, now = connect(server.url), datetime.now(UTC).isoformat().replace("+00:00", "Z")
         for name in WAITED:
