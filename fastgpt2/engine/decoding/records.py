@@ -185,8 +185,8 @@ class GenerationRequest:
         told = self.texts * (1 + (self.logprobs or 0))
         if self.logprobs is not None and told > MAX_LOGPROBS_OF_TEXTS:
             raise BadRequest(
-                f"logprobs is {self.logprobs} for {self.texts} texts, which makes {told} log probabilities a place; the "
-                f"limit is {MAX_LOGPROBS_OF_TEXTS}: ask for fewer likeliest tokens, or for fewer texts"
+                f"logprobs is {self.logprobs} for {self.texts} texts, which makes {told} log probabilities a place; "
+                f"the limit is {MAX_LOGPROBS_OF_TEXTS}: ask for fewer likeliest tokens, or for fewer texts"
             )
         guides = [name for name in ("choices", "regex", "json_schema") if getattr(self, name) not in ((), None)]
         if len(guides) > 1:
