@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -207,7 +208,11 @@ class GenerationRequest:
         given = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         if not self.do_sample:
             given.pop("temperature", None)
-        return replace(self, **given) if given else self
+        request = copy(self)
+        for name, value in given.items():
+            # Not `replace`: a model's files may ban more words than a request.
+            object.__setattr__(request, name, value)
+        return request
 
     @property
     def least_room(self) -> int:
@@ -344,3 +349,19 @@ class GenerationResult:
     choice_index: int = 0
     cumulative_logprob: float | None = None
     alternatives: tuple[GenerationResult, ...] = ()
+
+
+def combine(request: GenerationRequest, results: Sequence[GenerationResult]) -> GenerationResult:
+    """Return the result of a request from those of its texts, given in the order of their indices: the first text's.
+
+    The others are its alternatives. Of more texts than are to be given, those are taken whose mean log probability a
+    token is highest, as by OpenAI's API; of equal ones, those of the lower index.
+    """
+    chosen = list(results)
+    if request.ranked:
+        chosen = sorted(chosen, key=_mean_logprob, reverse=True)[: request.n]
+    return replace(chosen[0], alternatives=tuple(chosen[1:]))
+
+
+def _mean_logprob(result: GenerationResult) -> float:
+    return (result.cumulative_logprob or 0.0) / max(1, len(result.token_ids))

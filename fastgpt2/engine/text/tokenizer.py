@@ -114,6 +114,14 @@ class Tokenizer:
         """
         return list(self._encode(text).ids)
 
+    def encode_part(self, text: str) -> list[int]:
+        """Return the token ids of a part of a text, without the tokens that the tokenizer puts around a whole one.
+
+        Raises:
+            BadRequest: as `encode` does.
+        """
+        return list(self._encode(text, whole=False).ids)
+
     def offsets(self, text: str) -> list[int]:
         """Return where in the text each token of `encode` begins: the index of the character of its first byte.
 
@@ -175,14 +183,15 @@ class Tokenizer:
         name: str | None = self._added.get(token_id) or self._backend.id_to_token(token_id)
         return name
 
-    def _encode(self, text: str) -> Any:
+    def _encode(self, text: str, whole: bool = True) -> Any:
         try:
-            return self._backend.encode(text)
+            return self._backend.encode(text, add_special_tokens=whole)
         except BaseException as reason:
             if not decoders.is_library_failure(reason):
                 raise
+            what = "prompt" if whole else "text"
             raise BadRequest(
-                f"the tokenizer cannot encode this prompt ({reason}): leave out characters that it does not know"
+                f"the tokenizer cannot encode this {what} ({reason}): leave out characters that it does not know"
             ) from None
 
     def _look_up(self, token_id: int) -> bytes:

@@ -1,0 +1,122 @@
+"""The chooser takes the next token of one text, where that is not simply the likeliest one.
+
+The scores go through the logits processors and the grammar, if there are any. Then the likeliest token is taken, or
+one is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastgpt2.engine.decoding.logits_processors import LogitsProcessors
+from fastgpt2.engine.decoding.records import GenerationRequest
+from fastgpt2.engine.decoding.sampler import Sampler
+
+if TYPE_CHECKING:
+    from fastgpt2.engine.decoding.grammar import Matcher
+
+
+class Chooser:
+    """Chooses the tokens of one text.
+
+    Args:
+        processors: those of the text, which have taken in its prompt.
+        sampler: draws the tokens; None to take the likeliest.
+        matcher: the text's place in its grammar; None if it has none.
+        end_ids: the tokens that end the text.
+        least_new_tokens: how many tokens come before the first that may be one of these.
+    """
+
+    def __init__(
+        self,
+        processors: LogitsProcessors,
+        sampler: Sampler | None,
+        matcher: Matcher | None,
+        end_ids: Iterable[int],
+        least_new_tokens: int,
+    ) -> None:
+        self._processors, self._sampler, self._matcher = processors, sampler, matcher
+        self._end_ids = np.array(sorted(end_ids), np.intp)
+        self._least_new_tokens = least_new_tokens
+        self._length = 0
+
+    @property
+    def is_complete(self) -> bool:
+        """Tell whether nothing can follow the text so far."""
+        return self._matcher is not None and self._matcher.is_complete
+
+    def choose(self, logits: NDArray[np.float32]) -> int:
+        """Return the next token, by the model's own logits [vocab_size], which are not changed.
+
+        Where everything is banned, the token is 0, as in transformers' greedy search.
+
+        Raises:
+            BadRequest: the grammar has met a limit.
+        """
+        scores = logits.copy()
+        self._processors.apply(scores)
+        may_end = self._length >= self._least_new_tokens
+        if self._matcher is not None:
+            self._guide(self._matcher, scores, logits, may_end)
+        elif not may_end:
+            scores[self._end_ids] = -np.inf
+        best = int(scores.argmax())
+        if self._sampler is None or scores[best] == -np.inf:
+            return best
+        return self._sampler.draw(scores, self._length)
+
+    def _guide(self, matcher: Matcher, scores: NDArray[np.float32], logits: NDArray[np.float32], may_end: bool) -> None:
+        """Leave what the grammar allows. Where the processors have banned all of that, the grammar goes before them."""
+        ends = self._end_ids if may_end and matcher.may_end else self._end_ids[:0]
+        kept = scores[ends]
+        matcher.mask(scores)
+        scores[ends] = kept
+        if scores.max() == -np.inf:
+            np.copyto(scores, logits)
+            matcher.mask(scores)
+            scores[ends] = logits[ends]
+
+    def push(self, token_id: int) -> None:
+        """Take in the text's next token, which is no end of it.
+
+        Raises:
+            BadRequest: the grammar has met a limit.
+        """
+        if self._matcher is not None:
+            self._matcher.push(token_id)
+        self._processors.push(token_id)
+        self._length += 1
+
+    def pop(self) -> None:
+        """Forget the token that was pushed last."""
+        self._length -= 1
+        self._processors.pop()
+        if self._matcher is not None:
+            self._matcher.pop()
+
+    def guess(self, logits: NDArray[np.float32]) -> int:
+        """Choose and push a token, by a draft model's logits."""
+        token_id = self.choose(logits)
+        self.push(token_id)
+        return token_id
+
+
+def new_chooser(
+    request: GenerationRequest,
+    choice_index: int,
+    prompt_ids: Sequence[int],
+    bad_words: Iterable[tuple[int, ...]],
+    matcher: Matcher | None,
+    end_ids: frozenset[int],
+    least_new_tokens: int,
+) -> Chooser | None:
+    """Return the chooser of a new text; None if the likeliest token is to be taken, whatever came before."""
+    processors = LogitsProcessors(request, prompt_ids, bad_words)
+    sampler = Sampler(request, choice_index) if request.samples else None
+    if not processors and sampler is None and matcher is None:
+        return None
+    return Chooser(processors, sampler, matcher, end_ids, least_new_tokens)
