@@ -259,7 +259,7 @@ def cases() -> Iterator[Json]:
             row = [kind, size, 100 + number if size else 0]
             yield {"name": name, "row": row, "prompt": prompt, "text": text, "options": options}
     # The borders of contexts.
-    for prompt, text in (([7], []), ([7, 7], []), ([7], [7]), (context(dice, SMALL, 400), context(dice, SMALL, 300))):
+    for prompt, text in (([7], []), ([7, 7], []), ([7], [7]), (context(dice, SMALL, 130), context(dice, SMALL, 110))):
         for name, options in penalties(dice, SMALL, prompt + text):
             if "three" not in name or len(prompt + text) > 1:
                 name = f"{len(prompt)} and {len(text)} tokens: {name}"
