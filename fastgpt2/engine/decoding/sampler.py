@@ -171,7 +171,8 @@ def smallest(keys: Floats, weights: Floats, target: float) -> Ids:
     # By buckets of keys, the last bucket of which some may stay; only there is an order needed.
     buckets = (np.minimum(keys, _LARGEST_KEY) / _BUCKET).astype(np.intp)
     before = np.cumsum(np.bincount(buckets, weights))
-    last = int(np.searchsorted(before, target))
+    # A target of 0 is reached before any: by the first bucket that has an element.
+    last = max(int(np.searchsorted(before, target)), int(buckets.min()))
     at_edge = np.flatnonzero(buckets == last)
     left = target - float(before[last - 1]) if last else target
     kept = buckets < last
