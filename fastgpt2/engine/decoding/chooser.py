@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from fastgpt2.engine.decoding.logits_processors import LogitsProcessors
 from fastgpt2.engine.decoding.records import GenerationRequest
 from fastgpt2.engine.decoding.sampler import Sampler
+from fastgpt2.errors import BadRequest
 
 if TYPE_CHECKING:
     from fastgpt2.engine.decoding.grammar import Matcher
@@ -42,7 +43,8 @@ class Chooser:
         self._processors, self._sampler, self._matcher = processors, sampler, matcher
         self._end_ids = np.array(sorted(end_ids), np.intp)
         self._least_new_tokens = least_new_tokens
-        self._length = 0
+        self._length = self._guesses = 0
+        self._guesses_end = False
 
     @property
     def is_complete(self) -> bool:
@@ -98,11 +100,32 @@ class Chooser:
         if self._matcher is not None:
             self._matcher.pop()
 
-    def guess(self, logits: NDArray[np.float32]) -> int:
-        """Choose and push a token, by a draft model's logits."""
-        token_id = self.choose(logits)
-        self.push(token_id)
+    def guess(self, logits: NDArray[np.float32]) -> int | None:
+        """Return the next token by a draft model's logits [vocab_size]; None if nothing can follow the guesses so far.
+
+        The guess counts as the text's token until `forget_guesses`. The same random numbers choose it as will choose
+        by the network's own logits, so that what is drawn is mostly the same.
+        """
+        if self._guesses_end:
+            return None
+        try:
+            token_id = self.choose(logits)
+            if token_id in self._end_ids:
+                self._guesses_end = True
+            else:
+                self.push(token_id)
+                self._guesses += 1
+                self._guesses_end = self.is_complete
+        except BadRequest:  # which the network's own token meets as well
+            self._guesses_end = True
+            return None
         return token_id
+
+    def forget_guesses(self) -> None:
+        """Have the text end where it ended before the guesses."""
+        for _ in range(self._guesses):
+            self.pop()
+        self._guesses, self._guesses_end = 0, False
 
 
 def new_chooser(

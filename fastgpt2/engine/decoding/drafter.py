@@ -122,21 +122,21 @@ class Drafter:
         lengths = [cache.lengths[slot] for slot in slots]
         last = [sequence.token_ids[-1] for sequence in sequences]
         for k in range(max(counts)):
-            drafting = [i for i, count in enumerate(counts) if k < count and not _has_ended(sequences[i])]
+            drafting = [i for i, count in enumerate(counts) if k < count and k == len(drafts[i])]
             if not drafting:
                 break
             started = perf_counter()
             logits = self._model.forward([Segment(slots[i], [last[i]]) for i in drafting], DRAFT_WEIGHTS)
             for i, row in zip(drafting, logits, strict=True):
                 chooser = sequences[i].chooser
-                # By the same random numbers as the network itself: so what is drawn is mostly the same.
-                last[i] = int(row.argmax()) if chooser is None else chooser.guess(row)
-                drafts[i].append(last[i])
+                guess = int(row.argmax()) if chooser is None else chooser.guess(row)
+                if guess is not None:
+                    last[i] = guess
+                    drafts[i].append(guess)
             self._model_costs.note(len(drafting), perf_counter() - started)
-        for sequence, guesses in zip(sequences, drafts, strict=True):
+        for sequence in sequences:
             if sequence.chooser is not None:
-                for _ in guesses:
-                    sequence.chooser.pop()
+                sequence.chooser.forget_guesses()
         # The step that verifies replaces the keys and values of the draft model.
         for slot, length in zip(slots, lengths, strict=True):
             cache.truncate(slot, length)
@@ -161,11 +161,6 @@ class Drafter:
     def note_step(self, rows: int, seconds: float) -> None:
         """Learn how long a step without prompts took."""
         self._costs.note(rows, seconds)
-
-
-def _has_ended(sequence: Sequence) -> bool:
-    """Tell whether nothing can follow a text with the guesses that its chooser has taken in."""
-    return sequence.chooser is not None and sequence.chooser.is_complete
 
 
 def _fixed_counts(lookups: Seq[Lookup | None], room: Seq[int], most: int, rows: int) -> list[int]:

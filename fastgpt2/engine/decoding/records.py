@@ -208,6 +208,8 @@ class GenerationRequest:
         given = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         if not self.do_sample:
             given.pop("temperature", None)
+        if not given:
+            return self
         request = copy(self)
         for name, value in given.items():
             # Not `replace`: a model's files may ban more words than a request.
@@ -332,7 +334,7 @@ class GenerationResult:
         cumulative_logprob: the sum of the generated tokens' log probabilities, as `logprobs` has them; None unless
             these, `choices` or a `best_of` above `n` were asked for.
         alternatives: the other texts, if several were asked for: in the order of their indices, or, of a `best_of`
-            above `n`, the better first.
+            above `n`, the better first. What is told of the prompt is told with the first text.
     """
 
     text: str
@@ -360,7 +362,10 @@ def combine(request: GenerationRequest, results: Sequence[GenerationResult]) -> 
     chosen = list(results)
     if request.ranked:
         chosen = sorted(chosen, key=_mean_logprob, reverse=True)[: request.n]
-    return replace(chosen[0], alternatives=tuple(chosen[1:]))
+    # The prompt was read for the first text of all.
+    usage = replace(chosen[0].usage, cached_tokens=results[0].usage.cached_tokens)
+    prompt_logprobs = results[0].prompt_logprobs
+    return replace(chosen[0], usage=usage, prompt_logprobs=prompt_logprobs, alternatives=tuple(chosen[1:]))
 
 
 def _mean_logprob(result: GenerationResult) -> float:

@@ -26,7 +26,7 @@ _SORTED_AT_ONCE = 1024
 _BUCKET = 1 / 64
 _LARGEST_KEY = 100.0
 
-# The largest of each group bounds what the k-th largest of all can be.
+# The number of values in a group: the largest of each group bound what the k-th largest of all can be.
 _GROUP = 64
 
 # Probabilities are added up in blocks of this size first: only one block's running sums are wanted.
@@ -150,7 +150,7 @@ def kth_largest(values: Scores, k: int) -> np.float32:
     groups = len(values) // _GROUP
     if k <= groups // 2:
         # As k groups have a value that is not below it, this one is not above the k-th largest.
-        largest = values[: groups * _GROUP].reshape(groups, _GROUP).max(axis=1)
+        largest = values[: groups * _GROUP].reshape(_GROUP, groups).max(axis=0)
         values = values[values >= np.partition(largest, groups - k)[groups - k]]
     kth: np.float32 = np.partition(values, len(values) - k)[len(values) - k]
     return kth

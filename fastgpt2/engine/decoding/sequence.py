@@ -177,6 +177,7 @@ class Sequence:
             raise ValueError("the sequence has not ended by itself")
         finished_at = self.finished_at if self.finished else perf_counter()
         first_token_at = self.first_token_at if self.token_ids else finished_at
+        is_first = self.choice_index == self.request.choice_index
         return GenerationResult(
             text=self.text if self.finish_reason else self.text + self.detokenizer.pending,
             token_ids=tuple(self.token_ids),
@@ -189,7 +190,9 @@ class Sequence:
             ),
             model=model,
             logprobs=tuple(self.logprobs) if self.request.logprobs is not None else None,
-            prompt_logprobs=tuple(self.prompt_logprobs) if self.request.prompt_logprobs is not None else None,
+            prompt_logprobs=tuple(self.prompt_logprobs)
+            if self.request.prompt_logprobs is not None and is_first
+            else None,
             drafting=Drafting(self.steps, self.drafted, self.accepted),
             stop_reason=self.stop_reason,
             seed=self.request.seed if self.request.samples else None,
