@@ -335,14 +335,15 @@ class Decoder:
         of the first.
         """
         cache = self.model.cache
-        if cache.lengths[sequence.slot]:
+        # Of a prompt that is scored, every row's logits are wanted.
+        if cache.lengths[sequence.slot] or sequence.unscored:
             return
         # The last token is run in any case, for what comes next.
         wanted, known = sequence.pending[:-1], 0
         sibling = next((s for s in self._siblings(sequence) if s.status == "decode"), None)
         if sibling is not None:
             known = cache.copy(sibling.slot, sequence.slot, len(wanted))
-        # Of a prompt that is scored, every row's logits are wanted.
+        # Of prompts that are scored, nothing was kept.
         elif self.prefixes is not None and sequence.request.prompt_logprobs is None:
             known = self.prefixes.copy_to(cache, sequence.slot, wanted)
         sequence.cached_tokens, sequence.pending = known, sequence.pending[known:]
