@@ -21,8 +21,7 @@ from fastgpt2.engine.decoding.chooser import new_chooser
 from fastgpt2.engine.decoding.drafter import Drafter
 from fastgpt2.engine.decoding.grammar import Grammars
 from fastgpt2.engine.decoding.logprobs import logprob_of, token_logprob
-from fastgpt2.engine.decoding.options import RANDOM_SEED_BITS
-from fastgpt2.engine.decoding.records import FinishReason, GenerationRequest, TokenLogprob
+from fastgpt2.engine.decoding.records import RANDOM_SEED_BITS, FinishReason, GenerationRequest, TokenLogprob
 from fastgpt2.engine.decoding.sequence import Sequence, TokenizedPrompt
 from fastgpt2.engine.decoding.stop_strings import StopStrings
 from fastgpt2.engine.model.generation_config import GenerationConfig
