@@ -14,8 +14,8 @@ full_minus_prompt  the text of prompt and greedy tokens together, less the promp
 text_all           the text with special tokens
 near               of each token, how far its logit is above the second; in float32, from one run over the whole text
 greedy             whether each token is the likeliest: false if a setting such as a repetition penalty chose otherwise
-plain              if not greedy: the tokens under those settings alone that fastgpt2 applies too, with their `plain_text`
-                   and `plain_near`, by the scores that these settings leave
+plain              if not greedy: the tokens under those settings alone that fastgpt2 applies too, `plain_text`, and
+                   `plain_near` by the scores that these settings leave
 error              in place of all these, if it failed
 
 `tools/zoo.py` and `tests/golden/make_zoo.py` use this file.
