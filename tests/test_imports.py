@@ -84,6 +84,7 @@ def test_blas_is_held_to_one_thread_whoever_imported_numpy(first: str) -> None:
 # stands above those that it uses. What `COMMON` has is there for all, and uses no room.
 COMMON = {"errors", "fields", "settings", "process", "__version__"}
 RECORDS = "engine.decoding.records"
+OPTIONS = "engine.decoding.options"
 ROOMS: dict[str, set[str]] = {
     "engine.machine": set(),
     "engine.kernels": {"engine.machine"},
@@ -105,7 +106,7 @@ ROOMS: dict[str, set[str]] = {
     "api.client": {"protocol", RECORDS},
     "api.pool": {"protocol"},
     "api.page": set(),
-    "api.http": {"api.client", "api.pool", "api.page", "protocol", RECORDS},
+    "api.http": {"api.client", "api.pool", "api.page", "protocol", RECORDS, OPTIONS},
     "system": {"api.http", "worker", "protocol", "engine.model"},
     "bench": {"engine"},
     "commands": {"api", "worker", "protocol", "engine"},

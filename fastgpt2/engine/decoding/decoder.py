@@ -95,7 +95,7 @@ class Decoder:
             max_new_tokens,
             self._offsets(request, ids),
             self._bad_words(request),
-            self.grammars.compile(request) if request.guided else None,
+            self.grammars.compile(request, ids) if request.guided else None,
         )
 
     def _tokenize(self, request: GenerationRequest) -> list[int]:

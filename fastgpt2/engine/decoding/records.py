@@ -374,7 +374,7 @@ def combine(request: GenerationRequest, results: Sequence[GenerationResult]) -> 
     """
     chosen = list(results)
     if request.ranked:
-        chosen = sorted(chosen, key=_mean_logprob, reverse=True)[: request.n]
+        chosen = sorted(chosen, key=mean_logprob, reverse=True)[: request.n]
     # The prompt was read for the first text of all.
     usage = replace(chosen[0].usage, cached_tokens=results[0].usage.cached_tokens)
     prompt_logprobs = results[0].prompt_logprobs
@@ -382,5 +382,6 @@ def combine(request: GenerationRequest, results: Sequence[GenerationResult]) -> 
     return replace(chosen[0], usage=usage, prompt_logprobs=prompt_logprobs, alternatives=others)
 
 
-def _mean_logprob(result: GenerationResult) -> float:
+def mean_logprob(result: GenerationResult) -> float:
+    """Return the mean log probability of a text's tokens, by which the best of several is told."""
     return (result.cumulative_logprob or 0.0) / max(1, len(result.token_ids))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +102,32 @@ class Tokenizer:
         if found < self.vocab_size:  # there are gaps in the ids, so that some lie beyond
             longest = max(map(size, self._backend.get_vocab()))
         return max(longest, 1)
+
+    @property
+    def has_fixed_bytes(self) -> bool:
+        """Tell whether the text that tokens give behind others is their `token_bytes`, one after the other."""
+        return not self._needs_stages or all(stage.is_fixed for stage in self._stages)
+
+    def continues(self, prompt_ids: Sequence[int]) -> bool:
+        """Tell whether tokens behind a prompt give their `token_bytes`: some decoders treat a text's first otherwise.
+
+        So do some where the prompt ends with a part of a character. This is for tokenizers with fixed bytes.
+        """
+        if not self._needs_stages:
+            return True
+        return all(self._follows(prompt_ids, token_id) for token_id in self._probes)
+
+    @cached_property
+    def _probes(self) -> list[int]:
+        """Return tokens that show whether a text has begun: one with a space in front, and one that is a byte."""
+        ids = range(self.vocab_size)
+        spaced = next((i for i in ids if re.fullmatch(rb" [a-z]+", self.token_bytes(i))), None)
+        byte = next((i for i in ids if decoders.byte_of(self.token(i) or "") == b"\n"), None)
+        return [token_id for token_id in (spaced, byte) if token_id is not None]
+
+    def _follows(self, prompt_ids: Sequence[int], token_id: int) -> bool:
+        detokenizer = self.detokenizer(prompt_ids)
+        return (detokenizer.push(token_id) + detokenizer.flush()).encode() == self.token_bytes(token_id)
 
     def ids_from(self, first: int) -> list[int]:
         """Return the ids of the tokens from this id on, in their order."""
