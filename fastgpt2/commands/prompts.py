@@ -26,7 +26,7 @@ MOST_TOGETHER = 16
 
 def generate(values: dict[str, Any]) -> int:
     """Load a model, continue the prompt, print the result."""
-    from fastgpt2.engine.decoding.sequence import combine
+    from fastgpt2.engine.decoding.records import combine
     from fastgpt2.engine.engine import Engine
     from fastgpt2.engine.machine import hold_to_one_thread
 

@@ -251,7 +251,7 @@ class TestLines:
         assert [(request.temperature, request.seed) for request in asked] == [(0.5, 3), (0, 3), (0.5, 4)]
 
     def test_what_changes_a_text_changes_the_digest_and_nothing_else_does(self) -> None:
-        given = (
+        given: tuple[dict[str, Any], ...] = (
             {}, {"temperature": 1}, {"temperature": 1, "seed": 1}, {"top_k": 5}, {"n": 2}, {"logit_bias": {"5": 1}},
             {"bad_words": ["a"]}, {"choices": ["a"]}, {"regex": "a"}, {"json_schema": {"type": "integer"}},
         )  # fmt: skip
