@@ -359,6 +359,7 @@ def test_the_demo_runs_and_stops_on_ctrl_c(tmp_path: Path) -> None:
         len(re.findall(rf"\[(stop|length); \d+ \+ \d+ tokens; queue {ms}, prefill {ms}, decode {ms}\]", whole.stdout))
         == 6
     )
+    assert re.search(r"; with seed=\d+ they come again:\n(  My name is.*\n){3}\n", whole.stdout)
     assert '[{"generated_text":"The game is' in whole.stdout
     assert "all stopped" in whole.stdout
 
