@@ -47,7 +47,7 @@ def generate(values: dict[str, Any]) -> int:
     )
     prompt = engine.decoder.prepare(request)
     encoded = perf_counter()
-    sequences = _decode(engine.decoder, prompt)
+    sequences, step_seconds = _decode(engine.decoder, prompt)
     result = combine(request, [sequence.result(engine.model) for sequence in sequences])
     if values["timings"]:
         times = engine.load_times
@@ -55,7 +55,7 @@ def generate(values: dict[str, Any]) -> int:
             ("mapped", times.mapped),
             ("tokenizer", times.tokenizer),
             ("loaded and encoded", encoded - started),
-            *(("loop in", seconds) for sequence in sequences for seconds in sequence.step_seconds),
+            *(("loop in", seconds) for seconds in step_seconds),
             ("total", perf_counter() - started),
         ]
         for name, seconds in lines:
@@ -64,20 +64,24 @@ def generate(values: dict[str, Any]) -> int:
     return 0
 
 
-def _decode(decoder: Decoder, prompt: TokenizedPrompt) -> list[Sequence]:
-    """Generate all texts of a prompt, as many together as there is room for.
+def _decode(decoder: Decoder, prompt: TokenizedPrompt) -> tuple[list[Sequence], list[float]]:
+    """Generate all texts of a prompt, as many together as there is room for. Return them, and the seconds of each step.
 
     Raises:
         FastGPT2Error: one of them cannot be generated.
     """
     sequences: list[Sequence] = []
+    step_seconds: list[float] = []
     while len(sequences) < prompt.request.texts or decoder.running:
         while len(sequences) < prompt.request.texts and decoder.has_room(prompt):
             sequences.append(decoder.admit(prompt, len(sequences)))
-        for sequence in decoder.step():
+        started = perf_counter()
+        finished = decoder.step()
+        step_seconds.append(perf_counter() - started)
+        for sequence in finished:
             if sequence.error is not None:
                 raise sequence.error
-    return sequences
+    return sequences, step_seconds
 
 
 def status(values: dict[str, Any]) -> int:
