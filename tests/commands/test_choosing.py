@@ -25,6 +25,12 @@ from fastgpt2.system.redis_server import RedisServer
 PROMPT = "My name is"
 DRAWN = ["--temperature", "0.9", "--top-p", "0.95", "--repetition-penalty", "1.2", "--max-new-tokens", "12"]
 FIELDS: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "repetition_penalty": 1.2, "max_new_tokens": 12}
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"enum": ["Ann", "Bob"]}, "age": {"type": "integer", "minimum": 0, "maximum": 150}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
 SEED_TOLD = re.compile(r"seed (\d+): the same command with --seed \1 gives (this text|these texts) again\n")
 
 
@@ -186,6 +192,43 @@ class TestGenerate:
         assert values[0]["token_ids"] == values[1]["token_ids"]
         assert "seed" not in values[0]
         assert done.stderr == plain.stderr == ""
+
+
+@pytest.mark.processes
+class TestForms:
+    def test_one_of_some_choices(self) -> None:
+        done = run("generate", "--model", "demo", "--choice", " Holmes", "--choice", " Watson", "--json", "Sherlock")
+        value = json.loads(done.stdout)
+        assert (value["text"], value["finish_reason"], done.stderr) == (" Holmes", "stop", "")
+        assert value["cumulative_logprob"] < 0
+
+    def test_a_regular_expression(self) -> None:
+        done = run("generate", "--model", "demo", "--regex", " [0-9]{4}", "The year was")
+        assert re.fullmatch(r"The year was [0-9]{4}\n", done.stdout), done.stderr
+
+    def test_a_schema_from_a_file(self, tmp_path: Path) -> None:
+        file = tmp_path / "person.json"
+        file.write_text(json.dumps(PERSON), "utf-8")
+        options = ["--json-schema", str(file), "--max-new-tokens", "100", "--temperature", "1", "--seed", "3"]
+        done = run("generate", "--model", "demo", *options, "A person: ")
+        person = json.loads(done.stdout.removeprefix("A person: "))
+        assert (set(person), type(person["age"])) == ({"name", "age"}, int)
+
+    def test_a_form_that_is_none(self) -> None:
+        done = run("generate", "--model", "demo", "--regex", "(", "a")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("fastgpt2 generate: ")
+        assert "Traceback" not in done.stderr
+
+    def test_the_queue_gives_the_same(
+        self, redis_server: RedisServer, client: Client, start_worker: StartWorker
+    ) -> None:
+        where = {"FASTGPT2_REDIS_URL": redis_server.url, "FASTGPT2_QUEUE": client.queue_name}
+        start_worker()
+        choices = ["--choice", " Holmes", "--choice", " Watson"]
+        done = run("enqueue", "--wait", *choices, "Sherlock", **where)
+        assert (done.stdout, done.stderr) == ("Sherlock Holmes\n", "")
+        assert run("enqueue", "--stream", *choices, "Sherlock", **where).stdout == done.stdout
 
 
 @pytest.mark.processes
