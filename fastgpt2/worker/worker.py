@@ -276,12 +276,11 @@ class GenerationWorker(RQWorker):
     def _add_pieces(self, pipeline: Pipeline) -> dict[int, tuple[ActiveJob, Piece]]:
         """Add the new pieces to a pipeline. Return each with its job, by the number of its command."""
         sent = {}
-        for job in self.batch.decoding:
-            piece = job.next_piece()
-            if piece is not None:
-                key = stream_key(job.id)
-                # A bound for a stream that many attempts write to; one attempt has at most an entry for each token.
-                most = 4 * self.engine.config.n_positions
+        for job in self.batch:
+            key = stream_key(job.id)
+            # A bound for a stream that many attempts write to; one has at most an entry for each token of each text.
+            most = 4 * self.engine.config.n_positions * job.request.texts
+            for piece in job.next_pieces():
                 sent[len(pipeline)] = job, piece
                 pipeline.xadd(key, piece_to_entry(piece), maxlen=most, approximate=True)
                 if piece.at == 0:
@@ -325,12 +324,15 @@ class GenerationWorker(RQWorker):
     def _step(self) -> None:
         self.metrics.sample()
         try:
-            finished = self.batch.step()
+            ended = self.batch.step()
         except Exception as error:
             self._blame(self.batch.decoding, error)
             return
-        for job in finished:
-            self.outbox.finish(job)
+        for job in ended:
+            if job.error is None:
+                self.outbox.finish(job)
+            else:
+                self.outbox.fail(job, job.error)
 
     def _blame(self, jobs: list[ActiveJob], error: Exception) -> None:
         """End what a failed step leaves. Of several jobs nobody knows whose fault it was: each gets another chance."""
