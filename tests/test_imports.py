@@ -27,6 +27,7 @@ HEAVY = (
     "asyncio",
     "prometheus_client",
     "llvmlite",
+    "llguidance",
 )
 
 
@@ -63,7 +64,7 @@ def test_only_what_is_needed_is_imported(code: str, allowed: set[str]) -> None:
 def test_a_cached_model_is_loaded_without_the_hubs_library() -> None:
     names = imported("from fastgpt2 import Engine; Engine.load('demo')")
     assert {"numpy", "tokenizers", "safetensors"} <= names
-    assert not names & {"huggingface_hub", "redis", "rq", "starlette", "uvicorn", "llvmlite"}
+    assert not names & {"huggingface_hub", "redis", "rq", "starlette", "uvicorn", "llvmlite", "llguidance"}
     # BLAS is told its threads by variables, before numpy reads them; asking it later takes longer than mapping gpt2.
     assert "threadpoolctl" not in names
 
@@ -117,6 +118,7 @@ FOREIGN = {
     "numpy": {"engine", "bench"},
     "tokenizers": {"engine"},
     "safetensors": {"engine"},
+    "llguidance": {"engine"},
     "redis": {"protocol", "worker", "api", "system"},
     "rq": {"worker", "api"},
     "starlette": {"api.http"},
