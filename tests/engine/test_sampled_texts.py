@@ -254,8 +254,10 @@ def test_eight_texts_are_those_of_eight_requests(
     assert len({one.usage.prompt_tokens for one in texts}) == 1
 
 
-def test_a_prompt_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = load(max_batch=8)
+@pytest.mark.parametrize("max_new_tokens", [1, 2])
+def test_a_prompt_is_read_once(max_new_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if each text ends with its first token, and so leaves before the next has read anything."""
+    engine = load(max_batch=8, prefix_memory=0)
     rows, forward = list[int](), engine.decoder.model.forward
 
     def count(segments: list[Segment], *rest: Any) -> Any:
@@ -263,9 +265,9 @@ def test_a_prompt_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return forward(segments, *rest)
 
     monkeypatch.setattr(engine.decoder.model, "forward", count)
-    result = engine.generate(LONG_PROMPT, n=8, temperature=1.0, seed=1, max_new_tokens=2)
-    # The prompt, its last token for each of the others, and the first new token of each.
-    assert sum(rows) == result.usage.prompt_tokens + 7 + 8
+    result = engine.generate(LONG_PROMPT, n=8, temperature=1.0, seed=1, max_new_tokens=max_new_tokens)
+    # The prompt, its last token for each of the others, and the new tokens of each but the last.
+    assert sum(rows) == result.usage.prompt_tokens + 7 + 8 * (max_new_tokens - 1)
     cached = [one.usage.cached_tokens for one in (result, *result.alternatives)]
     assert cached == [0] + 7 * [result.usage.prompt_tokens - 1]
 
