@@ -378,7 +378,8 @@ def combine(request: GenerationRequest, results: Sequence[GenerationResult]) -> 
     # The prompt was read for the first text of all.
     usage = replace(chosen[0].usage, cached_tokens=results[0].usage.cached_tokens)
     prompt_logprobs = results[0].prompt_logprobs
-    return replace(chosen[0], usage=usage, prompt_logprobs=prompt_logprobs, alternatives=tuple(chosen[1:]))
+    others = tuple(replace(result, prompt_logprobs=None) for result in chosen[1:])
+    return replace(chosen[0], usage=usage, prompt_logprobs=prompt_logprobs, alternatives=others)
 
 
 def mean_logprob(result: GenerationResult) -> float:
