@@ -39,9 +39,6 @@ RUNNING_TTL_SECONDS = 24 * 3600
 # In one entry: 500 tokens with the 20 likeliest of each. What is longer is left to the result.
 MAX_LOGPROBS_BYTES = 1 << 20
 
-# A job's seed, if nobody has given one: JSON's readers, JavaScript's among them, keep whole numbers of 53 bits exactly.
-SEED_BITS = 53
-
 # The fields of a stream's entry. The redis library's own type of them is not worth spelling.
 Entry = dict[Any, Any]
 

@@ -17,11 +17,11 @@ from rq.exceptions import DeserializationError
 from rq.job import Job, JobStatus
 from rq.results import Result
 
-from fastgpt2.engine.decoding.records import GenerationRequest
+from fastgpt2.engine.decoding.records import RANDOM_SEED_BITS, GenerationRequest
 from fastgpt2.errors import BadRequest, FastGPT2Error, JobFailed
 from fastgpt2.protocol import untrusted
 from fastgpt2.protocol.keys import CRASHES_FIELD, job_key
-from fastgpt2.protocol.messages import SEED_BITS, TASK, JobOptions, parse_job
+from fastgpt2.protocol.messages import TASK, JobOptions, parse_job
 from fastgpt2.protocol.scripts import Script
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class GenerationJob(Job):
 def seed_of(job: Job) -> int:
     """Return the seed of a job that came without one, as what no client of ours has enqueued: each run has the same."""
     digest = hashlib.sha256(f"{job.id} {job.created_at}".encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest) >> (8 * len(digest) - SEED_BITS)
+    return int.from_bytes(digest) >> (8 * len(digest) - RANDOM_SEED_BITS)
 
 
 def fetch(connection: Redis, job_ids: Sequence[str], serializer: Any) -> list[GenerationJob | Exception | None]:

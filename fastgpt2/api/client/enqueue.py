@@ -15,7 +15,7 @@ from rq.serializers import JSONSerializer
 from rq.utils import now
 
 from fastgpt2.api.client.flow import Command, Flow, Pipeline
-from fastgpt2.engine.decoding.records import GenerationRequest
+from fastgpt2.engine.decoding.records import RANDOM_SEED_BITS, GenerationRequest
 from fastgpt2.errors import BadRequest, IdempotencyMismatch, PromptTooLong, QueueFull
 from fastgpt2.fields import check_fields, whole
 from fastgpt2.protocol.keys import (
@@ -28,7 +28,7 @@ from fastgpt2.protocol.keys import (
     totals_key,
     workers_key,
 )
-from fastgpt2.protocol.messages import SEED_BITS, TASK, JobOptions, job_to_kwargs, parse_job, refuse_unstreamable
+from fastgpt2.protocol.messages import TASK, JobOptions, job_to_kwargs, parse_job, refuse_unstreamable
 from fastgpt2.protocol.scripts import Script
 
 DEFAULT_JOB_TIMEOUT_SECONDS = 600
@@ -195,7 +195,7 @@ def enqueue_command(
     idempotency key, two plans are compared.
     """
     name = queue_of(queue, plan.priority)
-    request = plan.request.with_seed(secrets.randbits(SEED_BITS))
+    request = plan.request.with_seed(secrets.randbits(RANDOM_SEED_BITS))
     job = RQJob.create(
         TASK,
         kwargs=job_to_kwargs(request, plan.options),

@@ -21,8 +21,7 @@ from fastgpt2.engine.decoding.chooser import new_chooser
 from fastgpt2.engine.decoding.drafter import Drafter
 from fastgpt2.engine.decoding.grammar import Grammars
 from fastgpt2.engine.decoding.logprobs import logprob_of, token_logprob
-from fastgpt2.engine.decoding.options import RANDOM_SEED_BITS
-from fastgpt2.engine.decoding.records import FinishReason, GenerationRequest, TokenLogprob
+from fastgpt2.engine.decoding.records import RANDOM_SEED_BITS, FinishReason, GenerationRequest, TokenLogprob
 from fastgpt2.engine.decoding.sequence import Sequence, TokenizedPrompt
 from fastgpt2.engine.decoding.stop_strings import StopStrings
 from fastgpt2.engine.model.generation_config import GenerationConfig
@@ -272,6 +271,7 @@ class Decoder:
             sequence.finish_reason = reason
             # What was generated may be the beginning of the next prompt, as in a conversation.
             self._keep_prefix(sequence)
+        self._hand_on_prompt(sequence)
         self.model.cache.release(sequence.slot)
         sequence.status = "finished"
         sequence.finished_at = perf_counter()
@@ -335,16 +335,30 @@ class Decoder:
         of the first.
         """
         cache = self.model.cache
-        if cache.lengths[sequence.slot]:
+        # Of a prompt that is scored, every row's logits are wanted.
+        if cache.lengths[sequence.slot] or sequence.unscored:
             return
-        # The last token is run in any case, for what comes next.
-        wanted, known = sequence.pending[:-1], 0
         sibling = next((s for s in self._siblings(sequence) if s.status == "decode"), None)
         if sibling is not None:
-            known = cache.copy(sibling.slot, sequence.slot, len(wanted))
-        # Of a prompt that is scored, every row's logits are wanted.
+            self._take_over(sequence, cache.copy(sibling.slot, sequence.slot, len(sequence.pending) - 1))
+        # Of prompts that are scored, nothing was kept.
         elif self.prefixes is not None and sequence.request.prompt_logprobs is None:
-            known = self.prefixes.copy_to(cache, sequence.slot, wanted)
+            self._take_over(sequence, self.prefixes.copy_to(cache, sequence.slot, sequence.pending[:-1]))
+
+    def _hand_on_prompt(self, sequence: Sequence) -> None:
+        """Give what is known of a prompt to another of its texts, as a text that has read the prompt leaves.
+
+        That is so if nobody else has it: where a text ends with its first token.
+        """
+        cache, siblings = self.model.cache, self._siblings(sequence)
+        if cache.lengths[sequence.slot] < len(sequence.prompt_ids) or any(s.status == "decode" for s in siblings):
+            return
+        heir = next((s for s in siblings if s.pending and not (cache.lengths[s.slot] or s.unscored)), None)
+        if heir is not None:
+            self._take_over(heir, cache.copy(sequence.slot, heir.slot, len(heir.pending) - 1))
+
+    def _take_over(self, sequence: Sequence, known: int) -> None:
+        """Note that a prompt's first `known` tokens need not be run. The last is in any case, for what comes next."""
         sequence.cached_tokens, sequence.pending = known, sequence.pending[known:]
 
     def _keep_prefix(self, sequence: Sequence) -> None:

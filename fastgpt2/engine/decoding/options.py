@@ -19,9 +19,6 @@ MAX_TOKEN_ID = (1 << 31) - 1
 # The limit of n and best_of: as many as OpenAI's API takes.
 MAX_TEXTS = 128
 MAX_TEMPERATURE = 100.0
-
-# The bits of a seed that nobody has given: JSON's numbers keep so many, also in JavaScript.
-RANDOM_SEED_BITS = 53
 MAX_REPETITION_PENALTY = 100.0
 MAX_NGRAM = 1 << 20
 

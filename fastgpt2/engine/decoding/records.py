@@ -39,6 +39,13 @@ MAX_STOP_CHARACTERS = 256
 MAX_STOP_TOKEN_IDS = 64
 MAX_LOGPROBS = 20
 
+# Log probabilities of one place, in all texts of a prompt together: 8 texts with the 20 likeliest tokens of each place,
+# or 128 with the chosen token's alone. A worker holds them all, and sends them in one result.
+MAX_LOGPROBS_OF_TEXTS = 168
+
+# The bits of a seed that nobody has given: JSON's numbers keep this many, also in JavaScript.
+RANDOM_SEED_BITS = 53
+
 
 def _check_prompt(name: str, prompt: Any) -> str | tuple[int, ...]:
     if isinstance(prompt, list | tuple):
@@ -175,6 +182,12 @@ class GenerationRequest:
             raise refusal("min_new_tokens", f"between 0 and {self.max_new_tokens}", self.min_new_tokens)
         if self.best_of is not None and self.best_of < self.n:
             raise BadRequest(f"best_of is {self.best_of} and n is {self.n}: of {self.best_of} texts give at most that")
+        told = self.texts * (1 + (self.logprobs or 0))
+        if self.logprobs is not None and told > MAX_LOGPROBS_OF_TEXTS:
+            raise BadRequest(
+                f"logprobs is {self.logprobs} for {self.texts} texts, which makes {told} log probabilities a place; "
+                f"the limit is {MAX_LOGPROBS_OF_TEXTS}: ask for fewer likeliest tokens, or for fewer texts"
+            )
         guides = [name for name in ("choices", "regex", "json_schema") if getattr(self, name) not in ((), None)]
         if len(guides) > 1:
             raise BadRequest(f"{guides[0]} and {guides[1]} are both given; a text is guided by one: leave one out")
@@ -361,12 +374,14 @@ def combine(request: GenerationRequest, results: Sequence[GenerationResult]) -> 
     """
     chosen = list(results)
     if request.ranked:
-        chosen = sorted(chosen, key=_mean_logprob, reverse=True)[: request.n]
+        chosen = sorted(chosen, key=mean_logprob, reverse=True)[: request.n]
     # The prompt was read for the first text of all.
     usage = replace(chosen[0].usage, cached_tokens=results[0].usage.cached_tokens)
     prompt_logprobs = results[0].prompt_logprobs
-    return replace(chosen[0], usage=usage, prompt_logprobs=prompt_logprobs, alternatives=tuple(chosen[1:]))
+    others = tuple(replace(result, prompt_logprobs=None) for result in chosen[1:])
+    return replace(chosen[0], usage=usage, prompt_logprobs=prompt_logprobs, alternatives=others)
 
 
-def _mean_logprob(result: GenerationResult) -> float:
+def mean_logprob(result: GenerationResult) -> float:
+    """Return the mean log probability of a text's tokens, by which the best of several is told."""
     return (result.cumulative_logprob or 0.0) / max(1, len(result.token_ids))

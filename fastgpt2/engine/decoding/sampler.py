@@ -39,8 +39,9 @@ _AHEAD = 64
 class RandomNumbers:
     """The random numbers of one text, from 0 to below 1, by their places in the text.
 
-    A counter-based generator, Philox4x64-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), with
-    the seed and the text's index as its key, counts from 0; the upper 53 bits of its n-th output make number n.
+    They come of a counter-based generator, Philox4x64-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1,
+    2, 3"), whose key is the seed and the text's index. Each count, from 1 on, gives four outputs; the upper 53 bits of
+    an output make a number.
     """
 
     def __init__(self, seed: int, choice_index: int) -> None:
@@ -171,7 +172,8 @@ def smallest(keys: Floats, weights: Floats, target: float) -> Ids:
     # By buckets of keys, the last bucket of which some may stay; only there is an order needed.
     buckets = (np.minimum(keys, _LARGEST_KEY) / _BUCKET).astype(np.intp)
     before = np.cumsum(np.bincount(buckets, weights))
-    last = int(np.searchsorted(before, target))
+    # A target of 0 is reached before any: by the first bucket that has an element.
+    last = max(int(np.searchsorted(before, target)), int(buckets.min()))
     at_edge = np.flatnonzero(buckets == last)
     left = target - float(before[last - 1]) if last else target
     kept = buckets < last
