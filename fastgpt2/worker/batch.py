@@ -6,6 +6,7 @@ import math
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from itertools import takewhile
@@ -23,7 +24,6 @@ from fastgpt2.engine.decoding.records import (
     combine,
 )
 from fastgpt2.engine.network.gpt2 import PREFILL_ROWS_BESIDE
-from fastgpt2.errors import FastGPT2Error
 from fastgpt2.protocol.keys import SUSPECT_CRASHES
 from fastgpt2.protocol.messages import JobOptions, Piece, result_to_json
 from fastgpt2.protocol.untrusted import seconds_between
@@ -32,6 +32,9 @@ from fastgpt2.worker.rq_job import GenerationJob
 if TYPE_CHECKING:
     from fastgpt2.engine.decoding.sequence import Sequence, TokenizedPrompt
     from fastgpt2.engine.engine import Engine
+
+# While nothing but grammars is missing, a worker looks this often whether there is something else to do.
+GRAMMAR_WAIT_SECONDS = 0.02
 
 
 @dataclass(slots=True)
@@ -149,8 +152,17 @@ class ActiveJob:
         return len(self.sequences) == self.request.texts
 
     @property
-    def error(self) -> FastGPT2Error | None:
-        """Return the error of the first text that failed alone; the job fails with it."""
+    def is_compiling(self) -> bool:
+        """Tell whether the grammar of a guided job is not there yet, nor known to be a bad one."""
+        return self.prompt.grammar is not None and not self.prompt.grammar.done()
+
+    @property
+    def error(self) -> Exception | None:
+        """Return the error of the job's grammar, or of the first text that failed alone; the job fails with it."""
+        grammar = self.prompt.grammar
+        failure = grammar.exception() if grammar is not None and grammar.done() else None
+        if isinstance(failure, Exception):
+            return failure
         return next((sequence.error for sequence in self.sequences if sequence.error is not None), None)
 
     @property
@@ -242,7 +254,8 @@ class Batch:
     """The running jobs of a worker, and the sequences of their texts.
 
     Slots are given text by text, first come, first served: a text that must wait for memory lets nobody past, be it of
-    another job. So a job of more texts than there are slots is decoded as slots become free.
+    another job. So a job of more texts than there are slots is decoded as slots become free. A guided job comes when
+    its grammar does: while a thread compiles that, it lets everybody past.
 
     Attributes:
         steps, tokens: how many were taken and generated so far.
@@ -255,6 +268,7 @@ class Batch:
         self._decoder = engine.decoder
         # In the order in which they came; and those that have texts which were not begun.
         self._jobs: dict[ActiveJob, None] = {}
+        self._compiling: list[ActiveJob] = []
         self._waiting: deque[ActiveJob] = deque()
         self._decoding: dict[Sequence, ActiveJob] = {}
         self.steps = 0
@@ -276,15 +290,29 @@ class Batch:
 
     @property
     def waiting(self) -> list[ActiveJob]:
-        """The jobs of which nothing was begun: they wait for their first slot."""
-        return [job for job in self._waiting if not job.sequences]
+        """The jobs of which nothing was begun: they wait for their first slot, or for their grammar."""
+        return [*(job for job in self._waiting if not job.sequences), *self._compiling]
 
     def add(self, job: ActiveJob) -> None:
         self._jobs[job] = None
-        self._waiting.append(job)
+        if job.is_compiling:
+            self._compiling.append(job)
+        else:
+            self._waiting.append(job)
 
-    def admit(self) -> None:
-        """Give slots to the texts that there is room for; they are decoded from the next step on."""
+    def admit(self) -> list[ActiveJob]:
+        """Give slots to the texts that there is room for; they are decoded from the next step on.
+
+        If only grammars are missing, this waits for one of them for a moment.
+
+        Returns:
+            The jobs whose grammars cannot be used, each with its `error`; the batch has them no more.
+        """
+        if self._compiling:
+            self._look_for_grammars()
+        refused = [job for job in self._waiting if not job.sequences and job.error is not None]
+        for job in refused:
+            self.drop(job)
         while self._waiting and self._may_join(self._waiting[0]):
             job = self._waiting[0]
             sequence = self._decoder.admit(job.prompt, len(job.sequences))
@@ -292,6 +320,15 @@ class Batch:
             self._decoding[sequence] = job
             if job.has_begun_all:
                 self._waiting.popleft()
+        return refused
+
+    def _look_for_grammars(self) -> None:
+        if not self._decoding and not self._waiting:
+            grammars = [job.prompt.grammar for job in self._compiling if job.prompt.grammar is not None]
+            wait(grammars, GRAMMAR_WAIT_SECONDS, FIRST_COMPLETED)
+        compiled = [job for job in self._compiling if not job.is_compiling]
+        self._waiting.extend(compiled)
+        self._compiling = [job for job in self._compiling if job not in compiled]
 
     def _may_join(self, job: ActiveJob) -> bool:
         """Tell whether a text of a job may have a slot now. A suspect job's texts run together, and with no other's."""
@@ -303,12 +340,18 @@ class Batch:
     def _decodes_suspect(self) -> bool:
         return any(job.attempt.is_suspect for job in self._decoding.values())
 
+    def _compiles_suspect(self) -> bool:
+        return any(job.attempt.is_suspect for job in self._compiling)
+
     def room(self) -> int:
         """Return how many more jobs could begin now, were each of one text.
 
-        0 while prompts keep the next step busy: another worker might be free.
+        0 while prompts keep the next step busy: another worker might be free. A job that waits for its grammar holds no
+        slot, so that others can begin; of such jobs, there are at most as many as slots.
         """
-        if self._waiting or self._unread_tokens() >= PREFILL_ROWS_BESIDE or self._decodes_suspect():
+        if self._waiting or self._unread_tokens() >= PREFILL_ROWS_BESIDE:
+            return 0
+        if self._decodes_suspect() or self._compiles_suspect() or len(self._compiling) >= self._slots:
             return 0
         return self._slots - len(self._decoding)
 
@@ -347,6 +390,8 @@ class Batch:
         del self._jobs[job]
         if job in self._waiting:
             self._waiting.remove(job)
+        if job in self._compiling:
+            self._compiling.remove(job)
         for sequence in job.sequences:
             if self._decoding.pop(sequence, None) is not None:
                 self._decoder.finish(sequence)

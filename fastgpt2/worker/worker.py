@@ -136,6 +136,7 @@ class GenerationWorker(RQWorker):
                 self._alive.remove()
             self._claims.close()
             self.metrics.close()
+            self.engine.decoder.grammars.close()
             self.sign_off()
         return self._worked
 
@@ -163,7 +164,8 @@ class GenerationWorker(RQWorker):
             log.error("%s: the ends of %d jobs could not be written", self.name, len(self.outbox))
             return True
         self._end_overdue()
-        self.batch.admit()
+        for job in self.batch.admit():
+            self._end(job)
         self._step()
         return False
 
@@ -329,10 +331,14 @@ class GenerationWorker(RQWorker):
             self._blame(self.batch.decoding, error)
             return
         for job in ended:
-            if job.error is None:
-                self.outbox.finish(job)
-            else:
-                self.outbox.fail(job, job.error)
+            self._end(job)
+
+    def _end(self, job: ActiveJob) -> None:
+        """Note the end of a job that came to it by itself, or that failed alone."""
+        if job.error is None:
+            self.outbox.finish(job)
+        else:
+            self.outbox.fail(job, job.error)
 
     def _blame(self, jobs: list[ActiveJob], error: Exception) -> None:
         """End what a failed step leaves. Of several jobs nobody knows whose fault it was: each gets another chance."""

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from fastgpt2.engine.decoding.grammar_trial import Trial, limits
 from fastgpt2.engine.decoding.records import GenerationRequest
 from fastgpt2.engine.text.tokenizer import Tokenizer
-from fastgpt2.errors import BadRequest
+from fastgpt2.errors import BadRequest, FastGPT2Error
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -232,6 +232,13 @@ class Grammars:
             self._kept.popitem(last=False)
         return known
 
+    def close(self) -> None:
+        """Give up what is to be compiled, and end the process that tries grammars: this process is about to end."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+            self._thread = None
+        self._trial.stop()
+
     def _check_tokenizer(self, prompt_ids: Sequence[int]) -> None:
         """Raise BadRequest if the text behind a prompt is not simply the bytes of its tokens."""
         if not self._tokenizer.has_fixed_bytes:
@@ -246,7 +253,16 @@ class Grammars:
             )
 
     def _compile(self, name: str, value: str | tuple[str, ...], is_tried: bool) -> Grammar:
-        """Compile a grammar; it runs in the thread."""
+        """Compile a grammar; this runs in the thread."""
+        try:
+            return self._make(name, value, is_tried)
+        except BaseException as reason:
+            # A panic of Rust's is no Exception, and would end whoever waits for the grammar.
+            if isinstance(reason, Exception):
+                raise
+            raise FastGPT2Error(f"{name} cannot be used: llguidance has failed ({reason})") from None
+
+    def _make(self, name: str, value: str | tuple[str, ...], is_tried: bool) -> Grammar:
         try:
             import llguidance  # noqa: F401
         except ImportError as reason:

@@ -72,6 +72,12 @@ class Trial:
             raise BadRequest(f"{name} is too complex: it takes more than {limit}; simplify it")
         return str(json.loads(answer))
 
+    def stop(self) -> None:
+        """End the process; any thread may ask for it."""
+        process = self._process
+        if process is not None:
+            process.kill()
+
     def _ask(self, line: bytes) -> bytes:
         """Send a line to the process, and return the line that it answers; b"" if it ends instead."""
         if self._process is not None and self._process.poll() is not None:
