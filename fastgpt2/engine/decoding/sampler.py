@@ -70,7 +70,7 @@ class Scratch:
     """Rows [vocab_size] to compute in, for all texts of a decoder. New memory of their size would come page by page."""
 
     def __init__(self, vocab_size: int) -> None:
-        self.scores, self.logits, self.weights = np.empty((3, vocab_size), np.float32)
+        self.scores, self.logits, self.weights, self.keys = np.empty((4, vocab_size), np.float32)
         self.exact_weights = np.empty(vocab_size, np.float64)
 
 
@@ -142,19 +142,15 @@ def _nucleus(logits: Scores, ids: Ids | None, top_p: float, scratch: Scratch) ->
     """
     rest = 0.0
     if ids is None:
-        # Only those tokens are looked at more closely that may belong to it.
         weights = np.exp(logits, out=scratch.weights)
         total = float(weights.sum())
-        # The tokens below the second bound, even if they are all, have less than what lies outside the nucleus.
-        for least in (_LIKELY, (1 - top_p) / (2 * len(weights))):
-            ids = np.flatnonzero(weights >= np.float32(least * total))
-            rest = max(0.0, total - float(weights[ids].sum()))
-            if total - rest > top_p * total * _MARGIN:
-                break
-    assert ids is not None
+        ids = np.flatnonzero(weights >= np.float32(_LIKELY * total))
+        rest = max(0.0, total - float(weights[ids].sum()))
+        if total - rest < top_p * total * _MARGIN:
+            return smallest(np.negative(logits, out=scratch.keys), weights, top_p * total)
     candidates = logits[ids].astype(np.float64)
-    exact = np.exp(candidates)
-    return ids[smallest(-candidates, exact, top_p * (float(exact.sum()) + rest))]
+    exact_weights = np.exp(candidates)
+    return ids[smallest(-candidates, exact_weights, top_p * (float(exact_weights.sum()) + rest))]
 
 
 def _typical(logits: Scores, ids: Ids | None, typical_p: float) -> Ids:
@@ -185,7 +181,7 @@ def kth_largest(values: Scores, k: int) -> np.float32:
     return kth
 
 
-def smallest(keys: Floats, weights: Floats, target: float) -> Ids:
+def smallest(keys: NDArray[np.floating], weights: NDArray[np.floating], target: float) -> Ids:
     """Return the indices, in their order, of the smallest keys whose weights together reach a target; at least one.
 
     An element stays if the elements before it weigh less than the target. Among equal keys, the lower index is before.
