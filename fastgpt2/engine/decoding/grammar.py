@@ -74,7 +74,7 @@ class Matcher:
         """Tell whether the text so far is complete and no token can follow."""
         if not self.may_end:
             return False
-        return self._state.is_stopped() or not self._next_tokens().any()
+        return self._state.is_stopped() or not self.next_tokens().any()
 
     def mask(self, scores: NDArray[np.float32]) -> None:
         """Set the scores [vocab_size] of tokens that may not come next to minus infinity.
@@ -84,7 +84,7 @@ class Matcher:
         Raises:
             BadRequest: the grammar is too complex for this text, or the vocabulary has no token that goes on with it.
         """
-        np.copyto(scores, -np.inf, where=~self._next_tokens())
+        np.copyto(scores, -np.inf, where=~self.next_tokens())
 
     def push(self, token_id: int) -> None:
         """Take in the text's next token.
@@ -107,7 +107,7 @@ class Matcher:
         if not self._state.rollback(1):
             self._start_again()
 
-    def _next_tokens(self) -> NDArray[np.bool_]:
+    def next_tokens(self) -> NDArray[np.bool_]:
         """Return which tokens may come next: [vocab_size]."""
         if self._allowed is None:
             allowed = self._grammar.allowed(self._state)
@@ -212,7 +212,7 @@ class Grammars:
                 a BadRequest again.
         """
         self._check_tokenizer(prompt_ids)
-        key = _key(request)
+        key = key_of(request)
         known = self._kept.pop(key, None)
         is_tried = False
         if known is not None and known.done():
@@ -269,16 +269,25 @@ class Grammars:
             raise BadRequest(
                 f"{name} needs llguidance, which this worker does not have ({reason}): pip install 'fastgpt2[guided]'"
             ) from None
-        source = _source(name, value)
+        source = source_of(name, value)
         # Strings side by side hold nothing that could grow.
         if not is_tried and name != "choices" and (refused := self._trial.run(name, source)):
             raise BadRequest(explain(name, refused))
         if self._vocabulary is None:
-            self._vocabulary = _make_vocabulary(self._tokenizer, self._vocab_size)
+            self._vocabulary = make_vocabulary(self._tokens())
         return Grammar(name, source, self._vocabulary)
 
+    def _tokens(self) -> list[bytes]:
+        tokens = []
+        for token_id in range(self._vocab_size):
+            tokens.append(self._tokenizer.token_bytes(token_id))
+            if not token_id % 128:
+                # Let a step go on that runs meanwhile.
+                time.sleep(0)
+        return tokens
 
-def _key(request: GenerationRequest) -> _Key:
+
+def key_of(request: GenerationRequest) -> _Key:
     """Return the name of the field that guides a request, and its value."""
     if request.choices:
         return "choices", request.choices
@@ -293,7 +302,7 @@ def _characters(key: _Key) -> int:
     return len(value) if isinstance(value, str) else sum(map(len, value))
 
 
-def _source(name: str, value: str | tuple[str, ...]) -> str:
+def source_of(name: str, value: str | tuple[str, ...]) -> str:
     """Return a grammar in llguidance's own language: a regular expression, or a schema.
 
     Raises:
@@ -355,7 +364,7 @@ class _Tokens:
     bos_token_id = None
     special_token_ids: Sequence[int] = ()
 
-    def __init__(self, tokens: list[bytes]) -> None:
+    def __init__(self, tokens: Sequence[bytes]) -> None:
         # The library wants a token that ends a text. It is one that the model does not have.
         self.tokens, self.eos_token_id = [*tokens, b""], len(tokens)
 
@@ -365,18 +374,12 @@ class _Tokens:
         return []
 
 
-def _make_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> LLTokenizer:
-    """Return the tokens of a model, with one more behind them, which ends a text.
+def make_vocabulary(tokens: Sequence[bytes]) -> LLTokenizer:
+    """Return tokens as llguidance has them, with one more behind them, which ends a text.
 
     Python's other threads wait for some of it: twice 80 ms for the 50,257 tokens of GPT-2, once in a process's life.
     """
     from llguidance import LLTokenizer
 
-    tokens = []
-    for token_id in range(vocab_size):
-        tokens.append(tokenizer.token_bytes(token_id))
-        if not token_id % 128:
-            # Let a step go on that runs meanwhile.
-            time.sleep(0)
     whole = LLTokenizer(_Tokens(tokens), slices=[])  # type: ignore[arg-type]
     return whole.with_slices(LLTokenizer.general_slices())
