@@ -19,6 +19,7 @@ from fastgpt2 import Engine
 from fastgpt2.engine.decoding.chooser import Chooser, new_chooser
 from fastgpt2.engine.decoding.logits_processors import LogitsProcessors
 from fastgpt2.engine.decoding.records import GenerationRequest
+from fastgpt2.engine.decoding.sampler import Scratch
 from fastgpt2.engine.model.generation_config import GenerationConfig
 from fastgpt2.engine.model.hub import DEMO_FOLDER
 from fastgpt2.errors import BadRequest
@@ -149,14 +150,14 @@ def test_neutral_values_are_no_processors() -> None:
         bad_words=(), suppress_tokens=(),
     )  # fmt: skip
     assert not LogitsProcessors(neutral, [1, 2])
-    assert new_chooser(neutral, 0, [1, 2], (), None, frozenset({0}), 3) is None
+    assert new_chooser(neutral, 0, [1, 2], (), None, frozenset({0}), 3, Scratch(VOCAB_SIZE)) is None
 
 
 # ---------------------------------------------------------------------------------------- everything is banned
 
 
 def chooser(**options: Any) -> Chooser:
-    made = new_chooser(GenerationRequest("", **options), 0, [1], (), None, frozenset({5}), 0)
+    made = new_chooser(GenerationRequest("", **options), 0, [1], (), None, frozenset({5}), 0, Scratch(VOCAB_SIZE))
     assert made is not None
     return made
 

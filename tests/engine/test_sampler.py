@@ -17,7 +17,7 @@ from support.chances import chi_squared_p, goodness_of_fit, independence
 from support.processed import Case, cases
 
 from fastgpt2.engine.decoding.records import GenerationRequest
-from fastgpt2.engine.decoding.sampler import RandomNumbers, Sampler, kth_largest, pick, smallest
+from fastgpt2.engine.decoding.sampler import RandomNumbers, Sampler, Scratch, kth_largest, pick, smallest
 
 DRAWN = [case for case in cases if case.draws]
 BY_NAME = {case.name: case for case in DRAWN}
@@ -30,8 +30,8 @@ LEAST_P = 0.001
 FARTHEST = -700.0
 
 
-def sampler(seed: int, choice_index: int = 0, **options: Any) -> Sampler:
-    return Sampler(GenerationRequest("", seed=seed, do_sample=True, **options), choice_index)
+def sampler(seed: int, choice_index: int = 0, vocab_size: int = 1000, **options: Any) -> Sampler:
+    return Sampler(GenerationRequest("", seed=seed, do_sample=True, **options), choice_index, Scratch(vocab_size))
 
 
 # ------------------------------------------------------------------------------------- as transformers has it
@@ -41,7 +41,7 @@ def sampler(seed: int, choice_index: int = 0, **options: Any) -> Sampler:
 def test_survivors_are_those_of_transformers(case: Case) -> None:
     scores = case.processed()
     before = scores.copy()
-    ids, weights = Sampler(case.request(), 0).survivors(scores)
+    ids, weights = Sampler(case.request(), 0, Scratch(len(scores))).survivors(scores)
     assert np.array_equal(scores, before), "the scores are changed"
     ids = np.arange(len(scores)) if ids is None else ids
     assert weights.dtype == np.float64
@@ -155,7 +155,7 @@ class Remembering(Sampler):
     """A sampler that works out once who survives: the row is the same in all draws of a test."""
 
     def __init__(self, case: Case, request: GenerationRequest, choice_index: int = 0) -> None:
-        super().__init__(request, choice_index)
+        super().__init__(request, choice_index, Scratch(len(case.row)))
         self.scores = case.processed()
         self._found = super().survivors(self.scores)
 
@@ -236,7 +236,7 @@ def test_the_chi_squared_test_finds_what_is_wrong() -> None:
     assert chi_squared_p(100.0, 100) == pytest.approx(0.48119168452796)
     assert chi_squared_p(500.0, 300) == pytest.approx(3.3592224575792783e-12)
     scores = BY_NAME["normal: temperature 1.0"].processed()
-    one = sampler(3, temperature=1.1)
+    one = sampler(3, vocab_size=len(scores), temperature=1.1)
     counts = np.bincount([one.draw(scores, position) for position in range(20_000)], minlength=len(scores))
     assert goodness_of_fit(counts, expected_of(BY_NAME["normal: temperature 1.0"])) < 1e-4
     sides = np.arange(3000) % 3
@@ -251,15 +251,16 @@ def test_of_one_survivor_it_is_this_one() -> None:
     best = int(scores.argmax())
     rules: list[dict[str, Any]] = [{"top_k": 1}, {"top_p": 0.0}, {"min_p": 1.0}, {"temperature": 1e-9}]
     for options in rules:
-        assert {sampler(5, **options).draw(scores, position) for position in range(50)} == {best}
+        one = sampler(5, vocab_size=len(scores), **options)
+        assert {one.draw(scores, position) for position in range(50)} == {best}
 
 
 def test_neutral_values_leave_all() -> None:
     scores = BY_NAME["normal: temperature 1.0"].processed()
-    ids, weights = sampler(5).survivors(scores)
+    ids, weights = sampler(5, vocab_size=len(scores)).survivors(scores)
     neutral = (("top_k", 0), ("top_k", -1), ("top_p", 1), ("min_p", 0), ("typical_p", 1), ("temperature", 1))
     for name, value in neutral:
-        found, again = sampler(5, **{name: value}).survivors(scores)
+        found, again = sampler(5, vocab_size=len(scores), **{name: value}).survivors(scores)
         assert found is None
         assert ids is None
         assert np.array_equal(weights, again)
@@ -270,10 +271,10 @@ def test_no_share_at_all_leaves_what_would_come_first(size: int) -> None:
     """Of a long row as well, where the surprise of no token is near the expected one."""
     scores = np.full(size, -8.0, np.float32)
     scores[[2, 5, 7]] = 0.0
-    ids, _ = sampler(1, top_p=0.0).survivors(scores)
+    ids, _ = sampler(1, vocab_size=size, top_p=0.0).survivors(scores)
     assert ids is not None
     assert ids.tolist() == [2]
-    ids, weights = sampler(1, typical_p=0.0).survivors(scores)
+    ids, weights = sampler(1, vocab_size=size, typical_p=0.0).survivors(scores)
     assert ids is not None
     assert len(np.unique(weights)) == 1
 
@@ -290,10 +291,10 @@ def test_a_banned_token_is_never_drawn() -> None:
 def test_equal_scores_fall_under_a_rule_by_their_ids() -> None:
     """Where transformers keeps one or another of equals, as its sort has it, the lower id stays."""
     scores = np.zeros(100, np.float32)
-    ids, _ = sampler(1, top_p=0.25).survivors(scores)
+    ids, _ = sampler(1, vocab_size=100, top_p=0.25).survivors(scores)
     assert ids is not None
     assert ids.tolist() == list(range(25))
-    ids, _ = sampler(1, top_k=5).survivors(scores)
+    ids, _ = sampler(1, vocab_size=100, top_k=5).survivors(scores)
     assert ids is not None
     assert len(ids) == 100
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fastgpt2.api.http.completion_request import CompletionRequest, parse_completion
+from fastgpt2.api.http.completion_request import CompletionRequest, parse_completion, translate_error
 from fastgpt2.api.http.responses import BadField
 from fastgpt2.engine.decoding.records import GenerationRequest
 from fastgpt2.errors import BadRequest
@@ -120,6 +120,23 @@ def test_a_form_that_cannot_be(body: dict[str, Any], message: str) -> None:
         parse_completion({"prompt": "a", **body})
     assert str(caught.value).startswith(message)
     assert caught.value.param in body
+
+
+@pytest.mark.parametrize(
+    ("body", "message", "param", "expected"),
+    [
+        ({"guided_regex": "(a"}, "regex cannot be used", "guided_regex", "guided_regex cannot be used"),
+        ({"regex": "(a"}, "regex cannot be used", "regex", "regex cannot be used"),
+        ({"response_format": {"type": "json_object"}}, "json_schema is", "response_format", "response_format is"),
+        ({"guided_regex": "a"}, "max_new_tokens is 5", "max_tokens", "max_tokens is 5"),
+    ],
+)
+def test_a_workers_error_names_the_field_as_it_was_given(
+    body: dict[str, Any], message: str, param: str, expected: str
+) -> None:
+    error = translate_error(BadRequest(message), parse_completion(body).request)
+    assert isinstance(error, BadField)
+    assert (str(error), error.param) == (expected, param)
 
 
 def test_several_texts_are_one_job_and_bounded() -> None:

@@ -207,6 +207,14 @@ class TestForms:
         got = ai.completions.create(model="demo", prompt=PROMPT, extra_body={"guided_regex": "[0-9]{4}"}, stream=True)
         assert re.fullmatch("[0-9]{4}", "".join(chunk.choices[0].text for chunk in got))
 
+    @pytest.mark.parametrize("stream", [False, True])
+    @pytest.mark.parametrize("body", [{"guided_regex": "(a"}, {"structured_outputs": {"json": {"type": "person"}}}])
+    def test_one_that_cannot_be_is_refused_by_its_name(self, system: System, body: Any, stream: bool) -> None:
+        asked = {"prompt": PROMPT, "stream": stream, **body}
+        answer = httpx.post(f"{system.http_url}/v1/completions", json=asked, trust_env=False, timeout=60)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["type"], error["param"]) == (400, "invalid_request_error", next(iter(body)))
+
     def test_the_hubs_grammar(self, hf: InferenceClient) -> None:
         grammars: list[Any] = [
             {"type": "json", "value": PERSON},

@@ -179,9 +179,8 @@ class CompletionRequest:
         """Return how many likeliest tokens are asked for at each of the prompt's tokens."""
         return self.logprobs if self.echo else None
 
-    @property
-    def guide(self) -> Guide:
-        """Return the fields of a job that say which form its text has, by whichever name they were given.
+    def guide(self) -> tuple[str, Guide]:
+        """Return the field that says which form the text has, by whichever name, and the fields of a job it comes to.
 
         Raises:
             BadRequest: the form is given by two names.
@@ -189,7 +188,7 @@ class CompletionRequest:
         ours: dict[str, Guide | None] = {
             name: {name: value} for name in _OUR_GUIDES if (value := getattr(self, name)) not in ((), None)
         }
-        return guides.guide_of(ours | {name: getattr(self, name) for name in _THEIR_GUIDES})
+        return guides.find_guide(ours | {name: getattr(self, name) for name in _THEIR_GUIDES})
 
     def plans(self) -> list[JobPlan]:
         """Return a plan of a job for each prompt.
@@ -200,7 +199,7 @@ class CompletionRequest:
         known = fields_of(GenerationRequest).keys() - {"prompt", *_OUR_GUIDES}
         fields = {
             **{name: getattr(self, _NAMES.get(name, name)) for name in known},
-            **self.guide,
+            **self.guide()[1],
             # The log probabilities of a prompt come with the result only, and they must come first.
             "stream": self.stream and self.prompt_logprobs is None,
             "result_ttl": RESULT_TTL_SECONDS,
@@ -241,9 +240,17 @@ def parse_completion(body: Mapping[str, Any]) -> Completion:
         raise translate_error(error) from None
 
 
-def translate_error(error: FastGPT2Error) -> FastGPT2Error:
-    """Return the error with our fields by the names of this API, and the field that it begins with as its `param`."""
+def translate_error(error: FastGPT2Error, request: CompletionRequest | None = None) -> FastGPT2Error:
+    """Return the error with our fields by the names of this API, and the field that it begins with as its `param`.
+
+    Args:
+        request: has the name by which a form was asked for that cannot be.
+    """
     message = re.sub("|".join(_NAMES), lambda match: _NAMES[match[0]], str(error))
+    if request is not None:
+        name, guide = request.guide()
+        for ours in guide:
+            message = re.sub(rf"^{ours}\b", name, message)
     if type(error) is PromptTooLong:
         return PromptTooLong(message)
     if type(error) is not BadRequest:

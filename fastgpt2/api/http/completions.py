@@ -143,7 +143,7 @@ class Completions:
             async with self._service.submit(request, completion.plans, completion.asked) as waiting:
                 results = await waiting.results()
         except FastGPT2Error as error:
-            raise translate_error(error) from None
+            raise translate_error(error, completion.request) from None
         choices = [
             _last_choice(index, text, text.text, _logprobs_of(text, result, completion))
             for number, result in enumerate(results)
@@ -162,7 +162,7 @@ class Completions:
                 model = completion.request.model or next(iter(served), "")
                 yield _headers(waiting), _chunks(waiting, completion, _envelope(waiting, model))
         except FastGPT2Error as error:
-            raise translate_error(error) from None
+            raise translate_error(error, completion.request) from None
 
 
 async def _chunks(waiting: PendingJobs, completion: Completion, envelope: CompletionBody) -> AsyncIterator[bytes]:

@@ -24,8 +24,8 @@ _NO_GRAMMAR = "must be left out: a text is guided by choices, a regular expressi
 _NO_WHITESPACE_RULE = "must be left out: JSON is guided by its schema alone"
 
 
-def guide_of(given: Mapping[str, Guide | None]) -> Guide:
-    """Return the one guide among those that the fields of a request have come to, by the fields' names.
+def find_guide(given: Mapping[str, Guide | None]) -> tuple[str, Guide]:
+    """Return the one guide that the fields of a request have come to, with the name of its field; "" if there is none.
 
     Raises:
         BadRequest: there is more than one.
@@ -34,7 +34,7 @@ def guide_of(given: Mapping[str, Guide | None]) -> Guide:
     if len(guides) > 1:
         first, second = list(guides)[:2]
         raise BadRequest(f"{first} and {second} are both given; a text is guided by one: leave one out")
-    return next(iter(guides.values()), {})
+    return next(iter(guides.items()), ("", {}))
 
 
 def _guided_by(ours: str, hint: Any) -> Field:
@@ -86,9 +86,10 @@ def _parts(name: str, value: Any, known: Mapping[str, Field]) -> dict[str, Any]:
 
 def _check_structured_outputs(name: str, value: Any) -> Guide:
     parts = _parts(name, value, _STRUCTURED_PARTS)
-    return guide_of(
-        {f"{name}.{part}": _STRUCTURED_PARTS[part].check(f"{name}.{part}", inner) for part, inner in parts.items()}
-    )
+    checked = {
+        f"{name}.{part}": _STRUCTURED_PARTS[part].check(f"{name}.{part}", inner) for part, inner in parts.items()
+    }
+    return find_guide(checked)[1]
 
 
 def _check_response_format(name: str, value: Any) -> Guide:

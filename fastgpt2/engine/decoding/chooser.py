@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fastgpt2.engine.decoding.logits_processors import LogitsProcessors
 from fastgpt2.engine.decoding.records import GenerationRequest
-from fastgpt2.engine.decoding.sampler import Sampler
+from fastgpt2.engine.decoding.sampler import Sampler, Scratch
 from fastgpt2.errors import BadRequest
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class Chooser:
         matcher: the text's place in its grammar; None if it has none.
         end_ids: the tokens that end the text.
         least_new_tokens: how many tokens come before the first that may be one of these.
+        scratch: rows to compute in.
     """
 
     def __init__(
@@ -39,10 +40,11 @@ class Chooser:
         matcher: Matcher | None,
         end_ids: Iterable[int],
         least_new_tokens: int,
+        scratch: Scratch,
     ) -> None:
         self._processors, self._sampler, self._matcher = processors, sampler, matcher
         self._end_ids = np.array(sorted(end_ids), np.intp)
-        self._least_new_tokens = least_new_tokens
+        self._least_new_tokens, self._scores = least_new_tokens, scratch.scores
         self._length = self._guesses = 0
         self._guesses_end = False
 
@@ -59,7 +61,8 @@ class Chooser:
         Raises:
             BadRequest: the grammar has met a limit.
         """
-        scores = logits.copy()
+        scores = self._scores
+        np.copyto(scores, logits)
         self._processors.apply(scores)
         may_end = self._length >= self._least_new_tokens
         if self._matcher is not None:
@@ -140,10 +143,11 @@ def new_chooser(
     matcher: Matcher | None,
     end_ids: frozenset[int],
     least_new_tokens: int,
+    scratch: Scratch,
 ) -> Chooser | None:
     """Return the chooser of a new text; None if the likeliest token is to be taken, whatever came before."""
     processors = LogitsProcessors(request, prompt_ids, bad_words)
-    sampler = Sampler(request, choice_index) if request.samples else None
+    sampler = Sampler(request, choice_index, scratch) if request.samples else None
     if not processors and sampler is None and matcher is None:
         return None
-    return Chooser(processors, sampler, matcher, end_ids, least_new_tokens)
+    return Chooser(processors, sampler, matcher, end_ids, least_new_tokens, scratch)

@@ -22,6 +22,7 @@ from fastgpt2.engine.decoding.drafter import Drafter
 from fastgpt2.engine.decoding.grammar import Grammars
 from fastgpt2.engine.decoding.logprobs import logprob_of, token_logprob
 from fastgpt2.engine.decoding.records import RANDOM_SEED_BITS, FinishReason, GenerationRequest, TokenLogprob
+from fastgpt2.engine.decoding.sampler import Scratch
 from fastgpt2.engine.decoding.sequence import Sequence, TokenizedPrompt
 from fastgpt2.engine.decoding.stop_strings import StopStrings
 from fastgpt2.engine.model.generation_config import GenerationConfig
@@ -64,6 +65,7 @@ class Decoder:
         self.model, self.tokenizer, self.generation, self.prefixes = model, tokenizer, generation, prefixes
         self.drafter = drafter or Drafter(model)
         self.grammars = Grammars(tokenizer, model.config.vocab_size)
+        self._scratch = Scratch(model.config.vocab_size)
         self.running: list[Sequence] = []
 
     @property
@@ -197,7 +199,9 @@ class Decoder:
             stops=self._stop_strings(request, len(text)),
             admitted_at=perf_counter(),
             choice_index=choice_index,
-            chooser=new_chooser(request, choice_index, prompt.ids, prompt.bad_words, matcher, end_ids, least),
+            chooser=new_chooser(
+                request, choice_index, prompt.ids, prompt.bad_words, matcher, end_ids, least, self._scratch
+            ),
             text=text,
             echo_length=len(text),
             unscored=scored[1:],
