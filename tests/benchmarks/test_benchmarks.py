@@ -33,6 +33,7 @@ TABLES = {
     "engine/cold_start.py": ("fastgpt2", "python"),
     "engine/drafts.py": ("batches",),
     "engine/sampling.py": ("ms", "ratios"),
+    "engine/guided.py": ("libraries", "hostile", "ms", "ratios"),
     "engine/step_parts.py": ("time", "memory"),
     "engine/prefixes.py": ("ms", "copies_ms", "same_ids"),
 }

@@ -75,15 +75,19 @@ class Chooser:
         return self._sampler.draw(scores, self._length)
 
     def _guide(self, matcher: Matcher, scores: NDArray[np.float32], logits: NDArray[np.float32], may_end: bool) -> None:
-        """Leave what the grammar allows. Where the processors have banned all of that, the grammar goes before them."""
-        ends = self._end_ids if may_end and matcher.may_end else self._end_ids[:0]
-        kept = scores[ends]
+        """Leave what the grammar allows. Where the processors have banned all of that, the grammar goes before them.
+
+        A token that ends the text is allowed where the text is complete, and nowhere else, be it a part of the text.
+        """
+        kept = scores[self._end_ids] if may_end and matcher.may_end else -np.inf
         matcher.mask(scores)
-        scores[ends] = kept
+        scores[self._end_ids] = kept
         if scores.max() == -np.inf:
             np.copyto(scores, logits)
             matcher.mask(scores)
-            scores[ends] = logits[ends]
+            scores[self._end_ids] = logits[self._end_ids] if may_end and matcher.may_end else -np.inf
+        if scores.max() == -np.inf:
+            raise BadRequest("every token that may come next would end the text, which is not complete: allow others")
 
     def push(self, token_id: int) -> None:
         """Take in the text's next token, which is no end of it.
