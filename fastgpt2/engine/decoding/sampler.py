@@ -26,8 +26,8 @@ _SORTED_AT_ONCE = 1024
 _BUCKET = 1 / 64
 _LARGEST_KEY = 100.0
 
-# The weight of a token of this logit is zero.
-_LEAST_LOGIT = -1e4
+# A token this far below the likeliest, in nats, has no weight. Below -708, `exp` takes five times as long.
+_LEAST_LOGIT = -700.0
 
 # Tokens of at least this probability are a few hundred, and mostly have all that a nucleus takes.
 _LIKELY = 1e-4
@@ -70,7 +70,7 @@ class Scratch:
     """Rows [vocab_size] to compute in, for all texts of a decoder. New memory of their size would come page by page."""
 
     def __init__(self, vocab_size: int) -> None:
-        self.scores, self.logits, self.weights, self.keys = np.empty((4, vocab_size), np.float32)
+        self.scores, self.logits, self.weights, self.keys, self.products = np.empty((5, vocab_size), np.float32)
         self.exact_weights = np.empty(vocab_size, np.float64)
 
 
@@ -117,10 +117,13 @@ class Sampler:
             # Of two tokens' probabilities, the ratio is all that counts.
             ids = _those(ids, (logits if ids is None else logits[ids]) >= np.log(self._min_p))
         if self._typical_p is not None:
-            ids = _typical(logits, ids, self._typical_p)
-        if ids is None:
-            return None, np.exp(logits, out=scratch.exact_weights, dtype=np.float64)
-        return ids, np.exp(logits[ids], dtype=np.float64)
+            ids = _typical(logits, ids, self._typical_p, scratch)
+        if ids is not None:
+            return ids, np.exp(logits[ids], dtype=np.float64)
+        weights = np.exp(
+            np.maximum(logits, _LEAST_LOGIT, out=scratch.keys), out=scratch.exact_weights, dtype=np.float64
+        )
+        return None, np.multiply(weights, logits > _LEAST_LOGIT, out=weights)
 
 
 def _share(value: float | None) -> float | None:
@@ -153,21 +156,36 @@ def _nucleus(logits: Scores, ids: Ids | None, top_p: float, scratch: Scratch) ->
     return ids[smallest(-candidates, exact_weights, top_p * (float(exact_weights.sum()) + rest))]
 
 
-def _typical(logits: Scores, ids: Ids | None, typical_p: float) -> Ids:
+def _typical(logits: Scores, ids: Ids | None, typical_p: float, scratch: Scratch) -> Ids:
     """Return the tokens whose surprise is nearest the expected one, which together reach a share (Meister et al. 2023).
 
-    As in transformers, those that are as near as the last one stay as well.
+    As in transformers, those that are as near as the last one stay as well. Surprises are compared as logits: what is
+    added to both, and the sign, make no difference.
     """
-    candidates = (logits if ids is None else logits[ids]).astype(np.float64)
-    # A banned token has no part in the expected surprise: nothing times a number, where infinity would make NaN.
-    np.maximum(candidates, _LEAST_LOGIT, out=candidates)
-    weights = np.exp(candidates)
-    total = float(weights.sum())
-    expected = float((candidates * weights).sum()) / total
-    # Of the logits as of the surprises: what is added to both, and the sign, make no difference.
-    distance = np.abs(candidates - expected, out=candidates)
-    last = distance[smallest(distance, weights, typical_p * total)].max()
-    return _those(ids, distance <= last)
+    if ids is not None:
+        candidates = np.maximum(logits[ids], _LEAST_LOGIT, dtype=np.float64)
+        weights = np.exp(candidates)
+        total = float(weights.sum())
+        return ids[_near(candidates, float((weights * candidates).sum()) / total, typical_p * total)[0]]
+    # A banned token has no part in the expected surprise: next to nothing, where infinity would make NaN.
+    clipped = np.maximum(logits, _LEAST_LOGIT, out=scratch.keys)
+    likely = np.exp(clipped, out=scratch.weights)
+    total = float(likely.sum())
+    expected = float(np.multiply(likely, clipped, out=scratch.products).sum()) / total
+    ids = np.flatnonzero(likely >= np.float32(_LIKELY * total))
+    if float(likely[ids].sum()) > typical_p * total * _MARGIN:
+        kept, farthest = _near(logits[ids].astype(np.float64), expected, typical_p * total)
+        # No other token is as near.
+        if farthest < expected - np.log(_LIKELY * total):
+            return ids[kept]
+    return np.flatnonzero(_near(clipped.astype(np.float64), expected, typical_p * total)[0])
+
+
+def _near(logits: Floats, expected: float, target: float) -> tuple[NDArray[np.bool], float]:
+    """Return which tokens nearest the expected logit reach a target weight together, and how near the last one is."""
+    distance = np.abs(logits - expected)
+    farthest = float(distance[smallest(distance, np.exp(logits), target)].max())
+    return distance <= farthest, farthest
 
 
 def kth_largest(values: Scores, k: int) -> np.float32:
