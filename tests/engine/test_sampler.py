@@ -17,7 +17,7 @@ from support.chances import chi_squared_p, goodness_of_fit, independence
 from support.processed import Case, cases
 
 from fastgpt2.engine.decoding.records import GenerationRequest
-from fastgpt2.engine.decoding.sampler import RandomNumbers, Sampler, Scratch, kth_largest, pick, smallest
+from fastgpt2.engine.decoding.sampler import RandomNumbers, Sampler, Scratch, block_sums, kth_largest, pick, smallest
 
 DRAWN = [case for case in cases if case.draws]
 BY_NAME = {case.name: case for case in DRAWN}
@@ -331,7 +331,7 @@ def test_a_number_falls_on_the_token_whose_share_it_is_in(seed: int, size: int, 
     weights = np.exp(dice.standard_normal(size) * 5) * (dice.random(size) < 0.7)
     weights[dice.integers(size)] = 1.0
     for one in (number, 0.0, 1 - 2.0**-53):
-        index = pick(weights, one)
+        index = pick(weights, block_sums(weights), one)
         running = np.cumsum(weights)
         assert weights[index] > 0
         assert running[index] >= one * running[-1] * (1 - 1e-12)
