@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from rq.serializers import JSONSerializer
 from rq.utils import now
 
 from fastgpt2.api.client.flow import Command, Flow, Pipeline
-from fastgpt2.engine.decoding.records import RANDOM_SEED_BITS, GenerationRequest
+from fastgpt2.engine.decoding.records import GenerationRequest, random_seed
 from fastgpt2.errors import BadRequest, IdempotencyMismatch, PromptTooLong, QueueFull
 from fastgpt2.fields import check_fields, whole
 from fastgpt2.protocol.keys import (
@@ -195,7 +194,7 @@ def enqueue_command(
     idempotency key, two plans are compared.
     """
     name = queue_of(queue, plan.priority)
-    request = plan.request.with_seed(secrets.randbits(RANDOM_SEED_BITS))
+    request = plan.request.with_seed(random_seed())
     job = RQJob.create(
         TASK,
         kwargs=job_to_kwargs(request, plan.options),

@@ -8,7 +8,6 @@ more.
 from __future__ import annotations
 
 import math
-import secrets
 from collections.abc import Iterable
 from dataclasses import replace
 from operator import attrgetter
@@ -21,7 +20,7 @@ from fastgpt2.engine.decoding.chooser import new_chooser
 from fastgpt2.engine.decoding.drafter import Drafter
 from fastgpt2.engine.decoding.grammar import Grammars
 from fastgpt2.engine.decoding.logprobs import logprob_of, token_logprob
-from fastgpt2.engine.decoding.records import RANDOM_SEED_BITS, FinishReason, GenerationRequest, TokenLogprob
+from fastgpt2.engine.decoding.records import FinishReason, GenerationRequest, TokenLogprob, random_seed
 from fastgpt2.engine.decoding.sampler import Scratch
 from fastgpt2.engine.decoding.sequence import Sequence, TokenizedPrompt
 from fastgpt2.engine.decoding.stop_strings import StopStrings
@@ -90,7 +89,7 @@ class Decoder:
         self._check_ids("suppress_tokens", request.suppress_tokens or ())
         self._check_ids("logit_bias", request.logit_bias or ())
         max_new_tokens = request.room(len(ids), self.model.config.n_positions)
-        request = request.with_seed(secrets.randbits(RANDOM_SEED_BITS)).with_defaults(self.generation.options)
+        request = request.with_seed(random_seed()).with_defaults(self.generation.options)
         return TokenizedPrompt(
             request,
             ids,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -45,6 +46,11 @@ MAX_LOGPROBS_OF_TEXTS = 168
 
 # The bits of a seed that nobody has given: JSON's numbers keep this many, also in JavaScript.
 RANDOM_SEED_BITS = 53
+
+
+def random_seed() -> int:
+    """Return a seed that nobody has given."""
+    return int.from_bytes(os.urandom(8)) >> (64 - RANDOM_SEED_BITS)
 
 
 def _check_prompt(name: str, prompt: Any) -> str | tuple[int, ...]:
