@@ -170,8 +170,8 @@ class CompletionRequest:
         texts = self.best_of or self.n
         if len(self.prompt) * texts > MAX_TEXTS_OF_A_REQUEST:
             raise BadRequest(
-                f"{len(self.prompt)} prompts with {texts} texts each are over the limit, {MAX_TEXTS_OF_A_REQUEST} "
-                "texts a request: send more requests"
+                f"prompt holds {len(self.prompt)} prompts, for {texts} texts each; the limit is "
+                f"{MAX_TEXTS_OF_A_REQUEST} texts a request: send more requests"
             )
 
     @property
