@@ -560,6 +560,6 @@ def test_without_the_library_a_guided_request_is_a_sentence(small: Grammars, mon
     guides: list[dict[str, Any]] = [{"choices": ["a"]}, {"regex": "a"}, {"json_schema": {}}]
     for guide in guides:
         assert refusal(small, **guide).startswith(
-            f"{next(iter(guide))} needs llguidance, which this worker does not have"
+            f"{next(iter(guide))} needs llguidance, which is not installed where the model runs"
         )
         assert refusal(small, **guide).endswith("pip install 'fastgpt2[guided]'")

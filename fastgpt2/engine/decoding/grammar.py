@@ -277,7 +277,8 @@ class Grammars:
             import llguidance  # noqa: F401
         except ImportError as reason:
             raise BadRequest(
-                f"{name} needs llguidance, which this worker does not have ({reason}): pip install 'fastgpt2[guided]'"
+                f"{name} needs llguidance, which is not installed where the model runs ({reason}): "
+                "pip install 'fastgpt2[guided]'"
             ) from None
         source = source_of(name, value)
         # Strings side by side hold nothing that could grow.
