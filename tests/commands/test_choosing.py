@@ -119,7 +119,7 @@ class TestOptions:
             (["--logit-bias", "198"], "--logit-bias: '198' is neither a list such as 198=-100,464=2.5 nor a JSON"),
             (["--logit-bias", "198=much"], "--logit-bias: '198=much' is neither a list such as"),
             (["--logit-bias", "{198}"], "--logit-bias: '{198}' is not a JSON object"),
-            (["--logit-bias", "198=101"], "the bias of token 198 in logit_bias must be between -100 and 100"),
+            (["--logit-bias", "198=101"], "logit_bias of token 198 must be between -100 and 100"),
             (["--bad-word", ""], "--bad-word is empty; leave it out for the default"),
             (["--suppress-tokens", "a"], "--suppress-tokens: 'a' is not a list of token ids with commas between them"),
             (["--choice", "a", "--regex", "b"], "choices and regex are both given; a text is guided by one"),

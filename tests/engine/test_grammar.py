@@ -307,7 +307,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"regex": "(?P<stop>a)b"}, 'regex has a group named "stop", a name that is taken: name the group otherwise'),
     ({"regex": "(" * 300 + "a" + ")" * 300}, "regex cannot be used: exceed the maximum number of nested paren"),
     ({"regex": "a?" * 2000 + "a" * 2000}, "regex is too complex: simplify it"),
-    ({"json_schema": {"not": {}}}, 'json_schema cannot be used: Unimplemented keys: ["not"]'),
+    ({"json_schema": {"not": {}}}, "json_schema cannot be used: no text is guided by not; leave this out"),
+    (
+        {"json_schema": {"type": "array", "uniqueItems": True, "contains": {}}},
+        "json_schema cannot be used: no text is guided by contains, uniqueItems; leave this out",
+    ),
+    (
+        {"json_schema": {"oneOf": [{"type": "number"}, {"type": "integer"}]}},
+        "json_schema cannot be used: two schemas of a oneOf may describe the same value; ask for anyOf instead",
+    ),
     ({"json_schema": {"$ref": "file:///etc/passwd"}}, "json_schema cannot be used: Resource 'file:///etc/passwd' is"),
     ({"json_schema": {"type": "string", "format": "x"}}, "json_schema cannot be used: Unknown format: x"),
     ({"json_schema": {"type": "integer", "multipleOf": 999999937}}, "json_schema is too complex: simplify it"),
@@ -552,6 +560,6 @@ def test_without_the_library_a_guided_request_is_a_sentence(small: Grammars, mon
     guides: list[dict[str, Any]] = [{"choices": ["a"]}, {"regex": "a"}, {"json_schema": {}}]
     for guide in guides:
         assert refusal(small, **guide).startswith(
-            f"{next(iter(guide))} needs llguidance, which this worker does not have"
+            f"{next(iter(guide))} needs llguidance, which is not installed where the model runs"
         )
         assert refusal(small, **guide).endswith("pip install 'fastgpt2[guided]'")

@@ -144,7 +144,7 @@ def test_several_texts_are_one_job_and_bounded() -> None:
     assert [plan.request.n for plan in plans] == [3, 3]
     assert len(parse_completion({"prompt": ["a"] * 256, "n": 4}).plans) == 256
     for body in ({"n": 5}, {"best_of": 5}):
-        with pytest.raises(BadRequest, match="256 prompts with 5 texts each are over the limit, 1024"):
+        with pytest.raises(BadRequest, match="prompt holds 256 prompts, for 5 texts each; the limit is 1024"):
             parse_completion({"prompt": ["a"] * 256, **body})
 
 

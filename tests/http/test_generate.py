@@ -161,14 +161,22 @@ def test_what_clients_send_for_not_at_all_is_taken(system: System, engine: Engin
 @pytest.mark.parametrize(
     ("path", "parameters", "message"),
     [
-        ("/generate", {}, "best_of is 2, and all texts would be equal: set do_sample, or leave it"),
-        ("/generate_stream", {"do_sample": True}, "best_of is 2, with stream: which text is the best, only the end te"),
+        ("/generate", {}, "best_of is 2, and all texts would be equal: set do_sample, or leave best_of out"),
+        (
+            "/generate_stream",
+            {"do_sample": True},
+            "best_of is 2, and only the end tells which text is the best: stream w",
+        ),
     ],
 )
 def test_the_best_of_what_has_no_best(system: System, path: str, parameters: Any, message: str) -> None:
     got = post(system, path, {"inputs": "a", "parameters": {"best_of": 2, **parameters}})
     assert got.status_code == 400
     assert got.json()["error"].startswith(message)
+
+
+REGEX = {"type": "regex", "value": "(a"}
+JSON_OF_NO_TYPE = {"type": "json", "value": {"type": "x"}}
 
 
 @pytest.mark.parametrize("path", ["/", "/generate", "/generate_stream"])
@@ -184,6 +192,9 @@ def test_the_best_of_what_has_no_best(system: System, path: str, parameters: Any
         ({"inputs": "a", "parameters": {"truncate": 5}}, "truncate must be left out: the endpoint counts no tokens"),
         ({"inputs": "a", "parameters": {"adapter_id": "x"}}, "adapter_id must be left out: there are no adapters"),
         ({"inputs": "a", "parameters": {"grammar": {"type": "regex"}}}, "grammar must have a type and a value"),
+        ({"inputs": "a", "parameters": {"grammar": REGEX, "choices": ["a"]}}, "grammar and choices are both given; a"),
+        ({"inputs": "a", "parameters": {"grammar": REGEX}}, "grammar cannot be used: unclosed group"),
+        ({"inputs": "a", "parameters": {"grammar": JSON_OF_NO_TYPE}}, "grammar cannot be used: Invalid type: x"),
         ({"inputs": "a", "parameters": {"details": 1}}, "details must be true or false"),
         ({"inputs": "a", "parameters": {"top_n_tokens": 99}}, "top_n_tokens must be between 0 and 20, not 99"),
         ({"inputs": "a", "more": 1}, "unknown field 'more'"),

@@ -58,8 +58,7 @@ RESULT_TTL_SECONDS = 3600
 # Our fields by the names that this API has for them.
 _NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
 
-# The fields that say which form a text is to have, ours and those of other APIs.
-_OUR_GUIDES = ("choices", "regex", "json_schema")
+# Other APIs' fields that say which form a text is to have.
 _THEIR_GUIDES = (
     "response_format", "structured_outputs", "guided_choice", "guided_regex", "guided_json", "guided_json_object",
 )  # fmt: skip
@@ -170,8 +169,8 @@ class CompletionRequest:
         texts = self.best_of or self.n
         if len(self.prompt) * texts > MAX_TEXTS_OF_A_REQUEST:
             raise BadRequest(
-                f"{len(self.prompt)} prompts with {texts} texts each are over the limit, {MAX_TEXTS_OF_A_REQUEST} "
-                "texts a request: send more requests"
+                f"prompt holds {len(self.prompt)} prompts, for {texts} texts each; the limit is "
+                f"{MAX_TEXTS_OF_A_REQUEST} texts a request: send more requests"
             )
 
     @property
@@ -186,7 +185,7 @@ class CompletionRequest:
             BadRequest: the form is given by two names.
         """
         ours: dict[str, Guide | None] = {
-            name: {name: value} for name in _OUR_GUIDES if (value := getattr(self, name)) not in ((), None)
+            name: {name: value} for name in guides.OUR_GUIDES if (value := getattr(self, name)) not in ((), None)
         }
         return guides.find_guide(ours | {name: getattr(self, name) for name in _THEIR_GUIDES})
 
@@ -196,7 +195,7 @@ class CompletionRequest:
         Raises:
             BadRequest: a prompt, or what is asked of it, cannot be; the message has the names of a job's fields.
         """
-        known = fields_of(GenerationRequest).keys() - {"prompt", *_OUR_GUIDES}
+        known = fields_of(GenerationRequest).keys() - {"prompt", *guides.OUR_GUIDES}
         fields = {
             **{name: getattr(self, _NAMES.get(name, name)) for name in known},
             **self.guide()[1],
@@ -248,9 +247,7 @@ def translate_error(error: FastGPT2Error, request: CompletionRequest | None = No
     """
     message = re.sub("|".join(_NAMES), lambda match: _NAMES[match[0]], str(error))
     if request is not None:
-        name, guide = request.guide()
-        for ours in guide:
-            message = re.sub(rf"^{ours}\b", name, message)
+        message = guides.name_as_given(message, *request.guide())
     if type(error) is PromptTooLong:
         return PromptTooLong(message)
     if type(error) is not BadRequest:

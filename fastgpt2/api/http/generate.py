@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from fastgpt2.api.client.enqueue import JobPlan, plan_job
 from fastgpt2.api.client.outcome import unwrap
-from fastgpt2.api.http.guides import GRAMMAR, Guide
+from fastgpt2.api.http.guides import GRAMMAR, OUR_GUIDES, Guide, find_guide, name_as_given
 from fastgpt2.api.http.requests import read_object
 from fastgpt2.api.http.responses import JSON, KEEP_ALIVE, AppendOnlyTexts, EventStream, error_object, event
 from fastgpt2.api.http.service import PendingJobs, Service
@@ -96,9 +96,13 @@ class ChoiceParameters:
             fields.update(do_sample=True, **{name: getattr(self, name) for name in _SHAPES})
         if self.best_of is not None and self.best_of > 1:
             if stream:
-                raise BadRequest(f"best_of is {self.best_of}, with stream: which text is the best, only the end tells")
+                raise BadRequest(
+                    f"best_of is {self.best_of}, and only the end tells which text is the best: stream without best_of"
+                )
             if not self.samples:
-                raise BadRequest(f"best_of is {self.best_of}, and all texts would be equal: set do_sample, or leave it")
+                raise BadRequest(
+                    f"best_of is {self.best_of}, and all texts would be equal: set do_sample, or leave best_of out"
+                )
             # The job itself would give the best text alone, and the details tell of all.
             fields["n" if details else "best_of"] = self.best_of
         return fields
@@ -178,6 +182,7 @@ class Generation:
         full_text: the answer begins with the prompt.
         details: the answer tells of each token; with `prefill`, of those of the prompt too.
         listed: the answer is a list of one, as the original's.
+        grammar: what the field of this name has come to.
     """
 
     plan: JobPlan
@@ -186,6 +191,7 @@ class Generation:
     prefill: bool
     stream: bool
     listed: bool
+    grammar: Guide
 
     def text(self, result: GenerationResult) -> str:
         """Return the text of the answer."""
@@ -213,10 +219,8 @@ def _parse(body: Mapping[str, Any], listed: bool, stream: bool) -> Generation:
     for name, hint in MISPLACED.items():
         if name in fields:
             raise BadRequest(f"unknown field {name!r} in parameters{hint}")
-    for name, value in choice.fields(answer.details, stream).items():
-        if name in fields:
-            raise BadRequest(f"grammar and {name} are both given; a text is guided by one: leave one out")
-        fields[name] = value
+    find_guide({"grammar": choice.grammar, **{name: {name: fields[name]} for name in OUR_GUIDES if name in fields}})
+    fields.update(choice.fields(answer.details, stream))
     if answer.details or stream or answer.top_n_tokens is not None:
         fields.setdefault("logprobs", answer.top_n_tokens or 0)
     if answer.decoder_input_details:
@@ -226,7 +230,9 @@ def _parse(body: Mapping[str, Any], listed: bool, stream: bool) -> Generation:
     if full_text and not stream and not isinstance(plan.request.prompt, str):
         # Only the worker can tell what token ids read as.
         plan = replace(plan, request=replace(plan.request, echo=True))
-    return Generation(plan, full_text, answer.details, answer.decoder_input_details, stream, listed)
+    return Generation(
+        plan, full_text, answer.details, answer.decoder_input_details, stream, listed, choice.grammar or {}
+    )
 
 
 class Generate:
@@ -252,7 +258,7 @@ class Generate:
         asked = _parse(body, listed, stream)
         if asked.stream:
             return EventStream(self._events(request, asked), lambda error: event(error_object(error, openai=False)))
-        async with self._service.submit(request, [asked.plan], asked.plan) as waiting:
+        async with self._submit(request, asked) as waiting:
             (result,) = await waiting.results()
         best, *others = sorted((result, *result.alternatives), key=mean_logprob, reverse=True)
         answer: GeneratedBody = {"generated_text": asked.text(best)}
@@ -266,8 +272,19 @@ class Generate:
     async def _events(
         self, request: Request, asked: Generation
     ) -> AsyncIterator[tuple[Mapping[str, str], AsyncIterator[bytes]]]:
-        async with self._service.submit(request, [asked.plan], asked.plan) as waiting:
+        async with self._submit(request, asked) as waiting:
             yield {"x-job-id": waiting.jobs[0].id}, _token_events(waiting, asked)
+
+    @asynccontextmanager
+    async def _submit(self, request: Request, asked: Generation) -> AsyncIterator[PendingJobs]:
+        """Enqueue the job and wait for it within the context, whose errors have this API's name for a form."""
+        try:
+            async with self._service.submit(request, [asked.plan], asked.plan) as waiting:
+                yield waiting
+        except BadRequest as error:
+            if type(error) is not BadRequest:
+                raise
+            raise BadRequest(name_as_given(str(error), "grammar", asked.grammar)) from None
 
 
 async def _token_events(waiting: PendingJobs, asked: Generation) -> AsyncIterator[bytes]:

@@ -6,6 +6,7 @@ text-generation-inference has `grammar`. Each field's check returns the fields o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, TypeAlias
@@ -16,6 +17,7 @@ from fastgpt2.fields import Field, Schema, field_of, flag, one_of, only, refusal
 
 # At most one of a job's `choices`, `regex` and `json_schema`, with its value.
 Guide: TypeAlias = dict[str, Any]
+OUR_GUIDES = ("choices", "regex", "json_schema")
 
 ANY_OBJECT = '{"type": "object"}'
 MAX_NAME_CHARACTERS = 256
@@ -35,6 +37,13 @@ def find_guide(given: Mapping[str, Guide | None]) -> tuple[str, Guide]:
         first, second = list(guides)[:2]
         raise BadRequest(f"{first} and {second} are both given; a text is guided by one: leave one out")
     return next(iter(guides.items()), ("", {}))
+
+
+def name_as_given(message: str, name: str, guide: Guide) -> str:
+    """Return a message that begins with a job's field for a form with the name of the field that came to it."""
+    for ours in guide:
+        message = re.sub(rf"^{ours}\b", name, message)
+    return message
 
 
 def _guided_by(ours: str, hint: Any) -> Field:

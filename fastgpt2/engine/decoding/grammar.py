@@ -50,6 +50,10 @@ _JSON_OPTIONS = {"whitespace_pattern": r"\x20", "item_separator": ",", "key_sepa
 _TOO_COMPLEX = re.compile(r"fuel|too (many|large|complex)|precomputation|max is|Unable to determine", re.IGNORECASE)
 _PLACE = re.compile(r'(at \d+\(\d+\): )?(failed to compile JSON schema: |failed to parse "%json": )?')
 
+# What the library does not have of JSON schemas, and what to say of it instead: it names options of its own.
+_MISSING = re.compile(r"Unimplemented keys: \[(.*)\]")
+_NO_ONE_OF = "oneOf constraints are not supported"
+
 # The library takes a group of this name for something else.
 _STOP_GROUP = re.compile(r"\(\?P?<stop>")
 
@@ -273,7 +277,8 @@ class Grammars:
             import llguidance  # noqa: F401
         except ImportError as reason:
             raise BadRequest(
-                f"{name} needs llguidance, which this worker does not have ({reason}): pip install 'fastgpt2[guided]'"
+                f"{name} needs llguidance, which is not installed where the model runs ({reason}): "
+                "pip install 'fastgpt2[guided]'"
             ) from None
         source = source_of(name, value)
         # Strings side by side hold nothing that could grow.
@@ -361,6 +366,11 @@ def explain(name: str, error: str) -> str:
         return f"{name} allows no text that this model's tokens can write: change it"
     if _TOO_COMPLEX.search(error):
         return f"{name} is too complex: simplify it"
+    if _NO_ONE_OF in error:
+        return f"{name} cannot be used: two schemas of a oneOf may describe the same value; ask for anyOf instead"
+    if missing := _MISSING.search(error):
+        keywords = missing[1].replace('"', "")[:200]
+        return f"{name} cannot be used: no text is guided by {keywords}; leave this out"
     _, found, reason = error.partition(" (in regex): ")
     if not found:
         reason = error[_PLACE.match(error).end() :]  # type: ignore[union-attr]

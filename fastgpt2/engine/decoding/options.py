@@ -75,7 +75,7 @@ def _check_logit_bias(name: str, bias: Any) -> dict[int, float]:
         is_id = isinstance(key, int) or (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= 10)
         if not is_id or isinstance(key, bool) or not 0 <= int(key) <= MAX_TOKEN_ID:
             raise BadRequest(f"{name} holds {str(key)[:40]!r}, which is no token id")
-        checked[int(key)] = float(_BIAS.check(f"the bias of token {int(key)} in {name}", value))
+        checked[int(key)] = float(_BIAS.check(f"{name} of token {int(key)}", value))
     return checked
 
 
@@ -90,7 +90,7 @@ def _check_bad_words(name: str, words: Any) -> tuple[BadWord, ...]:
             raise BadRequest(f"{name} must hold strings or lists of token ids, not {type_name(word)}")
         kind = "characters" if isinstance(word, str) else "tokens"
         if not 1 <= len(word) <= MAX_BAD_WORD_LENGTH:
-            raise BadRequest(f"a word of {name} must have 1 to {MAX_BAD_WORD_LENGTH} {kind}, not {len(word)}")
+            raise BadRequest(f"{name} must hold words of 1 to {MAX_BAD_WORD_LENGTH} {kind}, not of {len(word)}")
         checked.append(_in_unicode(name, word) if isinstance(word, str) else check_token_ids(name, tuple(word)))
     return tuple(checked)
 
@@ -104,7 +104,9 @@ def _check_choices(name: str, choices: Any) -> tuple[str, ...]:
         if not isinstance(choice, str):
             raise BadRequest(f"{name} must hold strings, not {type_name(choice)}")
         if not 1 <= len(choice) <= MAX_CHOICE_CHARACTERS:
-            raise BadRequest(f"a string of {name} must have 1 to {MAX_CHOICE_CHARACTERS} characters, not {len(choice)}")
+            raise BadRequest(
+                f"{name} must hold strings of 1 to {MAX_CHOICE_CHARACTERS} characters, not of {len(choice)}"
+            )
         _in_unicode(name, choice)
     return tuple(choices)
 

@@ -187,7 +187,9 @@ class GenerationRequest:
         if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
             raise refusal("min_new_tokens", f"between 0 and {self.max_new_tokens}", self.min_new_tokens)
         if self.best_of is not None and self.best_of < self.n:
-            raise BadRequest(f"best_of is {self.best_of} and n is {self.n}: of {self.best_of} texts give at most that")
+            raise BadRequest(
+                f"best_of is {self.best_of} and n is {self.n}: raise best_of, which n may not exceed, or lower n"
+            )
         told = self.texts * (1 + (self.logprobs or 0))
         if self.logprobs is not None and told > MAX_LOGPROBS_OF_TEXTS:
             raise BadRequest(
