@@ -300,7 +300,7 @@ class TestLines:
         )  # fmt: skip
         digests = [digest_of(**more) for more in given]
         assert len(set(digests)) == len(digests)
-        assert digest_of(top_p=None, n=1, choices=[], timeout=5) == digests[0]
+        assert digest_of(top_p=None, n=1, timeout=5) == digests[0]
         assert digest_of(json_schema='{"type":  "integer"}') == digests[-1]
         # The digest of a line of 0.1.0: its output is continued.
         assert digests[0] == "7eb5c17137b28129"

@@ -563,3 +563,8 @@ def test_without_the_library_a_guided_request_is_a_sentence(small: Grammars, mon
             f"{next(iter(guide))} needs llguidance, which is not installed where the model runs"
         )
         assert refusal(small, **guide).endswith("pip install 'fastgpt2[guided]'")
+
+
+def test_no_choice_at_all_is_refused() -> None:
+    with pytest.raises(BadRequest, match="^choices is an empty list: give a string, or leave choices out$"):
+        GenerationRequest("", choices=[])  # type: ignore[arg-type]

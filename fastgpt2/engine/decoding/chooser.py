@@ -69,10 +69,7 @@ class Chooser:
             self._guide(self._matcher, scores, logits, may_end)
         elif not may_end:
             scores[self._end_ids] = -np.inf
-        best = int(scores.argmax())
-        if self._sampler is None or scores[best] == -np.inf:
-            return best
-        return self._sampler.draw(scores, self._length)
+        return int(scores.argmax()) if self._sampler is None else self._sampler.draw(scores, self._length)
 
     def _guide(self, matcher: Matcher, scores: NDArray[np.float32], logits: NDArray[np.float32], may_end: bool) -> None:
         """Leave what the grammar allows. Where the processors have banned all of that, the grammar goes before them.

@@ -100,6 +100,8 @@ def _check_choices(name: str, choices: Any) -> tuple[str, ...]:
         raise refusal(name, "a list of strings", choices, of_type=True)
     if len(choices) > MAX_GUIDED_CHOICES:
         raise BadRequest(f"{name} holds {len(choices)} strings; the limit is {MAX_GUIDED_CHOICES}")
+    if not choices:
+        raise BadRequest(f"{name} is an empty list: give a string, or leave {name} out")
     for choice in choices:
         if not isinstance(choice, str):
             raise BadRequest(f"{name} must hold strings, not {type_name(choice)}")
@@ -154,7 +156,7 @@ _WORD_SCHEMAS = [
 ]
 _BAD_WORDS_SCHEMA = {"type": "array", "items": {"anyOf": _WORD_SCHEMAS}, "maxItems": MAX_BAD_WORDS}
 _CHOICE_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_CHOICE_CHARACTERS}
-_CHOICES_SCHEMA = {"type": "array", "items": _CHOICE_SCHEMA, "maxItems": MAX_GUIDED_CHOICES}
+_CHOICES_SCHEMA = {"type": "array", "items": _CHOICE_SCHEMA, "minItems": 1, "maxItems": MAX_GUIDED_CHOICES}
 _REGEX_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_REGEX_CHARACTERS}
 _JSON_SCHEMA_SCHEMA = {"anyOf": [{"type": "object"}, {"type": "boolean"}, {"type": "string"}]}
 

@@ -111,12 +111,14 @@ class Sampler:
         self._draws_from_all = leaves_most and not (self._top_k or self._min_p)
 
     def draw(self, scores: Scores, position: int) -> int:
-        """Return the token at a place of the text, by the processed scores [vocab_size], one of them finite."""
-        numbers = self._numbers.at(position)
+        """Return the token at a place of the text, by the processed scores [vocab_size]; 0 if all are banned."""
+        numbers, largest = self._numbers.at(position), scores.max()
+        if largest == -np.inf:
+            return 0
         if self._draws_from_all:
             # A token that is drawn from all, and thrown away where it may not be drawn, has the probability that it has
             # among those that may.
-            logits = self._logits_of(scores)
+            logits = self._logits_of(scores, largest)
             for number in islice(numbers, _MOST_DRAWS):
                 weights = np.exp(logits, out=self._scratch.weights)
                 sums = block_sums(weights)
@@ -149,9 +151,9 @@ class Sampler:
             weights = weights[np.flatnonzero(before)]
         return bool(weights.sum(dtype=np.float64) < share * total)
 
-    def _logits_of(self, scores: Scores) -> Scores:
+    def _logits_of(self, scores: Scores, largest: np.float32) -> Scores:
         """Return log probabilities, but for a constant: the largest is 0, so that none is too large for `exp`."""
-        logits: Scores = np.subtract(scores, scores.max(), out=self._scratch.logits)
+        logits: Scores = np.subtract(scores, largest, out=self._scratch.logits)
         if self._temperature != 1:
             with np.errstate(over="ignore"):
                 np.divide(logits, self._temperature, out=logits)
@@ -163,7 +165,7 @@ class Sampler:
         Returns:
             The ids, or None for all tokens; float64 weights in proportion to the probabilities.
         """
-        logits, ids = self._logits_of(scores), None
+        logits, ids = self._logits_of(scores, scores.max()), None
         if 0 < self._top_k < len(logits):
             ids = np.flatnonzero(logits >= kth_largest(logits, self._top_k))
         if self._top_p is not None:
