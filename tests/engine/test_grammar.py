@@ -566,5 +566,5 @@ def test_without_the_library_a_guided_request_is_a_sentence(small: Grammars, mon
 
 
 def test_no_choice_at_all_is_refused() -> None:
-    with pytest.raises(BadRequest, match="^choices is an empty list: give a string, or leave choices out$"):
+    with pytest.raises(BadRequest, match=r"^choices is an empty list: give a string, or leave choices out$"):
         GenerationRequest("", choices=[])  # type: ignore[arg-type]
