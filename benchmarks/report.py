@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the clone's root
 
 from benchmarks.capacity import page as capacity_page
 from benchmarks.common import HERE, RESULTS
+from benchmarks.engine import guided, sampling
 from benchmarks.engine.step_parts import allocation_rows
 from fastgpt2.bench import Values, machine_line
 
@@ -153,6 +154,21 @@ def drafts_lines(_name: str, entry: Values, _draw: Draw) -> list[str]:
         *markdown(headers, rows),
         "",
     ]
+
+
+def sampling_lines(_name: str, entry: Values, _draw: Draw) -> list[str]:
+    """Return the lines about the cost of choosing tokens."""
+    rows = [sampling.cells(entry, kind) for kind in entry["ms"]]
+    about = (
+        f"{entry['batch']} sequences, prompts of {entry['context']} tokens, processes {entry['processes']}, no drafts."
+    )
+    return [*markdown(["all sequences ask for", "ms/step", "quartiles", "times greedy"], rows), "", about, ""]
+
+
+def guided_lines(_name: str, entry: Values, _draw: Draw) -> list[str]:
+    """Return the lines about grammars."""
+    tables = guided.tables(entry)
+    return [line for title, headers, rows in tables for line in (f"{title}:", "", *markdown(headers, rows), "")]
 
 
 def weights_lines(_name: str, entry: Values, _draw: Draw) -> list[str]:
@@ -403,6 +419,8 @@ def endpoint_lines(name: str, entry: Values, draw: Draw) -> list[str]:
 SECTIONS: dict[str, tuple[str, str, Callable[[str, Values, Draw], list[str]]]] = {
     "engine": ("Speed of the engine", "engine/step.py", engine_lines),
     "drafts": ("Drafts", "engine/drafts.py", drafts_lines),
+    "sampling": ("How tokens are chosen: cost", "engine/sampling.py", sampling_lines),
+    "guided": ("Guided texts", "engine/guided.py", guided_lines),
     "weights": ("Compact weights: quality", "engine/weights.py", weights_lines),
     "profile": ("Where the time of a step goes", "engine/step_parts.py", step_parts_lines),
     "cold_start": ("Cold start", "engine/cold_start.py", cold_start_lines),

@@ -38,6 +38,7 @@ def main() -> int:
         with System(values) as system:
             print(f"ready after {time.monotonic() - started:.1f} s: Redis {system.redis_url}, {system.http_url}\n")
             show_jobs(system)
+            show_draws(system)
             show_endpoint(system)
     except KeyboardInterrupt:
         print("\ninterrupted; everything has been stopped")
@@ -62,6 +63,15 @@ def show_jobs(system: System) -> None:
                 f"queue {t.queue_seconds * 1e3:.0f} ms, prefill {t.prefill_seconds * 1e3:.0f} ms, "
                 f"decode {t.decode_seconds * 1e3:.0f} ms]"
             )
+
+
+def show_draws(system: System) -> None:
+    """Draw three texts of one prompt, and say how to have them again."""
+    with Client(system.redis_url) as client:
+        result = client.enqueue(PROMPTS[0], temperature=0.8, top_p=0.95, n=3, stop="\n").result(timeout=30)
+    print(f"\nDrawn at random; with seed={result.seed} they come again:")
+    for text in (result, *result.alternatives):
+        print(f"  {PROMPTS[0]}{text.text}")
 
 
 def show_endpoint(system: System) -> None:

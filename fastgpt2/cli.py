@@ -31,7 +31,7 @@ EPILOG = (
 Values = dict[str, Any]
 
 # Options that have a letter as well.
-_LETTERS = {"output": "-o"}
+_LETTERS = {"output": "-o", "n": "-n"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +181,8 @@ def _add_option(parser: argparse.ArgumentParser, setting: Setting[Any]) -> None:
     default = setting.shown or str(setting.default)
     text = f"{setting.help} [{setting.variable}, default: {default}]"
     names = [setting.option, *([_LETTERS[setting.name]] if setting.name in _LETTERS else [])]
-    parser.add_argument(*names, dest=setting.name, metavar=setting.metavar, help=text.replace("%", "%%"))
+    action = "append" if setting.repeated else "store"
+    parser.add_argument(*names, action=action, dest=setting.name, metavar=setting.metavar, help=text.replace("%", "%%"))
 
 
 COMMANDS = {
@@ -238,10 +239,10 @@ COMMANDS = {
         settings.OF_FILE,
         Positional("file", "The file of prompts; - is standard input."),
         "A txt file holds one prompt a line. A jsonl file holds on each line a string, or an object with a prompt and "
-        "any of max_new_tokens, stop, stop_token_ids, ignore_eos, min_new_tokens, logprobs, prompt_logprobs, echo, "
-        "timeout, id; the options give their defaults. Each line of input gives one line of output, in the same "
-        "order; a prompt that fails gives an error in its line. An output that exists is continued after its last "
-        "line. To go on with a run that broke off, however that came, give the same command again. For example: "
+        "any of the fields that a job has in Python, such as max_new_tokens, temperature or json_schema, and an id of "
+        "yours; the options give their defaults. Each line of input gives one line of output, in the same order; a "
+        "prompt that fails gives an error in its line. An output that exists is continued after its last line. To go "
+        "on with a run that broke off, however that came, give the same command again. For example: "
         "fastgpt2 batch prompts.txt -o results.jsonl.",
     ),
     "generate": Command(

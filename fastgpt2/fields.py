@@ -94,6 +94,12 @@ def number(above: float = -math.inf, most: float = math.inf, unit: str = "") -> 
     return Field(schema, _InBounds(int | float, *words, math.nextafter(above, math.inf), most))
 
 
+def real(low: float, high: float) -> Field:
+    """Describe a number from `low` to `high`. NaN is none."""
+    schema = {"type": "number", "minimum": low, "maximum": high}
+    return Field(schema, _InBounds(int | float, "a number", f"between {low:g} and {high:g}", low, high))
+
+
 def text(least: int = 0, most: float = math.inf) -> Field:
     """Describe a string of `least` to `most` characters."""
     expected = f"a string of {least} to {most} characters" if least else "a string"

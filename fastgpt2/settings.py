@@ -6,13 +6,31 @@ An option wins over the environment, and that over the default. The setting `max
 
 from __future__ import annotations
 
+import operator
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from functools import reduce
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from fastgpt2.errors import BadRequest
+from fastgpt2.setting_values import (
+    biases,
+    drafts,
+    integer,
+    log_level,
+    number,
+    one_of,
+    one_text,
+    schema,
+    seconds,
+    size,
+    size_or_none,
+    token_ids,
+    whole_number,
+    word,
+    yes_or_no,
+)
 
 T = TypeVar("T")
 
@@ -24,6 +42,8 @@ class Setting(Generic[T]):
     Attributes:
         parse: reads the value from a text; raises ValueError with the rest of a sentence that begins with the text.
         shown: the default as `--help` shows it, where that is not the value itself.
+        repeated: the option may be given several times; its values, which are tuples, are joined.
+        field: the request's field that the setting gives, where its name is another.
     """
 
     name: str
@@ -32,6 +52,8 @@ class Setting(Generic[T]):
     default: T
     help: str
     shown: str = ""
+    repeated: bool = False
+    field: str = ""
 
     @property
     def option(self) -> str:
@@ -43,20 +65,23 @@ class Setting(Generic[T]):
 
     @property
     def is_flag(self) -> bool:
-        return isinstance(self.default, bool)
+        # One without a default can be left open, and given as no by --no-NAME.
+        return self.parse is yes_or_no
 
-    def resolve(self, given: str | None = None) -> T:
+    def resolve(self, given: str | list[str] | None = None) -> T:
         """Return the value of the option if it is `given`, else that of the environment, else the default.
 
         Raises:
             BadRequest: the text cannot be read; the message names the option or the variable.
         """
-        text, source = given, self.option
-        if text is None:
-            text, source = os.environ.get(self.variable), self.variable
+        if given is not None:
+            texts = [given] if isinstance(given, str) else given
+            return reduce(operator.add, [self._read(text, self.option) for text in texts])
         # A compose file passes on a variable that is not set as an empty one.
-        if text is None or (text == "" and source == self.variable):
-            return self.default
+        text = os.environ.get(self.variable)
+        return self._read(text, self.variable) if text else self.default
+
+    def _read(self, text: str, source: str) -> T:
         if text == "":
             raise BadRequest(f"{source} is empty; leave it out for the default")
         try:
@@ -67,99 +92,24 @@ class Setting(Generic[T]):
             raise BadRequest(f"{source}: {text!r} {reason}") from None
 
 
-def whole_number(low: int, high: int) -> Callable[[str], int]:
-    """Return a reader of whole numbers within these bounds."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise ValueError("is not a whole number") from None
-        if not low <= value <= high:
-            raise ValueError(f"is not between {low} and {high}")
-        return value
-
-    return parse
-
-
-def seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise ValueError("is not a number of seconds") from None
-    if not 0 < value <= 1e6:
-        raise ValueError("is not between 0 and 1000000 seconds")
-    return value
-
-
-_SIZES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
-
-
-def size(text: str) -> int:
-    """Return the bytes that a text such as 2GB, 512M or 1.5GiB names."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt]?i?)b?", text.strip().lower())
-    if found is None or found[2] not in _SIZES:
-        raise ValueError("is not a size like 2GB or 512MiB")
-    value = float(found[1]) * _SIZES[found[2]]
-    if not 1 <= value <= 1 << 50:
-        raise ValueError("is not between 1 byte and 1 PiB")
-    return int(value)
-
-
-def size_or_none(text: str) -> int:
-    """Return the bytes as `size` reads them, and 0 for "0" or "off"."""
-    return 0 if text.strip().lower() in ("0", "off") else size(text)
-
-
-def yes_or_no(text: str) -> bool:
-    yes, no = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
-    if text.lower() not in (*yes, *no):
-        raise ValueError("is neither yes nor no")
-    return text.lower() in yes
-
-
-def word(text: str) -> str:
-    if not text or any(c.isspace() for c in text):
-        raise ValueError("must be one word")
-    return text
-
-
-def one_of(*choices: str) -> Callable[[str], str]:
-    """Return a reader of one of these words, in any case."""
-
-    def parse(text: str) -> str:
-        if text.lower() not in choices:
-            raise ValueError(f"is not one of {', '.join(choices)}")
-        return text.lower()
-
-    return parse
-
-
-def drafts(text: str) -> str | int:
-    if text.lower() in ("off", "auto", "int8"):
-        return text.lower()
-    if text.isdecimal() and text.isascii() and 1 <= int(text[:3]) <= 15 and len(text) < 3:
-        return int(text)
-    raise ValueError("is not off, auto, int8 or a number from 1 to 15")
-
-
-def token_ids(text: str) -> tuple[int, ...]:
-    """Return the token ids of a text such as 50256 or 13,198."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and part.isascii() and len(part) < 11 for part in parts):
-        raise ValueError("is not a list of token ids with commas between them")
-    return tuple(int(part) for part in parts)
-
-
-def log_level(text: str) -> str:
-    if text.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
-        raise ValueError("is not one of debug, info, warning, error")
-    return text.upper()
+Settings: TypeAlias = tuple[Setting[Any], ...]
 
 
 def flag(name: str, purpose: str) -> Setting[bool]:
     """Return a setting that is yes or no, and no by default."""
     return Setting(name, "", yes_or_no, False, purpose)
+
+
+def choosing(
+    name: str, metavar: str, parse: Callable[[str], T], purpose: str, shown: str = "the model's own, or none"
+) -> Setting[T | None]:
+    """Return a setting of how tokens are chosen. Its bounds are those of the request's field of the same name."""
+    return Setting(name, metavar, parse, None, purpose, shown)
+
+
+def texts(name: str, purpose: str, field: str = "") -> Setting[tuple[str, ...]]:
+    """Return a setting whose option gives one text, and may be given several times."""
+    return Setting(name, "TEXT", one_text, (), purpose, "none", repeated=True, field=field)
 
 
 def duration(name: str, default: float, purpose: str) -> Setting[float]:
@@ -296,9 +246,7 @@ PRIORITY = Setting(
 MAX_NEW_TOKENS: Setting[int | None] = Setting(
     "max_new_tokens", "N", whole_number(0, 1 << 20), None, "Generate at most N tokens; N may be 0.", "20"
 )
-STOP: Setting[str | None] = Setting(
-    "stop", "TEXT", str, None, "End the generated text before it contains TEXT.", "none"
-)
+STOP = texts("stop", "End the generated text before it contains TEXT; may be given several times.")
 IGNORE_EOS = flag("ignore_eos", "Go on after the end-of-text token.")
 STOP_TOKEN_IDS: Setting[tuple[int, ...]] = Setting(
     "stop_token_ids", "IDS", token_ids, (),
@@ -315,6 +263,60 @@ LOGPROBS: Setting[int | None] = Setting(
     "none",
 )
 ECHO = flag("echo", "In a JSON result, let the text begin with the prompt.")
+DO_SAMPLE: Setting[bool | None] = Setting(
+    "do_sample", "", yes_or_no, None,
+    "Draw tokens at random, at the model's own temperature, or 1, if there is no --temperature. --no-do-sample takes "
+    "the likeliest tokens, whatever else is given.",
+)
+TEMPERATURE = choosing(
+    "temperature", "T", number,
+    "Draw each token at random, by its probability; below 1, likely tokens become likelier. 0 takes the likeliest.",
+    "0",
+)
+TOP_K = choosing("top_k", "K", integer, "Draw among the K likeliest tokens; 0 for all.")
+TOP_P = choosing("top_p", "P", number, "Draw among the likeliest tokens that together have the probability P.")
+MIN_P = choosing("min_p", "P", number, "Draw among the tokens at least P times as likely as the likeliest.")
+TYPICAL_P = choosing(
+    "typical_p", "P", number,
+    "Draw among the tokens whose surprise is nearest to the expected one, which together have the probability P.",
+)
+SEED = choosing(
+    "seed", "N", integer,
+    "Draw by this seed: the same request with the same seed gives the same text.",
+    "a random one, which is told",
+)
+TEXTS = Setting("n", "N", integer, 1, "Give N texts of the prompt.")
+BEST_OF = choosing(
+    "best_of", "N", integer, "Generate N texts, and give those that are likeliest a token, as many as --n says.", "--n"
+)
+REPETITION_PENALTY = choosing(
+    "repetition_penalty", "X", number, "Above 1: make tokens less likely that the prompt or the text has already."
+)
+NO_REPEAT_NGRAM_SIZE = choosing(
+    "no_repeat_ngram_size", "N", integer, "Never repeat N tokens in a row, of the prompt or the text; 0 may repeat all."
+)
+PRESENCE_PENALTY = choosing(
+    "presence_penalty", "X", number, "Subtract X from the scores of tokens that the text has already.", "none"
+)
+FREQUENCY_PENALTY = choosing(
+    "frequency_penalty", "X", number, "Subtract X from a token's score for each time that the text has it.", "none"
+)
+LOGIT_BIAS = choosing(
+    "logit_bias", "BIASES", biases,
+    "Add these to the scores of tokens: token ids with their biases, such as 198=-100,464=2.5, or a JSON object.",
+)
+BAD_WORD: Setting[tuple[str, ...] | None] = Setting(
+    "bad_word", "TEXT", one_text, None, "Never generate TEXT; may be given several times.", "the model's own, or none",
+    repeated=True, field="bad_words",
+)
+SUPPRESS_TOKENS = choosing(
+    "suppress_tokens", "IDS", token_ids, "Never generate these tokens: token ids with commas between them."
+)
+CHOICE = texts("choice", "The generated text is one of these; given once for each of them.", "choices")
+REGEX = choosing("regex", "PATTERN", str, "The generated text matches this regular expression as a whole.", "none")
+JSON_SCHEMA = choosing(
+    "json_schema", "FILE|JSON", schema, "The generated text is JSON that this JSON schema describes.", "none"
+)
 DEADLINE: Setting[float | None] = Setting(
     "deadline", "SECONDS", seconds, None,
     "Let the job fail if it has not ended this long after it was enqueued.",
@@ -356,8 +358,17 @@ OF_MODEL = (MODEL, REVISION, TOKENIZER, GENERATION_CONFIG)
 OF_QUEUE = (REDIS_URL, QUEUE)
 OF_ARITHMETIC = (THREADS, BLAS, WEIGHTS)
 OF_BATCH = (MAX_BATCH, KV_MEMORY, PREFIX_MEMORY)
-OF_REQUEST = (MAX_NEW_TOKENS, STOP, STOP_TOKEN_IDS, IGNORE_EOS, MIN_NEW_TOKENS, LOGPROBS, ECHO)
-OF_LOAD = (*OF_MODEL, *OF_ARITHMETIC, DRAFTS)
+OF_DRAW = (DO_SAMPLE, TEMPERATURE, TOP_K, TOP_P, MIN_P, TYPICAL_P, SEED, TEXTS, BEST_OF)
+OF_SCORES = (
+    REPETITION_PENALTY, NO_REPEAT_NGRAM_SIZE, PRESENCE_PENALTY, FREQUENCY_PENALTY, LOGIT_BIAS, BAD_WORD,
+    SUPPRESS_TOKENS,
+)  # fmt: skip
+OF_FORM = (CHOICE, REGEX, JSON_SCHEMA)
+# Each gives a field of a `GenerationRequest`, and has its default.
+OF_REQUEST: Settings = (
+    MAX_NEW_TOKENS, STOP, STOP_TOKEN_IDS, IGNORE_EOS, MIN_NEW_TOKENS, LOGPROBS, ECHO, *OF_DRAW, *OF_SCORES, *OF_FORM,
+)  # fmt: skip
+OF_LOAD: Settings = (*OF_MODEL, *OF_ARITHMETIC, DRAFTS)
 OF_WORKERS = (*OF_MODEL, POOL_THREADS, BLAS, WEIGHTS, DRAFTS, *OF_BATCH, WORKERS, MAX_JOBS, MAX_GROWTH)
 OF_ADDRESS = (HOST, HOST_NAME, PORT, TOKEN_FILE, INSECURE)
 OF_ANSWERS = (TIMEOUT, BODY_TIMEOUT, MAX_QUEUE, SHOW_PROMPTS)
@@ -366,11 +377,11 @@ OF_LOG = (LOG_PROMPTS, LOG_LEVEL)
 
 OF_REDIS = (REDIS_PORT, REDIS_DIR)
 OF_UP = (*OF_WORKERS, OWN_REDIS_URL, QUEUE, *OF_ADDRESS, *OF_REDIS, DRAIN_TIMEOUT, *OF_ANSWERS, *OF_LOG)
-OF_WORKER = (*OF_LOAD, *OF_BATCH, *OF_QUEUE, NAME, *OF_END, *OF_LOG)
+OF_WORKER: Settings = (*OF_LOAD, *OF_BATCH, *OF_QUEUE, NAME, *OF_END, *OF_LOG)
 OF_POOL = (*OF_WORKERS, *OF_QUEUE, DRAIN_TIMEOUT, ALIVE_FILE, *OF_LOG)
 OF_ENDPOINT = (*OF_QUEUE, *OF_ADDRESS, *OF_ANSWERS, LOG_LEVEL)
-OF_ENQUEUE = (*OF_REQUEST, PRIORITY, DEADLINE, *OF_QUEUE, MAX_QUEUE, WAIT, STREAM, TIMEOUT, JSON)
-OF_FILE = (OUTPUT, FORMAT, IN_FLIGHT, RESTART, *OF_REQUEST, PRIORITY, DEADLINE, *OF_QUEUE, MAX_QUEUE)
+OF_ENQUEUE: Settings = (*OF_REQUEST, PRIORITY, DEADLINE, *OF_QUEUE, MAX_QUEUE, WAIT, STREAM, TIMEOUT, JSON)
+OF_FILE: Settings = (OUTPUT, FORMAT, IN_FLIGHT, RESTART, *OF_REQUEST, PRIORITY, DEADLINE, *OF_QUEUE, MAX_QUEUE)
 
 
 def of_system(**given: str) -> dict[str, Any]:

@@ -35,6 +35,7 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 LONG_FILES = (
     "test_batch_invariance.py",
     "test_prefixes.py",
+    "test_sampled_texts.py",
     "test_benchmarks.py",
     "test_hub.py",
     "test_worker.py",
@@ -43,6 +44,7 @@ LONG_FILES = (
     "test_page.py",
     "test_decoder.py",
     "test_soak.py",
+    "test_sampler.py",
     "test_pool.py",
     "test_cli.py",
     "test_draft_reports.py",

@@ -136,7 +136,7 @@ def test_a_client_and_a_worker_can_do_their_part(server: GuardedRedis, admin: Re
     rq = Queue("fastgpt2", connection=admin, serializer=JSONSerializer)
     first = rq.enqueue(TASK, entry["prompt"], max_new_tokens=5)
     after = rq.enqueue(TASK, entry["prompt"], max_new_tokens=5, depends_on=first)
-    failing = rq.enqueue(TASK, entry["prompt"], temperature=1)
+    failing = rq.enqueue(TASK, entry["prompt"], num_beams=4)
     endless = rq.enqueue(TASK, entry["prompt"], max_new_tokens=480, ignore_eos=True)
     wait_until(lambda: after.get_status().value == "finished", "the dependent job to finish")
     wait_until(lambda: failing.get_status().value == "failed", "the refused job to fail")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fastgpt2.api.client.enqueue import JobPlan, plan_job
-from fastgpt2.api.http.completions import CompletionRequest
+from fastgpt2.api.http.completion_request import CompletionRequest
 from fastgpt2.api.http.schemas import body_schema
 from fastgpt2.engine.decoding.records import GenerationRequest
 from fastgpt2.errors import BadRequest

@@ -32,6 +32,7 @@ from support.running import GOLDEN, StartWorker, wait_until
 from fastgpt2.api.client.reader import Assembly, JobReader
 from fastgpt2.api.http.app import create_app
 from fastgpt2.api.http.service import Bounds
+from fastgpt2.engine.decoding.records import GenerationRequest, GenerationResult, Timings, Usage
 from fastgpt2.engine.model.checkpoint import NUMPY_TYPES, Checkpoint
 from fastgpt2.engine.model.config import GPT2Config, read_config, read_index
 from fastgpt2.engine.model.generation_config import read_generation_config
@@ -41,8 +42,9 @@ from fastgpt2.engine.model.torch_file import MAX_SHARING
 from fastgpt2.engine.text.auto_tokenizer import load_tokenizer
 from fastgpt2.engine.text.tokenizer import Tokenizer
 from fastgpt2.errors import BadRequest, CheckpointError, ConfigError, FastGPT2Error, TokenizerError
+from fastgpt2.fields import fields_of
 from fastgpt2.protocol import untrusted
-from fastgpt2.protocol.messages import entry_to_piece, parse_job, result_from_json
+from fastgpt2.protocol.messages import JobOptions, entry_to_piece, parse_job, result_from_json, result_to_json
 from fastgpt2.system.redis_server import RedisServer
 from fastgpt2.worker.rq_job import GenerationJob
 
@@ -122,23 +124,7 @@ def test_a_payload_is_plain_values_or_a_value_error(data: bytes) -> None:
 @given(
     st.lists(values, max_size=3),
     st.dictionaries(
-        st.sampled_from(
-            [
-                "prompt",
-                "max_new_tokens",
-                "stop",
-                "stop_token_ids",
-                "stream",
-                "timeout",
-                "logprobs",
-                "prompt_logprobs",
-                "echo",
-                "min_new_tokens",
-                "ignore_eos",
-                "temperature",
-                "x",
-            ]
-        ),
+        st.sampled_from([*fields_of(GenerationRequest), *fields_of(JobOptions), "num_beams", "temprature", "x"]),
         values,
     ),
 )
@@ -219,6 +205,25 @@ def test_what_a_client_reads_is_an_outcome_or_one_of_our_errors(
         entry_to_piece(entry)
 
 
+_RESULT = result_to_json(
+    GenerationResult("ab", (1, 2), "stop", Usage(1, 2), Timings(0.0, 0.0, 0.0), "m", seed=3, cumulative_logprob=-1.0)
+)
+damage = st.dictionaries(st.sampled_from([*_RESULT, "logprobs", "choice_index", "alternatives"]), values, max_size=3)
+
+
+@fuzz(150)
+@given(damage, st.lists(damage, max_size=3))
+def test_a_damaged_result_is_one_of_our_errors_or_has_its_types(first: Any, others: list[Any]) -> None:
+    texts = [{**_RESULT, **other} for other in others]
+    with suppress(FastGPT2Error):
+        result = result_from_json({**_RESULT, "alternatives": texts, **first})
+        for text in (result, *result.alternatives):
+            assert isinstance(text.text, str)
+            assert isinstance(text.seed, int | None)
+            assert isinstance(text.choice_index, int)
+            assert all(isinstance(token_id, int) for token_id in text.token_ids)
+
+
 tokens = st.fixed_dictionaries(
     {"token_id": st.one_of(st.integers(0, 5), scalars), "token": st.one_of(st.just("a"), scalars), "logprob": scalars},
     optional={"text_offset": st.one_of(st.integers(-1, 9), scalars), "top": values},
@@ -229,7 +234,7 @@ tokens = st.fixed_dictionaries(
 @given(
     st.lists(
         st.dictionaries(
-            st.sampled_from([b"attempt", b"at", b"text", b"token_at", b"logprobs"]),
+            st.sampled_from([b"attempt", b"at", b"text", b"token_at", b"logprobs", b"choice_index"]),
             st.one_of(
                 st.sampled_from([b"0", b"1", b"-1", b"99999999999999999999", b"ab", b"\xff"]),
                 st.lists(tokens, max_size=4).map(lambda value: json.dumps(value).encode()),

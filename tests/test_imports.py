@@ -27,6 +27,7 @@ HEAVY = (
     "asyncio",
     "prometheus_client",
     "llvmlite",
+    "llguidance",
 )
 
 
@@ -63,7 +64,7 @@ def test_only_what_is_needed_is_imported(code: str, allowed: set[str]) -> None:
 def test_a_cached_model_is_loaded_without_the_hubs_library() -> None:
     names = imported("from fastgpt2 import Engine; Engine.load('demo')")
     assert {"numpy", "tokenizers", "safetensors"} <= names
-    assert not names & {"huggingface_hub", "redis", "rq", "starlette", "uvicorn", "llvmlite"}
+    assert not names & {"huggingface_hub", "redis", "rq", "starlette", "uvicorn", "llvmlite", "llguidance"}
     # BLAS is told its threads by variables, before numpy reads them; asking it later takes longer than mapping gpt2.
     assert "threadpoolctl" not in names
 
@@ -82,8 +83,9 @@ def test_blas_is_held_to_one_thread_whoever_imported_numpy(first: str) -> None:
 
 # Which rooms each room imports, late imports included, imports for annotations left out. Imports run down: a room
 # stands above those that it uses. What `COMMON` has is there for all, and uses no room.
-COMMON = {"errors", "fields", "settings", "process", "__version__"}
+COMMON = {"errors", "fields", "settings", "setting_values", "process", "__version__"}
 RECORDS = "engine.decoding.records"
+OPTIONS = "engine.decoding.options"
 ROOMS: dict[str, set[str]] = {
     "engine.machine": set(),
     "engine.kernels": {"engine.machine"},
@@ -105,7 +107,7 @@ ROOMS: dict[str, set[str]] = {
     "api.client": {"protocol", RECORDS},
     "api.pool": {"protocol"},
     "api.page": set(),
-    "api.http": {"api.client", "api.pool", "api.page", "protocol", RECORDS},
+    "api.http": {"api.client", "api.pool", "api.page", "protocol", RECORDS, OPTIONS},
     "system": {"api.http", "worker", "protocol", "engine.model"},
     "bench": {"engine"},
     "commands": {"api", "worker", "protocol", "engine"},
@@ -116,6 +118,7 @@ FOREIGN = {
     "numpy": {"engine", "bench"},
     "tokenizers": {"engine"},
     "safetensors": {"engine"},
+    "llguidance": {"engine"},
     "redis": {"protocol", "worker", "api", "system"},
     "rq": {"worker", "api"},
     "starlette": {"api.http"},
@@ -125,7 +128,7 @@ FOREIGN = {
 
 
 def test_every_file_is_in_a_room() -> None:
-    alone = {"__init__", "__main__", "errors", "fields", "settings", "process", "engine.__init__", "api.__init__"}
+    alone = {"__init__", "__main__", "engine.__init__", "api.__init__", *COMMON}
     for path in PACKAGE.rglob("*.py"):
         name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
         assert name in alone or any(is_in(name, room) for room in ROOMS), f"{name} is in no room of ROOMS"

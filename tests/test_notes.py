@@ -45,17 +45,17 @@ def test_a_worker_tells_what_is_not_applied(
     redis_server: RedisServer, client: Client, start_worker: StartWorker, tmp_path: Path
 ) -> None:
     (tmp_path / "model").mkdir()
-    folder = folder_with(tmp_path / "model", tokenizer=False, repetition_penalty=1.2, do_sample=True)
+    folder = folder_with(tmp_path / "model", tokenizer=False, num_beams=4, do_sample=True)
     start_worker(FASTGPT2_MODEL=str(folder), FASTGPT2_TOKENIZER="demo")
     assert client.enqueue("Sherlock Holmes", max_new_tokens=3).result(60).token_ids
     (worker,) = status_of(redis_server.url, client.queue_name)["workers"]
-    penalty, sampling = worker["notes"]
-    assert penalty.startswith("generation_config.json: repetition_penalty 1.2 is not applied: transformers would")
+    beams, sampling = worker["notes"]
+    assert beams.startswith("generation_config.json: num_beams 4 is not applied: transformers would")
     assert sampling.startswith("generation_config.json: do_sample true is not applied: transformers would draw")
     log = (tmp_path / "worker-0.log").read_text()
-    assert log.count(penalty) == log.count(sampling) == 1
+    assert log.count(beams) == log.count(sampling) == 1
     text = run("status", FASTGPT2_REDIS_URL=redis_server.url, FASTGPT2_QUEUE=client.queue_name).stdout
-    assert f"note on {folder}: {penalty}\nnote on {folder}: {sampling}\n" in text
+    assert f"note on {folder}: {beams}\nnote on {folder}: {sampling}\n" in text
 
 
 def test_notes_in_redis_are_bounded_on_both_sides(redis: Redis, redis_server: RedisServer, queue_name: str) -> None:

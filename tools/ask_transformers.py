@@ -14,7 +14,8 @@ full_minus_prompt  the text of prompt and greedy tokens together, less the promp
 text_all           the text with special tokens
 near               of each token, how far its logit is above the second; in float32, from one run over the whole text
 greedy             whether each token is the likeliest: false if a setting such as a repetition penalty chose otherwise
-plain              if not greedy: the greedy tokens without these settings, with their `plain_text` and `plain_near`
+plain              if not greedy: the tokens under those settings alone that fastgpt2 applies too, `plain_text`, and
+                   `plain_near` by the scores that these settings leave
 error              in place of all these, if it failed
 
 `tools/zoo.py` and `tests/golden/make_zoo.py` use this file.
@@ -29,7 +30,10 @@ import warnings
 from typing import Any
 
 # The settings that stay when the others are taken out: those that fastgpt2 applies too.
-PLAIN_SETTINGS = ("bos_token_id", "eos_token_id", "pad_token_id", "min_length", "min_new_tokens")
+PLAIN_SETTINGS = (
+    "bos_token_id", "eos_token_id", "pad_token_id", "min_length", "min_new_tokens", "repetition_penalty",
+    "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "sequence_bias",
+)  # fmt: skip
 
 
 def ask(model_id: str, prompts: dict[str, str], tokens: int) -> dict[str, Any]:
@@ -78,18 +82,25 @@ def _continue(model: Any, tokenizer: Any, prompt: str, tokens: int) -> dict[str,
             settings = model.generation_config
             # Fields that are not given to generate() are taken from the model's own settings, so those are replaced.
             kept = {name: getattr(settings, name) for name in PLAIN_SETTINGS}
+            if any(len(words) > 1 for words, _ in kept["sequence_bias"] or ()):
+                kept["sequence_bias"] = None
             model.generation_config = type(settings)(**kept)
-            all_ids, start = _generate(model, ids, tokens)
+            near = list[float]()
+            all_ids, start = _generate(model, ids, tokens, near)
             model.generation_config = settings
-            answer |= {"plain": all_ids[start:], "plain_near": _likeliest(model, all_ids, start)[1]}
+            answer |= {"plain": all_ids[start:], "plain_near": near}
             answer["plain_text"] = _texts(tokenizer, all_ids, start)["full_minus_prompt"]
     except Exception as reason:
         answer["error"] = _in_a_line(reason)
     return answer
 
 
-def _generate(model: Any, ids: list[int], tokens: int) -> tuple[list[int], int]:
-    """Return the ids of prompt and continuation, and where the continuation begins."""
+def _generate(model: Any, ids: list[int], tokens: int, near: list[float] | None = None) -> tuple[list[int], int]:
+    """Return the ids of prompt and continuation, and where the continuation begins.
+
+    Args:
+        near: where to put how far each token is ahead of the second, by the scores that the settings leave.
+    """
     import torch
 
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": tokens}
@@ -97,8 +108,10 @@ def _generate(model: Any, ids: list[int], tokens: int) -> tuple[list[int], int]:
         given = torch.tensor([ids])
         options |= {"inputs": given, "attention_mask": torch.ones_like(given)}
     with torch.no_grad():
-        out = model.generate(**options)
-    return out[0].tolist(), len(ids) or 1
+        out = model.generate(**options, return_dict_in_generate=True, output_scores=near is not None)
+    if near is not None:
+        near += [float(f"{best - second:.6g}") for best, second in (row[0].topk(2).values for row in out.scores)]
+    return out.sequences[0].tolist(), len(ids) or 1
 
 
 def _likeliest(model: Any, ids: list[int], start: int) -> tuple[list[int], list[float]]:

@@ -8,8 +8,8 @@
 transformers and torch run in an environment of their own, which is made once in the cache folder (about 1 GB) and used
 again; --python names one that exists. For each model it prints `equal`, or where the two first differ. A difference
 where transformers' two best logits lie nearer than 1e-3 is rounding, and is said to be a near tie. A model whose
-generation_config.json asks for what fastgpt2 does not apply (a repetition penalty, say) is compared without that, and
-the line says so.
+generation_config.json asks for what fastgpt2 does not apply (beams, say) is compared without that, and the line says
+so.
 
 Exit status: 0 if all models are equal, up to near ties; 1 if one differs or is refused; 2 if nothing could be asked.
 """
@@ -48,10 +48,11 @@ PROMPTS = {
     "empty": "",
 }
 
-# Settings of generation that change nothing where the likeliest token is taken.
+# Settings of generation that change nothing where the likeliest token is taken, and those that fastgpt2 applies.
 WITHOUT_EFFECT = frozenset({
-    "_from_model_config", "bos_token_id", "do_sample", "eos_token_id", "max_length", "max_new_tokens", "pad_token_id",
-    "temperature", "top_k", "top_p", "transformers_version", "typical_p",
+    "_from_model_config", "bad_words_ids", "bos_token_id", "do_sample", "eos_token_id", "max_length", "max_new_tokens",
+    "min_length", "min_new_tokens", "min_p", "no_repeat_ngram_size", "pad_token_id", "renormalize_logits",
+    "repetition_penalty", "suppress_tokens", "temperature", "top_k", "top_p", "transformers_version", "typical_p",
 })  # fmt: skip
 
 Json = dict[str, Any]
@@ -105,7 +106,7 @@ def compare(model: str, prompts: dict[str, str], tokens: int, python: Path) -> V
         return Verdict(model, "refused", said)
     findings = [compare_prompt(engine, name, said, tokens) for name, said in answer["prompts"].items()]
     lines = [line for _, found in findings for line in found]
-    if any("plain" in said for said in answer["prompts"].values()):
+    if any(said.get("plain", said.get("new")) != said.get("new") for said in answer["prompts"].values()):
         settings = {k: v for k, v in answer["generation_config"].items() if k not in WITHOUT_EFFECT}
         asks_for = ", ".join(f"{name} {value}" for name, value in settings.items())
         lines.append(f"note: generation_config.json asks transformers for {asks_for}; where fastgpt2 does not apply")

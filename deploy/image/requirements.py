@@ -1,4 +1,7 @@
-"""Print what goes into an image beside fastgpt2, one a line: its dependencies, and MKL and LLVM if asked for."""
+"""Print what goes into an image beside fastgpt2, one a line: its dependencies, and MKL and LLVM if asked for.
+
+The extra `guided` is in every image: it is 3 MB, and there is no pip in an image to add it later.
+"""
 
 import sys
 import tomllib
@@ -10,5 +13,6 @@ if blas not in ("openblas", "mkl"):
 if compact not in ("yes", "no"):
     sys.exit(f"--build-arg COMPACT={compact}: is neither yes nor no")
 project = tomllib.loads(Path("pyproject.toml").read_text("utf-8"))["project"]
-extras = [name for name, wanted in (("mkl", blas == "mkl"), ("compact", compact == "yes")) if wanted]
+extras = ["guided"]
+extras += [name for name, wanted in (("mkl", blas == "mkl"), ("compact", compact == "yes")) if wanted]
 print(*project["dependencies"], *(line for name in extras for line in project["optional-dependencies"][name]), sep="\n")

@@ -27,9 +27,10 @@ from fastgpt2.api.client.enqueue import NO_OPTIONS, JobPlan, plan_job
 from fastgpt2.api.client.flow import Driver
 from fastgpt2.api.client.outcome import Outcome
 from fastgpt2.api.client.session import Session
-from fastgpt2.commands.prompts import request_fields
-from fastgpt2.engine.decoding.records import GenerationResult
+from fastgpt2.commands.prompts import note_idle_options, request_fields
+from fastgpt2.engine.decoding.records import GenerationRequest, GenerationResult
 from fastgpt2.errors import BadRequest, FastGPT2Error, JobFailed
+from fastgpt2.fields import fields_of
 from fastgpt2.process import on_stop_signals
 from fastgpt2.protocol.messages import job_to_kwargs, refuse_unknown, result_to_json
 
@@ -41,10 +42,8 @@ DIGEST_DIGITS = 16
 # Lines that are read ahead of a pipe, each of up to `MAX_LINE_BYTES`.
 READ_AHEAD = 8
 
-_LINE_FIELDS = (
-    "prompt", "max_new_tokens", "stop", "ignore_eos", "min_new_tokens", "logprobs", "prompt_logprobs", "echo",
-    "stop_token_ids", "timeout", "id",
-)  # fmt: skip
+# What a line may have: the prompt and what it asks for, its time, and the caller's own name for it.
+_LINE_FIELDS = (*fields_of(GenerationRequest), "timeout", "id")
 
 
 def run(values: dict[str, Any]) -> int:
@@ -64,7 +63,10 @@ def run(values: dict[str, Any]) -> int:
     target = None if values["output"] in (None, "-") else Path(values["output"])
     if source is not None and target is not None and target.exists() and source.exists() and source.samefile(target):
         raise BadRequest(f"{source} is both input and output; name another file with -o")
-    reader = LineReader(_is_json(values["format"], source), _job_fields(values))
+    is_json, fields = _is_json(values["format"], source), _job_fields(values)
+    reader = LineReader(is_json, fields)
+    if not is_json:  # a line of JSON may say more
+        note_idle_options(plan_job("", fields).request)
     session = Session(values["redis_url"], values["queue"], values["max_queue"])
     with (
         closing(Driver(session.redis_url)) as driver,
@@ -158,7 +160,8 @@ def _outcome_to_json(outcome: Outcome) -> dict[str, Any]:
 
 def _result_without_ids(result: GenerationResult) -> dict[str, Any]:
     value = result_to_json(result, result.timings.queue_seconds)
-    del value["token_ids"]
+    for text in (value, *value.get("alternatives", ())):
+        del text["token_ids"]
     return value
 
 

@@ -11,15 +11,22 @@ from collections.abc import Iterable
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from fastgpt2 import settings
 from fastgpt2.errors import BadRequest
 
 if TYPE_CHECKING:
+    from fastgpt2.engine.decoding.decoder import Decoder
     from fastgpt2.engine.decoding.records import GenerationRequest, GenerationResult
+    from fastgpt2.engine.decoding.sequence import Sequence, TokenizedPrompt
     from fastgpt2.protocol.messages import Piece
+
+# The most texts of one prompt that `generate` decodes together: about as many as pay. Further ones follow.
+MOST_TOGETHER = 16
 
 
 def generate(values: dict[str, Any]) -> int:
     """Load a model, continue the prompt, print the result."""
+    from fastgpt2.engine.decoding.records import combine
     from fastgpt2.engine.engine import Engine
     from fastgpt2.engine.machine import hold_to_one_thread
 
@@ -29,7 +36,7 @@ def generate(values: dict[str, Any]) -> int:
     engine = Engine.load(
         values["model"],
         revision=values["revision"],
-        max_batch=1,
+        max_batch=min(request.texts, MOST_TOGETHER),
         prefix_memory=0,  # there is no second prompt
         threads=values["threads"],
         blas=values["blas"],
@@ -38,24 +45,43 @@ def generate(values: dict[str, Any]) -> int:
         tokenizer=values["tokenizer"],
         generation_config=values["generation_config"],
     )
-    sequence = engine.decoder.admit(engine.decoder.prepare(request))
+    prompt = engine.decoder.prepare(request)
     encoded = perf_counter()
-    while not sequence.finished:
-        engine.decoder.step()
-    result = sequence.result(engine.model)
+    sequences, step_seconds = _decode(engine.decoder, prompt)
+    result = combine(request, [sequence.result(engine.model) for sequence in sequences])
     if values["timings"]:
         times = engine.load_times
         lines = [
             ("mapped", times.mapped),
             ("tokenizer", times.tokenizer),
             ("loaded and encoded", encoded - started),
-            *(("loop in", seconds) for seconds in sequence.step_seconds),
+            *(("loop in", seconds) for seconds in step_seconds),
             ("total", perf_counter() - started),
         ]
         for name, seconds in lines:
             print(f"{name} {seconds * 1e3:.2f} ms", file=sys.stderr)
     print_result(result, values)
     return 0
+
+
+def _decode(decoder: Decoder, prompt: TokenizedPrompt) -> tuple[list[Sequence], list[float]]:
+    """Generate all texts of a prompt, as many together as there is room for. Return them, and the seconds of each step.
+
+    Raises:
+        FastGPT2Error: one of them cannot be generated.
+    """
+    sequences: list[Sequence] = []
+    step_seconds: list[float] = []
+    while len(sequences) < prompt.request.texts or decoder.running:
+        while len(sequences) < prompt.request.texts and decoder.has_room(prompt):
+            sequences.append(decoder.admit(prompt, len(sequences)))
+        started = perf_counter()
+        finished = decoder.step()
+        step_seconds.append(perf_counter() - started)
+        for sequence in finished:
+            if sequence.error is not None:
+                raise sequence.error
+    return sequences, step_seconds
 
 
 def status(values: dict[str, Any]) -> int:
@@ -124,12 +150,17 @@ def enqueue(values: dict[str, Any]) -> int:
 
     if values["stream"] and values["json"]:
         raise BadRequest("--stream prints text, --json a whole result; leave one out")
+    request = build_request(values)
+    if values["stream"] and request.texts > 1:
+        raise BadRequest(f"--stream prints one text as it comes, not {request.texts}; print them at the end by --wait")
     options = JobOptions(timeout=values["deadline"], stream=values["stream"])
     with Client(values["redis_url"], values["queue"], values["max_queue"]) as client:
-        job = client.enqueue_request(build_request(values), options, priority=values["priority"])
+        job = client.enqueue_request(request, options, priority=values["priority"])
         if values["stream"]:
             try:
                 print_pieces(job.stream(values["timeout"]), values)
+                if request.samples and request.seed is None:
+                    print_seed(job.result(values["timeout"]), values)
             except KeyboardInterrupt:
                 if job.cancel():
                     print(f"\njob {job.id} is cancelled", file=sys.stderr)
@@ -164,36 +195,64 @@ def cancel(values: dict[str, Any]) -> int:
 
 def request_fields(values: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a `GenerationRequest` that the options give, without the prompt."""
-    return {
-        "max_new_tokens": values["max_new_tokens"],
-        "stop": [values["stop"]] if values["stop"] else [],
-        "stop_token_ids": values["stop_token_ids"],
-        "ignore_eos": values["ignore_eos"],
-        "min_new_tokens": values["min_new_tokens"],
-        "logprobs": values["logprobs"],
-        "echo": values["echo"],
-    }
+    return {setting.field or setting.name: values[setting.name] for setting in settings.OF_REQUEST}
 
 
 def build_request(values: dict[str, Any]) -> GenerationRequest:
-    """Return the request that the options give.
+    """Return the request that the options give, and say on standard error which of them do nothing.
 
     Raises:
         BadRequest: a value is out of bounds.
     """
     from fastgpt2.engine.decoding.records import GenerationRequest
 
-    return GenerationRequest(values["prompt"], **request_fields(values))
+    request = GenerationRequest(values["prompt"], **request_fields(values))
+    note_idle_options(request)
+    return request
+
+
+def note_idle_options(request: GenerationRequest) -> None:
+    """Say on standard error if options shape a draw, and nothing is drawn because nobody has asked for it."""
+    if request.samples or request.temperature is not None or request.do_sample is not None:
+        return
+    idle = [
+        setting.option
+        for setting in settings.OF_DRAW
+        if setting not in (settings.DO_SAMPLE, settings.TEMPERATURE)
+        and getattr(request, setting.name) != setting.default
+    ]
+    if idle:
+        print(
+            f"{', '.join(idle)}: nothing is drawn at random without --temperature or --do-sample; the likeliest tokens "
+            "are taken",
+            file=sys.stderr,
+        )
 
 
 def print_result(result: GenerationResult, values: dict[str, Any]) -> None:
-    """Print the text after its prompt or, on request, all of the result as JSON."""
+    """Print the texts, each after its prompt, or, on request, all of the result as JSON."""
     if values["json"]:
         from fastgpt2.protocol.messages import result_to_json
 
         print(json.dumps(result_to_json(result, result.timings.queue_seconds)))
         return
-    print(_prompt_to_print(values) + result.text)
+    results = [result, *result.alternatives]
+    for number, one in enumerate(results, 1):
+        if len(results) > 1:
+            print(f"--- text {number} of {len(results)} ---")
+        print(_prompt_to_print(values) + one.text)
+    print_seed(result, values)
+
+
+def print_seed(result: GenerationResult, values: dict[str, Any]) -> None:
+    """Say on standard error how to have a text again that was drawn, unless the command line has the seed."""
+    if result.seed is None or values.get("seed") is not None:
+        return
+    # `fastgpt2 result` knows the job by its id only.
+    again = f"the same command with --seed {result.seed}" if "prompt" in values else "the same request with this seed"
+    what = "these texts" if result.alternatives else "this text"
+    sys.stdout.flush()
+    print(f"seed {result.seed}: {again} gives {what} again", file=sys.stderr)
 
 
 def print_pieces(pieces: Iterable[Piece], values: dict[str, Any]) -> None:

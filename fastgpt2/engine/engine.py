@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
 
-from fastgpt2.engine.decoding.records import GenerationRequest, GenerationResult
+from fastgpt2.engine.decoding.records import GenerationRequest, GenerationResult, combine
 from fastgpt2.engine.loading import LoadedModel, LoadOptions, load_decoder
 from fastgpt2.errors import BadRequest
 
@@ -31,6 +31,26 @@ class Options(TypedDict, total=False):
     prompt_logprobs: int | None
     echo: bool
     stop_token_ids: list[int] | tuple[int, ...]
+    do_sample: bool | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    typical_p: float | None
+    seed: int | None
+    n: int
+    best_of: int | None
+    choice_index: int
+    repetition_penalty: float | None
+    no_repeat_ngram_size: int | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+    bad_words: Iterable[str | list[int] | tuple[int, ...]] | None
+    suppress_tokens: list[int] | tuple[int, ...] | None
+    choices: list[str] | tuple[str, ...]
+    regex: str | None
+    json_schema: Mapping[str, Any] | bool | str | None
 
 
 class Engine:
@@ -164,26 +184,34 @@ class Engine:
 
         Raises:
             PromptTooLong: a prompt leaves no room for its tokens; nothing has been generated then.
+            BadRequest: a request is wrong otherwise. A grammar may show only in mid-text that it is too large.
         """
-        waiting = deque(enumerate([self.decoder.prepare(request) for request in requests]))
-        running: dict[int, Sequence] = {}
-        results: dict[int, GenerationResult] = {}
+        prompts = [self.decoder.prepare(request) for request in requests]
+        waiting = deque((number, text) for number, prompt in enumerate(prompts) for text in range(prompt.request.texts))
+        running: dict[tuple[int, int], Sequence] = {}
+        results: dict[tuple[int, int], GenerationResult] = {}
         try:
             while waiting or running:
-                while waiting and self.decoder.has_room(waiting[0][1]):
-                    index, prompt = waiting.popleft()
-                    running[index] = self.decoder.admit(prompt)
+                while waiting and self.decoder.has_room(prompts[waiting[0][0]]):
+                    number, text = waiting.popleft()
+                    running[number, text] = self.decoder.admit(prompts[number], text)
                 if not running:
                     raise RuntimeError("the decoder has no slot or memory left; is it in use elsewhere?")
                 self.decoder.step()
                 if between_steps is not None:
                     between_steps()
-                for index in [i for i, sequence in running.items() if sequence.finished]:
-                    results[index] = running.pop(index).result(self.model)
+                for key in [key for key, sequence in running.items() if sequence.finished]:
+                    sequence = running.pop(key)
+                    if sequence.error is not None:
+                        raise sequence.error
+                    results[key] = sequence.result(self.model)
         finally:
             for sequence in running.values():
                 self.decoder.finish(sequence)
-        return [results[index] for index in sorted(results)]
+        return [
+            combine(prompt.request, [results[number, text] for text in range(prompt.request.texts)])
+            for number, prompt in enumerate(prompts)
+        ]
 
     def warm_up(self) -> None:
         """Wait for the helper processes and touch every weight once, so that the first prompt waits for neither."""

@@ -25,6 +25,7 @@ from fastgpt2.engine.decoding.records import (
 )
 from fastgpt2.errors import BadRequest, FastGPT2Error
 from fastgpt2.fields import check_fields, fields_of, number
+from fastgpt2.protocol.refusals import sentence_for
 
 # The one function that a queue may name.
 TASK = "fastgpt2.worker.tasks.generate"
@@ -40,14 +41,6 @@ MAX_LOGPROBS_BYTES = 1 << 20
 
 # The fields of a stream's entry. The redis library's own type of them is not worth spelling.
 Entry = dict[Any, Any]
-
-# What other APIs call the means of choosing tokens at random, or of choosing among several texts.
-_SAMPLING = frozenset(
-    {
-        "best_of", "beam_size", "do_sample", "frequency_penalty", "length_penalty", "logit_bias", "min_p", "n",
-        "num_beams", "presence_penalty", "repetition_penalty", "seed", "temperature", "top_k", "top_p", "typical_p",
-    }
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,31 +83,43 @@ def parse_job(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Generatio
     of_job = fields_of(JobOptions)
     refuse_unknown(given, (*fields_of(GenerationRequest), *of_job))
     options = {name: given.pop(name) for name in of_job if name in given}
-    return GenerationRequest(**given), JobOptions(**options)
+    request, of_worker = GenerationRequest(**given), JobOptions(**options)
+    refuse_unstreamable(request, of_worker)
+    return request, of_worker
 
 
 def refuse_unknown(given: Mapping[str, Any], known: Collection[str]) -> None:
-    """Raise BadRequest if a field is not known, with the reason if it is about sampling."""
+    """Raise BadRequest if a field is not known; the message says what can be asked instead, or may be meant."""
     for name in given:
-        if name in known:
-            continue
-        if name in _SAMPLING:
-            raise BadRequest(
-                f"{name} is refused: fastgpt2 decodes greedily, always taking the likeliest token, so there is nothing "
-                "to sample or to choose from; leave it out"
-            )
-        raise BadRequest(f"unknown field {str(name)[:100]!r}; known are {', '.join(known)}")
+        if name not in known:
+            raise BadRequest(sentence_for(name, known))
+
+
+def refuse_unstreamable(request: GenerationRequest, options: JobOptions) -> None:
+    """Raise BadRequest if the text is to be streamed, and only its end tells which of several texts it is."""
+    if options.stream and request.ranked:
+        raise BadRequest(
+            f"stream is refused beside a best_of of {request.best_of} and an n of {request.n}: which texts are the "
+            "best is known only when all have ended; leave out one of them"
+        )
 
 
 def job_to_kwargs(request: GenerationRequest, options: JobOptions) -> dict[str, Any]:
-    """Return the keyword arguments of the task: the prompt, and what differs from the defaults."""
+    """Return the keyword arguments of the task, as JSON has them: the prompt, and what differs from the defaults."""
     kwargs: dict[str, Any] = {}
     for record in (request, options):
         for field in fields(record):
             value = getattr(record, field.name)
             if field.name == "prompt" or value != field.default:
-                kwargs[field.name] = list(value) if isinstance(value, tuple) else value
+                kwargs[field.name] = _plain(value)
     return kwargs
+
+
+def _plain(value: Any) -> Any:
+    """Return a field's value as JSON reads it again: tuples as lists, and the keys of an object as strings."""
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return {str(key): item for key, item in value.items()} if isinstance(value, Mapping) else value
 
 
 class AlternativeObject(TypedDict):
@@ -137,32 +142,46 @@ class TokenObject(TypedDict):
     special: NotRequired[bool]
 
 
-class ResultObject(TypedDict):
-    """The JSON form of a result."""
+class TextObject(TypedDict):
+    """The JSON form of one text of a result."""
 
-    version: Count
     text: str
     token_ids: list[Count]
     finish_reason: FinishReason
     usage: Annotated[dict[str, Any], Usage]
     timings: Annotated[dict[str, Any], Timings]
-    model: str
     drafting: Annotated[dict[str, Any], Drafting]
     logprobs: NotRequired[list[TokenObject]]
     prompt_logprobs: NotRequired[list[TokenObject]]
     stop_reason: NotRequired[StopReason]
+    seed: NotRequired[Annotated[int, "The seed of a text that was drawn."]]
+    choice_index: NotRequired[Annotated[Count, "The text's index, if it is not 0."]]
+    cumulative_logprob: NotRequired[float]
+
+
+class ResultObject(TextObject):
+    """The JSON form of a result: its first text, and beside it the others, if there are any."""
+
+    version: Count
+    model: str
+    alternatives: NotRequired[list[TextObject]]
 
 
 def result_to_json(result: GenerationResult, queue_seconds: float = 0.0) -> dict[str, Any]:
     """Return the JSON form of a result, with its version and the time that only the queue's side knows."""
-    value: ResultObject = {
-        "version": RESULT_VERSION,
+    first: dict[str, Any] = {**_text_to_json(result, queue_seconds)}
+    others = [_text_to_json(other, queue_seconds) for other in result.alternatives]
+    value = {"version": RESULT_VERSION, **first, "model": result.model}
+    return {**value, "alternatives": others} if others else value
+
+
+def _text_to_json(result: GenerationResult, queue_seconds: float) -> TextObject:
+    value: TextObject = {
         "text": result.text,
         "token_ids": list(result.token_ids),
         "finish_reason": result.finish_reason,
         "usage": asdict(result.usage),
         "timings": asdict(replace(result.timings, queue_seconds=queue_seconds)),
-        "model": result.model,
         "drafting": asdict(result.drafting),
     }
     if result.logprobs is not None:
@@ -171,7 +190,13 @@ def result_to_json(result: GenerationResult, queue_seconds: float = 0.0) -> dict
         value["prompt_logprobs"] = logprobs_to_json(result.prompt_logprobs)
     if result.stop_reason is not None:
         value["stop_reason"] = result.stop_reason
-    return dict(value)
+    if result.seed is not None:
+        value["seed"] = result.seed
+    if result.choice_index:
+        value["choice_index"] = result.choice_index
+    if result.cumulative_logprob is not None:
+        value["cumulative_logprob"] = result.cumulative_logprob
+    return value
 
 
 def logprobs_to_json(logprobs: Iterable[TokenLogprob]) -> list[TokenObject]:
@@ -225,9 +250,9 @@ def _alternative_from_json(value: object) -> TokenLogprob:
     return TokenLogprob(_require(int, found["token_id"]), _require(str, found["token"]), logprob, special=special)
 
 
-def _require(kind: Any, value: object) -> Any:
+def _require(kind: Any, value: object, where: str = "in log probabilities") -> Any:
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise TypeError(f"{type(value).__name__} in log probabilities")
+        raise TypeError(f"{type(value).__name__} {where}")
     return value
 
 
@@ -241,30 +266,40 @@ def result_from_json(value: object) -> GenerationResult:
     if not isinstance(value, dict) or version != RESULT_VERSION:
         raise FastGPT2Error(f"not a result that this release can read (version {version!r}, wanted {RESULT_VERSION})")
     try:
-        logprobs, prompt_logprobs = (
-            None if value.get(name) is None else logprobs_from_json(value[name])
-            for name in ("logprobs", "prompt_logprobs")
-        )
-        return GenerationResult(
-            text=value["text"],
-            token_ids=tuple(value["token_ids"]),
-            finish_reason=value["finish_reason"],
-            usage=Usage(**_known_fields(Usage, value["usage"])),
-            timings=Timings(**value["timings"]),
-            model=value["model"],
-            drafting=_drafting_from_json(value),
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
-            stop_reason=_stop_reason_from_json(value.get("stop_reason")),
-        )
+        others = _require(list, value.get("alternatives", []), "as the alternatives")
+        first = _text_from_json(value, value["model"])
+        alternatives = [_text_from_json(_require(dict, other, "as an alternative"), first.model) for other in others]
+        return replace(first, alternatives=tuple(alternatives)) if alternatives else first
     except (AttributeError, KeyError, TypeError) as reason:
         raise FastGPT2Error(f"a damaged result: {reason}") from None
 
 
-def _stop_reason_from_json(value: object) -> StopReason | None:
-    if value is not None and (not isinstance(value, int | str) or isinstance(value, bool)):
-        raise TypeError(f"{type(value).__name__} as the reason of a stop")
-    return value
+def _text_from_json(value: Mapping[str, Any], model: str) -> GenerationResult:
+    """Read one text of a result. Other texts within it are passed over: these are the result's alone."""
+    logprobs, prompt_logprobs = (
+        None if value.get(name) is None else logprobs_from_json(value[name]) for name in ("logprobs", "prompt_logprobs")
+    )
+    return GenerationResult(
+        text=_require(str, value["text"], "as the text"),
+        token_ids=tuple([_require(int, token_id, "as a token id") for token_id in value["token_ids"]]),
+        finish_reason=value["finish_reason"],
+        usage=Usage(**_known_fields(Usage, value["usage"])),
+        timings=Timings(**value["timings"]),
+        model=model,
+        drafting=_drafting_from_json(value),
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        stop_reason=_optional(int | str, value, "stop_reason"),
+        seed=_optional(int, value, "seed"),
+        choice_index=_optional(int, value, "choice_index") or 0,
+        cumulative_logprob=_optional(int | float, value, "cumulative_logprob"),
+    )
+
+
+def _optional(kind: Any, value: Mapping[str, Any], name: str) -> Any:
+    """Return a field that an earlier release does not write, or that is left out where it says nothing."""
+    found = value.get(name)
+    return None if found is None else _require(kind, found, f"as {name}")
 
 
 def _known_fields(record: Any, value: Any) -> dict[str, Any]:
@@ -280,12 +315,19 @@ def _drafting_from_json(result: Mapping[str, Any]) -> Drafting:
 
 
 def describe_result(result: Mapping[str, Any]) -> str:
-    """Return a line of the log for a result: counts and times, no text."""
+    """Return a line of the log for a result: counts and times, and its seed, no text.
+
+    Of several texts, the tokens are those of all of them, and the rest is the first one's.
+    """
     usage, timings, drafting = result["usage"], result["timings"], result["drafting"]
+    others = result.get("alternatives", ())
+    texts = f" in {1 + len(others)} texts" if others else ""
+    tokens = usage["completion_tokens"] + sum(other["usage"]["completion_tokens"] for other in others)
+    seed = f"seed {result['seed']}; " if "seed" in result else ""
     cached = f" ({usage['cached_tokens']} cached)" if usage["cached_tokens"] else ""
     steps = f"{drafting['steps']} steps, {drafting['accepted']} of {drafting['drafted']} guesses came true; "
     return (
-        f"{usage['prompt_tokens']}{cached} + {usage['completion_tokens']} tokens, {result['finish_reason']}; "
+        f"{usage['prompt_tokens']}{cached} + {tokens} tokens{texts}, {result['finish_reason']}; {seed}"
         f"{steps if drafting['drafted'] else ''}"
         f"queue {timings['queue_seconds'] * 1e3:.1f} ms, prefill {timings['prefill_seconds'] * 1e3:.1f} ms, "
         f"decode {timings['decode_seconds'] * 1e3:.1f} ms"
@@ -296,6 +338,8 @@ def describe_result(result: Mapping[str, Any]) -> str:
 class Piece:
     """Some text of a job: whole characters, which no stop string can take back any more.
 
+    The pieces of a job's several texts come mixed, those of one text in their order.
+
     Attributes:
         text: the next characters.
         at: how many characters of the result's text come before it. Less than what you hold only if the job was started
@@ -304,6 +348,7 @@ class Piece:
         logprobs: of a job that asked for them, those of the next tokens, as far as these begin within the text so far.
         token_at: how many of the result's `logprobs` come before these. Less than what you hold in the same case as
             `at`.
+        choice_index: the index of the text, if the job has several: what comes before is counted within that text.
     """
 
     text: str
@@ -311,6 +356,7 @@ class Piece:
     attempt: int
     logprobs: tuple[TokenLogprob, ...] = ()
     token_at: int = 0
+    choice_index: int = 0
 
     def __str__(self) -> str:
         return self.text
@@ -321,6 +367,8 @@ def piece_to_entry(piece: Piece) -> Entry:
     entry: Entry = {"attempt": piece.attempt, "at": piece.at, "text": piece.text}
     if piece.logprobs:
         entry.update(token_at=piece.token_at, logprobs=json.dumps(logprobs_to_json(piece.logprobs)))
+    if piece.choice_index:
+        entry["choice_index"] = piece.choice_index
     return entry
 
 
@@ -338,9 +386,10 @@ def entry_to_piece(entry: Mapping[bytes, bytes]) -> Piece | None:
     if b"end" in entry:
         return None
     text, at, attempt = entry[b"text"].decode("utf-8"), _count(entry[b"at"]), int(entry[b"attempt"])
+    index = _count(entry.get(b"choice_index", b"0"))
     if b"logprobs" not in entry:
-        return Piece(text, at, attempt)
-    return Piece(text, at, attempt, _logprobs(entry[b"logprobs"]), _count(entry[b"token_at"]))
+        return Piece(text, at, attempt, choice_index=index)
+    return Piece(text, at, attempt, _logprobs(entry[b"logprobs"]), _count(entry[b"token_at"]), index)
 
 
 def _count(data: bytes) -> int:

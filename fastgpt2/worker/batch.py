@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, wait
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,14 @@ from typing import TYPE_CHECKING, Any
 from rq import Queue
 from rq.executions import Execution
 
-from fastgpt2.engine.decoding.records import FinishReason, GenerationResult, Timings, Usage
+from fastgpt2.engine.decoding.records import (
+    FinishReason,
+    GenerationRequest,
+    GenerationResult,
+    Timings,
+    Usage,
+    combine,
+)
 from fastgpt2.engine.network.gpt2 import PREFILL_ROWS_BESIDE
 from fastgpt2.protocol.keys import SUSPECT_CRASHES
 from fastgpt2.protocol.messages import JobOptions, Piece, result_to_json
@@ -25,10 +33,13 @@ if TYPE_CHECKING:
     from fastgpt2.engine.decoding.sequence import Sequence, TokenizedPrompt
     from fastgpt2.engine.engine import Engine
 
+# While nothing but grammars is missing, a worker looks this often whether there is something else to do.
+GRAMMAR_WAIT_SECONDS = 0.02
+
 
 @dataclass(slots=True)
-class StreamPosition:
-    """The part of a job's stream that was sent: a number of characters of its text, and of log probabilities."""
+class TextPosition:
+    """The part of one text that was sent: a number of characters, and of log probabilities."""
 
     characters: int = 0
     logprobs: int = 0
@@ -38,16 +49,30 @@ class StreamPosition:
         end = sequence.settled
         if end <= self.characters:
             return None
-        text, at = sequence.text[self.characters : end], self.characters
+        text, at, index = sequence.text[self.characters : end], self.characters, sequence.choice_index
         if not sequence.logprobs:
-            return Piece(text, at, attempt)
+            return Piece(text, at, attempt, choice_index=index)
         unsent = sequence.logprobs[self.logprobs :]
-        return Piece(text, at, attempt, tuple(takewhile(lambda one: one.text_offset < end, unsent)), self.logprobs)
+        told = tuple(takewhile(lambda one: one.text_offset < end, unsent))
+        return Piece(text, at, attempt, told, self.logprobs, index)
+
+
+class StreamPosition:
+    """The part of a job's stream that was sent, of each of its texts."""
+
+    def __init__(self) -> None:
+        self._positions: defaultdict[int, TextPosition] = defaultdict(TextPosition)
+
+    def next_pieces(self, sequences: Iterable[Sequence], attempt: int) -> list[Piece]:
+        """Return what may be sent next of each text of which there is something."""
+        found = (self._positions[each.choice_index].next_piece(each, attempt) for each in sequences)
+        return [piece for piece in found if piece is not None]
 
     def advance(self, piece: Piece) -> None:
         """Note that a piece was sent."""
-        self.characters = piece.at + len(piece.text)
-        self.logprobs = piece.token_at + len(piece.logprobs)
+        position = self._positions[piece.choice_index]
+        position.characters = piece.at + len(piece.text)
+        position.logprobs = piece.token_at + len(piece.logprobs)
 
 
 @dataclass(eq=False, slots=True)
@@ -84,7 +109,8 @@ class ActiveJob:
 
     Attributes:
         deadline: when its time is up, on `time.monotonic`'s clock; `deadline_reason` says why.
-        sequence: None while the job waits for a slot.
+        sequences: those of its texts that were begun, in the order of their indices. None is begun before the job has
+            a slot, and each further one when there is another slot.
         position: how far its stream has come.
         muted: no more is streamed: under the stream's key stands something else.
     """
@@ -96,7 +122,7 @@ class ActiveJob:
     model: str
     deadline: float
     deadline_reason: str
-    sequence: Sequence | None = None
+    sequences: list[Sequence] = field(default_factory=list)
     position: StreamPosition = field(default_factory=StreamPosition)
     muted: bool = False
 
@@ -117,41 +143,81 @@ class ActiveJob:
         return cls(attempt.id, attempt, prompt, options, model, deadline, reason)
 
     @property
+    def request(self) -> GenerationRequest:
+        return self.prompt.request
+
+    @property
+    def has_begun_all(self) -> bool:
+        """Tell whether each of the job's texts has, or had, a slot."""
+        return len(self.sequences) == self.request.texts
+
+    @property
+    def is_compiling(self) -> bool:
+        """Tell whether the grammar of a guided job is not there yet, nor known to be a bad one."""
+        return self.prompt.grammar is not None and not self.prompt.grammar.done()
+
+    @property
+    def error(self) -> Exception | None:
+        """Return the error of the job's grammar, or of the first text that failed alone; the job fails with it."""
+        grammar = self.prompt.grammar
+        failure = grammar.exception() if grammar is not None and grammar.done() else None
+        if isinstance(failure, Exception):
+            return failure
+        return next((sequence.error for sequence in self.sequences if sequence.error is not None), None)
+
+    @property
+    def has_ended(self) -> bool:
+        """Tell whether the job has come to its end by itself: all its texts have, or one of them failed."""
+        finished = self.has_begun_all and all(sequence.finished for sequence in self.sequences)
+        return finished or self.error is not None
+
+    @property
     def first_token_seconds(self) -> float:
         """The time from being enqueued to the first token: in the queue, waiting for a slot, reading the prompt.
 
         By two clocks: the time since the start, less the time since the first token.
         """
-        assert self.sequence is not None
         since_start = time.monotonic() - self.attempt.began_at
-        since_first_token = time.perf_counter() - self.sequence.first_token_at
+        # It is of the first text, whose sequence reads the prompt.
+        since_first_token = time.perf_counter() - self.sequences[0].first_token_at
         return self.attempt.waited_seconds + max(0.0, since_start - since_first_token)
 
-    def next_piece(self) -> Piece | None:
-        """Return the text that may be streamed and was not yet; None if there is none."""
-        if not self.options.stream or self.muted or self.sequence is None:
-            return None
-        return self.position.next_piece(self.sequence, self.attempt.number)
+    def next_pieces(self) -> list[Piece]:
+        """Return the text that may be streamed and was not yet."""
+        if not self.options.stream or self.muted:
+            return []
+        return self.position.next_pieces(self.sequences, self.attempt.number)
 
-    def last_piece(self) -> Piece | None:
-        """Return what the stream ends with, perhaps without text; None if the job has no stream."""
-        if not self.options.stream:
-            return None
-        return self.next_piece() or Piece("", self.position.characters, self.attempt.number)
+    def last_pieces(self) -> list[Piece] | None:
+        """Return what the stream ends with, perhaps nothing; None if the job has no stream."""
+        return self.next_pieces() if self.options.stream else None
 
     def result(self) -> dict[str, Any]:
-        """Return the result of a sequence that ended by itself, as JSON."""
-        assert self.sequence is not None
-        return result_to_json(self.sequence.result(self.model), self.attempt.waited_seconds)
+        """Return the result of a job whose texts all ended by themselves, as JSON."""
+        results = [sequence.result(self.model) for sequence in self.sequences]
+        return result_to_json(combine(self.request, results), self.attempt.waited_seconds)
 
     def partial_result(self, reason: FinishReason) -> dict[str, Any]:
-        """Return what has been generated so far, perhaps nothing, as the JSON of a result."""
-        if self.sequence is not None:
-            result = self.sequence.result(self.model, reason)
-        else:
-            usage, timings = Usage(len(self.prompt.ids), 0), Timings(0.0, 0.0, 0.0)
-            result = GenerationResult("", (), reason, usage, timings, self.model)
+        """Return what has been generated so far, perhaps nothing, as the JSON of a result; see `join_partial`."""
+        result = join_partial(self.prompt, self.sequences, self.model, reason)
         return result_to_json(result, self.attempt.waited_seconds)
+
+
+def join_partial(
+    prompt: TokenizedPrompt, sequences: Iterable[Sequence], model: str, reason: FinishReason
+) -> GenerationResult:
+    """Return what there is of each text that was begun, in the order of their indices.
+
+    A text that had ended by itself keeps its reason. Texts that were not begun are left out; if none was, the result is
+    one empty text. The best of several are not chosen: of texts cut short, nobody knows.
+    """
+    results = [sequence.result(model, reason) for sequence in sequences]
+    if results:
+        return replace(results[0], alternatives=tuple(results[1:]))
+    request, usage = prompt.request, Usage(len(prompt.ids), 0)
+    seed = request.seed if request.samples else None
+    timings = Timings(0.0, 0.0, 0.0)
+    return GenerationResult("", (), reason, usage, timings, model, seed=seed, choice_index=request.choice_index)
 
 
 class EndKind(Enum):
@@ -173,7 +239,7 @@ class End:
         result: of a job that finished, as JSON.
         error: of a job that failed, is retried, or was stopped.
         partial: what had been generated of a job that was stopped or is out of time, as the JSON of a result.
-        last_piece: what its stream ends with; None if it has none.
+        last_pieces: what its stream ends with, perhaps nothing; None if it has none.
     """
 
     attempt: Attempt
@@ -181,11 +247,15 @@ class End:
     result: dict[str, Any] | None = None
     error: Exception | None = None
     partial: dict[str, Any] | None = None
-    last_piece: Piece | None = None
+    last_pieces: list[Piece] | None = None
 
 
 class Batch:
-    """The running jobs of a worker, first come, first served: one that must wait for memory lets nobody past.
+    """The running jobs of a worker, and the sequences of their texts.
+
+    Slots are given text by text, first come, first served: a text that must wait for memory lets nobody past, be it of
+    another job. So a job of more texts than there are slots is decoded as slots become free. A guided job comes when
+    its grammar does: while a thread compiles that, it lets everybody past.
 
     Attributes:
         steps, tokens: how many were taken and generated so far.
@@ -196,6 +266,9 @@ class Batch:
     def __init__(self, engine: Engine) -> None:
         self._slots = engine.max_batch
         self._decoder = engine.decoder
+        # In the order in which they came; and those that have texts which were not begun.
+        self._jobs: dict[ActiveJob, None] = {}
+        self._compiling: list[ActiveJob] = []
         self._waiting: deque[ActiveJob] = deque()
         self._decoding: dict[Sequence, ActiveJob] = {}
         self.steps = 0
@@ -205,69 +278,120 @@ class Batch:
 
     def __iter__(self) -> Iterator[ActiveJob]:
         """Yield all jobs, in the order in which they came."""
-        yield from list(self._decoding.values())
-        yield from list(self._waiting)
+        return iter(list(self._jobs))
 
     def __len__(self) -> int:
-        return len(self._decoding) + len(self._waiting)
+        return len(self._jobs)
 
     @property
     def decoding(self) -> list[ActiveJob]:
-        """The jobs that have a slot."""
-        return list(self._decoding.values())
+        """The jobs that have a slot or several."""
+        return list(dict.fromkeys(self._decoding.values()))
 
     @property
     def waiting(self) -> list[ActiveJob]:
-        """The jobs that wait for a slot."""
-        return list(self._waiting)
+        """The jobs of which nothing was begun: they wait for their first slot, or for their grammar."""
+        return [*(job for job in self._waiting if not job.sequences), *self._compiling]
 
     def add(self, job: ActiveJob) -> None:
-        self._waiting.append(job)
+        self._jobs[job] = None
+        if job.is_compiling:
+            self._compiling.append(job)
+        else:
+            self._waiting.append(job)
 
-    def admit(self) -> None:
-        """Give slots to the jobs that there is room for; they are decoded from the next step on."""
+    def admit(self) -> list[ActiveJob]:
+        """Give slots to the texts that there is room for; they are decoded from the next step on.
+
+        If only grammars are missing, this waits for one of them for a moment.
+
+        Returns:
+            The jobs whose grammars cannot be used, each with its `error`; the batch has them no more.
+        """
+        if self._compiling:
+            self._look_for_grammars()
+        refused = [job for job in self._waiting if not job.sequences and job.error is not None]
+        for job in refused:
+            self.drop(job)
         while self._waiting and self._may_join(self._waiting[0]):
-            job = self._waiting.popleft()
-            job.sequence = self._decoder.admit(job.prompt)
-            self._decoding[job.sequence] = job
+            job = self._waiting[0]
+            sequence = self._decoder.admit(job.prompt, len(job.sequences))
+            job.sequences.append(sequence)
+            self._decoding[sequence] = job
+            if job.has_begun_all:
+                self._waiting.popleft()
+        return refused
+
+    def _look_for_grammars(self) -> None:
+        if not self._decoding and not self._waiting:
+            grammars = [job.prompt.grammar for job in self._compiling if job.prompt.grammar is not None]
+            wait(grammars, GRAMMAR_WAIT_SECONDS, FIRST_COMPLETED)
+        compiled = [job for job in self._compiling if not job.is_compiling]
+        self._waiting.extend(compiled)
+        self._compiling = [job for job in self._compiling if job not in compiled]
 
     def _may_join(self, job: ActiveJob) -> bool:
-        if self._decoding and (job.attempt.is_suspect or self._decodes_suspect()):
+        """Tell whether a text of a job may have a slot now. A suspect job's texts run together, and with no other's."""
+        others = [other for other in self._decoding.values() if other is not job]
+        if others and (job.attempt.is_suspect or self._decodes_suspect()):
             return False
         return len(self._decoding) < self._slots and self._decoder.has_room(job.prompt)
 
     def _decodes_suspect(self) -> bool:
-        return len(self._decoding) == 1 and next(iter(self._decoding.values())).attempt.is_suspect
+        return any(job.attempt.is_suspect for job in self._decoding.values())
+
+    def _compiles_suspect(self) -> bool:
+        return any(job.attempt.is_suspect for job in self._compiling)
 
     def room(self) -> int:
-        """Return how many more jobs could begin now.
+        """Return how many more jobs could begin now, were each of one text.
 
-        0 while prompts keep the next step busy: another worker might be free.
+        0 while prompts keep the next step busy: another worker might be free. A job that waits for its grammar holds no
+        slot, so that others can begin; of such jobs, there are at most as many as slots.
         """
-        unread = sum(len(sequence.pending) for sequence in self._decoding if not sequence.token_ids)
-        if self._waiting or unread >= PREFILL_ROWS_BESIDE or self._decodes_suspect():
+        if self._waiting or self._unread_tokens() >= PREFILL_ROWS_BESIDE:
+            return 0
+        if self._decodes_suspect() or self._compiles_suspect() or len(self._compiling) >= self._slots:
             return 0
         return self._slots - len(self._decoding)
 
-    def step(self) -> list[ActiveJob]:
-        """Advance all decoding jobs. Return those that ended by themselves; the batch has them no more.
+    def _unread_tokens(self) -> int:
+        """Return how many tokens of prompts are to be read; of a job's texts one reads, and the others take it over."""
+        unread: dict[ActiveJob, int] = {}
+        for sequence, job in self._decoding.items():
+            if not sequence.token_ids:
+                unread[job] = min(unread.get(job, len(sequence.pending)), len(sequence.pending))
+        return sum(unread.values())
 
-        Raises whatever the decoder raises; then none of them can go on.
+    def step(self) -> list[ActiveJob]:
+        """Advance all texts that have a slot. Return the jobs that ended by themselves; the batch has them no more.
+
+        One of them may have an `error`. Raises whatever the decoder raises; then none of those that decode can go on.
         """
         if not self._decoding:
             return []
         began = time.perf_counter()
         before = [len(sequence.token_ids) for sequence in self._decoding]
-        ended = self._decoder.step()
+        finished = self._decoder.step()
         self.step_seconds += time.perf_counter() - began
         self.steps += 1
         self.sizes[len(before)] += 1
         self.tokens += sum(len(sequence.token_ids) for sequence in self._decoding) - sum(before)
-        return [self._decoding.pop(sequence) for sequence in ended]
+        jobs = dict.fromkeys([self._decoding.pop(sequence) for sequence in finished])
+        ended = [job for job in jobs if job.has_ended]
+        for job in ended:
+            self.drop(job)
+        return ended
 
     def drop(self, job: ActiveJob) -> None:
         """Take a job out, if the batch has it; what was generated of it stays readable."""
-        if job.sequence is None:
+        if job not in self._jobs:
+            return
+        del self._jobs[job]
+        if job in self._waiting:
             self._waiting.remove(job)
-        elif self._decoding.pop(job.sequence, None) is not None:
-            self._decoder.finish(job.sequence)
+        if job in self._compiling:
+            self._compiling.remove(job)
+        for sequence in job.sequences:
+            if self._decoding.pop(sequence, None) is not None:
+                self._decoder.finish(sequence)

@@ -198,7 +198,7 @@ class Ledger:
                 job.set_status(status, pipeline=pipeline)
                 job._handle_failure(describe_error(end.error), pipeline=pipeline, **execution)
                 worker.increment_failed_job_count(pipeline)
-        self._add_end_of_execution(attempt, end.last_piece, pipeline)
+        self._add_end_of_execution(attempt, end.last_pieces, pipeline)
         if unclaim:
             pipeline.lrem(self._claimed_key(attempt.queue), 1, job.id)
 
@@ -216,11 +216,11 @@ class Ledger:
             job.cleanup(result_ttl, pipeline=pipeline, remove_from_queue=False)
             job._status = JobStatus.FINISHED
 
-    def let_go(self, end: End, last_piece: Piece | None, partial: dict[str, Any]) -> EndKind:
+    def let_go(self, end: End, last_pieces: Sequence[Piece] | None, partial: dict[str, Any]) -> EndKind:
         """Let go of a job whose end could not be written; what had been generated is kept if it was cancelled.
 
         Args:
-            last_piece: what the job's stream ends with if the job was cancelled; None if it has no stream.
+            last_pieces: what the job's stream ends with if the job was cancelled; None if it has no stream.
             partial: the JSON of a result of what had been generated.
 
         Returns:
@@ -237,7 +237,7 @@ class Ledger:
             kind = end.kind
             release_dependents(attempt.queue, job.id, claimed)
         with self._connection.pipeline() as pipeline:
-            self._add_end_of_execution(attempt, last_piece if kind == EndKind.CANCELED else None, pipeline)
+            self._add_end_of_execution(attempt, last_pieces if kind == EndKind.CANCELED else None, pipeline)
             pipeline.execute()
         return kind
 
@@ -282,17 +282,17 @@ class Ledger:
         attempt.execution.heartbeat(job.started_job_registry, ttl, pipeline=pipeline)
         job.heartbeat(utc_now(), ttl, pipeline=pipeline, xx=True)
 
-    def _add_end_of_execution(self, attempt: Attempt, last_piece: Piece | None, pipeline: Pipeline) -> None:
+    def _add_end_of_execution(self, attempt: Attempt, last_pieces: Sequence[Piece] | None, pipeline: Pipeline) -> None:
         """Add the time that the worker spent on the job, what RQ deletes of the execution, and the stream's end."""
         job = attempt.rq_job
         if job.started_at is not None:
             seconds = (job.ended_at or utc_now()) - job.started_at
             self._worker.increment_total_working_time(max(seconds, timedelta()), pipeline)
         self._worker.cleanup_execution(job, pipeline=pipeline, execution=attempt.execution)
-        if last_piece is not None:
+        if last_pieces is not None:
             key = keys.stream_key(attempt.id)
-            if last_piece.text:
-                pipeline.xadd(key, piece_to_entry(last_piece))
+            for piece in last_pieces:
+                pipeline.xadd(key, piece_to_entry(piece))
             pipeline.xadd(key, end_entry(attempt.number))
             pipeline.expire(key, STREAM_TTL_SECONDS)
 

@@ -44,7 +44,7 @@ class Outbox:
 
     def finish(self, job: ActiveJob) -> None:
         """Note that a job came to its end."""
-        end = End(job.attempt, EndKind.FINISHED, result=job.result(), last_piece=job.last_piece())
+        end = End(job.attempt, EndKind.FINISHED, result=job.result(), last_pieces=job.last_pieces())
         self._unwritten.append((job, end))
 
     def fail(self, job: ActiveJob, error: Exception) -> None:
@@ -57,8 +57,8 @@ class Outbox:
         kind, partial = _kind_of_failure(job.attempt, error), None
         if isinstance(error, JobStopped | JobTimedOut):
             partial = job.partial_result("timeout" if isinstance(error, JobTimedOut) else "cancelled")
-        last_piece = None if kind == EndKind.RETRIED else job.last_piece()
-        self._unwritten.append((job, End(job.attempt, kind, error=error, partial=partial, last_piece=last_piece)))
+        last_pieces = None if kind == EndKind.RETRIED else job.last_pieces()
+        self._unwritten.append((job, End(job.attempt, kind, error=error, partial=partial, last_pieces=last_pieces)))
 
     def cancel(self, job: ActiveJob, how: str = "was cancelled") -> None:
         """Note that somebody has cancelled a job, or that it is not this worker's any more."""
@@ -105,7 +105,7 @@ class Outbox:
             kind = end.kind
             try:
                 if not self._ledger.write(end):
-                    kind = self._ledger.let_go(end, job.last_piece(), job.partial_result("cancelled"))
+                    kind = self._ledger.let_go(end, job.last_pieces(), job.partial_result("cancelled"))
                 elif end.result is not None:
                     log.info("%s: job %s finished: %s", self._name, job.id, describe_result(end.result))
             except Exception as reason:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from redis import Redis
 
     from fastgpt2.engine.decoding.decoder import Decoder
+    from fastgpt2.engine.decoding.sequence import Sequence as DecodedSequence
     from fastgpt2.engine.engine import Engine
     from fastgpt2.worker.batch import ActiveJob, Batch
 
@@ -98,12 +99,12 @@ class Metrics:
                 status, reason = outcome_of(end.error)
                 self._count_outcome(status, reason)
                 why = {"finish_reason": "cancelled"} if end.kind == EndKind.STOPPED else {"error": reason}
-                self._record(end.attempt.id, status, why, None if job is None else job.partial_result("cancelled"))
+                self._record(end.attempt.id, status, why, None if job is None else job.partial_result("cancelled"), job)
             case EndKind.RETRIED:
                 self._totals[keys.RETRIED] += 1
             case EndKind.CANCELED:  # whoever cancels a job counts it; see `fastgpt2.api.client.session`
                 assert job is not None
-                self._record(job.id, "canceled", {"finish_reason": "cancelled"}, job.partial_result("cancelled"))
+                self._record(job.id, "canceled", {"finish_reason": "cancelled"}, job.partial_result("cancelled"), job)
             case EndKind.LOST:
                 pass
 
@@ -124,7 +125,7 @@ class Metrics:
         self._observe(keys.FIRST_TOKEN_SECONDS, job.first_token_seconds)
         if usage["completion_tokens"] > 1:
             self._observe(keys.TOKEN_SECONDS, timings["decode_seconds"] / (usage["completion_tokens"] - 1))
-        self._record(job.id, "finished", {"finish_reason": reason}, result)
+        self._record(job.id, "finished", {"finish_reason": reason}, result, job)
 
     def _count_outcome(self, status: str, reason: str) -> None:
         self._totals[keys.ended_field(status, reason)] += 1
@@ -133,13 +134,16 @@ class Metrics:
             self._recent[keys.FAILED] += 1
 
     def _count_tokens(self, job: ActiveJob) -> None:
-        """Count the tokens of a job that leaves, unless its prompt was not read to the end."""
-        sequence = job.sequence
-        if sequence is not None and sequence.token_ids:
-            self._totals[keys.PROMPT_TOKENS] += len(job.prompt.ids)
-            self._totals[keys.CACHED_TOKENS] += sequence.cached_tokens
-            self._totals[keys.DRAFTED_TOKENS] += sequence.drafted
-            self._totals[keys.ACCEPTED_TOKENS] += sequence.accepted
+        """Count the tokens of a job that leaves, unless its prompt was not read to the end.
+
+        The prompt counts once, as the first text's sequence has read it; the others have taken it over.
+        """
+        if not job.sequences or not job.sequences[0].token_ids:
+            return
+        self._totals[keys.PROMPT_TOKENS] += len(job.prompt.ids)
+        self._totals[keys.CACHED_TOKENS] += job.sequences[0].cached_tokens
+        self._totals[keys.DRAFTED_TOKENS] += sum(sequence.drafted for sequence in job.sequences)
+        self._totals[keys.ACCEPTED_TOKENS] += sum(sequence.accepted for sequence in job.sequences)
 
     def _observe(self, histogram: keys.Histogram, value: float) -> None:
         self._totals[histogram.field_of(value)] += 1
@@ -148,9 +152,21 @@ class Metrics:
             self._recent[histogram.sum_field] += float(value)
             self._recent[keys.count_field(histogram)] += 1
 
-    def _record(self, job_id: str, status: str, why: dict[str, str], result: dict[str, Any] | None = None) -> None:
-        """Record a job that ended, with counts and times of its result, and nothing of its text."""
+    def _record(
+        self,
+        job_id: str,
+        status: str,
+        why: dict[str, str],
+        result: dict[str, Any] | None = None,
+        job: ActiveJob | None = None,
+    ) -> None:
+        """Record a job that ended, with counts and times of its result, and nothing of its text.
+
+        Of several texts, also of those that are not given, the counts are sums, and the time is that of all together.
+        """
         figures = {} if result is None else {**result["usage"], **result["timings"], **result["drafting"]}
+        if job is not None and len(job.sequences) > 1:
+            figures.update(_sums_of(job.sequences))
         record = {"id": job_id[:MAX_ID_CHARACTERS], "status": status, **why, **figures}
         self._records.append(json.dumps({**record, "ended_at": round(time.time(), 3), "worker": self._name}))
 
@@ -245,6 +261,19 @@ def outcome_of(error: Exception) -> tuple[str, str]:
         (ModelError, "model_error"),
     )
     return "failed", next((name for kind, name in kinds if isinstance(error, kind)), "error")
+
+
+def _sums_of(sequences: Sequence[DecodedSequence]) -> dict[str, float]:
+    """Return what was done for several texts: counts, and the seconds from the first token of all to the last."""
+    begun = [sequence for sequence in sequences if sequence.token_ids]
+    first = min((sequence.first_token_at for sequence in begun), default=0.0)
+    return {
+        "completion_tokens": sum(len(sequence.token_ids) for sequence in begun),
+        "steps": sum(sequence.steps for sequence in begun),
+        "drafted": sum(sequence.drafted for sequence in begun),
+        "accepted": sum(sequence.accepted for sequence in begun),
+        "decode_seconds": max((sequence.finished_at - first for sequence in begun), default=0.0),
+    }
 
 
 def notes_to_field(notes: Sequence[str]) -> str:

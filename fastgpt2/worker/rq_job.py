@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 import traceback
@@ -16,7 +17,7 @@ from rq.exceptions import DeserializationError
 from rq.job import Job, JobStatus
 from rq.results import Result
 
-from fastgpt2.engine.decoding.records import GenerationRequest
+from fastgpt2.engine.decoding.records import RANDOM_SEED_BITS, GenerationRequest
 from fastgpt2.errors import BadRequest, FastGPT2Error, JobFailed
 from fastgpt2.protocol import untrusted
 from fastgpt2.protocol.keys import CRASHES_FIELD, job_key
@@ -78,7 +79,7 @@ class GenerationJob(Job):
         raise RuntimeError("a worker that runs many jobs performs none by itself")
 
     def parse(self) -> tuple[GenerationRequest, JobOptions]:
-        """Return the validated request.
+        """Return the validated request, with a seed if it draws.
 
         Raises:
             BadRequest: the entry cannot be read, names another function, or its arguments are not a request.
@@ -95,7 +96,14 @@ class GenerationJob(Job):
             ) from None
         if name != TASK:
             raise BadRequest(f"the job names the function {str(name)[:200]!r}; only {TASK} is run here")
-        return parse_job(self.args, self.kwargs)
+        request, options = parse_job(self.args, self.kwargs)
+        return request.with_seed(seed_of(self)), options
+
+
+def seed_of(job: Job) -> int:
+    """Return the seed of a job that came without one, as what no client of ours has enqueued: each run has the same."""
+    digest = hashlib.sha256(f"{job.id} {job.created_at}".encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest) >> (8 * len(digest) - RANDOM_SEED_BITS)
 
 
 def fetch(connection: Redis, job_ids: Sequence[str], serializer: Any) -> list[GenerationJob | Exception | None]:

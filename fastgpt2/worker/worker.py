@@ -136,6 +136,7 @@ class GenerationWorker(RQWorker):
                 self._alive.remove()
             self._claims.close()
             self.metrics.close()
+            self.engine.decoder.grammars.close()
             self.sign_off()
         return self._worked
 
@@ -163,7 +164,8 @@ class GenerationWorker(RQWorker):
             log.error("%s: the ends of %d jobs could not be written", self.name, len(self.outbox))
             return True
         self._end_overdue()
-        self.batch.admit()
+        for job in self.batch.admit():
+            self._end(job)
         self._step()
         return False
 
@@ -276,12 +278,11 @@ class GenerationWorker(RQWorker):
     def _add_pieces(self, pipeline: Pipeline) -> dict[int, tuple[ActiveJob, Piece]]:
         """Add the new pieces to a pipeline. Return each with its job, by the number of its command."""
         sent = {}
-        for job in self.batch.decoding:
-            piece = job.next_piece()
-            if piece is not None:
-                key = stream_key(job.id)
-                # A bound for a stream that many attempts write to; one attempt has at most an entry for each token.
-                most = 4 * self.engine.config.n_positions
+        for job in self.batch:
+            key = stream_key(job.id)
+            # A bound for a stream that many attempts write to; one has at most an entry for each token of each text.
+            most = 4 * self.engine.config.n_positions * job.request.texts
+            for piece in job.next_pieces():
                 sent[len(pipeline)] = job, piece
                 pipeline.xadd(key, piece_to_entry(piece), maxlen=most, approximate=True)
                 if piece.at == 0:
@@ -325,12 +326,19 @@ class GenerationWorker(RQWorker):
     def _step(self) -> None:
         self.metrics.sample()
         try:
-            finished = self.batch.step()
+            ended = self.batch.step()
         except Exception as error:
             self._blame(self.batch.decoding, error)
             return
-        for job in finished:
+        for job in ended:
+            self._end(job)
+
+    def _end(self, job: ActiveJob) -> None:
+        """Note the end of a job that came to it by itself, or that failed alone."""
+        if job.error is None:
             self.outbox.finish(job)
+        else:
+            self.outbox.fail(job, job.error)
 
     def _blame(self, jobs: list[ActiveJob], error: Exception) -> None:
         """End what a failed step leaves. Of several jobs nobody knows whose fault it was: each gets another chance."""

@@ -418,7 +418,9 @@ def test_unknown_and_expired_jobs(client: Client, redis: Redis) -> None:
     ("options", "message"),
     [
         ({"max_new_tokens": -1}, "max_new_tokens must be between 0"),
-        ({"temperature": 0.8}, "temperature is refused: fastgpt2 decodes greedily"),
+        ({"num_beams": 4}, "num_beams is refused: no beams are searched here"),
+        ({"temperature": -1}, "temperature must be between 0 and 100, not -1"),
+        ({"best_of": 3, "stream": True}, "stream is refused beside a best_of of 3 and an n of 1"),
         ({"max_tokens": 5}, "unknown field 'max_tokens'"),
         ({"stop": 5}, "stop must be a string or a list of strings, not int"),
     ],

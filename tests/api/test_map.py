@@ -123,8 +123,8 @@ class TestErrors:
         for many in (0, -1, 2.5, True, 10**9):
             with pytest.raises(BadRequest, match="in_flight must be a whole number from 1"):
                 list(client.map(["a"], in_flight=many))
-        unknown: Any = {"temperature": 1.0}
-        with pytest.raises(BadRequest, match="temperature is refused"):
+        unknown: Any = {"num_beams": 4}
+        with pytest.raises(BadRequest, match="num_beams is refused"):
             list(client.map(["a", "b"], **unknown))
         with pytest.raises(BadRequest, match="stop is given beside a request that has been made"):
             list(client.map([GenerationRequest("a")], stop="x"))

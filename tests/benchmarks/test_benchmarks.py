@@ -32,6 +32,8 @@ TABLES = {
     "engine/weights.py": ("weights",),
     "engine/cold_start.py": ("fastgpt2", "python"),
     "engine/drafts.py": ("batches",),
+    "engine/sampling.py": ("ms", "ratios"),
+    "engine/guided.py": ("libraries", "hostile", "ms", "ratios"),
     "engine/step_parts.py": ("time", "memory"),
     "engine/prefixes.py": ("ms", "copies_ms", "same_ids"),
 }

@@ -126,7 +126,7 @@ def test_bad_lines_are_errors_in_their_places(tmp_path: Path, start_worker: Star
                 b"{",
                 b"[" * 100_000,
                 b"3",
-                b'{"prompt": "a", "temperature": 1}',
+                b'{"prompt": "a", "num_beams": 4}',
                 b'{"prompt": "a", "max_tokens": 1, "id": "x"}',
                 b'{"prompt": "a", "id": [1]}',
                 b'{"id": "no prompt"}',
@@ -151,7 +151,7 @@ def test_bad_lines_are_errors_in_their_places(tmp_path: Path, start_worker: Star
         2: "the line is not JSON",
         3: "the line is not JSON",
         4: "the line is neither a string nor an object",
-        5: "temperature is refused",
+        5: "num_beams is refused: no beams are searched here; ask for several texts by n",
         6: "unknown field 'max_tokens'",
         7: "id must be a string",
         8: "prompt is missing",
@@ -289,6 +289,28 @@ class TestBrokenOff:
         assert (tmp_path / "out.jsonl").read_text() == before
         assert batch("shorter.txt", "-o", "out.jsonl", *FEW, "--restart")[0] == 0
         assert len(results_in(tmp_path / "out.jsonl")) == 2
+
+    def test_what_was_drawn_stays(self, tmp_path: Path, start_worker: StartWorker, batch: Any) -> None:
+        """Each line has a seed of its own, which its result tells: a run that goes on keeps what is written."""
+        start_worker()
+        drawn = ["--temperature", "0.9", "-n", "2", *FEW]
+        write_prompts(tmp_path / "in.txt", LINES[:4] * 2)
+        assert batch("in.txt", "-o", "out.jsonl", *drawn) == (0, "", "")
+        first = results_in(tmp_path / "out.jsonl")
+        assert len({result["seed"] for result in first}) == 8
+        assert {result["alternatives"][0]["choice_index"] for result in first} == {1}
+        assert not any("token_ids" in text for result in first for text in (result, *result["alternatives"]))
+        whole = (tmp_path / "out.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / "out.jsonl").write_text("".join(whole[:5]) + whole[5][:20])
+        assert batch("in.txt", "-o", "out.jsonl", *drawn) == (0, "", "")
+        assert (tmp_path / "out.jsonl").read_text().startswith("".join(whole[:5]))
+        assert len(results_in(tmp_path / "out.jsonl")) == 8
+        # With its seed, a line's text comes again.
+        lines = [{"prompt": LINES[n % 4]["prompt"], "seed": result["seed"]} for n, result in enumerate(first)]
+        (tmp_path / "again.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert batch("again.jsonl", "-o", "again-out.jsonl", *drawn) == (0, "", "")
+        texts = [(one["text"], one["alternatives"][0]["text"]) for one in results_in(tmp_path / "again-out.jsonl")]
+        assert texts == [(one["text"], one["alternatives"][0]["text"]) for one in first]
 
     def test_earlier_errors_count(self, tmp_path: Path, start_worker: StartWorker, batch: Any) -> None:
         start_worker()

@@ -78,7 +78,7 @@ class TestGenerate:
             (["--stop-token-ids", "4000000000", "a"], 2, "stop_token_ids holds 4000000000, which is no token id"),
             (["--min-new-tokens", "9", "--max-new-tokens", "3", "a"], 2, "min_new_tokens must be between 0 and 3"),
             (["--logprobs", "21", "a"], 2, "--logprobs: '21' is not between 0 and 20"),
-            (["--temperature", "1", "a"], 2, "unrecognized arguments: --temperature"),
+            (["--num-beams", "4", "a"], 2, "unrecognized arguments: --num-beams"),
             (["--model", "", "a"], 2, "--model is empty"),
             ([], 2, "the following arguments are required: PROMPT"),
         ],
@@ -246,6 +246,8 @@ class TestSettings:
             (settings.PREFIX_MEMORY, "-1", "FASTGPT2_PREFIX_MEMORY: '-1' is not a size like 2GB or 512MiB"),
             (settings.PREFIX_MEMORY, "2PB", "FASTGPT2_PREFIX_MEMORY: '2PB' is not a size like 2GB or 512MiB"),
             (settings.PREFIX_MEMORY, "9999TB", "FASTGPT2_PREFIX_MEMORY: '9999TB' is not between 1 byte and 1 PiB"),
+            (settings.TEMPERATURE, "hot", "FASTGPT2_TEMPERATURE: 'hot' is not a number"),
+            (settings.DO_SAMPLE, "maybe", "FASTGPT2_DO_SAMPLE: 'maybe' is neither yes nor no"),
             (settings.LOG_LEVEL, "loud", "FASTGPT2_LOG_LEVEL: 'loud' is not one of debug, info, warning, error"),
         ],
     )
@@ -357,6 +359,7 @@ def test_the_demo_runs_and_stops_on_ctrl_c(tmp_path: Path) -> None:
         len(re.findall(rf"\[(stop|length); \d+ \+ \d+ tokens; queue {ms}, prefill {ms}, decode {ms}\]", whole.stdout))
         == 6
     )
+    assert re.search(r"; with seed=\d+ they come again:\n(  My name is.*\n){3}\n", whole.stdout)
     assert '[{"generated_text":"The game is' in whole.stdout
     assert "all stopped" in whole.stdout
 

@@ -13,6 +13,7 @@ import yaml
 from test_imports import ROOMS
 
 from fastgpt2 import settings
+from fastgpt2.api.client.enqueue import JobFields
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -90,6 +91,12 @@ def test_every_setting_stands_in_the_table_of_settings() -> None:
     listed = re.findall(r"^\| `(FASTGPT2_\w+)` \|", (DOCS / "settings.md").read_text("utf-8"), re.MULTILINE)
     defined = {value.variable for value in vars(settings).values() if isinstance(value, settings.Setting)}
     assert sorted(listed) == sorted({*defined, "FASTGPT2_CACHE"})
+
+
+def test_every_field_of_a_job_stands_in_the_tables_of_usage() -> None:
+    text = (DOCS / "usage.md").read_text("utf-8").partition("\n## What a job may ask\n")[2].partition("\n### ")[0]
+    cells = re.findall(r"^\| (`[^|]+`) \|", text, re.MULTILINE)
+    assert sorted(re.findall(r"`(\w+)`", " ".join(cells))) == sorted({"prompt", *JobFields.__annotations__})
 
 
 def test_the_table_of_rooms_is_what_the_imports_are_held_to() -> None:

@@ -31,6 +31,7 @@ from fastgpt2.api.pool.prometheus import render_metrics
 from fastgpt2.cli import COMMANDS
 from fastgpt2.protocol.connection import connect
 from fastgpt2.protocol.keys import queues_of
+from fastgpt2.setting_values import size
 from fastgpt2.system.redis_server import RedisServer, find_server
 
 ROOT = Path(__file__).parent.parent.parent
@@ -109,7 +110,7 @@ def environment(container: Object) -> dict[str, str]:
 
 
 def bytes_of(text: str) -> int:
-    return settings.size(re.sub("([KMG])i$", r"\1iB", text))
+    return size(re.sub("([KMG])i$", r"\1iB", text))
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -318,7 +319,7 @@ def test_redis_starts_with_the_secrets_password_and_stays_below_its_memory(tmp_p
     configuration = named("ConfigMap", "fastgpt2-redis")["data"]["redis.conf"]
     (container,) = PODS["fastgpt2-redis"]["spec"]["containers"]
     (bound,) = re.findall(r"^maxmemory (\d+mb)$", configuration, re.MULTILINE)
-    assert settings.size(bound.replace("mb", "MiB")) <= bytes_of(container["resources"]["limits"]["memory"]) / 2
+    assert size(bound.replace("mb", "MiB")) <= bytes_of(container["resources"]["limits"]["memory"]) / 2
     folders = {
         path: tmp_path / path.replace("/", "-") for path in ("/etc/redis", "/run/secrets/redis", "/run/redis", "/data")
     }

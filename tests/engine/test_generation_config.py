@@ -36,6 +36,17 @@ CHANGE_OTHER_TEXTS = {
     "file: end beyond the vocabulary",
 }
 
+# The settings that a request may ask for too, which are applied to one that does not.
+APPLIED = (
+    "repetition_penalty 1.3", "repetition_penalty 1.0", "repetition_penalty 1", "repetition_penalty 0.8",
+    "no_repeat_ngram_size 2", "no_repeat_ngram_size 0", "no_repeat_ngram_size 1", "bad_words_ids",
+    "bad_words_ids, several tokens", "bad_words_ids, many", "bad_words_ids, the end alone", "suppress_tokens",
+    "suppress_tokens, many", "sequence_bias", "sequence_bias, several", "all that a request may ask",
+)  # fmt: skip
+NEUTRAL: dict[str, Any] = {
+    "repetition_penalty": 1, "no_repeat_ngram_size": 0, "bad_words": [], "suppress_tokens": [], "logit_bias": {},
+}  # fmt: skip
+
 # What transformers takes for an id and nobody means.
 REFUSED = {"file: end as a text", "file: end true"}
 
@@ -97,6 +108,37 @@ def test_a_text_is_that_of_transformers_or_a_note_says_why_not(
         assert "error" in case or found.notes == ()
 
 
+@pytest.mark.parametrize("name", [*(f"file: {name}" for name in APPLIED), "config: repetition_penalty 1.3"])
+def test_what_a_request_may_ask_is_applied_without_a_note(demo: Engine, tmp_path: Path, name: str) -> None:
+    (case,) = [case for case in CASES if case["name"] == name]
+    found = demo.decoder.generation = read(tmp_path, case["config"], case["file"])
+    assert found.notes == ()
+    for prompt, ids in zip(ORACLE["prompts"], case["ids"], strict=True):
+        assert list(demo.generate(prompt, max_new_tokens=20).token_ids) == ids
+        # A request's own values win, also those that do nothing.
+        own = demo.generate(prompt, max_new_tokens=20, min_new_tokens=1, **NEUTRAL)
+        assert list(own.token_ids) == PLAIN["ids"][ORACLE["prompts"].index(prompt)]
+
+
+def test_the_applied_settings_change_texts() -> None:
+    texts = {name: next(case["ids"] for case in CASES if case["name"] == f"file: {name}") for name in APPLIED}
+    assert sum(ids != PLAIN["ids"] for ids in texts.values()) == len(APPLIED) - 4
+
+
+def test_a_request_s_own_value_wins_one_by_one(demo: Engine, tmp_path: Path) -> None:
+    """What the request does not name stays the model's."""
+    words = next(case for case in CASES if case["name"] == "file: bad_words_ids, several tokens")
+    content = {**words["file"], "repetition_penalty": 0.8, "no_repeat_ngram_size": 4}
+    demo.decoder.generation = read(tmp_path, {}, content)
+    for prompt, ids in zip(ORACLE["prompts"], words["ids"], strict=True):
+        found = demo.generate(prompt, max_new_tokens=20, repetition_penalty=1.0, no_repeat_ngram_size=0)
+        assert list(found.token_ids) == ids
+    penalised = next(case for case in CASES if case["name"] == "file: repetition_penalty 1.3")
+    own: dict[str, Any] = {**NEUTRAL, "repetition_penalty": 1.3}
+    for prompt, ids in zip(ORACLE["prompts"], penalised["ids"], strict=True):
+        assert list(demo.generate(prompt, max_new_tokens=20, **own).token_ids) == ids
+
+
 def test_the_cases_are_of_the_shipped_model() -> None:
     import hashlib
 
@@ -108,20 +150,69 @@ def test_the_cases_are_of_the_shipped_model() -> None:
 
 
 def test_a_note_names_the_file_the_field_and_what_transformers_would_do(tmp_path: Path) -> None:
-    content = {"eos_token_id": 0, "repetition_penalty": 1.2, "do_sample": True, "temperature": 0.7, "top_k": 30}
-    penalty, sampling = read(tmp_path, {}, content).notes
-    assert penalty.startswith("generation_config.json: repetition_penalty 1.2 is not applied: transformers would make")
+    content = {"eos_token_id": 0, "num_beams": 4, "do_sample": True, "temperature": 0.7, "top_k": 30}
+    beams, sampling = read(tmp_path, {}, content).notes
+    assert beams.startswith("generation_config.json: num_beams 4 is not applied: transformers would search with")
     assert sampling.startswith("generation_config.json: do_sample true is not applied: transformers would draw")
-    assert "by temperature 0.7, top_k 30, and fastgpt2 takes the likeliest" in sampling
+    assert (
+        "fastgpt2 takes the likeliest token, unless a request asks for do_sample, by temperature 0.7, top_k 30, or"
+        in sampling
+    )
     assert all(
         one.endswith("; --generation-config none takes the ids in config.json and nothing else")
-        for one in (penalty, sampling)
+        for one in (beams, sampling)
     )
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"repetition_penalty": 0}, "repetition_penalty 0 is not applied: it must be a number from 0.01 to 100"),
+        ({"repetition_penalty": "1.2"}, 'repetition_penalty "1.2" is not applied: it must be a number from'),
+        ({"repetition_penalty": True}, "repetition_penalty true is not applied: it must be a number from"),
+        ('{"repetition_penalty": NaN}', "repetition_penalty NaN is not applied: it must be a number from"),
+        ('{"repetition_penalty": 1e999}', "repetition_penalty Infinity is not applied: it must be a number from"),
+        ({"no_repeat_ngram_size": 2.5}, "no_repeat_ngram_size 2.5 is not applied: it must be a whole number from 0"),
+        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size -1 is not applied: it must be a whole number from 0"),
+        ({"top_p": 1.5}, "top_p 1.5 is not applied: it must be a number from 0 to 1"),
+        ({"bad_words_ids": [5]}, "bad_words_ids [5] is not applied: it must list ids"),
+        ({"bad_words_ids": [["the"]]}, 'bad_words_ids [["the"]] is not applied: it must list ids'),
+        ({"suppress_tokens": 5}, "suppress_tokens 5 is not applied: it must list ids"),
+        ({"suppress_tokens": ["5"]}, 'suppress_tokens ["5"] is not applied: it must list ids'),
+        ({"suppress_tokens": list(range(100_000))}, "it must list ids, at most 65536"),
+        ({"sequence_bias": [[[1, 2], -2.0]]}, "only single tokens can have a bias here, a finite one"),
+        ({"sequence_bias": [[[1], "-2"]]}, "only single tokens can have a bias here, a finite one"),
+        ({"sequence_bias": {"1": -2.0}}, "only single tokens can have a bias here, a finite one"),
+        ({"sequence_bias": 5}, "only single tokens can have a bias here, a finite one"),
+        ('{"sequence_bias": [[[1], -Infinity]]}', "only single tokens can have a bias here, a finite one"),
+    ],
+    ids=str,
+)
+def test_an_option_that_cannot_be_is_noted_and_left_out(tmp_path: Path, content: Any, said: str) -> None:
+    found = read(tmp_path, {}, content)
+    (one,) = found.notes
+    assert said in one
+    assert found.options == {}
+    # And the others are applied.
+    if isinstance(content, dict) and "no_repeat_ngram_size" not in content:
+        (tmp_path / "generation_config.json").write_text(json.dumps({**content, "no_repeat_ngram_size": 3}))
+        again = read_generation_config(tmp_path, GPT2Config(vocab_size=VOCAB_SIZE))
+        assert again.options == {"no_repeat_ngram_size": 3}
+
+
+def test_tokens_that_the_vocabulary_does_not_have_are_left_out(tmp_path: Path) -> None:
+    content = {
+        "suppress_tokens": [5, 2048, -1], "bad_words_ids": [[5], [7, 2048], [9, -1], []],
+        "sequence_bias": [[[3], 1.5]],
+    }  # fmt: skip
+    found = read(tmp_path, {}, content)
+    assert found.options == {"suppress_tokens": (5,), "bad_words": ((5,),), "logit_bias": {3: 1.5}}
+    assert found.notes == ()
+
+
 def test_notes_on_the_fields_of_config_json_name_that_file(tmp_path: Path) -> None:
-    (one,) = read(tmp_path, {"no_repeat_ngram_size": 3}, None).notes
-    assert one.startswith("config.json: no_repeat_ngram_size 3 is not applied")
+    (one,) = read(tmp_path, {"num_beams": 3}, None).notes
+    assert one.startswith("config.json: num_beams 3 is not applied")
 
 
 def test_none_takes_the_ids_of_config_json_and_no_more(tmp_path: Path) -> None:
@@ -131,12 +222,12 @@ def test_none_takes_the_ids_of_config_json_and_no_more(tmp_path: Path) -> None:
 
 
 def test_a_long_value_is_cut_in_a_note(tmp_path: Path) -> None:
-    (one,) = read(tmp_path, {}, {"suppress_tokens": list(range(1000))}).notes
+    (one,) = read(tmp_path, {}, {"begin_suppress_tokens": list(range(1000))}).notes
     assert len(one) < 300
 
 
 def test_notes_are_logged_once_and_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = make_folder(tmp_path, {}, {"bos_token_id": 0, "eos_token_id": 0, "repetition_penalty": 1.2})
+    folder = make_folder(tmp_path, {}, {"bos_token_id": 0, "eos_token_id": 0, "num_beams": 2})
     with caplog.at_level(logging.WARNING, "fastgpt2.engine"):
         engine = Engine.load(folder, max_batch=1, threads=1)
     assert len(engine.notes) == 1

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fastgpt2 import Engine
@@ -113,6 +114,25 @@ def test_memory_that_processes_share_is_reserved_as_far_as_it_is_read() -> None:
     cache.release(0)
     cache.allot(500)
     assert cache.bytes_reserved == 512 * DEMO_POSITION
+
+
+def test_a_copy_has_the_bits_of_its_original() -> None:
+    cache = cache_of(DEMO, n_slots=3, positions=512)
+    source, other = cache.allot(100), cache.allot(100)
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        for part in cache.block(source, number):
+            part[:] = rng.standard_normal(part.shape)
+    cache.lengths[source] = 90
+    assert cache.copy(source, other, BLOCK + 1) == BLOCK + 1 == cache.lengths[other]
+    for ours, theirs in zip(cache.block(other, 0), cache.block(source, 0), strict=True):
+        assert np.array_equal(ours, theirs)
+    keys, values = cache.block(other, 1)
+    assert np.array_equal(keys[..., 0], cache.block(source, 1)[0][..., 0])
+    assert np.array_equal(values[:, :, 0], cache.block(source, 1)[1][:, :, 0])
+    assert not any(part.any() for part in cache.block(other, 2)), "no more was copied than was asked for"
+    with pytest.raises(ValueError, match=f"slot {source} has 90 positions, not 91"):
+        cache.copy(source, other, 91)
 
 
 def test_fewer_slots_may_be_used_than_there_are() -> None:

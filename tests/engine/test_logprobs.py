@@ -12,7 +12,7 @@ import pytest
 from support.running import GOLDEN
 
 from fastgpt2 import Engine
-from fastgpt2.engine.decoding.decoder import likeliest, token_logprob
+from fastgpt2.engine.decoding.logprobs import likeliest, token_logprob
 from fastgpt2.engine.model.hub import DEMO_FOLDER
 
 golden: dict[str, Any] = json.loads((GOLDEN / "demo_scores.json").read_text("utf-8"))

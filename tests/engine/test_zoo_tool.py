@@ -88,10 +88,19 @@ def test_ids_and_texts_that_differ_are_shown_on_both_sides(check: Check, answer:
 def test_settings_that_only_transformers_applies_are_left_out_and_named(check: Check, answer: dict[str, Any]) -> None:
     said = answer["prompts"]["1"]
     said |= {"plain": said["new"], "plain_text": said["full_minus_prompt"], "plain_near": said["near"], "new": [1] * 20}
-    answer["generation_config"] = {"repetition_penalty": 1.2, "eos_token_id": 309, "top_k": 30}
+    answer["generation_config"] = {"num_beams": 4, "repetition_penalty": 1.2, "eos_token_id": 309, "top_k": 30}
     run = check(answer)
     assert run.returncode == 0
-    assert "generation_config.json asks transformers for repetition_penalty 1.2; where" in run.stdout
+    assert "generation_config.json asks transformers for num_beams 4; where" in run.stdout
+
+
+def test_settings_that_both_apply_are_no_matter(check: Check, answer: dict[str, Any]) -> None:
+    said = answer["prompts"]["1"]
+    said |= {"plain": said["new"], "plain_text": said["full_minus_prompt"], "plain_near": said["near"]}
+    answer["generation_config"] = {"repetition_penalty": 1.2}
+    run = check(answer)
+    assert run.returncode == 0
+    assert "generation_config.json" not in run.stdout
 
 
 def test_both_sides_say_why_a_model_is_refused(check: Check) -> None:

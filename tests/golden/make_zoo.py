@@ -112,7 +112,9 @@ def _prompt_in_small(answer: Json) -> Json:
         return {"error": answer["error"].partition(":")[0]}
     kept: Json = {name: answer[name] for name in KEPT_OF_SMALL} | {"text": answer["full_minus_prompt"]}
     if not answer["greedy"]:
-        kept |= {"new": answer["plain"], "text": answer["plain_text"], "with_its_settings": answer["new"]}
+        kept |= {"new": answer["plain"], "text": answer["plain_text"]}
+        if answer["plain"] != answer["new"]:
+            kept["with_its_settings"] = answer["new"]
     if kept["start_ids"] == kept["ids"]:
         del kept["start_ids"]
     return kept

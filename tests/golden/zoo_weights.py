@@ -455,7 +455,7 @@ def old_fields_of_generation(box: Box) -> None:
     box.safetensors(fine_tune(box, torch_dtype=DROP, transformers_version=DROP, **OLD_FIELDS))
 
 
-@kind(notes=("repetition_penalty",))
+@kind(notes=("do_sample",))
 def old_fields_that_change_the_text(box: Box) -> None:
     """config.json of 2020 to 2022 with a repetition penalty, sampling and beams"""
     old = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "do_sample": True, "top_p": 0.9, "min_length": 3}
@@ -509,7 +509,7 @@ def no_end_in_generation_config(box: Box) -> None:
     generation(box, bos_token_id=box.size.eot, max_length=30)
 
 
-@kind(notes=("repetition_penalty",))
+@kind(notes=("do_sample",))
 def repetition_penalty(box: Box) -> None:
     """nicholasKluge/Aira-2-124M and others: a repetition penalty in generation_config.json, and sampling"""
     box.safetensors(fine_tune(box))
@@ -526,7 +526,7 @@ def beams(box: Box) -> None:
     generation(box, bos_token_id=box.size.eot, eos_token_id=box.size.eot, num_beams=4, early_stopping=True)
 
 
-@kind(notes=("no_repeat_ngram_size", "suppress_tokens", "forced_eos_token_id", "bad_words_ids"))
+@kind(notes=("begin_suppress_tokens", "forced_eos_token_id"))
 def rules_for_tokens(box: Box) -> None:
     """generation_config.json with n-grams not to repeat, a least length, suppressed and forced tokens, bad words"""
     box.safetensors(fine_tune(box))

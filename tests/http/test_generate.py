@@ -131,23 +131,26 @@ def a_result(last: TokenLogprob, stop_reason: int | str | None = None) -> Genera
 
 def test_an_end_of_text_of_any_name() -> None:
     end = TokenLogprob(2, "[SEP]", -1.0, text_offset=1, special=True)
-    details = _details(a_result(end), prefill=False)
+    details = _details(a_result(end))
     assert details["finish_reason"] == "eos_token"
     assert [token["special"] for token in details["tokens"]] == [False, True]
     assert details["tokens"][1]["text"] == "[SEP]"
     # Named by the request, the same token is a stop.
     for reason in (2, "[SEP]"):
-        assert _details(a_result(end, reason), prefill=False)["finish_reason"] == "stop_sequence"
+        assert _details(a_result(end, reason))["finish_reason"] == "stop_sequence"
     # Of a worker of an earlier release, which tells no more than the names.
     old = TokenLogprob(0, "<|endoftext|>", -1.0, text_offset=1)
-    assert _details(a_result(old), prefill=False)["finish_reason"] == "eos_token"
-    assert _details(a_result(old), prefill=False)["tokens"][1]["special"] is True
-    assert _details(a_result(TokenLogprob(6, "b", -1.0)), prefill=False)["finish_reason"] == "stop_sequence"
+    assert _details(a_result(old))["finish_reason"] == "eos_token"
+    assert _details(a_result(old))["tokens"][1]["special"] is True
+    assert _details(a_result(TokenLogprob(6, "b", -1.0)))["finish_reason"] == "stop_sequence"
+    # A text of a given form ends without such a token.
+    assert _details(a_result(TokenLogprob(6, "b", -1.0)), guided=True)["finish_reason"] == "eos_token"
 
 
 def test_what_clients_send_for_not_at_all_is_taken(system: System, engine: Engine) -> None:
     neutral = {
         "best_of": 1, "do_sample": False, "frequency_penalty": 0, "repetition_penalty": 1.0, "seed": 3, "stop": [],
+        "adapter_id": None, "grammar": None,
         "temperature": None, "top_k": None, "top_p": None, "typical_p": None, "truncate": None, "watermark": False,
         "top_n_tokens": None, "details": False, "decoder_input_details": False, "return_full_text": None,
     }  # fmt: skip
@@ -155,17 +158,43 @@ def test_what_clients_send_for_not_at_all_is_taken(system: System, engine: Engin
     assert got.json() == {"generated_text": expected(engine, 3)}
 
 
+@pytest.mark.parametrize(
+    ("path", "parameters", "message"),
+    [
+        ("/generate", {}, "best_of is 2, and all texts would be equal: set do_sample, or leave best_of out"),
+        (
+            "/generate_stream",
+            {"do_sample": True},
+            "best_of is 2, and only the end tells which text is the best: stream w",
+        ),
+    ],
+)
+def test_the_best_of_what_has_no_best(system: System, path: str, parameters: Any, message: str) -> None:
+    got = post(system, path, {"inputs": "a", "parameters": {"best_of": 2, **parameters}})
+    assert got.status_code == 400
+    assert got.json()["error"].startswith(message)
+
+
+REGEX = {"type": "regex", "value": "(a"}
+JSON_OF_NO_TYPE = {"type": "json", "value": {"type": "x"}}
+
+
 @pytest.mark.parametrize("path", ["/", "/generate", "/generate_stream"])
 @pytest.mark.parametrize(
     ("body", "message"),
     [
         ({}, "inputs is missing"),
-        ({"inputs": "a", "parameters": {"do_sample": True}}, "do_sample is refused: fastgpt2 decodes greedily"),
-        ({"inputs": "a", "parameters": {"temperature": 0.7}}, "temperature is refused"),
-        ({"inputs": "a", "parameters": {"top_k": 5}}, "top_k is refused"),
-        ({"inputs": "a", "parameters": {"repetition_penalty": 1.2}}, "repetition_penalty is refused"),
-        ({"inputs": "a", "parameters": {"watermark": True}}, "unknown field 'watermark'"),
-        ({"inputs": "a", "parameters": {"truncate": 5}}, "unknown field 'truncate'"),
+        ({"inputs": "a", "parameters": {"do_sample": 1}}, "do_sample must be true or false"),
+        ({"inputs": "a", "parameters": {"temperature": -0.7}}, "temperature must be between 0 and 100"),
+        ({"inputs": "a", "parameters": {"repetition_penalty": 0}}, "repetition_penalty must be between 0.01 and 100"),
+        ({"inputs": "a", "parameters": {"n": 2}}, "unknown field 'n' in parameters; the best of several texts is giv"),
+        ({"inputs": "a", "parameters": {"watermark": True}}, "watermark must be false or left out: texts get no wate"),
+        ({"inputs": "a", "parameters": {"truncate": 5}}, "truncate must be left out: the endpoint counts no tokens"),
+        ({"inputs": "a", "parameters": {"adapter_id": "x"}}, "adapter_id must be left out: there are no adapters"),
+        ({"inputs": "a", "parameters": {"grammar": {"type": "regex"}}}, "grammar must have a type and a value"),
+        ({"inputs": "a", "parameters": {"grammar": REGEX, "choices": ["a"]}}, "grammar and choices are both given; a"),
+        ({"inputs": "a", "parameters": {"grammar": REGEX}}, "grammar cannot be used: unclosed group"),
+        ({"inputs": "a", "parameters": {"grammar": JSON_OF_NO_TYPE}}, "grammar cannot be used: Invalid type: x"),
         ({"inputs": "a", "parameters": {"details": 1}}, "details must be true or false"),
         ({"inputs": "a", "parameters": {"top_n_tokens": 99}}, "top_n_tokens must be between 0 and 20, not 99"),
         ({"inputs": "a", "more": 1}, "unknown field 'more'"),

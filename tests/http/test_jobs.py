@@ -95,6 +95,35 @@ def test_without_stream_its_text_comes_at_the_end(web: httpx.Client, engine: Eng
     assert got[0][2] == {"text": engine.generate(PROMPT, max_new_tokens=10).text, "at": 0}
 
 
+def test_several_texts_as_they_come_and_from_where_they_were_left(web: httpx.Client, engine: Engine) -> None:
+    options: Any = {"temperature": 1.1, "seed": 11, "n": 3, "choice_index": 1, "max_new_tokens": 25}
+    job_id = created(web, stream=True, **options)
+    result = engine.generate(PROMPT, **options)
+    expected = {text.choice_index: text.text for text in (result, *result.alternatives)}
+    assert expected.keys() == {1, 2, 3}
+    got = read_events(web.get(f"/v1/jobs/{job_id}/stream").text)
+
+    def texts(events: list[tuple[str, str, Any]]) -> dict[int, str]:
+        found: dict[int, str] = {}
+        for name, _, data in events:
+            if not name:
+                found[data.get("choice_index", 0)] = found.get(data.get("choice_index", 0), "") + data["text"]
+        return found
+
+    assert texts(got) == expected
+    assert (got[-1][0], got[-1][2]["result"]["text"]) == ("end", expected[1])
+    assert [other["text"] for other in got[-1][2]["result"]["alternatives"]] == [expected[2], expected[3]]
+    for at in (0, len(got) // 2, len(got) - 2):
+        # The pieces may come parted otherwise.
+        event_id = got[at][1]
+        known = {int(pair.split(":")[0]): int(pair.split(":")[1]) for pair in event_id.split(",")}
+        again = read_events(web.get(f"/v1/jobs/{job_id}/stream", headers={"last-event-id": event_id}).text)
+        left = {index: text[known.get(index, 0) :] for index, text in expected.items()}
+        assert texts(again) == {index: text for index, text in left.items() if text}
+        assert again[-1][0] == "end"
+    assert got[-2][1] == ",".join(f"{index}:{len(text)}" for index, text in expected.items())
+
+
 def test_hanging_up_on_it_does_not_end_it(web: httpx.Client) -> None:
     job_id = created(web, **LONG, stream=True)
     with web.stream("GET", f"/v1/jobs/{job_id}/stream") as answer:
@@ -161,8 +190,10 @@ def test_jobs_of_other_queues_are_none_of_its_business(web: httpx.Client, system
     [
         ({}, "prompt is missing"),
         ({"prompt": 3}, "prompt must be a string"),
-        ({"prompt": "a", "max_tokens": 3}, "unknown field 'max_tokens'; known are prompt, max_new_tokens"),
-        ({"prompt": "a", "temperature": 1}, "temperature is refused"),
+        ({"prompt": "a", "max_tokens": 3}, "unknown field 'max_tokens'; max_new_tokens may be meant; known are"),
+        ({"prompt": "a", "temperature": -1}, "temperature must be between 0 and 100"),
+        ({"prompt": "a", "num_beams": 2}, "num_beams is refused: no beams are searched here"),
+        ({"prompt": "a", "best_of": 2, "stream": True}, "stream is refused beside a best_of of 2 and an n of 1"),
         ({"prompt": "a", "result_ttl": 0}, "result_ttl must be a whole number of seconds from 1"),
         ({"prompt": "the " * 7000}, "the model's 512 positions"),
     ],
@@ -179,7 +210,8 @@ def test_bad_queries(web: httpx.Client, query: tuple[str, str]) -> None:
     assert web.get(f"/v1/jobs/{job_id}", params=dict([query])).status_code == 400
     for limit in ("0", "101", "x", "1.5", "9" * 400, "²"):
         assert web.get("/v1/jobs", params={"limit": limit}).status_code == 400
-    assert web.get(f"/v1/jobs/{job_id}/stream", headers={"last-event-id": "x"}).status_code == 400
+    for known in ("x", "", "-1", "1:", "0:1,", "1" * 10, ",".join(["0:1"] * 129)):
+        assert web.get(f"/v1/jobs/{job_id}/stream", headers={"last-event-id": known}).status_code == 400
 
 
 def test_the_latest_jobs(web: httpx.Client) -> None:

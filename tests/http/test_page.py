@@ -20,7 +20,7 @@ from playwright.sync_api import Browser, Page, Route, expect
 from support.browser import Tabs, chromium
 from support.running import GOLDEN, StartEndpoint, wait_until
 
-from fastgpt2 import Client, Job
+from fastgpt2 import Client, Engine, Job
 from fastgpt2.api.page import page as made_page
 from fastgpt2.engine.model.hub import DEMO_FOLDER
 from fastgpt2.engine.text.tokenizer import Tokenizer
@@ -208,8 +208,9 @@ class TestPrompt:
             if page.evaluate("document.activeElement.id") == "prompt":
                 break
         page.keyboard.type(ENTRY["prompt"])
-        page.keyboard.press("Tab")
-        expect(page.get_by_label("At most")).to_be_focused()
+        for name in ("Temperature", "Top p", "Repetition penalty", "Seed", "At most"):
+            page.keyboard.press("Tab")
+            expect(page.get_by_label(name, exact=True)).to_be_focused()
         page.keyboard.type("5")
         page.keyboard.press("Control+Enter")
         expect_end(page, "+ 5 tokens")
@@ -220,6 +221,33 @@ class TestPrompt:
         page.keyboard.press("Space")
         expect_end(page, "+ 5 tokens")
         expect(page.get_by_role("button", name="Generate")).to_be_focused()
+
+    def test_a_text_is_drawn_and_had_again_by_its_seed(self, system: System, tabs: Tabs, engine: Engine) -> None:
+        page = tabs.open(system.http_url)
+        answer, keep = page.get_by_role("log", name="Answer"), page.get_by_role("button", name="Keep the seed")
+        page.get_by_role("textbox", name="Prompt").fill(ENTRY["prompt"])
+        page.get_by_role("button", name="Generate").click()
+        expect_end(page, "in all")
+        assert answer.text_content() == ENTRY["prompt"] + golden_text(60), "nothing is drawn unasked"
+        expect(page.locator("#answer-end")).not_to_contain_text("seed")
+        expect(keep).to_be_disabled()
+        for name, value in (("Temperature", "0.9"), ("Top p", "0.95"), ("Repetition penalty", "1.1")):
+            page.get_by_label(name).fill(value)
+        page.get_by_role("button", name="Generate").click()
+        expect_end(page, re.compile(r"seed\s\d+$"))
+        drawn = answer.text_content()
+        keep.click()
+        seed = page.get_by_label("Seed", exact=True).input_value()
+        expect_end(page, f"seed\u00a0{seed}")
+        options: Any = {"temperature": 0.9, "top_p": 0.95, "repetition_penalty": 1.1, "seed": int(seed)}
+        expected = ENTRY["prompt"] + engine.generate(ENTRY["prompt"], max_new_tokens=60, **options).text
+        assert drawn == expected
+        page.get_by_label("At most").fill("59")
+        page.get_by_role("button", name="Generate").click()
+        expect_end(page, "+ 59 tokens")
+        again = answer.text_content()
+        assert again is not None
+        assert expected.startswith(again)
 
     def test_cancelling_midway_cancels_the_job(self, system: System, tabs: Tabs) -> None:
         page = tabs.open(system.http_url)

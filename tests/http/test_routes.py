@@ -151,7 +151,7 @@ def test_status_tells_queue_jobs_and_workers(system: System) -> None:
         ({"inputs": "a", "input": "b"}, 400, "unknown field 'input'"),
         ({"inputs": "a", "parameters": [1]}, 400, "parameters must be an object"),
         ({"inputs": "a", "parameters": 0}, 400, "parameters must be an object"),
-        ({"inputs": "a", "parameters": {"temperature": 0.5}}, 400, "temperature is refused: fastgpt2 decodes greedily"),
+        ({"inputs": "a", "parameters": {"temperature": -1}}, 400, "temperature must be between 0 and 100, not -1"),
         ({"inputs": "a", "parameters": {"max_new_tokens": -1}}, 400, "max_new_tokens must be between 0"),
         ({"inputs": "a", "parameters": {"return_full_text": "yes"}}, 400, "return_full_text must be true or false"),
         ({"inputs": "a", "parameters": {"prompt": "b"}}, 400, "unknown field 'prompt'"),

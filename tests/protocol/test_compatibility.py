@@ -22,8 +22,10 @@ from redis import Redis
 from support.running import GOLDEN
 
 from fastgpt2 import Client, FastGPT2Error
+from fastgpt2.api.client.reader import Assembly
 from fastgpt2.errors import PromptTooLong
 from fastgpt2.protocol.connection import connect
+from fastgpt2.protocol.messages import entry_to_piece
 from fastgpt2.system.redis_server import RedisServer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,6 +38,9 @@ WAITED = [name for name in JOBS if "queued" in JOBS[name]]
 ENDED_EARLY = [name for name in JOBS if name not in WAITED]
 FINISHED = [name for name in JOBS if "text" in JOBS[name]["outcome"]]
 STREAMED = [name for name in FINISHED if JOBS[name]["stream"]]
+
+# What results have since got, beside what the earlier commit wrote.
+ADDED = {"cumulative_logprob"}
 
 # What differs from run to run; compressed bytes and, where a job says so itself, times.
 VOLATILE = {
@@ -54,9 +59,10 @@ def steady(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def result_of(text: str) -> Any:
-    """A result as JSON, without its times; log probabilities to the digits that all processors agree on."""
+    """A result as JSON, without its times and `ADDED`; log probabilities to the digits that all processors agree on."""
     value = json.loads(text, parse_float=lambda digits: round(float(digits), 3))
-    return {**value, "timings": sorted(value["timings"])}
+    kept = {name: part for name, part in value.items() if name not in ADDED}
+    return {**kept, "timings": sorted(value["timings"])}
 
 
 def of_entry(fields: dict[str, Any]) -> dict[str, Any]:
@@ -217,6 +223,7 @@ def test_a_client_reads_a_result_of_before(name: str, reader: Client) -> None:
         outcome["prompt_logprobs"],
     )
     assert result.timings.decode_seconds >= 0
+    assert (result.seed, result.choice_index, result.cumulative_logprob, result.alternatives) == (None, 0, None, ())
     assert reader.status(JOBS[name]["id"]) == "finished"
 
 
@@ -264,9 +271,13 @@ def test_a_client_reads_what_a_worker_of_before_announced(reader: Client, old_en
     assert (worker["name"], worker["model"]) == (WORKER, "demo")
 
 
+# A job of this commit beside those of the earlier one: its id, by its name.
+NEW: dict[str, str] = {}
+
+
 @pytest.fixture(scope="module")
 def taken_over() -> Iterator[RedisServer]:
-    """A Redis in which a worker of this commit has run the jobs that a client of the earlier one enqueued."""
+    """A Redis in which a worker of this commit has run the jobs of a client of the earlier one, and `NEW`."""
     with RedisServer() as server:
         redis, now = connect(server.url), datetime.now(UTC).isoformat().replace("+00:00", "Z")
         for name in WAITED:
@@ -278,6 +289,8 @@ def taken_over() -> Iterator[RedisServer]:
             else:
                 redis.rpush(key, *(JOBS[name]["id"] for name in members))
         redis.close()
+        with Client(server.url, QUEUE) as client:
+            NEW["drawn"] = client.enqueue("My name is", temperature=1.0, seed=5, n=3, max_new_tokens=8, stream=True).id
         command = [sys.executable, "-m", "fastgpt2", "worker", "--burst", "--redis-url", server.url, "--queue", QUEUE]
         command += ["--model", "demo", "--threads", "1"]
         done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
@@ -301,3 +314,36 @@ def test_a_worker_finishes_a_job_of_before(name: str, taken_over: RedisServer) -
             assert job.result(timeout=10).usage.completion_tokens > 0  # it was cancelled only later
         if JOBS[name]["fields"].get("stream"):
             assert "".join(piece.text for piece in job.stream(timeout=10)) == outcome["text"]
+
+
+def test_a_client_of_before_reads_the_first_of_several_texts(taken_over: RedisServer) -> None:
+    """It takes the fields that it knows, by their names, and passes over the others."""
+    redis: Any = connect(taken_over.url)
+    ((_, found),) = redis.xrange(f"rq:results:{NEW['drawn']}")
+    ours = json.loads(base64.b64decode(found[b"return_value"]))
+    ((_, fields),) = JOBS["plain"]["results"]
+    theirs = json.loads(base64.b64decode(fields["return_value"]))
+    assert set(ours) - set(theirs) == {"seed", "alternatives"}
+    assert {name: type(ours[name]) for name in theirs} == {name: type(value) for name, value in theirs.items()}
+    # What it has of the stream is of all texts, and it cuts where they differ; the result has the last word.
+    assembly, texts = Assembly(), set()
+    for _, entry in redis.xrange(f"fastgpt2:stream:{NEW['drawn']}"):
+        texts.add(entry.pop(b"choice_index", b"0"))
+        piece = entry_to_piece(entry)
+        if piece is not None:
+            assert set(entry) == {b"attempt", b"at", b"text"}
+            assembly.add(piece)
+    assembly.complete(ours["text"])
+    assert (assembly.text, texts) == (ours["text"], {b"0", b"1", b"2"})
+    redis.close()
+
+
+def test_a_client_of_now_reads_all_texts(taken_over: RedisServer) -> None:
+    with Client(taken_over.url, QUEUE) as client:
+        result = client.result(NEW["drawn"], timeout=10)
+        assert [text.choice_index for text in (result, *result.alternatives)] == [0, 1, 2]
+        assert len({text.text for text in (result, *result.alternatives)}) == 3
+        streamed = ["", "", ""]
+        for piece in client.job(NEW["drawn"]).stream(timeout=10):
+            streamed[piece.choice_index] += piece.text
+        assert streamed == [text.text for text in (result, *result.alternatives)]

@@ -16,9 +16,12 @@ from fastgpt2.engine.engine import Options
 from fastgpt2.errors import BadRequest, FastGPT2Error
 from fastgpt2.protocol.messages import (
     JobOptions,
+    Piece,
     describe_result,
+    entry_to_piece,
     job_to_kwargs,
     parse_job,
+    piece_to_entry,
     result_from_json,
     result_to_json,
 )
@@ -108,6 +111,71 @@ def test_a_prompt_s_log_probabilities_survive_the_journey() -> None:
     ]
 
 
+def test_a_seed_and_the_other_texts_survive_the_journey() -> None:
+    """A seed has up to 64 bits, and 0 is one; a text's index, its sum of log probabilities and its end are its own."""
+    for drawn in (replace(RESULT, seed=seed) for seed in (0, -1, (1 << 64) - 1)):
+        assert result_to_json(drawn)["seed"] == drawn.seed
+        assert result_from_json(json.loads(json.dumps(result_to_json(drawn, 0.25)))) == drawn
+    told = (TokenLogprob(5, "hé", -0.5),)
+    second = replace(RESULT, text="b", token_ids=(9,), finish_reason="length", choice_index=1, logprobs=told, seed=3)
+    third = replace(RESULT, text="c", usage=Usage(3, 7), stop_reason="x", choice_index=2, cumulative_logprob=-1.5)
+    result = replace(RESULT, seed=3, cumulative_logprob=0.0, alternatives=(second, third))
+    value = json.loads(json.dumps(result_to_json(result, 0.25)))
+    assert result_from_json(value) == result
+    assert (value["seed"], value["cumulative_logprob"]) == (3, 0.0)
+    assert "choice_index" not in value
+    assert [(one["text"], one["choice_index"]) for one in value["alternatives"]] == [("b", 1), ("c", 2)]
+    assert [one["timings"]["queue_seconds"] for one in value["alternatives"]] == [0.25, 0.25]
+    for other in value["alternatives"]:
+        assert not {"version", "model", "alternatives"} & set(other)
+    assert "seed" not in result_to_json(RESULT)
+    times = "queue 250.0 ms, prefill 500.0 ms, decode 1000.0 ms"
+    assert describe_result(value) == f"3 (1 cached) + 11 tokens in 3 texts, stop; seed 3; {times}"
+
+
+def test_what_alternatives_have_of_their_own_is_passed_over() -> None:
+    value = result_to_json(replace(RESULT, alternatives=(RESULT,)), 0.25)
+    value["alternatives"][0]["alternatives"] = [3]
+    value["alternatives"][0]["of another kind"] = 7
+    assert result_from_json(value) == replace(RESULT, alternatives=(RESULT,))
+
+
+DAMAGE: dict[str, list[Any]] = {
+    "seed": [True, 1.5, "3", [3], {}],
+    "choice_index": [True, 1.5, "3", [3], {}],
+    "cumulative_logprob": [True, "-1", [1], {}],
+    "text": [None, 3, ["a"], b"a"],
+    "token_ids": [None, 3, ["a"], [True], [1.5]],
+}
+
+
+@pytest.mark.parametrize("damage", [{name: value} for name, values in DAMAGE.items() for value in values])
+def test_damaged_texts_are_refused_also_among_the_alternatives(damage: dict[str, Any]) -> None:
+    value = result_to_json(replace(RESULT, alternatives=(RESULT,)))
+    damaged = {**value, "alternatives": [{**value["alternatives"][0], **damage}]}
+    for one in ({**value, **damage}, damaged):
+        with pytest.raises(FastGPT2Error, match="a damaged result"):
+            result_from_json(one)
+
+
+@pytest.mark.parametrize("alternatives", [3, {}, "a", None, True, [3], ["a"], [[]], [None], [{}], [{"text": "a"}]])
+def test_what_are_no_alternatives_is_refused(alternatives: object) -> None:
+    with pytest.raises(FastGPT2Error, match="a damaged result"):
+        result_from_json({**result_to_json(RESULT), "alternatives": alternatives})
+
+
+def test_a_piece_says_which_text_it_belongs_to() -> None:
+    """And the entry of a first text is what it was before there were several."""
+    assert set(piece_to_entry(Piece("a", 0, 1))) == {"attempt", "at", "text"}
+    told = (TokenLogprob(5, "a", -0.5),)
+    for piece in (Piece("a", 3, 1, choice_index=2), Piece("a", 0, 2, told, 4, choice_index=7), Piece("a", 3, 1)):
+        entry = {name.encode(): str(value).encode() for name, value in piece_to_entry(piece).items()}
+        assert entry_to_piece(entry) == piece
+        for index in (b"-1", b"x", b"1.0", b""):
+            with pytest.raises(ValueError, match=r"is no number of what comes before|invalid literal"):
+                entry_to_piece({**entry, b"choice_index": index})
+
+
 def test_what_the_last_release_wrote_is_read() -> None:
     """The value is as it stands in somebody's Redis."""
     value = json.loads(
@@ -121,6 +189,9 @@ def test_what_the_last_release_wrote_is_read() -> None:
     # It guessed nothing, so the second token took a step.
     assert result_from_json(value).drafting == Drafting(steps=1)
     assert result_from_json({**value, "token_ids": []}).drafting == Drafting()
+    # It gave one text, and drew nothing.
+    old = result_from_json(value)
+    assert (old.seed, old.choice_index, old.cumulative_logprob, old.alternatives) == (None, 0, None, ())
     assert result_from_json(value) == replace(RESULT, text="Ab", usage=Usage(3, 2), logprobs=told)
 
 
@@ -182,6 +253,55 @@ def test_what_is_no_result_is_refused(value: object) -> None:
             {"prompt": "a", "stop_token_ids": [5, 0]},
         ),
         (
+            GenerationRequest(
+                "a", do_sample=True, temperature=0.5, top_k=0, top_p=0.9, min_p=0.05, typical_p=0.9, seed=0
+            ),
+            JobOptions(),
+            {
+                "prompt": "a",
+                "do_sample": True,
+                "temperature": 0.5,
+                "top_k": 0,
+                "top_p": 0.9,
+                "min_p": 0.05,
+                "typical_p": 0.9,
+                "seed": 0,
+            },
+        ),
+        (
+            GenerationRequest("a", n=2, best_of=3, choice_index=5, repetition_penalty=1.2, no_repeat_ngram_size=3),
+            JobOptions(),
+            {
+                "prompt": "a",
+                "n": 2,
+                "best_of": 3,
+                "choice_index": 5,
+                "repetition_penalty": 1.2,
+                "no_repeat_ngram_size": 3,
+            },
+        ),
+        (
+            GenerationRequest("a", presence_penalty=-2, logit_bias={7: -100, 0: 1}, bad_words=("x y", (5, 6))),
+            JobOptions(),
+            {
+                "prompt": "a",
+                "presence_penalty": -2,
+                "logit_bias": {"7": -100.0, "0": 1.0},
+                "bad_words": ["x y", [5, 6]],
+            },
+        ),
+        (
+            GenerationRequest("a", frequency_penalty=0, suppress_tokens=(5,), choices=("yes", "no")),
+            JobOptions(),
+            {"prompt": "a", "frequency_penalty": 0, "suppress_tokens": [5], "choices": ["yes", "no"]},
+        ),
+        (GenerationRequest("a", regex="a+"), JobOptions(), {"prompt": "a", "regex": "a+"}),
+        (
+            GenerationRequest("a", json_schema={"type": "object"}),
+            JobOptions(),
+            {"prompt": "a", "json_schema": '{"type": "object"}'},
+        ),
+        (
             GenerationRequest((5, 6), 0, logprobs=0, prompt_logprobs=5, echo=True),
             JobOptions(stream=True),
             {
@@ -201,6 +321,13 @@ def test_a_job_survives_the_journey(request_: GenerationRequest, options: JobOpt
     assert parse_job([kwargs.pop("prompt")], kwargs) == (request_, options)
 
 
+def test_several_texts_are_streamed_as_long_as_all_are_given() -> None:
+    for options in ({"n": 3}, {"n": 3, "best_of": 3}, {"best_of": 1}):
+        request, of_worker = parse_job(["a"], {**options, "stream": True})
+        assert (request.ranked, of_worker.stream) == (False, True)
+    assert parse_job(["a"], {"best_of": 3, "stream": False})[0].ranked
+
+
 def test_the_prompt_may_come_first() -> None:
     assert parse_job(("hi",), {"stop": "x"}) == (GenerationRequest("hi", stop=("x",)), JobOptions())
 
@@ -211,9 +338,22 @@ def test_the_prompt_may_come_first() -> None:
         ([], {}, "prompt is missing"),
         (["a", "b"], {}, "2 positional arguments"),
         (["a"], {"prompt": "b"}, "given twice"),
-        (["a"], {"max_tokens": 3}, "unknown field 'max_tokens'; known are prompt, max_new_tokens"),
-        (["a"], {"temperature": 0.7}, "temperature is refused: fastgpt2 decodes greedily"),
-        (["a"], {"top_p": 0.7}, "top_p is refused: .* nothing to sample"),
+        (
+            ["a"],
+            {"max_tokens": 3},
+            "unknown field 'max_tokens'; max_new_tokens may be meant; known are prompt, max_new",
+        ),
+        (["a"], {"temprature": 3}, "unknown field 'temprature'; temperature may be meant; known are prompt"),
+        (["a"], {"x": 3}, "unknown field 'x'; known are prompt, max_new_tokens"),
+        (["a"], {"num_beams": 4}, "num_beams is refused: no beams are searched here; ask for several texts by n"),
+        (["a"], {"temperature": "hot"}, "temperature must be a number, not str"),
+        (["a"], {"top_p": 1.7}, "top_p must be between 0 and 1, not 1.7"),
+        (["a"], {"logit_bias": {"x": 1}}, "logit_bias holds 'x', which is no token id"),
+        (["a"], {"n": 0}, "n must be between 1 and 128, not 0"),
+        (["a"], {"n": 3, "best_of": 2}, "best_of is 2 and n is 3: raise best_of, which n may not exceed, or lower n"),
+        (["a"], {"bad_words": [""]}, "bad_words must hold words of 1 to 256 characters, not of 0"),
+        (["a"], {"choices": [""]}, "choices must hold strings of 1 to 1024 characters, not of 0"),
+        (["a"], {"n": 2, "best_of": 3, "stream": True}, "stream is refused beside a best_of of 3 and an n of 2: which"),
         (["a"], {"max_new_tokens": 1.5}, "max_new_tokens must be a whole number, not float"),
         ([{"a": 1}], {}, "prompt must be a string or a list of token ids, not dict"),
         (["a"], {"timeout": "5"}, "timeout must be a number of seconds, not str"),

@@ -93,7 +93,7 @@ def in_a_layer(generated: int) -> None:
 
     def far_enough(_self: Attention, layer: int) -> bool:
         decoding = known[0].decoding if known else []
-        return layer == 1 and any(j.sequence and len(j.sequence.token_ids) >= generated for j in decoding)
+        return layer == 1 and any(len(s.token_ids) >= generated for job in decoding for s in job.sequences)
 
     before(Attention, "run", far_enough)
 

@@ -6,7 +6,7 @@ import json
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from rq.serializers import JSONSerializer
 from rq.suspension import resume, suspend
 from rq.utils import as_text
 from support.running import GOLDEN, StartWorker, wait_until
+from support.turns import Turns, take_turns
 
 from fastgpt2 import Engine
 from fastgpt2.protocol.connection import connect
@@ -49,36 +50,10 @@ def queue(redis: Redis, queue_name: str) -> Queue:
     return Queue(queue_name, connection=redis, serializer=JSONSerializer)
 
 
-class Turns:
-    """A worker in this process, taken through its loop turn by turn."""
-
-    def __init__(self, worker: GenerationWorker) -> None:
-        self.worker = worker
-
-    def take(self, count: int = 1) -> None:
-        for _ in range(count):
-            self.worker._turn(burst=True)
-
-    def until(self, condition: Callable[[], object], what: str, most: int = 2000) -> int:
-        """Take turns until the condition holds; return how many it took."""
-        for count in range(most):
-            if condition():
-                return count
-            self.take()
-        pytest.fail(f"{most} turns did not bring: {what}")
-
-
 @pytest.fixture
 def turns(engine: Engine, redis_server: RedisServer, queue_name: str) -> Iterator[Turns]:
-    connection = connect(redis_server.url)
-    worker = GenerationWorker(engine, connection, queue_name, drain_timeout=1000)
-    assert worker.sign_on()
-    yield Turns(worker)
-    for running in worker.batch:
-        worker.batch.drop(running)
-    worker._claims.close()
-    worker.sign_off()
-    connection.close()
+    with take_turns(engine, redis_server, queue_name) as turns:
+        yield turns
 
 
 def status(job: Job) -> str:
@@ -101,7 +76,7 @@ def ids_of(job: Job) -> list[int]:
 
 def tokens_so_far(turns: Turns, job: Job) -> int:
     (running,) = [running for running in turns.worker.batch if running.id == job.id]
-    return len(running.sequence.token_ids) if running.sequence else 0
+    return len(running.sequences[0].token_ids) if running.sequences else 0
 
 
 def partial_of(job: Job) -> Any:
@@ -311,7 +286,7 @@ def test_one_bad_entry_leaves_its_neighbours_alone(turns: Turns, queue: Queue, r
     turns.until(lambda: len(turns.worker.batch) == 2, "two to begin")
     spoilt = []
     for field, value in [("data", b"\x80\x04nonsense"), ("created_at", b"?"), ("timeout", b"x"), ("meta", b"\xff")]:
-        job = queue.enqueue(TASK, "a", temperature=1)
+        job = queue.enqueue(TASK, "a", num_beams=4)
         redis.hset(job.key, field, value)
         spoilt.append(job)
     redis.rpush(queue.key, "no-such-job", b"\xff\xfe", "spaces and\nlines")
@@ -460,7 +435,7 @@ def test_dependents_and_retries_go_on_as_rq_has_them(turns: Turns, queue: Queue)
 
     first = queue.enqueue(TASK, ENTRY["prompt"], max_new_tokens=2, ignore_eos=True)
     second = queue.enqueue(TASK, ENTRIES[1]["prompt"], max_new_tokens=2, ignore_eos=True, depends_on=first)
-    failing = queue.enqueue(TASK, "a", temperature=1, retry=Retry(max=2))
+    failing = queue.enqueue(TASK, "a", num_beams=4, retry=Retry(max=2))
     repeated = queue.enqueue(TASK, ENTRIES[2]["prompt"], max_new_tokens=2, ignore_eos=True, repeat=Repeat(times=2))
     assert status(second) == "deferred"
     turns.until(lambda: finished(first, second) and status(failing) == "failed", "all to end")

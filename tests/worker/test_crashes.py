@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from rq.serializers import JSONSerializer
 from support.dying_worker import POISON
 from support.running import GOLDEN, StartWorker, wait_until
 
-from fastgpt2 import Client
+from fastgpt2 import Client, Engine, Piece
 from fastgpt2.errors import JobFailed, PoisonJob
 from fastgpt2.protocol.keys import leases_key, queue_of, queues_of, totals_key
 from fastgpt2.system.pool import Child, Pool
@@ -145,7 +146,7 @@ def test_killed_at_any_stage_nothing_is_lost(
         for n, (name, entry) in enumerate(zip(queues_of(queue_name), entries, strict=True))
     ]
     rq = Queue(queue_name, connection=redis, serializer=JSONSerializer)
-    failing = rq.enqueue(TASK, "a", temperature=1)
+    failing = rq.enqueue(TASK, "a", num_beams=4)
     after = [
         rq.enqueue(TASK, ENTRIES[3]["prompt"], max_new_tokens=3, ignore_eos=True, depends_on=jobs[0]),
         rq.enqueue(
@@ -170,6 +171,32 @@ def test_killed_at_any_stage_nothing_is_lost(
     wait_supervising(pool, lambda: not executions_of(redis, [*everything, failing]), "executions to be tidied up")
     nothing_is_left(redis, queue_name)
     wait_supervising(pool, lambda: redis.zcard(leases_key(queue_name)) == 1, "the dead worker's lease to go")
+
+
+@pytest.mark.parametrize("stage", ["mid-decode", "before the commit"])
+@pytest.mark.parametrize(("texts", "slots"), [(1, "4"), (3, "4"), (3, "2")])
+def test_killed_in_mid_text_a_drawn_text_goes_on_where_it_stopped(
+    start_pool: StartPool, client: Client, engine: Engine, tmp_path: Path, stage: str, texts: int, slots: str
+) -> None:
+    """Nobody gave a seed. Whoever follows the texts sees each character once, and nothing change."""
+    options: dict[str, Any] = {"max_new_tokens": 40, "ignore_eos": True, "temperature": 1.0, "top_p": 0.95, "n": texts}
+    stream = client.stream(ENTRIES[0]["prompt"], read_timeout=60, **options)
+    pieces: list[Piece] = []
+    follower = threading.Thread(target=pieces.extend, args=(stream,))
+    follower.start()
+    pool = start_pool(stage, FASTGPT2_MAX_BATCH=slots)
+    wait_supervising(pool, (tmp_path / "died").exists, "the worker to die")
+    wait_supervising(pool, lambda: not follower.is_alive(), "the texts to end")
+    result = stream.result
+    assert result is not None
+    assert result.seed is not None
+    assert {piece.attempt for piece in pieces} == {1, 2}
+    expected = engine.generate(ENTRIES[0]["prompt"], seed=result.seed, **options)
+    for text, known in zip((result, *result.alternatives), (expected, *expected.alternatives), strict=True):
+        assert (text.token_ids, text.choice_index, text.seed) == (known.token_ids, known.choice_index, result.seed)
+        own = [piece for piece in pieces if piece.choice_index == text.choice_index]
+        assert "".join(map(str, own)) == text.text
+        assert [piece.at for piece in own] == [sum(len(piece.text) for piece in own[:n]) for n in range(len(own))]
 
 
 @pytest.mark.parametrize("stage", ["before the give-back", "the give-back sent"])

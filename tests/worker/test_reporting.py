@@ -119,14 +119,44 @@ def test_steps_with_several_sequences(redis: Redis, client: Client, queue_name: 
     assert (lately["steps"], lately["sequences"], lately["room"]) == (16, 64, 64)
 
 
+def test_several_texts_are_one_job_with_the_tokens_of_all(
+    redis: Redis, client: Client, queue_name: str, start_worker: StartWorker
+) -> None:
+    """The prompt counts once. The texts of a best_of that are not given were generated too."""
+    start_worker(FASTGPT2_MAX_BATCH="4", FASTGPT2_DRAFTS="off")
+    drawn: dict[str, Any] = {"ignore_eos": True, "temperature": 1.0, "max_new_tokens": 6}
+    result = client.enqueue(ENTRY["prompt"], **drawn, n=6).result(60)
+    best = client.enqueue(ENTRY["prompt"], **drawn, best_of=3).result(60)
+    assert (len(result.alternatives), best.alternatives) == (5, ())
+    assert wait_for_ends(redis, queue_name, 2) == {"finished:length": 2}
+    found = totals(redis, queue_name)
+    assert found["prompt_tokens"] == 2 * N_PROMPT
+    assert found["generated_tokens"] == 9 * 6
+    # The others have slots while the first reads the prompt.
+    assert found["batch_size:sum"] >= 9 * 6
+    for name in ("queue_seconds", "first_token_seconds", "token_seconds"):
+        assert counted(redis, queue_name, next(each for each in HISTOGRAMS if each.name == name))[0] == 2
+    records = [json.loads(one) for one in reversed(latest(redis, queue_name))]
+    assert [record["completion_tokens"] for record in records] == [36, 18]
+    assert [record["prompt_tokens"] for record in records] == [N_PROMPT] * 2
+    assert [record["steps"] for record in records] == [6 * 5, 3 * 5]
+    for record, text in zip(records, (result, best), strict=True):
+        assert record["decode_seconds"] >= text.timings.decode_seconds
+
+
+def latest(redis: Redis, queue: str) -> list[bytes]:
+    found: Any = redis.lrange(latest_key(queue), 0, -1)
+    return list(found)
+
+
 def test_every_way_to_end(redis: Redis, client: Client, queue_name: str, start_worker: StartWorker) -> None:
     """A job that ends without a result gives no observation, and counts once, under its reason."""
     start_worker(FASTGPT2_MAX_BATCH="1")
     queue = Queue(queue_name, connection=redis, serializer=JSONSerializer)
-    queue.enqueue(TASK, ENTRY["prompt"], temperature=1)
+    queue.enqueue(TASK, ENTRY["prompt"], num_beams=4)
     queue.enqueue(TASK, ENTRY["prompt"], max_new_tokens=100_000)
     queue.enqueue(TASK, ENTRY["prompt"], timeout=1e-6)
-    queue.enqueue(TASK, ENTRY["prompt"], temperature=1, retry=Retry(max=2))
+    queue.enqueue(TASK, ENTRY["prompt"], num_beams=4, retry=Retry(max=2))
     redis.hset("rq:job:odd-" + queue_name, "status", "queued")
     redis.hset("rq:job:odd-" + queue_name, "created_at", "yesterday")
     redis.rpush(f"rq:queue:{queue_name}", "odd-" + queue_name)

@@ -95,7 +95,7 @@ def test_plain_rq_enqueue_is_served(queue: Queue, start_worker: StartWorker) -> 
 
 def test_a_stock_rq_worker_can_run_the_task(queue: Queue, redis_server: RedisServer) -> None:
     job = queue.enqueue(TASK, kwargs={"prompt": ENTRY["prompt"], "max_new_tokens": 10, "ignore_eos": True})
-    refused = queue.enqueue(TASK, kwargs={"prompt": "a", "temperature": 1})
+    refused = queue.enqueue(TASK, kwargs={"prompt": "a", "num_beams": 4})
     subprocess.run(
         [
             str(Path(sys.executable).with_name("rq")),
@@ -114,7 +114,7 @@ def test_a_stock_rq_worker_can_run_the_task(queue: Queue, redis_server: RedisSer
     )
     assert value_of(job)["token_ids"] == ENTRY["ids"][:10]
     assert value_of(job)["timings"]["queue_seconds"] > 0
-    assert "temperature is refused" in failure(refused)
+    assert "num_beams is refused" in failure(refused)
 
 
 def test_rq_info_shows_queue_and_worker(queue: Queue, redis_server: RedisServer, start_worker: StartWorker) -> None:
@@ -151,7 +151,7 @@ def test_the_model_is_loaded_once(queue: Queue, start_worker: StartWorker, tmp_p
     ("enqueue", "reason"),
     [
         (lambda q: q.enqueue("os.system", "exit 1"), r"BadRequest: the job names the function 'os.system'"),
-        (lambda q: q.enqueue(TASK, "a", temperature=1), "BadRequest: temperature is refused"),
+        (lambda q: q.enqueue(TASK, "a", num_beams=4), "BadRequest: num_beams is refused"),
         (lambda q: q.enqueue(TASK), "BadRequest: prompt is missing"),
         (lambda q: q.enqueue(TASK, "the " * 5000), "PromptTooLong: prompt tokens .*, over the model's 512 positions"),
         (
@@ -216,7 +216,7 @@ def test_no_webhook_is_fetched_and_no_upkeep_calls_back(
         trap.settimeout(0.1)
         url = f"http://127.0.0.1:{trap.getsockname()[1]}/"
         hooks = json.dumps([Webhook(url, "finished").to_dict(), Webhook(url, "failed").to_dict()])
-        jobs = [queue.enqueue(TASK, ENTRY["prompt"], max_new_tokens=2), queue.enqueue(TASK, "a", temperature=1)]
+        jobs = [queue.enqueue(TASK, ENTRY["prompt"], max_new_tokens=2), queue.enqueue(TASK, "a", num_beams=4)]
         abandoned = queue.enqueue_in(timedelta(days=1), TASK, "a")
         redis.hset(abandoned.key, mapping={"status": "started", "failure_callback_name": "antigravity.geohash"})
         redis.zadd(f"rq:wip:{queue.name}", {f"{abandoned.id}:0": 1})
@@ -282,9 +282,9 @@ def test_a_job_for_later_is_run(queue: Queue, start_worker: StartWorker) -> None
     start_worker()
     later = queue.enqueue_in(timedelta(seconds=1), TASK, ENTRY["prompt"], max_new_tokens=2)
     assert status(later) == "scheduled"
-    again = queue.enqueue(TASK, "a", temperature=1, retry=RQRetry(max=1, interval=1))
+    again = queue.enqueue(TASK, "a", num_beams=4, retry=RQRetry(max=1, interval=1))
     wait_for_status(later, "finished")
-    assert "temperature is refused" in failure(again)
+    assert "num_beams is refused" in failure(again)
     assert redis_field(again, "retries_left") == b"0"
 
 

@@ -291,7 +291,7 @@ class ProgressBar:
         if self._bar is None:
             return
         if isinstance(outcome, GenerationResult):
-            self._tokens += outcome.usage.completion_tokens
+            self._tokens += sum(text.usage.completion_tokens for text in (outcome, *outcome.alternatives))
         rate = self._tokens / max(1e-3, time.monotonic() - self._started)
         self._bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
         self._bar.update()

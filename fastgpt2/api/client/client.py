@@ -113,8 +113,9 @@ class Client:
             read_timeout: seconds to wait for the job's end.
 
         Returns:
-            An iterator over `Piece`s. If it is closed before its end, by hand, as a context manager or as the loop that
-            it stands in is left, it cancels a job that it has enqueued itself, but not one that was given.
+            An iterator over `Piece`s; of several texts (`n`), each piece has its `choice_index`. If it is closed before
+            its end, by hand, as a context manager or as the loop that it stands in is left, it cancels a job that it
+            has enqueued itself, but not one that was given.
 
         Raises:
             What `enqueue` raises, now; what `Job.result` raises, while it is read.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeAlias, TypedDict
 
@@ -14,7 +14,7 @@ from rq.serializers import JSONSerializer
 from rq.utils import now
 
 from fastgpt2.api.client.flow import Command, Flow, Pipeline
-from fastgpt2.engine.decoding.records import GenerationRequest
+from fastgpt2.engine.decoding.records import GenerationRequest, random_seed
 from fastgpt2.errors import BadRequest, IdempotencyMismatch, PromptTooLong, QueueFull
 from fastgpt2.fields import check_fields, whole
 from fastgpt2.protocol.keys import (
@@ -27,7 +27,7 @@ from fastgpt2.protocol.keys import (
     totals_key,
     workers_key,
 )
-from fastgpt2.protocol.messages import TASK, JobOptions, job_to_kwargs, parse_job
+from fastgpt2.protocol.messages import TASK, JobOptions, job_to_kwargs, parse_job, refuse_unstreamable
 from fastgpt2.protocol.scripts import Script
 
 DEFAULT_JOB_TIMEOUT_SECONDS = 600
@@ -69,6 +69,26 @@ class JobFields(TypedDict, total=False):
     prompt_logprobs: int | None
     echo: bool
     stop_token_ids: list[int] | tuple[int, ...]
+    do_sample: bool | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    typical_p: float | None
+    seed: int | None
+    n: int
+    best_of: int | None
+    choice_index: int
+    repetition_penalty: float | None
+    no_repeat_ngram_size: int | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+    bad_words: Sequence[str | Sequence[int]] | None
+    suppress_tokens: Sequence[int] | None
+    choices: Sequence[str]
+    regex: str | None
+    json_schema: Mapping[str, Any] | bool | str | None
 
     timeout: float | None
     stream: bool
@@ -82,7 +102,8 @@ class JobPlan:
     """A job before it is enqueued, checked when made; see `JobFields`.
 
     Raises:
-        BadRequest: a time is no whole number of seconds or out of bounds, or there is no such priority.
+        BadRequest: a time is no whole number of seconds or out of bounds, there is no such priority, or the best of
+            several texts are to be streamed.
     """
 
     request: GenerationRequest
@@ -93,6 +114,7 @@ class JobPlan:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        refuse_unstreamable(self.request, self.options)
 
 
 def plan_job(prompt: PromptLike, fields: Mapping[str, Any]) -> JobPlan:
@@ -167,11 +189,15 @@ def enqueue_command(
     """Return a new job's id and the command that enqueues the job; see `enqueue.lua` and `read_enqueue_reply`.
 
     It writes the fields that `rq.Queue.enqueue` writes (rq/queue.py: create_job, _prepare_for_queue, _persist_job).
+
+    A job that draws gets its seed here, so that each run of it draws the same. The plan has none yet: with an
+    idempotency key, two plans are compared.
     """
     name = queue_of(queue, plan.priority)
+    request = plan.request.with_seed(random_seed())
     job = RQJob.create(
         TASK,
-        kwargs=job_to_kwargs(plan.request, plan.options),
+        kwargs=job_to_kwargs(request, plan.options),
         connection=_NO_CONNECTION,
         result_ttl=plan.result_ttl,
         failure_ttl=plan.result_ttl,

@@ -42,14 +42,19 @@ Token: TypeAlias = tuple[int, int]
 class Assembly:
     """A text put together from pieces: every character, and every token's log probability, is given once.
 
+    Args:
+        choice_index: the text's index among those of its job.
+        attempt: the latest attempt of which something was read, of this text or another of the job.
+
     Attributes:
         text: what a reader holds who has taken every piece, and cut the text where a piece said so.
-        attempt: the latest attempt of which something was read, from 1.
+        attempt: the latest attempt that is listened to, from 1.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, choice_index: int = 0, attempt: int = 1) -> None:
         self.text = ""
-        self.attempt = 1
+        self.attempt = attempt
+        self._choice_index = choice_index
         self._tokens: list[Token] = []
 
     def add(self, piece: Piece) -> Piece | None:
@@ -84,7 +89,7 @@ class Assembly:
     def _put(self, text: str, at: int, logprobs: tuple[TokenLogprob, ...], token_at: int) -> Piece:
         self.text = self.text[:at] + text
         self._tokens[token_at:] = _tokens(logprobs)
-        return Piece(text, at, self.attempt, logprobs, token_at)
+        return Piece(text, at, self.attempt, logprobs, token_at, self._choice_index)
 
 
 def _tokens(logprobs: Sequence[TokenLogprob]) -> list[Token]:
@@ -136,7 +141,8 @@ class JobReader:
         self._results_key = results_key(job_id)
         self._text_key = stream_key(job_id) if streamed else ""
         self.positions: dict[str, bytes | str] = dict.fromkeys(filter(None, (self._results_key, self._text_key)), "0-0")
-        self._assembly = Assembly()
+        # By their indices: each text of the job has pieces of its own.
+        self._assemblies: dict[int, Assembly] = {}
         self._pieces = deque[Piece]()
         self._cancelled_at = 0.0
         self._notify = notify
@@ -188,7 +194,7 @@ class JobReader:
             if piece is None:
                 self._require_query()
             else:
-                self._append(self._assembly.add(piece))
+                self._append(self._assembly(piece.choice_index).add(piece))
         for entry_id, fields in entries.get(self._results_key, ()):
             self.positions[self._results_key] = entry_id
             if fields.get(b"type") == _SUCCESSFUL:
@@ -200,12 +206,20 @@ class JobReader:
             self._require_query()
 
     def end(self, outcome: Outcome) -> None:
-        """Note how the job, or the reading, ended. The text is completed from the result."""
+        """Note how the job, or the reading, ended. Its texts are completed from the result."""
         self.stage, self.outcome = Stage.ENDED, outcome
         if self._text_key and isinstance(outcome, GenerationResult):
-            self._append(self._assembly.complete(outcome.text, outcome.logprobs or ()))
+            for one in (outcome, *outcome.alternatives):
+                self._append(self._assembly(one.choice_index).complete(one.text, one.logprobs or ()))
         if self._notify is not None:
             self._notify()
+
+    def _assembly(self, choice_index: int) -> Assembly:
+        """Return what has been put together of one text."""
+        if choice_index not in self._assemblies:
+            attempt = max((other.attempt for other in self._assemblies.values()), default=1)
+            self._assemblies[choice_index] = Assembly(choice_index, attempt)
+        return self._assemblies[choice_index]
 
     def _require_query(self) -> None:
         """Have the state queried: of entries, only one of success tells by itself how the job ended."""

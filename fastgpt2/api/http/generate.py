@@ -5,20 +5,22 @@ Source: Narsil's fast_gpt2, and the OpenAPI document of Hugging Face's text-gene
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, NotRequired, TypedDict
+from typing import Annotated, Any, Literal, NotRequired, TypedDict, cast
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from fastgpt2.api.client.enqueue import JobPlan, plan_job
 from fastgpt2.api.client.outcome import unwrap
+from fastgpt2.api.http.guides import GRAMMAR, OUR_GUIDES, Guide, find_guide, name_as_given
 from fastgpt2.api.http.requests import read_object
 from fastgpt2.api.http.responses import JSON, KEEP_ALIVE, AppendOnlyTexts, EventStream, error_object, event
 from fastgpt2.api.http.service import PendingJobs, Service
-from fastgpt2.engine.decoding.records import Count, GenerationResult, Logprobs, TokenLogprob
+from fastgpt2.engine.decoding.options import ChoiceIndex, Seed, Share, Temperature, Texts, TopK
+from fastgpt2.engine.decoding.records import Count, GenerationResult, Logprobs, TokenLogprob, mean_logprob
 from fastgpt2.errors import BadRequest
 from fastgpt2.fields import check_fields, fields_of, flag, only
 from fastgpt2.protocol.messages import Piece, TokenObject, logprobs_to_json, refuse_unknown
@@ -28,22 +30,82 @@ RESULT_TTL_SECONDS = 3600
 
 # By this name alone, workers of earlier releases tell that a token is special.
 END_OF_TEXT = "<|endoftext|>"
-_GREEDY = "Greedy decoding takes nothing else."
+
+# The fields of a job that are not to be had here, and what to do instead.
+MISPLACED = {
+    "prompt": "; the prompt goes into inputs",
+    "stream": "",
+    "n": "; the best of several texts is given: ask for best_of, or have all of them from /v1/completions",
+}
+
+# The fields that shape a draw; a job has them by the same names.
+_SHAPES = ("temperature", "top_k", "top_p", "typical_p")
+_NO_WATERMARK = "must be false or left out: texts get no watermark"
+_NO_ADAPTER = "must be left out: there are no adapters; an endpoint serves whole models"
+_NO_TRUNCATION = "must be left out: the endpoint counts no tokens; shorten the prompt, or send the token ids to read"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NeutralParameters:
-    """Parameters that clients send for "not at all". Any other value is refused, as all sampling parameters are."""
+class ChoiceParameters:
+    """The parameters that say how tokens are chosen, where text-generation-inference's mean other than a job's.
 
-    best_of: Annotated[Any, only(1), _GREEDY] = None
-    do_sample: Annotated[Any, only(False), _GREEDY] = None
-    frequency_penalty: Annotated[Any, only(0), _GREEDY] = None
-    repetition_penalty: Annotated[Any, only(1), _GREEDY] = None
-    seed: int | None = None
-    temperature: Annotated[Any, only(0), _GREEDY] = None
-    top_p: Annotated[Any, only(1), _GREEDY] = None
-    typical_p: Annotated[Any, only(1), _GREEDY] = None
-    watermark: Annotated[Any, only(False), _GREEDY] = None
+    Args:
+        do_sample: draw tokens. False, its default, forbids nothing: whatever shapes a draw asks for one.
+        temperature: of a draw. 1 asks for none, and 0 for the likeliest tokens.
+        best_of: draw this many texts, and give the likeliest. Not in a stream.
+        grammar: the form that the text has.
+
+    Raises:
+        BadRequest: a parameter is out of bounds, or asks for what there is not.
+    """
+
+    do_sample: bool | None = None
+    temperature: Temperature | None = None
+    top_k: TopK | None = None
+    top_p: Share | None = None
+    typical_p: Share | None = None
+    best_of: Texts | None = None
+    grammar: Annotated[Guide, GRAMMAR] | None = None
+    watermark: Annotated[bool, only(False, _NO_WATERMARK)] | None = None
+    adapter_id: Annotated[None, only(None, _NO_ADAPTER)] = None
+    truncate: Annotated[None, only(None, _NO_TRUNCATION)] = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def samples(self) -> bool:
+        """Tell whether tokens are drawn, as text-generation-inference decides it."""
+        if self.temperature == 0:
+            return False
+        shapes = self.temperature not in (None, 1), (self.top_k or 0) > 0
+        shares = [share for share in (self.top_p, self.typical_p) if share is not None]
+        return bool(self.do_sample) or any(shapes) or any(share < 1 for share in shares)
+
+    def fields(self, details: bool, stream: bool) -> dict[str, Any]:
+        """Return the fields of a job that these come to.
+
+        Args:
+            details: the answer tells of each text that was drawn.
+
+        Raises:
+            BadRequest: the best of several texts is asked for where there is no best.
+        """
+        fields: dict[str, Any] = dict(self.grammar or {})
+        if self.samples:
+            fields.update(do_sample=True, **{name: getattr(self, name) for name in _SHAPES})
+        if self.best_of is not None and self.best_of > 1:
+            if stream:
+                raise BadRequest(
+                    f"best_of is {self.best_of}, and only the end tells which text is the best: stream without best_of"
+                )
+            if not self.samples:
+                raise BadRequest(
+                    f"best_of is {self.best_of}, and all texts would be equal: set do_sample, or leave best_of out"
+                )
+            # The job itself would give the best text alone, and the details tell of all.
+            fields["n" if details else "best_of"] = self.best_of
+        return fields
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,20 +136,31 @@ class TokenBody(TypedDict):
 
 
 class DetailsBody(TypedDict):
-    """The details of an answer, beside the text."""
+    """The details of a text, which a stream gives without those of its tokens."""
 
     finish_reason: Literal["length", "eos_token", "stop_sequence"]
     generated_tokens: Count
     input_length: Count
-    seed: None
+    seed: Annotated[Seed | None, "Of a text that was drawn: with this seed it can be had again."]
+    choice_index: NotRequired[Annotated[ChoiceIndex, "Of one of several texts, if it is not 0: to be given too."]]
     prefill: NotRequired[list[TokenBody]]
     tokens: NotRequired[list[TokenBody]]
     top_tokens: NotRequired[list[list[TokenBody]]]
 
 
+class SequenceBody(DetailsBody):
+    """One of the texts of which another is the best."""
+
+    generated_text: str
+
+
+class AnswerDetailsBody(DetailsBody):
+    best_of_sequences: NotRequired[Annotated[list[SequenceBody], "With `best_of`: the other texts."]]
+
+
 class GeneratedBody(TypedDict):
     generated_text: str
-    details: NotRequired[DetailsBody]
+    details: NotRequired[AnswerDetailsBody]
     logprobs: NotRequired[list[TokenObject]]
 
 
@@ -109,6 +182,7 @@ class Generation:
         full_text: the answer begins with the prompt.
         details: the answer tells of each token; with `prefill`, of those of the prompt too.
         listed: the answer is a list of one, as the original's.
+        grammar: what the field of this name has come to.
     """
 
     plan: JobPlan
@@ -117,6 +191,7 @@ class Generation:
     prefill: bool
     stream: bool
     listed: bool
+    grammar: Guide
 
     def text(self, result: GenerationResult) -> str:
         """Return the text of the answer."""
@@ -129,7 +204,7 @@ def _parse(body: Mapping[str, Any], listed: bool, stream: bool) -> Generation:
     """Read the body of a request. For `POST /`, which is `listed`, the full text is the default, and `stream` a field.
 
     Raises:
-        BadRequest: a field is unknown, of a wrong type, out of bounds, or asks for what greedy decoding cannot give.
+        BadRequest: a field is unknown, of a wrong type, out of bounds, or asks for what there is not.
     """
     refuse_unknown(body, ("inputs", "parameters", "stream") if listed else ("inputs", "parameters"))
     parameters = {} if body.get("parameters") is None else body["parameters"]
@@ -139,12 +214,13 @@ def _parse(body: Mapping[str, Any], listed: bool, stream: bool) -> Generation:
         raise BadRequest(f"inputs is missing: send {EXAMPLE}")
     stream = stream or flag().check("stream", body.get("stream", False))
     fields = {name: value for name, value in parameters.items() if value is not None}
-    _drop_neutral(fields)
     answer = AnswerParameters(**{name: fields.pop(name) for name in fields_of(AnswerParameters) if name in fields})
-    for name in ("prompt", "stream"):
+    choice = ChoiceParameters(**{name: fields.pop(name) for name in fields_of(ChoiceParameters) if name in fields})
+    for name, hint in MISPLACED.items():
         if name in fields:
-            hint = "; the prompt goes into inputs" if name == "prompt" else ""
             raise BadRequest(f"unknown field {name!r} in parameters{hint}")
+    find_guide({"grammar": choice.grammar, **{name: {name: fields[name]} for name in OUR_GUIDES if name in fields}})
+    fields.update(choice.fields(answer.details, stream))
     if answer.details or stream or answer.top_n_tokens is not None:
         fields.setdefault("logprobs", answer.top_n_tokens or 0)
     if answer.decoder_input_details:
@@ -154,15 +230,9 @@ def _parse(body: Mapping[str, Any], listed: bool, stream: bool) -> Generation:
     if full_text and not stream and not isinstance(plan.request.prompt, str):
         # Only the worker can tell what token ids read as.
         plan = replace(plan, request=replace(plan.request, echo=True))
-    return Generation(plan, full_text, answer.details, answer.decoder_input_details, stream, listed)
-
-
-def _drop_neutral(fields: dict[str, Any]) -> None:
-    for name, field in fields_of(NeutralParameters).items():
-        if name in fields:
-            with suppress(BadRequest):
-                field.check(name, fields[name])
-                del fields[name]
+    return Generation(
+        plan, full_text, answer.details, answer.decoder_input_details, stream, listed, choice.grammar or {}
+    )
 
 
 class Generate:
@@ -188,21 +258,33 @@ class Generate:
         asked = _parse(body, listed, stream)
         if asked.stream:
             return EventStream(self._events(request, asked), lambda error: event(error_object(error, openai=False)))
-        async with self._service.submit(request, [asked.plan], asked.plan) as waiting:
+        async with self._submit(request, asked) as waiting:
             (result,) = await waiting.results()
-        answer: GeneratedBody = {"generated_text": asked.text(result)}
+        best, *others = sorted((result, *result.alternatives), key=mean_logprob, reverse=True)
+        answer: GeneratedBody = {"generated_text": asked.text(best)}
         if asked.details:
-            answer["details"] = _details(result, asked.prefill)
-        elif result.logprobs is not None:
-            answer["logprobs"] = logprobs_to_json(result.logprobs)
+            answer["details"] = _answer_details(best, others, asked)
+        elif best.logprobs is not None:
+            answer["logprobs"] = logprobs_to_json(best.logprobs)
         return JSON([answer] if asked.listed else answer, headers={"x-job-id": waiting.jobs[0].id})
 
     @asynccontextmanager
     async def _events(
         self, request: Request, asked: Generation
     ) -> AsyncIterator[tuple[Mapping[str, str], AsyncIterator[bytes]]]:
-        async with self._service.submit(request, [asked.plan], asked.plan) as waiting:
+        async with self._submit(request, asked) as waiting:
             yield {"x-job-id": waiting.jobs[0].id}, _token_events(waiting, asked)
+
+    @asynccontextmanager
+    async def _submit(self, request: Request, asked: Generation) -> AsyncIterator[PendingJobs]:
+        """Enqueue the job and wait for it within the context, whose errors have this API's name for a form."""
+        try:
+            async with self._service.submit(request, [asked.plan], asked.plan) as waiting:
+                yield waiting
+        except BadRequest as error:
+            if type(error) is not BadRequest:
+                raise
+            raise BadRequest(name_as_given(str(error), "grammar", asked.grammar)) from None
 
 
 async def _token_events(waiting: PendingJobs, asked: Generation) -> AsyncIterator[bytes]:
@@ -228,7 +310,7 @@ async def _token_events(waiting: PendingJobs, asked: Generation) -> AsyncIterato
             body = _token_event(number, tokens, result.text)
             if number == len(tokens) - 1:
                 body["generated_text"] = asked.text(result)
-                body["details"] = _summary(result) if asked.details else None
+                body["details"] = _summary(result, asked.plan.request.guided) if asked.details else None
             yield event(body)
 
 
@@ -259,29 +341,48 @@ def _is_special(token: TokenLogprob) -> bool:
     return token.special or token.token == END_OF_TEXT
 
 
-def _details(result: GenerationResult, prefill: bool) -> DetailsBody:
+def _answer_details(best: GenerationResult, others: list[GenerationResult], asked: Generation) -> AnswerDetailsBody:
+    """Return the details of the text that is given, and of those that it was the best of."""
+    # The log probabilities of a prompt come with one of its texts.
+    prompt = (
+        next((text.prompt_logprobs for text in (best, *others) if text.prompt_logprobs), ()) if asked.prefill else ()
+    )
+    guided = asked.plan.request.guided
+    details = cast(AnswerDetailsBody, _details(best, prompt, guided))
+    if others:
+        details["best_of_sequences"] = [
+            {"generated_text": asked.text(text), **_details(text, prompt, guided)} for text in others
+        ]
+    return details
+
+
+def _details(result: GenerationResult, prompt: Sequence[TokenLogprob] = (), guided: bool = False) -> DetailsBody:
     tokens = list(result.logprobs or ())
-    prompt = result.prompt_logprobs or () if prefill else ()
     return {
-        **_summary(result),
+        **_summary(result, guided),
         "prefill": [{"id": entry.token_id, "text": entry.token, "logprob": entry.logprob} for entry in prompt],
         "tokens": [_token(number, tokens, result.text) for number in range(len(tokens))],
         "top_tokens": [[_bare(other) for other in entry.top] for entry in tokens],
     }
 
 
-def _summary(result: GenerationResult) -> DetailsBody:
-    return {
-        "finish_reason": _finish_reason(result),
+def _summary(result: GenerationResult, guided: bool) -> DetailsBody:
+    summary: DetailsBody = {
+        "finish_reason": _finish_reason(result, guided),
         "generated_tokens": result.usage.completion_tokens,
         "input_length": result.usage.prompt_tokens,
-        "seed": None,
+        "seed": result.seed,
     }
+    if result.seed is not None and result.choice_index:
+        summary["choice_index"] = result.choice_index
+    return summary
 
 
-def _finish_reason(result: GenerationResult) -> Literal["length", "eos_token", "stop_sequence"]:
+def _finish_reason(result: GenerationResult, guided: bool) -> Literal["length", "eos_token", "stop_sequence"]:
     if result.finish_reason != "stop":
         return "length"
-    # The end of text is none of the reasons that a result names.
-    ended = result.stop_reason is None and result.logprobs is not None and _is_special(result.logprobs[-1])
-    return "eos_token" if ended else "stop_sequence"
+    if result.stop_reason is not None:
+        return "stop_sequence"
+    # The end of text is none of the reasons that a result names; but a worker of an earlier release may name none at
+    # all. A text of a given form ends where nothing can follow, without a token.
+    return "eos_token" if guided or (result.logprobs and _is_special(result.logprobs[-1])) else "stop_sequence"

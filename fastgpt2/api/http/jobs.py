@@ -15,6 +15,7 @@ from fastgpt2.api.client.outcome import Outcome, unwrap
 from fastgpt2.api.http.requests import read_object
 from fastgpt2.api.http.responses import JSON, KEEP_ALIVE, EventStream, error_object, event
 from fastgpt2.api.http.service import PendingJobs, Service, read_idempotency_keys
+from fastgpt2.engine.decoding.options import MAX_TEXTS, ChoiceIndex
 from fastgpt2.engine.decoding.records import Count
 from fastgpt2.errors import BadRequest, FastGPT2Error, JobFailed, JobNotFound
 from fastgpt2.fields import fields_of, one_of, refusal
@@ -27,6 +28,9 @@ EXAMPLE = '{"prompt": "Once upon a time", "max_new_tokens": 20}'
 MAX_LISTED = 100
 DEFAULT_LISTED = 20
 MAX_WAIT_SECONDS = 60.0
+
+# The index of a text, and how many of its characters were read.
+_PART = "[0-9]{1,10}:[0-9]{1,9}"
 _STATUSES = "queued", "started", "finished", "failed", "stopped", "canceled", "deferred", "scheduled", "expired"
 
 
@@ -59,10 +63,46 @@ class JobBody(EndEvent):
 
 
 class TextEvent(TypedDict):
-    """New text of a job, and how many characters come before it."""
+    """New text of a job, and how many characters come before it; of several texts, those of each by itself."""
 
     text: str
     at: Count
+    choice_index: NotRequired[Annotated[ChoiceIndex, "The index of the text, if it is not 0."]]
+
+
+class Progress:
+    """How much of a job's texts a reader has. It is the id of an event, with which a reader who comes again goes on.
+
+    As text it is the number of characters of the one text whose index is 0, else an index and a number for each text:
+    "0:120,1:87".
+
+    Attributes:
+        by_index: the number of characters of each text.
+    """
+
+    PATTERN = f"^([0-9]{{1,9}}|{_PART}(,{_PART}){{0,{MAX_TEXTS - 1}}})$"
+
+    def __init__(self, known: Mapping[int, int]) -> None:
+        self.by_index = dict(known)
+
+    @classmethod
+    def parse(cls, text: str) -> Progress:
+        """Read the id of an event.
+
+        Raises:
+            BadRequest: it is none.
+        """
+        if not re.fullmatch(cls.PATTERN, text):
+            raise BadRequest("last-event-id must be the id of an event of this stream: how many characters were read")
+        if text.isdigit():
+            return cls({0: int(text)})
+        pairs = (part.split(":") for part in text.split(","))
+        return cls({int(index): int(characters) for index, characters in pairs})
+
+    def __str__(self) -> str:
+        if self.by_index.keys() <= {0}:
+            return str(self.by_index.get(0, 0))
+        return ",".join(f"{index}:{characters}" for index, characters in sorted(self.by_index.items()))
 
 
 class Jobs:
@@ -96,10 +136,9 @@ class Jobs:
     async def follow(self, request: Request) -> Response:
         """Answer `GET /v1/jobs/{id}/stream`: with the job's text as it comes, from where `Last-Event-ID` says."""
         job_id = await self._known(request)
-        known = request.headers.get("last-event-id", "0")
-        if not re.fullmatch(r"\d{1,9}", known):
-            raise BadRequest("last-event-id must be the id of an event of this stream: a number of characters")
-        return EventStream(self._events(request, job_id, int(known)), _error_event)
+        last = request.headers.get("last-event-id")
+        known = Progress({}) if last is None else Progress.parse(last)
+        return EventStream(self._events(request, job_id, known), _error_event)
 
     async def cancel(self, request: Request) -> Response:
         """Answer `DELETE /v1/jobs/{id}`."""
@@ -109,7 +148,7 @@ class Jobs:
 
     @asynccontextmanager
     async def _events(
-        self, request: Request, job_id: str, known: int
+        self, request: Request, job_id: str, known: Progress
     ) -> AsyncIterator[tuple[Mapping[str, str], AsyncIterator[bytes]]]:
         with self._service.attend(request, job_id, streamed=True) as waiting:
             yield {"x-job-id": job_id}, _text_events(waiting, known)
@@ -150,21 +189,23 @@ class Jobs:
         }
 
 
-async def _text_events(waiting: PendingJobs, known: int) -> AsyncIterator[bytes]:
-    """Yield the events of a job's text, and of its end.
-
-    The id of an event is the number of characters up to the event's end: a reader who comes again goes on from there.
-    """
+async def _text_events(waiting: PendingJobs, known: Progress) -> AsyncIterator[bytes]:
+    """Yield the events of a job's texts, of which a reader knows some already, and of its end."""
+    progress = Progress(known.by_index)
     async for item in waiting.events():
         if item is None:
             yield KEEP_ALIVE
             continue
         what = item[1]
         if isinstance(what, Piece):
-            start = max(what.at, known)
+            start = max(what.at, known.by_index.get(what.choice_index, 0))
             new = what.text[start - what.at :]
             if new:
-                yield event({"text": new, "at": start}, event_id=str(start + len(new)))
+                progress.by_index[what.choice_index] = start + len(new)
+                body: TextEvent = {"text": new, "at": start}
+                if what.choice_index:
+                    body["choice_index"] = what.choice_index
+                yield event(body, event_id=str(progress))
         else:
             yield event(_end(unwrap(what)), "end")
 

@@ -14,8 +14,9 @@ from starlette.responses import Response
 
 from fastgpt2 import __version__
 from fastgpt2.api.client.enqueue import JobPlan
-from fastgpt2.api.http.completions import CompletionBody, CompletionRequest, ModelBody
-from fastgpt2.api.http.generate import AnswerParameters, GeneratedBody, NeutralParameters, TokenEvent
+from fastgpt2.api.http.completion_request import CompletionRequest
+from fastgpt2.api.http.completions import CompletionBody, ModelBody
+from fastgpt2.api.http.generate import MISPLACED, AnswerParameters, ChoiceParameters, GeneratedBody, TokenEvent
 from fastgpt2.api.http.jobs import (
     DEFAULT_LISTED,
     MAX_LISTED,
@@ -23,6 +24,7 @@ from fastgpt2.api.http.jobs import (
     EndEvent,
     JobBody,
     OpenAIError,
+    Progress,
     TextEvent,
 )
 from fastgpt2.api.http.responses import JSON, OPENAI_PREFIX
@@ -33,10 +35,12 @@ from fastgpt2.fields import Schema
 
 Object = dict[str, Any]
 
-_DESCRIPTION = """GPT-2 text generation on CPUs: a pool of workers behind a Redis queue. Decoding is greedy: the
-likeliest token, always; what asks for anything else is refused. With a token set, every request but those of probes
-and of the page's frame bears it. A client that hangs up cancels the jobs of its request, `/v1/jobs` apart. An
-`Idempotency-Key` makes a request that is sent again the same one."""
+_DESCRIPTION = """GPT-2 text generation on CPUs: a pool of workers behind a Redis queue. The likeliest token is taken,
+always, unless a request asks for another choice, as by a temperature above 0. A text that was drawn depends on the
+request and its seed alone, and the answer tells the seed. Log probabilities are the model's own, before penalties and
+temperature. What cannot be honoured is refused by a sentence that says so. With a token set, every request but those
+of probes and of the page's frame bears it. A client that hangs up cancels the jobs of its request, `/v1/jobs` apart.
+An `Idempotency-Key` makes a request that is sent again the same one."""
 
 _STATUSES = {
     400: "The request is malformed, or asks for what cannot be done.",
@@ -124,7 +128,7 @@ def document() -> Object:
 
 def _schemas() -> dict[str, Schema]:
     prompt, flag, generated = schema_of(Prompt), schema_of(bool), schema_of(GeneratedBody)
-    parameters = body_schema(JobPlan, AnswerParameters, NeutralParameters, required=(), without=("prompt", "stream"))
+    parameters = body_schema(JobPlan, AnswerParameters, ChoiceParameters, required=(), without=MISPLACED)
     generate = {"inputs": prompt, "parameters": nullable(parameters)}
     listed_job = object_schema(_LISTED_JOB, ("id", "status"))
     list_head, queue = {"object": Literal["list"]}, object_schema({"name": str, "depth": Count})
@@ -203,7 +207,7 @@ def _jobs() -> dict[str, _Operation]:
     job, events = _json("Job"), _events("TextEvent", "EndEvent")
     limit = {"type": "integer", "minimum": 1, "maximum": MAX_LISTED, "default": DEFAULT_LISTED}
     wait = {"type": "number", "minimum": 0, "maximum": MAX_WAIT_SECONDS, "default": 0}
-    last = _parameter("Last-Event-ID", {"type": "string", "pattern": "^[0-9]{1,9}$"}, "header")
+    last = _parameter("Last-Event-ID", {"type": "string", "pattern": Progress.PATTERN}, "header")
     listing = "The jobs that workers run, and the latest that have ended"
     showing = "How a job is, or how it ended; with `wait`, once it has ended or that many seconds are over"
     following = "Its text as it comes, from the beginning; if it was not enqueued with `stream`, all of it at its end"

@@ -2,6 +2,20 @@
 
 const CANCEL_WITHIN = 3_000; // ms
 
+// The controls that say how tokens are chosen, by their fields. An empty one leaves its field out.
+const CHOOSING = {
+  temperature: "temperature",
+  top_p: "top-p",
+  repetition_penalty: "repetition-penalty",
+  seed: "seed",
+};
+
+/** Return the fields of the controls that have a value. */
+function readChoosing() {
+  const values = Object.entries(CHOOSING).map(([field, id]) => [field, byId(id).valueAsNumber]);
+  return Object.fromEntries(values.filter(([, value]) => isNumber(value)));
+}
+
 const trial = {
   abort: null, // the AbortController of the request under way, else null
   job: null,
@@ -37,6 +51,7 @@ const trial = {
       body: JSON.stringify({
         prompt,
         max_tokens: byId("max-tokens").valueAsNumber,
+        ...readChoosing(),
         stream: true,
         stream_options: { include_usage: true },
       }),
@@ -75,6 +90,7 @@ class Answer {
     this.box = byId("answer");
     this.pending = "";
     this.usage = null;
+    this.seed = null;
     this.reason = null;
     this.started = performance.now();
     this.first = null;
@@ -83,11 +99,13 @@ class Answer {
     this.box.classList.add("coming");
     setText(byId("answer-end"), "");
     byId("answer-end").classList.remove("failed");
+    byId("keep-seed").ariaDisabled = "true";
   }
 
   add(choice, usage) {
     if (usage) this.usage = usage;
     if (choice?.finish_reason) this.reason = choice.finish_reason;
+    if (isNumber(choice?.seed)) this.seed = choice.seed;
     if (!choice?.text) return;
     this.first ??= performance.now();
     if (!this.pending) requestAnimationFrame(() => this.flush());
@@ -109,6 +127,9 @@ class Answer {
     this.box.classList.remove("coming");
     byId("answer-end").classList.toggle("failed", failed);
     setText(byId("answer-end"), text);
+    if (this.seed === null) return;
+    byId("keep-seed").value = this.seed;
+    byId("keep-seed").ariaDisabled = "false";
   }
 
   summary() {
@@ -124,6 +145,7 @@ class Answer {
       first !== null && `first after\u00a0${duration((first - this.started) / 1000)}`,
       speed > 0 && `then ${roughly(speed)}\u00a0tokens/s`,
       `${duration((now - this.started) / 1000)} in all`,
+      this.seed !== null && `seed\u00a0${this.seed}`,
     );
   }
 }
@@ -138,3 +160,6 @@ byId("prompt-form").addEventListener("keydown", (event) => {
   byId("prompt-form").requestSubmit();
 });
 byId("cancel").addEventListener("click", () => trial.cancel());
+byId("keep-seed").addEventListener("click", ({ target }) => {
+  if (target.ariaDisabled === "false") byId("seed").value = target.value;
+});

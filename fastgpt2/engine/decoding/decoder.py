@@ -1,4 +1,4 @@
-"""The decoder: greedy decoding of many sequences side by side. It does no I/O, and knows no clock but a stopwatch.
+"""The decoder: it generates many sequences side by side. It does no I/O, and knows no clock but a stopwatch.
 
 A sequence's life is four methods: `prepare` tokenizes a request, `admit` gives it a slot, each `step` reads a piece of
 its prompt or generates tokens, and it finishes in the step of its last token, or by `finish` when nobody wants it any
@@ -12,13 +12,16 @@ from collections.abc import Iterable
 from dataclasses import replace
 from operator import attrgetter
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastgpt2.engine.decoding.chooser import new_chooser
 from fastgpt2.engine.decoding.drafter import Drafter
-from fastgpt2.engine.decoding.records import FinishReason, GenerationRequest, TokenLogprob
+from fastgpt2.engine.decoding.grammar import Grammars
+from fastgpt2.engine.decoding.logprobs import logprob_of, token_logprob
+from fastgpt2.engine.decoding.records import FinishReason, GenerationRequest, TokenLogprob, random_seed
+from fastgpt2.engine.decoding.sampler import Scratch
 from fastgpt2.engine.decoding.sequence import Sequence, TokenizedPrompt
 from fastgpt2.engine.decoding.stop_strings import StopStrings
 from fastgpt2.engine.model.generation_config import GenerationConfig
@@ -60,6 +63,8 @@ class Decoder:
     ) -> None:
         self.model, self.tokenizer, self.generation, self.prefixes = model, tokenizer, generation, prefixes
         self.drafter = drafter or Drafter(model)
+        self.grammars = Grammars(tokenizer, model.config.vocab_size)
+        self._scratch = Scratch(model.config.vocab_size)
         self.running: list[Sequence] = []
 
     @property
@@ -76,14 +81,23 @@ class Decoder:
         """Tokenize a request's prompt and check that it fits.
 
         Raises:
-            BadRequest: the prompt cannot be encoded, or the model lacks a token of it or of `stop_token_ids`.
+            BadRequest: the prompt cannot be encoded, or the model lacks a token of it or of an option.
             PromptTooLong: prompt and continuation exceed the model's positions.
         """
         ids = self._tokenize(request)
-        if request.stop_token_ids:
-            self._check_ids("stop_token_ids", request.stop_token_ids)
+        self._check_ids("stop_token_ids", request.stop_token_ids)
+        self._check_ids("suppress_tokens", request.suppress_tokens or ())
+        self._check_ids("logit_bias", request.logit_bias or ())
         max_new_tokens = request.room(len(ids), self.model.config.n_positions)
-        return TokenizedPrompt(request, ids, max_new_tokens, self._offsets(request, ids))
+        request = request.with_seed(random_seed()).with_defaults(self.generation.options)
+        return TokenizedPrompt(
+            request,
+            ids,
+            max_new_tokens,
+            self._offsets(request, ids),
+            self._bad_words(request),
+            self.grammars.compile(request, ids) if request.guided else None,
+        )
 
     def _tokenize(self, request: GenerationRequest) -> list[int]:
         if isinstance(request.prompt, str):
@@ -116,6 +130,23 @@ class Decoder:
                 f"give ids from 0 to {vocab_size - 1}"
             )
 
+    def _bad_words(self, request: GenerationRequest) -> list[tuple[int, ...]]:
+        """Return the tokens of a request's bad words.
+
+        A string is banned as it stands, and behind a space, as in vLLM. The model's own end of a text is never banned
+        by itself, as in transformers.
+        """
+        words = dict[tuple[int, ...], None]()
+        for word in request.bad_words or ():
+            if isinstance(word, str):
+                spellings = word, f" {word.lstrip()}"
+                words.update(dict.fromkeys(tuple(self.tokenizer.encode_part(spelling)) for spelling in spellings))
+            else:
+                self._check_ids("bad_words", word)
+                words[word] = None
+        ends = {(token_id,) for token_id in self.generation.eos_token_ids}
+        return [word for word in words if word and word not in ends]
+
     def _offsets(self, request: GenerationRequest, ids: list[int]) -> list[int]:
         """Return where in the prompt's text its tokens begin, for `prompt_logprobs`; [] without them."""
         if request.prompt_logprobs is None:
@@ -133,27 +164,43 @@ class Decoder:
         """Tell whether `admit` takes this prompt in now: there are a slot and memory for all that it can grow to."""
         return self.model.cache.has_room(prompt.positions)
 
-    def admit(self, prompt: TokenizedPrompt) -> Sequence:
-        """Take a prompt in; it is decoded from the next step on. Raises IndexError without room: ask `has_room`."""
-        given = prompt.request.prompt
+    def admit(self, prompt: TokenizedPrompt, index: int = 0) -> Sequence:
+        """Take a text of a prompt in; it is decoded from the next step on. Raises IndexError without room.
+
+        Args:
+            prompt: there must be room for one text of it (`has_room`), and its grammar, if it has one, be compiled.
+            index: which of the prompt's texts. The first is told of the prompt's log probabilities.
+
+        Raises:
+            BadRequest: there is no such grammar.
+        """
+        request, given = prompt.request, prompt.request.prompt
+        matcher = prompt.grammar.result().matcher() if prompt.grammar is not None else None
+        end_ids, choice_index = self._end_ids(request), request.choice_index + index
+        least = request.min_new_tokens or self.generation.least_new_tokens(len(prompt.ids))
         text, detokenizer = "", self.tokenizer.detokenizer(prompt.ids)
-        if prompt.request.echo and given:
+        if request.echo and given:
             # Token ids may end within a character, which the first generated token completes.
             detokenizer = detokenizer if isinstance(given, str) else self.tokenizer.detokenizer()
             text = given if isinstance(given, str) else "".join(map(detokenizer.push, given))
-        scored = list(zip(prompt.ids, prompt.offsets, strict=False))
+        scored = list(zip(prompt.ids, prompt.offsets, strict=False)) if index == 0 else []
+        sums_logprobs = request.logprobs is not None or request.choices or request.ranked
         sequence = Sequence(
-            request=prompt.request,
+            request=request,
             prompt_ids=prompt.ids,
             max_new_tokens=prompt.max_new_tokens,
             slot=self.model.cache.allot(prompt.positions),
             # A token is run for the sake of the next one: to generate it, or to know how likely it was.
             pending=prompt.ids if prompt.max_new_tokens else prompt.ids[: len(scored[1:])],
             detokenizer=detokenizer,
-            end_ids=self._end_ids(prompt.request),
-            least_new_tokens=prompt.request.min_new_tokens or self.generation.least_new_tokens(len(prompt.ids)),
-            stops=self._stop_strings(prompt.request, len(text)),
+            end_ids=end_ids,
+            least_new_tokens=least,
+            stops=self._stop_strings(request, len(text)),
             admitted_at=perf_counter(),
+            choice_index=choice_index,
+            chooser=new_chooser(
+                request, choice_index, prompt.ids, prompt.bad_words, matcher, end_ids, least, self._scratch
+            ),
             text=text,
             echo_length=len(text),
             unscored=scored[1:],
@@ -169,6 +216,7 @@ class Decoder:
                 for token_id, offset in scored[:1]
             ],
             lookup=self.drafter.lookup_for(prompt.ids, prompt.max_new_tokens),
+            logprob_sum=0.0 if sums_logprobs else None,
         )
         self.running.append(sequence)
         return sequence
@@ -226,6 +274,7 @@ class Decoder:
             sequence.finish_reason = reason
             # What was generated may be the beginning of the next prompt, as in a conversation.
             self._keep_prefix(sequence)
+        self._hand_on_prompt(sequence)
         self.model.cache.release(sequence.slot)
         sequence.status = "finished"
         sequence.finished_at = perf_counter()
@@ -240,7 +289,7 @@ class Decoder:
         for sequence in self.running:
             if not rows:
                 break
-            if sequence.status != "prefill":
+            if sequence.status != "prefill" or self._awaits_sibling(sequence):
                 continue
             self._reuse_prefix(sequence)
             ids = sequence.pending[: min(rows, scored_rows) if sequence.unscored else rows]
@@ -266,20 +315,53 @@ class Decoder:
             for sequence, guesses in zip(decoding, drafts, strict=True)
         ]
 
+    def _siblings(self, sequence: Sequence) -> list[Sequence]:
+        """Return the other running texts of a text's prompt, in the order in which they came."""
+        if sequence.request.texts == 1:
+            return []
+        # They have one list of prompt tokens, which no other sequence has.
+        return [s for s in self.running if s.prompt_ids is sequence.prompt_ids and s is not sequence]
+
+    def _awaits_sibling(self, sequence: Sequence) -> bool:
+        """Tell whether another text of the same prompt is the one to read the prompt."""
+        if self.model.cache.lengths[sequence.slot]:
+            return False
+        siblings = self._siblings(sequence)
+        if any(sibling.status == "decode" for sibling in siblings):
+            return False
+        return any(sibling.choice_index < sequence.choice_index for sibling in siblings)
+
     def _reuse_prefix(self, sequence: Sequence) -> None:
         """Have a prompt that now begins to be read begin behind what is known of it.
 
         This is not done when the prompt is admitted: of prompts that come together, the second finds what has been read
         of the first.
         """
-        # Of a prompt that is scored, every row's logits are wanted.
-        if self.prefixes is None or sequence.request.prompt_logprobs is not None:
-            return
         cache = self.model.cache
-        if cache.lengths[sequence.slot]:
+        # Of a prompt that is scored, every row's logits are wanted.
+        if cache.lengths[sequence.slot] or sequence.unscored:
             return
-        # The last token is run in any case, for what comes next.
-        known = self.prefixes.copy_to(cache, sequence.slot, sequence.pending[:-1])
+        sibling = next((s for s in self._siblings(sequence) if s.status == "decode"), None)
+        if sibling is not None:
+            self._take_over(sequence, cache.copy(sibling.slot, sequence.slot, len(sequence.pending) - 1))
+        # Of prompts that are scored, nothing was kept.
+        elif self.prefixes is not None and sequence.request.prompt_logprobs is None:
+            self._take_over(sequence, self.prefixes.copy_to(cache, sequence.slot, sequence.pending[:-1]))
+
+    def _hand_on_prompt(self, sequence: Sequence) -> None:
+        """Give what is known of a prompt to another of its texts, as a text that has read the prompt leaves.
+
+        That is so if nobody else has it: where a text ends with its first token.
+        """
+        cache, siblings = self.model.cache, self._siblings(sequence)
+        if cache.lengths[sequence.slot] < len(sequence.prompt_ids) or any(s.status == "decode" for s in siblings):
+            return
+        heir = next((s for s in siblings if s.pending and not (cache.lengths[s.slot] or s.unscored)), None)
+        if heir is not None:
+            self._take_over(heir, cache.copy(sequence.slot, heir.slot, len(heir.pending) - 1))
+
+    def _take_over(self, sequence: Sequence, known: int) -> None:
+        """Note that a prompt's first `known` tokens need not be run. The last is in any case, for what comes next."""
         sequence.cached_tokens, sequence.pending = known, sequence.pending[known:]
 
     def _keep_prefix(self, sequence: Sequence) -> None:
@@ -330,7 +412,7 @@ class Decoder:
         sequence.steps += 1
         sequence.drafted += len(guesses)
         sequence.accepted += accepted
-        self.drafter.note_verified(len(guesses), accepted)
+        self.drafter.note_verified(sequence, len(guesses), accepted)
 
     def _accept(self, sequence: Sequence, logits: Array, best: int, now: float) -> None:
         """Append the next token to a sequence, and finish the sequence where a stop rule says so.
@@ -340,7 +422,16 @@ class Decoder:
         """
         request, token_id, end_ids = sequence.request, best, sequence.end_ids
         may_end = len(sequence.token_ids) >= sequence.least_new_tokens
-        if best in end_ids and not may_end:
+        if sequence.chooser is not None:
+            try:
+                token_id = sequence.chooser.choose(logits)
+                if not (may_end and token_id in end_ids):
+                    sequence.chooser.push(token_id)
+            except BadRequest as error:
+                sequence.error = error
+                self.finish(sequence)
+                return
+        elif best in end_ids and not may_end:
             others = logits.copy()
             others[list(end_ids)] = -np.inf
             token_id = int(others.argmax())
@@ -354,6 +445,8 @@ class Decoder:
             offset = _text_offset(sequence, token_id, is_text)
             told = token_logprob(self.tokenizer, logits, token_id, request.logprobs, offset)
             sequence.logprobs.append(replace(told, special=True) if is_eos else told)
+        if sequence.logprob_sum is not None:
+            sequence.logprob_sum += logprob_of(logits, token_id)
         if sequence.status == "prefill":
             sequence.status = "decode"
             sequence.first_token_at = now
@@ -367,6 +460,9 @@ class Decoder:
                 sequence.flush_text()
             sequence.stop_reason = None if is_eos else token_id
             self.finish(sequence, "stop")
+        elif sequence.chooser is not None and sequence.chooser.is_complete:
+            sequence.flush_text()
+            self.finish(sequence, "stop")
         elif len(sequence.token_ids) >= sequence.max_new_tokens:
             sequence.flush_text()
             self.finish(sequence, "length")
@@ -379,34 +475,6 @@ def argmax(logits: Array) -> list[int]:
     if not all(math.isfinite(row[token_id]) for row, token_id in zip(logits, best, strict=True)):
         raise CheckpointError("the model computes values that are not finite: its weights are damaged; fetch it again")
     return best
-
-
-def token_logprob(tokenizer: Tokenizer, logits: Array, token_id: int, k: int, text_offset: int = 0) -> TokenLogprob:
-    """Return the log-softmax, in float64, of a token and of the `k` likeliest; among equals, the lower id comes first.
-
-    The logits [vocab_size] are not changed.
-    """
-    ids = [token_id, *likeliest(logits, k)]
-    values = logits.astype(np.float64)
-    values -= values.max()
-    logprobs = values[ids]
-    logprobs -= np.log(np.exp(values, out=values).sum())
-    told = [
-        TokenLogprob(one, tokenizer.token_text(one), logprob, special=tokenizer.is_special(one))
-        for one, logprob in zip(ids, logprobs.tolist(), strict=True)
-    ]
-    return replace(told[0], top=tuple(told[1:]), text_offset=text_offset)
-
-
-def likeliest(values: NDArray[np.floating[Any]], k: int) -> list[int]:
-    """Return the indices of the k largest values, the largest first, the lower index first among equals."""
-    k = min(k, len(values))
-    if k == 0:
-        return []
-    # All that reach the k-th largest: more than k where some equal it. Sorting everything would take milliseconds.
-    found = np.flatnonzero(values >= np.partition(values, -k)[-k])
-    ordered: list[int] = found[np.argsort(-values[found], kind="stable")][:k].tolist()
-    return ordered
 
 
 def _text_offset(sequence: Sequence, token_id: int, is_text: bool) -> int:

@@ -61,7 +61,9 @@ class Drafter:
     def __init__(self, model: GPT2, most: int | None = 0, measured: Mapping[int, float] | None = None) -> None:
         self._model, self._most = model, most
         self._costs, self._model_costs = StepCosts(measured), StepCosts()
-        self._acceptance, self._model_rate = Acceptance(), Rate(_PRIOR_RATE)
+        # Of greedy texts, and of those whose tokens are chosen otherwise: their guesses come true less often.
+        self._acceptances = Acceptance(), Acceptance()
+        self._model_rates = Rate(_PRIOR_RATE), Rate(_PRIOR_RATE)
         self._by_model = False
 
     def warm_up(self) -> None:
@@ -83,9 +85,10 @@ class Drafter:
         if self._most is not None:
             counts = _fixed_counts(lookups, room, self._most, rows)
         else:
-            counts, gain = self._plan_lookups(lookups, room, rows)
+            counts, gain = self._plan_lookups(sequences, room, rows)
             if self._model.can_draft:
-                rate, cost = self._model_rate.value, self._costs.seconds
+                rates = [self._model_rates[sequence.chooser is not None].value for sequence in sequences]
+                rate, cost = sum(rates) / len(rates), self._costs.seconds
                 steps, model_gain = plan_model_drafts(len(sequences), rate, self._model_cost, cost)
                 if steps and model_gain > gain:
                     self._by_model = True
@@ -95,15 +98,18 @@ class Drafter:
             for lookup, count in zip(lookups, counts, strict=True)
         ]
 
-    def _plan_lookups(self, lookups: Seq[Lookup | None], room: Seq[int], rows: int) -> tuple[list[int], float]:
-        most = min(MOST_DRAFTS, rows // max(1, len(lookups)))
+    def _plan_lookups(self, sequences: Seq[Sequence], room: Seq[int], rows: int) -> tuple[list[int], float]:
+        most = min(MOST_DRAFTS, rows // max(1, len(sequences)))
         chances = [
-            self._acceptance.chances(lookup.match, min(most, left)) if lookup is not None else []
-            for lookup, left in zip(lookups, room, strict=True)
+            self._acceptance(sequence).chances(sequence.lookup.match, min(most, left)) if sequence.lookup else []
+            for sequence, left in zip(sequences, room, strict=True)
         ]
         if not any(chances):
-            return [0] * len(lookups), 1.0
+            return [0] * len(sequences), 1.0
         return plan_drafts(chances, self._costs.seconds)
+
+    def _acceptance(self, sequence: Sequence) -> Acceptance:
+        return self._acceptances[sequence.chooser is not None]
 
     def _model_cost(self, rows: int) -> float:
         return self._model_costs.seconds(rows) if self._model_costs.known else _PRIOR_COST * self._costs.seconds(rows)
@@ -116,13 +122,21 @@ class Drafter:
         lengths = [cache.lengths[slot] for slot in slots]
         last = [sequence.token_ids[-1] for sequence in sequences]
         for k in range(max(counts)):
-            drafting = [i for i, count in enumerate(counts) if k < count]
+            drafting = [i for i, count in enumerate(counts) if k < count and k == len(drafts[i])]
+            if not drafting:
+                break
             started = perf_counter()
             logits = self._model.forward([Segment(slots[i], [last[i]]) for i in drafting], DRAFT_WEIGHTS)
             for i, row in zip(drafting, logits, strict=True):
-                last[i] = int(row.argmax())
-                drafts[i].append(last[i])
+                chooser = sequences[i].chooser
+                guess = int(row.argmax()) if chooser is None else chooser.guess(row)
+                if guess is not None:
+                    last[i] = guess
+                    drafts[i].append(guess)
             self._model_costs.note(len(drafting), perf_counter() - started)
+        for sequence in sequences:
+            if sequence.chooser is not None:
+                sequence.chooser.forget_guesses()
         # The step that verifies replaces the keys and values of the draft model.
         for slot, length in zip(slots, lengths, strict=True):
             cache.truncate(slot, length)
@@ -134,15 +148,15 @@ class Drafter:
         if lookup is None:
             return
         if lookup.match:
-            self._acceptance.note(lookup.match, lookup.guess == token_id)
+            self._acceptance(sequence).note(lookup.match, lookup.guess == token_id)
         lookup.push(token_id)
 
-    def note_verified(self, drafted: int, accepted: int) -> None:
-        """Learn how many of one sequence's guesses in this step came true, one after the other."""
+    def note_verified(self, sequence: Sequence, drafted: int, accepted: int) -> None:
+        """Learn how many of a sequence's guesses in this step came true, one after the other."""
         if self._by_model:
             # Behind the first guess that did not come true, nothing was tried.
             for i in range(min(drafted, accepted + 1)):
-                self._model_rate.note(i < accepted)
+                self._model_rates[sequence.chooser is not None].note(i < accepted)
 
     def note_step(self, rows: int, seconds: float) -> None:
         """Learn how long a step without prompts took."""

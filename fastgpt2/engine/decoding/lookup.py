@@ -1,8 +1,9 @@
 """Prompt lookup: the next tokens of a sequence are guessed from what the sequence has said before.
 
 Prompt lookup decoding (Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding) is a form of speculative
-decoding (`drafter.py`). Where the last tokens have occurred before, what followed them then is a draft. Greedy decoding
-makes that lossless: a token is accepted if it is the likeliest, and for no other reason.
+decoding (`drafter.py`). Where the last tokens have occurred before, what followed them then is a draft. That is
+lossless: a guess is accepted if it is the token that is chosen anyway, the likeliest or the one that the text's own
+random number draws, and for no other reason.
 
 It costs nothing to learn how often guesses come true: each token that is generated anyway is compared with the guess
 that there was for it, whether that guess had been drafted or not.

@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
+from fastgpt2.engine.decoding.options import (
+    BadWords,
+    ChoiceIndex,
+    GuidedChoices,
+    JSONSchema,
+    LogitBias,
+    NgramSize,
+    Penalty,
+    Regex,
+    RepetitionPenalty,
+    Seed,
+    Share,
+    SuppressTokens,
+    Temperature,
+    Texts,
+    TopK,
+    check_token_ids,
+    token_ids_field,
+)
 from fastgpt2.errors import BadRequest, PromptTooLong
 from fastgpt2.fields import Field, check_fields, refusal, type_name, whole
 
@@ -18,13 +40,24 @@ MAX_STOP_CHARACTERS = 256
 MAX_STOP_TOKEN_IDS = 64
 MAX_LOGPROBS = 20
 
-# Far beyond any vocabulary. The decoder refuses an id that its own model does not have.
-MAX_TOKEN_ID = (1 << 31) - 1
+# Log probabilities of one place, in all texts of a prompt together: 8 texts with the 20 likeliest tokens of each place,
+# or 128 with the chosen token's alone. A worker holds them all, and sends them in one result.
+MAX_LOGPROBS_OF_TEXTS = 168
+
+# The bits of a seed that nobody has given: JSON's numbers keep this many, also in JavaScript.
+RANDOM_SEED_BITS = 53
+
+
+def random_seed() -> int:
+    """Return a seed that nobody has given."""
+    return int.from_bytes(os.urandom(8)) >> (64 - RANDOM_SEED_BITS)
 
 
 def _check_prompt(name: str, prompt: Any) -> str | tuple[int, ...]:
     if isinstance(prompt, list | tuple):
-        return _check_token_ids(name, tuple(prompt))
+        if len(prompt) > MAX_PROMPT_TOKENS:
+            raise PromptTooLong(f"{name} has {len(prompt)} tokens; the limit is {MAX_PROMPT_TOKENS}: shorten it")
+        return check_token_ids(name, tuple(prompt))
     if not isinstance(prompt, str):
         raise refusal(name, "a string or a list of token ids", prompt, of_type=True)
     try:
@@ -35,25 +68,6 @@ def _check_prompt(name: str, prompt: Any) -> str | tuple[int, ...]:
     if size > MAX_PROMPT_BYTES:
         raise PromptTooLong(f"{name} has {size} bytes; the limit is {MAX_PROMPT_BYTES}: shorten it")
     return prompt
-
-
-def _check_token_ids(name: str, ids: tuple[Any, ...]) -> tuple[int, ...]:
-    if len(ids) > MAX_PROMPT_TOKENS:
-        raise PromptTooLong(f"{name} has {len(ids)} tokens; the limit is {MAX_PROMPT_TOKENS}: shorten it")
-    for token_id in ids:
-        if not isinstance(token_id, int) or isinstance(token_id, bool):
-            raise BadRequest(f"{name}, a list, must hold token ids, not {type_name(token_id)}")
-        if not 0 <= token_id <= MAX_TOKEN_ID:
-            raise BadRequest(f"{name} holds {str(token_id)[:40]}, which is no token id")
-    return ids
-
-
-def _check_stop_token_ids(name: str, ids: Any) -> tuple[int, ...]:
-    if not isinstance(ids, list | tuple):
-        raise refusal(name, "a list of token ids", ids, of_type=True)
-    if len(ids) > MAX_STOP_TOKEN_IDS:
-        raise BadRequest(f"{name} holds {len(ids)} token ids; the limit is {MAX_STOP_TOKEN_IDS}")
-    return _check_token_ids(name, tuple(ids))
 
 
 def _check_stop(name: str, stop: Any) -> tuple[str, ...]:
@@ -71,14 +85,13 @@ def _check_stop(name: str, stop: Any) -> tuple[str, ...]:
     return tuple(strings)
 
 
-TOKEN_IDS_SCHEMA = {"type": "array", "items": whole(0, MAX_TOKEN_ID).schema, "maxItems": MAX_PROMPT_TOKENS}
+TOKEN_IDS_SCHEMA = token_ids_field(MAX_PROMPT_TOKENS).schema
 _STOP_STRING_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARACTERS}
 _STOP_STRINGS_SCHEMA = {"type": "array", "items": _STOP_STRING_SCHEMA, "maxItems": MAX_STOP_STRINGS}
-_STOP_TOKEN_IDS_SCHEMA = {**TOKEN_IDS_SCHEMA, "maxItems": MAX_STOP_TOKEN_IDS}
 
 Prompt = Annotated[str | tuple[int, ...], Field({"anyOf": [{"type": "string"}, TOKEN_IDS_SCHEMA]}, _check_prompt)]
 StopStrings = Annotated[tuple[str, ...], Field({"anyOf": [_STOP_STRING_SCHEMA, _STOP_STRINGS_SCHEMA]}, _check_stop)]
-StopTokenIds = Annotated[tuple[int, ...], Field(_STOP_TOKEN_IDS_SCHEMA, _check_stop_token_ids)]
+StopTokenIds = Annotated[tuple[int, ...], token_ids_field(MAX_STOP_TOKEN_IDS)]
 StopReason = Annotated[int | str, "The stop token, by its id, or the stop string that ended the text."]
 Count = Annotated[int, whole(0)]
 NewTokens = Annotated[int, whole(0, MAX_NEW_TOKENS)]
@@ -104,6 +117,36 @@ class GenerationRequest:
         prompt_logprobs: give the same for each of the prompt's tokens, given those before it.
         echo: the result's text begins with the prompt.
         stop_token_ids: generation ends with the first of these tokens, also with `ignore_eos`; the text leaves it out.
+        do_sample: draw each token at random, by its probability. None draws if `temperature` is above 0; True without a
+            temperature takes the model's own, or 1; False takes the likeliest token whatever the temperature.
+        temperature: divides the scores before a token is drawn: below 1, likely tokens become likelier. 0 or None takes
+            the likeliest token. The next five shape the draw, and do nothing where nothing is drawn.
+        top_k: draw one of the k likeliest tokens; 0 or -1 for all.
+        top_p: draw one of the likeliest tokens that together have this probability (nucleus sampling, Holtzman et al.
+            2020).
+        min_p: draw one of the tokens that have at least this share of the likeliest token's probability (Nguyen et al.
+            2024).
+        typical_p: draw one of the tokens whose surprise is nearest the expected one, which together have this
+            probability (locally typical sampling, Meister et al. 2023).
+        seed: the random number of a token is a function of the seed, the text's index and the token's place in the
+            text, and of nothing else. None takes a new seed, which the result tells.
+        n: give this many texts, each with its own index. The prompt is read once.
+        best_of: generate this many texts, and give the `n` whose mean log probability a token is highest, the best
+            first.
+        choice_index: the index of the first text; the others follow. One text with index i is the text i of several.
+        repetition_penalty: divides the scores of tokens that the prompt or the text has, or multiplies them where they
+            are negative (CTRL, Keskar et al. 2019). 1 does nothing.
+        no_repeat_ngram_size: never repeat this many tokens in a row, of the prompt or the text. 0 does nothing.
+        presence_penalty: is subtracted from the scores of the tokens that the text has, the prompt apart.
+        frequency_penalty: is subtracted from a token's score once for each time that the text has the token.
+        logit_bias: is added to the scores of these tokens, by their ids.
+        bad_words: never generate these: strings, alone or behind a space, or lists of token ids.
+        suppress_tokens: never generate these tokens.
+        choices: the text is one of these strings: the one to which the likeliest allowed tokens lead.
+        regex: the text matches this regular expression as a whole.
+        json_schema: the text is JSON that this JSON schema describes.
+
+    None, for an option, is what the model's `generation_config.json` says, if it says something, and else nothing.
 
     Raises:
         BadRequest: a field has a wrong type or is out of bounds; the message names the field and the bound.
@@ -118,11 +161,81 @@ class GenerationRequest:
     prompt_logprobs: Logprobs | None = None
     echo: bool = False
     stop_token_ids: StopTokenIds = ()
+    do_sample: bool | None = None
+    temperature: Temperature | None = None
+    top_k: TopK | None = None
+    top_p: Share | None = None
+    min_p: Share | None = None
+    typical_p: Share | None = None
+    seed: Seed | None = None
+    n: Texts = 1
+    best_of: Annotated[Texts | None, "As many as n by default."] = None
+    choice_index: ChoiceIndex = 0
+    repetition_penalty: RepetitionPenalty | None = None
+    no_repeat_ngram_size: NgramSize | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: LogitBias | None = None
+    bad_words: BadWords | None = None
+    suppress_tokens: SuppressTokens | None = None
+    choices: GuidedChoices = ()
+    regex: Regex | None = None
+    json_schema: JSONSchema | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
         if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
             raise refusal("min_new_tokens", f"between 0 and {self.max_new_tokens}", self.min_new_tokens)
+        if self.best_of is not None and self.best_of < self.n:
+            raise BadRequest(
+                f"best_of is {self.best_of} and n is {self.n}: raise best_of, which n may not exceed, or lower n"
+            )
+        told = self.texts * (1 + (self.logprobs or 0))
+        if self.logprobs is not None and told > MAX_LOGPROBS_OF_TEXTS:
+            raise BadRequest(
+                f"logprobs is {self.logprobs} for {self.texts} texts, which makes {told} log probabilities a place; "
+                f"the limit is {MAX_LOGPROBS_OF_TEXTS}: ask for fewer likeliest tokens, or for fewer texts"
+            )
+        guides = [name for name in ("choices", "regex", "json_schema") if getattr(self, name) not in ((), None)]
+        if len(guides) > 1:
+            raise BadRequest(f"{guides[0]} and {guides[1]} are both given; a text is guided by one: leave one out")
+
+    @property
+    def samples(self) -> bool:
+        """Tell whether tokens are drawn at random."""
+        return bool(self.temperature) if self.do_sample is None else self.do_sample and self.temperature != 0
+
+    @property
+    def guided(self) -> bool:
+        """Tell whether the text has to have a form."""
+        return bool(self.choices) or self.regex is not None or self.json_schema is not None
+
+    @property
+    def texts(self) -> int:
+        """Return how many texts are generated, of which `n` are given."""
+        return self.best_of or self.n
+
+    @property
+    def ranked(self) -> bool:
+        """Tell whether the best of more texts are given."""
+        return self.texts > self.n
+
+    def with_seed(self, seed: int) -> GenerationRequest:
+        """Return the request with a seed if it needs one and has none."""
+        return replace(self, seed=seed) if self.samples and self.seed is None else self
+
+    def with_defaults(self, defaults: Mapping[str, Any]) -> GenerationRequest:
+        """Return the request with the model's own options where it has none; its temperature is for `do_sample`."""
+        given = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        if not self.do_sample:
+            given.pop("temperature", None)
+        if not given:
+            return self
+        request = copy(self)
+        for name, value in given.items():
+            # Not `replace`: a model's files may ban more words than a request.
+            object.__setattr__(request, name, value)
+        return request
 
     @property
     def least_room(self) -> int:
@@ -197,7 +310,9 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token and its log probability: natural, and under the model's distribution before anything is excluded.
+    """A token and its log probability: natural, and under the model's own distribution, as in OpenAI's API.
+
+    That is the distribution before penalties, temperature and all else that a request does to it.
 
     Attributes:
         token: the token's text. Where its bytes are no whole characters, "bytes:" and their escapes, as in OpenAI's
@@ -235,6 +350,12 @@ class GenerationResult:
         drafting: in how many steps the tokens came, and by how many guesses that came true.
         stop_reason: the stop string or the stop token, by its id, that ended the text; None if something else did, as
             the model's own end-of-text token.
+        seed: the seed of a text that was drawn: the same request with this seed gives the same text. None otherwise.
+        choice_index: the index of the text.
+        cumulative_logprob: the sum of the generated tokens' log probabilities, as `logprobs` has them; None unless
+            these, `choices` or a `best_of` above `n` were asked for.
+        alternatives: the other texts, if several were asked for: in the order of their indices, or, of a `best_of`
+            above `n`, the better first. What is told of the prompt is told with the first text.
     """
 
     text: str
@@ -247,3 +368,28 @@ class GenerationResult:
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     drafting: Drafting = Drafting()
     stop_reason: StopReason | None = None
+    seed: int | None = None
+    choice_index: int = 0
+    cumulative_logprob: float | None = None
+    alternatives: tuple[GenerationResult, ...] = ()
+
+
+def combine(request: GenerationRequest, results: Sequence[GenerationResult]) -> GenerationResult:
+    """Return the result of a request from those of its texts, given in the order of their indices: the first text's.
+
+    The others are its alternatives. Of more texts than are to be given, those are taken whose mean log probability a
+    token is highest, as by OpenAI's API; of equal ones, those of the lower index.
+    """
+    chosen = list(results)
+    if request.ranked:
+        chosen = sorted(chosen, key=mean_logprob, reverse=True)[: request.n]
+    # The prompt was read for the first text of all.
+    usage = replace(chosen[0].usage, cached_tokens=results[0].usage.cached_tokens)
+    prompt_logprobs = results[0].prompt_logprobs
+    others = tuple(replace(result, prompt_logprobs=None) for result in chosen[1:])
+    return replace(chosen[0], usage=usage, prompt_logprobs=prompt_logprobs, alternatives=others)
+
+
+def mean_logprob(result: GenerationResult) -> float:
+    """Return the mean log probability of a text's tokens, by which the best of several is told."""
+    return (result.cumulative_logprob or 0.0) / max(1, len(result.token_ids))

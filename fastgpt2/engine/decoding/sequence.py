@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from fastgpt2.engine.decoding.lookup import Lookup
 from fastgpt2.engine.decoding.records import (
@@ -19,6 +19,13 @@ from fastgpt2.engine.decoding.records import (
 )
 from fastgpt2.engine.decoding.stop_strings import StopStrings
 from fastgpt2.engine.text.detokenizer import Detokenizer
+from fastgpt2.errors import FastGPT2Error
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from fastgpt2.engine.decoding.chooser import Chooser
+    from fastgpt2.engine.decoding.grammar import Grammar
 
 # How far a sequence has come. "prefill": its prompt waits to be read or is partly read, and it has no token yet.
 # "decode": it has its first token, and each step gives it one more, or several. "finished": it ended by itself or was
@@ -31,14 +38,19 @@ class TokenizedPrompt:
     """A request whose prompt is tokenized and known to fit the model.
 
     Attributes:
+        request: with the model's own options where it had none, and with a seed if tokens are drawn.
         ids: the prompt's tokens, at least one.
         offsets: where in the prompt's text each of the ids begins; empty unless `prompt_logprobs` are asked for.
+        bad_words: the tokens of the request's `bad_words`.
+        grammar: the form of a guided text, once it is compiled; None if the text is not guided.
     """
 
     request: GenerationRequest
     ids: list[int]
     max_new_tokens: int
     offsets: Seq[int] = ()
+    bad_words: Seq[tuple[int, ...]] = ()
+    grammar: Future[Grammar] | None = None
 
     @property
     def positions(self) -> int:
@@ -51,6 +63,8 @@ class Sequence:
     """One sequence that a decoder was given.
 
     Attributes:
+        prompt_ids: the prompt's tokens: one list for all texts of one prompt.
+        choice_index: the text's index among those of its seed.
         slot: its place in the KV cache, its own until it is finished.
         pending: tokens not yet run: what is left of the prompt, then the token generated last.
         detokenizer: what makes the tokens' text; it holds back what later tokens may change.
@@ -68,6 +82,9 @@ class Sequence:
         admitted_at, first_token_at, finished_at: seconds on the clock of `time.perf_counter`.
         step_seconds: how long each step took that advanced it: those of its prompt, then those that gave tokens.
         lookup: from what its next tokens are guessed; None if they are not.
+        chooser: takes the next token; None if that is the likeliest one, whatever came before.
+        logprob_sum: the sum of the generated tokens' log probabilities; None unless it is wanted.
+        error: why the sequence failed alone; None if it did not.
         steps, drafted, accepted: as in `Drafting`.
     """
 
@@ -81,6 +98,8 @@ class Sequence:
     least_new_tokens: int
     stops: StopStrings | None
     admitted_at: float
+    choice_index: int = 0
+    chooser: Chooser | None = None
     status: Status = "prefill"
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
@@ -99,6 +118,8 @@ class Sequence:
     steps: int = 0
     drafted: int = 0
     accepted: int = 0
+    logprob_sum: float | None = None
+    error: FastGPT2Error | None = None
 
     @property
     def prompt_tokens(self) -> int:
@@ -156,6 +177,7 @@ class Sequence:
             raise ValueError("the sequence has not ended by itself")
         finished_at = self.finished_at if self.finished else perf_counter()
         first_token_at = self.first_token_at if self.token_ids else finished_at
+        is_first = self.choice_index == self.request.choice_index
         return GenerationResult(
             text=self.text if self.finish_reason else self.text + self.detokenizer.pending,
             token_ids=tuple(self.token_ids),
@@ -168,7 +190,12 @@ class Sequence:
             ),
             model=model,
             logprobs=tuple(self.logprobs) if self.request.logprobs is not None else None,
-            prompt_logprobs=tuple(self.prompt_logprobs) if self.request.prompt_logprobs is not None else None,
+            prompt_logprobs=tuple(self.prompt_logprobs)
+            if self.request.prompt_logprobs is not None and is_first
+            else None,
             drafting=Drafting(self.steps, self.drafted, self.accepted),
             stop_reason=self.stop_reason,
+            seed=self.request.seed if self.request.samples else None,
+            choice_index=self.choice_index,
+            cumulative_logprob=self.logprob_sum,
         )

@@ -113,6 +113,20 @@ class KVCache:
         at = number * BLOCK
         return self.keys[slot, :, number], self.values[slot, :, :, at : at + BLOCK]
 
+    def copy(self, source: int, slot: int, length: int) -> int:
+        """Fill an empty slot with the first `length` positions of another one; return `length`.
+
+        Raises:
+            ValueError: the other one has fewer.
+        """
+        if length > self.lengths[source]:
+            raise ValueError(f"slot {source} has {self.lengths[source]} positions, not {length}")
+        for number in range(-(-length // BLOCK)):
+            for part, other in zip(self.block(slot, number), self.block(source, number), strict=True):
+                np.copyto(part, other)
+        self.lengths[slot] = length
+        return length
+
     def truncate(self, slot: int, length: int) -> None:
         """Have a slot hold the first `length` positions that were filled. What is committed stays committed."""
         if length < self.lengths[slot]:

@@ -36,7 +36,13 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2}|\+[0-9A-Fa-f])>")
 
 
 class Stage:
-    """A step of a decoder."""
+    """A step of a decoder.
+
+    Attributes:
+        is_fixed: what a token gives is the same whatever tokens stand around it, unless it is a text's first.
+    """
+
+    is_fixed = False
 
     def push(self, token: str) -> Iterable[str]:
         """Take the next token, and return what of the step's tokens is sure now."""
@@ -57,6 +63,8 @@ class EachToken(Stage):
     Args:
         decoder: the library's; None for a tokenizer without a decoder, whose tokens stand with spaces between them.
     """
+
+    is_fixed = True
 
     def __init__(self, decoder: Any) -> None:
         self._decoder = decoder
@@ -119,6 +127,8 @@ class BytesOfTokens(Stage):
     gone wrong already.
     """
 
+    is_fixed = True
+
     def __init__(self) -> None:
         # Of a row: how many bytes, its whole characters, the bytes of an unfinished one, and whether it has gone wrong.
         self._count, self._text, self._unfinished, self._is_wrong = 0, "", b"", False
@@ -154,6 +164,8 @@ class BytesAlone(Stage):
     Source: `SentencePieceProcessor::Decode` in sentencepiece_processor.cc.
     """
 
+    is_fixed = True
+
     def __init__(self) -> None:
         self._unfinished = b""
 
@@ -186,6 +198,8 @@ class BytesAlone(Stage):
 
 class ByteLevel(Stage):
     """The step ByteLevel: each character of a token stands for a byte, and the bytes of all tokens are one text."""
+
+    is_fixed = True
 
     def __init__(self) -> None:
         self._unfinished = b""
@@ -230,6 +244,7 @@ class StripText(Stage):
     def __init__(self, character: str, start: int, stop: int) -> None:
         self._character, self._left, self._stop = character, start, stop
         self._end = ""
+        self.is_fixed = stop == 0
 
     def push(self, token: str) -> Iterable[str]:
         if self._left and token:

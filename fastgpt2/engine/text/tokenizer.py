@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +103,32 @@ class Tokenizer:
             longest = max(map(size, self._backend.get_vocab()))
         return max(longest, 1)
 
+    @property
+    def has_fixed_bytes(self) -> bool:
+        """Tell whether the text that tokens give behind others is their `token_bytes`, one after the other."""
+        return not self._needs_stages or all(stage.is_fixed for stage in self._stages)
+
+    def continues(self, prompt_ids: Sequence[int]) -> bool:
+        """Tell whether tokens behind a prompt give their `token_bytes`: some decoders treat a text's first otherwise.
+
+        So do some where the prompt ends with a part of a character. This is for tokenizers with fixed bytes.
+        """
+        if not self._needs_stages:
+            return True
+        return all(self._follows(prompt_ids, token_id) for token_id in self._probes)
+
+    @cached_property
+    def _probes(self) -> list[int]:
+        """Return tokens that show whether a text has begun: one with a space in front, and one that is a byte."""
+        ids = range(self.vocab_size)
+        spaced = next((i for i in ids if re.fullmatch(rb" [a-z]+", self.token_bytes(i))), None)
+        byte = next((i for i in ids if decoders.byte_of(self.token(i) or "") == b"\n"), None)
+        return [token_id for token_id in (spaced, byte) if token_id is not None]
+
+    def _follows(self, prompt_ids: Sequence[int], token_id: int) -> bool:
+        detokenizer = self.detokenizer(prompt_ids)
+        return (detokenizer.push(token_id) + detokenizer.flush()).encode() == self.token_bytes(token_id)
+
     def ids_from(self, first: int) -> list[int]:
         """Return the ids of the tokens from this id on, in their order."""
         candidates = {*range(first, self.vocab_size), *(i for i in self._added if i >= first)}
@@ -113,6 +141,14 @@ class Tokenizer:
             BadRequest: the tokenizer has no token for some of the text, nor one for what is unknown.
         """
         return list(self._encode(text).ids)
+
+    def encode_part(self, text: str) -> list[int]:
+        """Return the token ids of a part of a text, without the tokens that the tokenizer puts around a whole one.
+
+        Raises:
+            BadRequest: as `encode` does.
+        """
+        return list(self._encode(text, whole=False).ids)
 
     def offsets(self, text: str) -> list[int]:
         """Return where in the text each token of `encode` begins: the index of the character of its first byte.
@@ -175,14 +211,15 @@ class Tokenizer:
         name: str | None = self._added.get(token_id) or self._backend.id_to_token(token_id)
         return name
 
-    def _encode(self, text: str) -> Any:
+    def _encode(self, text: str, whole: bool = True) -> Any:
         try:
-            return self._backend.encode(text)
+            return self._backend.encode(text, add_special_tokens=whole)
         except BaseException as reason:
             if not decoders.is_library_failure(reason):
                 raise
+            what = "prompt" if whole else "text"
             raise BadRequest(
-                f"the tokenizer cannot encode this prompt ({reason}): leave out characters that it does not know"
+                f"the tokenizer cannot encode this {what} ({reason}): leave out characters that it does not know"
             ) from None
 
     def _look_up(self, token_id: int) -> bytes:

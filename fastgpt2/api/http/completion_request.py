@@ -1,0 +1,256 @@
+"""The body of `POST /v1/completions`: OpenAI's fields, vLLM's, and this package's own; and the jobs that it asks for.
+
+Source: OpenAI's API reference, "Create completion" (the legacy one), and vLLM's `CompletionRequest`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from fastgpt2.api.client.enqueue import JobPlan, plan_job
+from fastgpt2.api.http import guides
+from fastgpt2.api.http.guides import Guide
+from fastgpt2.api.http.responses import BadField
+from fastgpt2.engine.decoding.options import (
+    BadWords,
+    ChoiceIndex,
+    GuidedChoices,
+    JSONSchema,
+    LogitBias,
+    NgramSize,
+    Penalty,
+    Regex,
+    RepetitionPenalty,
+    Seed,
+    Share,
+    SuppressTokens,
+    Temperature,
+    Texts,
+    TopK,
+)
+from fastgpt2.engine.decoding.records import (
+    TOKEN_IDS_SCHEMA,
+    GenerationRequest,
+    Logprobs,
+    NewTokens,
+    StopStrings,
+    StopTokenIds,
+)
+from fastgpt2.errors import BadRequest, FastGPT2Error, PromptTooLong
+from fastgpt2.fields import Field, check_fields, fields_of, flag, only, refusal, text
+from fastgpt2.protocol.keys import Priority
+from fastgpt2.protocol.refusals import SHOWN_CHARACTERS, sentence_for
+
+# OpenAI's own.
+DEFAULT_MAX_TOKENS = 16
+MAX_PROMPTS = 256
+MAX_MODEL_CHARACTERS = 500
+
+# Over all prompts of a request: their texts, with log probabilities of each token, are in memory at once.
+MAX_TEXTS_OF_A_REQUEST = 1024
+
+# An hour is enough: the answer goes out at once.
+RESULT_TTL_SECONDS = 3600
+
+# Our fields by the names that this API has for them.
+_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
+
+# Other APIs' fields that say which form a text is to have.
+_THEIR_GUIDES = (
+    "response_format", "structured_outputs", "guided_choice", "guided_regex", "guided_json", "guided_json_object",
+)  # fmt: skip
+
+_NO_SUFFIX = only("", "must be empty or left out: GPT-2 continues texts, it fills none in")
+_NO_BEAMS = "must be {} or left out: there is no beam search; n and best_of draw several texts"
+_GUIDE = "The text has this form."
+
+
+def _check_prompts(name: str, value: Any) -> list[str | list[int]]:
+    """Return the prompts, texts or lists of token ids, of which one may stand alone. Each is checked as a job's."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
+        kinds = "a string, a list of strings, a list of token ids, or a list of such lists"
+        raise refusal(name, kinds, value, of_type=True)
+    if not value:
+        raise BadRequest(f"{name} is an empty list; leave it out to begin a new text")
+    if not isinstance(value[0], str | list):
+        return [value]
+    if len(value) > MAX_PROMPTS:
+        raise BadRequest(f"{name} holds {len(value)} prompts; the limit is {MAX_PROMPTS} a request: send more requests")
+    if not all(isinstance(prompt, type(value[0])) for prompt in value):
+        raise BadRequest(f"{name}, a list, must hold prompts of one kind: strings, or lists of token ids")
+    return value
+
+
+def _check_stream_options(name: str, value: Any) -> dict[str, bool]:
+    if not isinstance(value, dict) or not value.keys() <= _STREAM_FLAGS.keys():
+        raise BadRequest(f'{name} must be an object: {{"include_usage": true}}')
+    return {key: flag().check(f"{name}.{key}", part) for key, part in value.items()}
+
+
+_TEXT = {"type": "string"}
+_SEVERAL = {"type": "array", "minItems": 1, "maxItems": MAX_PROMPTS}
+_IDS = {**TOKEN_IDS_SCHEMA, "minItems": 1}
+_PROMPT_KINDS = [_TEXT, {**_SEVERAL, "items": _TEXT}, _IDS, {**_SEVERAL, "items": TOKEN_IDS_SCHEMA}]
+# There is nothing to obfuscate.
+_STREAM_FLAGS = dict.fromkeys(("include_usage", "include_obfuscation"), flag().schema)
+
+_PROMPTS = Field({"anyOf": _PROMPT_KINDS}, _check_prompts)
+_STREAM_OPTIONS = Field(
+    {"type": "object", "properties": _STREAM_FLAGS, "additionalProperties": False}, _check_stream_options
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompletionRequest:
+    """The body of a request, checked when made: OpenAI's fields, then vLLM's and this package's own.
+
+    Raises:
+        BadRequest: a field has a wrong type, is out of bounds, or asks for what there is not.
+    """
+
+    model: Annotated[str, text(1, MAX_MODEL_CHARACTERS)] | None = None
+    prompt: Annotated[list[str | list[int]], _PROMPTS] = field(default_factory=lambda: [""])
+    max_tokens: Annotated[NewTokens, f"{DEFAULT_MAX_TOKENS} by default."] = DEFAULT_MAX_TOKENS
+    stop: StopStrings = ()
+    stream: bool = False
+    stream_options: Annotated[dict[str, bool], _STREAM_OPTIONS, "With `stream` only."] | None = None
+    echo: bool = False
+    logprobs: Annotated[Logprobs, "With `echo`, of the prompt's tokens too."] | None = None
+    temperature: Annotated[Temperature, "0, the default, takes the likeliest token always."] | None = None
+    top_p: Share | None = None
+    n: Annotated[Texts, "How many texts of each prompt are given."] = 1
+    best_of: Annotated[Texts, "How many are generated, of which the best n are given. Not with `stream`."] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: LogitBias | None = None
+    seed: Annotated[Seed, "Each choice of a text that was drawn tells its seed."] | None = None
+    suffix: Annotated[str, _NO_SUFFIX, "GPT-2 fills no texts in."] = ""
+    user: str | None = None
+    response_format: Annotated[Guide, guides.RESPONSE_FORMAT, _GUIDE] | None = None
+
+    top_k: TopK | None = None
+    min_p: Share | None = None
+    typical_p: Share | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    no_repeat_ngram_size: NgramSize | None = None
+    bad_words: BadWords | None = None
+    suppress_tokens: SuppressTokens | None = None
+    ignore_eos: bool = False
+    min_tokens: NewTokens = 0
+    stop_token_ids: StopTokenIds = ()
+    structured_outputs: Annotated[Guide, guides.STRUCTURED_OUTPUTS, _GUIDE] | None = None
+    guided_choice: Annotated[Guide, guides.GUIDED_CHOICE, _GUIDE] | None = None
+    guided_regex: Annotated[Guide, guides.GUIDED_REGEX, _GUIDE] | None = None
+    guided_json: Annotated[Guide, guides.GUIDED_JSON, _GUIDE] | None = None
+    guided_json_object: Annotated[Guide, guides.GUIDED_JSON_OBJECT, _GUIDE] | None = None
+    guided_grammar: Annotated[Guide, guides.NO_GRAMMAR] | None = None
+    structural_tag: Annotated[Guide, guides.NO_GRAMMAR] | None = None
+    guided_whitespace_pattern: Annotated[Guide, guides.NO_WHITESPACE_PATTERN] | None = None
+    guided_decoding_backend: Annotated[Guide, guides.ANY_BACKEND] | None = None
+    use_beam_search: Annotated[bool, only(False, _NO_BEAMS.format("false"))] = False
+    length_penalty: Annotated[float, only(1, _NO_BEAMS.format("1"))] = 1
+
+    do_sample: bool | None = None
+    choice_index: ChoiceIndex = 0
+    choices: GuidedChoices = ()
+    regex: Regex | None = None
+    json_schema: JSONSchema | None = None
+    priority: Priority = "normal"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.stream_options is not None and not self.stream:
+            raise BadRequest("stream_options goes with stream: true")
+        texts = self.best_of or self.n
+        if len(self.prompt) * texts > MAX_TEXTS_OF_A_REQUEST:
+            raise BadRequest(
+                f"prompt holds {len(self.prompt)} prompts, for {texts} texts each; the limit is "
+                f"{MAX_TEXTS_OF_A_REQUEST} texts a request: send more requests"
+            )
+
+    @property
+    def prompt_logprobs(self) -> int | None:
+        """Return how many likeliest tokens are asked for at each of the prompt's tokens."""
+        return self.logprobs if self.echo else None
+
+    def guide(self) -> tuple[str, Guide]:
+        """Return the field that says which form the text has, by whichever name, and the fields of a job it comes to.
+
+        Raises:
+            BadRequest: the form is given by two names.
+        """
+        ours: dict[str, Guide | None] = {
+            name: {name: value} for name in guides.OUR_GUIDES if (value := getattr(self, name)) not in ((), None)
+        }
+        return guides.find_guide(ours | {name: getattr(self, name) for name in _THEIR_GUIDES})
+
+    def plans(self) -> list[JobPlan]:
+        """Return a plan of a job for each prompt.
+
+        Raises:
+            BadRequest: a prompt, or what is asked of it, cannot be; the message has the names of a job's fields.
+        """
+        known = fields_of(GenerationRequest).keys() - {"prompt", *guides.OUR_GUIDES}
+        fields = {
+            **{name: getattr(self, _NAMES.get(name, name)) for name in known},
+            **self.guide()[1],
+            # The log probabilities of a prompt come with the result only, and they must come first.
+            "stream": self.stream and self.prompt_logprobs is None,
+            "result_ttl": RESULT_TTL_SECONDS,
+            "priority": self.priority,
+        }
+        return [plan_job(prompt, fields) for prompt in self.prompt]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A request, checked, and what it comes to.
+
+    Attributes:
+        plans: a job for each prompt.
+        asked: the fields that were given, in one order, to compare with another request.
+    """
+
+    request: CompletionRequest
+    plans: list[JobPlan]
+    asked: list[tuple[str, Any]]
+
+
+def parse_completion(body: Mapping[str, Any]) -> Completion:
+    """Read the body of a request; null stands for a default.
+
+    Raises:
+        BadRequest: a field is unknown, of a wrong type, out of bounds, or asks for what there is not.
+    """
+    given = {name: value for name, value in body.items() if value is not None}
+    known = fields_of(CompletionRequest)
+    for name in given:
+        if name not in known:
+            raise BadField(name[:SHOWN_CHARACTERS], sentence_for(name, sorted(known)))
+    try:
+        request = CompletionRequest(**given)
+        return Completion(request, request.plans(), sorted(given.items(), key=lambda pair: pair[0]))
+    except BadRequest as error:
+        raise translate_error(error) from None
+
+
+def translate_error(error: FastGPT2Error, request: CompletionRequest | None = None) -> FastGPT2Error:
+    """Return the error with our fields by the names of this API, and the field that it begins with as its `param`.
+
+    Args:
+        request: has the name by which a form was asked for that cannot be.
+    """
+    message = re.sub("|".join(_NAMES), lambda match: _NAMES[match[0]], str(error))
+    if request is not None:
+        message = guides.name_as_given(message, *request.guide())
+    if type(error) is PromptTooLong:
+        return PromptTooLong(message)
+    if type(error) is not BadRequest:
+        return error
+    word = re.split(r"\W", message, maxsplit=1)[0]
+    return BadField(word, message) if word in fields_of(CompletionRequest) else BadRequest(message)

@@ -1,0 +1,177 @@
+"""The options by which a request says how its tokens are chosen: their checks, bounds and schemas. Nothing heavy here.
+
+The names are those of transformers' `GenerationConfig` where there is one, else OpenAI's or vLLM's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import partial
+from typing import Annotated, Any, TypeAlias
+
+from fastgpt2.errors import BadRequest
+from fastgpt2.fields import Field, real, refusal, type_name, whole
+
+# Far beyond any vocabulary. The decoder refuses an id that its own model does not have.
+MAX_TOKEN_ID = (1 << 31) - 1
+
+# The limit of n and best_of: as many as OpenAI's API takes.
+MAX_TEXTS = 128
+MAX_TEMPERATURE = 100.0
+MAX_REPETITION_PENALTY = 100.0
+MAX_NGRAM = 1 << 20
+
+# OpenAI's own bounds.
+MAX_PENALTY = 2.0
+MAX_BIAS = 100.0
+
+# OpenAI's limit is 300 entries.
+MAX_BIASED_TOKENS = 1024
+MAX_SUPPRESSED_TOKENS = 1024
+MAX_BAD_WORDS = 256
+MAX_BAD_WORD_LENGTH = 256
+
+MAX_GUIDED_CHOICES = 256
+MAX_CHOICE_CHARACTERS = 1024
+MAX_REGEX_CHARACTERS = 8192
+MAX_SCHEMA_CHARACTERS = 1 << 16
+
+BadWord: TypeAlias = str | tuple[int, ...]
+
+
+def check_token_ids(name: str, ids: tuple[Any, ...]) -> tuple[int, ...]:
+    """Check that all of a list are token ids."""
+    for token_id in ids:
+        if not isinstance(token_id, int) or isinstance(token_id, bool):
+            raise BadRequest(f"{name}, a list, must hold token ids, not {type_name(token_id)}")
+        if not 0 <= token_id <= MAX_TOKEN_ID:
+            raise BadRequest(f"{name} holds {str(token_id)[:40]}, which is no token id")
+    return ids
+
+
+def token_ids_field(most: int) -> Field:
+    """Describe a list of at most `most` token ids."""
+    schema = {"type": "array", "items": whole(0, MAX_TOKEN_ID).schema, "maxItems": most}
+    return Field(schema, partial(_check_list_of_ids, most))
+
+
+def _check_list_of_ids(most: int, name: str, ids: Any) -> tuple[int, ...]:
+    if not isinstance(ids, list | tuple):
+        raise refusal(name, "a list of token ids", ids, of_type=True)
+    if len(ids) > most:
+        raise BadRequest(f"{name} holds {len(ids)} token ids; the limit is {most}")
+    return check_token_ids(name, tuple(ids))
+
+
+def _check_logit_bias(name: str, bias: Any) -> dict[int, float]:
+    # The keys of JSON's objects are strings.
+    if not isinstance(bias, Mapping):
+        raise refusal(name, "an object of token ids, each with its bias", bias, of_type=True)
+    if len(bias) > MAX_BIASED_TOKENS:
+        raise BadRequest(f"{name} holds {len(bias)} token ids; the limit is {MAX_BIASED_TOKENS}")
+    checked = {}
+    for key, value in bias.items():
+        is_id = isinstance(key, int) or (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= 10)
+        if not is_id or isinstance(key, bool) or not 0 <= int(key) <= MAX_TOKEN_ID:
+            raise BadRequest(f"{name} holds {str(key)[:40]!r}, which is no token id")
+        checked[int(key)] = float(_BIAS.check(f"{name} of token {int(key)}", value))
+    return checked
+
+
+def _check_bad_words(name: str, words: Any) -> tuple[BadWord, ...]:
+    if not isinstance(words, list | tuple):
+        raise refusal(name, "a list of strings or of lists of token ids", words, of_type=True)
+    if len(words) > MAX_BAD_WORDS:
+        raise BadRequest(f"{name} holds {len(words)} words; the limit is {MAX_BAD_WORDS}")
+    checked: list[BadWord] = []
+    for word in words:
+        if not isinstance(word, str | list | tuple):
+            raise BadRequest(f"{name} must hold strings or lists of token ids, not {type_name(word)}")
+        kind = "characters" if isinstance(word, str) else "tokens"
+        if not 1 <= len(word) <= MAX_BAD_WORD_LENGTH:
+            raise BadRequest(f"{name} must hold words of 1 to {MAX_BAD_WORD_LENGTH} {kind}, not of {len(word)}")
+        checked.append(_in_unicode(name, word) if isinstance(word, str) else check_token_ids(name, tuple(word)))
+    return tuple(checked)
+
+
+def _check_choices(name: str, choices: Any) -> tuple[str, ...]:
+    if not isinstance(choices, list | tuple):
+        raise refusal(name, "a list of strings", choices, of_type=True)
+    if len(choices) > MAX_GUIDED_CHOICES:
+        raise BadRequest(f"{name} holds {len(choices)} strings; the limit is {MAX_GUIDED_CHOICES}")
+    if not choices:
+        raise BadRequest(f"{name} is an empty list: give a string, or leave {name} out")
+    for choice in choices:
+        if not isinstance(choice, str):
+            raise BadRequest(f"{name} must hold strings, not {type_name(choice)}")
+        if not 1 <= len(choice) <= MAX_CHOICE_CHARACTERS:
+            raise BadRequest(
+                f"{name} must hold strings of 1 to {MAX_CHOICE_CHARACTERS} characters, not of {len(choice)}"
+            )
+        _in_unicode(name, choice)
+    return tuple(choices)
+
+
+def _check_regex(name: str, regex: Any) -> str:
+    if not isinstance(regex, str):
+        raise refusal(name, "a string", regex, of_type=True)
+    if not 1 <= len(regex) <= MAX_REGEX_CHARACTERS:
+        raise BadRequest(f"{name} must have 1 to {MAX_REGEX_CHARACTERS} characters, not {len(regex)}")
+    return _in_unicode(name, regex)
+
+
+def _check_json_schema(name: str, schema: Any) -> str:
+    """Return a JSON schema, an object, true or false, or the JSON text of one, as JSON text."""
+    try:
+        value = json.loads(schema) if isinstance(schema, str) else schema
+        written = json.dumps(value, allow_nan=False)
+    except (ValueError, TypeError, RecursionError) as reason:
+        raise BadRequest(f"{name} is no JSON schema: {str(reason)[:100]}") from None
+    if not isinstance(value, dict | bool):
+        raise refusal(name, "a JSON schema: an object", value, of_type=True)
+    if len(written) > MAX_SCHEMA_CHARACTERS:
+        raise BadRequest(f"{name} has {len(written)} characters of JSON; the limit is {MAX_SCHEMA_CHARACTERS}")
+    return _in_unicode(name, written)
+
+
+def _in_unicode(name: str, text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadRequest(f"{name} is not valid Unicode: lone surrogate U+{ord(text[error.start]):04X}") from None
+    return text
+
+
+_BIAS = real(-MAX_BIAS, MAX_BIAS)
+_LOGIT_BIAS_SCHEMA = {
+    "type": "object",
+    "propertyNames": {"pattern": "^[0-9]{1,10}$"},
+    "additionalProperties": _BIAS.schema,
+    "maxProperties": MAX_BIASED_TOKENS,
+}
+_WORD_SCHEMAS = [
+    {"type": "string", "minLength": 1, "maxLength": MAX_BAD_WORD_LENGTH},
+    {**token_ids_field(MAX_BAD_WORD_LENGTH).schema, "minItems": 1},
+]
+_BAD_WORDS_SCHEMA = {"type": "array", "items": {"anyOf": _WORD_SCHEMAS}, "maxItems": MAX_BAD_WORDS}
+_CHOICE_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_CHOICE_CHARACTERS}
+_CHOICES_SCHEMA = {"type": "array", "items": _CHOICE_SCHEMA, "minItems": 1, "maxItems": MAX_GUIDED_CHOICES}
+_REGEX_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_REGEX_CHARACTERS}
+_JSON_SCHEMA_SCHEMA = {"anyOf": [{"type": "object"}, {"type": "boolean"}, {"type": "string"}]}
+
+Temperature = Annotated[float, real(0.0, MAX_TEMPERATURE)]
+TopK = Annotated[int, whole(-1, MAX_TOKEN_ID)]
+Share = Annotated[float, real(0.0, 1.0)]
+Seed = Annotated[int, whole(-(1 << 63), (1 << 64) - 1)]
+Texts = Annotated[int, whole(1, MAX_TEXTS)]
+ChoiceIndex = Annotated[int, whole(0, MAX_TOKEN_ID)]
+RepetitionPenalty = Annotated[float, real(0.01, MAX_REPETITION_PENALTY)]
+NgramSize = Annotated[int, whole(0, MAX_NGRAM)]
+Penalty = Annotated[float, real(-MAX_PENALTY, MAX_PENALTY)]
+LogitBias = Annotated[Mapping[int, float], Field(_LOGIT_BIAS_SCHEMA, _check_logit_bias)]
+BadWords = Annotated[tuple[BadWord, ...], Field(_BAD_WORDS_SCHEMA, _check_bad_words)]
+SuppressTokens = Annotated[tuple[int, ...], token_ids_field(MAX_SUPPRESSED_TOKENS)]
+GuidedChoices = Annotated[tuple[str, ...], Field(_CHOICES_SCHEMA, _check_choices)]
+Regex = Annotated[str, Field(_REGEX_SCHEMA, _check_regex)]
+JSONSchema = Annotated[Mapping[str, Any] | bool | str, Field(_JSON_SCHEMA_SCHEMA, _check_json_schema)]

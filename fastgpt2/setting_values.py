@@ -1,0 +1,155 @@
+"""The values of settings, read from texts: each reader returns the value, or says why the text is none.
+
+A reader raises ValueError with the rest of a sentence that begins with the text. Readers of what a request asks read
+its form only: its bounds are in the request's own fields.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+# Room for indentation: of the schema itself, a request takes less.
+MAX_SCHEMA_FILE = 1 << 20
+
+
+def integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError("is not a whole number") from None
+
+
+def number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError("is not a number") from None
+
+
+def whole_number(low: int, high: int) -> Callable[[str], int]:
+    """Return a reader of whole numbers within these bounds."""
+
+    def parse(text: str) -> int:
+        value = integer(text)
+        if not low <= value <= high:
+            raise ValueError(f"is not between {low} and {high}")
+        return value
+
+    return parse
+
+
+def seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError("is not a number of seconds") from None
+    if not 0 < value <= 1e6:
+        raise ValueError("is not between 0 and 1000000 seconds")
+    return value
+
+
+_SIZES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+
+
+def size(text: str) -> int:
+    """Return the bytes that a text such as 2GB, 512M or 1.5GiB names."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt]?i?)b?", text.strip().lower())
+    if found is None or found[2] not in _SIZES:
+        raise ValueError("is not a size like 2GB or 512MiB")
+    value = float(found[1]) * _SIZES[found[2]]
+    if not 1 <= value <= 1 << 50:
+        raise ValueError("is not between 1 byte and 1 PiB")
+    return int(value)
+
+
+def size_or_none(text: str) -> int:
+    """Return the bytes as `size` reads them, and 0 for "0" or "off"."""
+    return 0 if text.strip().lower() in ("0", "off") else size(text)
+
+
+def yes_or_no(text: str) -> bool:
+    yes, no = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
+    if text.lower() not in (*yes, *no):
+        raise ValueError("is neither yes nor no")
+    return text.lower() in yes
+
+
+def word(text: str) -> str:
+    if not text or any(c.isspace() for c in text):
+        raise ValueError("must be one word")
+    return text
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    """Return a reader of one of these words, in any case."""
+
+    def parse(text: str) -> str:
+        if text.lower() not in choices:
+            raise ValueError(f"is not one of {', '.join(choices)}")
+        return text.lower()
+
+    return parse
+
+
+def drafts(text: str) -> str | int:
+    if text.lower() in ("off", "auto", "int8"):
+        return text.lower()
+    if text.isdecimal() and text.isascii() and 1 <= int(text[:3]) <= 15 and len(text) < 3:
+        return int(text)
+    raise ValueError("is not off, auto, int8 or a number from 1 to 15")
+
+
+def token_ids(text: str) -> tuple[int, ...]:
+    """Return the token ids of a text such as 50256 or 13,198."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and part.isascii() and len(part) < 11 for part in parts):
+        raise ValueError("is not a list of token ids with commas between them")
+    return tuple(int(part) for part in parts)
+
+
+def one_text(text: str) -> tuple[str, ...]:
+    """Return the text as one of those that an option gives which may be repeated."""
+    return (text,)
+
+
+def biases(text: str) -> dict[int, float]:
+    """Return the biases by token id of a text such as 198=-100,464=2.5, or of a JSON object."""
+    if text.lstrip().startswith("{"):
+        import json
+
+        try:
+            given: dict[int, float] = json.loads(text)
+        except (ValueError, RecursionError):
+            raise ValueError("is not a JSON object") from None
+        return given
+    found = {}
+    for part in text.split(","):
+        token_id, _, bias = part.partition("=")
+        try:
+            found[token_ids(token_id)[0]] = number(bias)
+        except ValueError:
+            raise ValueError("is neither a list such as 198=-100,464=2.5 nor a JSON object") from None
+    return found
+
+
+def schema(text: str) -> str:
+    """Return the JSON schema that a text is, or that the file holds which the text names."""
+    if text.lstrip().startswith("{") or text in ("true", "false"):
+        return text
+    try:
+        with open(text, encoding="utf-8") as file:  # noqa: PTH123 - pathlib is not imported for this
+            content = file.read(MAX_SCHEMA_FILE + 1)
+    except OSError as reason:
+        raise ValueError(f"is neither a JSON object nor a file that can be read ({reason.strerror})") from None
+    except ValueError:
+        raise ValueError("is a file that is not UTF-8") from None
+    if len(content) > MAX_SCHEMA_FILE:
+        raise ValueError(f"is a file of more than {MAX_SCHEMA_FILE} characters")
+    return content
+
+
+def log_level(text: str) -> str:
+    if text.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+        raise ValueError("is not one of debug, info, warning, error")
+    return text.upper()

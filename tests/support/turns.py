@@ -1,0 +1,46 @@
+"""A worker in the test's own process, taken through its loop turn by turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from fastgpt2 import Engine
+from fastgpt2.protocol.connection import connect
+from fastgpt2.system.redis_server import RedisServer
+from fastgpt2.worker.worker import GenerationWorker
+
+
+class Turns:
+    """A worker and its turns."""
+
+    def __init__(self, worker: GenerationWorker) -> None:
+        self.worker = worker
+
+    def take(self, count: int = 1) -> None:
+        for _ in range(count):
+            self.worker._turn(burst=True)
+
+    def until(self, condition: Callable[[], object], what: str, most: int = 2000) -> int:
+        """Take turns until the condition holds; return how many it took."""
+        for count in range(most):
+            if condition():
+                return count
+            self.take()
+        pytest.fail(f"{most} turns did not bring: {what}")
+
+
+@contextmanager
+def take_turns(engine: Engine, redis_server: RedisServer, queue_name: str) -> Iterator[Turns]:
+    """Sign a worker on within the context."""
+    connection = connect(redis_server.url)
+    worker = GenerationWorker(engine, connection, queue_name, drain_timeout=1000)
+    assert worker.sign_on()
+    yield Turns(worker)
+    for running in worker.batch:
+        worker.batch.drop(running)
+    worker._claims.close()
+    worker.sign_off()
+    connection.close()
