@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Unpack, overload
 
-from fastgpt2.engine.decoding.records import GenerationRequest, GenerationResult, combine
+from fastgpt2.engine.decoding.records import GenerationRequest, GenerationResult, RequestFields, combine
 from fastgpt2.engine.loading import LoadedModel, LoadOptions, load_decoder
 from fastgpt2.errors import BadRequest
 
@@ -18,39 +18,6 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "gpt2"
 Prompts = list[str] | list[list[int]] | tuple[str, ...]
-
-
-class Options(TypedDict, total=False):
-    """The options of `Engine.generate`; see `GenerationRequest`."""
-
-    max_new_tokens: int | None
-    stop: str | Iterable[str]
-    ignore_eos: bool
-    min_new_tokens: int
-    logprobs: int | None
-    prompt_logprobs: int | None
-    echo: bool
-    stop_token_ids: list[int] | tuple[int, ...]
-    do_sample: bool | None
-    temperature: float | None
-    top_k: int | None
-    top_p: float | None
-    min_p: float | None
-    typical_p: float | None
-    seed: int | None
-    n: int
-    best_of: int | None
-    choice_index: int
-    repetition_penalty: float | None
-    no_repeat_ngram_size: int | None
-    presence_penalty: float | None
-    frequency_penalty: float | None
-    logit_bias: Mapping[int, float] | None
-    bad_words: Iterable[str | list[int] | tuple[int, ...]] | None
-    suppress_tokens: list[int] | tuple[int, ...] | None
-    choices: list[str] | tuple[str, ...]
-    regex: str | None
-    json_schema: Mapping[str, Any] | bool | str | None
 
 
 class Engine:
@@ -141,19 +108,19 @@ class Engine:
         return cls(os.fspath(model), load_decoder(os.fspath(model), options), weights, drafts)
 
     @overload
-    def generate(self, prompts: Prompts, **options: Unpack[Options]) -> list[GenerationResult]: ...
+    def generate(self, prompts: Prompts, **options: Unpack[RequestFields]) -> list[GenerationResult]: ...
 
     @overload
-    def generate(self, prompts: str | list[int], **options: Unpack[Options]) -> GenerationResult: ...
+    def generate(self, prompts: str | list[int], **options: Unpack[RequestFields]) -> GenerationResult: ...
 
     def generate(
-        self, prompts: str | list[int] | Prompts, **options: Unpack[Options]
+        self, prompts: str | list[int] | Prompts, **options: Unpack[RequestFields]
     ) -> GenerationResult | list[GenerationResult]:
         """Continue a prompt, or several at once.
 
         Args:
             prompts: a text or a list of token ids; or a list of texts, or of lists of token ids.
-            options: those of `Options`; see `GenerationRequest`.
+            options: those of `RequestFields`; see `GenerationRequest`.
 
         Returns:
             One result for one prompt, a list in the order of the prompts for several.

@@ -11,8 +11,15 @@ import pytest
 
 from fastgpt2.api.client.enqueue import JobFields
 from fastgpt2.commands.batch import _LINE_FIELDS
-from fastgpt2.engine.decoding.records import Drafting, GenerationRequest, GenerationResult, Timings, TokenLogprob, Usage
-from fastgpt2.engine.engine import Options
+from fastgpt2.engine.decoding.records import (
+    Drafting,
+    GenerationRequest,
+    GenerationResult,
+    RequestFields,
+    Timings,
+    TokenLogprob,
+    Usage,
+)
 from fastgpt2.errors import BadRequest, FastGPT2Error
 from fastgpt2.protocol.messages import (
     JobOptions,
@@ -227,7 +234,7 @@ def test_damaged_log_probabilities_are_refused(name: str, logprobs: object) -> N
 
 def test_every_field_of_a_request_can_be_given_everywhere() -> None:
     names = {field.name for field in fields(GenerationRequest)} - {"prompt"}
-    assert set(Options.__annotations__) == names
+    assert set(RequestFields.__annotations__) == names
     assert names < set(JobFields.__annotations__)
     assert names < set(_LINE_FIELDS)
 

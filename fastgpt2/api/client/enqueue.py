@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeAlias, TypedDict
+from typing import Annotated, Any, TypeAlias
 
 from rq.job import Job as RQJob
 from rq.job import JobStatus
@@ -14,7 +14,7 @@ from rq.serializers import JSONSerializer
 from rq.utils import now
 
 from fastgpt2.api.client.flow import Command, Flow, Pipeline
-from fastgpt2.engine.decoding.records import GenerationRequest, random_seed
+from fastgpt2.engine.decoding.records import GenerationRequest, RequestFields, random_seed
 from fastgpt2.errors import BadRequest, IdempotencyMismatch, PromptTooLong, QueueFull
 from fastgpt2.fields import check_fields, whole
 from fastgpt2.protocol.keys import (
@@ -50,8 +50,8 @@ _OPTION_FIELDS = ("timeout", "stream")
 _PLAN_FIELDS = ("priority", "job_timeout", "result_ttl")
 
 
-class JobFields(TypedDict, total=False):
-    """The fields that may stand beside a prompt; `GenerationRequest` describes the upper half.
+class JobFields(RequestFields, total=False):
+    """The fields that may stand beside a prompt: those of the request, and those of the job.
 
     Attributes:
         timeout: seconds from being enqueued within which the job must be done.
@@ -60,35 +60,6 @@ class JobFields(TypedDict, total=False):
         job_timeout: seconds that a worker may spend on the job, from its start; default 600.
         result_ttl: seconds for which the job's end can be read; default a day.
     """
-
-    max_new_tokens: int | None
-    stop: str | Iterable[str]
-    ignore_eos: bool
-    min_new_tokens: int
-    logprobs: int | None
-    prompt_logprobs: int | None
-    echo: bool
-    stop_token_ids: list[int] | tuple[int, ...]
-    do_sample: bool | None
-    temperature: float | None
-    top_k: int | None
-    top_p: float | None
-    min_p: float | None
-    typical_p: float | None
-    seed: int | None
-    n: int
-    best_of: int | None
-    choice_index: int
-    repetition_penalty: float | None
-    no_repeat_ngram_size: int | None
-    presence_penalty: float | None
-    frequency_penalty: float | None
-    logit_bias: Mapping[int, float] | None
-    bad_words: Sequence[str | Sequence[int]] | None
-    suppress_tokens: Sequence[int] | None
-    choices: Sequence[str]
-    regex: str | None
-    json_schema: Mapping[str, Any] | bool | str | None
 
     timeout: float | None
     stream: bool

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypedDict
 
 from fastgpt2.engine.decoding.options import (
     BadWords,
@@ -272,6 +272,39 @@ class GenerationRequest:
         if self.max_new_tokens is not None:
             return self.max_new_tokens
         return min(max(DEFAULT_MAX_NEW_TOKENS, self.min_new_tokens), left)
+
+
+class RequestFields(TypedDict, total=False):
+    """The fields of a `GenerationRequest` as keyword arguments beside a prompt."""
+
+    max_new_tokens: int | None
+    stop: str | Iterable[str]
+    ignore_eos: bool
+    min_new_tokens: int
+    logprobs: int | None
+    prompt_logprobs: int | None
+    echo: bool
+    stop_token_ids: Sequence[int]
+    do_sample: bool | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    typical_p: float | None
+    seed: int | None
+    n: int
+    best_of: int | None
+    choice_index: int
+    repetition_penalty: float | None
+    no_repeat_ngram_size: int | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+    bad_words: Sequence[str | Sequence[int]] | None
+    suppress_tokens: Sequence[int] | None
+    choices: Sequence[str]
+    regex: str | None
+    json_schema: Mapping[str, Any] | bool | str | None
 
 
 @dataclass(frozen=True, slots=True)
