@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache, partial
+from inspect import get_annotations
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -144,9 +145,14 @@ def _bounds(**bounds: float) -> Schema:
 
 @cache
 def fields_of(message: Any) -> dict[str, Field]:
-    """Return the fields of a message by their names; those of a dataclass within it stand beside its own."""
+    """Return the fields of a message by their names: its own, then those that it inherits.
+
+    The fields of a dataclass within the message stand beside its own.
+    """
     known: dict[str, Field] = {}
-    for name, hint in get_type_hints(message, include_extras=True).items():
+    hints = get_type_hints(message, include_extras=True)
+    for name in get_annotations(message) | hints:
+        hint = hints[name]
         within = is_dataclass(hint)
         known.update(fields_of(hint) if within else {name: field_of(hint)})
     return known

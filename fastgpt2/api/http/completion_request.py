@@ -14,23 +14,7 @@ from fastgpt2.api.client.enqueue import JobPlan, plan_job
 from fastgpt2.api.http import guides
 from fastgpt2.api.http.guides import Guide
 from fastgpt2.api.http.responses import BadField
-from fastgpt2.engine.decoding.options import (
-    BadWords,
-    ChoiceIndex,
-    GuidedChoices,
-    JSONSchema,
-    LogitBias,
-    NgramSize,
-    Penalty,
-    Regex,
-    RepetitionPenalty,
-    Seed,
-    Share,
-    SuppressTokens,
-    Temperature,
-    Texts,
-    TopK,
-)
+from fastgpt2.engine.decoding.options import Seed, Temperature, TextOptions, Texts
 from fastgpt2.engine.decoding.records import (
     TOKEN_IDS_SCHEMA,
     GenerationRequest,
@@ -106,8 +90,8 @@ _STREAM_OPTIONS = Field(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CompletionRequest:
-    """The body of a request, checked when made: OpenAI's fields, then vLLM's and this package's own.
+class CompletionRequest(TextOptions):
+    """The body of a request, checked when made: `TextOptions`, and OpenAI's, vLLM's and this package's other fields.
 
     Raises:
         BadRequest: a field has a wrong type, is out of bounds, or asks for what there is not.
@@ -122,24 +106,13 @@ class CompletionRequest:
     echo: bool = False
     logprobs: Annotated[Logprobs, "With `echo`, of the prompt's tokens too."] | None = None
     temperature: Annotated[Temperature, "0, the default, takes the likeliest token always."] | None = None
-    top_p: Share | None = None
     n: Annotated[Texts, "How many texts of each prompt are given."] = 1
     best_of: Annotated[Texts, "How many are generated, of which the best n are given. Not with `stream`."] | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    logit_bias: LogitBias | None = None
     seed: Annotated[Seed, "Each choice of a text that was drawn tells its seed."] | None = None
     suffix: Annotated[str, _NO_SUFFIX, "GPT-2 fills no texts in."] = ""
     user: str | None = None
     response_format: Annotated[Guide, guides.RESPONSE_FORMAT, _GUIDE] | None = None
 
-    top_k: TopK | None = None
-    min_p: Share | None = None
-    typical_p: Share | None = None
-    repetition_penalty: RepetitionPenalty | None = None
-    no_repeat_ngram_size: NgramSize | None = None
-    bad_words: BadWords | None = None
-    suppress_tokens: SuppressTokens | None = None
     ignore_eos: bool = False
     min_tokens: NewTokens = 0
     stop_token_ids: StopTokenIds = ()
@@ -155,21 +128,15 @@ class CompletionRequest:
     use_beam_search: Annotated[bool, only(False, _NO_BEAMS.format("false"))] = False
     length_penalty: Annotated[float, only(1, _NO_BEAMS.format("1"))] = 1
 
-    do_sample: bool | None = None
-    choice_index: ChoiceIndex = 0
-    choices: GuidedChoices = ()
-    regex: Regex | None = None
-    json_schema: JSONSchema | None = None
     priority: Priority = "normal"
 
     def __post_init__(self) -> None:
         check_fields(self)
         if self.stream_options is not None and not self.stream:
             raise BadRequest("stream_options goes with stream: true")
-        texts = self.best_of or self.n
-        if len(self.prompt) * texts > MAX_TEXTS_OF_A_REQUEST:
+        if len(self.prompt) * self.texts > MAX_TEXTS_OF_A_REQUEST:
             raise BadRequest(
-                f"prompt holds {len(self.prompt)} prompts, for {texts} texts each; the limit is "
+                f"prompt holds {len(self.prompt)} prompts, for {self.texts} texts each; the limit is "
                 f"{MAX_TEXTS_OF_A_REQUEST} texts a request: send more requests"
             )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, TypeAlias
 
@@ -175,3 +176,82 @@ SuppressTokens = Annotated[tuple[int, ...], token_ids_field(MAX_SUPPRESSED_TOKEN
 GuidedChoices = Annotated[tuple[str, ...], Field(_CHOICES_SCHEMA, _check_choices)]
 Regex = Annotated[str, Field(_REGEX_SCHEMA, _check_regex)]
 JSONSchema = Annotated[Mapping[str, Any] | bool | str, Field(_JSON_SCHEMA_SCHEMA, _check_json_schema)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextOptions:
+    """The options of a text: how its tokens are chosen, how many texts there are, and which form they have.
+
+    Args:
+        do_sample: draw each token at random, by its probability. None draws if `temperature` is above 0; True without a
+            temperature takes the model's own, or 1; False takes the likeliest token whatever the temperature.
+        temperature: divides the scores before a token is drawn: below 1, likely tokens become likelier. 0 or None takes
+            the likeliest token. The next five shape the draw, and do nothing where nothing is drawn.
+        top_k: draw one of the k likeliest tokens; 0 or -1 for all.
+        top_p: draw one of the likeliest tokens that together have this probability (nucleus sampling, Holtzman et al.
+            2020).
+        min_p: draw one of the tokens that have at least this share of the likeliest token's probability (Nguyen et al.
+            2024).
+        typical_p: draw one of the tokens whose surprise is nearest the expected one, which together have this
+            probability (locally typical sampling, Meister et al. 2023).
+        seed: the random number of a token is a function of the seed, the text's index and the token's place in the
+            text, and of nothing else. None takes a new seed, which the result tells.
+        n: give this many texts, each with its own index. The prompt is read once.
+        best_of: generate this many texts, and give the `n` whose mean log probability a token is highest, the best
+            first.
+        choice_index: the index of the first text; the others follow. One text with index i is the text i of several.
+        repetition_penalty: divides the scores of tokens that the prompt or the text has, or multiplies them where they
+            are negative (CTRL, Keskar et al. 2019). 1 does nothing.
+        no_repeat_ngram_size: never repeat this many tokens in a row, of the prompt or the text. 0 does nothing.
+        presence_penalty: is subtracted from the scores of the tokens that the text has, the prompt apart.
+        frequency_penalty: is subtracted from a token's score once for each time that the text has the token.
+        logit_bias: is added to the scores of these tokens, by their ids.
+        bad_words: never generate these: strings, alone or behind a space, or lists of token ids.
+        suppress_tokens: never generate these tokens.
+        choices: the text is one of these strings: the one to which the likeliest allowed tokens lead.
+        regex: the text matches this regular expression as a whole.
+        json_schema: the text is JSON that this JSON schema describes.
+
+    None, for an option, is what the model's `generation_config.json` says, if it says something, and else nothing.
+    """
+
+    do_sample: bool | None = None
+    temperature: Temperature | None = None
+    top_k: TopK | None = None
+    top_p: Share | None = None
+    min_p: Share | None = None
+    typical_p: Share | None = None
+    seed: Seed | None = None
+    n: Texts = 1
+    best_of: Annotated[Texts | None, "As many as n by default."] = None
+    choice_index: ChoiceIndex = 0
+    repetition_penalty: RepetitionPenalty | None = None
+    no_repeat_ngram_size: NgramSize | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: LogitBias | None = None
+    bad_words: BadWords | None = None
+    suppress_tokens: SuppressTokens | None = None
+    choices: GuidedChoices = ()
+    regex: Regex | None = None
+    json_schema: JSONSchema | None = None
+
+    @property
+    def samples(self) -> bool:
+        """Tell whether tokens are drawn at random."""
+        return bool(self.temperature) if self.do_sample is None else self.do_sample and self.temperature != 0
+
+    @property
+    def guided(self) -> bool:
+        """Tell whether the text has to have a form."""
+        return bool(self.choices) or self.regex is not None or self.json_schema is not None
+
+    @property
+    def texts(self) -> int:
+        """Return how many texts are generated, of which `n` are given."""
+        return self.best_of or self.n
+
+    @property
+    def ranked(self) -> bool:
+        """Tell whether the best of more texts are given."""
+        return self.texts > self.n

@@ -8,25 +8,7 @@ from copy import copy
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, TypedDict
 
-from fastgpt2.engine.decoding.options import (
-    BadWords,
-    ChoiceIndex,
-    GuidedChoices,
-    JSONSchema,
-    LogitBias,
-    NgramSize,
-    Penalty,
-    Regex,
-    RepetitionPenalty,
-    Seed,
-    Share,
-    SuppressTokens,
-    Temperature,
-    Texts,
-    TopK,
-    check_token_ids,
-    token_ids_field,
-)
+from fastgpt2.engine.decoding.options import TextOptions, check_token_ids, token_ids_field
 from fastgpt2.errors import BadRequest, PromptTooLong
 from fastgpt2.fields import Field, check_fields, refusal, type_name, whole
 
@@ -99,8 +81,8 @@ Logprobs = Annotated[int, whole(0, MAX_LOGPROBS)]
 
 
 @dataclass(frozen=True, slots=True)
-class GenerationRequest:
-    """One prompt and how to continue it, checked when made.
+class GenerationRequest(TextOptions):
+    """One prompt and how to continue it, checked when made; `TextOptions` has the options of how tokens are chosen.
 
     Args:
         prompt: the text to continue, or its token ids. An empty prompt starts from the model's beginning-of-text token.
@@ -117,36 +99,6 @@ class GenerationRequest:
         prompt_logprobs: give the same for each of the prompt's tokens, given those before it.
         echo: the result's text begins with the prompt.
         stop_token_ids: generation ends with the first of these tokens, also with `ignore_eos`; the text leaves it out.
-        do_sample: draw each token at random, by its probability. None draws if `temperature` is above 0; True without a
-            temperature takes the model's own, or 1; False takes the likeliest token whatever the temperature.
-        temperature: divides the scores before a token is drawn: below 1, likely tokens become likelier. 0 or None takes
-            the likeliest token. The next five shape the draw, and do nothing where nothing is drawn.
-        top_k: draw one of the k likeliest tokens; 0 or -1 for all.
-        top_p: draw one of the likeliest tokens that together have this probability (nucleus sampling, Holtzman et al.
-            2020).
-        min_p: draw one of the tokens that have at least this share of the likeliest token's probability (Nguyen et al.
-            2024).
-        typical_p: draw one of the tokens whose surprise is nearest the expected one, which together have this
-            probability (locally typical sampling, Meister et al. 2023).
-        seed: the random number of a token is a function of the seed, the text's index and the token's place in the
-            text, and of nothing else. None takes a new seed, which the result tells.
-        n: give this many texts, each with its own index. The prompt is read once.
-        best_of: generate this many texts, and give the `n` whose mean log probability a token is highest, the best
-            first.
-        choice_index: the index of the first text; the others follow. One text with index i is the text i of several.
-        repetition_penalty: divides the scores of tokens that the prompt or the text has, or multiplies them where they
-            are negative (CTRL, Keskar et al. 2019). 1 does nothing.
-        no_repeat_ngram_size: never repeat this many tokens in a row, of the prompt or the text. 0 does nothing.
-        presence_penalty: is subtracted from the scores of the tokens that the text has, the prompt apart.
-        frequency_penalty: is subtracted from a token's score once for each time that the text has the token.
-        logit_bias: is added to the scores of these tokens, by their ids.
-        bad_words: never generate these: strings, alone or behind a space, or lists of token ids.
-        suppress_tokens: never generate these tokens.
-        choices: the text is one of these strings: the one to which the likeliest allowed tokens lead.
-        regex: the text matches this regular expression as a whole.
-        json_schema: the text is JSON that this JSON schema describes.
-
-    None, for an option, is what the model's `generation_config.json` says, if it says something, and else nothing.
 
     Raises:
         BadRequest: a field has a wrong type or is out of bounds; the message names the field and the bound.
@@ -161,26 +113,6 @@ class GenerationRequest:
     prompt_logprobs: Logprobs | None = None
     echo: bool = False
     stop_token_ids: StopTokenIds = ()
-    do_sample: bool | None = None
-    temperature: Temperature | None = None
-    top_k: TopK | None = None
-    top_p: Share | None = None
-    min_p: Share | None = None
-    typical_p: Share | None = None
-    seed: Seed | None = None
-    n: Texts = 1
-    best_of: Annotated[Texts | None, "As many as n by default."] = None
-    choice_index: ChoiceIndex = 0
-    repetition_penalty: RepetitionPenalty | None = None
-    no_repeat_ngram_size: NgramSize | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    logit_bias: LogitBias | None = None
-    bad_words: BadWords | None = None
-    suppress_tokens: SuppressTokens | None = None
-    choices: GuidedChoices = ()
-    regex: Regex | None = None
-    json_schema: JSONSchema | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -199,26 +131,6 @@ class GenerationRequest:
         guides = [name for name in ("choices", "regex", "json_schema") if getattr(self, name) not in ((), None)]
         if len(guides) > 1:
             raise BadRequest(f"{guides[0]} and {guides[1]} are both given; a text is guided by one: leave one out")
-
-    @property
-    def samples(self) -> bool:
-        """Tell whether tokens are drawn at random."""
-        return bool(self.temperature) if self.do_sample is None else self.do_sample and self.temperature != 0
-
-    @property
-    def guided(self) -> bool:
-        """Tell whether the text has to have a form."""
-        return bool(self.choices) or self.regex is not None or self.json_schema is not None
-
-    @property
-    def texts(self) -> int:
-        """Return how many texts are generated, of which `n` are given."""
-        return self.best_of or self.n
-
-    @property
-    def ranked(self) -> bool:
-        """Tell whether the best of more texts are given."""
-        return self.texts > self.n
 
     def with_seed(self, seed: int) -> GenerationRequest:
         """Return the request with a seed if it needs one and has none."""
