@@ -247,13 +247,15 @@ def _json(schema: str) -> Object:
 def _events(*schemas: str) -> Object:
     """Return the content of a stream of events, whose fields are spelt as OpenAPI 3.2 does for each item.
 
-    An event's data is JSON, but for OpenAI's `[DONE]`.
+    An event's data is JSON, but for the last of OpenAI's, `[DONE]`.
     """
-    data = {
+    data: Object = {
         "type": "string",
         "contentMediaType": "application/json",
         "contentSchema": {"anyOf": [_reference(schema) for schema in (*schemas, "OpenAIError", "Error")]},
     }
+    if "Completion" in schemas:
+        data = {"anyOf": [{"const": "[DONE]"}, data]}
     fields = {"data": data, "event": {"type": "string"}, "id": {"type": "string"}}
     return {"text/event-stream": {"schema": {"type": "object", "properties": fields}}}
 
