@@ -136,7 +136,7 @@ class GenerationWorker(RQWorker):
                 self._alive.remove()
             self._claims.close()
             self.metrics.close()
-            self.engine.decoder.grammars.close()
+            self.engine.decoder.close()
             self.sign_off()
         return self._worked
 

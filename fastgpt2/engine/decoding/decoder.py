@@ -10,15 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import cached_property
 from operator import attrgetter
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastgpt2.engine.decoding.chooser import new_chooser
 from fastgpt2.engine.decoding.drafter import Drafter
-from fastgpt2.engine.decoding.grammar import Grammars
 from fastgpt2.engine.decoding.logprobs import logprob_of, token_logprob
 from fastgpt2.engine.decoding.records import FinishReason, GenerationRequest, TokenLogprob, random_seed
 from fastgpt2.engine.decoding.sampler import Scratch
@@ -30,6 +31,9 @@ from fastgpt2.engine.network.prefixes import Prefixes
 from fastgpt2.engine.network.step import Segment
 from fastgpt2.engine.text.tokenizer import Tokenizer
 from fastgpt2.errors import BadRequest, CheckpointError
+
+if TYPE_CHECKING:
+    from fastgpt2.engine.decoding.grammar import Grammars
 
 Array = NDArray[np.float32]
 
@@ -63,9 +67,20 @@ class Decoder:
     ) -> None:
         self.model, self.tokenizer, self.generation, self.prefixes = model, tokenizer, generation, prefixes
         self.drafter = drafter or Drafter(model)
-        self.grammars = Grammars(tokenizer, model.config.vocab_size)
         self._scratch = Scratch(model.config.vocab_size)
         self.running: list[Sequence] = []
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """The grammars of guided texts. Who starts without one does not wait for their modules."""
+        from fastgpt2.engine.decoding.grammar import Grammars
+
+        return Grammars(self.tokenizer, self.model.config.vocab_size)
+
+    def close(self) -> None:
+        """End what compiles grammars. The decoder still decodes."""
+        if "grammars" in vars(self):
+            self.grammars.close()
 
     @property
     def prefix_bytes(self) -> int:
@@ -184,7 +199,6 @@ class Decoder:
             detokenizer = detokenizer if isinstance(given, str) else self.tokenizer.detokenizer()
             text = given if isinstance(given, str) else "".join(map(detokenizer.push, given))
         scored = list(zip(prompt.ids, prompt.offsets, strict=False)) if index == 0 else []
-        sums_logprobs = request.logprobs is not None or request.choices or request.ranked
         sequence = Sequence(
             request=request,
             prompt_ids=prompt.ids,
@@ -216,7 +230,7 @@ class Decoder:
                 for token_id, offset in scored[:1]
             ],
             lookup=self.drafter.lookup_for(prompt.ids, prompt.max_new_tokens),
-            logprob_sum=0.0 if sums_logprobs else None,
+            sums_logprobs=request.logprobs is not None or bool(request.choices) or request.ranked,
         )
         self.running.append(sequence)
         return sequence
@@ -445,7 +459,9 @@ class Decoder:
             offset = _text_offset(sequence, token_id, is_text)
             told = token_logprob(self.tokenizer, logits, token_id, request.logprobs, offset)
             sequence.logprobs.append(replace(told, special=True) if is_eos else told)
-        if sequence.logprob_sum is not None:
+            assert told.logprob is not None
+            sequence.logprob_sum += told.logprob
+        elif sequence.sums_logprobs:
             sequence.logprob_sum += logprob_of(logits, token_id)
         if sequence.status == "prefill":
             sequence.status = "decode"

@@ -83,7 +83,8 @@ class Sequence:
         step_seconds: how long each step took that advanced it: those of its prompt, then those that gave tokens.
         lookup: from what its next tokens are guessed; None if they are not.
         chooser: takes the next token; None if that is the likeliest one, whatever came before.
-        logprob_sum: the sum of the generated tokens' log probabilities; None unless it is wanted.
+        sums_logprobs: whether the sum of the generated tokens' log probabilities is wanted.
+        logprob_sum: that sum, if it is wanted.
         error: why the sequence failed alone; None if it did not.
         steps, drafted, accepted: as in `Drafting`.
     """
@@ -118,7 +119,8 @@ class Sequence:
     steps: int = 0
     drafted: int = 0
     accepted: int = 0
-    logprob_sum: float | None = None
+    sums_logprobs: bool = False
+    logprob_sum: float = 0.0
     error: FastGPT2Error | None = None
 
     @property
@@ -197,5 +199,5 @@ class Sequence:
             stop_reason=self.stop_reason,
             seed=self.request.seed if self.request.samples else None,
             choice_index=self.choice_index,
-            cumulative_logprob=self.logprob_sum,
+            cumulative_logprob=self.logprob_sum if self.sums_logprobs else None,
         )
