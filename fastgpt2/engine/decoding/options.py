@@ -128,7 +128,9 @@ def _check_json_schema(name: str, schema: Any) -> str:
         value = json.loads(schema) if isinstance(schema, str) else schema
         written = json.dumps(value, allow_nan=False)
     except (ValueError, TypeError, RecursionError) as reason:
-        raise BadRequest(f"{name} is no JSON schema: {str(reason)[:100]}") from None
+        raise BadRequest(
+            f"{name} is no JSON schema ({str(reason)[:100]}): give an object, or the JSON text of one"
+        ) from None
     if not isinstance(value, dict | bool):
         raise refusal(name, "a JSON schema: an object", value, of_type=True)
     if len(written) > MAX_SCHEMA_CHARACTERS:
