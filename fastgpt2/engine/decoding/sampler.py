@@ -1,7 +1,7 @@
-"""The sampler draws a token by its probability: transformers' warpers, in their order, and one random number a token.
+"""The sampler draws a token by its probability, among those that transformers' warpers leave, in their order.
 
-The number is a function of the seed, the text's index and the token's place in the text. So a text is the same alone,
-in any batch, behind any drafts, and when it is begun again elsewhere.
+Its random numbers are functions of the seed, the text's index and the token's place in the text. So a text is the same
+alone, in any batch, behind any drafts, and when it is begun again elsewhere.
 
 A row of 50,257 scores is never sorted. A token is drawn from all, and drawn again unless it is in the nucleus; or what
 cannot survive is left out first, and of the rest only what stands at the edge is put in order.
