@@ -16,7 +16,7 @@ from support.turns import Turns, take_turns
 from fastgpt2 import Client, Engine, GenerationResult, Piece
 from fastgpt2.api.client.reader import JobReader
 from fastgpt2.engine.decoding.sequence import Sequence
-from fastgpt2.errors import BadRequest, JobCancelled, JobTimedOut
+from fastgpt2.errors import BadRequest, JobCancelled, JobFailed, JobTimedOut
 from fastgpt2.protocol.keys import CRASHES_FIELD, SUSPECT_CRASHES, stream_key
 from fastgpt2.system.redis_server import RedisServer
 from fastgpt2.worker.batch import ActiveJob
@@ -55,6 +55,15 @@ def queue(redis: Redis, queue_name: str) -> Queue:
 
 def ids_of(result: GenerationResult) -> list[tuple[int, ...]]:
     return [text.token_ids for text in (result, *result.alternatives)]
+
+
+def texts_that_were_begun(error: JobFailed) -> tuple[GenerationResult, ...]:
+    """Return what there is of each text, in the order of their indices."""
+    partial = error.partial
+    assert partial is not None
+    found = (partial, *partial.alternatives)
+    assert [text.choice_index for text in found] == list(range(len(found)))
+    return found
 
 
 def running(turns: Turns, job_id: str) -> ActiveJob:
@@ -177,10 +186,7 @@ def test_of_a_cancelled_job_there_is_what_each_text_had(
     turns.until(lambda: not len(turns.worker.batch) and not len(turns.worker.outbox), "the job to be let go")
     with pytest.raises(JobCancelled) as caught:
         job.result(timeout=10)
-    partial = caught.value.partial
-    assert partial is not None
-    found = (partial, *partial.alternatives)
-    assert [text.choice_index for text in found] == list(range(len(found)))
+    found = texts_that_were_begun(caught.value)
     assert begun <= len(found) < SLOTS + 3
     assert [text.finish_reason for text in found] == ["cancelled", "stop", *["cancelled"] * (len(found) - 2)]
     assert {text.seed for text in found} == {SEED}
@@ -336,8 +342,5 @@ def test_a_stock_worker_keeps_what_each_text_had(client: Client, queue: Queue, r
     run_by_stock(queue, redis_server)
     with pytest.raises(JobTimedOut) as caught:
         job.result(timeout=30)
-    partial = caught.value.partial
-    assert partial is not None
-    found = (partial, *partial.alternatives)
-    assert [text.choice_index for text in found] == list(range(len(found)))
+    found = texts_that_were_begun(caught.value)
     assert all(text.finish_reason == "length" for text in found[:-1])
