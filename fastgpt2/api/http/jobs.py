@@ -71,7 +71,7 @@ class TextEvent(TypedDict):
 
 
 class Progress:
-    """How much of a job's texts a reader has. It is the id of an event, with which a reader who comes again goes on.
+    """The part of a job's texts that a reader has. As the id of an event, it is where a reader goes on who comes again.
 
     As text it is the number of characters of the one text whose index is 0, else an index and a number for each text:
     "0:120,1:87".
