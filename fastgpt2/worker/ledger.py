@@ -31,6 +31,7 @@ from fastgpt2.worker.batch import Attempt, End, EndKind
 from fastgpt2.worker.claims import Claim
 from fastgpt2.worker.fencing import IfClaimed, IfRunning, Verdict, run_fenced
 from fastgpt2.worker.rq_job import GenerationJob, describe_error, fail_malformed, fetch, release_dependents
+from fastgpt2.worker.set_aside import shown, unclaim
 
 if TYPE_CHECKING:
     from redis.client import Pipeline
@@ -73,10 +74,10 @@ class Ledger:
                 found.append(Attempt(job_id, job, queue, execution, time.monotonic()))
         return found
 
-    def fail_malformed(self, queue: Queue, job_id: str, reason: Exception) -> None:
+    def fail_malformed(self, queue: Queue, job_id: str, reason: BaseException) -> None:
         """Fail a claimed or running job that RQ cannot fail, for the state of its entry."""
         error = fail_malformed(queue, job_id, reason, self._worker.name, self._claimed_key(queue))
-        log.warning("%s: job %s failed: %s", self._worker.name, job_id, error)
+        log.warning("%s: job %s failed: %s", self._worker.name, shown(job_id), error)
         self._malformed(job_id)
 
     def start(self, attempts: list[Attempt]) -> list[Attempt]:
@@ -263,8 +264,9 @@ class Ledger:
         pipeline.hset(job.key, mapping={"status": JobStatus.QUEUED.value, "worker_name": "", "started_at": ""})
         pipeline.hdel(job.key, keys.EXECUTION_FIELD)
         self._worker.cleanup_execution(job, pipeline=pipeline, execution=attempt.execution)
-        pipeline.lrem(self._claimed_key(queue), 1, job.id)
+        # If the queue's key is no list, the script ends here, and the job stays in this worker's list.
         pipeline.lpush(queue.key, job.id)
+        pipeline.lrem(self._claimed_key(queue), 1, job.id)
 
     def keep_alive(self, attempts: Sequence[Attempt]) -> list[Attempt]:
         """Write heartbeats of running jobs.
@@ -297,7 +299,7 @@ class Ledger:
             pipeline.expire(key, STREAM_TTL_SECONDS)
 
     def _unclaim(self, queue: Queue, job_id: str) -> None:
-        self._connection.lrem(self._claimed_key(queue), 1, job_id)
+        unclaim(self._connection, self._claimed_key(queue), job_id)
 
     def _claimed_key(self, queue: Queue) -> str:
         return keys.claimed_key(self._worker.name, queue.name)

@@ -18,15 +18,18 @@ from rq import worker_registration
 from rq.command import parse_payload
 from rq.job import Job
 from rq.scheduler import RQScheduler
+from rq.utils import now as utc_now
 from rq.worker import BaseWorker, WorkerStatus
 
 from fastgpt2.errors import BadRequest, RedisAccessDenied
 from fastgpt2.protocol.connection import address_of, in_words
-from fastgpt2.protocol.keys import claimed_key, queues_of
-from fastgpt2.protocol.untrusted import JSONOnlySerializer
+from fastgpt2.protocol.keys import WORKERS_KEY, claimed_key, queues_of
+from fastgpt2.protocol.untrusted import JSONOnlySerializer, is_of_entry
 from fastgpt2.worker.liveness import Lease
 from fastgpt2.worker.reaper import Reaper
 from fastgpt2.worker.rq_job import GenerationJob
+from fastgpt2.worker.unfit import tell
+from fastgpt2.worker.upkeep import Upkeep, guarded
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -43,7 +46,6 @@ MAX_RECONNECT_SECONDS = 10.0
 
 # How late a job that is due may be enqueued.
 UPKEEP_SECONDS = 1.0
-UPKEEP_PAUSE_SECONDS = 60.0
 
 
 class RQWorker(BaseWorker):
@@ -82,6 +84,7 @@ class RQWorker(BaseWorker):
         self.log.setLevel(logging.WARNING)
         self.lease = Lease(connection, queue, self.name, Reaper(connection, queue).reap)
         self._scheduler = RQScheduler(queues, connection, logging_level=logging.WARNING, serializer=self.serializer)
+        self._upkeep = Upkeep(self, self._scheduler, self.count_malformed)
 
     def _set_connection(self, connection: Redis) -> Redis:
         """Return the connection as it is; RQ would lengthen its timeout for its own long waits, which there are not."""
@@ -147,20 +150,27 @@ class RQWorker(BaseWorker):
         if due:
             self.announce()
             self._last_heartbeat = now
-            self._scheduler.acquire_locks()
+            with guarded(self._scheduler.get_locking_key("*"), "no job that waits for its time is enqueued"):
+                self._scheduler.acquire_locks()
         if now < self._no_upkeep_before:
             return due
         self._no_upkeep_before = now + UPKEEP_SECONDS
-        try:
-            self._scheduler.enqueue_scheduled_jobs()
-            if self.should_run_maintenance_tasks:
-                self.run_maintenance_tasks()
-        except RedisError:
-            raise
-        except Exception:
-            log.exception("%s: upkeep failed; trying again in %.0f s", self.name, UPKEEP_PAUSE_SECONDS)
-            self._no_upkeep_before = now + UPKEEP_PAUSE_SECONDS
+        self._upkeep.enqueue_due()
+        if self.should_run_maintenance_tasks:
+            self.run_maintenance_tasks()
         return due
+
+    def clean_registries(self) -> None:
+        """Clean the registries of all queues, and of groups and rate limits."""
+        self._upkeep.clean()
+        self.last_cleaned_at = utc_now()  # type: ignore[assignment]
+
+    def run_maintenance_tasks(self) -> None:
+        """Do as RQ does, which would start its scheduler as a process."""
+        self.clean_registries()
+
+    def count_malformed(self, job_id: str) -> None:
+        """Count a job that was failed for the state of its entry; a subclass that counts does more."""
 
     def unsubscribe(self) -> None:
         """Do as RQ does, but in the order that wakes the listening thread after it was told to end, not before."""
@@ -177,7 +187,22 @@ class RQWorker(BaseWorker):
             fields: dict[Any, Any] = {**self.serialize(), "state": self._state}
             pipeline.hset(self.key, mapping=fields)
             self.heartbeat(pipeline=pipeline)
-            pipeline.execute()
+            replies = pipeline.execute(raise_on_error=False)
+        refused = [reply for reply in replies if isinstance(reply, Exception)]
+        for reason in refused:
+            if not is_of_entry(reason):
+                raise reason
+            tell(f"{WORKERS_KEY} or {self.key}", reason)
+        if refused:
+            self.mend_own_keys()
+
+    def mend_own_keys(self) -> None:
+        """Delete what stands under the names of this worker's own keys and is of another kind."""
+        for key, kind in ((self.key, b"hash"), (self.executions_key, b"set")):
+            found: bytes = self.connection.type(key)  # type: ignore[assignment]
+            if found not in (kind, b"none"):
+                tell(key, f"a {found.decode()}", "it was deleted, as only this worker writes there")
+                self.connection.delete(key)
 
     def enter(self, state: WorkerStatus) -> None:
         """Announce a new state, and with it how this worker is doing; the same state again costs nothing."""

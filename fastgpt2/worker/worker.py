@@ -12,6 +12,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import RedisError
+from rq import Queue
 from rq.suspension import is_suspended
 from rq.worker import WorkerStatus
 
@@ -20,15 +21,18 @@ from fastgpt2.process import on_stop_signals
 from fastgpt2.protocol.keys import registry_key, stream_key
 from fastgpt2.protocol.messages import RUNNING_TTL_SECONDS, Piece, piece_to_entry
 from fastgpt2.protocol.scripts import execute
-from fastgpt2.protocol.untrusted import is_of_entry
+from fastgpt2.protocol.untrusted import check_replies, is_of_entry, is_of_service
 from fastgpt2.worker.batch import ActiveJob, Attempt, Batch
 from fastgpt2.worker.claims import Claim, Claims
+from fastgpt2.worker.faults import Faults
 from fastgpt2.worker.ledger import Ledger
 from fastgpt2.worker.liveness import AliveFile
 from fastgpt2.worker.outbox import Outbox
 from fastgpt2.worker.recycling import Recycling
 from fastgpt2.worker.reporting import Metrics, WorkerInfo
-from fastgpt2.worker.rq_worker import RQWorker, back_off
+from fastgpt2.worker.rq_worker import RQWorker
+from fastgpt2.worker.set_aside import set_aside, shown
+from fastgpt2.worker.unfit import tell
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -89,12 +93,12 @@ class GenerationWorker(RQWorker):
         self._worked_at = time.monotonic()
         self._exchange_seconds = 0.0
         self._drain_until = math.inf
-        self._redis_failures = 0
-        self._no_redis_before = 0.0
+        self._is_beyond_help = False
         super().__init__(connection, queue, name, supervisor_pid)
-        self._claims = Claims(connection, self.queues, self.name)
         self.metrics = Metrics(connection, queue, self.name, self.batch, engine.decoder)
+        self._claims = Claims(connection, self.queues, self.name, self.metrics.count_malformed)
         self._info = WorkerInfo(engine, self.batch, self.metrics, restarts)
+        self._faults = Faults(self.name)
         self._ledger = Ledger(self, self.metrics.count_malformed)
         self.outbox = Outbox(self.batch, self._ledger, self.metrics, self.name)
 
@@ -115,6 +119,7 @@ class GenerationWorker(RQWorker):
 
         Raises:
             TypeError: an option of RQ's own `work` other than `burst` was given.
+            FastGPT2Error: for some time, nothing could be exchanged with Redis, and that is not for Redis.
         """
         if other or others:
             raise TypeError(f"{type(self).__name__}.work() takes no option but burst")
@@ -138,6 +143,8 @@ class GenerationWorker(RQWorker):
             self.metrics.close()
             self.engine.decoder.close()
             self.sign_off()
+        if self._is_beyond_help:
+            raise self._faults.in_words()
         return self._worked
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
@@ -154,14 +161,15 @@ class GenerationWorker(RQWorker):
             self._alive.note_turn()
         self._check_for_stop()
         found = True
-        if time.monotonic() >= self._no_redis_before:
+        if self._faults.is_due:
             found = self._try_exchange(burst, idle)
         elif not self.batch.decoding:
             time.sleep(0.02)
         if self._has_no_jobs() and (self.stopping.is_set() or (burst and not found)):
             return True
-        if len(self.outbox) and self.stop_at_once and self._redis_failures:
-            log.error("%s: the ends of %d jobs could not be written", self.name, len(self.outbox))
+        if self._must_leave_jobs():
+            unwritten, others = len(self.outbox), len(self._claimed) + len(self.batch)
+            log.error("%s leaves %d jobs behind that others will take back", self.name, unwritten + others)
             return True
         self._end_overdue()
         for job in self.batch.admit():
@@ -182,23 +190,42 @@ class GenerationWorker(RQWorker):
         try:
             found = self._exchange(burst, idle)
             self.metrics.report_if_due()
-            self._redis_failures = 0
+            self._faults.clear()
             return found
-        except RedisError as reason:
-            self._redis_failures += 1
-            seconds = min(back_off(self._redis_failures), 0.2 if self.stopping.is_set() else math.inf)
-            log.warning("%s: Redis cannot be used (%s); trying again in %.1f s", self.name, reason, seconds)
-            self._no_redis_before = time.monotonic() + seconds
+        except Exception as reason:
+            self._faults.note(reason, self.stopping.is_set())
             self._claims.close_connections()
-        except Exception:
-            # No entry in Redis, however strange, may end a worker.
-            log.exception("%s: unforeseen; going on", self.name)
-            self._redis_failures += 1
-            self._no_redis_before = time.monotonic() + back_off(self._redis_failures)
+            if self._faults.is_unforeseen:
+                self._mend()
         finally:
             if not idle:
                 self._exchange_seconds += time.perf_counter() - began
         return True
+
+    def _mend(self) -> None:
+        """Mend what is this worker's own in Redis; if nothing helps, end, so that a fresh worker takes its place."""
+        try:
+            self.mend_own_keys()
+            self._claims.mend(self._held())
+        except RedisError as reason:
+            log.warning("%s: Redis cannot be used (%s)", self.name, reason)
+        if self._faults.is_lasting:
+            self._is_beyond_help = self.stop_at_once = True
+            self.stopping.set()
+
+    def _must_leave_jobs(self) -> bool:
+        """Tell whether this worker is to stop and cannot get rid of its jobs. They stay in its list of claimed jobs."""
+        if not (self.stopping.is_set() and self._faults.count):
+            return False
+        is_late = self.stop_at_once or time.monotonic() > self._drain_until
+        return is_late or (self._faults.is_last_try_over and not len(self.batch))
+
+    def count_malformed(self, job_id: str) -> None:
+        self.metrics.count_malformed(job_id)
+
+    def _held(self) -> list[Claim]:
+        """Return all jobs that this worker has claimed, and those whose ends are not written yet."""
+        return [*self._claimed, *((job.attempt.queue, job.id) for job in (*self.batch, *self.outbox))]
 
     def _exchange(self, burst: bool, idle: bool) -> bool:
         """Write ends, keep up, then claim and start jobs. Return whether there were any jobs."""
@@ -219,21 +246,56 @@ class GenerationWorker(RQWorker):
         lost = self._ledger.keep_alive([job.attempt for job in self.batch])
         for job in [job for job in self.batch if job.attempt in lost]:
             self.outbox.cancel(job, "was cancelled, deleted or taken back")
-        known = {job_id for _, job_id in self._claimed}
-        known.update(job.id for job in (*self.batch, *self.outbox))
+        self._claims.mend(self._held())
+        known = {job_id for _, job_id in self._held()}
         # The answer to a claim, or to the start of a job, was lost on the way.
         self._claimed += [claim for claim in self._claims.list_all() if claim[1] not in known]
 
     def _start_claimed(self) -> None:
-        """Start the claimed jobs; from the first suspect on they go back, unless the suspect can run alone."""
-        attempts = self._ledger.read(self._claimed)
+        """Start the claimed jobs; if that fails for another reason than Redis, one by one."""
+        try:
+            self._start(self._claimed)
+            self._claimed = []
+        except Exception as reason:
+            begun = {job.id for job in (*self.batch, *self.outbox)}
+            self._claimed = [claim for claim in self._claimed if claim[1] not in begun]
+            if is_of_service(reason):
+                raise
+            message = "%s: %d jobs cannot be started together (%s: %.200s); trying one by one"
+            log.warning(message, self.name, len(self._claimed), type(reason).__name__, reason)
+            self._claims.mend(self._held())
+            self._start_one_by_one()
+
+    def _start_one_by_one(self) -> None:
+        """Start the claimed jobs; one that fails here, so for the second time, is set aside. No other waits for it."""
+        while self._claimed:
+            try:
+                self._start(self._claimed[:1])
+            except Exception as reason:
+                if is_of_service(reason):
+                    raise
+                self._set_aside(*self._claimed[0], reason)
+            del self._claimed[0]
+
+    def _set_aside(self, queue: Queue, job_id: str, reason: Exception) -> None:
+        """Fail a claimed job that cannot be handled, and note it among what was set aside."""
+        log.error("%s: job %s cannot be handled", self.name, shown(job_id), exc_info=reason)
+        try:
+            self._ledger.fail_malformed(queue, job_id, reason)
+        except Exception as other:
+            if is_of_service(other):
+                raise
+            self.metrics.count_malformed(job_id)
+        set_aside(queue, job_id.encode(), f"{type(reason).__name__}: {reason}", self.name)
+
+    def _start(self, claims: list[Claim]) -> None:
+        """Start claimed jobs; from the first suspect on they go back, unless the suspect can run alone."""
+        attempts = self._ledger.read(claims)
         count = next((at for at, attempt in enumerate(attempts) if attempt.is_suspect), len(attempts))
         if count == 0 and not len(self.batch):
             count = 1
         self._claims.put_back([(attempt.queue, attempt.id) for attempt in attempts[count:]])
-        started = self._ledger.start(attempts[:count])
-        self._claimed = []
-        for attempt in started:
+        for attempt in self._ledger.start(attempts[:count]):
             self._begin(attempt)
 
     def _wait_for_jobs(self, burst: bool) -> list[Claim]:
@@ -260,7 +322,7 @@ class GenerationWorker(RQWorker):
             replies = execute(pipeline)
         for at, reply in enumerate(replies):
             failed = isinstance(reply, RedisError)
-            if failed and not (at in sent and is_of_entry(reply)):
+            if failed and not is_of_entry(reply):
                 raise reply
             if at in sent:
                 job, piece = sent[at]
@@ -271,9 +333,20 @@ class GenerationWorker(RQWorker):
         if wanted:
             self._claimed += self._claims.read(replies.pop())
         for jobs, scores in zip(queries, replies[len(replies) - len(queries) :], strict=True):
-            for job, score in zip(jobs, scores, strict=True):
+            for job, score in zip(jobs, self._check_scores(jobs, scores), strict=True):
                 if score is not None:
                     self.outbox.cancel(job)
+
+    def _check_scores(self, jobs: list[ActiveJob], scores: Any) -> list[Any]:
+        """Return the scores of jobs among the cancelled; if that key is no sorted set, their own hashes tell."""
+        if isinstance(scores, list):
+            return scores
+        tell(registry_key("canceled", jobs[0].attempt.queue.name), scores, "each job is asked whether it is cancelled")
+        with self.connection.pipeline(transaction=False) as pipeline:
+            for job in jobs:
+                pipeline.hget(job.attempt.rq_job.key, "status")
+            statuses = check_replies(pipeline.execute(raise_on_error=False))
+        return [status if status == b"canceled" else None for status in statuses]
 
     def _add_pieces(self, pipeline: Pipeline) -> dict[int, tuple[ActiveJob, Piece]]:
         """Add the new pieces to a pipeline. Return each with its job, by the number of its command."""
@@ -310,10 +383,11 @@ class GenerationWorker(RQWorker):
                 log.info("%s: job %s: %.1000s", self.name, attempt.id, json.dumps(request.prompt))
             self._refuse_hopeless(request)
             prompt = self.engine.decoder.prepare(request)
-        except Exception as error:
-            self.outbox.refuse(attempt, error)
+            job = ActiveJob.begin(attempt, prompt, options, self.engine.model, time.monotonic())
+        except BaseException as error:
+            self.outbox.refuse(attempt, _of_job(error))
             return
-        self.batch.add(ActiveJob.begin(attempt, prompt, options, self.engine.model, time.monotonic()))
+        self.batch.add(job)
 
     def _refuse_hopeless(self, request: GenerationRequest) -> None:
         """Raise PromptTooLong for a text that has too many bytes; the other jobs would wait while it is tokenized."""
@@ -327,8 +401,8 @@ class GenerationWorker(RQWorker):
         self.metrics.sample()
         try:
             ended = self.batch.step()
-        except Exception as error:
-            self._blame(self.batch.decoding, error)
+        except BaseException as error:
+            self._blame(self.batch.decoding, _of_job(error))
             return
         for job in ended:
             self._end(job)
@@ -389,3 +463,14 @@ class GenerationWorker(RQWorker):
         # Shared with the helper processes, those of running jobs are not this process's own memory; kept ones are.
         kv_bytes = decoder.prefix_bytes + (decoder.model.cache.bytes_reserved if decoder.model.size == 1 else 0)
         return self.recycling.due(self.outbox.written + len(self.batch), kv_bytes, time.monotonic())
+
+
+def _of_job(error: BaseException) -> Exception:
+    """Return what ended the work on a job; a panic of a library that is written in Rust is no Exception in Python.
+
+    Raises:
+        BaseException: the error, if it is to end the process.
+    """
+    if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
+        raise error
+    return error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__}: {error}")
