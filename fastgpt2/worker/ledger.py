@@ -32,6 +32,7 @@ from fastgpt2.worker.claims import Claim
 from fastgpt2.worker.fencing import IfClaimed, IfRunning, Verdict, run_fenced
 from fastgpt2.worker.rq_job import GenerationJob, describe_error, fail_malformed, fetch, release_dependents
 from fastgpt2.worker.set_aside import shown, unclaim
+from fastgpt2.worker.unfit import execute_what_fits
 
 if TYPE_CHECKING:
     from redis.client import Pipeline
@@ -239,7 +240,7 @@ class Ledger:
             release_dependents(attempt.queue, job.id, claimed)
         with self._connection.pipeline() as pipeline:
             self._add_end_of_execution(attempt, last_pieces if kind == EndKind.CANCELED else None, pipeline)
-            pipeline.execute()
+            execute_what_fits(pipeline)
         return kind
 
     def give_back(self, attempts: Iterable[Attempt], crashed: bool = False) -> set[str]:

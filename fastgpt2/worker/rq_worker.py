@@ -23,12 +23,12 @@ from rq.worker import BaseWorker, WorkerStatus
 
 from fastgpt2.errors import BadRequest, RedisAccessDenied
 from fastgpt2.protocol.connection import address_of, in_words
-from fastgpt2.protocol.keys import WORKERS_KEY, claimed_key, queues_of
-from fastgpt2.protocol.untrusted import JSONOnlySerializer, is_of_entry
+from fastgpt2.protocol.keys import claimed_key, queues_of
+from fastgpt2.protocol.untrusted import JSONOnlySerializer
 from fastgpt2.worker.liveness import Lease
 from fastgpt2.worker.reaper import Reaper
 from fastgpt2.worker.rq_job import GenerationJob
-from fastgpt2.worker.unfit import tell
+from fastgpt2.worker.unfit import execute_what_fits, tell
 from fastgpt2.worker.upkeep import Upkeep, guarded
 
 if TYPE_CHECKING:
@@ -187,13 +187,8 @@ class RQWorker(BaseWorker):
             fields: dict[Any, Any] = {**self.serialize(), "state": self._state}
             pipeline.hset(self.key, mapping=fields)
             self.heartbeat(pipeline=pipeline)
-            replies = pipeline.execute(raise_on_error=False)
-        refused = [reply for reply in replies if isinstance(reply, Exception)]
-        for reason in refused:
-            if not is_of_entry(reason):
-                raise reason
-            tell(f"{WORKERS_KEY} or {self.key}", reason)
-        if refused:
+            replies = execute_what_fits(pipeline)
+        if any(isinstance(reply, Exception) for reply in replies):
             self.mend_own_keys()
 
     def mend_own_keys(self) -> None:

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import TYPE_CHECKING, Any
+
+from fastgpt2.protocol.untrusted import is_of_entry
+
+if TYPE_CHECKING:
+    from redis.client import Pipeline
 
 log = logging.getLogger("fastgpt2.worker")
 TELL_SECONDS = 60.0
@@ -21,3 +27,19 @@ def tell(key: str, reason: object, what: str = "what belongs there is left out")
     _told[key] = now
     message = "the key %.200s in Redis is not what it should be (%.200s): %s; look at what writes there, and delete it"
     log.warning(message, key, reason, what)
+
+
+def execute_what_fits(pipeline: Pipeline) -> list[Any]:
+    """Execute a pipeline, and tell of the keys that are not what they should be. Return the replies, errors among them.
+
+    Raises:
+        RedisError: Redis cannot be reached, or cannot serve.
+    """
+    commands = [words for words, _ in pipeline.command_stack]
+    replies: list[Any] = pipeline.execute(raise_on_error=False)
+    for words, reply in zip(commands, replies, strict=True):
+        if isinstance(reply, Exception):
+            if not is_of_entry(reply):
+                raise reply
+            tell(str(words[1]), reply)
+    return replies

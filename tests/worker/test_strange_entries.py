@@ -1,0 +1,400 @@
+"""Strange entries in every key that a worker reads or writes: the good jobs beside them are answered all the same.
+
+One Redis and one worker process serve all tests here. `HYPOTHESIS_PROFILE=long` tries a hundred times as many examples.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis import Redis
+from redis.exceptions import ResponseError
+from rq import Queue
+from rq.job import Job
+from rq.serializers import JSONSerializer
+from support.redis_process import OpenRedis
+from support.running import GOLDEN, wait_until
+
+from fastgpt2 import Client
+from fastgpt2.errors import BadRequest, JobCancelled
+from fastgpt2.protocol import keys
+
+pytestmark = pytest.mark.processes
+
+LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
+TASK = "fastgpt2.worker.tasks.generate"
+ENTRY: dict[str, Any] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"][0]
+QUEUE = "strange"
+IDS_OF_AN_OLDER_RQ = [
+    "user:42",
+    "a.b",
+    "two words",
+    "two\nlines",
+    "Grüße-日本語-\U0001f600",
+    "a:b:c:d",
+    ":",
+    "x" * 10_000,
+    "{a}",
+    "%s%n",
+    "../../etc",
+    "*",
+    "\x00\x01",
+    "",
+]
+
+
+class Bench:
+    """A worker process, a client, and the Redis between them."""
+
+    def __init__(self, server: OpenRedis, log: Path) -> None:
+        self.server, self.log = server, log
+        self.client = Client(server.url, QUEUE)
+        self.redis: Redis = self.client.connection
+        self.queue = Queue(QUEUE, connection=self.redis, serializer=JSONSerializer)
+        self.process = self._start()
+
+    def _start(self) -> subprocess.Popen[str]:
+        own = {"FASTGPT2_REDIS_URL": self.server.url, "FASTGPT2_QUEUE": QUEUE, "FASTGPT2_MODEL": "demo"}
+        more = {"FASTGPT2_MAX_BATCH": "4", "FASTGPT2_THREADS": "1"}
+        with self.log.open("a") as out:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "fastgpt2", "worker"], env={**os.environ, **own, **more}, stderr=out, text=True
+            )
+        wait_until(lambda: self.redis.scard(f"rq:workers:{QUEUE}") == 1, "the worker to register")
+        return process
+
+    @property
+    def worker(self) -> str:
+        (key,) = self.redis.keys("rq:worker:*[0-9a-f]")
+        return key.decode().removeprefix("rq:worker:")
+
+    def fields(self, **options: Any) -> dict[Any, Any]:
+        """Return the hash of a good job, as RQ writes it."""
+        asked = {"prompt": ENTRY["prompt"], "max_new_tokens": 3, "ignore_eos": True, **options}
+        job = Job.create(
+            TASK, kwargs=asked, connection=self.redis, serializer=JSONSerializer, origin=QUEUE, timeout=180
+        )
+        job._status = "queued"  # type: ignore[assignment]
+        job.enqueued_at = job.created_at
+        return job.to_dict()
+
+    def put(self, job_id: str | bytes, fields: dict[Any, Any]) -> None:
+        """Enqueue a job as an older RQ does, under any id."""
+        raw = job_id if isinstance(job_id, bytes) else job_id.encode()
+        with self.redis.pipeline() as pipeline:
+            if fields:
+                pipeline.hset(b"rq:job:" + raw, mapping=fields)
+            pipeline.rpush(f"rq:queue:{QUEUE}", raw)
+            pipeline.execute()
+
+    def answers(self) -> None:
+        """A good job is answered."""
+        job_id = uuid.uuid4().hex
+        self.put(job_id, self.fields())
+        assert list(self.client.result(job_id, timeout=60).token_ids) == ENTRY["ids"][:3]
+
+    def lets_go(self) -> None:
+        """Nothing stays with the worker."""
+        wait_until(lambda: not self.redis.keys("fastgpt2:taken:*"), "the worker to let go of everything")
+        assert self.process.poll() is None
+
+    def set_aside(self) -> list[dict[str, Any]]:
+        return [json.loads(note) for note in self.redis.lrange(keys.set_aside_key(QUEUE), 0, -1)]
+
+    def outcomes(self, name: str) -> int:
+        with suppress(ResponseError):
+            return int(self.redis.hget(keys.totals_key(QUEUE), name) or 0)
+        return 0
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    folder = tmp_path_factory.mktemp("strange")
+    with OpenRedis(folder=folder / "redis") as server:
+        made = Bench(server, folder / "worker.log")
+        try:
+            yield made
+            # After all that, it still ends as it should.
+            made.process.send_signal(signal.SIGTERM)
+            assert made.process.wait(timeout=60) == 0
+        finally:
+            made.process.kill()
+            made.process.wait()
+            made.client.close()
+
+
+# Ids.
+
+
+@pytest.mark.parametrize("job_id", IDS_OF_AN_OLDER_RQ, ids=lambda one: repr(one[:20]))
+def test_an_id_of_an_older_rq_is_served(bench: Bench, job_id: str) -> None:
+    bench.put(job_id, bench.fields())
+    wait_until(lambda: bench.redis.hget(f"rq:job:{job_id}", "status") == b"finished", "the job to be run")
+    if job_id:
+        assert list(bench.client.result(job_id, timeout=60).token_ids) == ENTRY["ids"][:3]
+    bench.lets_go()
+    assert bench.redis.zcard(f"rq:wip:{QUEUE}") == 0
+    assert bench.redis.zscore(f"rq:finished:{QUEUE}", job_id) is not None
+    assert not bench.redis.exists(f"rq:executions:{job_id}")
+    assert bench.redis.scard(f"rq:worker:{bench.worker}:executions") == 0
+
+
+@pytest.mark.parametrize("job_id", ["user:42:long", "a b\n:c"])
+def test_a_job_with_an_id_of_an_older_rq_is_cancelled_while_it_runs(bench: Bench, job_id: str) -> None:
+    bench.put(job_id, bench.fields(max_new_tokens=480))
+    wait_until(lambda: bench.redis.hget(f"rq:job:{job_id}", "status") == b"started", "the job to start")
+    assert bench.client.cancel(job_id)
+    with pytest.raises(JobCancelled):
+        bench.client.result(job_id, timeout=60)
+    bench.lets_go()
+    assert bench.redis.zcard(f"rq:wip:{QUEUE}") == 0
+
+
+def test_what_waits_for_a_job_with_an_id_of_an_older_rq_is_run_after_it(bench: Bench) -> None:
+    parent, child = "parent:1", "child:1 of\ntwo"
+    redis = bench.redis
+    redis.hset(f"rq:job:{child}", mapping={**bench.fields(), "status": "deferred", "dependency_ids": '["parent:1"]'})
+    redis.sadd(f"rq:job:{parent}:dependents", child)
+    redis.sadd(f"rq:job::{child}:dependencies", parent)
+    redis.zadd(f"rq:deferred:{QUEUE}", {child: time.time()})
+    bench.put(parent, bench.fields())
+    for job_id in (parent, child):
+        assert list(bench.client.result(job_id, timeout=60).token_ids) == ENTRY["ids"][:3]
+    bench.lets_go()
+    assert redis.zcard(f"rq:ready:{QUEUE}") == redis.zcard(f"rq:deferred:{QUEUE}") == 0
+
+
+def test_a_job_with_an_id_of_an_older_rq_is_tried_again_later(bench: Bench) -> None:
+    fields = {**bench.fields(unknown_option=1), "retries_left": 1, "retry_intervals": "[1]"}
+    bench.put("again:1", fields)
+    wait_until(lambda: bench.redis.hget("rq:job:again:1", "status") == b"failed", "the second attempt to fail")
+    assert bench.redis.hget("rq:job:again:1", keys.ATTEMPTS_FIELD) == b"2"
+    with pytest.raises(BadRequest, match="unknown_option"):
+        bench.client.result("again:1", timeout=60)
+    bench.lets_go()
+
+
+def test_a_job_of_later_with_any_id_is_enqueued_and_what_cannot_be_read_is_failed(bench: Bench) -> None:
+    redis, scheduled = bench.redis, f"rq:scheduled:{QUEUE}"
+    redis.hset("rq:job:later:1", mapping={**bench.fields(), "status": "scheduled"})
+    redis.hset("rq:job:later:2", mapping={**bench.fields(), "status": "scheduled", "created_at": "never"})
+    redis.set("rq:job:later:3", "no hash")
+    redis.zadd(scheduled, {"later:1": 1, "later:2": 1, "later:3": 1, "later:4": 1})
+    redis.zadd(scheduled, {b"\xff": 1})
+    assert list(bench.client.result("later:1", timeout=60).token_ids) == ENTRY["ids"][:3]
+    wait_until(lambda: redis.zcard(scheduled) == 0, "the registry to be empty")
+    with pytest.raises(BadRequest, match="malformed"):
+        bench.client.result("later:2", timeout=60)
+    assert redis.get("rq:job:later:3") == b"no hash"
+    redis.delete("rq:job:later:3")
+
+
+# What cannot be served.
+
+
+@pytest.mark.parametrize(
+    "raw", [b"\xff\xfe", b"\xed\xa0\x80", b"y" * (1 << 20) + b"z"], ids=["bytes", "surrogate", "long"]
+)
+def test_an_entry_that_can_be_no_id_is_set_aside(bench: Bench, raw: bytes) -> None:
+    before = bench.outcomes("ended:failed:malformed")
+    bench.redis.delete(keys.set_aside_key(QUEUE))
+    bench.put(raw, {})
+    wait_until(bench.set_aside, "the entry to be set aside")
+    (note,) = bench.set_aside()
+    assert note["bytes"] == len(raw)
+    assert raw.startswith(base64.b64decode(note["base64"]))
+    assert "can be no job's id" in note["reason"]
+    assert abs(note["at"] - time.time()) < 60
+    assert 0 < bench.redis.ttl(keys.set_aside_key(QUEUE)) <= keys.SET_ASIDE_TTL_SECONDS
+    wait_until(lambda: bench.outcomes("ended:failed:malformed") == before + 1, "the entry to be counted")
+    bench.answers()
+    bench.lets_go()
+
+
+@pytest.mark.parametrize("kind", ["string", "list", "set", "zset", "stream"])
+def test_an_id_whose_key_is_no_hash_is_failed_set_aside_and_left_as_it_is(bench: Bench, kind: str) -> None:
+    job_id = f"of kind:{kind}"
+    bench.redis.delete(keys.set_aside_key(QUEUE))
+    write(bench.redis, f"rq:job:{job_id}", kind)
+    bench.put(job_id, {})
+    wait_until(bench.set_aside, "the entry to be set aside")
+    bench.lets_go()
+    (note,) = bench.set_aside()
+    assert note["id"] == job_id
+    assert f"it is a {kind}, no hash" in note["reason"]
+    assert bench.redis.xlen(f"rq:results:{job_id}") == 1
+    assert bench.redis.type(f"rq:job:{job_id}") == kind.encode()
+    assert bench.redis.ttl(f"rq:job:{job_id}") == -1
+    assert bench.redis.zscore(f"rq:failed:{QUEUE}", job_id)
+
+
+def test_what_was_set_aside_goes_back_as_the_documentation_says(bench: Bench) -> None:
+    bench.redis.delete(keys.set_aside_key(QUEUE))
+    bench.redis.set("rq:job:mended:1", "no hash")
+    bench.put("mended:1", {})
+    wait_until(bench.set_aside, "the entry to be set aside")
+    (note,) = bench.set_aside()
+    bench.redis.delete("rq:job:mended:1", "rq:results:mended:1")
+    bench.put(note["id"], bench.fields())
+    assert list(bench.client.result("mended:1", timeout=60).token_ids) == ENTRY["ids"][:3]
+
+
+# Numbers. A job that is to run again in years is as good as ended.
+
+ENDED = (b"finished", b"failed", b"scheduled", None)
+
+NUMBERS = [
+    "9" * 400,
+    "9" * 5000,
+    "9" * 19,
+    "-" + "9" * 400,
+    "NaN",
+    "inf",
+    "-inf",
+    "1e400",
+    "0x10",
+    "1_0",
+    "",
+    " 1",
+    "-5",
+    "0",
+]
+FIELDS = [
+    "timeout",
+    "result_ttl",
+    "failure_ttl",
+    "ttl",
+    "retries_left",
+    "number_of_retries",
+    "repeats_left",
+    "retry_intervals",
+    "repeat_intervals",
+    "enqueue_at_front",
+    "enqueue_at_front_on_retry",
+    "allow_dependency_failures",
+    "rate_limit_concurrency",
+    "success_callback_timeout",
+    "created_at",
+    "enqueued_at",
+    "started_at",
+    "dependency_ids",
+    "group_id",
+    "meta",
+    "fastgpt2_attempts",
+    "fastgpt2_crashes",
+]
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_no_number_of_a_job_harms_another(bench: Bench, field: str) -> None:
+    """Each value stands once as it is, and once in a list; half of the jobs fail, and may be tried again."""
+    job_ids: list[str] = []
+    for n, number in enumerate(NUMBERS):
+        for value in (number, f"[{number}]", json.dumps([number])):
+            job_id = f"number-{field}-{len(job_ids)}"
+            options = {"unknown_option": 1} if n % 2 else {}
+            fields = bench.fields(**options)
+            more = {"retries_left": 1} if n % 2 else {"repeats_left": 1, "result_ttl": 100}
+            bench.put(job_id, {**fields, **(more if n % 3 else {}), field: value})
+            job_ids.append(job_id)
+    bench.answers()
+    for job_id in job_ids:
+        wait_until(lambda job_id=job_id: bench.redis.hget(f"rq:job:{job_id}", "status") in ENDED, f"{job_id} to end")  # type: ignore[misc]
+    bench.lets_go()
+    assert bench.redis.zcard(f"rq:wip:{QUEUE}") == 0
+
+
+# Keys that many jobs share.
+
+
+def write(redis: Redis, key: str, kind: str) -> None:
+    """Write something of a kind under a key."""
+    redis.delete(key)
+    match kind:
+        case "string":
+            redis.set(key, "junk")
+        case "list":
+            redis.rpush(key, "junk")
+        case "set":
+            redis.sadd(key, "junk")
+        case "zset":
+            redis.zadd(key, {"junk": 1})
+        case "hash":
+            redis.hset(key, "junk", "junk")
+        case "stream":
+            redis.xadd(key, {"junk": "junk"})
+
+
+# Keys of RQ, which are left as they are; the job must be answered in spite of them.
+SHARED = [
+    "rq:wip:{queue}",
+    "rq:canceled:{queue}",
+    "rq:finished:{queue}",
+    "rq:failed:{queue}",
+    "rq:deferred:{queue}",
+    "rq:scheduled:{queue}",
+    "rq:ready:{queue}",
+    "rq:queue:{queue}-high",
+    "rq:queue:{queue}-low",
+    "rq:queue:{queue}:intermediate",
+    "rq:workers",
+    "rq:workers:{queue}",
+    "rq:queues",
+    "rq:groups",
+    "rq:rl-keys",
+    "rq:scheduler-lock:{queue}",
+    "rq:maintenance-lock:{queue}",
+    "rq:clean_registries:{queue}",
+    "rq:worker:{worker}",
+    "rq:worker:{worker}:executions",
+    "fastgpt2:taken:{worker}:{queue}",
+    "fastgpt2:taken:{worker}:{queue}-high",
+    "fastgpt2:leases:{queue}",
+    "fastgpt2:totals:{queue}",
+    "fastgpt2:latest:{queue}",
+    "fastgpt2:told:{worker}",
+    "fastgpt2:set-aside:{queue}",
+    "fastgpt2:recent:{queue}:0",
+]
+
+
+@pytest.mark.parametrize("pattern", SHARED)
+def test_a_shared_key_of_another_kind_fails_no_job(bench: Bench, pattern: str) -> None:
+    """While there is junk under the key, one job is answered, one is cancelled while it runs, and one is failed."""
+    key = pattern.format(queue=QUEUE, worker=bench.worker)
+    kind = "hash" if bench.redis.type(key) == b"string" else "string"
+    failed = bench.outcomes("ended:failed:malformed")
+    try:
+        write(bench.redis, key, kind)
+        bench.answers()
+        running = uuid.uuid4().hex
+        bench.put(running, bench.fields(max_new_tokens=480))
+        wait_until(lambda: bench.client.status(running) == "started", "the job to start")
+        bench.redis.hset(f"rq:job:{running}", "status", "canceled")
+        with suppress(ResponseError):
+            bench.redis.zadd(f"rq:canceled:{QUEUE}", {running: time.time() + 60})
+        with pytest.raises(JobCancelled):
+            bench.client.result(running, timeout=60)
+        bench.put("refused", bench.fields(unknown_option=1))
+        with pytest.raises(BadRequest, match="unknown_option"):
+            bench.client.result("refused", timeout=60)
+        assert bench.process.poll() is None
+        assert bench.outcomes("ended:failed:malformed") == failed
+    finally:
+        bench.redis.delete(key, "rq:job:refused", "rq:results:refused")
+    wait_until(
+        lambda: bench.redis.sismember(f"rq:workers:{QUEUE}", f"rq:worker:{bench.worker}"), "the worker to be known"
+    )
+    bench.lets_go()
