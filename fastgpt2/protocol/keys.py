@@ -104,6 +104,15 @@ SUSPECT_CRASHES = 2
 # For how long a worker counts as alive after each renewal of its lease.
 LEASE_SECONDS = 9.0
 
+# A field of a worker's hash: the moment of its last heartbeat by Redis's clock, in seconds since 1970. RQ's own field,
+# `last_heartbeat`, is by the clock of the worker's machine.
+HEARD_FIELD = "heard_at"
+
+# A worker that was not heard of for this long hangs, was stopped, or cannot reach Redis. The loop that runs jobs tells
+# every 5 s that it turns, that of a quiet worker every 10 s at most; a stopped worker is taken for dead after 15 s.
+SILENT_SECONDS = 12.0
+SILENT = "silent"
+
 # What a worker's hash holds at most of the notes on its model.
 MAX_NOTES = 16
 MAX_NOTE_CHARACTERS = 400

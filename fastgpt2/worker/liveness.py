@@ -75,6 +75,11 @@ class Lease:
         """True if this worker still counts as alive, by its own clock: one that does not claims no jobs."""
         return time.monotonic() - self._renewed_at < LEASE_SECONDS
 
+    @property
+    def redis_time(self) -> float:
+        """Return the time by Redis's clock, in seconds since 1970: that of the last renewal, and what passed since."""
+        return float(self._written) / 1000 - LEASE_SECONDS + time.monotonic() - self._renewed_at
+
     def consume_loss(self) -> bool:
         """Tell whether this worker was taken for dead since the last call: its jobs may be another's now."""
         lost = self._lost.is_set()

@@ -22,7 +22,7 @@ from rq.worker import BaseWorker, WorkerStatus
 
 from fastgpt2.errors import BadRequest, RedisAccessDenied
 from fastgpt2.protocol.connection import address_of, in_words
-from fastgpt2.protocol.keys import claimed_key, queues_of
+from fastgpt2.protocol.keys import HEARD_FIELD, claimed_key, queues_of
 from fastgpt2.protocol.untrusted import JSONOnlySerializer
 from fastgpt2.worker.liveness import Lease
 from fastgpt2.worker.reaper import Reaper
@@ -174,7 +174,11 @@ class RQWorker(BaseWorker):
         """Send a heartbeat, and write the worker's entry anew: Redis may have lost its data since."""
         with self.connection.pipeline() as pipeline:
             worker_registration.register(self, pipeline)
-            fields: dict[Any, Any] = {**self.serialize(), "state": self._state}
+            fields: dict[Any, Any] = {
+                **self.serialize(),
+                "state": self._state,
+                HEARD_FIELD: round(self.lease.redis_time, 3),
+            }
             pipeline.hset(self.key, mapping=fields)
             self.heartbeat(pipeline=pipeline)
             pipeline.execute()
