@@ -104,6 +104,12 @@ SUSPECT_CRASHES = 2
 # For how long a worker counts as alive after each renewal of its lease.
 LEASE_SECONDS = 9.0
 
+# Fields of a worker's hash: which of the processes that had the worker's name one after the other has it now; where the
+# worker's process id means something (`fastgpt2.process.pid_space`); and one that RQ's own workers do not have.
+INCARNATION_FIELD = "fastgpt2_incarnation"
+PID_SPACE_FIELD = "fastgpt2_pid_space"
+VERSION_FIELD = "fastgpt2_version"
+
 # What a worker's hash holds at most of the notes on its model.
 MAX_NOTES = 16
 MAX_NOTE_CHARACTERS = 400
