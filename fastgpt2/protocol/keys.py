@@ -115,6 +115,12 @@ HEARD_FIELD = "heard_at"
 SILENT_SECONDS = 12.0
 SILENT = "silent"
 
+# Fields of a worker's hash: which of the processes that had the worker's name one after the other has it now; where the
+# worker's process id means something (`fastgpt2.process.pid_space`); and one that RQ's own workers do not have.
+INCARNATION_FIELD = "fastgpt2_incarnation"
+PID_SPACE_FIELD = "fastgpt2_pid_space"
+VERSION_FIELD = "fastgpt2_version"
+
 # What a worker's hash holds at most of the notes on its model.
 MAX_NOTES = 16
 MAX_NOTE_CHARACTERS = 400

@@ -47,6 +47,10 @@ IDLE_SECONDS = 1.0
 QUIET_AFTER_SECONDS = 30.0
 QUIET_SECONDS = 5.0
 
+# For how long after its last job a worker that is to stop goes on trying to tell a Redis that is away. Nothing is lost
+# then: what it holds is found by its lists.
+LAST_TRIES_SECONDS = 10.0
+
 # How many jobs to claim at one go: the rest may be another worker's, so that a burst of jobs spreads over all of them.
 MOST_CLAIMS = 4
 
@@ -122,13 +126,13 @@ class GenerationWorker(RQWorker):
             raise TypeError(f"{type(self).__name__}.work() takes no option but burst")
         if threading.current_thread() is threading.main_thread():
             on_stop_signals(self.request_stop)
-        if not self.sign_on():
-            return False
-        what = f"model {self.engine.model}, up to {self.engine.max_batch} jobs at once"
-        log.info("%s is ready: %s, queues %s, process %d", self.name, what, ", ".join(self.queue_names()), self.pid)
-        if self.recycling is not None:
-            self.recycling.start()
         try:
+            if not self.sign_on():
+                return False
+            what = f"model {self.engine.model}, up to {self.engine.max_batch} jobs at once"
+            log.info("%s is ready: %s, queues %s, process %d", self.name, what, ", ".join(self.queue_names()), self.pid)
+            if self.recycling is not None:
+                self.recycling.start()
             if self._alive is not None:
                 self._alive.create()
             while not self._turn(burst):
@@ -136,10 +140,12 @@ class GenerationWorker(RQWorker):
         finally:
             if self._alive is not None:
                 self._alive.remove()
-            self._claims.close()
-            self.metrics.close()
-            self.engine.decoder.close()
-            self.sign_off()
+            try:
+                self._claims.close()
+                self.metrics.close()
+                self.engine.decoder.close()
+            finally:
+                self.sign_off()
         return self._worked
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
@@ -162,8 +168,9 @@ class GenerationWorker(RQWorker):
             time.sleep(0.02)
         if self._has_no_jobs() and (self.stopping.is_set() or (burst and not found)):
             return True
-        if len(self.outbox) and self.stop_at_once and self._redis_failures:
-            log.error("%s: the ends of %d jobs could not be written", self.name, len(self.outbox))
+        if self._redis_failures and self._should_give_up():
+            lost = "the ends of %d jobs could not be written, and %d claimed ones not be put back"
+            log.error(f"%s: {lost}; others will find them", self.name, len(self.outbox), len(self._claimed))
             return True
         self._end_overdue()
         for job in self.batch.admit():
@@ -382,6 +389,11 @@ class GenerationWorker(RQWorker):
             self.outbox.give_back(self.batch.waiting)
         if self.stop_at_once or time.monotonic() > self._drain_until:
             self.outbox.give_back(list(self.batch))
+
+    def _should_give_up(self) -> bool:
+        """Tell whether a worker that is to stop has tried for long enough to tell Redis, or is hurried."""
+        hurried = self.stop_at_once and not len(self.batch)
+        return self.stopping.is_set() and (hurried or time.monotonic() > self._drain_until + LAST_TRIES_SECONDS)
 
     def _reason_to_recycle(self) -> str | None:
         if self.recycling is None:
