@@ -84,7 +84,8 @@ class HangingProxy:
     def _call(self, what: Callable[[], object]) -> None:
         """Have the loop do something, and wait until it is done."""
         done = threading.Event()
-        self._loop.call_soon_threadsafe(lambda: (what(), done.set()))
+        self._loop.call_soon_threadsafe(what)
+        self._loop.call_soon_threadsafe(done.set)
         done.wait()
 
     def _run(self) -> None:

@@ -199,8 +199,9 @@ class SentinelSet:
     def _is_content(self, port: int) -> bool:
         try:
             sentinel = Redis(port=port, socket_timeout=2, decode_responses=True)
-            (state,) = sentinel.sentinel_masters().values()
-            replicas = sentinel.sentinel_slaves(MASTER_NAME)
+            masters: Any = sentinel.sentinel_masters()
+            (state,) = masters.values()
+            replicas: Any = sentinel.sentinel_slaves(MASTER_NAME)
             sentinel.close()
         except (RedisError, ValueError):
             return False
