@@ -60,6 +60,7 @@ class Faults:
     def clear(self) -> None:
         """Note that an exchange went well."""
         self.count = 0
+        self._not_before = 0.0
         self._unforeseen_since = math.inf
         self._last = None
 

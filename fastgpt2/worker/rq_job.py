@@ -1,4 +1,4 @@
-"""An RQ job that can be nothing but text generation: how it is fetched, read, failed, and followed by other jobs."""
+"""An RQ job that can be nothing but text generation: how it is fetched, read and failed."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from fastgpt2.protocol import untrusted
 from fastgpt2.protocol.keys import CRASHES_FIELD, job_key
 from fastgpt2.protocol.messages import TASK, JobOptions, parse_job
 from fastgpt2.protocol.scripts import Script
+from fastgpt2.worker.entry_fields import MAX_DIGITS, check_fields
 from fastgpt2.worker.set_aside import set_aside, shown, unclaim
 
 if TYPE_CHECKING:
@@ -37,27 +38,6 @@ MAX_ENTRY_BYTES = 64 << 20
 _FETCH_ENTRIES = Script(__file__, "fetch_entries")
 _FAIL_ENTRY = Script(__file__, "fail_entry")
 _FORGET = Script(__file__, "forget")
-
-# Three hundred years: the most that a number of seconds, or of anything else in an entry, may be. Ten times as much is
-# beyond the last day that Python knows.
-MAX_SECONDS = 10**10
-MAX_DIGITS = 12
-_NUMBERS = (
-    "timeout",
-    "result_ttl",
-    "failure_ttl",
-    "ttl",
-    "retries_left",
-    "repeats_left",
-    "number_of_retries",
-    "rate_limit_concurrency",
-)
-
-
-def _are_intervals(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(one, int | float) and not isinstance(one, bool) and 0 <= one <= MAX_SECONDS for one in value
-    )
 
 
 class GenerationJob(Job):
@@ -106,39 +86,26 @@ class GenerationJob(Job):
         """Read the entry as RQ does, but do not inflate data that would inflate beyond the limit.
 
         Raises:
-            Exception: RQ cannot read the entry, or a number of it is none that RQ or Redis could use.
+            Exception: RQ cannot read the entry, or could not write what follows from it.
         """
         inflater = zlib.decompressobj()
         with suppress(zlib.error):  # not compressed; the serializer looks at its size
             inflater.decompress(raw_data.get(b"data", b""), untrusted.MAX_PAYLOAD_BYTES)
             self.too_large = bool(inflater.unconsumed_tail)
         crashes = raw_data.get(CRASHES_FIELD.encode(), b"")
-        self.crashes = int(crashes) if crashes.isdigit() and len(crashes) < MAX_DIGITS else 0
-        # Of no use here: the error of an earlier run, which may inflate to anything, and what is never called.
-        fields = {name: value for name, value in raw_data.items() if name not in (b"exc_info", b"webhooks")}
+        self.crashes = int(crashes) if crashes.isdigit() and len(crashes) <= MAX_DIGITS else 0
+        fields = check_fields(raw_data)
         super().restore({**fields, b"data": b"{}"} if self.too_large else fields)
-        self._check_numbers()
+        if not isinstance(self.meta, dict):  # kept as it is, as RQ keeps what it cannot read
+            self._unreadable_meta = raw_data[b"meta"]
+            self.meta = {"unserialized": self._unreadable_meta}
+        # Less than zero means for ever; RQ understands -1 everywhere, and other numbers in some places.
+        self.result_ttl = None if self.result_ttl is None else max(-1, self.result_ttl)
+        self.failure_ttl = None if self.failure_ttl is None else max(-1, self.failure_ttl)
+        self.retry_intervals = self.retry_intervals or None
         self._counters = self.retries_left, self.repeats_left, self.repeat_intervals
         if untrusted.is_pickle(self.data):
             self.serializer = untrusted.PlainPickleSerializer
-
-    def _check_numbers(self) -> None:
-        """Raise ValueError for what RQ would stumble over while the job's end is written, when its work is done."""
-        for name in _NUMBERS:
-            value = getattr(self, name)
-            if value is not None and abs(value) > MAX_SECONDS:
-                raise ValueError(f"{name} is a number of {len(str(abs(value)))} digits; the limit is {MAX_SECONDS}")
-        for name in ("retry_intervals", "repeat_intervals"):
-            if not _are_intervals(getattr(self, name) or []):
-                raise ValueError(f"{name} is no list of numbers of seconds from 0 to {MAX_SECONDS}")
-        self.retry_intervals = self.retry_intervals or None
-        ids = self._dependency_ids
-        if not isinstance(ids, list) or not all(isinstance(one, str) for one in ids):
-            raise ValueError("dependency_ids is no list of ids")
-        # Less than zero means for ever; RQ understands -1 everywhere, and other numbers in some places.
-        for name in ("result_ttl", "failure_ttl"):
-            if (getattr(self, name) or 0) < 0:
-                setattr(self, name, -1)
 
     def rewind(self) -> None:
         """Set RQ's counters of retries and repeats to what was read: RQ changes them while an end is recorded."""
@@ -235,23 +202,6 @@ def fail_malformed(queue: Queue, job_id: str, reason: BaseException, worker_name
         set_aside(queue, job_id.encode("utf-8", "surrogateescape"), str(error), worker_name)
     unclaim(queue.connection, claimed_key, job_id)
     return error
-
-
-def release_dependents(queue: Queue, job_id: str, claimed_key: str) -> None:
-    """Release the jobs that wait for one whose end is written, and then take that one off a worker's list.
-
-    May be done twice.
-    """
-    job = GenerationJob(job_id, connection=queue.connection, serializer=untrusted.JSONOnlySerializer)
-    try:
-        if queue.connection.exists(job.dependents_key):
-            job.restore(queue.connection.hgetall(job.key))
-            queue.enqueue_dependents(job)
-    except Exception as reason:  # an entry that RQ cannot read, of this job or of one that waits for it
-        if untrusted.is_of_service(reason):
-            raise
-        log.warning("what waits for job %s cannot be released (%s)", shown(job_id), str(reason)[:200])
-    unclaim(queue.connection, claimed_key, job_id)
 
 
 def describe_error(error: BaseException) -> str:

@@ -22,6 +22,7 @@ from rq.registry import (
     StartedJobRegistry,
 )
 from rq.scheduler import RQScheduler
+from rq.scripts import acquire_or_refresh_lock
 from rq.utils import as_text, current_timestamp
 from rq.worker import BaseWorker
 
@@ -37,6 +38,9 @@ log = logging.getLogger("fastgpt2.worker")
 
 # How many jobs that are due are enqueued at one go.
 MOST_DUE = 1000
+
+# What RQ's scheduler adds to the time between two of its looks.
+LOCK_GRACE_SECONDS = 60
 
 
 @contextmanager
@@ -87,6 +91,17 @@ class Upkeep:
             "job_class": GenerationJob,
             "serializer": worker.serializer,
         }
+
+    def acquire_locks(self) -> None:
+        """Become, or stay, the one who looks after the scheduled jobs of those queues that nobody else looks after."""
+        owned = set()
+        for name in self._worker.queue_names():
+            key = self._scheduler.get_locking_key(name)
+            with guarded(key, "no job of this queue that waits for its time is enqueued"):
+                ttl = self._scheduler.interval + LOCK_GRACE_SECONDS
+                if acquire_or_refresh_lock(self._connection, key, self._scheduler.name, ttl) != "taken":
+                    owned.add(name)
+        self._scheduler._acquired_locks = owned
 
     def enqueue_due(self) -> None:
         """Enqueue the jobs that are due, of the queues that are this worker's to look after."""
