@@ -181,9 +181,9 @@ class Claims:
         if not is_of_entry(reason):
             raise reason
         self.mend([])
-        self._unfit[queue.name] = time.monotonic() + UNFIT_SECONDS
         if self._connection.type(queue.key) not in (b"list", b"none"):
             tell(queue.key, reason, "no job of this queue can be taken")
+            self._unfit[queue.name] = time.monotonic() + UNFIT_SECONDS
 
     def wake(self) -> None:
         """End a `wait`, from a signal handler or another thread."""

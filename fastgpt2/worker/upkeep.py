@@ -108,10 +108,11 @@ class Upkeep:
         for name in sorted(self._scheduler.acquired_locks):
             queue = Queue(name, **self._options)
             registry: BaseRegistry = ScheduledJobRegistry(name, **self._options)  # type: ignore[no-untyped-call]
+            kind = self._connection.type(queue.key)
+            if kind not in (b"list", b"none"):
+                tell(queue.key, f"a {as_text(kind)}, no list", "no job of this queue that is due is enqueued")
+                continue
             with guarded(registry.key, "no job that waits for its time there is enqueued"):
-                kind = self._connection.type(queue.key)
-                if kind not in (b"list", b"none"):
-                    raise TypeError(f"{queue.key} is a {as_text(kind)}, no list")
                 due = self._connection.zrangebyscore(registry.key, 0, current_timestamp(), start=0, num=MOST_DUE)
                 for job_id, job in self._read(queue, registry, due):
                     with guarded(job.key, "it is not enqueued"), self._connection.pipeline() as pipeline:

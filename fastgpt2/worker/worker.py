@@ -300,7 +300,7 @@ class GenerationWorker(RQWorker):
             self._begin(attempt)
 
     def _wait_for_jobs(self, burst: bool) -> list[Claim]:
-        if is_suspended(self.connection, self):
+        if is_suspended(self.connection):  # with the worker, RQ would send a heartbeat each time
             self.enter(WorkerStatus.SUSPENDED)
             if not burst:
                 self.stopping.wait(IDLE_SECONDS)

@@ -15,10 +15,14 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from redis import Redis
 from redis.exceptions import ResponseError
 from rq import Queue
@@ -108,6 +112,10 @@ class Bench:
         """Nothing stays with the worker."""
         wait_until(lambda: not self.redis.keys("fastgpt2:taken:*"), "the worker to let go of everything")
         assert self.process.poll() is None
+
+    def has_ended(self, job_id: str) -> bool:
+        """Tell whether a job has ended; one that is to run again in years is as good as that."""
+        return self.redis.hget(f"rq:job:{job_id}", "status") in (b"finished", b"failed", b"scheduled", None)
 
     def set_aside(self) -> list[dict[str, Any]]:
         return [json.loads(note) for note in self.redis.lrange(keys.set_aside_key(QUEUE), 0, -1)]
@@ -250,26 +258,9 @@ def test_what_was_set_aside_goes_back_as_the_documentation_says(bench: Bench) ->
     assert list(bench.client.result("mended:1", timeout=60).token_ids) == ENTRY["ids"][:3]
 
 
-# Numbers. A job that is to run again in years is as good as ended.
+# Numbers.
 
-ENDED = (b"finished", b"failed", b"scheduled", None)
-
-NUMBERS = [
-    "9" * 400,
-    "9" * 5000,
-    "9" * 19,
-    "-" + "9" * 400,
-    "NaN",
-    "inf",
-    "-inf",
-    "1e400",
-    "0x10",
-    "1_0",
-    "",
-    " 1",
-    "-5",
-    "0",
-]
+NUMBERS = ["9" * 400, "9" * 5000, "9" * 19, "-" + "9" * 400, "NaN", "-inf", "1e400", "", "-5"]
 FIELDS = [
     "timeout",
     "result_ttl",
@@ -296,21 +287,18 @@ FIELDS = [
 ]
 
 
-@pytest.mark.parametrize("field", FIELDS)
-def test_no_number_of_a_job_harms_another(bench: Bench, field: str) -> None:
+def test_no_number_of_a_job_harms_another(bench: Bench) -> None:
     """Each value stands once as it is, and once in a list; half of the jobs fail, and may be tried again."""
     job_ids: list[str] = []
-    for n, number in enumerate(NUMBERS):
-        for value in (number, f"[{number}]", json.dumps([number])):
-            job_id = f"number-{field}-{len(job_ids)}"
-            options = {"unknown_option": 1} if n % 2 else {}
-            fields = bench.fields(**options)
-            more = {"retries_left": 1} if n % 2 else {"repeats_left": 1, "result_ttl": 100}
-            bench.put(job_id, {**fields, **(more if n % 3 else {}), field: value})
-            job_ids.append(job_id)
+    for at, (field, number) in enumerate(product(FIELDS, NUMBERS)):
+        for value in (number, f"[{number}]"):
+            fields = bench.fields(**{"unknown_option": 1} if at % 2 else {"max_new_tokens": 1})
+            more: dict[str, Any] = {"retries_left": 1} if at % 2 else {"repeats_left": 1, "result_ttl": 100}
+            job_ids.append(f"number-{field}-{len(job_ids)}")
+            bench.put(job_ids[-1], {**fields, **(more if at % 3 else {}), field: value})
     bench.answers()
     for job_id in job_ids:
-        wait_until(lambda job_id=job_id: bench.redis.hget(f"rq:job:{job_id}", "status") in ENDED, f"{job_id} to end")  # type: ignore[misc]
+        wait_until(partial(bench.has_ended, job_id), f"{job_id} to end")
     bench.lets_go()
     assert bench.redis.zcard(f"rq:wip:{QUEUE}") == 0
 
@@ -318,7 +306,7 @@ def test_no_number_of_a_job_harms_another(bench: Bench, field: str) -> None:
 # Keys that many jobs share.
 
 
-def write(redis: Redis, key: str, kind: str) -> None:
+def write(redis: Redis, key: str | bytes, kind: str) -> None:
     """Write something of a kind under a key."""
     redis.delete(key)
     match kind:
@@ -397,3 +385,122 @@ def test_a_shared_key_of_another_kind_fails_no_job(bench: Bench, pattern: str) -
         lambda: bench.redis.sismember(f"rq:workers:{QUEUE}", f"rq:worker:{bench.worker}"), "the worker to be known"
     )
     bench.lets_go()
+
+
+def test_a_worker_starts_among_keys_of_another_kind(bench: Bench, tmp_path: Path) -> None:
+    """All of them at once; and that lasts for a heartbeat, a lease and the upkeep at a worker's start."""
+    names = [pattern.format(queue="started", worker="late") for pattern in SHARED]
+    for key in names:
+        write(bench.redis, key, "hash" if "lock" in key or "told" in key else "string")
+    bench.redis.delete("rq:worker:late")  # a string there may be the mark of another's
+    log = tmp_path / "late.log"
+    own = {"FASTGPT2_REDIS_URL": bench.server.url, "FASTGPT2_QUEUE": "started", "FASTGPT2_MODEL": "demo"}
+    with log.open("w") as out:
+        command = [sys.executable, "-m", "fastgpt2", "worker", "--name", "late"]
+        process = subprocess.Popen(command, env={**os.environ, **own}, stderr=out, text=True)
+    try:
+        with Client(bench.server.url, "started") as client:
+            for _ in range(2):
+                job_id = uuid.uuid4().hex
+                bench.redis.hset(f"rq:job:{job_id}", mapping=bench.fields(max_new_tokens=3))
+                bench.redis.rpush("rq:queue:started", job_id)
+                assert list(client.result(job_id, timeout=60).token_ids) == ENTRY["ids"][:3]
+                before = bench.redis.hget("rq:worker:late", "last_heartbeat")
+                wait_until(
+                    lambda before=before: bench.redis.hget("rq:worker:late", "last_heartbeat") != before, "a beat"
+                )  # type: ignore[misc]
+        assert "Traceback" not in log.read_text()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        bench.redis.delete(*names)
+
+
+# All of it at random.
+
+raw_ids = st.one_of(
+    st.binary(max_size=12),
+    st.text(max_size=12).map(lambda text: text.encode("utf-8", "surrogatepass")),
+    st.sampled_from([b"user:42", b"", b":", b"a:dependents", b"\xff", b"z" * 3000, b"..", b"{x}"]),
+)
+numbers = st.one_of(
+    st.integers(-(10**30), 10**30).map(str),
+    st.integers(1, 5000).map(lambda count: "9" * count),
+    st.floats().map(str),
+    st.sampled_from(["", "-", "+1", " 7 ", "1e5", "0x7", "null", "[]", "{}", "[1e999]", "[[", "true"]),
+)
+junk = st.one_of(st.binary(max_size=40), numbers.map(str.encode))
+kinds = st.sampled_from(["string", "list", "set", "zset", "hash", "stream"])
+of_jobs = st.sampled_from(
+    [
+        b"rq:job:",
+        b"rq:results:",
+        b"rq:executions:",
+        b"fastgpt2:stream:",
+        b"rq:job::%s:dependencies",
+        b"rq:job:%s:dependents",
+    ]
+)
+more_fields = [
+    *FIELDS,
+    "data",
+    "status",
+    "worker_name",
+    "origin",
+    "dependency_id",
+    "rate_limit_key",
+    "webhooks",
+    "exc_info",
+]
+actions = st.one_of(
+    st.tuples(st.just("put"), raw_ids, st.dictionaries(st.sampled_from(more_fields), junk, max_size=3)),
+    st.tuples(st.just("beside"), raw_ids, of_jobs, kinds),
+    st.tuples(st.just("shared"), st.sampled_from(SHARED), kinds),
+    st.tuples(
+        st.just("worker"), st.sampled_from(["state", "successful_job_count", "total_working_time", "birth"]), junk
+    ),
+    st.tuples(st.just("listed"), st.sampled_from(["{queue}", "{queue}-high"]), raw_ids),
+    st.tuples(
+        st.just("registered"),
+        st.sampled_from(["wip", "canceled", "finished", "failed", "deferred", "scheduled", "ready"]),
+        raw_ids,
+        st.floats(allow_nan=False),
+    ),
+)
+
+
+def act(bench: Bench, action: tuple[Any, ...]) -> None:
+    """Do one strange thing; Redis may refuse it, if an earlier one was in its way."""
+    redis = bench.redis
+    with suppress(ResponseError):
+        match action:
+            case ("put", raw, fields):
+                bench.put(raw, {**bench.fields(max_new_tokens=1, stream=True), **fields})
+            case ("beside", raw, prefix, kind):
+                key = prefix % raw if b"%s" in prefix else prefix + raw
+                write(redis, key, kind)
+                bench.put(raw, {})
+            case ("shared", pattern, kind):
+                write(redis, pattern.format(queue=QUEUE, worker=bench.worker), kind)
+            case ("worker", field, value):
+                redis.hset(f"rq:worker:{bench.worker}", field, value)
+            case ("listed", pattern, raw):
+                redis.rpush(f"fastgpt2:taken:{bench.worker}:{pattern.format(queue=QUEUE)}", raw)
+            case ("registered", registry, raw, score):
+                redis.zadd(f"rq:{registry}:{QUEUE}", {raw: score})
+
+
+@settings(
+    max_examples=40 * (100 if LONG else 1),
+    derandomize=not LONG,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+@given(st.lists(actions, min_size=4, max_size=12))
+def test_a_good_job_is_answered_whatever_stands_in_redis(bench: Bench, strange: list[tuple[Any, ...]]) -> None:
+    for action in strange:
+        act(bench, action)
+    bench.answers()
+    assert bench.process.poll() is None
