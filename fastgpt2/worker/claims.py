@@ -196,6 +196,8 @@ class Claims:
 
     def close(self) -> None:
         self.close_connections()
+        if self._wake_reader < 0:
+            return
         reader, writer = self._wake_reader, self._wake_writer
         # The numbers may soon be another file's, and a signal may still come.
         self._wake_reader = self._wake_writer = -1

@@ -8,6 +8,7 @@ import math
 import threading
 import time
 from collections import defaultdict
+from contextvars import Token
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from rq.worker import WorkerStatus
 
 from fastgpt2.errors import JobStopped, JobTimedOut, PromptTooLong
 from fastgpt2.process import on_stop_signals
+from fastgpt2.protocol.connection import ANSWER_BY
 from fastgpt2.protocol.keys import registry_key, stream_key
 from fastgpt2.protocol.messages import RUNNING_TTL_SECONDS, Piece, piece_to_entry
 from fastgpt2.protocol.scripts import Script, execute
@@ -57,6 +59,9 @@ LAST_TRIES_SECONDS = 10.0
 
 # How many jobs to claim at one go: the rest may be another worker's, so that a burst of jobs spreads over all of them.
 MOST_CLAIMS = 4
+
+# How long a worker that is to stop at once waits for Redis.
+AT_ONCE_SECONDS = 5.0
 
 
 class GenerationWorker(RQWorker):
@@ -131,6 +136,7 @@ class GenerationWorker(RQWorker):
             raise TypeError(f"{type(self).__name__}.work() takes no option but burst")
         if threading.current_thread() is threading.main_thread():
             on_stop_signals(self.request_stop)
+        answer_by: Token[float] | None = None
         try:
             if not self.sign_on():
                 return False
@@ -141,7 +147,9 @@ class GenerationWorker(RQWorker):
             if self._alive is not None:
                 self._alive.create()
             while not self._turn(burst):
-                pass
+                if self.stop_at_once and answer_by is None:
+                    # What a Redis that hangs does not take until then is left to whoever finds it.
+                    answer_by = ANSWER_BY.set(time.monotonic() + AT_ONCE_SECONDS)
         finally:
             if self._alive is not None:
                 self._alive.remove()
@@ -151,6 +159,8 @@ class GenerationWorker(RQWorker):
                 self.engine.decoder.close()
             finally:
                 self.sign_off()
+                if answer_by is not None:
+                    ANSWER_BY.reset(answer_by)
         if self._is_beyond_help:
             raise self._faults.in_words()
         return self._worked
