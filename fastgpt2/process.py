@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,9 @@ from types import FrameType
 # SIGHUP: the terminal was closed.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1
+
+# The limit of open files where the system has none; macOS allows this many.
+MOST_OPEN_FILES = 10_240
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
@@ -50,6 +54,23 @@ def set_up_child() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     if _libc is not None:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def raise_open_file_limit() -> int:
+    """Let this process have as many files open as it may: raise the soft limit to the hard one. Returns the limit.
+
+    Most shells set a soft limit of 1,024, for programs that use select(2), which this package does not.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # macOS knows no limit here, and refuses that as a value.
+    wanted = MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else hard
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return MOST_OPEN_FILES if soft == resource.RLIM_INFINITY else soft
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except (OSError, ValueError):
+        return soft
+    return wanted
 
 
 def set_up_logging(level: str) -> None:
