@@ -1,22 +1,27 @@
-"""The set-up of every long-running process: its stop signals, its children, which do not outlive it, and its log."""
+"""The set-up of every long-running process: its stop signals, its children, its open files, its log.
+
+And whether another process is still there.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import logging
+import os
+import re
 import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
+
+log = logging.getLogger("fastgpt2")
 
 # SIGHUP: the terminal was closed.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1
-
-# The limit of open files where the system has none; macOS allows this many.
-MOST_OPEN_FILES = 10_240
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
@@ -56,23 +61,6 @@ def set_up_child() -> None:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def raise_open_file_limit() -> int:
-    """Let this process have as many files open as it may: raise the soft limit to the hard one. Returns the limit.
-
-    Most shells set a soft limit of 1,024, for programs that use select(2), which this package does not.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # macOS knows no limit here, and refuses that as a value.
-    wanted = MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else hard
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return MOST_OPEN_FILES if soft == resource.RLIM_INFINITY else soft
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    except (OSError, ValueError):
-        return soft
-    return wanted
-
-
 def set_up_logging(level: str) -> None:
     """Log to standard error: this package from `level` on, the libraries' warnings with it."""
     logging.basicConfig(
@@ -81,3 +69,51 @@ def set_up_logging(level: str) -> None:
     logging.getLogger("fastgpt2").setLevel(level)
     # Has a handler of its own: its warnings would come twice.
     logging.getLogger("huggingface_hub").propagate = False
+
+
+def raise_open_file_limit() -> int:
+    """Let this process, and the children that it starts, have as many files and connections open as it may.
+
+    In most shells a process may have 1,024 of them, the soft limit, and may raise that to the hard one itself.
+
+    Returns:
+        The limit from now on.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (OSError, ValueError) as reason:  # macOS knows a lower limit of its own
+            log.debug("the limit of open files stays at %d (%s)", soft, reason)
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
+
+
+def pid_space() -> str:
+    """Return within what this process's id means a process: a boot of a machine, and a name space of process ids there.
+
+    Two containers have the same host's name and process id more easily than one might think; never the same of these.
+    Empty where the system does not say: not Linux, or a sandbox that imitates one.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{Path('/proc/self/ns/pid').stat().st_ino}" if boot else ""
+    except OSError:
+        return ""
+
+
+def has_surely_ended(pid: str, space: str) -> bool:
+    """Tell whether a process is known to be gone: False if it is there, or if that cannot be told from here.
+
+    Args:
+        pid, space: its id, and its own `pid_space`.
+    """
+    if not space or space != pid_space() or not re.fullmatch(r"[1-9][0-9]{0,8}", pid):
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass
+    return False

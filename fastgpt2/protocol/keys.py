@@ -37,6 +37,8 @@ QUEUE_PREFIX = "rq:queue:"
 RESULTS_PREFIX = "rq:results:"
 # It exists from `rq suspend` to `rq resume`.
 SUSPENDED_KEY = "rq:suspended"
+# The set of the keys of all rate limits (`rq.RateLimit`).
+RATE_LIMITS_KEY = "rq:rl-keys"
 
 # All executions of a job; one execution, by the ids of the job and of itself with a colon between.
 EXECUTIONS_PREFIX = "rq:executions:"
@@ -114,6 +116,12 @@ HEARD_FIELD = "heard_at"
 # every 5 s that it turns, that of a quiet worker every 10 s at most; a stopped worker is taken for dead after 15 s.
 SILENT_SECONDS = 12.0
 SILENT = "silent"
+
+# Fields of a worker's hash: which of the processes that had the worker's name one after the other has it now; where the
+# worker's process id means something (`fastgpt2.process.pid_space`); and one that RQ's own workers do not have.
+INCARNATION_FIELD = "fastgpt2_incarnation"
+PID_SPACE_FIELD = "fastgpt2_pid_space"
+VERSION_FIELD = "fastgpt2_version"
 
 # What a worker's hash holds at most of the notes on its model.
 MAX_NOTES = 16
