@@ -35,6 +35,8 @@ EXECUTIONS_SUFFIX = ":executions"
 JOB_PREFIX = "rq:job:"
 QUEUE_PREFIX = "rq:queue:"
 RESULTS_PREFIX = "rq:results:"
+# It exists from `rq suspend` to `rq resume`.
+SUSPENDED_KEY = "rq:suspended"
 # The set of the keys of all rate limits (`rq.RateLimit`).
 RATE_LIMITS_KEY = "rq:rl-keys"
 
