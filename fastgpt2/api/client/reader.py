@@ -431,7 +431,7 @@ class ReadLoop:
         return entries
 
     def _disregards_cancellations(self, error: Exception) -> bool:
-        """Tell whether a key of another type than ours may be that of cancellations, which are then not read for a while.
+        """Tell whether a key of another type may be that of cancellations. If so, these are not read for a while.
 
         The states are queried every `READ_SECONDS`, so that cancellations are heard of later.
         """
