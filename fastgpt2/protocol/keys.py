@@ -151,6 +151,19 @@ def once_key(digest: str) -> str:
     return f"fastgpt2:once:{digest}"
 
 
+# Before a queue's name: the Redis stream of the ids of its jobs that were cancelled just now. Those who wait for a job
+# read it too, as a cancellation writes nothing else that they would hear of. It is kept for a moment only: who comes
+# later asks for the job's state first.
+CANCELLATIONS_PREFIX = "fastgpt2:cancelled:"
+CANCELLATIONS_TTL_SECONDS = 60
+MAX_CANCELLATIONS = 1000
+
+
+def cancellations_key(queue_name: str) -> str:
+    """Return the key of the Redis stream of the jobs of an RQ queue that were cancelled just now."""
+    return f"{CANCELLATIONS_PREFIX}{queue_name}"
+
+
 def wake_key(name: str) -> str:
     """Return the key of a Redis stream without content, by which a reader of many streams wakes itself."""
     return f"fastgpt2:wake:{name}"
