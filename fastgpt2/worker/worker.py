@@ -7,7 +7,6 @@ import logging
 import math
 import threading
 import time
-from collections import defaultdict
 from contextvars import Token
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -20,12 +19,11 @@ from rq.worker import WorkerStatus
 from fastgpt2.errors import JobStopped, JobTimedOut, PromptTooLong
 from fastgpt2.process import on_stop_signals
 from fastgpt2.protocol.connection import ANSWER_BY
-from fastgpt2.protocol.keys import registry_key, stream_key
-from fastgpt2.protocol.messages import RUNNING_TTL_SECONDS, Piece, piece_to_entry
-from fastgpt2.protocol.scripts import Script, execute
-from fastgpt2.protocol.untrusted import check_replies, is_of_entry, is_of_service
+from fastgpt2.protocol.untrusted import is_of_service
 from fastgpt2.worker.batch import ActiveJob, Attempt, Batch
+from fastgpt2.worker.between_steps import BetweenSteps
 from fastgpt2.worker.claims import Claim, Claims
+from fastgpt2.worker.confirmation import Confirmation
 from fastgpt2.worker.faults import Faults
 from fastgpt2.worker.ledger import Ledger
 from fastgpt2.worker.liveness import AliveFile
@@ -34,18 +32,14 @@ from fastgpt2.worker.recycling import Recycling
 from fastgpt2.worker.reporting import Metrics, WorkerInfo
 from fastgpt2.worker.rq_worker import RQWorker
 from fastgpt2.worker.set_aside import set_aside, shown
-from fastgpt2.worker.unfit import tell
 
 if TYPE_CHECKING:
     from redis import Redis
-    from redis.client import Pipeline
 
     from fastgpt2.engine.decoding.records import GenerationRequest
     from fastgpt2.engine.engine import Engine
 
 log = logging.getLogger("fastgpt2.worker")
-
-_ADD_PIECE = Script(__file__, "add_piece")
 
 # How long an idle worker may take to notice that it is an orphan, suspended, or due for a heartbeat or for upkeep; and
 # a worker that has had nothing to do for a while: a thousand of them share one Redis. A job and a signal wake it.
@@ -78,6 +72,7 @@ class GenerationWorker(RQWorker):
         log_prompts: write the prompts into the log, where they would else not be found.
         restarts: how often the supervisor has started a worker in this one's place again.
         alive: the file that probes look at.
+        durability: what an end must have reached before it is let go of: memory, disk or replica (`--durability`).
     """
 
     def __init__(
@@ -92,6 +87,7 @@ class GenerationWorker(RQWorker):
         log_prompts: bool = False,
         restarts: int = 0,
         alive: AliveFile | None = None,
+        durability: str = "memory",
     ) -> None:
         self.engine = engine
         self.drain_timeout = drain_timeout
@@ -111,7 +107,10 @@ class GenerationWorker(RQWorker):
         self._info = WorkerInfo(engine, self.batch, self.metrics, restarts)
         self._faults = Faults(self.name)
         self._ledger = Ledger(self, self.metrics.count_malformed)
-        self.outbox = Outbox(self.batch, self._ledger, self.metrics, self.name)
+        self.confirmation = Confirmation(connection, durability, self.name, self.metrics.count_unconfirmed)
+        self.outbox = Outbox(self.batch, self._ledger, self.metrics, self.confirmation, self.name)
+        positions = engine.config.n_positions
+        self._between_steps = BetweenSteps(connection, self.batch, self._claims, self.outbox, self.name, positions)
 
     def serialize(self) -> dict[str, Any]:
         """Return what Redis holds of this worker: RQ's fields, and those of `WorkerInfo`."""
@@ -140,6 +139,7 @@ class GenerationWorker(RQWorker):
         try:
             if not self.sign_on():
                 return False
+            self.confirmation.check()
             what = f"model {self.engine.model}, up to {self.engine.max_batch} jobs at once"
             log.info("%s is ready: %s, queues %s, process %d", self.name, what, ", ".join(self.queue_names()), self.pid)
             if self.recycling is not None:
@@ -155,6 +155,7 @@ class GenerationWorker(RQWorker):
                 self._alive.remove()
             try:
                 self._claims.close()
+                self.confirmation.close()
                 self.metrics.close()
                 self.engine.decoder.close()
             finally:
@@ -184,7 +185,9 @@ class GenerationWorker(RQWorker):
         elif not self.batch.decoding:
             time.sleep(0.02)
         if self._has_no_jobs() and (self.stopping.is_set() or (burst and not found)):
-            return True
+            if not len(self.confirmation):
+                return True
+            self.confirmation.wait(IDLE_SECONDS)
         if self._faults.count and self._should_give_up():
             lost = "the ends of %d jobs could not be written, and %d claimed ones not be put back"
             log.error(f"%s: {lost}; others will find them", self.name, len(self.outbox), len(self._claimed))
@@ -244,7 +247,8 @@ class GenerationWorker(RQWorker):
         if self.keep_up() or self.lease.consume_loss():
             self._compare_with_redis()
         if len(self.batch):
-            self._exchange_between_steps()
+            may_claim = self.lease.is_valid and not (self.stopping.is_set() or self._claimed)
+            self._claimed += self._between_steps.exchange(min(MOST_CLAIMS, self.batch.room()) if may_claim else 0)
         elif not self.stopping.is_set() and not self._claimed and self.lease.is_valid:
             self._claimed += self._wait_for_jobs(burst)
         if not self._claimed:
@@ -320,66 +324,6 @@ class GenerationWorker(RQWorker):
             return self._claims.claim(MOST_CLAIMS)
         quiet = time.monotonic() - self._worked_at > QUIET_AFTER_SECONDS
         return self._claims.wait(QUIET_SECONDS if quiet else IDLE_SECONDS)
-
-    def _exchange_between_steps(self) -> None:
-        """Send new text, and fetch cancellations and new jobs, in one round trip."""
-        with self.connection.pipeline(transaction=False) as pipeline:
-            sent = self._add_pieces(pipeline)
-            queries = self._add_cancellation_queries(pipeline)
-            may_claim = self.lease.is_valid and not (self.stopping.is_set() or self._claimed)
-            wanted = min(MOST_CLAIMS, self.batch.room()) if may_claim else 0
-            if wanted:
-                self._claims.add_claim(pipeline, wanted, len(self.batch))
-            replies = execute(pipeline)
-        for at, reply in enumerate(replies):
-            failed = isinstance(reply, RedisError)
-            if failed and not is_of_entry(reply):
-                raise reply
-            if at in sent:
-                job, piece = sent[at]
-                job.position.advance(piece)
-                if failed:
-                    log.warning("%s: the text of job %s cannot be streamed (%s)", self.name, job.id, reply)
-                    job.muted = True
-        if wanted:
-            self._claimed += self._claims.read(replies.pop())
-        for jobs, scores in zip(queries, replies[len(replies) - len(queries) :], strict=True):
-            for job, score in zip(jobs, self._check_scores(jobs, scores), strict=True):
-                if score is not None:
-                    self.outbox.cancel(job)
-
-    def _check_scores(self, jobs: list[ActiveJob], scores: Any) -> list[Any]:
-        """Return the scores of jobs among the cancelled; if that key is no sorted set, their own hashes tell."""
-        if isinstance(scores, list):
-            return scores
-        tell(registry_key("canceled", jobs[0].attempt.queue.name), scores, "each job is asked whether it is cancelled")
-        with self.connection.pipeline(transaction=False) as pipeline:
-            for job in jobs:
-                pipeline.hget(job.attempt.rq_job.key, "status")
-            statuses = check_replies(pipeline.execute(raise_on_error=False))
-        return [status if status == b"canceled" else None for status in statuses]
-
-    def _add_pieces(self, pipeline: Pipeline) -> dict[int, tuple[ActiveJob, Piece]]:
-        """Add the new pieces to a pipeline. Return each with its job, by the number of its command."""
-        sent = {}
-        for job in self.batch:
-            key = stream_key(job.id)
-            # A bound for a stream that many attempts write to; one has at most an entry for each token of each text.
-            most = 4 * self.engine.config.n_positions * job.request.texts
-            for piece in job.next_pieces():
-                sent[len(pipeline)] = job, piece
-                words = [word for pair in piece_to_entry(piece).items() for word in pair]
-                _ADD_PIECE.add(pipeline, [key], [most, RUNNING_TTL_SECONDS, *words])
-        return sent
-
-    def _add_cancellation_queries(self, pipeline: Pipeline) -> list[list[ActiveJob]]:
-        """Add a query for each queue: which of its running jobs are among the cancelled. Return the jobs of each."""
-        by_queue: dict[str, list[ActiveJob]] = defaultdict(list)
-        for job in self.batch:
-            by_queue[job.attempt.queue.name].append(job)
-        for name, jobs in by_queue.items():
-            pipeline.execute_command("ZMSCORE", registry_key("canceled", name), *(job.id for job in jobs))
-        return list(by_queue.values())
 
     # Jobs begin, are decoded, and end.
 
@@ -465,6 +409,7 @@ class GenerationWorker(RQWorker):
             self.outbox.give_back(self.batch.waiting)
         if self.stop_at_once or time.monotonic() > self._drain_until:
             self.outbox.give_back(list(self.batch))
+            self.confirmation.hurry()
 
     def _should_give_up(self) -> bool:
         """Tell whether a worker that is to stop has tried for long enough to tell Redis, or is hurried."""
