@@ -259,6 +259,7 @@ def test_an_id_whose_key_is_no_hash_is_failed_set_aside_and_left_as_it_is(bench:
 
 
 def test_what_failed_goes_back_by_the_commands_of_the_documentation(bench: Bench) -> None:
+    bench.redis.delete("rq:job:user:42", "rq:results:user:42")
     bench.put("user:42", {**bench.fields(), "timeout": "9" * 400})
     with pytest.raises(BadRequest, match="timeout has 400 characters; the limit is 10000000000"):
         bench.client.result("user:42", timeout=60)
