@@ -35,6 +35,8 @@ EXECUTIONS_SUFFIX = ":executions"
 JOB_PREFIX = "rq:job:"
 QUEUE_PREFIX = "rq:queue:"
 RESULTS_PREFIX = "rq:results:"
+# It exists from `rq suspend` to `rq resume`.
+SUSPENDED_KEY = "rq:suspended"
 # The set of the keys of all rate limits (`rq.RateLimit`).
 RATE_LIMITS_KEY = "rq:rl-keys"
 
@@ -147,6 +149,19 @@ def claimed_key(worker_name: str, queue_name: str) -> str:
 def once_key(digest: str) -> str:
     """Return the key of what is kept of a request that must run only once: its job, and what it asked for."""
     return f"fastgpt2:once:{digest}"
+
+
+# Before a queue's name: the Redis stream of the ids of its jobs that were cancelled just now. Those who wait for a job
+# read it too, as a cancellation writes nothing else that they would hear of. It is kept for a moment only: who comes
+# later asks for the job's state first.
+CANCELLATIONS_PREFIX = "fastgpt2:cancelled:"
+CANCELLATIONS_TTL_SECONDS = 60
+MAX_CANCELLATIONS = 1000
+
+
+def cancellations_key(queue_name: str) -> str:
+    """Return the key of the Redis stream of the jobs of an RQ queue that were cancelled just now."""
+    return f"{CANCELLATIONS_PREFIX}{queue_name}"
 
 
 def wake_key(name: str) -> str:
