@@ -45,10 +45,6 @@ IDLE_SECONDS = 1.0
 QUIET_AFTER_SECONDS = 30.0
 QUIET_SECONDS = 5.0
 
-# For how long after its last job a worker that is to stop goes on trying to tell a Redis that is away. Nothing is lost
-# then: what it holds is found by its lists.
-LAST_TRIES_SECONDS = 10.0
-
 # How many jobs to claim at one go: the rest may be another worker's, so that a burst of jobs spreads over all of them.
 MOST_CLAIMS = 4
 
@@ -166,9 +162,8 @@ class GenerationWorker(RQWorker):
             time.sleep(0.02)
         if self._has_no_jobs() and (self.stopping.is_set() or (burst and not found)):
             return True
-        if self._redis_failures and self._should_give_up():
-            lost = "the ends of %d jobs could not be written, and %d claimed ones not be put back"
-            log.error(f"%s: {lost}; others will find them", self.name, len(self.outbox), len(self._claimed))
+        if len(self.outbox) and self.stop_at_once and self._redis_failures:
+            log.error("%s: the ends of %d jobs could not be written", self.name, len(self.outbox))
             return True
         self._end_overdue()
         for job in self.batch.admit():
@@ -388,11 +383,6 @@ class GenerationWorker(RQWorker):
             self.outbox.give_back(self.batch.waiting)
         if self.stop_at_once or time.monotonic() > self._drain_until:
             self.outbox.give_back(list(self.batch))
-
-    def _should_give_up(self) -> bool:
-        """Tell whether a worker that is to stop has tried for long enough to tell Redis, or is hurried."""
-        hurried = self.stop_at_once and not len(self.batch)
-        return self.stopping.is_set() and (hurried or time.monotonic() > self._drain_until + LAST_TRIES_SECONDS)
 
     def _reason_to_recycle(self) -> str | None:
         if self.recycling is None:
