@@ -35,6 +35,8 @@ EXECUTIONS_SUFFIX = ":executions"
 JOB_PREFIX = "rq:job:"
 QUEUE_PREFIX = "rq:queue:"
 RESULTS_PREFIX = "rq:results:"
+# The set of the keys of all rate limits (`rq.RateLimit`).
+RATE_LIMITS_KEY = "rq:rl-keys"
 
 # All executions of a job; one execution, by the ids of the job and of itself with a colon between.
 EXECUTIONS_PREFIX = "rq:executions:"
@@ -109,6 +111,15 @@ LEASE_SECONDS = 9.0
 INCARNATION_FIELD = "fastgpt2_incarnation"
 PID_SPACE_FIELD = "fastgpt2_pid_space"
 VERSION_FIELD = "fastgpt2_version"
+
+# A field of a worker's hash: the moment of its last heartbeat by Redis's clock, in seconds since 1970. RQ's own field,
+# `last_heartbeat`, is by the clock of the worker's machine.
+HEARD_FIELD = "heard_at"
+
+# A worker that was not heard of for this long hangs, was stopped, or cannot reach Redis. The loop that runs jobs tells
+# every 5 s that it turns, that of a quiet worker every 10 s at most; a stopped worker is taken for dead after 15 s.
+SILENT_SECONDS = 12.0
+SILENT = "silent"
 
 # What a worker's hash holds at most of the notes on its model.
 MAX_NOTES = 16

@@ -202,7 +202,8 @@ class RQWorker(BaseWorker):
     def announce(self) -> None:
         """Send a heartbeat, and write the worker's entry anew: Redis may have lost its data since."""
         self.last_heartbeat = utc_now()
-        self._registration.announce(self._entry())
+        if self._registration.announce(self._entry(), self.pubsub_channel_name) == 0:
+            self._listener.renew()
 
     def _entry(self) -> dict[str, Any]:
         """Return what Redis holds of this worker."""

@@ -19,7 +19,7 @@ from fastgpt2.errors import JobStopped, JobTimedOut, PromptTooLong
 from fastgpt2.process import on_stop_signals
 from fastgpt2.protocol.keys import registry_key, stream_key
 from fastgpt2.protocol.messages import RUNNING_TTL_SECONDS, Piece, piece_to_entry
-from fastgpt2.protocol.scripts import execute
+from fastgpt2.protocol.scripts import Script, execute
 from fastgpt2.protocol.untrusted import is_of_entry
 from fastgpt2.worker.batch import ActiveJob, Attempt, Batch
 from fastgpt2.worker.claims import Claim, Claims
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from fastgpt2.engine.engine import Engine
 
 log = logging.getLogger("fastgpt2.worker")
+
+_ADD_PIECE = Script(__file__, "add_piece")
 
 # How long an idle worker may take to notice that it is an orphan, suspended, or due for a heartbeat or for upkeep; and
 # a worker that has had nothing to do for a while: a thousand of them share one Redis. A job and a signal wake it.
@@ -286,9 +288,8 @@ class GenerationWorker(RQWorker):
             most = 4 * self.engine.config.n_positions * job.request.texts
             for piece in job.next_pieces():
                 sent[len(pipeline)] = job, piece
-                pipeline.xadd(key, piece_to_entry(piece), maxlen=most, approximate=True)
-                if piece.at == 0:
-                    pipeline.expire(key, RUNNING_TTL_SECONDS)
+                words = [word for pair in piece_to_entry(piece).items() for word in pair]
+                _ADD_PIECE.add(pipeline, [key], [most, RUNNING_TTL_SECONDS, *words])
         return sent
 
     def _add_cancellation_queries(self, pipeline: Pipeline) -> list[list[ActiveJob]]:

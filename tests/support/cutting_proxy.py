@@ -21,15 +21,13 @@ class CuttingProxy:
     """
 
     def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
-        self._target = parts.hostname or "", parts.port or 6379
+        self.lead_to(url)
         self._server = socket.create_server(("127.0.0.1", 0))
         self._lock = threading.Lock()
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
-        self._cut_at, self._answered = 0, True
+        self._cut_at, self._holding, self._answered = 0, b"", True
         self.count = self.cuts = 0
-        self.commands: list[str] = []
-        self.url = parts._replace(netloc=f"127.0.0.1:{self._server.getsockname()[1]}").geturl()
+        self.url = urlsplit(url)._replace(netloc=f"127.0.0.1:{self._server.getsockname()[1]}").geturl()
 
     def __enter__(self) -> Self:
         threading.Thread(target=self._accept, daemon=True).start()
@@ -39,15 +37,22 @@ class CuttingProxy:
         self._server.close()
         self.cut()
 
-    def arm(self, at: int, answered: bool = True) -> None:
-        """Cut all connections at the command of this number, counted from now: once, and never if it is 0.
+    def arm(self, at: int = 0, holding: bytes = b"", answered: bool = True) -> None:
+        """Cut all connections at one command: once.
 
         Args:
+            at: its number, counted from now on.
+            holding: or what stands in it.
             answered: Redis has run the command, and its answer is lost; otherwise Redis never hears of it.
         """
         with self._lock:
-            self.count, self.cuts, self._cut_at, self._answered = 0, 0, at, answered
-            self.commands.clear()
+            self.count = self.cuts = 0
+            self._cut_at, self._holding, self._answered = at, holding, answered
+
+    def lead_to(self, url: str) -> None:
+        """Let new connections lead to another Redis; those that there are stay."""
+        parts = urlsplit(url)
+        self._target = parts.hostname or "", parts.port or 6379
 
     def cut(self) -> None:
         """Cut all connections that there are."""
@@ -55,8 +60,7 @@ class CuttingProxy:
             pairs, self._pairs = self._pairs, []
             self.cuts += 1
         for sock in (sock for pair in pairs for sock in pair):
-            with suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+            _hang_up(sock)
 
     def _accept(self) -> None:
         with suppress(OSError):
@@ -79,16 +83,16 @@ class CuttingProxy:
             while command := _read_command(stream):
                 with self._lock:
                     self.count += 1
-                    self.commands.append(command.split(b"\r\n")[2].decode("ascii", "replace"))
-                    last = self.count == self._cut_at
+                    last = self.count == self._cut_at or (self._holding != b"" and self._holding in command)
+                    if last:
+                        self._cut_at, self._holding = 0, b""
                 if last and self._answered:
                     cutting.set()
                 elif last:
                     self.cut()
                     return
                 server.sendall(command)
-        server.close()
-        client.close()
+        _hang_up(server)
 
     def _answer(self, client: socket.socket, server: socket.socket, cutting: threading.Event) -> None:
         """Hand answers on. The answer to the last command is a sign that it was run: cut then."""
@@ -98,8 +102,13 @@ class CuttingProxy:
                     self.cut()
                     return
                 client.sendall(data)
-        with suppress(OSError):
-            client.shutdown(socket.SHUT_RDWR)
+        _hang_up(client)
+
+
+def _hang_up(sock: socket.socket) -> None:
+    """End a connection for both sides, also while a thread waits for what comes on it."""
+    with suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 def _read_command(stream: BinaryIO) -> bytes:
