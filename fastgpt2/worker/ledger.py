@@ -273,6 +273,8 @@ class Ledger:
             pipeline.hincrby(job.key, keys.CRASHES_FIELD, 1)
         pipeline.hset(job.key, mapping={"status": JobStatus.QUEUED.value, "worker_name": "", "started_at": ""})
         pipeline.hdel(job.key, keys.EXECUTION_FIELD)
+        if job.ttl and job.ttl > 0:  # how long it may wait; the start took that off
+            pipeline.expire(job.key, job.ttl)
         self._worker.cleanup_execution(job, pipeline=pipeline, execution=attempt.execution)
         pipeline.lrem(self._claimed_key(queue), 1, job.id)
         pipeline.lpush(queue.key, job.id)

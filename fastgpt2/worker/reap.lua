@@ -42,6 +42,8 @@ for i = 1, (#KEYS - 1) / 2 do
                 forget_executions(name, id)
                 redis.call('HSET', key, 'status', 'queued', 'worker_name', '', 'started_at', '')
                 redis.call('HDEL', key, '$EXECUTION_FIELD')
+                local ttl = redis.call('HGET', key, 'ttl')
+                if (tonumber(ttl) or 0) > 0 then redis.pcall('EXPIRE', key, ttl) end
                 redis.call('LPUSH', queue, id)
                 back[#back + 1] = id
             end

@@ -142,7 +142,9 @@ class Reaper:
         def add_failure(pipeline: Pipeline) -> None:
             job.ended_at = utc_now()
             job.set_status(JobStatus.FAILED, pipeline=pipeline)
-            job._handle_failure(describe_error(error), pipeline=pipeline, worker_name=worker_name)
+            execution: dict[str, Any] = {"execution_id": execution_id, "execution_started_at": job.started_at}
+            execution["execution_ended_at"] = job.ended_at
+            job._handle_failure(describe_error(error), pipeline=pipeline, worker_name=worker_name, **execution)
             Execution(execution_id, job_id, self._connection, worker_name).delete(job, pipeline)
             pipeline.xadd(keys.stream_key(job_id), end_entry(attempt), nomkstream=True)
             pipeline.expire(keys.stream_key(job_id), STREAM_TTL_SECONDS)
