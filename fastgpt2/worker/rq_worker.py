@@ -23,7 +23,7 @@ from rq.worker import BaseWorker, WorkerStatus
 from fastgpt2.errors import RedisUnfit
 from fastgpt2.protocol.connection import address_of, in_words
 from fastgpt2.protocol.keys import queues_of
-from fastgpt2.protocol.untrusted import JSONOnlySerializer, is_of_entry
+from fastgpt2.protocol.untrusted import JSONOnlySerializer
 from fastgpt2.worker.listener import Listener
 from fastgpt2.worker.liveness import BEAT_SECONDS, Lease
 from fastgpt2.worker.reaper import Reaper
@@ -71,7 +71,6 @@ class RQWorker(BaseWorker):
         self.stop_at_once = False
         self._stop_commands: thread_queue.SimpleQueue[str] = thread_queue.SimpleQueue()
         self._last_heartbeat = 0.0
-        self._last_locks = 0.0
         self._no_upkeep_before = 0.0
         queues = queues_of(queue)
         super().__init__(
@@ -179,25 +178,23 @@ class RQWorker(BaseWorker):
         due = now - self._last_heartbeat > HEARTBEAT_SECONDS
         if due:
             self.announce()
-            self._listener.start()
             self._last_heartbeat = now
+            self._listener.start()
+            self._scheduler.acquire_locks()
         if self.lease.is_taken and not self.stop_at_once:
             log.error("%s was silent for so long that another worker has its name now; stopping", self.name)
             self.stop_at_once = True
             self.stopping.set()
-        if now < self._no_upkeep_before or self.stop_at_once:
+        if now < self._no_upkeep_before:
             return due
         self._no_upkeep_before = now + UPKEEP_SECONDS
         try:
-            if now - self._last_locks > HEARTBEAT_SECONDS:
-                self._scheduler.acquire_locks()
-                self._last_locks = now
             self._scheduler.enqueue_scheduled_jobs()
             if self.should_run_maintenance_tasks:
                 self.run_maintenance_tasks()
-        except Exception as reason:
-            if isinstance(reason, RedisError) and not is_of_entry(reason):
-                raise
+        except RedisError:
+            raise
+        except Exception:
             log.exception("%s: upkeep failed; trying again in %.0f s", self.name, UPKEEP_PAUSE_SECONDS)
             self._no_upkeep_before = now + UPKEEP_PAUSE_SECONDS
         return due
@@ -205,7 +202,8 @@ class RQWorker(BaseWorker):
     def announce(self) -> None:
         """Send a heartbeat, and write the worker's entry anew: Redis may have lost its data since."""
         self.last_heartbeat = utc_now()
-        self._registration.announce(self._entry())
+        if self._registration.announce(self._entry(), self.pubsub_channel_name) == 0:
+            self._listener.renew()
 
     def _entry(self) -> dict[str, Any]:
         """Return what Redis holds of this worker."""
