@@ -45,7 +45,13 @@ def serve(values: dict[str, Any]) -> None:
     app = create_app(
         values["redis_url"],
         values["queue"],
-        Bounds(values["timeout"], values["body_timeout"], values["max_queue"], values["show_prompts"]),
+        Bounds(
+            values["timeout"],
+            values["body_timeout"],
+            values["max_queue"],
+            values["show_prompts"],
+            values["durability"],
+        ),
         lambda: server.should_exit,
         token,
         own_name,
