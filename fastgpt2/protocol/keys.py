@@ -35,6 +35,10 @@ EXECUTIONS_SUFFIX = ":executions"
 JOB_PREFIX = "rq:job:"
 QUEUE_PREFIX = "rq:queue:"
 RESULTS_PREFIX = "rq:results:"
+# It exists from `rq suspend` to `rq resume`.
+SUSPENDED_KEY = "rq:suspended"
+# The set of the keys of all rate limits (`rq.RateLimit`).
+RATE_LIMITS_KEY = "rq:rl-keys"
 
 # All executions of a job; one execution, by the ids of the job and of itself with a colon between.
 EXECUTIONS_PREFIX = "rq:executions:"
@@ -104,6 +108,21 @@ SUSPECT_CRASHES = 2
 # For how long a worker counts as alive after each renewal of its lease.
 LEASE_SECONDS = 9.0
 
+# A field of a worker's hash: the moment of its last heartbeat by Redis's clock, in seconds since 1970. RQ's own field,
+# `last_heartbeat`, is by the clock of the worker's machine.
+HEARD_FIELD = "heard_at"
+
+# A worker that was not heard of for this long hangs, was stopped, or cannot reach Redis. The loop that runs jobs tells
+# every 5 s that it turns, that of a quiet worker every 10 s at most; a stopped worker is taken for dead after 15 s.
+SILENT_SECONDS = 12.0
+SILENT = "silent"
+
+# Fields of a worker's hash: which of the processes that had the worker's name one after the other has it now; where the
+# worker's process id means something (`fastgpt2.process.pid_space`); and one that RQ's own workers do not have.
+INCARNATION_FIELD = "fastgpt2_incarnation"
+PID_SPACE_FIELD = "fastgpt2_pid_space"
+VERSION_FIELD = "fastgpt2_version"
+
 # What a worker's hash holds at most of the notes on its model.
 MAX_NOTES = 16
 MAX_NOTE_CHARACTERS = 400
@@ -132,6 +151,19 @@ def once_key(digest: str) -> str:
     return f"fastgpt2:once:{digest}"
 
 
+# Before a queue's name: the Redis stream of the ids of its jobs that were cancelled just now. Those who wait for a job
+# read it too, as a cancellation writes nothing else that they would hear of. It is kept for a moment only: who comes
+# later asks for the job's state first.
+CANCELLATIONS_PREFIX = "fastgpt2:cancelled:"
+CANCELLATIONS_TTL_SECONDS = 60
+MAX_CANCELLATIONS = 1000
+
+
+def cancellations_key(queue_name: str) -> str:
+    """Return the key of the Redis stream of the jobs of an RQ queue that were cancelled just now."""
+    return f"{CANCELLATIONS_PREFIX}{queue_name}"
+
+
 def wake_key(name: str) -> str:
     """Return the key of a Redis stream without content, by which a reader of many streams wakes itself."""
     return f"fastgpt2:wake:{name}"
@@ -157,6 +189,11 @@ def last_report_key(worker_name: str) -> str:
     return f"fastgpt2:told:{worker_name}"
 
 
+def asked_key(worker_name: str) -> str:
+    """Return the key that a worker writes before it asks whether all that it wrote will last."""
+    return f"fastgpt2:asked:{worker_name}"
+
+
 # --- A pool's figures: what workers count, and the endpoint reads ---
 #
 # All of them only grow: counts, sums, and histograms as counts by bucket. The totals of a pool are one hash
@@ -179,8 +216,9 @@ RECOVERIES = "recoveries"
 REFUSED = "refused"
 RETRIED = "retried"
 GIVEN_BACK = "given_back"
+UNCONFIRMED = "unconfirmed"
 TOKEN_COUNTS = (PROMPT_TOKENS, CACHED_TOKENS, GENERATED_TOKENS, DRAFTED_TOKENS, ACCEPTED_TOKENS)
-COUNTS = (*TOKEN_COUNTS, RECOVERIES, REFUSED, RETRIED, GIVEN_BACK)
+COUNTS = (*TOKEN_COUNTS, RECOVERIES, REFUSED, RETRIED, GIVEN_BACK, UNCONFIRMED)
 
 # How a job can end: RQ's status, and why: the finish reason, the kind of error, or that somebody asked for it.
 POISON = ("failed", "poison")
