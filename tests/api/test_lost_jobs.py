@@ -104,16 +104,16 @@ class TestRestart:
         assert waiting.result(60).text == f"text of {job.id}"
 
     def test_asyncio(self, server: ForgetfulRedis, queue_name: str) -> None:
-        async def body() -> None:
+        async def body() -> str:
             async with AsyncClient(server.url, queue_name) as client:
-                job = await client.enqueue("a")
-                waiting = asyncio.create_task(job.result())
-                await asyncio.to_thread(server.restart)
-                await asyncio.to_thread(wait_for_queue, server, queue_name, [job.id])
-                await asyncio.to_thread(finish_all, server, queue_name)
-                assert (await waiting).text == f"text of {job.id}"
+                return (await (await client.enqueue("a")).result(60)).text
 
-        asyncio.run(asyncio.wait_for(body(), 90))
+        waiting = in_thread(lambda: asyncio.run(body()))
+        ids = wait_for_queue(server, queue_name, 1)
+        server.restart()
+        wait_for_queue(server, queue_name, ids)
+        finish_all(server, queue_name)
+        assert waiting.result(60) == f"text of {ids[0]}"
 
     def test_a_stream_gives_each_character_once(self, server: ForgetfulRedis, forgetful: Client) -> None:
         with forgetful.stream("a", read_timeout=60) as stream:
