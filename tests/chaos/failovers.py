@@ -65,10 +65,26 @@ class Failover:
     served: float = 0.0
     whole: float = 0.0
 
+    def summary(self) -> dict[str, Any]:
+        after = {
+            "promoted": round(self.promoted - self.at, 2),
+            "back": round(self.served - self.at, 2),
+            "whole": round(self.whole - self.at, 2),
+        }
+        return {"kind": self.kind, "held": self.held, **after}
+
 
 @dataclass
 class Report:
-    """The results of a run. Times are in seconds."""
+    """The results of a run. Times are in seconds.
+
+    Attributes:
+        acknowledged: how many jobs were; of them `in_lag` while the replicas were held back.
+        lost: how many of them are, `lost_in_lag` of those.
+        told: how many readers were told that their job is lost.
+        back: from the loss of a master until a job that was enqueued later had its result.
+        in_time: whether that was soon enough.
+    """
 
     seed: int
     durability: str
@@ -79,9 +95,11 @@ class Report:
     acknowledged: int = 0
     ends: dict[str, int] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
-    acknowledged_in_lag: int = 0
+    in_lag: int = 0
     lost: int = 0
+    lost_in_lag: int = 0
     told: int = 0
+    failovers: list[dict[str, Any]] = field(default_factory=list)
     back: dict[str, float] = field(default_factory=dict)
     back_after_promotion: dict[str, float] = field(default_factory=dict)
     in_time: bool = False
@@ -254,7 +272,7 @@ class Run:
         connection = self._master()
         left = 0
         for name in queues_of(QUEUE):
-            left += connection.llen(queue_key(name)) + connection.zcard(registry_key("wip", name))
+            left += connection.llen(queue_key(name)) + connection.zcard(registry_key("started", name))
         connection.close()
         return left == 0
 
@@ -273,14 +291,16 @@ class Run:
             ends[end] += 1
             if end == "missing":
                 complaints = self._judge_loss(entry)
+                report.lost_in_lag += self._is_in_lag(entry)
             self._book.wrong += [f"job {entry.job.id} ({entry.job.kind}): {complaint}" for complaint in complaints]
         self._book.wrong += leftovers(connection)
         connection.close()
         report.acknowledged, report.ends = len(self._book.acknowledged), dict(ends)
         report.counts = dict(sorted(self._book.counts.items()))
         report.lost, report.told = ends["missing"], sum(entry.told for entry in self._book.acknowledged)
-        report.acknowledged_in_lag = sum(self._is_in_lag(entry) for entry in self._book.acknowledged)
+        report.in_lag = sum(self._is_in_lag(entry) for entry in self._book.acknowledged)
         report.faults = dict(Counter(failover.kind for failover in self._failovers))
+        report.failovers = [each.summary() for each in self._failovers]
         report.held = sum(failover.held for failover in self._failovers)
         report.back = _summary([each.served - each.at for each in self._failovers])
         report.back_after_promotion = _summary([max(0.0, each.served - each.promoted) for each in self._failovers])
@@ -290,15 +310,15 @@ class Run:
     def _judge_loss(self, entry: Acknowledged) -> list[str]:
         if self._report.durability == "replica":
             return ["it was acknowledged, and is lost"]
-        if not self._is_in_lag(entry):
-            return ["it is lost, and was not enqueued while the replicas were behind"]
+        if not any(each.began <= entry.at and entry.asked <= each.whole for each in self._failovers):
+            return ["it is lost, and was enqueued while a master was well and followed"]
         if entry.waited and not entry.told and not entry.seen:
             return ["it is lost, and who waited was not told"]
         return []
 
     def _is_in_lag(self, entry: Acknowledged) -> bool:
-        """Tell whether a job was written while a master was not followed any more, or had been replaced already."""
-        return any(each.began <= entry.at and entry.asked <= each.whole for each in self._failovers)
+        """Tell whether a job was written while the replicas were behind a master that then was lost."""
+        return any(each.began <= entry.at and entry.asked <= each.at for each in self._failovers)
 
 
 def _strike(old: Node, kind: str) -> None:
@@ -351,12 +371,13 @@ def main() -> int:
     parser.add_argument("--callers", type=int, default=2, help="of each kind")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--report", type=Path, help="a JSON file with one entry for each durability")
+    parser.add_argument("--folder", type=Path, help="where to leave all logs; default a temporary folder")
     given = parser.parse_args()
     kinds = kinds_by(given.seed, given.failovers)
     with tempfile.TemporaryDirectory(prefix="fastgpt2-failovers-") as folder:
-        report = run(Path(folder), given.durability, given.seed, kinds, given.workers, given.callers)
+        report = run(given.folder or Path(folder), given.durability, given.seed, kinds, given.workers, given.callers)
         if report.wrong:
-            for log in sorted(Path(folder).glob("*.log")):
+            for log in sorted((given.folder or Path(folder)).glob("*.log")):
                 sys.stderr.write(f"--- {log.name}\n" + "".join(log.read_text("utf-8", "replace")[-20000:]))
     text: dict[str, Any] = {"date": date.today().isoformat(), **asdict(report)}
     print(json.dumps(text, indent=2))
