@@ -22,7 +22,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
-from fastgpt2.errors import RedisAccessDenied
+from fastgpt2.errors import RedisUnfit
 from fastgpt2.protocol.connection import ANSWER_BY, connect, connect_async, in_words
 from fastgpt2.protocol.scripts import execute, is_unknown, with_text
 
@@ -116,9 +116,7 @@ def _means_away(error: Exception) -> bool:
     from redis.exceptions import TimeoutError as NoReply
 
     # To the library, a Redis that loads its data is a ConnectionError, but so is one that wants a password.
-    return isinstance(error, NoConnection | NoReply | OSError) and not isinstance(
-        in_words("", error), RedisAccessDenied
-    )
+    return isinstance(error, NoConnection | NoReply | OSError) and not isinstance(in_words("", error), RedisUnfit)
 
 
 class Driver:
