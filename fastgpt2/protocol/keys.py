@@ -35,6 +35,8 @@ EXECUTIONS_SUFFIX = ":executions"
 JOB_PREFIX = "rq:job:"
 QUEUE_PREFIX = "rq:queue:"
 RESULTS_PREFIX = "rq:results:"
+# The set of the keys of all rate limits (`rq.RateLimit`).
+RATE_LIMITS_KEY = "rq:rl-keys"
 
 # All executions of a job; one execution, by the ids of the job and of itself with a colon between.
 EXECUTIONS_PREFIX = "rq:executions:"
@@ -103,6 +105,21 @@ SUSPECT_CRASHES = 2
 
 # For how long a worker counts as alive after each renewal of its lease.
 LEASE_SECONDS = 9.0
+
+# A field of a worker's hash: the moment of its last heartbeat by Redis's clock, in seconds since 1970. RQ's own field,
+# `last_heartbeat`, is by the clock of the worker's machine.
+HEARD_FIELD = "heard_at"
+
+# A worker that was not heard of for this long hangs, was stopped, or cannot reach Redis. The loop that runs jobs tells
+# every 5 s that it turns, that of a quiet worker every 10 s at most; a stopped worker is taken for dead after 15 s.
+SILENT_SECONDS = 12.0
+SILENT = "silent"
+
+# Fields of a worker's hash: which of the processes that had the worker's name one after the other has it now; where the
+# worker's process id means something (`fastgpt2.process.pid_space`); and one that RQ's own workers do not have.
+INCARNATION_FIELD = "fastgpt2_incarnation"
+PID_SPACE_FIELD = "fastgpt2_pid_space"
+VERSION_FIELD = "fastgpt2_version"
 
 # What a worker's hash holds at most of the notes on its model.
 MAX_NOTES = 16

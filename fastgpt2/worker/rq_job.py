@@ -1,4 +1,4 @@
-"""An RQ job that can be nothing but text generation: how it is fetched, read, failed, and followed by other jobs."""
+"""An RQ job that can be nothing but text generation: how it is fetched, read and failed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from redis.exceptions import RedisError
 from rq import Queue
 from rq.exceptions import DeserializationError
 from rq.job import Job, JobStatus
@@ -154,25 +153,6 @@ def fail_malformed(queue: Queue, job_id: str, reason: Exception, worker_name: st
         if isinstance(reply, Exception):
             log.warning("job %s cannot be failed as it should be (%s)", job_id, reply)
     return error
-
-
-def release_dependents(queue: Queue, job_id: str, claimed_key: str) -> None:
-    """Release the jobs that wait for one whose end is written, and then take that one off a worker's list.
-
-    May be done twice.
-    """
-    job = GenerationJob(job_id, connection=queue.connection, serializer=untrusted.JSONOnlySerializer)
-    try:
-        if queue.connection.exists(job.dependents_key):
-            job.restore(queue.connection.hgetall(job.key))
-            queue.enqueue_dependents(job)
-    except RedisError as reason:
-        if not untrusted.is_of_entry(reason):
-            raise
-        log.warning("what waits for job %s cannot be released (%s)", job_id, reason)
-    except Exception:  # an entry that RQ cannot read, of this job or of one that waits for it
-        log.warning("what waits for job %s cannot be released", job_id, exc_info=True)
-    queue.connection.lrem(claimed_key, 1, job_id)
 
 
 def describe_error(error: BaseException) -> str:

@@ -19,7 +19,7 @@ from fastgpt2.errors import JobStopped, JobTimedOut, PromptTooLong
 from fastgpt2.process import on_stop_signals
 from fastgpt2.protocol.keys import registry_key, stream_key
 from fastgpt2.protocol.messages import RUNNING_TTL_SECONDS, Piece, piece_to_entry
-from fastgpt2.protocol.scripts import execute
+from fastgpt2.protocol.scripts import Script, execute
 from fastgpt2.protocol.untrusted import is_of_entry
 from fastgpt2.worker.batch import ActiveJob, Attempt, Batch
 from fastgpt2.worker.claims import Claim, Claims
@@ -39,11 +39,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fastgpt2.worker")
 
+_ADD_PIECE = Script(__file__, "add_piece")
+
 # How long an idle worker may take to notice that it is an orphan, suspended, or due for a heartbeat or for upkeep; and
 # a worker that has had nothing to do for a while: a thousand of them share one Redis. A job and a signal wake it.
 IDLE_SECONDS = 1.0
 QUIET_AFTER_SECONDS = 30.0
 QUIET_SECONDS = 5.0
+
+# For how long after its last job a worker that is to stop goes on trying to tell a Redis that is away. Nothing is lost
+# then: what it holds is found by its lists.
+LAST_TRIES_SECONDS = 10.0
 
 # How many jobs to claim at one go: the rest may be another worker's, so that a burst of jobs spreads over all of them.
 MOST_CLAIMS = 4
@@ -120,13 +126,13 @@ class GenerationWorker(RQWorker):
             raise TypeError(f"{type(self).__name__}.work() takes no option but burst")
         if threading.current_thread() is threading.main_thread():
             on_stop_signals(self.request_stop)
-        if not self.sign_on():
-            return False
-        what = f"model {self.engine.model}, up to {self.engine.max_batch} jobs at once"
-        log.info("%s is ready: %s, queues %s, process %d", self.name, what, ", ".join(self.queue_names()), self.pid)
-        if self.recycling is not None:
-            self.recycling.start()
         try:
+            if not self.sign_on():
+                return False
+            what = f"model {self.engine.model}, up to {self.engine.max_batch} jobs at once"
+            log.info("%s is ready: %s, queues %s, process %d", self.name, what, ", ".join(self.queue_names()), self.pid)
+            if self.recycling is not None:
+                self.recycling.start()
             if self._alive is not None:
                 self._alive.create()
             while not self._turn(burst):
@@ -134,10 +140,12 @@ class GenerationWorker(RQWorker):
         finally:
             if self._alive is not None:
                 self._alive.remove()
-            self._claims.close()
-            self.metrics.close()
-            self.engine.decoder.close()
-            self.sign_off()
+            try:
+                self._claims.close()
+                self.metrics.close()
+                self.engine.decoder.close()
+            finally:
+                self.sign_off()
         return self._worked
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
@@ -160,8 +168,9 @@ class GenerationWorker(RQWorker):
             time.sleep(0.02)
         if self._has_no_jobs() and (self.stopping.is_set() or (burst and not found)):
             return True
-        if len(self.outbox) and self.stop_at_once and self._redis_failures:
-            log.error("%s: the ends of %d jobs could not be written", self.name, len(self.outbox))
+        if self._redis_failures and self._should_give_up():
+            lost = "the ends of %d jobs could not be written, and %d claimed ones not be put back"
+            log.error(f"%s: {lost}; others will find them", self.name, len(self.outbox), len(self._claimed))
             return True
         self._end_overdue()
         for job in self.batch.admit():
@@ -284,9 +293,8 @@ class GenerationWorker(RQWorker):
             most = 4 * self.engine.config.n_positions * job.request.texts
             for piece in job.next_pieces():
                 sent[len(pipeline)] = job, piece
-                pipeline.xadd(key, piece_to_entry(piece), maxlen=most, approximate=True)
-                if piece.at == 0:
-                    pipeline.expire(key, RUNNING_TTL_SECONDS)
+                words = [word for pair in piece_to_entry(piece).items() for word in pair]
+                _ADD_PIECE.add(pipeline, [key], [most, RUNNING_TTL_SECONDS, *words])
         return sent
 
     def _add_cancellation_queries(self, pipeline: Pipeline) -> list[list[ActiveJob]]:
@@ -381,6 +389,11 @@ class GenerationWorker(RQWorker):
             self.outbox.give_back(self.batch.waiting)
         if self.stop_at_once or time.monotonic() > self._drain_until:
             self.outbox.give_back(list(self.batch))
+
+    def _should_give_up(self) -> bool:
+        """Tell whether a worker that is to stop has tried for long enough to tell Redis, or is hurried."""
+        hurried = self.stop_at_once and not len(self.batch)
+        return self.stopping.is_set() and (hurried or time.monotonic() > self._drain_until + LAST_TRIES_SECONDS)
 
     def _reason_to_recycle(self) -> str | None:
         if self.recycling is None:

@@ -47,9 +47,9 @@ async def read_status(connection: Redis, queue: str, history: bool = False) -> d
         the head of a queue has waited (None if no job waits). `jobs`: counts by RQ's states; finished and failed jobs
         count until they expire. `totals`: what was counted since the pool was first used. `rates`: those of the last
         1, 5 and 15 minutes, and None for a mean of nothing. `models`: the models that the workers serve. `workers`:
-        each with its state, age and time since its last heartbeat (seconds), model, notes on the model, counts, pace,
-        memory and the jobs that it has claimed (`in_hand` is their number). What a worker says of itself is as old as
-        its heartbeat.
+        each with its state (RQ's word, or "silent" for one that hangs), age and time since its last heartbeat
+        (seconds), model, notes on the model, counts, pace, memory and the jobs that it has claimed (`in_hand` is their
+        number). What a worker says of itself is as old as its heartbeat.
     """
     snapshot = await read_snapshot(connection, queue, BUCKETS)
     depth = sum(snapshot.depths.values())
@@ -94,9 +94,9 @@ def _describe_worker(entry: WorkerEntry, now: float) -> dict[str, Any]:
     kv_bytes, kv_limit = (whole(fields.get(name)) or 0 for name in ("kv_bytes", "kv_bytes_limit"))
     return {
         "name": entry.name,
-        "state": text(fields.get("state")) or "?",
-        "age_seconds": _age(fields.get("birth"), now),
-        "heartbeat_age_seconds": _age(fields.get("last_heartbeat"), now),
+        "state": entry.state,
+        "age_seconds": _age(seconds_since(fields.get("birth"), now)),
+        "heartbeat_age_seconds": _age(entry.heard_seconds),
         "host": text(fields.get("hostname")) or None,
         "pid": whole(fields.get("pid")),
         **{name: text(fields.get(name)) or None for name in ("model", "computes_by", "blas", "weights", "drafts")},
@@ -137,8 +137,7 @@ def _read_notes(value: Any) -> list[str]:
     return notes[: keys.MAX_NOTES]
 
 
-def _age(moment: Any, now: float) -> float | None:
-    seconds = seconds_since(moment, now)
+def _age(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds, 1)
 
 

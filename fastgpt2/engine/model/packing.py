@@ -38,11 +38,12 @@ from fastgpt2.engine.model.checkpoint import (
     NUMPY_TYPES,
     Checkpoint,
     WeightFiles,
-    map_file,
+    map_open_file,
     read_metadata,
     weight_files,
 )
 from fastgpt2.engine.model.config import GPT2Config, custom_code
+from fastgpt2.engine.model.files import open_file, parse_json, path_of
 from fastgpt2.engine.model.identity import weights_identity
 from fastgpt2.engine.model.weights import HEAD, TABLE, expected_shapes, scales_name
 from fastgpt2.errors import CheckpointError, ModelError
@@ -204,8 +205,8 @@ def pack_in_memory(source: Source, layout: Layout) -> PackedFile:
 
 def open_packed(fd: int, path: Path | None = None, notes: tuple[str, ...] = ()) -> PackedFile:
     """Map a packed file by its descriptor, which is the result's from now on; raise CheckpointError if damaged."""
-    source = path or Path(f"/proc/self/fd/{fd}" if sys.platform == "linux" else f"/dev/fd/{fd}")
-    tensors, mapped = map_file(source)
+    source = path or path_of(fd)
+    tensors, mapped = map_open_file(fd, source)
     return PackedFile(Checkpoint(tensors, {source: mapped}), path, fd, notes)
 
 
@@ -365,11 +366,11 @@ class PackPlan:
 def _open_if_sound(path: Path, source: Source, layout: Layout) -> PackedFile | None:
     """Return the packed file, if it is there, whole, and as one of this source is planned."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_file(path)
     except FileNotFoundError:
         return None
     try:
-        metadata = read_metadata(path)
+        metadata = read_metadata(fd, path)
         packed = open_packed(fd, path, _read_notes(metadata))
     except CheckpointError:
         os.close(fd)
@@ -383,8 +384,8 @@ def _open_if_sound(path: Path, source: Source, layout: Layout) -> PackedFile | N
 
 def _read_notes(metadata: dict[str, str]) -> tuple[str, ...]:
     try:
-        notes = json.loads(metadata.get("notes", "[]"))
-    except (ValueError, RecursionError):
+        notes = parse_json(metadata.get("notes", "[]"))
+    except ValueError:
         return ()
     return tuple(str(note) for note in notes) if isinstance(notes, list) else ()
 

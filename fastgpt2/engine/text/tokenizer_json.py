@@ -7,10 +7,12 @@ file that the library has written. So that beginning is parsed alone; a file in 
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastgpt2.engine.model.files import open_file, parse_json, read_file, why_not_read
 from fastgpt2.engine.model.lfs_pointer import explain_pointer, is_pointer
 from fastgpt2.errors import TokenizerError
 
@@ -37,12 +39,19 @@ def read_text(path: Path) -> str:
 
 def read_bytes(path: Path) -> bytes:
     """Read a tokenizer's file of at most `MAX_TOKENIZER_BYTES`; raise TokenizerError if that cannot be done."""
+    return read_file(path, MAX_TOKENIZER_BYTES, TokenizerError)
+
+
+def check_size(path: Path) -> None:
+    """Raise TokenizerError unless a file that the library is to open is a regular one of at most as many bytes."""
     try:
-        if path.stat().st_size > MAX_TOKENIZER_BYTES:
-            raise TokenizerError(f"{path}: more than {MAX_TOKENIZER_BYTES} bytes; no tokenizer is as large")
-        return path.read_bytes()
+        fd = open_file(path)
     except OSError as reason:
-        raise TokenizerError(f"{path}: cannot be read ({reason.strerror or reason})") from None
+        raise TokenizerError(why_not_read(path, reason)) from None
+    size = os.fstat(fd).st_size
+    os.close(fd)
+    if size > MAX_TOKENIZER_BYTES:
+        raise TokenizerError(f"{path}: {size} bytes; a file of this kind has at most {MAX_TOKENIZER_BYTES}")
 
 
 def _decode(path: Path, data: bytes) -> str:
@@ -94,7 +103,7 @@ class TokenizerJson:
 
     def model(self) -> dict[str, Any]:
         """Parse the whole file, and return the field `model`, which has the vocabulary."""
-        model = json.loads(self.text).get("model")
+        model = parse_json(self.text).get("model")
         if not isinstance(model, dict):
             raise TokenizerError(f"{self.path}: model is not an object")
         return model
@@ -136,7 +145,7 @@ def _parse_head(path: Path, text: str) -> dict[str, Any]:
                 if comma is None:
                     break
                 position = comma.end()
-        whole = json.loads(text)
+        whole = parse_json(text)
     except (ValueError, RecursionError) as reason:
         raise TokenizerError(f"{path}: not a tokenizer that can be read: no valid JSON ({reason})") from None
     if not isinstance(whole, dict):
