@@ -21,12 +21,10 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Self
 
-from redis import Redis
-
 from chaos.callers import PATIENCE_SECONDS, Acknowledged, Asker, Book, Caller, Enqueuer, Mapper, Streamer, Waiter
 from chaos.cluster import QUEUE, PoolProcess
 from chaos.ledger import account, leftovers
-from chaos.sentinel_set import Node, SentinelSet
+from chaos.sentinel_set import SentinelSet
 from chaos.submission import ENTRIES
 from fastgpt2 import Client
 from fastgpt2.errors import JobNotFound, QueueUnavailable, ResultTimeout
@@ -188,7 +186,7 @@ class Run:
 
     def run(self) -> None:
         report, began = self._report, time.monotonic()
-        with SentinelSet(self._folder) as self._set:
+        with SentinelSet(self._folder / "redis") as self._set:
             service = Service(self._folder, self._set.url, report.durability, report.workers)
             with service:
                 self._lose_masters(service)
@@ -228,33 +226,22 @@ class Run:
 
     def _lose(self, kind: str) -> None:
         old = self._set.master()
-        assert old is not None
         began, held = time.monotonic(), self._random.random() < 0.5
         if held:
-            old.proxy.hold_replicas()
+            self._set.hold_replicas(old)
             time.sleep(LAG_SECONDS)
         failover = Failover(kind, held, began, time.monotonic())
         self._failovers.append(failover)
-        _strike(old, kind)
+        self._set.lose(old, kind)
         with ThreadPoolExecutor(1) as prober:
             probing = prober.submit(self._probe)
-            new = self._set.wait_for_promotion(old)
+            self._set.wait_for_promotion(old)
             failover.promoted = time.monotonic()
             failover.served = probing.result()
         time.sleep(self._random.uniform(0.0, 2.0))  # the old one is away for a while, or comes at once
-        self._bring_back(old, kind, new)
-        self._set.wait_until_whole()
+        self._set.bring_back(old, kind, asks_first=self._random.random() < 0.5)
+        self._set.wait_until_complete(linked=False)
         failover.whole = time.monotonic()
-
-    def _bring_back(self, old: Node, kind: str, new: Node) -> None:
-        if kind == "kill":
-            # As a service manager does: it still takes itself for the master. Or as a start script that asks first.
-            if self._random.random() < 0.5:
-                old.write_settings(new.announced)
-            old.start()
-        else:
-            old.wake()
-            old.proxy.heal()
 
     def _probe(self) -> float:
         """Enqueue until a job that was enqueued from now on has its result; return when that was."""
@@ -269,21 +256,16 @@ class Run:
                     time.sleep(0.02)
 
     def _nothing_is_left(self) -> bool:
-        connection = self._master()
+        connection = self._set.connect()
         left = 0
         for name in queues_of(QUEUE):
             left += connection.llen(queue_key(name)) + connection.zcard(registry_key("started", name))
         connection.close()
         return left == 0
 
-    def _master(self) -> Redis:
-        master = self._set.master()
-        assert master is not None
-        return master.directly()
-
     def _settle(self) -> None:
         """Fill the report in."""
-        report, connection = self._report, self._master()
+        report, connection = self._report, self._set.connect()
         _wait(lambda: not connection.zcard(leases_key(QUEUE)), "all workers to sign off", 20.0, self._book)
         ends: Counter[str] = Counter()
         for entry in self._book.acknowledged:
@@ -319,18 +301,6 @@ class Run:
     def _is_in_lag(self, entry: Acknowledged) -> bool:
         """Tell whether a job was written while the replicas were behind a master that then was lost."""
         return any(each.began <= entry.at and entry.asked <= each.at for each in self._failovers)
-
-
-def _strike(old: Node, kind: str) -> None:
-    if kind == "kill":
-        old.kill()
-        old.proxy.drop_replicas()
-    elif kind == "hang":
-        old.hang()
-    elif kind == "part":
-        old.proxy.hang()
-    else:
-        old.proxy.cut()
 
 
 def _summary(times: list[float]) -> dict[str, float]:
