@@ -199,9 +199,9 @@ def test_the_endpoint_and_a_monitor_can_do_their_part(
             assert b"fastgpt2_jobs_ended_total" in (await render_metrics(connection, "fastgpt2"))[1]
             return await read_status(connection, "fastgpt2", history=True)
 
-    async def look_closely() -> None:
+    async def look_closely(ready: bool = True) -> None:
         async with AsyncRedis.from_url(server.url_of("endpoint")) as connection:
-            assert await check_readiness(connection, "fastgpt2") is None
+            assert (await check_readiness(connection, "fastgpt2") is None) is ready
             await record_depth(connection, "fastgpt2")
             assert (await read_status(connection, "fastgpt2", history=True))["totals"]["generated_tokens"] > 0
             assert b"fastgpt2_jobs_ended_total" in (await render_metrics(connection, "fastgpt2"))[1]
@@ -214,7 +214,7 @@ def test_the_endpoint_and_a_monitor_can_do_their_part(
     asyncio.run(look_closely())
     with Client(server.url_of("endpoint"), max_queue=1) as client, suspended(admin):
         waiting = client.enqueue(ENTRIES[0]["prompt"])
-        asyncio.run(look_closely())
+        asyncio.run(look_closely(ready=False))
         with pytest.raises(QueueFull):
             client.enqueue(ENTRIES[0]["prompt"])
         assert waiting.cancel()

@@ -45,6 +45,7 @@ def worker(values: dict[str, Any]) -> int:
         log_prompts=values["log_prompts"],
         restarts=_number("FASTGPT2_RESTARTS") or 0,
         alive=AliveFile(values["alive_file"]) if values["alive_file"] else None,
+        durability=values["durability"],
     ).work(burst=values["burst"])
     return 0
 

@@ -35,6 +35,8 @@ EXECUTIONS_SUFFIX = ":executions"
 JOB_PREFIX = "rq:job:"
 QUEUE_PREFIX = "rq:queue:"
 RESULTS_PREFIX = "rq:results:"
+# It exists from `rq suspend` to `rq resume`.
+SUSPENDED_KEY = "rq:suspended"
 # The set of the keys of all rate limits (`rq.RateLimit`).
 RATE_LIMITS_KEY = "rq:rl-keys"
 
@@ -149,6 +151,19 @@ def once_key(digest: str) -> str:
     return f"fastgpt2:once:{digest}"
 
 
+# Before a queue's name: the Redis stream of the ids of its jobs that were cancelled just now. Those who wait for a job
+# read it too, as a cancellation writes nothing else that they would hear of. It is kept for a moment only: who comes
+# later asks for the job's state first.
+CANCELLATIONS_PREFIX = "fastgpt2:cancelled:"
+CANCELLATIONS_TTL_SECONDS = 60
+MAX_CANCELLATIONS = 1000
+
+
+def cancellations_key(queue_name: str) -> str:
+    """Return the key of the Redis stream of the jobs of an RQ queue that were cancelled just now."""
+    return f"{CANCELLATIONS_PREFIX}{queue_name}"
+
+
 def wake_key(name: str) -> str:
     """Return the key of a Redis stream without content, by which a reader of many streams wakes itself."""
     return f"fastgpt2:wake:{name}"
@@ -174,6 +189,11 @@ def last_report_key(worker_name: str) -> str:
     return f"fastgpt2:told:{worker_name}"
 
 
+def asked_key(worker_name: str) -> str:
+    """Return the key that a worker writes before it asks whether all that it wrote will last."""
+    return f"fastgpt2:asked:{worker_name}"
+
+
 # --- A pool's figures: what workers count, and the endpoint reads ---
 #
 # All of them only grow: counts, sums, and histograms as counts by bucket. The totals of a pool are one hash
@@ -196,8 +216,9 @@ RECOVERIES = "recoveries"
 REFUSED = "refused"
 RETRIED = "retried"
 GIVEN_BACK = "given_back"
+UNCONFIRMED = "unconfirmed"
 TOKEN_COUNTS = (PROMPT_TOKENS, CACHED_TOKENS, GENERATED_TOKENS, DRAFTED_TOKENS, ACCEPTED_TOKENS)
-COUNTS = (*TOKEN_COUNTS, RECOVERIES, REFUSED, RETRIED, GIVEN_BACK)
+COUNTS = (*TOKEN_COUNTS, RECOVERIES, REFUSED, RETRIED, GIVEN_BACK, UNCONFIRMED)
 
 # How a job can end: RQ's status, and why: the finish reason, the kind of error, or that somebody asked for it.
 POISON = ("failed", "poison")

@@ -1,16 +1,19 @@
-"""Connections to the master that Sentinels name, by redis-py's own Sentinel; it says where the master is, not more.
+"""Connections to the master that Sentinels name, by redis-py's own Sentinel.
 
-To each new connection the master's address is asked for; if it is another one than before, idle connections to the old
-master are closed. What redis-py leaves open is added here: a Sentinel is given up after a second and says nothing
-twice, one that still names a master of the past is asked last, and nobody stays connected to what has become a replica.
+For each new connection the Sentinels are asked where the master is. What redis-py leaves open is added here: a Sentinel
+that hangs is given up after a second; one that names a master of the past is asked last; a connection that broke is
+made again to where the master is now, not to where it was; and as soon as another master is known, every connection to
+the former one is cut, so that a subscription or a thread that waits there does not wait on.
 """
 
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
+from weakref import WeakSet
 
 import redis.asyncio as redis_async
 from redis import Redis
@@ -55,7 +58,7 @@ def connect_by_sentinel(group: SentinelGroup, arguments: dict[str, Any], bounded
         one.connection_pool.connection_class = bounded(one.connection_pool.connection_class)
     kind = SecureMasterConnection if arguments.pop("ssl", False) else MasterConnection
     return Redis.from_pool(
-        MasterPool(group.master, sentinels, connection_class=bounded(kind), **arguments)  # type: ignore[no-untyped-call]
+        SentinelConnectionPool(group.master, sentinels, connection_class=bounded(kind), **arguments)  # type: ignore[no-untyped-call]
     )
 
 
@@ -63,7 +66,9 @@ def connect_by_sentinel_async(group: SentinelGroup, arguments: dict[str, Any]) -
     """Return a connection pool for the master, for asyncio; see `connect_by_sentinel`."""
     sentinels = AsyncSentinelSet(group, AsyncRetry(NoBackoff(), 0))
     kind = AsyncSecureMasterConnection if arguments.pop("ssl", False) else AsyncMasterConnection
-    pool = AsyncMasterPool(group.master, sentinels, connection_class=kind, **arguments)  # type: ignore[no-untyped-call]
+    pool = async_sentinel.SentinelConnectionPool(  # type: ignore[no-untyped-call]
+        group.master, sentinels, connection_class=kind, **arguments
+    )
     return redis_async.Redis.from_pool(pool)
 
 
@@ -117,12 +122,16 @@ def _options(retry: Retry | AsyncRetry) -> dict[str, Any]:
 class SentinelSet(Sentinel):
     """The Sentinels of a URL. A connection to one of them lasts for one question.
 
-    Threads share them: their list is replaced, never changed.
+    Threads share them: their list is replaced, never changed. They know all connections to the master, also those of
+    the pools that RQ makes for itself: else a subscription to a master that hangs would wait for ever, and each thread
+    would have to find out for itself.
     """
 
     def __init__(self, group: SentinelGroup, retry: Retry) -> None:
         super().__init__(group.places, sentinel_kwargs={**_options(retry), **group.options})  # type: ignore[no-untyped-call]
         self.group = group
+        self._opened: WeakSet[MasterConnection] = WeakSet()
+        self._lock = threading.Lock()
 
     def discover_master(self, service_name: str) -> tuple[str, int]:
         """Return the address of the master.
@@ -150,6 +159,21 @@ class SentinelSet(Sentinel):
         """Ask the one that answered last after all others from now on."""
         self.sentinels = self.sentinels[1:] + self.sentinels[:1]
 
+    def note(self, connection: MasterConnection) -> None:
+        """Note a connection that is being made."""
+        with self._lock:
+            self._opened.add(connection)
+
+    def leave_others(self, connection: MasterConnection) -> None:
+        """Cut all connections that lead elsewhere than this one, whose other end has said that it is the master."""
+        with self._lock:
+            opened = list(self._opened)
+        for one in opened:
+            # Its thread reads an end of file, and closes it: `disconnect` is for that thread only.
+            if (one.host, one.port) != (connection.host, connection.port) and (used := one._sock) is not None:
+                with suppress(OSError):
+                    socket.socket.shutdown(used, socket.SHUT_RDWR)
+
 
 class AsyncSentinelSet(async_sentinel.Sentinel):
     """See `SentinelSet`."""
@@ -157,6 +181,7 @@ class AsyncSentinelSet(async_sentinel.Sentinel):
     def __init__(self, group: SentinelGroup, retry: AsyncRetry) -> None:
         super().__init__(group.places, sentinel_kwargs={**_options(retry), **group.options})  # type: ignore[no-untyped-call]
         self.group = group
+        self._opened: WeakSet[AsyncMasterConnection] = WeakSet()
 
     async def discover_master(self, service_name: str) -> tuple[str, int]:
         """See `SentinelSet.discover_master`."""
@@ -180,6 +205,16 @@ class AsyncSentinelSet(async_sentinel.Sentinel):
         """See `SentinelSet.ask_another`."""
         self.sentinels = self.sentinels[1:] + self.sentinels[:1]
 
+    def note(self, connection: AsyncMasterConnection) -> None:
+        """See `SentinelSet.note`."""
+        self._opened.add(connection)
+
+    def leave_others(self, connection: AsyncMasterConnection) -> None:
+        """See `SentinelSet.leave_others`."""
+        for one in list(self._opened):
+            if (one.host, one.port) != (connection.host, connection.port) and one._writer is not None:
+                one._writer.transport.abort()
+
 
 class MasterConnection(SentinelManagedConnection):
     """A connection that ends where its server is not the master, or no longer."""
@@ -199,6 +234,8 @@ class MasterConnection(SentinelManagedConnection):
         super().send_packed_command(command, check_health)  # type: ignore[no-untyped-call]
 
     def on_connect_check_health(self, check_health: bool = True) -> None:
+        sentinels = self.connection_pool.sentinel_manager
+        sentinels.note(self)
         super().on_connect_check_health(check_health)
         self.send_command("ROLE", check_health=False)  # type: ignore[no-untyped-call]
         try:
@@ -206,9 +243,7 @@ class MasterConnection(SentinelManagedConnection):
         except NoPermissionError:
             return
         _check_role(self, role)
-        pool = self.connection_pool.connection_pool_ref()
-        if pool is not None:
-            pool.leave_others(self)
+        sentinels.leave_others(self)
 
     def read_response(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -218,25 +253,6 @@ class MasterConnection(SentinelManagedConnection):
                 raise
             self.disconnect()  # type: ignore[no-untyped-call]
             raise NoConnection(str(error)) from None
-
-
-class MasterPool(SentinelConnectionPool):
-    """A pool that, once it knows another master, cuts the connections to the former one that are in use.
-
-    Else a subscription to a master that hangs would wait for ever, and each thread would find out for itself.
-    """
-
-    def leave_others(self, connection: MasterConnection) -> None:
-        """Cut what is not connected to where this connection leads, whose other end has said that it is the master."""
-        with self._lock:
-            former = [
-                one for one in self._in_use_connections if (one.host, one.port) != (connection.host, connection.port)
-            ]
-        for one in former:
-            # The thread that uses it reads an end of file, and closes it. `disconnect` would be no other thread's.
-            if (one.host, one.port) != (connection.host, connection.port) and (opened := one._sock) is not None:
-                with suppress(OSError):
-                    socket.socket.shutdown(opened, socket.SHUT_RDWR)
 
 
 class SecureMasterConnection(MasterConnection, SentinelManagedSSLConnection):
@@ -261,6 +277,8 @@ class AsyncMasterConnection(async_sentinel.SentinelManagedConnection):
         await super().send_packed_command(command, check_health)
 
     async def on_connect_check_health(self, check_health: bool = True) -> None:
+        sentinels = self.connection_pool.sentinel_manager
+        sentinels.note(self)
         await super().on_connect_check_health(check_health)
         await self.send_command("ROLE", check_health=False)
         try:
@@ -268,7 +286,7 @@ class AsyncMasterConnection(async_sentinel.SentinelManagedConnection):
         except NoPermissionError:
             return
         _check_role(self, role)
-        self.connection_pool.leave_others(self)
+        sentinels.leave_others(self)
 
     async def read_response(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -282,22 +300,6 @@ class AsyncMasterConnection(async_sentinel.SentinelManagedConnection):
 
 class AsyncSecureMasterConnection(AsyncMasterConnection, async_sentinel.SentinelManagedSSLConnection):
     """See `MasterConnection`."""
-
-
-class AsyncMasterPool(async_sentinel.SentinelConnectionPool):
-    """See `MasterPool`. Nor does it keep such a connection once it is idle, as the blocking pool does by itself."""
-
-    def leave_others(self, connection: AsyncMasterConnection) -> None:
-        """See `MasterPool.leave_others`."""
-        used: list[Any] = list(self._in_use_connections)
-        for one in used:
-            if one.is_connected and (one.host, one.port) != (connection.host, connection.port):
-                one._writer.transport.abort()
-
-    async def release(self, connection: Any) -> None:
-        if self.master_address != (connection.host, connection.port):
-            await connection.disconnect()
-        await super().release(connection)
 
 
 def _check_role(connection: Any, role: Sequence[Any]) -> None:

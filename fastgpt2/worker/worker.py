@@ -23,6 +23,7 @@ from fastgpt2.protocol.scripts import Script, execute
 from fastgpt2.protocol.untrusted import is_of_entry
 from fastgpt2.worker.batch import ActiveJob, Attempt, Batch
 from fastgpt2.worker.claims import Claim, Claims
+from fastgpt2.worker.confirmation import Confirmation
 from fastgpt2.worker.ledger import Ledger
 from fastgpt2.worker.liveness import AliveFile
 from fastgpt2.worker.outbox import Outbox
@@ -69,6 +70,7 @@ class GenerationWorker(RQWorker):
         log_prompts: write the prompts into the log, where they would else not be found.
         restarts: how often the supervisor has started a worker in this one's place again.
         alive: the file that probes look at.
+        durability: what an end must have reached before it is let go of: memory, disk or replica (`--durability`).
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class GenerationWorker(RQWorker):
         log_prompts: bool = False,
         restarts: int = 0,
         alive: AliveFile | None = None,
+        durability: str = "memory",
     ) -> None:
         self.engine = engine
         self.drain_timeout = drain_timeout
@@ -102,7 +105,8 @@ class GenerationWorker(RQWorker):
         self.metrics = Metrics(connection, queue, self.name, self.batch, engine.decoder)
         self._info = WorkerInfo(engine, self.batch, self.metrics, restarts)
         self._ledger = Ledger(self, self.metrics.count_malformed)
-        self.outbox = Outbox(self.batch, self._ledger, self.metrics, self.name)
+        self.confirmation = Confirmation(connection, durability, self.name, self.metrics.count_unconfirmed)
+        self.outbox = Outbox(self.batch, self._ledger, self.metrics, self.confirmation, self.name)
 
     def serialize(self) -> dict[str, Any]:
         """Return what Redis holds of this worker: RQ's fields, and those of `WorkerInfo`."""
@@ -129,6 +133,7 @@ class GenerationWorker(RQWorker):
         try:
             if not self.sign_on():
                 return False
+            self.confirmation.check()
             what = f"model {self.engine.model}, up to {self.engine.max_batch} jobs at once"
             log.info("%s is ready: %s, queues %s, process %d", self.name, what, ", ".join(self.queue_names()), self.pid)
             if self.recycling is not None:
@@ -142,6 +147,7 @@ class GenerationWorker(RQWorker):
                 self._alive.remove()
             try:
                 self._claims.close()
+                self.confirmation.close()
                 self.metrics.close()
                 self.engine.decoder.close()
             finally:
@@ -167,7 +173,9 @@ class GenerationWorker(RQWorker):
         elif not self.batch.decoding:
             time.sleep(0.02)
         if self._has_no_jobs() and (self.stopping.is_set() or (burst and not found)):
-            return True
+            if not len(self.confirmation):
+                return True
+            self.confirmation.wait(IDLE_SECONDS)
         if self._redis_failures and self._should_give_up():
             lost = "the ends of %d jobs could not be written, and %d claimed ones not be put back"
             log.error(f"%s: {lost}; others will find them", self.name, len(self.outbox), len(self._claimed))
@@ -389,6 +397,7 @@ class GenerationWorker(RQWorker):
             self.outbox.give_back(self.batch.waiting)
         if self.stop_at_once or time.monotonic() > self._drain_until:
             self.outbox.give_back(list(self.batch))
+            self.confirmation.hurry()
 
     def _should_give_up(self) -> bool:
         """Tell whether a worker that is to stop has tried for long enough to tell Redis, or is hurried."""

@@ -24,7 +24,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from fastgpt2.errors import RedisUnfit
 from fastgpt2.protocol.connection import ANSWER_BY, connect, connect_async, in_words
-from fastgpt2.protocol.scripts import execute, is_unknown, with_text
+from fastgpt2.protocol.scripts import execute, is_unknown, to_repeat, with_text
 
 T = TypeVar("T")
 
@@ -238,11 +238,11 @@ class AsyncDriver:
             for one in request.commands:
                 getattr(pipeline, one.method)(*one.args)
             replies = await pipeline.execute(raise_on_error=False)
-            unknown = [at for at, reply in enumerate(replies) if is_unknown(reply)]
-            if unknown:
-                for at in unknown:
-                    pipeline.execute_command(*with_text(request.commands[at].args))
-                for at, reply in zip(unknown, await pipeline.execute(raise_on_error=False), strict=True):
+            again = to_repeat([one.args for one in request.commands], replies)
+            if again:
+                for words in again.values():
+                    pipeline.execute_command(*words)
+                for at, reply in zip(again, await pipeline.execute(raise_on_error=False), strict=True):
                     replies[at] = reply
             return _without_errors(replies)
 

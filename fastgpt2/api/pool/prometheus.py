@@ -39,6 +39,10 @@ _COUNTERS = {
         "fastgpt2_jobs_given_back",
         "Jobs that a worker put back into the queue, in most cases because the worker was stopped.",
     ),
+    keys.UNCONFIRMED: (
+        "fastgpt2_ends_unconfirmed",
+        "Ends of jobs that were written, and not confirmed to be on a replica, or on disk, in time (--durability).",
+    ),
     keys.RECOVERIES: ("fastgpt2_job_recoveries", "Jobs that were taken back from workers that died, to run again."),
     keys.REFUSED: ("fastgpt2_jobs_refused", "Attempts to enqueue that were refused because the queue was full."),
 }

@@ -33,7 +33,7 @@ _MAX_NOTES_BYTES = keys.MAX_NOTES * (12 * keys.MAX_NOTE_CHARACTERS + 100)
 _OPTIONAL_BYTES = ("prefix_bytes", "prefix_bytes_limit", "private_bytes", "shared_bytes")
 
 _RECORD_DEPTH = Script(__file__, "record_depth")
-_COUNT_LEASES = Script(__file__, "count_leases")
+_COUNT_SERVING = Script(__file__, "count_serving")
 
 
 async def read_status(connection: Redis, queue: str, history: bool = False) -> dict[str, Any]:
@@ -142,7 +142,11 @@ def _age(seconds: float | None) -> float | None:
 
 
 async def record_depth(connection: Redis, queue: str) -> None:
-    """Write down how many jobs wait, for the history. Any number of endpoints may do so, every ten seconds each."""
+    """Write down how many jobs wait, for the history. Any number of endpoints may do so, however often.
+
+    Raises:
+        RedisError: Redis cannot be reached, or takes nothing that is new.
+    """
     await _RECORD_DEPTH.run_async(connection, (), (keys.recent_key(queue, ""), *keys.queues_of(queue)))
 
 
@@ -194,18 +198,37 @@ def _mean(total: float, count: float) -> float | None:
 
 
 async def check_readiness(connection: Redis, queue: str) -> str | None:
-    """Return why no job would be served now, as a sentence that anybody may read; None if at least one worker lives.
+    """Return why no job would be served now, as a sentence that anybody may read; None if one would.
 
     A worker takes a lease once its model is loaded and warmed up. The lease ends seconds after the worker's last sign
-    of life.
+    of life. Of a worker that hangs a thread goes on to renew the lease, but its loop is not heard of any more.
 
     Raises:
         RedisError: Redis cannot be reached, which is a reason of its own.
     """
-    leases = await _COUNT_LEASES.run_async(connection, (), (keys.leases_key(queue), int(keys.LEASE_SECONDS * 1000)))
-    if leases:
-        return None
-    return (
-        "no worker that has loaded its model lives on this queue: start some with `fastgpt2 up` or `fastgpt2 pool`, or "
-        "wait until those that start are ready"
-    )
+    arguments = (keys.leases_key(queue), int(keys.LEASE_SECONDS * 1000))
+    suspended, leases, serving = await _COUNT_SERVING.run_async(connection, (), arguments)
+    if suspended:
+        return "all workers are suspended: `rq resume --url REDIS_URL` lets them go on"
+    if not leases:
+        return (
+            "no worker that has loaded its model lives on this queue: start some with `fastgpt2 up` or `fastgpt2 "
+            "pool`, or wait until those that start are ready"
+        )
+    if not serving:
+        return f"all workers are silent, {leases} of them: they hang, or do not reach Redis; their logs may say why"
+    return await _find_refusal(connection, queue)
+
+
+async def _find_refusal(connection: Redis, queue: str) -> str | None:
+    """Return why Redis takes no jobs, though it can be read: it may be full, a replica, or unable to save its data.
+
+    The depth of the queue is written for the trial, as every ten seconds anyway.
+    """
+    from redis.exceptions import ResponseError
+
+    try:
+        await record_depth(connection, queue)
+    except ResponseError as error:
+        return f"Redis takes no jobs ({str(error)[:120]}): mend that, or name another one in FASTGPT2_REDIS_URL"
+    return None
