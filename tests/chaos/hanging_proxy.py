@@ -131,7 +131,8 @@ class HangingProxy:
         link = _Link(writer, server)
         self._links.add(link)
         try:
-            await asyncio.gather(self._ask(link, reader), self._answer(link, answers))
+            with suppress(asyncio.CancelledError):  # at the end
+                await asyncio.gather(self._ask(link, reader), self._answer(link, answers))
         finally:
             self._links.discard(link)
             link.abort()
