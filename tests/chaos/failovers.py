@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import random
@@ -52,7 +53,7 @@ class Failover:
         at: when the master was lost.
         promoted: when the sentinels named another.
         served: when a job that was enqueued after the loss had its result.
-        whole: when the old one was a replica.
+        whole: when the old one was a replica, as far as that was waited for: before the next loss.
     """
 
     kind: str
@@ -61,14 +62,10 @@ class Failover:
     at: float
     promoted: float = 0.0
     served: float = 0.0
-    whole: float = 0.0
+    whole: float = math.inf
 
     def summary(self) -> dict[str, Any]:
-        after = {
-            "promoted": round(self.promoted - self.at, 2),
-            "back": round(self.served - self.at, 2),
-            "whole": round(self.whole - self.at, 2),
-        }
+        after = {"promoted": round(self.promoted - self.at, 2), "back": round(self.served - self.at, 2)}
         return {"kind": self.kind, "held": self.held, **after}
 
 
@@ -200,6 +197,7 @@ class Run:
         callers = self._start_callers(service, over)
         try:
             for kind in self._kinds:
+                self._wait_until_whole()
                 time.sleep(self._random.uniform(1.0, 2.0))  # while the callers go on
                 self._lose(kind)
         finally:
@@ -240,8 +238,11 @@ class Run:
             failover.served = probing.result()
         time.sleep(self._random.uniform(0.0, 2.0))  # the old one is away for a while, or comes at once
         self._set.bring_back(old, kind, asks_first=self._random.random() < 0.5)
-        self._set.wait_until_complete(linked=False)
-        failover.whole = time.monotonic()
+
+    def _wait_until_whole(self) -> None:
+        if self._failovers:
+            self._set.wait_until_complete(linked=False)
+            self._failovers[-1].whole = time.monotonic()
 
     def _probe(self) -> float:
         """Enqueue until a job that was enqueued from now on has its result; return when that was."""

@@ -34,10 +34,10 @@ class SentinelSet(SentinelSystem):
         )
         self._proxies = {node: HangingProxy(node.told, node.port) for node in self.nodes}
 
-    def start(self) -> Self:
+    def start(self, linked: bool = False) -> Self:
         for proxy in self._proxies.values():
             proxy.start()
-        return super().start()
+        return super().start(linked)
 
     def close(self) -> None:
         super().close()

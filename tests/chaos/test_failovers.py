@@ -12,7 +12,7 @@ pytestmark = pytest.mark.processes
 
 
 def test_no_acknowledged_job_is_lost_with_its_master(tmp_path: Path) -> None:
-    report = run(tmp_path, "replica", seed=5, kinds=["kill", "hang"], workers=2, callers=1)
+    report = run(tmp_path, "replica", seed=45, kinds=["kill", "hang"], workers=2, callers=1)
     assert report.wrong == [], "".join(log.read_text("utf-8", "replace")[-6000:] for log in tmp_path.glob("*.log"))
     assert report.lost == report.told == 0
     assert report.ends == {"finished": report.acknowledged}

@@ -186,10 +186,7 @@ class SentinelSystem:
     def _is_complete(self, linked: bool) -> bool:
         replicas, sentinels = len(self.nodes) - 1, len(self.sentinels)
         with suppress(RedisError, OSError, AssertionError):
-            with self.master().connect() as connection:
-                info = connection.info("replication")
-            states = [info.get(f"slave{n}", {}).get("state") for n in range(replicas)]
-            if states != ["online"] * replicas:
+            if not self._is_followed(self.master()):
                 return False
             for one in self.sentinels:
                 with one.connect() as connection:
@@ -203,6 +200,13 @@ class SentinelSystem:
             return True
         return False
 
+    def _is_followed(self, master: Node) -> bool:
+        with suppress(RedisError, OSError), master.connect() as connection:
+            info = connection.info("replication")
+            followers = range(len(self.nodes) - 1)
+            return all(info.get(f"slave{n}", {}).get("state") == "online" for n in followers)
+        return False
+
     @contextmanager
     def stopped(self, node: Node) -> Iterator[None]:
         """While this lasts, the node hangs."""
@@ -212,10 +216,15 @@ class SentinelSystem:
         finally:
             node.resume()
 
-    def start(self) -> Self:
-        for node in (*self.nodes, *self.sentinels):
+    def start(self, linked: bool = True) -> Self:
+        """Start everything, and wait as `wait_until_complete` does."""
+        for node in self.nodes:
             node.start()
-        self.wait_until_complete()
+        # A Sentinel asks at once, and then every ten seconds.
+        wait_until(lambda: self._is_followed(self.nodes[0]), "the replicas to follow")
+        for sentinel in self.sentinels:
+            sentinel.start()
+        self.wait_until_complete(linked=linked)
         return self
 
     def close(self) -> None:
