@@ -350,8 +350,8 @@ class TestCancellation:
                 waiting.result(60)
             assert 0 < admin.ttl(f"fastgpt2:cancelled:{queue_name}") <= 60
 
-    def test_by_a_user_without_the_right_to_tell(self, server: ForgetfulRedis, queue_name: str, admin: Redis) -> None:
-        """The list of rights of an earlier release still does for cancelling."""
+    def test_by_users_without_the_rights(self, server: ForgetfulRedis, queue_name: str, admin: Redis) -> None:
+        """The list of rights of an earlier release still does for cancelling and waiting."""
         admin.acl_setuser(
             "older", enabled=True, passwords=["+x"], keys=["rq:*", "fastgpt2:totals:*"], commands=["+@all"]
         )
@@ -359,6 +359,11 @@ class TestCancellation:
             job = client.enqueue("a")
             assert job.cancel()
             assert job.status() == "canceled"
+            job = client.enqueue("a")
+            waiting = in_thread(job.result)
+            wait_until(lambda: is_waited_for(admin), "the client to wait")
+            finish(admin, job.id, "text")
+            assert waiting.result(60).text == "text"
 
     def test_a_key_of_another_type_disturbs_nobody(self, server: ForgetfulRedis, queue_name: str, admin: Redis) -> None:
         admin.set(f"fastgpt2:cancelled:{queue_name}", "x")

@@ -183,7 +183,9 @@ class Run:
 
     def run(self) -> None:
         report, began = self._report, time.monotonic()
-        with SentinelSet(self._folder / "redis") as self._set:
+        # As docker-compose.yml and deploy/kubernetes/ha have it where jobs are to outlast a master.
+        min_replicas = 1 if report.durability == "replica" else 0
+        with SentinelSet(self._folder / "redis", min_replicas) as self._set:
             service = Service(self._folder, self._set.url, report.durability, report.workers)
             with service:
                 self._lose_masters(service)
