@@ -11,14 +11,16 @@
 -- ARGV[6]          the totals of the pool
 -- ARGV[6 + i]      the name of queue i
 -- Returns          1, or 0 if the worker was heard of since; the ids of the jobs that were put back; the ids of the jobs
---                  to give up; the ids of the jobs whose end was written, but perhaps not all that follows from it; how
---                  many jobs the worker had finished. The jobs of the third and fourth list stay in the worker's list.
+--                  to give up; the ids of the jobs whose end was written, but perhaps not all that follows from it (where
+--                  there are rate limits: also of those that may have a slot to free); how many jobs the worker had
+--                  finished. The jobs of the third and fourth list stay in the worker's list.
 -- include count
 -- include forget_executions
 local worker, leased = ARGV[1], redis.call('ZSCORE', KEYS[1], ARGV[1])
 if ARGV[2] ~= '' and leased ~= ARGV[2] then return {0, {}, {}, {}, 0} end
 local finished = tonumber(redis.call('HGET', '$WORKER_PREFIX' .. worker, 'successful_job_count') or 0) or 0
 local back, poison, over, found = {}, {}, {}, 0
+local limited = redis.call('EXISTS', '$RATE_LIMITS_KEY') == 1
 for i = 1, (#KEYS - 1) / 2 do
     local queue, claimed, name = KEYS[2 * i], KEYS[2 * i + 1], ARGV[6 + i]
     local ids = redis.call('LRANGE', claimed, 0, -1)
@@ -40,16 +42,21 @@ for i = 1, (#KEYS - 1) / 2 do
                 forget_executions(name, id)
                 redis.call('HSET', key, 'status', 'queued', 'worker_name', '', 'started_at', '')
                 redis.call('HDEL', key, '$EXECUTION_FIELD')
+                local ttl = redis.call('HGET', key, 'ttl')
+                if (tonumber(ttl) or 0) > 0 then redis.pcall('EXPIRE', key, ttl) end
                 redis.call('LPUSH', queue, id)
                 back[#back + 1] = id
             end
-        elseif status == 'canceled' then
-            forget_executions(name, id)
-            redis.call('HSET', key, 'ended_at', ARGV[5])
-            redis.call('HDEL', key, 'worker_name')
-        elseif status == 'finished' or status == 'failed' or status == 'stopped' then
-            over[#over + 1] = id
-            keep = true
+        elseif status ~= 'started' then
+            if status == 'canceled' then
+                redis.call('HSET', key, 'ended_at', ARGV[5])
+                redis.call('HDEL', key, 'worker_name')
+            end
+            if status == 'canceled' or not status then forget_executions(name, id) end
+            if limited or status == 'finished' or status == 'failed' or status == 'stopped' then
+                over[#over + 1] = id
+                keep = true
+            end
         end
         if not keep then redis.call('LREM', claimed, 1, id) end
     end

@@ -24,8 +24,9 @@ from fastgpt2.protocol.connection import connect
 from fastgpt2.protocol.messages import STREAM_TTL_SECONDS, end_entry
 from fastgpt2.protocol.scripts import Script
 from fastgpt2.protocol.untrusted import JSONOnlySerializer
+from fastgpt2.worker.aftermath import complete, free_slot
 from fastgpt2.worker.fencing import IfRunning, Verdict, run_fenced
-from fastgpt2.worker.rq_job import GenerationJob, describe_error, fail_malformed, release_dependents
+from fastgpt2.worker.rq_job import GenerationJob, describe_error, fail_malformed
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -52,7 +53,7 @@ class Recovery:
     Attributes:
         put_back: the ids of the jobs that went back to the front of their queues.
         given_up: the ids of the jobs that too many workers have died of.
-        released: the ids of the jobs that had ended; those that wait for them are released.
+        released: the ids of the jobs that had ended; those that wait for them, or for their slots, are released.
         finished: how many jobs the worker had finished in its life.
     """
 
@@ -111,14 +112,14 @@ class Reaper:
         return recovery
 
     def _complete(self, worker_name: str, poison: list[str], ended: list[str]) -> None:
-        """Do what the script cannot: fail the jobs that are given up, and release those that wait for an ended one."""
+        """Do what the script cannot: fail the jobs that are given up, and what follows from their end and others'."""
         for queue in self._queues:
             key = keys.claimed_key(worker_name, queue.name)
             for job_id in {as_text(job_id) for job_id in self._connection.lrange(key, 0, -1)}:
                 if job_id in poison:
                     self._give_up(queue, job_id, worker_name)
                 if job_id in poison or job_id in ended:
-                    release_dependents(queue, job_id, key)
+                    complete(queue, job_id, key)
 
     def _give_up(self, queue: Queue, job_id: str, worker_name: str) -> None:
         job = GenerationJob(job_id, connection=self._connection, serializer=JSONOnlySerializer)
@@ -141,7 +142,9 @@ class Reaper:
         def add_failure(pipeline: Pipeline) -> None:
             job.ended_at = utc_now()
             job.set_status(JobStatus.FAILED, pipeline=pipeline)
-            job._handle_failure(describe_error(error), pipeline=pipeline, worker_name=worker_name)
+            execution: dict[str, Any] = {"execution_id": execution_id, "execution_started_at": job.started_at}
+            execution["execution_ended_at"] = job.ended_at
+            job._handle_failure(describe_error(error), pipeline=pipeline, worker_name=worker_name, **execution)
             Execution(execution_id, job_id, self._connection, worker_name).delete(job, pipeline)
             pipeline.xadd(keys.stream_key(job_id), end_entry(attempt), nomkstream=True)
             pipeline.expire(keys.stream_key(job_id), STREAM_TTL_SECONDS)
@@ -156,6 +159,7 @@ class Reaper:
 
     def _fail_malformed(self, queue: Queue, job_id: str, reason: Exception, worker_name: str) -> None:
         fail_malformed(queue, job_id, reason, worker_name, keys.claimed_key(worker_name, queue.name))
+        free_slot(self._connection, job_id)
         self.count(keys.ended_field("failed", "malformed"))
 
     def count(self, field: str) -> None:

@@ -1,6 +1,7 @@
 -- Cancel a job, as `rq.job.Job.cancel` does (status, queue, registries), but only one that has not ended, and let what
 -- is left of it expire. As it is one script, it cannot overwrite the end that a worker writes at the same moment. RQ
--- registers cancelled jobs for ever; here, some whose hash has expired are taken off on the way.
+-- registers cancelled jobs for ever; here, some whose hash has expired are taken off on the way. Those who wait for jobs
+-- of the queue hear of it by an entry in a stream; should this user lack the right to write one, they ask before long.
 --
 -- KEYS: 1 the job's hash. The totals are no key: then a user of Redis would need all rights to them, not only to count.
 -- ARGV: 1 the job's id; 2 for how many seconds to keep the job if it does not say; 3 the key of a pool's totals;
@@ -43,4 +44,6 @@ for i = 4, #ARGV do
         count(ARGV[3], "$CANCELED_FIELD", 1)
     end
 end
+redis.pcall("XADD", "$CANCELLATIONS_PREFIX" .. origin, "MAXLEN", "~", $MAX_CANCELLATIONS, "*", "job", ARGV[1])
+redis.pcall("EXPIRE", "$CANCELLATIONS_PREFIX" .. origin, $CANCELLATIONS_TTL_SECONDS)
 return 1
