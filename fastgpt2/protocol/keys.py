@@ -105,6 +105,9 @@ SUSPECT_CRASHES = 2
 
 # --- This package's keys ---
 
+# Before the id of a job, the key of its stream; see `stream_key`.
+STREAM_PREFIX = "fastgpt2:stream:"
+
 # For how long a worker counts as alive after each renewal of its lease.
 LEASE_SECONDS = 9.0
 
@@ -130,7 +133,7 @@ MAX_NOTE_CHARACTERS = 400
 
 def stream_key(job_id: str) -> str:
     """Return the key of the Redis stream of a job's text; see `fastgpt2.protocol.messages`."""
-    return f"fastgpt2:stream:{job_id}"
+    return f"{STREAM_PREFIX}{job_id}"
 
 
 def leases_key(name: str) -> str:
@@ -144,6 +147,14 @@ def claimed_key(worker_name: str, queue_name: str) -> str:
     A job stays in the list until its end is written.
     """
     return f"fastgpt2:taken:{worker_name}:{queue_name}"
+
+
+def set_aside_key(queue_name: str) -> str:
+    """Return the key of the list of what stood in an RQ queue and could not be served: JSON notes, the last one first.
+
+    What can be failed as a job is among RQ's failed jobs instead.
+    """
+    return f"fastgpt2:set-aside:{queue_name}"
 
 
 def once_key(digest: str) -> str:
@@ -206,6 +217,8 @@ BUCKET_SECONDS = 10
 RECENT_TTL_SECONDS = 20 * 60
 LATEST_TTL_SECONDS = 24 * 3600
 MAX_LATEST = 100
+SET_ASIDE_TTL_SECONDS = 7 * 24 * 3600
+MAX_SET_ASIDE = 1000
 
 PROMPT_TOKENS = "prompt_tokens"
 CACHED_TOKENS = "cached_tokens"

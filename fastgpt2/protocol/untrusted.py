@@ -11,11 +11,12 @@ import json
 import math
 import pickle
 import pickletools
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from redis.exceptions import ResponseError
+from redis.exceptions import DataError, RedisError, ResponseError
 
 from fastgpt2.engine.decoding.records import MAX_PROMPT_BYTES
 
@@ -152,12 +153,35 @@ def by_name(names: Sequence[str], reply: Any) -> dict[str, Any]:
 
 
 # Redis says this when an entry is not what it should be, as opposed to when it cannot serve.
-_FAULTS_OF_ENTRIES = ("WRONGTYPE", "not an integer", "not a valid float", "would overflow")
+_FAULTS_OF_ENTRIES = (
+    "WRONGTYPE",
+    "not an integer",
+    "not a valid float",
+    "would overflow",
+    "invalid expire time",
+    "would produce NaN or Infinity",
+    "resulting score is not a number",
+    "ID specified in XADD is equal or smaller",
+    "has exhausted the last possible ID",
+)
+
+# Redis says this when it cannot serve anybody, or not this user, or not now; alone, or within what it says of a script.
+_FAULTS_OF_SERVICE = re.compile(
+    r"\b(OOM|READONLY|LOADING|MISCONF|BUSY|UNKILLABLE|NOREPLICAS|MASTERDOWN|CLUSTERDOWN|CROSSSLOT|MOVED|ASK|TRYAGAIN|NOPERM"
+    r"|NOAUTH|WRONGPASS|DENIED|NOSCRIPT|NOPROTO)\b|[Pp]ermission|unknown command|max number of clients"
+)
 
 
 def is_of_entry(error: Exception) -> bool:
     """Tell whether an error is about a key that is not what it should be: to try again would not help."""
     return isinstance(error, ResponseError) and any(phrase in str(error) for phrase in _FAULTS_OF_ENTRIES)
+
+
+def is_of_service(error: BaseException) -> bool:
+    """Tell whether Redis cannot be reached or cannot serve: that is no job's fault, and waiting may help."""
+    if type(error) in (ResponseError, DataError):  # the library knows no more of it than its words
+        return _FAULTS_OF_SERVICE.search(str(error)) is not None
+    return isinstance(error, RedisError | OSError)
 
 
 def read_moment(value: Any) -> datetime | None:

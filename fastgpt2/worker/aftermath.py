@@ -16,8 +16,9 @@ from rq.rate_limit import RateLimitRegistry
 from rq.utils import as_text
 
 from fastgpt2.protocol.keys import job_key
-from fastgpt2.protocol.untrusted import JSONOnlySerializer, check_replies, is_of_entry
+from fastgpt2.protocol.untrusted import JSONOnlySerializer, check_replies, is_of_entry, is_of_service
 from fastgpt2.worker.rq_job import GenerationJob
+from fastgpt2.worker.set_aside import shown, unclaim
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -36,7 +37,7 @@ def complete(queue: Queue, job_id: str, claimed_key: str, limit: str | None = No
     """
     _release_dependents(queue, job_id)
     free_slot(queue.connection, job_id, limit)
-    queue.connection.lrem(claimed_key, 1, job_id)
+    unclaim(queue.connection, claimed_key, job_id)
 
 
 def _release_dependents(queue: Queue, job_id: str) -> None:
@@ -46,12 +47,10 @@ def _release_dependents(queue: Queue, job_id: str) -> None:
             job.restore(queue.connection.hgetall(job.key))
             if job.get_status(refresh=False) in ENDED:
                 queue.enqueue_dependents(job)
-    except RedisError as reason:
-        if not is_of_entry(reason):
+    except Exception as reason:  # an entry that RQ cannot read, of this job or of one that waits for it
+        if is_of_service(reason):
             raise
-        log.warning("what waits for job %s cannot be released (%s)", job_id, reason)
-    except Exception:  # an entry that RQ cannot read, of this job or of one that waits for it
-        log.warning("what waits for job %s cannot be released", job_id, exc_info=True)
+        log.warning("what waits for job %s cannot be released (%s)", shown(job_id), str(reason)[:200])
 
 
 def free_slot(connection: Redis, job_id: str, limit: str | None = None) -> None:
@@ -70,7 +69,7 @@ def free_slot(connection: Redis, job_id: str, limit: str | None = None) -> None:
         # RQ's upkeep, minutes later, is another chance. What Redis will not have now must not stop the worker.
         if isinstance(reason, RedisError) and not (is_of_entry(reason) or isinstance(reason, NoPermissionError)):
             raise
-        log.warning("the slot of job %s under its rate limit cannot be freed yet (%s)", job_id, reason)
+        log.warning("the slot of job %s under its rate limit cannot be freed yet (%s)", shown(job_id), reason)
 
 
 def limits_of(connection: Redis, job_id: str) -> list[str]:

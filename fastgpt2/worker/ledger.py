@@ -31,6 +31,8 @@ from fastgpt2.worker.batch import Attempt, End, EndKind
 from fastgpt2.worker.claims import Claim
 from fastgpt2.worker.fencing import IfClaimed, IfRunning, Verdict, run_fenced
 from fastgpt2.worker.rq_job import GenerationJob, describe_error, fail_malformed, fetch
+from fastgpt2.worker.set_aside import shown, unclaim
+from fastgpt2.worker.unfit import execute_what_fits
 
 if TYPE_CHECKING:
     from redis.client import Pipeline
@@ -74,11 +76,11 @@ class Ledger:
                 found.append(Attempt(job_id, job, queue, execution, time.monotonic()))
         return found
 
-    def fail_malformed(self, queue: Queue, job_id: str, reason: Exception) -> None:
+    def fail_malformed(self, queue: Queue, job_id: str, reason: BaseException) -> None:
         """Fail a claimed or running job that RQ cannot fail, for the state of its entry."""
         error = fail_malformed(queue, job_id, reason, self._worker.name, self._claimed_key(queue))
         free_slot(self._connection, job_id)
-        log.warning("%s: job %s failed: %s", self._worker.name, job_id, error)
+        log.warning("%s: job %s failed: %s", self._worker.name, shown(job_id), error)
         self._malformed(job_id)
 
     def start(self, attempts: list[Attempt]) -> list[Attempt]:
@@ -246,7 +248,7 @@ class Ledger:
             self._add_end_of_execution(attempt, last_pieces if kind == EndKind.CANCELED else None, pipeline)
             if is_over and status not in ENDED and not job.has_rate_limit:
                 pipeline.lrem(claimed, 1, job.id)
-            pipeline.execute()
+            execute_what_fits(pipeline)
         if is_over and (status in ENDED or job.has_rate_limit):
             # Only now: RQ holds a slot for as long as the execution is there.
             complete(attempt.queue, job.id, claimed, _limit_of(job))
@@ -276,8 +278,9 @@ class Ledger:
         if job.ttl and job.ttl > 0:  # how long it may wait; the start took that off
             pipeline.expire(job.key, job.ttl)
         self._worker.cleanup_execution(job, pipeline=pipeline, execution=attempt.execution)
-        pipeline.lrem(self._claimed_key(queue), 1, job.id)
+        # If the queue's key is no list, the script ends here, and the job stays in this worker's list.
         pipeline.lpush(queue.key, job.id)
+        pipeline.lrem(self._claimed_key(queue), 1, job.id)
 
     def keep_alive(self, attempts: Sequence[Attempt]) -> list[Attempt]:
         """Write heartbeats of running jobs.
@@ -315,7 +318,7 @@ class Ledger:
         pipeline.expire(self._worker.key, self._worker.worker_ttl + WORKER_GRACE_SECONDS)
 
     def _unclaim(self, queue: Queue, job_id: str) -> None:
-        self._connection.lrem(self._claimed_key(queue), 1, job_id)
+        unclaim(self._connection, self._claimed_key(queue), job_id)
 
     def _claimed_key(self, queue: Queue) -> str:
         return keys.claimed_key(self._worker.name, queue.name)

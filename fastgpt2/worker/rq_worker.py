@@ -23,12 +23,13 @@ from rq.worker import BaseWorker, WorkerStatus
 from fastgpt2.errors import RedisUnfit
 from fastgpt2.protocol.connection import address_of, in_words
 from fastgpt2.protocol.keys import queues_of
-from fastgpt2.protocol.untrusted import JSONOnlySerializer, is_of_entry
+from fastgpt2.protocol.untrusted import JSONOnlySerializer
 from fastgpt2.worker.listener import Listener
 from fastgpt2.worker.liveness import BEAT_SECONDS, Lease
 from fastgpt2.worker.reaper import Reaper
 from fastgpt2.worker.registration import Registration
 from fastgpt2.worker.rq_job import GenerationJob
+from fastgpt2.worker.upkeep import Upkeep
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -48,7 +49,6 @@ SIGN_OFF_SECONDS = 2.0
 
 # How late a job that is due may be enqueued.
 UPKEEP_SECONDS = 1.0
-UPKEEP_PAUSE_SECONDS = 60.0
 
 
 class RQWorker(BaseWorker):
@@ -71,7 +71,6 @@ class RQWorker(BaseWorker):
         self.stop_at_once = False
         self._stop_commands: thread_queue.SimpleQueue[str] = thread_queue.SimpleQueue()
         self._last_heartbeat = 0.0
-        self._last_locks = 0.0
         self._no_upkeep_before = 0.0
         queues = queues_of(queue)
         super().__init__(
@@ -94,6 +93,7 @@ class RQWorker(BaseWorker):
         self._scheduler = RQScheduler(queues, connection, logging_level=logging.WARNING, serializer=self.serializer)
         # RQ would make a pool of its own of this one's class and options; Sentinel's cannot be made so.
         self._scheduler._connection = connection  # type: ignore[assignment]
+        self._upkeep = Upkeep(self, self._scheduler, self.count_malformed)
 
     def _set_connection(self, connection: Redis) -> Redis:
         """Return the connection as it is; RQ would lengthen its timeout for its own long waits, which there are not."""
@@ -179,33 +179,38 @@ class RQWorker(BaseWorker):
         due = now - self._last_heartbeat > HEARTBEAT_SECONDS
         if due:
             self.announce()
-            self._listener.start()
             self._last_heartbeat = now
+            self._listener.start()
+            self._upkeep.acquire_locks()
         if self.lease.is_taken and not self.stop_at_once:
             log.error("%s was silent for so long that another worker has its name now; stopping", self.name)
             self.stop_at_once = True
             self.stopping.set()
-        if now < self._no_upkeep_before or self.stop_at_once:
+        if now < self._no_upkeep_before:
             return due
         self._no_upkeep_before = now + UPKEEP_SECONDS
-        try:
-            if now - self._last_locks > HEARTBEAT_SECONDS:
-                self._scheduler.acquire_locks()
-                self._last_locks = now
-            self._scheduler.enqueue_scheduled_jobs()
-            if self.should_run_maintenance_tasks:
-                self.run_maintenance_tasks()
-        except Exception as reason:
-            if isinstance(reason, RedisError) and not is_of_entry(reason):
-                raise
-            log.exception("%s: upkeep failed; trying again in %.0f s", self.name, UPKEEP_PAUSE_SECONDS)
-            self._no_upkeep_before = now + UPKEEP_PAUSE_SECONDS
+        self._upkeep.enqueue_due()
+        if self.should_run_maintenance_tasks:
+            self.run_maintenance_tasks()
         return due
+
+    def clean_registries(self) -> None:
+        """Clean the registries of all queues, and of groups and rate limits."""
+        self._upkeep.clean()
+        self.last_cleaned_at = utc_now()  # type: ignore[assignment]
+
+    def run_maintenance_tasks(self) -> None:
+        """Do as RQ does, which would start its scheduler as a process."""
+        self.clean_registries()
+
+    def count_malformed(self, job_id: str) -> None:
+        """Count a job that was failed for the state of its entry; a subclass that counts does more."""
 
     def announce(self) -> None:
         """Send a heartbeat, and write the worker's entry anew: Redis may have lost its data since."""
         self.last_heartbeat = utc_now()
-        self._registration.announce(self._entry())
+        if self._registration.announce(self._entry(), self.pubsub_channel_name) == 0:
+            self._listener.renew()
 
     def _entry(self) -> dict[str, Any]:
         """Return what Redis holds of this worker."""

@@ -354,10 +354,10 @@ def test_a_worker_that_dies_before_it_frees_a_slot(
         begin(redis, turns, FEATURES[feature])
         if way == "failed":
             patch.setattr(turns.worker.batch, "step", fail)
-        turns.until(lambda: turns.worker._has_no_jobs() or turns.worker._redis_failures, "the end to be written")
+        turns.until(lambda: turns.worker._has_no_jobs() or turns.worker._faults.count, "the end to be written")
     turns.worker.outbox._unwritten.clear()
     Reaper(redis, QUEUE).reap(turns.worker.name)
-    turns.worker._no_redis_before = turns.worker._redis_failures = 0
+    turns.worker._faults.clear()
     ours = state(redis, "a")
     redis.flushall()
     assert slots(ours) == slots(play_stock(redis, monkeypatch, way, FEATURES[feature]))

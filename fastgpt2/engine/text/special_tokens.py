@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from fastgpt2.engine.text.bounds import check_added
 from fastgpt2.errors import TokenizerError
 
 if TYPE_CHECKING:
@@ -218,6 +219,7 @@ def add_tokens(backend: tokenizers.Tokenizer, options: Options, special: Special
             token.special = True
         added.append(as_raw(token) if raw else token)
     if added:
+        check_added(backend.normalizer, [token.content for token in added if token.normalized])
         backend.add_tokens(added)
 
 

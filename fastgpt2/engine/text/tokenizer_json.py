@@ -86,6 +86,7 @@ class TokenizerJson:
             raise TokenizerError(explain_pointer(path))
         self._head = _parse_head(path, self.text)
         self.charsmap = self._find_charsmap()
+        self._check_added()
         self.backend: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(self.text)
 
     @property
@@ -95,6 +96,15 @@ class TokenizerJson:
         if not isinstance(tokens, list) or not all(isinstance(token, dict) for token in tokens):
             raise TokenizerError(f"{self.path}: added_tokens is not a list of objects")
         return tokens
+
+    def _check_added(self) -> None:
+        """Check what the normalizer would make of the added tokens, as soon as the library reads them."""
+        normalizer = self._head.get("normalizer")
+        contents = [token.get("content") for token in self.added_tokens if token.get("normalized") is not False]
+        if isinstance(normalizer, dict) and contents:
+            from fastgpt2.engine.text.bounds import check_added
+
+            check_added(normalizer, [content for content in contents if isinstance(content, str)])
 
     @property
     def mentions_bytes(self) -> bool:
