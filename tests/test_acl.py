@@ -19,7 +19,7 @@ import pytest
 from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 from redis.exceptions import ResponseError
-from rq import Queue
+from rq import Queue, RateLimit
 from rq.command import send_stop_job_command
 from rq.serializers import JSONSerializer
 from support.redis_process import OpenRedis
@@ -137,7 +137,9 @@ def test_a_client_and_a_worker_can_do_their_part(server: GuardedRedis, admin: Re
     first = rq.enqueue(TASK, entry["prompt"], max_new_tokens=5)
     after = rq.enqueue(TASK, entry["prompt"], max_new_tokens=5, depends_on=first)
     failing = rq.enqueue(TASK, entry["prompt"], num_beams=4)
+    limited = [rq.enqueue(TASK, "Once", max_new_tokens=2, rate_limit=RateLimit("limit", 1)) for _ in range(2)]
     endless = rq.enqueue(TASK, entry["prompt"], max_new_tokens=480, ignore_eos=True)
+    wait_until(lambda: limited[1].get_status().value == "finished", "the job that waited for a slot to finish")
     wait_until(lambda: after.get_status().value == "finished", "the dependent job to finish")
     wait_until(lambda: failing.get_status().value == "failed", "the refused job to fail")
     if endless.get_status().value == "started":

@@ -10,13 +10,14 @@ def worker(values: dict[str, Any]) -> int:
     """Run one worker until it is told to stop; with `burst`, until the queue is empty."""
     from fastgpt2.engine.engine import Engine
     from fastgpt2.engine.machine import hold_to_one_thread
-    from fastgpt2.process import set_up_logging
+    from fastgpt2.process import raise_open_file_limit, set_up_logging
     from fastgpt2.protocol.connection import connect
     from fastgpt2.worker.liveness import AliveFile
     from fastgpt2.worker.recycling import Recycling
     from fastgpt2.worker.worker import GenerationWorker, log
 
     set_up_logging(values["log_level"])
+    raise_open_file_limit()
     hold_to_one_thread()
     connection = connect(values["redis_url"])
     engine = Engine.load(

@@ -123,8 +123,7 @@ def _url_errors() -> Iterator[None]:
         raise BadRequest(
             "the Redis URL cannot be used; write redis://[user:password@]host:port/0, rediss://..., unix:///path or "
             "redis+sentinel://[user:password@]host:26379,host:26379/MASTER/0, "
-            "percent-encode the characters / # ? @ [ ] of a password or give ?password_file=/path in its place, and "
-            "leave out options that redis-py does not know"
+            "percent-encode the characters / # ? @ [ ] of a password or give ?password_file=/path in its place"
         ) from None
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import parse_qsl, unquote, urlencode
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 from fastgpt2.errors import BadRequest
 from fastgpt2.protocol.password_file import PasswordFile, without_password_file
+from fastgpt2.protocol.redis_options import check_options
 
 SENTINEL_PORT = 26379
 MAX_SENTINELS = 32
@@ -46,15 +47,12 @@ def read_url(url: str) -> tuple[dict[str, Any], SentinelGroup | None]:
     """Return redis-py's arguments for a pool of connections to the server, and the Sentinels that know the server.
 
     Raises:
-        BadRequest: the URL has more than one password, names a password file that cannot be used, or names Sentinels in
-            another form than the one above.
-        ValueError: redis-py cannot use it.
+        BadRequest: the URL has an option that cannot be used, more than one password or database, or a password file
+            that cannot be read; or it names Sentinels in another form than the one above.
+        ValueError: the text is no such URL.
     """
-    from redis.connection import parse_url
-
     if "+sentinel:" not in url.partition("//")[0]:
-        bare, credentials = without_password_file(url)
-        return {**credentials, **parse_url(bare)}, None  # type: ignore[no-untyped-call]
+        return _read_plain_url(url), None
     found = _SENTINEL_URL.fullmatch(url)
     if found is None or not found["hosts"] or not found["master"] or not (found["db"] or "0").isdecimal():
         raise BadRequest(f"the Redis URL names Sentinels in a form that is not known; write {_SENTINEL_FORM}")
@@ -62,8 +60,7 @@ def read_url(url: str) -> tuple[dict[str, Any], SentinelGroup | None]:
     own = {name: value for name, value in options if name.startswith("sentinel_")}
     others = urlencode([(name, value) for name, value in options if name not in own])
     user = f"{found['user']}@" if found["user"] else ""
-    bare, credentials = without_password_file(f"{found[1]}://{user}master/{found['db'] or 0}?{others}")
-    arguments = {**credentials, **parse_url(bare)}  # type: ignore[no-untyped-call]
+    arguments = _read_plain_url(f"{found[1]}://{user}master/{found['db'] or ''}{'?' + others if others else ''}")
     del arguments["host"]
     for_sentinels = {name: value for name, value in arguments.items() if name.startswith("ssl_")}
     if arguments.pop("connection_class", None) is not None:
@@ -74,6 +71,38 @@ def read_url(url: str) -> tuple[dict[str, Any], SentinelGroup | None]:
         {**for_sentinels, **_sentinel_credentials(own)},
         f"{found[1]}+sentinel://{found['hosts']}/{found['master']}/{arguments.get('db', 0)}",
     )
+
+
+def _read_plain_url(url: str) -> dict[str, Any]:
+    from redis.connection import parse_url
+
+    parts = urlsplit(url)
+    options = parse_qsl(parts.query, keep_blank_values=True)
+    if parts.scheme not in ("redis", "rediss", "unix") or parts.fragment or parts.port == 0:
+        raise ValueError
+    # An @ in what looks like options is perhaps that before the host, and they are a password.
+    check_options(parts.scheme, options, quotable="@" not in parts.query)
+    given = dict(options)
+    if (parts.username and "username" in given) or (parts.password and "password" in given):
+        raise BadRequest("the Redis URL has more than one user or password; leave one of them out")
+    if "password" in given and "password_file" in given:
+        raise BadRequest(
+            "the Redis URL has more than one password; name one password_file, or give a password, not both"
+        )
+    if "," in parts.netloc.rpartition("@")[2]:
+        raise BadRequest(f"the Redis URL names several hosts; for those of Sentinels write {_SENTINEL_FORM}")
+    if parts.scheme != "unix":
+        path = parts.path.removeprefix("/").removesuffix("/")
+        if path and not re.fullmatch(r"[0-9]{1,6}", path):
+            raise BadRequest(
+                "the Redis URL has a path that is no number of a database; write redis://[user:password@]host:port/0, "
+                "and percent-encode the characters / # ? @ [ ] of a password"
+            )
+        if path and int(given.get("db", path)) != int(path):
+            raise BadRequest(f"the Redis URL names two databases, {path} and db={given['db']}; leave one of them out")
+    bare, credentials = without_password_file(url)
+    arguments: dict[str, Any] = parse_url(bare)  # type: ignore[no-untyped-call]
+    return {**credentials, **arguments}
 
 
 def _places(hosts: str) -> tuple[tuple[str, int], ...]:

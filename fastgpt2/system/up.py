@@ -22,7 +22,7 @@ from fastgpt2.api.http.access import read_token, refuse_exposure
 from fastgpt2.api.http.serve import bind, url_of
 from fastgpt2.engine.model.hub import find_folders
 from fastgpt2.errors import FastGPT2Error, QueueUnavailable, RedisAccessDenied
-from fastgpt2.process import on_stop_signals, set_up_logging, stop_signals_held
+from fastgpt2.process import on_stop_signals, raise_open_file_limit, set_up_logging, stop_signals_held
 from fastgpt2.protocol.connection import connect, redis_errors, without_password
 from fastgpt2.protocol.keys import workers_key
 from fastgpt2.system.pool import HEALTHY_SECONDS, Child, Pool
@@ -237,6 +237,7 @@ def run_system(values: dict[str, Any]) -> int:
         KeyboardInterrupt: a signal came before everything was ready; what was started has been stopped.
     """
     set_up_logging(values["log_level"])
+    raise_open_file_limit()
     system = System(values)
 
     def stop(_signum: int, _frame: FrameType | None) -> None:
@@ -259,6 +260,7 @@ def run_pool(values: dict[str, Any]) -> int:
         KeyboardInterrupt: a signal came before there was a worker.
     """
     set_up_logging(values["log_level"])
+    raise_open_file_limit()
     on_stop_signals(signal.default_int_handler)
     redis_url = values["redis_url"]
     _refuse_if_denied(redis_url)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -64,16 +65,25 @@ class Listener:
             if isinstance(self._failure, NoPermissionError):
                 raise self._failure
 
+    def renew(self) -> None:
+        """Subscribe anew, soon: the Redis that is listened to is not the one any more that commands are sent to."""
+        if self._subscribed.is_set():
+            self._subscribed.clear()
+            self._wake()
+
     def stop(self) -> None:
         """Listen no more. Redis is told nothing: it may be away."""
         self._ending.set()
-        pubsub = self._pubsub
-        if pubsub is not None and pubsub.connection is not None:
-            # Wakes the thread, which waits for what comes on this connection.
-            with suppress(Exception):
-                pubsub.connection.disconnect()
+        self._wake()
         if self._thread is not None:
             self._thread.join(timeout=1)
+
+    def _wake(self) -> None:
+        """Wake the thread by the end of the connection that it waits on; the thread closes it then."""
+        connection: Any = None if self._pubsub is None else self._pubsub.connection
+        if connection is not None:
+            with suppress(AttributeError, OSError):
+                connection._sock.shutdown(socket.SHUT_RDWR)
 
     def _run(self) -> None:
         while not self._ending.is_set():

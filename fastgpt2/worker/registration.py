@@ -97,20 +97,20 @@ class Registration:
                 f"There exists an active worker named {self._name!r} already, process {pid or '?'} on {host or '?'}; "
                 "give each worker a name of its own"
             )
-        self._look(leased, valid_ms)
-        if has_surely_ended(pid, space) or (valid_ms <= 0 and self._looks >= LOOKS):
+        if has_surely_ended(pid, space) or self._is_dead(leased, valid_ms):
             self._take_back(leased)
             return self.take(fields)
         return False
 
-    def _look(self, leased: str, valid_ms: float) -> None:
-        """Count how often in a row the other's lease was found as it is."""
+    def _is_dead(self, leased: str, valid_ms: float) -> bool:
+        """Tell whether the other's lease has lapsed, and was found as it is often enough."""
         if not self._seen:
             most = max(valid_ms / 1000, float(LOOKS)) + 1
             message = "%s: a worker of this name may still live; waiting until it surely does not, at most %.0f s"
             log.info(message, self._name, most)
         self._looks = self._looks + 1 if leased == self._seen else 1
         self._seen = leased
+        return valid_ms <= 0 and self._looks >= LOOKS
 
     def _take_back(self, leased: str) -> None:
         """Take back what the dead worker had; what cannot be stays in its lists, and is found there."""
@@ -122,11 +122,17 @@ class Registration:
                 raise
             log.exception("%s: not all jobs of the dead worker of this name could be taken back", self._name)
 
-    def announce(self, fields: Mapping[str, Any]) -> None:
-        """Write the worker's entries anew; if another worker has the name by now, tell the lease instead."""
-        arguments = [self._lease.incarnation, self._ttl, *self._words(fields)]
-        if not _ANNOUNCE.run(self._connection, [*self._entries, *self._workers_keys], arguments):
+    def announce(self, fields: Mapping[str, Any], channel: str) -> int | None:
+        """Write the worker's entries anew; if another worker has the name by now, tell the lease instead.
+
+        Returns:
+            How many clients of this Redis listen to the channel; None if that is not known.
+        """
+        arguments = [self._lease.incarnation, self._ttl, channel, *self._words(fields)]
+        reply = _ANNOUNCE.run(self._connection, [*self._entries, *self._workers_keys], arguments)
+        if not reply[0]:
             self._lease.note_taken()
+        return int(reply[1]) if reply[1] >= 0 else None
 
     def leave(self) -> None:
         """Give the name up. A worker that leaves claimed jobs behind keeps its lease, so that they are found."""

@@ -42,7 +42,10 @@ HEARTBEAT_SECONDS = 5.0
 
 # How long RQ may not hear of a running job before it takes the job for abandoned; ours are taken back in seconds.
 EXECUTION_TTL_SECONDS = 600
-MAX_RECONNECT_SECONDS = 10.0
+
+# How long a worker waits at most before it tries again a Redis that was away. After a promotion, the service is back
+# this much later; the lease is tried each second anyway.
+MAX_RECONNECT_SECONDS = 2.0
 
 # For how long signing off is tried again. A Redis that hangs makes each attempt take longer than this.
 SIGN_OFF_SECONDS = 2.0
@@ -71,7 +74,6 @@ class RQWorker(BaseWorker):
         self.stop_at_once = False
         self._stop_commands: thread_queue.SimpleQueue[str] = thread_queue.SimpleQueue()
         self._last_heartbeat = 0.0
-        self._last_locks = 0.0
         self._no_upkeep_before = 0.0
         queues = queues_of(queue)
         super().__init__(
@@ -180,18 +182,16 @@ class RQWorker(BaseWorker):
         due = now - self._last_heartbeat > HEARTBEAT_SECONDS
         if due:
             self.announce()
-            self._listener.start()
             self._last_heartbeat = now
+            self._listener.start()
+            self._upkeep.acquire_locks()
         if self.lease.is_taken and not self.stop_at_once:
             log.error("%s was silent for so long that another worker has its name now; stopping", self.name)
             self.stop_at_once = True
             self.stopping.set()
-        if now < self._no_upkeep_before or self.stop_at_once:
+        if now < self._no_upkeep_before:
             return due
         self._no_upkeep_before = now + UPKEEP_SECONDS
-        if now - self._last_locks > HEARTBEAT_SECONDS:
-            self._upkeep.acquire_locks()
-            self._last_locks = now
         self._upkeep.enqueue_due()
         if self.should_run_maintenance_tasks:
             self.run_maintenance_tasks()
@@ -212,7 +212,8 @@ class RQWorker(BaseWorker):
     def announce(self) -> None:
         """Send a heartbeat, and write the worker's entry anew: Redis may have lost its data since."""
         self.last_heartbeat = utc_now()
-        self._registration.announce(self._entry())
+        if self._registration.announce(self._entry(), self.pubsub_channel_name) == 0:
+            self._listener.renew()
 
     def _entry(self) -> dict[str, Any]:
         """Return what Redis holds of this worker."""

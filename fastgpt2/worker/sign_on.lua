@@ -46,7 +46,7 @@ if owner ~= ARGV[2] then
     end
 end
 redis.call('DEL', KEYS[2], KEYS[3])
-redis.call('HSET', KEYS[2], '$INCARNATION_FIELD', ARGV[2], '$HEARD_FIELD', time[1], unpack(ARGV, 5))
+redis.call('HSET', KEYS[2], '$INCARNATION_FIELD', ARGV[2], '$HEARD_FIELD', string.format('%.3f', now / 1000), unpack(ARGV, 5))
 redis.call('EXPIRE', KEYS[2], ARGV[4])
 for i = 4, #KEYS do
     if i == 4 or i % 2 == 1 then redis.call('SADD', KEYS[i], KEYS[2]) end

@@ -12,12 +12,13 @@ import pytest
 from redis import Redis
 from support.finishing import finish, queued
 from support.redis_process import OpenRedis
-from support.running import in_thread, run, wait_until
+from support.running import in_thread, wait_until
 
 from fastgpt2 import AsyncClient, Client
 from fastgpt2.api.client import bulk as bulk_module
 from fastgpt2.api.client import durability as durability_module
 from fastgpt2.api.client.enqueue import idempotency_keys, plan_job
+from fastgpt2.cli import main
 from fastgpt2.errors import BadRequest, NotDurable, RedisAccessDenied, RedisUnfit
 
 pytestmark = pytest.mark.processes
@@ -120,11 +121,12 @@ class TestReplica:
             client.enqueue("a")
 
     @pytest.mark.usefixtures("deaf_replica")
-    def test_a_command_says_so(self, master: OpenRedis, queue_name: str) -> None:
-        ended = run("enqueue", "a", "--redis-url", master.url, "--queue", queue_name, FASTGPT2_DURABILITY="replica")
-        assert ended.returncode == 4
-        assert "1 job is enqueued and may run" in ended.stderr
-        assert ended.stdout == ""
+    def test_a_command_says_so(self, master: OpenRedis, queue_name: str, capsys: pytest.CaptureFixture[str]) -> None:
+        options = ["--redis-url", master.url, "--queue", queue_name, "--durability", "replica"]
+        assert main(["enqueue", "a", *options]) == 4
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert "1 job is enqueued and may run" in err
 
     def test_a_bulk_run_waits_for_a_replica_that_comes_back(
         self, master: OpenRedis, replica: OpenRedis, admin: Redis, queue_name: str, monkeypatch: pytest.MonkeyPatch

@@ -104,16 +104,16 @@ class TestRestart:
         assert waiting.result(60).text == f"text of {job.id}"
 
     def test_asyncio(self, server: ForgetfulRedis, queue_name: str) -> None:
-        async def body() -> None:
+        async def body() -> str:
             async with AsyncClient(server.url, queue_name) as client:
-                job = await client.enqueue("a")
-                waiting = asyncio.create_task(job.result())
-                await asyncio.to_thread(server.restart)
-                await asyncio.to_thread(wait_for_queue, server, queue_name, [job.id])
-                await asyncio.to_thread(finish_all, server, queue_name)
-                assert (await waiting).text == f"text of {job.id}"
+                return (await (await client.enqueue("a")).result(60)).text
 
-        asyncio.run(asyncio.wait_for(body(), 90))
+        waiting = in_thread(lambda: asyncio.run(body()))
+        ids = wait_for_queue(server, queue_name, 1)
+        server.restart()
+        wait_for_queue(server, queue_name, ids)
+        finish_all(server, queue_name)
+        assert waiting.result(60) == f"text of {ids[0]}"
 
     def test_a_stream_gives_each_character_once(self, server: ForgetfulRedis, forgetful: Client) -> None:
         with forgetful.stream("a", read_timeout=60) as stream:
@@ -350,8 +350,8 @@ class TestCancellation:
                 waiting.result(60)
             assert 0 < admin.ttl(f"fastgpt2:cancelled:{queue_name}") <= 60
 
-    def test_by_a_user_without_the_right_to_tell(self, server: ForgetfulRedis, queue_name: str, admin: Redis) -> None:
-        """The list of rights of an earlier release still does for cancelling."""
+    def test_by_users_without_the_rights(self, server: ForgetfulRedis, queue_name: str, admin: Redis) -> None:
+        """The list of rights of an earlier release still does for cancelling and waiting."""
         admin.acl_setuser(
             "older", enabled=True, passwords=["+x"], keys=["rq:*", "fastgpt2:totals:*"], commands=["+@all"]
         )
@@ -359,6 +359,11 @@ class TestCancellation:
             job = client.enqueue("a")
             assert job.cancel()
             assert job.status() == "canceled"
+            job = client.enqueue("a")
+            waiting = in_thread(job.result)
+            wait_until(lambda: is_waited_for(admin), "the client to wait")
+            finish(admin, job.id, "text")
+            assert waiting.result(60).text == "text"
 
     def test_a_key_of_another_type_disturbs_nobody(self, server: ForgetfulRedis, queue_name: str, admin: Redis) -> None:
         admin.set(f"fastgpt2:cancelled:{queue_name}", "x")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import random
@@ -21,12 +22,10 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Self
 
-from redis import Redis
-
 from chaos.callers import PATIENCE_SECONDS, Acknowledged, Asker, Book, Caller, Enqueuer, Mapper, Streamer, Waiter
 from chaos.cluster import QUEUE, PoolProcess
 from chaos.ledger import account, leftovers
-from chaos.sentinel_set import Node, SentinelSet
+from chaos.sentinel_set import SentinelSet
 from chaos.submission import ENTRIES
 from fastgpt2 import Client
 from fastgpt2.errors import JobNotFound, QueueUnavailable, ResultTimeout
@@ -54,7 +53,7 @@ class Failover:
         at: when the master was lost.
         promoted: when the sentinels named another.
         served: when a job that was enqueued after the loss had its result.
-        whole: when the old one was a replica.
+        whole: when the old one was a replica, as far as that was waited for: before the next loss.
     """
 
     kind: str
@@ -63,12 +62,24 @@ class Failover:
     at: float
     promoted: float = 0.0
     served: float = 0.0
-    whole: float = 0.0
+    whole: float = math.inf
+
+    def summary(self) -> dict[str, Any]:
+        after = {"promoted": round(self.promoted - self.at, 2), "back": round(self.served - self.at, 2)}
+        return {"kind": self.kind, "held": self.held, **after}
 
 
 @dataclass
 class Report:
-    """The results of a run. Times are in seconds."""
+    """The results of a run. Times are in seconds.
+
+    Attributes:
+        acknowledged: how many jobs were; of them `in_lag` while the replicas were held back.
+        lost: how many of them are, `lost_in_lag` of those.
+        told: how many readers were told that their job is lost.
+        back: from the loss of a master until a job that was enqueued later had its result.
+        in_time: whether that was soon enough.
+    """
 
     seed: int
     durability: str
@@ -79,9 +90,11 @@ class Report:
     acknowledged: int = 0
     ends: dict[str, int] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
-    acknowledged_in_lag: int = 0
+    in_lag: int = 0
     lost: int = 0
+    lost_in_lag: int = 0
     told: int = 0
+    failovers: list[dict[str, Any]] = field(default_factory=list)
     back: dict[str, float] = field(default_factory=dict)
     back_after_promotion: dict[str, float] = field(default_factory=dict)
     in_time: bool = False
@@ -170,7 +183,9 @@ class Run:
 
     def run(self) -> None:
         report, began = self._report, time.monotonic()
-        with SentinelSet(self._folder) as self._set:
+        # As docker-compose.yml and deploy/kubernetes/ha have it where jobs are to outlast a master.
+        min_replicas = 1 if report.durability == "replica" else 0
+        with SentinelSet(self._folder / "redis", min_replicas) as self._set:
             service = Service(self._folder, self._set.url, report.durability, report.workers)
             with service:
                 self._lose_masters(service)
@@ -184,6 +199,7 @@ class Run:
         callers = self._start_callers(service, over)
         try:
             for kind in self._kinds:
+                self._wait_until_whole()
                 time.sleep(self._random.uniform(1.0, 2.0))  # while the callers go on
                 self._lose(kind)
         finally:
@@ -210,33 +226,25 @@ class Run:
 
     def _lose(self, kind: str) -> None:
         old = self._set.master()
-        assert old is not None
         began, held = time.monotonic(), self._random.random() < 0.5
         if held:
-            old.proxy.hold_replicas()
+            self._set.hold_replicas(old)
             time.sleep(LAG_SECONDS)
         failover = Failover(kind, held, began, time.monotonic())
         self._failovers.append(failover)
-        _strike(old, kind)
+        self._set.lose(old, kind)
         with ThreadPoolExecutor(1) as prober:
             probing = prober.submit(self._probe)
-            new = self._set.wait_for_promotion(old)
+            self._set.wait_for_promotion(old)
             failover.promoted = time.monotonic()
             failover.served = probing.result()
         time.sleep(self._random.uniform(0.0, 2.0))  # the old one is away for a while, or comes at once
-        self._bring_back(old, kind, new)
-        self._set.wait_until_whole()
-        failover.whole = time.monotonic()
+        self._set.bring_back(old, kind, asks_first=self._random.random() < 0.5)
 
-    def _bring_back(self, old: Node, kind: str, new: Node) -> None:
-        if kind == "kill":
-            # As a service manager does: it still takes itself for the master. Or as a start script that asks first.
-            if self._random.random() < 0.5:
-                old.write_settings(new.announced)
-            old.start()
-        else:
-            old.wake()
-            old.proxy.heal()
+    def _wait_until_whole(self) -> None:
+        if self._failovers:
+            self._set.wait_until_complete(linked=False)
+            self._failovers[-1].whole = time.monotonic()
 
     def _probe(self) -> float:
         """Enqueue until a job that was enqueued from now on has its result; return when that was."""
@@ -251,21 +259,16 @@ class Run:
                     time.sleep(0.02)
 
     def _nothing_is_left(self) -> bool:
-        connection = self._master()
+        connection = self._set.connect()
         left = 0
         for name in queues_of(QUEUE):
-            left += connection.llen(queue_key(name)) + connection.zcard(registry_key("wip", name))
+            left += connection.llen(queue_key(name)) + connection.zcard(registry_key("started", name))
         connection.close()
         return left == 0
 
-    def _master(self) -> Redis:
-        master = self._set.master()
-        assert master is not None
-        return master.directly()
-
     def _settle(self) -> None:
         """Fill the report in."""
-        report, connection = self._report, self._master()
+        report, connection = self._report, self._set.connect()
         _wait(lambda: not connection.zcard(leases_key(QUEUE)), "all workers to sign off", 20.0, self._book)
         ends: Counter[str] = Counter()
         for entry in self._book.acknowledged:
@@ -273,14 +276,16 @@ class Run:
             ends[end] += 1
             if end == "missing":
                 complaints = self._judge_loss(entry)
+                report.lost_in_lag += self._is_in_lag(entry)
             self._book.wrong += [f"job {entry.job.id} ({entry.job.kind}): {complaint}" for complaint in complaints]
         self._book.wrong += leftovers(connection)
         connection.close()
         report.acknowledged, report.ends = len(self._book.acknowledged), dict(ends)
         report.counts = dict(sorted(self._book.counts.items()))
         report.lost, report.told = ends["missing"], sum(entry.told for entry in self._book.acknowledged)
-        report.acknowledged_in_lag = sum(self._is_in_lag(entry) for entry in self._book.acknowledged)
+        report.in_lag = sum(self._is_in_lag(entry) for entry in self._book.acknowledged)
         report.faults = dict(Counter(failover.kind for failover in self._failovers))
+        report.failovers = [each.summary() for each in self._failovers]
         report.held = sum(failover.held for failover in self._failovers)
         report.back = _summary([each.served - each.at for each in self._failovers])
         report.back_after_promotion = _summary([max(0.0, each.served - each.promoted) for each in self._failovers])
@@ -290,27 +295,15 @@ class Run:
     def _judge_loss(self, entry: Acknowledged) -> list[str]:
         if self._report.durability == "replica":
             return ["it was acknowledged, and is lost"]
-        if not self._is_in_lag(entry):
-            return ["it is lost, and was not enqueued while the replicas were behind"]
+        if not any(each.began <= entry.at and entry.asked <= each.whole for each in self._failovers):
+            return ["it is lost, and was enqueued while a master was well and followed"]
         if entry.waited and not entry.told and not entry.seen:
             return ["it is lost, and who waited was not told"]
         return []
 
     def _is_in_lag(self, entry: Acknowledged) -> bool:
-        """Tell whether a job was written while a master was not followed any more, or had been replaced already."""
-        return any(each.began <= entry.at and entry.asked <= each.whole for each in self._failovers)
-
-
-def _strike(old: Node, kind: str) -> None:
-    if kind == "kill":
-        old.kill()
-        old.proxy.drop_replicas()
-    elif kind == "hang":
-        old.hang()
-    elif kind == "part":
-        old.proxy.hang()
-    else:
-        old.proxy.cut()
+        """Tell whether a job was written while the replicas were behind a master that then was lost."""
+        return any(each.began <= entry.at and entry.asked <= each.at for each in self._failovers)
 
 
 def _summary(times: list[float]) -> dict[str, float]:
@@ -351,12 +344,13 @@ def main() -> int:
     parser.add_argument("--callers", type=int, default=2, help="of each kind")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--report", type=Path, help="a JSON file with one entry for each durability")
+    parser.add_argument("--folder", type=Path, help="where to leave all logs; default a temporary folder")
     given = parser.parse_args()
     kinds = kinds_by(given.seed, given.failovers)
     with tempfile.TemporaryDirectory(prefix="fastgpt2-failovers-") as folder:
-        report = run(Path(folder), given.durability, given.seed, kinds, given.workers, given.callers)
+        report = run(given.folder or Path(folder), given.durability, given.seed, kinds, given.workers, given.callers)
         if report.wrong:
-            for log in sorted(Path(folder).glob("*.log")):
+            for log in sorted((given.folder or Path(folder)).glob("*.log")):
                 sys.stderr.write(f"--- {log.name}\n" + "".join(log.read_text("utf-8", "replace")[-20000:]))
     text: dict[str, Any] = {"date": date.today().isoformat(), **asdict(report)}
     print(json.dumps(text, indent=2))

@@ -6,7 +6,6 @@ import asyncio
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Self
 
 _CHUNK = 65536
 
@@ -29,20 +28,17 @@ class _Link:
 
 
 class HangingProxy:
-    """Listens on a port of 127.0.0.1 and passes on to another. Use as a context manager.
+    """Passes on what comes, once it is started, in a thread of its own.
 
     All traffic to a server goes through it if the server announces this port instead of its own.
 
     Args:
+        port: where it listens, on 127.0.0.1.
         to: the server's port.
-
-    Attributes:
-        port: where it listens.
     """
 
-    def __init__(self, to: int) -> None:
-        self._to = to
-        self.port = 0
+    def __init__(self, port: int, to: int) -> None:
+        self._port, self._to = port, to
         self._links: set[_Link] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_cut = False
@@ -72,14 +68,16 @@ class HangingProxy:
         """Reset the replicas' connections with all that was held; later ones are passed on."""
         self._call(self._drop_replicas)
 
-    def __enter__(self) -> Self:
+    def start(self) -> None:
         self._thread.start()
-        self._listening.wait()
-        return self
+        if not self._listening.wait(10):
+            raise OSError(f"the proxy cannot listen on port {self._port}")
 
-    def __exit__(self, *_: object) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
+    def close(self) -> None:
+        """End it, and all its connections. Does nothing if it never began."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
 
     def _call(self, what: Callable[[], object]) -> None:
         """Have the loop do something, and wait until it is done."""
@@ -91,8 +89,7 @@ class HangingProxy:
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         self._heal()
-        server = self._loop.run_until_complete(asyncio.start_server(self._serve, "127.0.0.1", 0))
-        self.port = server.sockets[0].getsockname()[1]
+        server = self._loop.run_until_complete(asyncio.start_server(self._serve, "127.0.0.1", self._port))
         self._listening.set()
         self._loop.run_forever()
         server.close()
@@ -134,7 +131,8 @@ class HangingProxy:
         link = _Link(writer, server)
         self._links.add(link)
         try:
-            await asyncio.gather(self._ask(link, reader), self._answer(link, answers))
+            with suppress(asyncio.CancelledError):  # at the end
+                await asyncio.gather(self._ask(link, reader), self._answer(link, answers))
         finally:
             self._links.discard(link)
             link.abort()

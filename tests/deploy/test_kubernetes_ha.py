@@ -47,10 +47,9 @@ def named(built: list[Object], kind: str, name: str) -> Object:
     return found
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_every_document_is_of_its_schema(built: list[Object], version: str) -> None:
+def test_every_document_is_of_its_schema(built: list[Object]) -> None:
     for document in built:
-        check(document, version)
+        check(document, VERSIONS[0])
         assert document["metadata"]["namespace"] == "fastgpt2"
 
 

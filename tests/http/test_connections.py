@@ -172,14 +172,15 @@ def test_where_there_is_no_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def start_bounded(redis_server: RedisServer, queue_name: str, tmp_path: Path) -> Iterator[StartEndpoint]:
-    """Starts `fastgpt2 api` that may have so many files open, with another time for heads."""
+    """Starts `fastgpt2 api` with a hard limit of open files, and below it a soft one; with other times."""
     started: list[RunningEndpoint] = []
 
     def start(files: int, head_seconds: float, *options: str) -> RunningEndpoint:
         log = tmp_path / f"bounded-{len(started)}.log"
         script = (
             "import sys; from fastgpt2.api.http import connections, middleware; "
-            f"connections.HEAD_SECONDS = {head_seconds}; middleware.LINGER_SECONDS = 0.2; "
+            f"connections.HEAD_SECONDS = {head_seconds}; connections.WRITE_SECONDS = 0.3; "
+            "middleware.LINGER_SECONDS = 0.2; "
             "from fastgpt2.cli import main; sys.exit(main())"
         )
         with log.open("w") as out:
@@ -188,7 +189,7 @@ def start_bounded(redis_server: RedisServer, queue_name: str, tmp_path: Path) ->
                 env={**os.environ, "FASTGPT2_REDIS_URL": redis_server.url, "FASTGPT2_QUEUE": queue_name},
                 stderr=out,
                 text=True,
-                preexec_fn=partial(resource.setrlimit, resource.RLIMIT_NOFILE, (files, files)),
+                preexec_fn=partial(resource.setrlimit, resource.RLIMIT_NOFILE, (60, files)),
             )
         started.append(RunningEndpoint(process, log))
         wait_until(lambda: "endpoint on" in log.read_text(), "the endpoint to listen")
@@ -231,9 +232,47 @@ def test_more_connections_than_there_may_be_files(start_bounded: StartEndpoint, 
     assert len(lines) < 8
 
 
+def test_requests_beyond_their_bound_are_refused_and_probes_are_served(start_bounded: StartEndpoint) -> None:
+    endpoint = start_bounded(64, 600.0)
+    limit = limit_connections(MAX_CONNECTIONS, 64)
+    served = limit - limit // 8
+    body = b'{"prompt": "a"}'
+    asked = POST + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    with ExitStack() as stack:
+        for _ in range(served):
+            stack.enter_context(socket.create_connection(("127.0.0.1", endpoint.port), 60)).sendall(asked)
+
+        def refused() -> bool:
+            answer = httpx.get(f"{endpoint.url}/v1/nothing", trust_env=False, timeout=60)
+            if answer.status_code == 404:
+                return False
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+            assert f"serves {served} requests at once, and no more" in answer.json()["error"]["message"]
+            return True
+
+        wait_until(refused, "all of them to be served")
+        assert httpx.get(f"{endpoint.url}/health", trust_env=False, timeout=60).status_code == 200
+    wait_until(lambda: not refused(), "the requests to end, as nobody waits for them")
+    assert "Traceback" not in endpoint.log.read_text()
+
+
+def test_who_takes_no_answer_is_hung_up_on(start_bounded: StartEndpoint) -> None:
+    endpoint = start_bounded(1024, 600.0)
+    with socket.create_connection(("127.0.0.1", endpoint.port), 60) as connection:
+        # Megabytes: more than the system keeps for a client that does not read.
+        connection.sendall((b"GET /openapi.json HTTP/1.1\r\n" + HOST + b"\r\n") * 300)
+        wait_until(lambda: "took nothing of its answer for 0.3 s" in endpoint.log.read_text(), "it to be given up")
+        found = b""
+        while part := connection.recv(1 << 20):
+            found += part
+    assert 0 < found.count(b"HTTP/1.1 200 OK") < 300
+    assert "Traceback" not in endpoint.log.read_text()
+
+
 def test_out_of_files_is_said_once(start_bounded: StartEndpoint) -> None:
     """What else has files open, this process cannot know; here it is this test."""
     endpoint = start_bounded(64, 600.0)
+    assert httpx.get(f"{endpoint.url}/status", trust_env=False, timeout=60).status_code == 200, "all is open by now"
     resource.prlimit(endpoint.process.pid, resource.RLIMIT_NOFILE, (count_files(endpoint), 64))
     with ExitStack() as stack:
         for _ in range(20):

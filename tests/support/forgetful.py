@@ -12,6 +12,7 @@ class ForgetfulRedis(OpenRedis):
         super().__init__("--appendonly", "no")
 
     def restart(self) -> None:
+        """Kill it and start it again, in the test's main thread: a server ends with the thread that started it."""
         assert self._process is not None
         self._process.kill()
         self._process.wait()

@@ -14,6 +14,7 @@ from typing import Self
 from redis import Redis
 from redis.exceptions import RedisError
 
+from fastgpt2.process import set_up_child
 from fastgpt2.system.redis_server import find_server
 from support.running import wait_until
 
@@ -26,14 +27,25 @@ class Node:
 
     Args:
         options: lines of its configuration, which it keeps over restarts, as Sentinel rewrites it.
+        told: the port that everybody is told instead of its own, on which a proxy listens.
     """
 
-    def __init__(self, folder: Path, port: int, options: list[str], password: str = "", sentinel: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        port: int,
+        options: list[str],
+        password: str = "",
+        sentinel: bool = False,
+        told: int | None = None,
+    ) -> None:
         folder.mkdir(parents=True)
-        self.folder, self.port, self.sentinel = folder, port, sentinel
+        self.folder, self.port, self.sentinel, self.told = folder, port, sentinel, told or port
         self._password = password or None
         self._configuration = folder / "redis.conf"
         own = [f"port {port}", f"bind {HOST}", f"dir {folder}", "protected-mode no"]
+        if told is not None:
+            own += [f"replica-announce-ip {HOST}", f"replica-announce-port {told}"]
         self._configuration.write_text("\n".join([*own, *options]) + "\n")
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -46,6 +58,7 @@ class Node:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                preexec_fn=set_up_child,
             )
 
     def connect(self) -> Redis:
@@ -85,6 +98,7 @@ class SentinelSystem:
         options: lines for the configuration of each Redis, such as `appendonly yes`.
         password: of the master and its replicas.
         sentinel_password: of the Sentinels.
+        proxied: a proxy is to listen before each Redis, on the port `told` of its node, when this is started.
     """
 
     def __init__(
@@ -96,16 +110,25 @@ class SentinelSystem:
         options: tuple[str, ...] = (),
         password: str = "",
         sentinel_password: str = "",
+        proxied: bool = False,
     ) -> None:
         ports = _free_ports(1 + replicas + sentinels)
+        told = _free_ports(1 + replicas) if proxied else [None] * (1 + replicas)
+        first = told[0] or ports[0]
         quick = ['save ""', "repl-diskless-sync-delay 0", "repl-timeout 5", *options]
         quick += [f"requirepass {password}", f"masterauth {password}"] if password else []
         self.nodes = [
-            Node(folder / f"redis-{n}", port, [*quick, *([f"replicaof {HOST} {ports[0]}"] if n else [])], password)
-            for n, port in enumerate(ports[: 1 + replicas])
+            Node(
+                folder / f"redis-{n}",
+                port,
+                [*quick, *([f"replicaof {HOST} {first}"] if n else [])],
+                password,
+                told=other,
+            )
+            for n, (port, other) in enumerate(zip(ports, told, strict=False))
         ]
         watch = [
-            f"sentinel monitor {MASTER} {HOST} {ports[0]} {sentinels // 2 + 1}",
+            f"sentinel monitor {MASTER} {HOST} {first} {sentinels // 2 + 1}",
             f"sentinel down-after-milliseconds {MASTER} {down_after}",
             f"sentinel failover-timeout {MASTER} {max(2000, 4 * down_after)}",
             *([f"sentinel auth-pass {MASTER} {password}"] if password else []),
@@ -126,7 +149,7 @@ class SentinelSystem:
         for sentinel in self.sentinels:
             with suppress(RedisError, OSError), sentinel.connect() as connection:
                 found = connection.execute_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", MASTER)
-                return next(node for node in self.nodes if node.port == int(found[1]))
+                return next(node for node in self.nodes if node.told == int(found[1]))
         raise AssertionError("no Sentinel answers")
 
     def replicas(self) -> list[Node]:
@@ -148,30 +171,40 @@ class SentinelSystem:
     def rejoin(self, old: Node) -> None:
         """Start a node again that was killed or hangs, at once as a replica: a Sentinel would see to it after 8 s."""
         old.kill()
-        old.start("--replicaof", f"{HOST} {self.master().port}")
+        old.start("--replicaof", f"{HOST} {self.master().told}")
         self.wait_until_complete()
 
-    def wait_until_complete(self, seconds: float = 60.0) -> None:
-        """Wait until all replicas are in sync, and every Sentinel knows of all of them and of the other Sentinels."""
-        wait_until(self._is_complete, "the replicas and the Sentinels to know of each other", seconds)
+    def wait_until_complete(self, seconds: float = 60.0, linked: bool = True) -> None:
+        """Wait until all replicas are in sync, and every Sentinel knows of all of them and of the other Sentinels.
 
-    def _is_complete(self) -> bool:
+        Args:
+            linked: wait until every Sentinel has heard that they are in sync, too: it asks every ten seconds.
+        """
+        what = "the replicas and the Sentinels to know of each other"
+        wait_until(lambda: self._is_complete(linked), what, seconds)
+
+    def _is_complete(self, linked: bool) -> bool:
         replicas, sentinels = len(self.nodes) - 1, len(self.sentinels)
         with suppress(RedisError, OSError, AssertionError):
-            with self.master().connect() as connection:
-                info = connection.info("replication")
-            states = [info.get(f"slave{n}", {}).get("state") for n in range(replicas)]
-            if states != ["online"] * replicas:
+            if not self._is_followed(self.master()):
                 return False
             for one in self.sentinels:
                 with one.connect() as connection:
                     state = connection.sentinel_master(MASTER)
                     seen = connection.sentinel_slaves(MASTER)
                 healthy = [replica for replica in seen if replica["flags"] in ("slave", {"slave"})]
-                linked = [replica for replica in healthy if replica["master-link-status"] == "ok"]
-                if state["num-other-sentinels"] != sentinels - 1 or len(linked) != replicas:
+                if linked:
+                    healthy = [replica for replica in healthy if replica["master-link-status"] == "ok"]
+                if state["num-other-sentinels"] != sentinels - 1 or len(healthy) != replicas:
                     return False
             return True
+        return False
+
+    def _is_followed(self, master: Node) -> bool:
+        with suppress(RedisError, OSError), master.connect() as connection:
+            info = connection.info("replication")
+            followers = range(len(self.nodes) - 1)
+            return all(info.get(f"slave{n}", {}).get("state") == "online" for n in followers)
         return False
 
     @contextmanager
@@ -183,10 +216,15 @@ class SentinelSystem:
         finally:
             node.resume()
 
-    def start(self) -> Self:
-        for node in (*self.nodes, *self.sentinels):
+    def start(self, linked: bool = True) -> Self:
+        """Start everything, and wait as `wait_until_complete` does."""
+        for node in self.nodes:
             node.start()
-        self.wait_until_complete()
+        # A Sentinel asks at once, and then every ten seconds.
+        wait_until(lambda: self._is_followed(self.nodes[0]), "the replicas to follow")
+        for sentinel in self.sentinels:
+            sentinel.start()
+        self.wait_until_complete(linked=linked)
         return self
 
     def close(self) -> None:

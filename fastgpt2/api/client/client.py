@@ -55,7 +55,7 @@ class Client:
         redis_url: str | None = None,
         queue: str | None = None,
         max_queue: int | None = None,
-        durability: Literal["memory", "disk", "replica"] | None = None,
+        durability: str | None = None,
     ) -> None:
         self._session = Session(redis_url, queue, max_queue, durability)
         self.redis_url, self.queue_name = self._session.redis_url, self._session.queue

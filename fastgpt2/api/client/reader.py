@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Any, TypeAlias
 
-from redis.exceptions import RedisError
+from redis.exceptions import NoPermissionError, RedisError
 from rq.job import JobStatus
 from rq.results import Result
 
@@ -34,7 +34,7 @@ READ_SECONDS = 2.0
 # For how long RQ's worker keeps a result if the job does not say.
 RQ_RESULT_TTL_SECONDS = 500.0
 
-# For how long cancellations are not read once Redis refused it: another program has written to a key that is read.
+# For how long cancellations are not read once Redis refused it.
 DISREGARD_SECONDS = 60.0
 
 # How long a worker may take to write down what it had generated of a job that was cancelled.
@@ -431,11 +431,12 @@ class ReadLoop:
         return entries
 
     def _disregards_cancellations(self, error: Exception) -> bool:
-        """Tell whether a key of another type may be that of cancellations. If so, these are not read for a while.
+        """Tell whether the error may come of reading cancellations. If so, these are not read for a while.
 
-        The states are queried every `READ_SECONDS`, so that cancellations are heard of later.
+        A key may have another type, or the user have the rights that sufficed before. As the states are queried every
+        `READ_SECONDS`, cancellations are then heard of later.
         """
-        if not is_of_entry(error):
+        if not is_of_entry(error) and not isinstance(error, NoPermissionError):
             return False
         self._cancellations_from = time.monotonic() + DISREGARD_SECONDS
         self._cancellation_positions = {}

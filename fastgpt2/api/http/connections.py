@@ -155,7 +155,7 @@ class Connection(H11Protocol):
     def pause_writing(self) -> None:
         """Give the client some time to take what waits for it."""
         super().pause_writing()
-        self._write_timer = self.loop.call_later(WRITE_SECONDS, self.transport.abort)
+        self._write_timer = self.loop.call_later(WRITE_SECONDS, self._give_up_writing)
 
     def resume_writing(self) -> None:
         """Go on: the client has taken some."""
@@ -194,6 +194,10 @@ class Connection(H11Protocol):
             self._refuse(408, RequestTooSlow(f"the head of the request did not come within {HEAD_SECONDS:g} s"))
         else:
             self.transport.abort()
+
+    def _give_up_writing(self) -> None:
+        log.info("a client took nothing of its answer for %g s: its connection is closed", WRITE_SECONDS)
+        self.transport.abort()
 
     def _refuse(self, status: int, error: FastGPT2Error) -> None:
         """Answer with an error, read no request any more, and close a little later."""

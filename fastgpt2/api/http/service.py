@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Self
 
 from starlette.requests import Request
 
@@ -74,7 +74,7 @@ class Bounds:
     body_timeout: float = 20.0
     max_queue: int | None = None
     show_prompts: bool = False
-    durability: Literal["memory", "disk", "replica"] | None = None
+    durability: str | None = None
 
 
 class Service:

@@ -20,7 +20,7 @@ from fastgpt2.engine.model.config import (
     TOKENIZER_SETS,
     read_json_object,
 )
-from fastgpt2.engine.text.decoders import is_library_failure
+from fastgpt2.engine.text.decoders import is_library_failure, said
 from fastgpt2.engine.text.special_tokens import (
     Options,
     SpecialTokens,
@@ -91,8 +91,7 @@ def load_tokenizer(folder: Path) -> LoadedTokenizer:
     except BaseException as reason:
         if not is_library_failure(reason):
             raise
-        said = " ".join(str(reason).split())[:200] or type(reason).__name__
-        raise TokenizerError(f"{loader.path}: not a tokenizer that can be read ({said})") from None
+        raise TokenizerError(f"{loader.path}: not a tokenizer that can be read ({said(reason)})") from None
 
 
 class _Loader:

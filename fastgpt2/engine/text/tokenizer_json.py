@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fastgpt2.engine.model.files import open_file, parse_json, read_file, why_not_read
 from fastgpt2.engine.model.lfs_pointer import explain_pointer, is_pointer
 from fastgpt2.errors import TokenizerError
+from fastgpt2.fields import why_no_json
 
 if TYPE_CHECKING:
     import tokenizers
@@ -86,6 +87,7 @@ class TokenizerJson:
             raise TokenizerError(explain_pointer(path))
         self._head = _parse_head(path, self.text)
         self.charsmap = self._find_charsmap()
+        self._check_added()
         self.backend: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(self.text)
 
     @property
@@ -95,6 +97,15 @@ class TokenizerJson:
         if not isinstance(tokens, list) or not all(isinstance(token, dict) for token in tokens):
             raise TokenizerError(f"{self.path}: added_tokens is not a list of objects")
         return tokens
+
+    def _check_added(self) -> None:
+        """Check what the normalizer would make of the added tokens, as soon as the library reads them."""
+        normalizer = self._head.get("normalizer")
+        contents = [token.get("content") for token in self.added_tokens if token.get("normalized") is not False]
+        if isinstance(normalizer, dict) and contents:
+            from fastgpt2.engine.text.bounds import check_added
+
+            check_added(normalizer, [content for content in contents if isinstance(content, str)])
 
     @property
     def mentions_bytes(self) -> bool:
@@ -147,7 +158,9 @@ def _parse_head(path: Path, text: str) -> dict[str, Any]:
                 position = comma.end()
         whole = parse_json(text)
     except (ValueError, RecursionError) as reason:
-        raise TokenizerError(f"{path}: not a tokenizer that can be read: no valid JSON ({reason})") from None
+        raise TokenizerError(
+            f"{path}: not a tokenizer that can be read: no valid JSON ({why_no_json(reason)})"
+        ) from None
     if not isinstance(whole, dict):
         raise TokenizerError(f"{path}: not a tokenizer that can be read: no JSON object")
     return whole
