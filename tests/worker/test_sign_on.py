@@ -37,8 +37,8 @@ from fastgpt2.worker.worker import GenerationWorker
 
 pytestmark = pytest.mark.processes
 
-# As many as a worker sends that signs on, claims a job, runs it and signs off. How many it takes varies a little.
-MOST_COMMANDS = 60
+# To sign on takes about ten commands; to sign on, claim a job, run it and sign off about as many as the second number.
+SIGN_ON_COMMANDS, MOST_COMMANDS = 15, 60
 Make = Callable[..., GenerationWorker]
 
 
@@ -97,7 +97,8 @@ def test_a_cut_at_any_command_of_a_workers_life_does_no_harm(
 ) -> None:
     """Signing on, the first claim, the job, its end, signing off: each is done once, though a worker tries twice."""
     cuts = 0
-    commands = range(1, MOST_COMMANDS + 1, 1 if answered else 5)
+    step = 2 if answered else 6
+    commands = [*range(1, SIGN_ON_COMMANDS, step // 2), *range(SIGN_ON_COMMANDS, MOST_COMMANDS, step)]
     with CuttingProxy(redis_server.url) as proxy:
         for at in commands:
             worker = make(proxy.url, f"{queue_name}-{at}")
@@ -213,9 +214,9 @@ class TestNames:
         assert is_registered_once(redis, second, queue_name)
 
     def test_one_that_was_killed_here_leaves_it_at_once(
-        self, start_worker: StartWorker, client: Client, tmp_path: Path
+        self, start_worker: StartWorker, redis: Redis, client: Client, tmp_path: Path
     ) -> None:
-        """Its process is known to be gone. The job that it ran runs again."""
+        """Its process is known to be gone. The job that it ran runs again. Who loses the name ends, and says so."""
         first = start_worker(FASTGPT2_NAME="w1")
         job = client.enqueue("My name is", max_new_tokens=400, ignore_eos=True)
         wait_until(lambda: job.status() == "started", "the job to start")
@@ -223,9 +224,13 @@ class TestNames:
         first.wait()
         second = start_worker(wait=False, FASTGPT2_NAME="w1")
         assert job.result(timeout=60).usage.completion_tokens == 400
-        assert "waiting until" not in (tmp_path / "worker-1.log").read_text()
-        second.terminate()
-        assert second.wait(60) == 0
+        log = tmp_path / "worker-1.log"
+        assert "waiting until" not in log.read_text()
+        redis.hset("rq:worker:w1", INCARNATION_FIELD, "another")
+        assert second.wait(60) == 1, "a supervisor is to start it again"
+        assert "worker w1 has lost its name to another; give each worker a name of its own" in log.read_text()
+        assert redis.hget("rq:worker:w1", INCARNATION_FIELD) == b"another"
+        redis.delete("rq:worker:w1")
 
     @pytest.mark.usefixtures("quick")
     def test_two_that_want_a_dead_ones_do_not_both_get_it(self, make: Make, redis: Redis, queue_name: str) -> None:
