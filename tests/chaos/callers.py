@@ -16,7 +16,7 @@ import httpx2 as httpx
 
 from chaos.cluster import QUEUE
 from chaos.submission import ENTRIES, Submitted
-from fastgpt2 import Client, GenerationRequest
+from fastgpt2 import Client, GenerationRequest, Job
 from fastgpt2.errors import FastGPT2Error, JobLost, NotDurable, QueueUnavailable, ResultTimeout
 
 # Nobody waits for longer than this, whatever happens.
@@ -30,6 +30,7 @@ class Acknowledged:
     """A job whose enqueueing was answered.
 
     Attributes:
+        handle: what its enqueueing returned. Who waits by it enqueues again what Redis lost; who waits by the id is told.
         asked, at: when it was sent, and when the answer came, on the monotonic clock.
         waited: somebody waits for its end.
         seen: its right result was read.
@@ -37,6 +38,7 @@ class Acknowledged:
     """
 
     job: Submitted
+    handle: Job
     asked: float
     at: float
     waited: bool
@@ -132,9 +134,12 @@ class QueueCaller(Caller):
             self.book.count("refused")
             return None
         submitted = Submitted(job.id, self.name, [entry["ids"][:tokens]])
-        acknowledged = Acknowledged(submitted, asked, time.monotonic(), waited)
+        acknowledged = Acknowledged(submitted, job, asked, time.monotonic(), waited)
         self.book.acknowledge(acknowledged)
         return acknowledged
+
+    def reader_of(self, client: Client, entry: Acknowledged) -> Job:
+        return entry.handle if self.random.random() < 0.5 else client.job(entry.job.id)
 
     def see(self, entry: Acknowledged, token_ids: Any) -> None:
         entry.seen = True
@@ -143,10 +148,11 @@ class QueueCaller(Caller):
 
     def wait_for(self, client: Client, entry: Acknowledged) -> None:
         """Read the result, and again if Redis was away for longer than a reader waits."""
+        job = self.reader_of(client, entry)
         deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
             try:
-                result = client.result(entry.job.id, timeout=max(1.0, deadline - time.monotonic()))
+                result = job.result(timeout=max(1.0, deadline - time.monotonic()))
             except JobLost:
                 entry.told = True
                 return
@@ -189,7 +195,7 @@ class Streamer(QueueCaller):
         entry = self.enqueue(client, waited=True, stream=True)
         if entry is None:
             return
-        stream = client.job(entry.job.id).stream(timeout=PATIENCE_SECONDS)
+        stream = self.reader_of(client, entry).stream(timeout=PATIENCE_SECONDS)
         text = ""
         try:
             for piece in stream:
