@@ -30,7 +30,7 @@ from fastgpt2.api.client.session import Session
 from fastgpt2.commands.prompts import note_idle_options, request_fields
 from fastgpt2.engine.decoding.records import GenerationRequest, GenerationResult
 from fastgpt2.errors import BadRequest, FastGPT2Error, JobFailed, JobNotFound
-from fastgpt2.fields import fields_of
+from fastgpt2.fields import fields_of, why_no_json
 from fastgpt2.process import on_stop_signals
 from fastgpt2.protocol.messages import job_to_kwargs, refuse_unknown, result_to_json
 
@@ -240,7 +240,7 @@ def _parse(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as reason:
-        raise BadRequest(f"the line is not JSON ({reason})") from None
+        raise BadRequest(f"the line is not JSON ({why_no_json(reason)})") from None
     if isinstance(value, str):
         return {"prompt": value}
     if not isinstance(value, dict):

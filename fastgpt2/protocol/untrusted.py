@@ -19,6 +19,7 @@ from typing import Any
 from redis.exceptions import DataError, RedisError, ResponseError
 
 from fastgpt2.engine.decoding.records import MAX_PROMPT_BYTES
+from fastgpt2.fields import why_no_json
 
 # A prompt of the longest kind, every character of it escaped.
 MAX_PAYLOAD_BYTES = 8 * MAX_PROMPT_BYTES
@@ -77,6 +78,8 @@ def read(data: bytes) -> Any:
         return _unpickle(data) if is_pickle(data) else json.loads(data.decode("utf-8"))
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    except ValueError as reason:
+        raise ValueError(why_no_json(reason)) from None
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -125,7 +128,7 @@ def real(value: Any) -> float | None:
             return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if math.isfinite(value) and 0 <= value < MOST else None
+    return float(value) if 0 <= value < MOST and math.isfinite(value) else None
 
 
 def whole(value: Any) -> int | None:

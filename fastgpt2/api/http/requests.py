@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from starlette.requests import ClientDisconnect, Request
 
 from fastgpt2.errors import BadRequest, ForbiddenOrigin, RequestTooLarge, RequestTooSlow, UnsupportedEncoding
+from fastgpt2.fields import why_no_json
 
 MAX_BODY_BYTES = 8 << 20
 
@@ -43,7 +44,7 @@ async def read_object(request: Request, seconds: float, example: str) -> dict[st
     try:
         value = json.loads(body, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as reason:
-        raise BadRequest(f"the body is not JSON ({reason}); send an object such as {example}") from None
+        raise BadRequest(f"the body is not JSON ({why_no_json(reason)}); send an object such as {example}") from None
     if not isinstance(value, dict):
         raise BadRequest(f"the body must be an object such as {example}")
     return value

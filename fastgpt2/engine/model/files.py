@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt2.errors import FastGPT2Error
+from fastgpt2.fields import why_no_json
 
 # Without the second flag, a pipe that took the file's name a moment ago would be waited for.
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
@@ -102,6 +103,4 @@ def parse_json(data: bytes | str, object_pairs_hook: Callable[[list[tuple[str, A
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise
     except ValueError as reason:
-        if "digits" not in str(reason):
-            raise
-        raise ValueError("a number in it has thousands of digits") from None
+        raise ValueError(why_no_json(reason)) from None

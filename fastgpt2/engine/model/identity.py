@@ -48,7 +48,7 @@ def weights_identity(files: Sequence[Path], facts: str) -> str:
     sizes = [file.stat().st_size for file in files]
     spacing = max(BLOCK_SPACING, sum(sizes) // MAX_BLOCKS) if sum(sizes) > WHOLE_BYTES else 0
     for file in files:
-        _add_file(digest, file.resolve(), spacing)
+        _add_file(digest, file, spacing)
     return digest.hexdigest()[:16]
 
 
@@ -58,7 +58,7 @@ def _add_file(digest: hashlib._Hash, file: Path, spacing: int) -> None:
     try:
         status = os.fstat(fd)
         size = status.st_size
-        digest.update(f"\n{file} {size} {status.st_mtime_ns}\n".encode())
+        digest.update(f"\n{file.resolve()} {size} {status.st_mtime_ns}\n".encode())
         if not spacing:
             digest.update(os.pread(fd, size, 0))
             return

@@ -61,7 +61,8 @@ class Options:
         """Note that a token has an id."""
         number = int(index) if isinstance(index, (int, str)) and str(index).isdecimal() else -1
         if not 0 <= number <= MAX_TOKEN_ID:
-            raise TokenizerError(f"the added token {token.content[:40]!r} has the id {str(index)[:40]}")
+            given = str(index)[:40].encode("ascii", "backslashreplace").decode()
+            raise TokenizerError(f"the added token {token.content[:40]!r} has the id {given}")
         self.declared[number] = token
         self.by_content[token.content] = token
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fastgpt2.engine.model.files import open_file, parse_json, read_file, why_not_read
 from fastgpt2.engine.model.lfs_pointer import explain_pointer, is_pointer
 from fastgpt2.errors import TokenizerError
+from fastgpt2.fields import why_no_json
 
 if TYPE_CHECKING:
     import tokenizers
@@ -157,7 +158,9 @@ def _parse_head(path: Path, text: str) -> dict[str, Any]:
                 position = comma.end()
         whole = parse_json(text)
     except (ValueError, RecursionError) as reason:
-        raise TokenizerError(f"{path}: not a tokenizer that can be read: no valid JSON ({reason})") from None
+        raise TokenizerError(
+            f"{path}: not a tokenizer that can be read: no valid JSON ({why_no_json(reason)})"
+        ) from None
     if not isinstance(whole, dict):
         raise TokenizerError(f"{path}: not a tokenizer that can be read: no JSON object")
     return whole
