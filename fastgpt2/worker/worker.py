@@ -242,7 +242,8 @@ class GenerationWorker(RQWorker):
 
     def _held(self) -> list[Claim]:
         """Return all jobs that this worker has claimed, and those whose ends are not written yet."""
-        return [*self._claimed, *((job.attempt.queue, job.id) for job in (*self.batch, *self.outbox))]
+        attempts = [*(job.attempt for job in self.batch), *self.outbox]
+        return [*self._claimed, *((attempt.queue, attempt.id) for attempt in attempts)]
 
     def _exchange(self, burst: bool, idle: bool) -> bool:
         """Write ends, keep up, then claim and start jobs. Return whether there were any jobs."""
