@@ -42,7 +42,10 @@ HEARTBEAT_SECONDS = 5.0
 
 # How long RQ may not hear of a running job before it takes the job for abandoned; ours are taken back in seconds.
 EXECUTION_TTL_SECONDS = 600
-MAX_RECONNECT_SECONDS = 10.0
+
+# How long a worker waits at most before it tries again a Redis that was away. After a promotion, the service is back
+# this much later; the lease is tried each second anyway.
+MAX_RECONNECT_SECONDS = 2.0
 
 # For how long signing off is tried again. A Redis that hangs makes each attempt take longer than this.
 SIGN_OFF_SECONDS = 2.0

@@ -16,8 +16,8 @@ import httpx2 as httpx
 
 from chaos.cluster import QUEUE
 from chaos.submission import ENTRIES, Submitted
-from fastgpt2 import Client, GenerationRequest
-from fastgpt2.errors import FastGPT2Error, JobLost, NotDurable, QueueUnavailable, ResultTimeout
+from fastgpt2 import Client, GenerationRequest, Job
+from fastgpt2.errors import FastGPT2Error, JobNotFound, NotDurable, QueueUnavailable, ResultTimeout
 
 # Nobody waits for longer than this, whatever happens.
 PATIENCE_SECONDS = 120.0
@@ -30,13 +30,15 @@ class Acknowledged:
     """A job whose enqueueing was answered.
 
     Attributes:
+        handle: what its enqueueing returned. Who waits by it enqueues again what Redis lost; by the id, one is told.
         asked, at: when it was sent, and when the answer came, on the monotonic clock.
         waited: somebody waits for its end.
         seen: its right result was read.
-        told: its reader was told that it is lost.
+        told: its reader, who knew it by its id only, was told that it is lost or not there.
     """
 
     job: Submitted
+    handle: Job
     asked: float
     at: float
     waited: bool
@@ -132,9 +134,17 @@ class QueueCaller(Caller):
             self.book.count("refused")
             return None
         submitted = Submitted(job.id, self.name, [entry["ids"][:tokens]])
-        acknowledged = Acknowledged(submitted, asked, time.monotonic(), waited)
+        acknowledged = Acknowledged(submitted, job, asked, time.monotonic(), waited)
         self.book.acknowledge(acknowledged)
         return acknowledged
+
+    def reader_of(self, client: Client, entry: Acknowledged) -> Job:
+        return entry.handle if self.random.random() < 0.5 else client.job(entry.job.id)
+
+    def hear_of_loss(self, entry: Acknowledged, job: Job, reason: JobNotFound) -> None:
+        entry.told = True
+        if job is entry.handle:
+            self.book.complain(f"job {job.id} ({self.name}) was lost, and not enqueued again: {reason!r}")
 
     def see(self, entry: Acknowledged, token_ids: Any) -> None:
         entry.seen = True
@@ -143,12 +153,13 @@ class QueueCaller(Caller):
 
     def wait_for(self, client: Client, entry: Acknowledged) -> None:
         """Read the result, and again if Redis was away for longer than a reader waits."""
+        job = self.reader_of(client, entry)
         deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
             try:
-                result = client.result(entry.job.id, timeout=max(1.0, deadline - time.monotonic()))
-            except JobLost:
-                entry.told = True
+                result = job.result(timeout=max(1.0, deadline - time.monotonic()))
+            except JobNotFound as reason:
+                self.hear_of_loss(entry, job, reason)
                 return
             except ResultTimeout as reason:
                 self.book.complain(f"job {entry.job.id} ({self.name}) was waited for in vain: {reason}")
@@ -189,7 +200,8 @@ class Streamer(QueueCaller):
         entry = self.enqueue(client, waited=True, stream=True)
         if entry is None:
             return
-        stream = client.job(entry.job.id).stream(timeout=PATIENCE_SECONDS)
+        job = self.reader_of(client, entry)
+        stream = job.stream(timeout=PATIENCE_SECONDS)
         text = ""
         try:
             for piece in stream:
@@ -198,8 +210,8 @@ class Streamer(QueueCaller):
             self.book.count("readers given up")
             self.wait_for(client, entry)
             return
-        except JobLost:
-            entry.told = True
+        except JobNotFound as reason:
+            self.hear_of_loss(entry, job, reason)
             return
         except FastGPT2Error as reason:
             self.book.complain(f"the stream of {entry.job.id} ended otherwise: {reason!r}")

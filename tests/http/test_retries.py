@@ -15,6 +15,7 @@ from redis import Redis
 from rq.job import Job, JobStatus
 from rq.results import Result
 from rq.serializers import JSONSerializer
+from support.redis_process import OpenRedis
 from support.running import RunningEndpoint, StartEndpoint, wait_until
 
 from fastgpt2 import Client, errors
@@ -35,10 +36,12 @@ def fail(client: Client, redis: Redis) -> Callable[..., None]:
     """Returns a function that ends a job as a worker does, with the last line of an exception."""
 
     def end(job_id: str, reason: str) -> None:
-        redis.lrem(f"rq:queue:{client.queue_name}", 0, job_id)
         job = Job.fetch(job_id, connection=redis, serializer=JSONSerializer)
-        job.set_status(JobStatus.FAILED)
-        Result.create_failure(job, 60, f"Traceback (most recent call last):\n{reason}\n")
+        with redis.pipeline() as pipeline:
+            pipeline.lrem(f"rq:queue:{client.queue_name}", 0, job_id)
+            job.set_status(JobStatus.FAILED, pipeline)
+            Result.create_failure(job, 60, f"Traceback (most recent call last):\n{reason}\n", pipeline=pipeline)
+            pipeline.execute()
 
     return end
 
@@ -124,6 +127,15 @@ def test_what_passes_is_tried_again(start_endpoint: StartEndpoint, client: Clien
         ai.with_options(max_retries=1).completions.create(model="", prompt="a", extra_body=ANY_MODEL)
     assert endpoint.log.read_text().count(f"POST {OPENAI_ROUTE} 429") == 2
     waiting.cancel()
+
+
+def test_a_durability_that_redis_cannot_give_is_for_good(start_endpoint: StartEndpoint) -> None:
+    with OpenRedis("--appendonly", "no") as server:
+        endpoint = start_endpoint("--durability", "disk", FASTGPT2_REDIS_URL=server.url)
+        for path, body in (("/v1/jobs", {"prompt": "a"}), ("/generate", {"inputs": "a"})):
+            answer = httpx.post(f"{endpoint.url}{path}", json=body, trust_env=False, timeout=60)
+            assert (answer.status_code, answer.headers["x-should-retry"]) == (503, "false")
+            assert "appendonly yes" in answer.text
 
 
 def make(kind: type[FastGPT2Error]) -> FastGPT2Error:

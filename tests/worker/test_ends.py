@@ -24,7 +24,7 @@ from rq.webhook import Webhook
 from support.redis_process import OpenRedis
 from support.turns import Turns, take_turns
 
-from fastgpt2 import Engine
+from fastgpt2 import Client, Engine
 from fastgpt2.protocol.connection import connect
 from fastgpt2.protocol.keys import CRASHES_FIELD
 from fastgpt2.worker import aftermath, ledger, tasks
@@ -338,6 +338,21 @@ def slots(found: dict[str, Any]) -> dict[str, Any]:
     for key in ("rq:job:b", "rq:job:c"):
         kept[key] = found[key][1]["status"] if kept and key in found else None
     return kept
+
+
+@pytest.mark.parametrize("feature", LIMITED)
+def test_a_client_of_ours_cancels_in_the_queue(
+    redis: Redis, server: OpenRedis, turns: Turns, monkeypatch: pytest.MonkeyPatch, feature: str
+) -> None:
+    """RQ frees the slot as it cancels. Our clients may do less in Redis, and leave that to a worker."""
+    FEATURES[feature](Queue(QUEUE, connection=redis, serializer=JSONSerializer))
+    with Client(server.url, QUEUE) as client:
+        assert client.cancel("a")
+    turns.take()
+    redis.set("rq:suspended", 1)
+    ours = slots(state(redis, "a"))
+    redis.flushall()
+    assert ours == slots(play_stock(redis, monkeypatch, "cancelled in the queue", FEATURES[feature]))
 
 
 @pytest.mark.parametrize("way", ["finished", "failed"])

@@ -1,9 +1,8 @@
-"""SIGTERM ends a worker in every state, and so does the loss of its supervisor, whatever has become of Redis."""
+"""SIGTERM ends a worker in every state, whatever has become of Redis; see also test_faults.py."""
 
 from __future__ import annotations
 
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -29,24 +28,20 @@ TROUBLED = Path(__file__).parent.parent / "support" / "troubled_worker.py"
 
 
 class Started:
-    """A worker process with its log; `through` is a command that starts it as its child."""
+    """A worker process with its log."""
 
-    def __init__(self, log: Path, trouble: str, url: str, *through: str) -> None:
+    def __init__(self, log: Path, trouble: str, url: str) -> None:
         self.log = log
         environment = {**os.environ, "FASTGPT2_REDIS_URL": url, "FASTGPT2_MODEL": "demo", "FASTGPT2_THREADS": "1"}
         with log.open("w") as out:
             self.process = subprocess.Popen(
-                [*through, sys.executable, str(TROUBLED), trouble],
+                [sys.executable, str(TROUBLED), trouble],
                 env={**environment, "FASTGPT2_DRAIN_TIMEOUT": "0.2"},
                 stderr=out,
             )
 
     def wait_for(self, words: str) -> None:
         wait_until(lambda: words in self.log.read_text(), words)
-
-    @property
-    def pid(self) -> int:
-        return int(re.findall(r"is ready: .* process (\d+)", self.log.read_text())[0])
 
     def kill(self) -> None:
         self.process.kill()
@@ -60,8 +55,8 @@ Start = Callable[..., Started]
 def start(tmp_path: Path) -> Iterator[Start]:
     started: list[Started] = []
 
-    def start(trouble: str, url: str, *through: str) -> Started:
-        started.append(Started(tmp_path / f"worker-{len(started)}.log", trouble, url, *through))
+    def start(trouble: str, url: str) -> Started:
+        started.append(Started(tmp_path / f"worker-{len(started)}.log", trouble, url))
         return started[-1]
 
     yield start
@@ -76,50 +71,27 @@ def with_a_job(url: str) -> None:
         wait_until(lambda: job.status() == "started", "the job to start")
 
 
-def gone(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
-
-
 def test_sigterm_ends_a_worker_in_every_state(start: Start, redis_server: RedisServer, tmp_path: Path) -> None:
     """All at once, as each of them only waits."""
     with OpenRedis(folder=tmp_path / "redis") as hanging, socket.create_server(("127.0.0.1", 0)) as silent:
         signing_on = start("none", f"redis://127.0.0.1:{silent.getsockname()[1]}/0")
         running = start("none", hanging.url)
-        failing = start("no exchange", redis_server.url)
-        keeping_up = start("no upkeep", redis_server.url)
         unleased = start("no lease thread", redis_server.url)
         loading = start("none", redis_server.url)
         loading.wait_for("loaded demo")
         loading.process.terminate()
         running.wait_for("is ready")
         with_a_job(hanging.url)
-        for each in (failing, keeping_up):
-            each.wait_for("an entry that nobody has foreseen")
         unleased.wait_for("is ready")
         signing_on.wait_for("Redis cannot be used")
         with hanging.stopped():
-            others = [signing_on, running, failing, keeping_up, unleased]
+            others = [signing_on, running, unleased]
             for each in others:
                 each.process.terminate()
             for each in others:
                 assert each.process.wait(60) == 0, each.log.read_text()
         assert loading.process.wait(60) in (0, -signal.SIGTERM)
     assert "could not be written" in running.log.read_text() or "leaves" in running.log.read_text()
-
-
-def test_a_worker_without_supervisor_and_redis_ends_by_itself(start: Start, tmp_path: Path) -> None:
-    with OpenRedis(folder=tmp_path / "redis") as server:
-        command = 'FASTGPT2_SUPERVISOR_PID=$$ "$@" & wait'
-        worker = start("none", server.url, "sh", "-c", command, "sh")
-        worker.wait_for("is ready")
-        with_a_job(server.url)
-        pid = worker.pid
-    worker.kill()
-    wait_until(lambda: gone(pid), "the worker to end")
-    assert "the supervisor is gone" in worker.log.read_text()
 
 
 def test_a_worker_that_waits_for_a_name_can_be_stopped(

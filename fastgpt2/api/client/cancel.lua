@@ -8,7 +8,7 @@
 --       4 and on: the queues of this pool. The cancellation of a job of another pool is not counted.
 -- Returns 1 if the job is cancelled, 0 if it had ended, -1 if there is no such job.
 -- include count
-local status, origin, ttl = unpack(redis.call("HMGET", KEYS[1], "status", "origin", "result_ttl"))
+local status, origin, ttl, limit = unpack(redis.call("HMGET", KEYS[1], "status", "origin", "result_ttl", "rate_limit_key"))
 if not status then
     return -1
 end
@@ -21,7 +21,10 @@ if ttl <= 0 then
 end
 redis.call("HSET", KEYS[1], "status", "canceled")
 redis.call("EXPIRE", KEYS[1], ttl)
-redis.call("LREM", "$QUEUE_PREFIX" .. origin, 0, ARGV[1])
+-- A job with one of RQ's rate limits stays in its queue, where a worker finds it and frees its slot for those behind it.
+if not limit then
+    redis.call("LREM", "$QUEUE_PREFIX" .. origin, 0, ARGV[1])
+end
 if status == "started" then
     for _, execution in ipairs(redis.call("ZRANGE", "$EXECUTIONS_PREFIX" .. ARGV[1], 0, -1)) do
         redis.call("ZREM", "$STARTED_PREFIX" .. origin, ARGV[1] .. ":" .. execution)

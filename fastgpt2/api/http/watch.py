@@ -117,7 +117,7 @@ class Watch:
 
     async def _wake(self) -> None:
         with suppress(Exception):  # the loop queries all states by itself within two seconds
-            async with self._driver.connection.pipeline(transaction=False) as pipeline:
+            async with self._driver.connection.pipeline(transaction=True) as pipeline:
                 pipeline.xadd(self._wake_key, {"": ""}, maxlen=1)
                 pipeline.expire(self._wake_key, WAKE_TTL_SECONDS)
                 await pipeline.execute()
