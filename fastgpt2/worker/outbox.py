@@ -43,9 +43,9 @@ class Outbox:
         """Return how many ends are not written yet."""
         return len(self._unwritten)
 
-    def __iter__(self) -> Iterator[ActiveJob | Attempt]:
-        """Yield the jobs whose ends are not written yet, or not confirmed."""
-        yield from (job for job, _ in self._unwritten)
+    def __iter__(self) -> Iterator[Attempt]:
+        """Yield the attempts whose ends are not written yet, or not confirmed."""
+        yield from (end.attempt for _, end in self._unwritten)
         yield from self._confirmation
 
     def finish(self, job: ActiveJob) -> None:

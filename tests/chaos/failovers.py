@@ -49,6 +49,7 @@ class Failover:
     Attributes:
         kind: the master was killed, stopped (hang), parted from everybody by a proxy that hangs, or cut off.
         held: the replicas were held back before.
+        deaf: one of the Sentinels hung meanwhile.
         began: from when on nothing reached the replicas any more.
         at: when the master was lost.
         promoted: when the sentinels named another.
@@ -58,6 +59,7 @@ class Failover:
 
     kind: str
     held: bool
+    deaf: bool
     began: float
     at: float
     promoted: float = 0.0
@@ -66,7 +68,7 @@ class Failover:
 
     def summary(self) -> dict[str, Any]:
         after = {"promoted": round(self.promoted - self.at, 2), "back": round(self.served - self.at, 2)}
-        return {"kind": self.kind, "held": self.held, **after}
+        return {"kind": self.kind, "held": self.held, "deaf": self.deaf, **after}
 
 
 @dataclass
@@ -87,6 +89,7 @@ class Report:
     seconds: float = 0.0
     faults: dict[str, int] = field(default_factory=dict)
     held: int = 0
+    deaf: int = 0
     acknowledged: int = 0
     ends: dict[str, int] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
@@ -177,7 +180,7 @@ class Run:
 
     def __init__(self, folder: Path, report: Report, kinds: list[str], callers: int) -> None:
         self._folder, self._report, self._kinds, self._callers_each = folder, report, kinds, callers
-        self._random = random.Random(report.seed)
+        self._random, self._others = random.Random(report.seed), random.Random(report.seed + 1)
         self._book = Book()
         self._failovers: list[Failover] = []
 
@@ -230,7 +233,10 @@ class Run:
         if held:
             self._set.hold_replicas(old)
             time.sleep(LAG_SECONDS)
-        failover = Failover(kind, held, began, time.monotonic())
+        sentinel = self._others.choice(self._set.sentinels) if self._others.random() < 0.3 else None
+        if sentinel is not None:
+            sentinel.stop()
+        failover = Failover(kind, held, sentinel is not None, began, time.monotonic())
         self._failovers.append(failover)
         self._set.lose(old, kind)
         with ThreadPoolExecutor(1) as prober:
@@ -239,6 +245,8 @@ class Run:
             failover.promoted = time.monotonic()
             failover.served = probing.result()
         time.sleep(self._random.uniform(0.0, 2.0))  # the old one is away for a while, or comes at once
+        if sentinel is not None:
+            sentinel.resume()
         self._set.bring_back(old, kind, asks_first=self._random.random() < 0.5)
 
     def _wait_until_whole(self) -> None:
@@ -287,6 +295,7 @@ class Run:
         report.faults = dict(Counter(failover.kind for failover in self._failovers))
         report.failovers = [each.summary() for each in self._failovers]
         report.held = sum(failover.held for failover in self._failovers)
+        report.deaf = sum(failover.deaf for failover in self._failovers)
         report.back = _summary([each.served - each.at for each in self._failovers])
         report.back_after_promotion = _summary([max(0.0, each.served - each.promoted) for each in self._failovers])
         report.in_time = report.back["p50"] <= BACK_P50_SECONDS and report.back["max"] <= BACK_MOST_SECONDS
