@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import FrameType
 
@@ -103,6 +104,7 @@ def raise_open_file_limit() -> int:
     return sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
 
+@cache
 def pid_space() -> str:
     """Return within what this process's id means a process: a boot of a machine, and a name space of process ids there.
 

@@ -45,7 +45,7 @@ class Outbox:
 
     def __iter__(self) -> Iterator[Attempt]:
         """Yield the attempts whose ends are not written yet, or not confirmed."""
-        yield from (job.attempt for job, _ in self._unwritten)
+        yield from (end.attempt for _, end in self._unwritten)
         yield from self._confirmation
 
     def finish(self, job: ActiveJob) -> None:

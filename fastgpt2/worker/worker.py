@@ -15,7 +15,7 @@ from rq import Queue
 from rq.suspension import is_suspended
 from rq.worker import WorkerStatus
 
-from fastgpt2.errors import JobStopped, JobTimedOut, PromptTooLong
+from fastgpt2.errors import FastGPT2Error, JobStopped, JobTimedOut, PromptTooLong
 from fastgpt2.process import on_stop_signals
 from fastgpt2.protocol.connection import ANSWER_BY, address_of
 from fastgpt2.protocol.untrusted import is_of_service
@@ -128,7 +128,8 @@ class GenerationWorker(RQWorker):
 
         Raises:
             TypeError: an option of RQ's own `work` other than `burst` was given.
-            FastGPT2Error: for some time, nothing could be exchanged with a Redis that is there.
+            FastGPT2Error: for some time, nothing could be exchanged with Redis, and that is not for Redis; or another
+                worker has this one's name by now.
         """
         if other or others:
             raise TypeError(f"{type(self).__name__}.work() takes no option but burst")
@@ -163,6 +164,8 @@ class GenerationWorker(RQWorker):
                     ANSWER_BY.reset(answer_by)
         if self._is_beyond_help:
             raise self._faults.in_words()
+        if self.lease.is_taken:
+            raise FastGPT2Error(f"worker {self.name} has lost its name to another; give each worker a name of its own")
         return self._worked
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
@@ -239,7 +242,7 @@ class GenerationWorker(RQWorker):
 
     def _held(self) -> list[Claim]:
         """Return all jobs that this worker has claimed, and those whose ends are not written yet."""
-        attempts = (*(job.attempt for job in self.batch), *self.outbox)
+        attempts = [*(job.attempt for job in self.batch), *self.outbox]
         return [*self._claimed, *((attempt.queue, attempt.id) for attempt in attempts)]
 
     def _exchange(self, burst: bool, idle: bool) -> bool:

@@ -17,7 +17,7 @@ import httpx2 as httpx
 from chaos.cluster import QUEUE
 from chaos.submission import ENTRIES, Submitted
 from fastgpt2 import Client, GenerationRequest, Job
-from fastgpt2.errors import FastGPT2Error, JobLost, NotDurable, QueueUnavailable, ResultTimeout
+from fastgpt2.errors import FastGPT2Error, JobNotFound, NotDurable, QueueUnavailable, ResultTimeout
 
 # Nobody waits for longer than this, whatever happens.
 PATIENCE_SECONDS = 120.0
@@ -30,11 +30,11 @@ class Acknowledged:
     """A job whose enqueueing was answered.
 
     Attributes:
-        handle: what its enqueueing returned. Who waits by it enqueues again what Redis lost; who waits by the id is told.
+        handle: what its enqueueing returned. Who waits by it enqueues again what Redis lost; by the id, one is told.
         asked, at: when it was sent, and when the answer came, on the monotonic clock.
         waited: somebody waits for its end.
         seen: its right result was read.
-        told: its reader was told that it is lost.
+        told: its reader, who knew it by its id only, was told that it is lost or not there.
     """
 
     job: Submitted
@@ -141,6 +141,11 @@ class QueueCaller(Caller):
     def reader_of(self, client: Client, entry: Acknowledged) -> Job:
         return entry.handle if self.random.random() < 0.5 else client.job(entry.job.id)
 
+    def hear_of_loss(self, entry: Acknowledged, job: Job, reason: JobNotFound) -> None:
+        entry.told = True
+        if job is entry.handle:
+            self.book.complain(f"job {job.id} ({self.name}) was lost, and not enqueued again: {reason!r}")
+
     def see(self, entry: Acknowledged, token_ids: Any) -> None:
         entry.seen = True
         if entry.job.expected != [list(token_ids)]:
@@ -153,8 +158,8 @@ class QueueCaller(Caller):
         while True:
             try:
                 result = job.result(timeout=max(1.0, deadline - time.monotonic()))
-            except JobLost:
-                entry.told = True
+            except JobNotFound as reason:
+                self.hear_of_loss(entry, job, reason)
                 return
             except ResultTimeout as reason:
                 self.book.complain(f"job {entry.job.id} ({self.name}) was waited for in vain: {reason}")
@@ -195,7 +200,8 @@ class Streamer(QueueCaller):
         entry = self.enqueue(client, waited=True, stream=True)
         if entry is None:
             return
-        stream = self.reader_of(client, entry).stream(timeout=PATIENCE_SECONDS)
+        job = self.reader_of(client, entry)
+        stream = job.stream(timeout=PATIENCE_SECONDS)
         text = ""
         try:
             for piece in stream:
@@ -204,8 +210,8 @@ class Streamer(QueueCaller):
             self.book.count("readers given up")
             self.wait_for(client, entry)
             return
-        except JobLost:
-            entry.told = True
+        except JobNotFound as reason:
+            self.hear_of_loss(entry, job, reason)
             return
         except FastGPT2Error as reason:
             self.book.complain(f"the stream of {entry.job.id} ended otherwise: {reason!r}")

@@ -29,7 +29,7 @@ from chaos.sentinel_set import SentinelSet
 from chaos.submission import ENTRIES
 from fastgpt2 import Client
 from fastgpt2.errors import JobNotFound, QueueUnavailable, ResultTimeout
-from fastgpt2.protocol.keys import leases_key, queue_key, queues_of, registry_key
+from fastgpt2.protocol.keys import ATTEMPTS_FIELD, job_key, leases_key, queue_key, queues_of, registry_key
 
 POOLS = 2
 KINDS = ("kill", "hang", "part", "cut")
@@ -49,6 +49,7 @@ class Failover:
     Attributes:
         kind: the master was killed, stopped (hang), parted from everybody by a proxy that hangs, or cut off.
         held: the replicas were held back before.
+        deaf: one of the Sentinels hung meanwhile.
         began: from when on nothing reached the replicas any more.
         at: when the master was lost.
         promoted: when the sentinels named another.
@@ -58,6 +59,7 @@ class Failover:
 
     kind: str
     held: bool
+    deaf: bool
     began: float
     at: float
     promoted: float = 0.0
@@ -66,7 +68,7 @@ class Failover:
 
     def summary(self) -> dict[str, Any]:
         after = {"promoted": round(self.promoted - self.at, 2), "back": round(self.served - self.at, 2)}
-        return {"kind": self.kind, "held": self.held, **after}
+        return {"kind": self.kind, "held": self.held, "deaf": self.deaf, **after}
 
 
 @dataclass
@@ -76,6 +78,7 @@ class Report:
     Attributes:
         acknowledged: how many jobs were; of them `in_lag` while the replicas were held back.
         lost: how many of them are, `lost_in_lag` of those.
+        run_again: how many of them were started more than once, as far as Redis has not lost it.
         told: how many readers were told that their job is lost.
         back: from the loss of a master until a job that was enqueued later had its result.
         in_time: whether that was soon enough.
@@ -87,8 +90,10 @@ class Report:
     seconds: float = 0.0
     faults: dict[str, int] = field(default_factory=dict)
     held: int = 0
+    deaf: int = 0
     acknowledged: int = 0
     ends: dict[str, int] = field(default_factory=dict)
+    run_again: int = 0
     counts: dict[str, int] = field(default_factory=dict)
     in_lag: int = 0
     lost: int = 0
@@ -177,7 +182,7 @@ class Run:
 
     def __init__(self, folder: Path, report: Report, kinds: list[str], callers: int) -> None:
         self._folder, self._report, self._kinds, self._callers_each = folder, report, kinds, callers
-        self._random = random.Random(report.seed)
+        self._random, self._others = random.Random(report.seed), random.Random(report.seed + 1)
         self._book = Book()
         self._failovers: list[Failover] = []
 
@@ -230,7 +235,10 @@ class Run:
         if held:
             self._set.hold_replicas(old)
             time.sleep(LAG_SECONDS)
-        failover = Failover(kind, held, began, time.monotonic())
+        sentinel = self._others.choice(self._set.sentinels) if self._others.random() < 0.3 else None
+        if sentinel is not None:
+            sentinel.stop()
+        failover = Failover(kind, held, sentinel is not None, began, time.monotonic())
         self._failovers.append(failover)
         self._set.lose(old, kind)
         with ThreadPoolExecutor(1) as prober:
@@ -239,6 +247,8 @@ class Run:
             failover.promoted = time.monotonic()
             failover.served = probing.result()
         time.sleep(self._random.uniform(0.0, 2.0))  # the old one is away for a while, or comes at once
+        if sentinel is not None:
+            sentinel.resume()
         self._set.bring_back(old, kind, asks_first=self._random.random() < 0.5)
 
     def _wait_until_whole(self) -> None:
@@ -274,6 +284,7 @@ class Run:
         for entry in self._book.acknowledged:
             end, complaints = account(connection, entry.job)
             ends[end] += 1
+            report.run_again += int(connection.hget(job_key(entry.job.id), ATTEMPTS_FIELD) or 0) > 1
             if end == "missing":
                 complaints = self._judge_loss(entry)
                 report.lost_in_lag += self._is_in_lag(entry)
@@ -287,6 +298,7 @@ class Run:
         report.faults = dict(Counter(failover.kind for failover in self._failovers))
         report.failovers = [each.summary() for each in self._failovers]
         report.held = sum(failover.held for failover in self._failovers)
+        report.deaf = sum(failover.deaf for failover in self._failovers)
         report.back = _summary([each.served - each.at for each in self._failovers])
         report.back_after_promotion = _summary([max(0.0, each.served - each.promoted) for each in self._failovers])
         report.in_time = report.back["p50"] <= BACK_P50_SECONDS and report.back["max"] <= BACK_MOST_SECONDS

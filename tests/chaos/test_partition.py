@@ -41,6 +41,5 @@ def _refuses(client: Client) -> bool:
     try:
         client.enqueue("Hello")
     except QueueUnavailable as reason:
-        assert "NOREPLICAS" in str(reason)
-        return True
+        return "NOREPLICAS" in str(reason)
     return False
