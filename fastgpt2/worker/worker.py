@@ -128,8 +128,8 @@ class GenerationWorker(RQWorker):
 
         Raises:
             TypeError: an option of RQ's own `work` other than `burst` was given.
-            FastGPT2Error: for some time, nothing could be exchanged with Redis, and that is not for Redis; or another
-                worker has this one's name by now.
+            FastGPT2Error: for some time, nothing could be exchanged with a Redis that is there; or another worker
+                has this one's name by now.
         """
         if other or others:
             raise TypeError(f"{type(self).__name__}.work() takes no option but burst")
