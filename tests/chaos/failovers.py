@@ -29,7 +29,7 @@ from chaos.sentinel_set import SentinelSet
 from chaos.submission import ENTRIES
 from fastgpt2 import Client
 from fastgpt2.errors import JobNotFound, QueueUnavailable, ResultTimeout
-from fastgpt2.protocol.keys import leases_key, queue_key, queues_of, registry_key
+from fastgpt2.protocol.keys import ATTEMPTS_FIELD, job_key, leases_key, queue_key, queues_of, registry_key
 
 POOLS = 2
 KINDS = ("kill", "hang", "part", "cut")
@@ -78,6 +78,7 @@ class Report:
     Attributes:
         acknowledged: how many jobs were; of them `in_lag` while the replicas were held back.
         lost: how many of them are, `lost_in_lag` of those.
+        run_again: how many of them were started more than once, as far as Redis has not lost it.
         told: how many readers were told that their job is lost.
         back: from the loss of a master until a job that was enqueued later had its result.
         in_time: whether that was soon enough.
@@ -92,6 +93,7 @@ class Report:
     deaf: int = 0
     acknowledged: int = 0
     ends: dict[str, int] = field(default_factory=dict)
+    run_again: int = 0
     counts: dict[str, int] = field(default_factory=dict)
     in_lag: int = 0
     lost: int = 0
@@ -282,6 +284,7 @@ class Run:
         for entry in self._book.acknowledged:
             end, complaints = account(connection, entry.job)
             ends[end] += 1
+            report.run_again += int(connection.hget(job_key(entry.job.id), ATTEMPTS_FIELD) or 0) > 1
             if end == "missing":
                 complaints = self._judge_loss(entry)
                 report.lost_in_lag += self._is_in_lag(entry)
