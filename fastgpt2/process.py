@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import FrameType
 
@@ -22,6 +23,10 @@ log = logging.getLogger("fastgpt2")
 # SIGHUP: the terminal was closed.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1
+
+# A line of the log is no longer, and control characters in it are shown as \x0a: they might forge a line of their own.
+MAX_LOG_CHARACTERS = 4000
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(9), *range(10, 32), *range(127, 160))}
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
@@ -61,11 +66,21 @@ def set_up_child() -> None:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+class _OneLine(logging.Formatter):
+    """A message is one line, not too long: what it quotes, such as a job's id, may be anything. Tracebacks follow."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        text = super().formatMessage(record)
+        if len(text) > MAX_LOG_CHARACTERS:
+            text = f"{text[:MAX_LOG_CHARACTERS]}... ({len(text)} characters)"
+        return text.translate(_CONTROLS)
+
+
 def set_up_logging(level: str) -> None:
     """Log to standard error: this package from `level` on, the libraries' warnings with it."""
-    logging.basicConfig(
-        level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", force=True
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("fastgpt2").setLevel(level)
     # Has a handler of its own: its warnings would come twice.
     logging.getLogger("huggingface_hub").propagate = False
@@ -89,6 +104,7 @@ def raise_open_file_limit() -> int:
     return sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
 
+@cache
 def pid_space() -> str:
     """Return within what this process's id means a process: a boot of a machine, and a name space of process ids there.
 

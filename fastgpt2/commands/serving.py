@@ -12,6 +12,7 @@ def worker(values: dict[str, Any]) -> int:
     from fastgpt2.engine.machine import hold_to_one_thread
     from fastgpt2.process import raise_open_file_limit, set_up_logging
     from fastgpt2.protocol.connection import connect
+    from fastgpt2.protocol.server_check import refuse_unfit
     from fastgpt2.worker.liveness import AliveFile
     from fastgpt2.worker.recycling import Recycling
     from fastgpt2.worker.worker import GenerationWorker, log
@@ -19,6 +20,7 @@ def worker(values: dict[str, Any]) -> int:
     set_up_logging(values["log_level"])
     raise_open_file_limit()
     hold_to_one_thread()
+    refuse_unfit(values["redis_url"], "worker", values["queue"])
     connection = connect(values["redis_url"])
     engine = Engine.load(
         values["model"],

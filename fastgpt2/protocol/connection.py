@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -47,6 +48,7 @@ def connect(url: str) -> Redis:
     from redis.retry import Retry
 
     from fastgpt2.protocol.redis_url import read_url
+    from fastgpt2.protocol.server_check import greeted
 
     with _url_errors():
         found, sentinels = read_url(url)
@@ -56,7 +58,8 @@ def connect(url: str) -> Redis:
 
             client = connect_by_sentinel(sentinels, arguments, _keep_to_deadline)
         else:
-            kind = _keep_to_deadline(arguments.pop("connection_class", Connection))
+            kind: Any = greeted(arguments.pop("connection_class", Connection))
+            kind = _keep_to_deadline(kind)
             client = Redis.from_pool(ConnectionPool(kind, **arguments))
         client.connection_pool.make_connection()
     return client
@@ -93,11 +96,12 @@ def connect_async(url: str) -> AsyncRedis:
     Raises:
         BadRequest: the URL cannot be used.
     """
-    from redis.asyncio import ConnectionPool, Redis
+    from redis.asyncio import Connection, ConnectionPool, Redis
     from redis.asyncio.retry import Retry
     from redis.backoff import NoBackoff
 
     from fastgpt2.protocol.redis_url import read_url
+    from fastgpt2.protocol.server_check import greeted_async
 
     with _url_errors():
         found, sentinels = read_url(url)
@@ -107,7 +111,8 @@ def connect_async(url: str) -> AsyncRedis:
 
             client = connect_by_sentinel_async(sentinels, arguments)
         else:
-            client = Redis.from_pool(ConnectionPool(**arguments))
+            kind: Any = greeted_async(arguments.pop("connection_class", Connection))
+            client = Redis.from_pool(ConnectionPool(kind, **arguments))
         client.connection_pool.make_connection()  # type: ignore[no-untyped-call]
     return client
 
@@ -135,6 +140,13 @@ def without_password(url: str) -> str:
     return f"{scheme}://{'***@' if at and user else ''}{place}"
 
 
+def holds_secret(url: str) -> bool:
+    """Tell whether a URL that can be used has a password in it, so that it must not be shown as it is."""
+    parts = url.partition("://")[2].partition("?")
+    user = parts[0].rpartition("@")[0]
+    return ":" in user or any(option.partition("=")[0].endswith("password") for option in parts[2].split("&"))
+
+
 @contextmanager
 def redis_errors(url: str) -> Iterator[None]:
     """Turn errors of the redis library into a QueueUnavailable that names the server and the remedy."""
@@ -152,11 +164,17 @@ def in_words(url: str, reason: Exception) -> QueueUnavailable:
     """Return the error that a person should see for one of the library's; RedisUnfit if waiting cannot help."""
     from redis.exceptions import AuthenticationError, AuthorizationError, NoPermissionError
 
-    where, text = f"Redis at {without_password(url)}", str(reason)
+    from fastgpt2.protocol.server_check import ServerUnfit
+
+    # Redis quotes an unknown command with its arguments, which may be a prompt.
+    where, text = f"Redis at {without_password(url)}", str(reason).partition(", with args")[0]
+    if isinstance(reason, ServerUnfit):
+        return RedisUnfit(f"{where} cannot serve: {text}")
     is_denial = isinstance(reason, AuthenticationError | AuthorizationError | NoPermissionError)
     if is_denial or any(word in text for word in ("NOAUTH", "WRONGPASS", "NOPERM", "Authentication required")):
         return RedisAccessDenied(
-            f"{where} denied access ({text}); check the user and password in FASTGPT2_REDIS_URL, and the user's rights"
+            f"{where} denied access ({text}); check the user and password in FASTGPT2_REDIS_URL, and the user's rights "
+            "(deploy/redis.acl lists them)"
         )
     if text.startswith("the Sentinels deny access"):
         return RedisAccessDenied(
@@ -169,9 +187,17 @@ def in_words(url: str, reason: Exception) -> QueueUnavailable:
     remedy = _remedy(text, _REMEDIES)
     if remedy == _NO_ANSWER and url.startswith("rediss"):
         remedy += ", and whether it speaks TLS on that port"
-    return QueueUnavailable(
-        f"{where} cannot be used ({type(reason).__name__}: {text}); {remedy or 'start it, or mend FASTGPT2_REDIS_URL'}"
-    )
+    return QueueUnavailable(f"{where} cannot be used ({type(reason).__name__}: {text}); {remedy or _way_out(url)}")
+
+
+def _way_out(url: str) -> str:
+    """Return what to do about a Redis that is not there."""
+    if "+sentinel:" in url:
+        return "wait until a replica is promoted, or let the Sentinels name an address that can be reached from here"
+    ours = "`fastgpt2 up` starts a Redis with workers"
+    if os.environ.get("FASTGPT2_REDIS_URL") == url:  # perhaps left in the shell from another day
+        return f"FASTGPT2_REDIS_URL names it: start it, or mend or unset the variable; {ours}"
+    return f"start it, or name another one in FASTGPT2_REDIS_URL; {ours}"
 
 
 def _remedy(text: str, remedies: Iterable[tuple[tuple[str, ...], str]]) -> str | None:
@@ -180,8 +206,22 @@ def _remedy(text: str, remedies: Iterable[tuple[tuple[str, ...], str]]) -> str |
 
 _NO_ANSWER = "it does not answer: check whether it hangs, or a firewall drops what is sent"
 
+CLUSTER_REFUSED = (
+    "it is a Cluster, where the keys of one job would lie on several nodes: use a single Redis, or one that Sentinels "
+    "watch (redis+sentinel://)"
+)
+
 # Words in an error of Redis or of the library that waiting does not mend, and what helps.
 _UNFIT = (
+    (
+        ("CROSSSLOT", "MOVED ", "SELECT is not allowed in cluster", "CLUSTERDOWN"),
+        CLUSTER_REFUSED,
+    ),
+    (
+        ("DB index is out of range", "invalid DB index"),
+        "it has no database of this number: write a smaller one in the URL, or raise its setting `databases`",
+    ),
+    (("unknown command", "Unknown Redis command"), "Redis 6.2 or newer is needed, or valkey, with no command disabled"),
     (
         ("the Sentinels know no master",),
         "write the name that follows `sentinel monitor` in their configuration",
@@ -197,6 +237,7 @@ _REMEDIES = (
     (("read only replica", "READONLY"), "it is a replica: name the primary in FASTGPT2_REDIS_URL"),
     (("loading the dataset",), "it has just started: wait until it has read its data"),
     (("MISCONF",), "it cannot save its data: make room on its disk"),
+    (("Too many connections",), "this program uses all that its URL allows: raise max_connections there"),
     (("max number of clients",), "it has too many clients: raise its maxclients"),
     (("CERTIFICATE_VERIFY_FAILED", "certificate verify failed"), "name its authority: rediss://...?ssl_ca_certs=FILE"),
     (("SSL", "WRONG_VERSION_NUMBER"), "it may not speak TLS there: use redis:// instead of rediss://, or another port"),

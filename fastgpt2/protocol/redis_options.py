@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 
 from fastgpt2.errors import BadRequest
 
@@ -94,6 +95,17 @@ _REFUSED = {
     "retry": "a repeated command would take or add a job twice; leave it out",
     "retry_on_timeout": "a repeated command would take or add a job twice; leave it out",
     "retry_on_error": "a repeated command would take or add a job twice; leave it out",
+    "socket_read_size": "leave it out",
+    "socket_keepalive_options": "write socket_keepalive=yes",
+    "socket_type": "write a host's IPv4 address, or its IPv6 address in brackets",
+    "single_connection_client": "threads need connections of their own; leave it out",
+    "legacy_responses": "replies have the form that the library gives them; leave it out",
+    "parser_class": "leave it out",
+    "lib_name": "write client_name",
+    "lib_version": "write client_name",
+    "ssl_validate_ocsp": "write ssl_ca_certs",
+    "ssl_validate_ocsp_stapled": "write ssl_ca_certs",
+    "ssl_ca_data": "write ssl_ca_certs, with a file",
     "connection_class": "write rediss:// for TLS, and unix:///path for a socket",
     "ssl": "write rediss:// for TLS",
     "host": "write it before the path: redis://host:port/0",
@@ -111,8 +123,8 @@ def check_options(scheme: str, options: Sequence[tuple[str, str]], quotable: boo
 
     Args:
         scheme: of the URL: redis, rediss or unix.
-        quotable: whether names and values may appear in a message. What follows a ? that was not percent-encoded in a
-            password may not.
+        quotable: whether a value may appear in a message. What follows a ? that was not percent-encoded in a password
+            may not.
 
     Raises:
         BadRequest: there is such an option, or one twice, or with a value that it cannot have.
@@ -124,9 +136,12 @@ def check_options(scheme: str, options: Sequence[tuple[str, str]], quotable: boo
             raise BadRequest(f"the Redis URL cannot have the option {name}: {_REFUSED[name]}")
         if name in _OF_TLS and name not in known:
             raise BadRequest(f"the Redis URL has the option {name}, which is for TLS; write rediss:// to use TLS")
-        if name not in known:
-            shown = f" {name}" if quotable and re.fullmatch(r"\w{1,40}", name) else ""
-            raise BadRequest(f"the Redis URL has an unknown option{shown}; known are {', '.join(known)}")
+        if name not in known:  # perhaps the end of a password, which is not to be shown
+            near = get_close_matches(name, known, 1, 0.8)
+            meant = f"perhaps {near[0]} was meant, " if near else ""
+            raise BadRequest(
+                f"the Redis URL cannot be used: it has an option that is not known; {meant}known are {', '.join(known)}"
+            )
         if name in seen:
             raise BadRequest(f"the Redis URL has the option {name} twice; leave one of them out")
         seen.add(name)

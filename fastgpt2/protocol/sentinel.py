@@ -32,6 +32,7 @@ from redis.sentinel import (
 )
 
 from fastgpt2.protocol.redis_url import SentinelGroup
+from fastgpt2.protocol.server_check import greeted, greeted_async
 
 # For the connecting, and for the answer.
 SENTINEL_SECONDS = 1.0
@@ -58,7 +59,7 @@ def connect_by_sentinel(group: SentinelGroup, arguments: dict[str, Any], bounded
         one.connection_pool.connection_class = bounded(one.connection_pool.connection_class)
     kind = SecureMasterConnection if arguments.pop("ssl", False) else MasterConnection
     return Redis.from_pool(
-        SentinelConnectionPool(group.master, sentinels, connection_class=bounded(kind), **arguments)  # type: ignore[no-untyped-call]
+        SentinelConnectionPool(group.master, sentinels, connection_class=bounded(greeted(kind)), **arguments)  # type: ignore[no-untyped-call]
     )
 
 
@@ -67,7 +68,7 @@ def connect_by_sentinel_async(group: SentinelGroup, arguments: dict[str, Any]) -
     sentinels = AsyncSentinelSet(group, AsyncRetry(NoBackoff(), 0))
     kind = AsyncSecureMasterConnection if arguments.pop("ssl", False) else AsyncMasterConnection
     pool = async_sentinel.SentinelConnectionPool(  # type: ignore[no-untyped-call]
-        group.master, sentinels, connection_class=kind, **arguments
+        group.master, sentinels, connection_class=greeted_async(kind), **arguments
     )
     return redis_async.Redis.from_pool(pool)
 

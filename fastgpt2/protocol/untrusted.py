@@ -160,6 +160,7 @@ _FAULTS_OF_ENTRIES = (
     "WRONGTYPE",
     "not an integer",
     "not a valid float",
+    "not a float",
     "would overflow",
     "invalid expire time",
     "would produce NaN or Infinity",

@@ -27,6 +27,7 @@ from fastgpt2.protocol.untrusted import JSONOnlySerializer
 from fastgpt2.worker.aftermath import complete, free_slot
 from fastgpt2.worker.fencing import IfRunning, Verdict, run_fenced
 from fastgpt2.worker.rq_job import GenerationJob, describe_error, fail_malformed
+from fastgpt2.worker.set_aside import set_aside
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -80,7 +81,8 @@ class Reaper:
     def __init__(self, connection: Redis, queue: str) -> None:
         self._connection = connection
         self._leases_key, self._totals_key = keys.leases_key(queue), keys.totals_key(queue)
-        self._queues = [Queue(name, connection, serializer=JSONOnlySerializer) for name in keys.queues_of(queue)]
+        options: dict[str, Any] = {"job_class": GenerationJob, "serializer": JSONOnlySerializer}
+        self._queues = [Queue(name, connection, **options) for name in keys.queues_of(queue)]
 
     def reap(self, worker_name: str, leased: str = "") -> Recovery | None:
         """Take back the jobs that a worker has claimed or runs.
@@ -99,7 +101,7 @@ class Reaper:
         reply = _REAP.run(self._connection, of_script, arguments)
         if not reply[0]:
             return None
-        put_back, poison, ended = ([as_text(job_id) for job_id in ids] for ids in reply[1:4])
+        put_back, poison, ended = ([job_id.decode("utf-8", "backslashreplace") for job_id in ids] for ids in reply[1:4])
         if poison or ended:
             self._complete(worker_name, poison, ended)
             if leased == "":
@@ -108,14 +110,20 @@ class Reaper:
         if recovery:
             given_up = f", {len(poison)} given up: {', '.join(poison)}" if poison else ""
             message = "worker %s is dead: %d of its jobs put back to the front of the queue%s"
-            log.warning(message, worker_name, len(put_back), given_up)
+            log.warning(message, worker_name, len(put_back), given_up[:2000])
         return recovery
 
     def _complete(self, worker_name: str, poison: list[str], ended: list[str]) -> None:
         """Do what the script cannot: fail the jobs that are given up, and what follows from their end and others'."""
         for queue in self._queues:
             key = keys.claimed_key(worker_name, queue.name)
-            for job_id in {as_text(job_id) for job_id in self._connection.lrange(key, 0, -1)}:
+            entries: Any = self._connection.lrange(key, 0, -1)
+            for raw in set(entries):
+                try:
+                    job_id = as_text(raw)
+                except UnicodeDecodeError:
+                    set_aside(queue, raw, "an entry that can be no job's id: it is no text in UTF-8", worker_name)
+                    continue
                 if job_id in poison:
                     self._give_up(queue, job_id, worker_name)
                 if job_id in poison or job_id in ended:

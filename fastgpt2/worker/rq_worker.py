@@ -23,6 +23,7 @@ from rq.worker import BaseWorker, WorkerStatus
 from fastgpt2.errors import RedisUnfit
 from fastgpt2.protocol.connection import address_of, in_words
 from fastgpt2.protocol.keys import queues_of
+from fastgpt2.protocol.server_check import try_rights
 from fastgpt2.protocol.untrusted import JSONOnlySerializer
 from fastgpt2.worker.listener import Listener
 from fastgpt2.worker.liveness import BEAT_SECONDS, Lease
@@ -70,6 +71,7 @@ class RQWorker(BaseWorker):
         self, connection: Redis, queue: str, name: str | None = None, supervisor_pid: int | None = None
     ) -> None:
         self.supervisor_pid = supervisor_pid
+        self._pool_name = queue
         self.stopping = threading.Event()
         self.stop_at_once = False
         self._stop_commands: thread_queue.SimpleQueue[str] = thread_queue.SimpleQueue()
@@ -122,6 +124,7 @@ class RQWorker(BaseWorker):
         while not (self.stopping.is_set() or self.is_orphaned()):
             try:
                 self.hostname, self.pid = socket.gethostname(), os.getpid()
+                try_rights(self.connection, address_of(self.connection), "worker", self._pool_name)
                 self._set_ip_address(self.connection)
                 self._state = WorkerStatus.IDLE
                 self.birth_date = self.birth_date or utc_now()

@@ -16,7 +16,7 @@ from rq import Queue
 from rq.suspension import is_suspended
 from rq.worker import WorkerStatus
 
-from fastgpt2.errors import JobStopped, JobTimedOut, PromptTooLong
+from fastgpt2.errors import FastGPT2Error, JobStopped, JobTimedOut, PromptTooLong
 from fastgpt2.process import on_stop_signals
 from fastgpt2.protocol.connection import ANSWER_BY
 from fastgpt2.protocol.untrusted import is_of_service
@@ -129,7 +129,8 @@ class GenerationWorker(RQWorker):
 
         Raises:
             TypeError: an option of RQ's own `work` other than `burst` was given.
-            FastGPT2Error: for some time, nothing could be exchanged with Redis, and that is not for Redis.
+            FastGPT2Error: for some time, nothing could be exchanged with Redis, and that is not for Redis; or another
+                worker has this one's name by now.
         """
         if other or others:
             raise TypeError(f"{type(self).__name__}.work() takes no option but burst")
@@ -164,6 +165,8 @@ class GenerationWorker(RQWorker):
                     ANSWER_BY.reset(answer_by)
         if self._is_beyond_help:
             raise self._faults.in_words()
+        if self.lease.is_taken:
+            raise FastGPT2Error(f"worker {self.name} has lost its name to another; give each worker a name of its own")
         return self._worked
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:

@@ -14,6 +14,7 @@ from support.running import GOLDEN
 from fastgpt2.engine.engine import Engine
 from fastgpt2.engine.model.hub import DEMO_FOLDER
 from fastgpt2.engine.text.bounds import MAX_TOKEN_CHARACTERS, Normalization
+from fastgpt2.engine.text.regex_trial import RegexTrial, is_harmless
 from fastgpt2.engine.text.tokenizer import Tokenizer
 from fastgpt2.errors import BadRequest, TokenizerError
 
@@ -52,6 +53,13 @@ TEXT, END = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<|
 def load(folder: Path, **changes: Any) -> Tokenizer:
     (folder / "tokenizer.json").write_text(json.dumps({**DEMO, **changes}), "utf-8")
     return Tokenizer.from_folder(folder)
+
+
+@pytest.fixture(autouse=True)
+def _untried(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut texts without a trial in tests that may start no process."""
+    if request.node.get_closest_marker("processes") is None:
+        monkeypatch.setattr(RegexTrial, "run", lambda *_: None)
 
 
 @pytest.fixture
@@ -185,3 +193,51 @@ def test_an_engine_goes_on_after_a_panic(tmp_path: Path) -> None:
         with pytest.raises(BadRequest):
             engine.generate(NEVER, **options)
     assert engine.generate(" A b", max_new_tokens=2).usage.completion_tokens == 2
+
+
+HARMLESS = [
+    "[ab]+",
+    " {2,}",
+    r"\s{2,}|[\n\r\t]",
+    "<usr>|new",
+    r"\[MASK\]|\[CLS\]",
+    ".",
+    r"\A▁",
+    " ?\\p{L}+",
+    "\\p{N}{1,3}",
+]
+HARMFUL = ["(a+)+b", "a+b", r"\s+(?!\S)", "(a|b)", "a*b*", "a{1,99}{1,99}", r"(.)\1", "a++b", "", "a|", "a?" * 30 + "a"]
+HARMFUL += [r"\g<0>", r"a\Kb", "(?=a)", "[a[b]]+", "a+?", "a$"]
+
+
+def test_which_expressions_may_take_any_time() -> None:
+    assert [regex for regex in HARMLESS if not is_harmless(regex)] == []
+    assert [regex for regex in HARMFUL if is_harmless(regex)] == []
+
+
+def test_no_tokenizer_of_transformers_needs_a_trial() -> None:
+    for kind in sorted((GOLDEN / "tokenizers").iterdir()):
+        if kind.is_dir():
+            assert Tokenizer.from_folder(kind)._trial is None, kind
+
+
+@pytest.mark.processes
+def test_an_expression_that_would_never_end_is_refused_and_others_go_on(tmp_path: Path) -> None:
+    """Thirty thousand letters would take the library hours, in which no other job gets a token."""
+    added = {**DEMO["added_tokens"][0], "id": 3000, "content": "<x>", "special": False}
+    tokenizer = load(tmp_path, pre_tokenizer=split(r"(a+)\1+b"), added_tokens=[*DEMO["added_tokens"], added])
+    for text in ("a" * 30_000, "b<x>" + "a" * 30_000 + "<x>b"):
+        with pytest.raises(
+            BadRequest, match="expressions take more than 2 s or 1024 MB for this prompt: change it, or"
+        ):
+            tokenizer.encode(text)
+    assert tokenizer.decode(tokenizer.encode("aaab <x> A b")) == "aaab <x> A b"
+    assert len(tokenizer.encode("aaab")) == len(tokenizer.offsets("aaab"))
+
+
+def test_a_decoder_may_not_take_any_time(tmp_path: Path) -> None:
+    decoder = several("decoders", DEMO["decoder"], replace("(a+)+b", "x", "Regex"))
+    with pytest.raises(
+        TokenizerError, match=r"decoder has a regular expression that may take any time, '\(a\+\)\+b'; "
+    ):
+        load(tmp_path, decoder=decoder)

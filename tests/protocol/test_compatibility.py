@@ -156,7 +156,7 @@ def test_keys_and_their_types_are_what_they_were(pool: dict[str, Any]) -> None:
 
 
 def test_a_worker_announces_what_it_announced_before(pool: dict[str, Any]) -> None:
-    added = {"notes"}
+    added = {"notes", "heard_at", "fastgpt2_incarnation", "fastgpt2_pid_space"}
     assert set(pool["worker"]) == set(POOL["worker"]) | added
     for name in ("queues", "model", "weights", "drafts", "threads", "n_positions", "longest_token_bytes", "state"):
         assert pool["worker"][name] == POOL["worker"][name]

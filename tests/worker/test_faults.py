@@ -39,6 +39,7 @@ from fastgpt2.protocol.untrusted import is_of_service
 from fastgpt2.system.redis_server import RedisServer
 from fastgpt2.worker import faults
 from fastgpt2.worker.claims import Claim
+from fastgpt2.worker.reaper import Reaper
 
 TASK = "fastgpt2.worker.tasks.generate"
 ENTRY: dict[str, Any] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"][0]
@@ -195,6 +196,40 @@ def test_a_stop_signal_ends_a_worker_whose_exchanges_fail(
 )
 def test_what_redis_says_when_it_cannot_serve(error: Exception, of_service: bool) -> None:
     assert is_of_service(error) == of_service
+
+
+# A dead worker's jobs.
+
+
+def test_what_cannot_be_put_back_stays_claimed_until_it_can(redis: Redis, queue: Queue) -> None:
+    """The key of one queue is no list; the jobs of the others go back, and later so do its own."""
+    name = queue.name
+    claimed, high = keys.claimed_key("gone", name), keys.claimed_key("gone", f"{name}-high")
+    (job,) = enqueue(queue, "one")
+    redis.lmove(queue.key, claimed, "LEFT", "RIGHT")
+    redis.rpush(high, f"{name}-missing", b"\xff")
+    redis.set(queue.key, "no list")
+    redis.zadd(keys.leases_key(name), {"gone": 12345})
+    reaper = Reaper(redis, name)
+    recovery = reaper.reap("gone", "12345")
+    assert recovery is not None
+    assert recovery.put_back == []
+    assert redis.lrange(claimed, 0, -1) == [job.id.encode()]
+    assert not redis.exists(high)
+    leased = redis.zscore(keys.leases_key(name), "gone")
+    assert leased is not None
+    redis.delete(queue.key)
+    recovery = reaper.reap("gone", f"{leased:.0f}")
+    assert recovery is not None
+    assert recovery.put_back == [job.id]
+    assert redis.lrange(queue.key, 0, -1) == [job.id.encode()]
+
+
+def test_a_dead_workers_list_and_leases_of_another_kind_are_written_anew(redis: Redis, queue: Queue) -> None:
+    redis.set(keys.claimed_key("gone", queue.name), "no list")
+    redis.set(keys.leases_key(queue.name), "no sorted set")
+    assert Reaper(redis, queue.name).reap("gone") is not None
+    assert not redis.exists(keys.claimed_key("gone", queue.name), keys.leases_key(queue.name))
 
 
 # Processes.

@@ -158,6 +158,17 @@ def test_an_id_of_an_older_rq_is_served(bench: Bench, job_id: str) -> None:
     assert bench.redis.scard(f"rq:worker:{bench.worker}:executions") == 0
 
 
+def test_an_id_forges_no_line_of_the_log(bench: Bench) -> None:
+    job_id = "evil\n2001-01-01 00:00:00,000 INFO all is well\x1b[31m" + "!" * 10_000
+    bench.put(job_id, bench.fields())
+    bench.put(job_id + "?", {**bench.fields(), "timeout": "soon"})
+    wait_until(lambda: bench.redis.hget(f"rq:job:{job_id}?", "status") == b"failed", "the bad one to be failed")
+    wait_until(lambda: bench.redis.hget(f"rq:job:{job_id}", "status") == b"finished", "the good one to be run")
+    wait_until(lambda: bench.log.read_text().count("all is well") >= 2, "both to be told")
+    assert not [line for line in bench.log.read_text().splitlines() if line.startswith("2001") or len(line) > 5000]
+    assert "\x1b" not in bench.log.read_text()
+
+
 @pytest.mark.parametrize("job_id", ["user:42:long", "a b\n:c"])
 def test_a_job_with_an_id_of_an_older_rq_is_cancelled_while_it_runs(bench: Bench, job_id: str) -> None:
     bench.put(job_id, bench.fields(max_new_tokens=480))
@@ -247,20 +258,23 @@ def test_an_id_whose_key_is_no_hash_is_failed_set_aside_and_left_as_it_is(bench:
     assert bench.redis.zscore(f"rq:failed:{QUEUE}", job_id)
 
 
-def test_what_was_set_aside_goes_back_as_the_documentation_says(bench: Bench) -> None:
-    bench.redis.delete(keys.set_aside_key(QUEUE))
-    bench.redis.set("rq:job:mended:1", "no hash")
-    bench.put("mended:1", {})
-    wait_until(bench.set_aside, "the entry to be set aside")
-    (note,) = bench.set_aside()
-    bench.redis.delete("rq:job:mended:1", "rq:results:mended:1")
-    bench.put(note["id"], bench.fields())
-    assert list(bench.client.result("mended:1", timeout=60).token_ids) == ENTRY["ids"][:3]
+def test_what_failed_goes_back_by_the_commands_of_the_documentation(bench: Bench) -> None:
+    bench.redis.delete("rq:job:user:42", "rq:results:user:42")
+    bench.put("user:42", {**bench.fields(), "timeout": "9" * 400})
+    with pytest.raises(BadRequest, match="timeout has 400 characters; the limit is 10000000000"):
+        bench.client.result("user:42", timeout=60)
+    text = (Path(__file__).parent.parent.parent / "docs" / "worker.md").read_text("utf-8")
+    commands = [line.split()[1:] for line in text.splitlines() if line.startswith("redis-cli ")]
+    assert len(commands) == 7
+    for words in commands:
+        bench.redis.execute_command(*(word.replace(":fastgpt2", f":{QUEUE}") for word in words))  # type: ignore[no-untyped-call]
+    assert list(bench.client.result("user:42", timeout=60).token_ids) == ENTRY["ids"][:3]
 
 
 # Numbers.
 
 NUMBERS = ["9" * 400, "9" * 5000, "9" * 19, "-" + "9" * 400, "NaN", "-inf", "1e400", "", "-5"]
+LISTS = ("retry_intervals", "repeat_intervals", "dependency_ids", "meta")
 FIELDS = [
     "timeout",
     "result_ttl",
@@ -288,10 +302,10 @@ FIELDS = [
 
 
 def test_no_number_of_a_job_harms_another(bench: Bench) -> None:
-    """Each value stands once as it is, and once in a list; half of the jobs fail, and may be tried again."""
+    """Half of the jobs fail, and may be tried again; others are to be repeated."""
     job_ids: list[str] = []
     for at, (field, number) in enumerate(product(FIELDS, NUMBERS)):
-        for value in (number, f"[{number}]"):
+        for value in (number, f"[{number}]") if field in LISTS else (number,):
             fields = bench.fields(**{"unknown_option": 1} if at % 2 else {"max_new_tokens": 1})
             more: dict[str, Any] = {"retries_left": 1} if at % 2 else {"repeats_left": 1, "result_ttl": 100}
             job_ids.append(f"number-{field}-{len(job_ids)}")

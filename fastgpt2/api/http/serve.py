@@ -27,6 +27,7 @@ def serve(values: dict[str, Any]) -> None:
 
     Raises:
         BadRequest: the address cannot be bound, or may not be without a token; or the Redis URL cannot be used.
+        RedisUnfit: Redis cannot serve, and waiting would not help.
     """
     import uvicorn
 
@@ -35,10 +36,12 @@ def serve(values: dict[str, Any]) -> None:
     from fastgpt2.api.http.connections import ACCEPTED_AT_ONCE, BoundedServer, Connection, limit_connections
     from fastgpt2.api.http.service import Bounds, log
     from fastgpt2.process import raise_open_file_limit, set_up_logging
+    from fastgpt2.protocol.server_check import refuse_unfit
 
     set_up_logging(values["log_level"])
     token = read_token(values["token_file"])
     refuse_exposure(values["host"], token, values["insecure"])
+    refuse_unfit(values["redis_url"], "endpoint", values["queue"])
     own_name = values["host"] if is_loopback(values["host"]) else values["host_name"]
     open_files = raise_open_file_limit()
     most = limit_connections(MAX_CONNECTIONS, open_files)

@@ -19,6 +19,7 @@ from fastgpt2.engine.text.bounds import (
     split_growth,
 )
 from fastgpt2.engine.text.detokenizer import ByteDetokenizer, Detokenizer, StagedDetokenizer, copies, rest, run
+from fastgpt2.engine.text.regex_trial import RegexTrial, check_decoder_regex
 from fastgpt2.engine.text.tokenizer_base import END_OF_TEXT
 from fastgpt2.errors import BadRequest, TokenizerError
 
@@ -55,6 +56,7 @@ class Tokenizer:
         self._backend, self.notes = backend, loaded.notes
         self._normalization = Normalization(backend.normalizer)
         self._split_growth = split_growth(backend.pre_tokenizer)
+        self._trial = RegexTrial.if_needed(backend)
         bos = loaded.bos_token_id
         self.bos_token_id: int | None = bos if bos is not None else backend.token_to_id(END_OF_TEXT)
         added = backend.get_added_tokens_decoder()
@@ -245,6 +247,7 @@ class Tokenizer:
         """
         check_frame(self._backend.post_processor)
         check_decoder(self._backend.decoder)
+        check_decoder_regex(self._backend.decoder)
         for text in ("", " A b"):
             self._normalization.check(text, "the shortest text", self._split_growth)
             try:
@@ -256,6 +259,8 @@ class Tokenizer:
         what = f"this {'prompt' if whole else 'text'}"
         try:
             self._normalization.check(text, what, self._split_growth)
+            if self._trial is not None:
+                self._trial.run(text, what)
             return self._backend.encode(text, add_special_tokens=whole)
         except BadRequest:
             raise
