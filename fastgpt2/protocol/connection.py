@@ -231,6 +231,8 @@ _UNFIT = (
 
 # The same for what passes.
 _REMEDIES = (
+    (("CERTIFICATE_VERIFY_FAILED", "certificate verify failed"), "name its authority: rediss://...?ssl_ca_certs=FILE"),
+    (("SSL", "WRONG_VERSION_NUMBER"), "it may not speak TLS there: use redis:// instead of rediss://, or another port"),
     (("no Sentinel names a live master",), "wait until a replica is promoted, or start its servers and Sentinels"),
     (("NOREPLICAS",), "too few replicas follow it: start them, or lower its min-replicas-to-write"),
     (("maxmemory",), "its memory is full: raise maxmemory, or wait until results expire"),
@@ -239,8 +241,6 @@ _REMEDIES = (
     (("MISCONF",), "it cannot save its data: make room on its disk"),
     (("Too many connections",), "this program uses all that its URL allows: raise max_connections there"),
     (("max number of clients",), "it has too many clients: raise its maxclients"),
-    (("CERTIFICATE_VERIFY_FAILED", "certificate verify failed"), "name its authority: rediss://...?ssl_ca_certs=FILE"),
-    (("SSL", "WRONG_VERSION_NUMBER"), "it may not speak TLS there: use redis:// instead of rediss://, or another port"),
     (("Timeout", "timed out"), _NO_ANSWER),
 )
 

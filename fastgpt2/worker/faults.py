@@ -6,7 +6,8 @@ import logging
 import math
 import time
 
-from fastgpt2.errors import FastGPT2Error
+from fastgpt2.errors import FastGPT2Error, RedisUnfit
+from fastgpt2.protocol.connection import in_words
 from fastgpt2.protocol.untrusted import is_of_service
 from fastgpt2.worker.rq_worker import back_off
 
@@ -23,18 +24,23 @@ STOPPING_SECONDS = 0.2
 class Faults:
     """The faults since the last exchange that went well.
 
-    While Redis is away, a worker waits for it, however long that takes. Another fault than that may be one of an entry,
-    and passes when the entry is set aside; one that does not pass is the worker's own.
+    While Redis is away, a worker waits for it, however long that takes. One that answers and will not serve this worker
+    is not waited for, once that has lasted. Another fault may be one of an entry, and passes when the entry is set
+    aside; one that does not pass is the worker's own.
+
+    Args:
+        redis_url: where Redis is, as it may be shown.
 
     Attributes:
         count: how many exchanges in a row have failed.
     """
 
-    def __init__(self, worker_name: str) -> None:
-        self._name = worker_name
+    def __init__(self, worker_name: str, redis_url: str) -> None:
+        self._name, self._redis_url = worker_name, redis_url
         self.count = 0
         self._not_before = 0.0
-        self._unforeseen_since = math.inf
+        # Since when it is not an absent Redis that fails; since when it is not Redis at all.
+        self._hopeless_since = self._unforeseen_since = math.inf
         self._last: Exception | None = None
 
     @property
@@ -50,7 +56,7 @@ class Faults:
     @property
     def is_lasting(self) -> bool:
         """Tell whether a worker has served nobody for so long that it must end."""
-        return time.monotonic() - self._unforeseen_since > UNFORESEEN_SECONDS
+        return time.monotonic() - self._hopeless_since > UNFORESEEN_SECONDS
 
     @property
     def is_last_try_over(self) -> bool:
@@ -61,7 +67,7 @@ class Faults:
         """Note that an exchange went well."""
         self.count = 0
         self._not_before = 0.0
-        self._unforeseen_since = math.inf
+        self._hopeless_since = self._unforeseen_since = math.inf
         self._last = None
 
     def note(self, reason: Exception, stopping: bool) -> None:
@@ -69,6 +75,10 @@ class Faults:
         now = time.monotonic()
         self.count += 1
         self._last = reason
+        if is_of_service(reason) and not isinstance(in_words(self._redis_url, reason), RedisUnfit):
+            self._hopeless_since = math.inf
+        else:
+            self._hopeless_since = min(self._hopeless_since, now)
         seconds = min(back_off(self.count), STOPPING_SECONDS if stopping else math.inf)
         self._not_before = now + seconds
         if is_of_service(reason):
@@ -82,6 +92,8 @@ class Faults:
 
     def in_words(self) -> FastGPT2Error:
         """Return the error with which a worker ends that has served nobody for too long."""
+        if self._last is not None and is_of_service(self._last):
+            return in_words(self._redis_url, self._last)
         return FastGPT2Error(
             f"worker {self._name} could serve nothing for {UNFORESEEN_SECONDS:.0f} s ({type(self._last).__name__}: "
             f"{str(self._last)[:200]}; its log says more) and has ended, so that a fresh one takes its place; its jobs "

@@ -29,7 +29,7 @@ from rq.worker import BaseWorker
 from fastgpt2.protocol.untrusted import is_of_service
 from fastgpt2.worker.rq_job import GenerationJob, fail_malformed, fetch
 from fastgpt2.worker.set_aside import shown
-from fastgpt2.worker.unfit import tell
+from fastgpt2.worker.unfit import execute_what_fits, tell
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -114,12 +114,25 @@ class Upkeep:
                 continue
             with guarded(registry.key, "no job that waits for its time there is enqueued"):
                 due = self._connection.zrangebyscore(registry.key, 0, current_timestamp(), start=0, num=MOST_DUE)
-                for job_id, job in self._read(queue, registry, due):
-                    with guarded(job.key, "it is not enqueued"), self._connection.pipeline() as pipeline:
-                        registry.remove(job_id, pipeline=pipeline)
-                        enqueue = queue._enqueue_rate_limited_job if job.has_rate_limit else queue._enqueue_job
-                        enqueue(job, pipeline=pipeline, at_front=job.should_enqueue_at_front())
-                        pipeline.execute()
+                jobs = [job for _, job in self._read(queue, registry, due)]
+                try:
+                    self._enqueue(queue, registry, [job for job in jobs if not job.has_rate_limit])
+                    others = [job for job in jobs if job.has_rate_limit]
+                except Exception as reason:
+                    if is_of_service(reason):
+                        raise
+                    others = jobs
+                for job in others:
+                    with guarded(job.key, "it is not enqueued"):
+                        self._enqueue(queue, registry, [job])
+
+    def _enqueue(self, queue: Queue, registry: BaseRegistry, jobs: list[GenerationJob]) -> None:
+        with self._connection.pipeline() as pipeline:
+            for job in jobs:
+                registry.remove(job.id, pipeline=pipeline)
+                enqueue = queue._enqueue_rate_limited_job if job.has_rate_limit else queue._enqueue_job
+                enqueue(job, pipeline=pipeline, at_front=job.should_enqueue_at_front())
+            execute_what_fits(pipeline)
 
     def _read(self, queue: Queue, registry: BaseRegistry, entries: Any) -> list[tuple[str, GenerationJob]]:
         """Fetch the jobs of a registry. What is gone is taken off it, and what cannot be read is failed."""

@@ -11,14 +11,13 @@ from contextvars import Token
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from redis.exceptions import RedisError
 from rq import Queue
 from rq.suspension import is_suspended
 from rq.worker import WorkerStatus
 
 from fastgpt2.errors import FastGPT2Error, JobStopped, JobTimedOut, PromptTooLong
 from fastgpt2.process import on_stop_signals
-from fastgpt2.protocol.connection import ANSWER_BY
+from fastgpt2.protocol.connection import ANSWER_BY, address_of
 from fastgpt2.protocol.untrusted import is_of_service
 from fastgpt2.worker.batch import ActiveJob, Attempt, Batch
 from fastgpt2.worker.between_steps import BetweenSteps
@@ -105,7 +104,7 @@ class GenerationWorker(RQWorker):
         self.metrics = Metrics(connection, queue, self.name, self.batch, engine.decoder)
         self._claims = Claims(connection, self.queues, self.name, self.metrics.count_malformed)
         self._info = WorkerInfo(engine, self.batch, self.metrics, restarts)
-        self._faults = Faults(self.name)
+        self._faults = Faults(self.name, address_of(connection))
         self._ledger = Ledger(self, self.metrics.count_malformed)
         self.confirmation = Confirmation(connection, durability, self.name, self.metrics.count_unconfirmed)
         self.outbox = Outbox(self.batch, self._ledger, self.metrics, self.confirmation, self.name)
@@ -129,8 +128,8 @@ class GenerationWorker(RQWorker):
 
         Raises:
             TypeError: an option of RQ's own `work` other than `burst` was given.
-            FastGPT2Error: for some time, nothing could be exchanged with Redis, and that is not for Redis; or another
-                worker has this one's name by now.
+            FastGPT2Error: for some time, nothing could be exchanged with a Redis that is there; or another worker
+                has this one's name by now.
         """
         if other or others:
             raise TypeError(f"{type(self).__name__}.work() takes no option but burst")
@@ -221,21 +220,22 @@ class GenerationWorker(RQWorker):
             self._claims.close_connections()
             if self._faults.is_unforeseen:
                 self._mend()
+            if self._faults.is_lasting:
+                # A fresh worker may serve, or be told at its start why it cannot.
+                self._is_beyond_help = self.stop_at_once = True
+                self.stopping.set()
         finally:
             if not idle:
                 self._exchange_seconds += time.perf_counter() - began
         return True
 
     def _mend(self) -> None:
-        """Mend what is this worker's own in Redis; if nothing helps, end, so that a fresh worker takes its place."""
+        """Mend what is this worker's own in Redis."""
         try:
             super().announce()
             self._claims.mend(self._held())
-        except RedisError as reason:
-            log.warning("%s: Redis cannot be used (%s)", self.name, reason)
-        if self._faults.is_lasting:
-            self._is_beyond_help = self.stop_at_once = True
-            self.stopping.set()
+        except Exception as reason:
+            log.warning("%s: it cannot be mended (%s: %.200s)", self.name, type(reason).__name__, reason)
 
     def count_malformed(self, job_id: str) -> None:
         self.metrics.count_malformed(job_id)
@@ -278,7 +278,7 @@ class GenerationWorker(RQWorker):
         except Exception as reason:
             begun = {job.id for job in (*self.batch, *self.outbox)}
             self._claimed = [claim for claim in self._claimed if claim[1] not in begun]
-            if is_of_service(reason):
+            if is_of_service(reason) or isinstance(reason, MemoryError):
                 raise
             message = "%s: %d jobs cannot be started together (%s: %.200s); trying one by one"
             log.warning(message, self.name, len(self._claimed), type(reason).__name__, reason)
@@ -291,7 +291,7 @@ class GenerationWorker(RQWorker):
             try:
                 self._start(self._claimed[:1])
             except Exception as reason:
-                if is_of_service(reason):
+                if is_of_service(reason) or isinstance(reason, MemoryError):
                     raise
                 self._set_aside(*self._claimed[0], reason)
             del self._claimed[0]

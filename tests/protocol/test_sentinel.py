@@ -217,6 +217,7 @@ def test_the_master_and_the_sentinels_have_passwords_of_their_own(tmp_path: Path
     )
     with locked:
         place = f"{HOST}:{locked.sentinels[0].port}/{MASTER}/2"
+        by_file = f"sentinel_password_file={own}"
         for url in (
             f"redis+sentinel://{place}?password_file={file}&sentinel_password_file={own}",
             f"redis+sentinel://:masters%2Fword@{place}?sentinel_password=sentinels%40word",
@@ -227,6 +228,12 @@ def test_the_master_and_the_sentinels_have_passwords_of_their_own(tmp_path: Path
             for text in (repr(connection), address_of(connection), without_password(url)):
                 assert "word" not in text
             connection.close()
+        with locked.sentinels[0].connect() as sentinel:
+            rights = ["-@all", "+auth", "+sentinel|masters"]
+            sentinel.acl_setuser("reader", enabled=True, passwords=["+sentinels@word"], commands=rights)
+        connection = connect(f"redis+sentinel://{place}?password_file={file}&sentinel_user=reader&{by_file}")
+        assert connection.ping()
+        connection.close()
         for url, message in (
             (f"redis+sentinel://:masters%2Fword@{place}", "check sentinel_user and sentinel_password_file"),
             (f"redis+sentinel://{place}?sentinel_password_file={own}", "check the user and password"),

@@ -40,10 +40,13 @@ def take_turns(
     connection = connect(redis_server.url)
     worker = GenerationWorker(engine, connection, queue_name, drain_timeout=1000, durability=durability)
     assert worker.sign_on()
-    yield Turns(worker)
-    for running in worker.batch:
-        worker.batch.drop(running)
-    worker._claims.close()
-    worker.confirmation.close()
-    worker.sign_off()
-    connection.close()
+    try:
+        yield Turns(worker)
+    finally:
+        # Also after a failure: a lease whose worker takes no turns ends the process, and the tests with it.
+        for running in worker.batch:
+            worker.batch.drop(running)
+        worker._claims.close()
+        worker.confirmation.close()
+        worker.sign_off()
+        connection.close()

@@ -33,7 +33,7 @@ from support.running import GOLDEN, wait_until
 from support.turns import Turns, take_turns
 
 from fastgpt2 import Client, Engine
-from fastgpt2.errors import FastGPT2Error
+from fastgpt2.errors import FastGPT2Error, RedisAccessDenied
 from fastgpt2.protocol import keys
 from fastgpt2.protocol.untrusted import is_of_service
 from fastgpt2.system.redis_server import RedisServer
@@ -156,6 +156,26 @@ def test_a_worker_whose_redis_is_away_does_not_end(turns: Turns, monkeypatch: py
             assert not worker._turn(burst=False)
             assert worker._faults.count == count
     assert not worker.stopping.is_set()
+
+
+def test_a_worker_whose_redis_denies_access_for_long_ends_and_says_why(
+    turns: Turns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lease may be renewed all the while; so nobody else would notice."""
+    worker = turns.worker
+
+    def fail() -> None:
+        raise NoPermissionError("this user has no permissions to run the 'xadd' command")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker.outbox, "write", fail)
+        assert not worker._turn(burst=False)
+        assert not worker._is_beyond_help
+        patch.setattr(faults, "UNFORESEEN_SECONDS", 0.0)
+        worker._faults._not_before = 0.0
+        assert worker._turn(burst=False)
+    assert worker._is_beyond_help
+    assert isinstance(worker._faults.in_words(), RedisAccessDenied)
 
 
 def test_a_stop_signal_ends_a_worker_whose_exchanges_fail(
