@@ -224,9 +224,9 @@ def test_a_model_is_downloaded_and_packed_once() -> None:
 
 def test_with_the_profile_ha_the_pool_follows_another_master() -> None:
     """The variables are those that .env.example proposes."""
-    proposed = dict(
-        re.findall(r"^#(COMPOSE_PROFILES|REDIS_URL)=(\S+)$", (ROOT / ".env.example").read_text(), re.MULTILINE)
-    )
+    example = (ROOT / ".env.example").read_text()
+    proposed = dict(re.findall(r"^#(COMPOSE_PROFILES|REDIS_URL)=(ha|redis\+sentinel:\S+)$", example, re.MULTILINE))
+    assert proposed.keys() == {"COMPOSE_PROFILES", "REDIS_URL"}
     compose = Compose(f"fastgpt2-test-{uuid.uuid4().hex[:6]}", MODEL="demo", FASTGPT2_DURABILITY="replica", **proposed)
 
     def master() -> str:

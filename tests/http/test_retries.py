@@ -117,6 +117,7 @@ def test_time_that_is_up_is_not_given_thrice(start_endpoint: StartEndpoint) -> N
     with open_ai(endpoint) as ai, pytest.raises(openai.APIStatusError) as caught:
         ai.completions.create(model="", prompt="a", extra_body=ANY_MODEL)
     assert caught.value.status_code == 504
+    wait_until(lambda: endpoint.log.read_text().count(f"POST {OPENAI_ROUTE} 504") >= 1, "the log to tell of it")
     assert endpoint.log.read_text().count(f"POST {OPENAI_ROUTE} 504") == 1
 
 
@@ -125,6 +126,7 @@ def test_what_passes_is_tried_again(start_endpoint: StartEndpoint, client: Clien
     waiting = client.enqueue("a")
     with open_ai(endpoint) as ai, pytest.raises(openai.RateLimitError):
         ai.with_options(max_retries=1).completions.create(model="", prompt="a", extra_body=ANY_MODEL)
+    wait_until(lambda: endpoint.log.read_text().count(f"POST {OPENAI_ROUTE} 429") >= 2, "the log to tell of it")
     assert endpoint.log.read_text().count(f"POST {OPENAI_ROUTE} 429") == 2
     waiting.cancel()
 

@@ -64,11 +64,11 @@ def start(tmp_path: Path) -> Iterator[Start]:
         each.kill()
 
 
-def with_a_job(url: str) -> None:
-    """Let the one worker there run a job."""
+def with_jobs(url: str) -> None:
+    """Let the one worker there run jobs, more than it could finish before the test goes on."""
     with Client(url) as client:
-        job = client.enqueue("My name is", max_new_tokens=500, ignore_eos=True)
-        wait_until(lambda: job.status() == "started", "the job to start")
+        jobs = [client.enqueue("My name is", max_new_tokens=500, ignore_eos=True) for _ in range(100)]
+        wait_until(lambda: jobs[0].status() == "started", "a job to start")
 
 
 def test_sigterm_ends_a_worker_in_every_state(start: Start, redis_server: RedisServer, tmp_path: Path) -> None:
@@ -81,9 +81,9 @@ def test_sigterm_ends_a_worker_in_every_state(start: Start, redis_server: RedisS
         loading.wait_for("loaded demo")
         loading.process.terminate()
         running.wait_for("is ready")
-        with_a_job(hanging.url)
         unleased.wait_for("is ready")
         signing_on.wait_for("Redis cannot be used")
+        with_jobs(hanging.url)
         with hanging.stopped():
             others = [signing_on, running, unleased]
             for each in others:
