@@ -237,6 +237,10 @@ _REMEDIES = (
     (("NOREPLICAS",), "too few replicas follow it: start them, or lower its min-replicas-to-write"),
     (("maxmemory",), "its memory is full: raise maxmemory, or wait until results expire"),
     (("read only replica", "READONLY"), "it is a replica: name the primary in FASTGPT2_REDIS_URL"),
+    (
+        ("WRONGTYPE",),
+        "another program has written to a key of the queue or the job: delete that key, or take other names",
+    ),
     (("loading the dataset",), "it has just started: wait until it has read its data"),
     (("MISCONF",), "it cannot save its data: make room on its disk"),
     (("Too many connections",), "this program uses all that its URL allows: raise max_connections there"),

@@ -7,6 +7,7 @@ it. The file is read for each new connection, so that the password can be change
 from __future__ import annotations
 
 import contextlib
+import stat
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
@@ -46,6 +47,9 @@ class PasswordFile(CredentialProvider):
     def _read(self) -> str:
         where = f"the Redis password file {self._path}, named by {self._option} in the URL,"
         try:
+            if not stat.S_ISREG(Path(self._path).stat().st_mode):
+                # A pipe would keep whoever opens it waiting, and give its line once.
+                raise BadRequest(f"{where} is no regular file")
             with Path(self._path).open(encoding="utf-8") as lines:
                 line = lines.readline(MAX_PASSWORD_CHARACTERS + 2).rstrip("\r\n")
         except OSError as reason:

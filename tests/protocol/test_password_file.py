@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,12 @@ def test_another_password_is_taken_up_by_the_next_connection(server: OpenRedis, 
         file.unlink()  # and the last one holds as long as there is no file
         connection.connection_pool.disconnect()
         assert connection.ping()
+
+
+def test_a_pipe_keeps_nobody_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(BadRequest, match="is no regular file"):
+        connect(f"redis://localhost/0?password_file={tmp_path / 'pipe'}")
 
 
 @pytest.mark.parametrize(
