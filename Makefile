@@ -23,9 +23,13 @@ check: .venv/test.stamp
 	$(BIN)/mypy & mypy=$$!; $(BIN)/pytest -q -n auto --dist loadfile -m 'not processes and not thorough'; tests=$$?; \
 		wait $$mypy && exit $$tests
 
-# The long soak: 2,000 jobs, 100 faults. Its seed is another each day; SEED=N repeats one.
+# The long soak, 2,000 jobs and 100 faults, and twice ten losses of a Redis master. The seed is another each day; SEED=N
+# repeats one.
+chaos: SEED ?= $(shell date +%Y%m%d)
 chaos: .venv/test.stamp
-	cd tests && ../$(BIN)/python -m chaos.soak --seed $(or $(SEED),$(shell date +%Y%m%d)) --report ../docs/chaos.json
+	cd tests && ../$(BIN)/python -m chaos.soak --seed $(SEED) --report ../docs/chaos.json
+	cd tests && ../$(BIN)/python -m chaos.failovers --seed $(SEED) --durability replica --report ../docs/failovers.json
+	cd tests && ../$(BIN)/python -m chaos.failovers --seed $(SEED) --durability memory --report ../docs/failovers.json
 
 .venv/demo.stamp: pyproject.toml | .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[server]'

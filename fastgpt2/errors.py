@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fastgpt2.engine.decoding.records import GenerationResult
 
 
@@ -33,6 +35,12 @@ class RequestTooLarge(BadRequest):
     """Raised if the body of an HTTP request is larger than the limit."""
 
     http_status = 413
+
+
+class UnsupportedEncoding(BadRequest):
+    """Raised if the body of an HTTP request is compressed, which no route takes."""
+
+    http_status = 415
 
 
 class RequestTooSlow(BadRequest):
@@ -80,8 +88,26 @@ class QueueUnavailable(FastGPT2Error):
     exit_code = 4
 
 
-class RedisAccessDenied(QueueUnavailable):
+class RedisUnfit(QueueUnavailable):
+    """Raised if a Redis answers and cannot serve, which waiting does not mend: too old, a Cluster, no such database."""
+
+
+class RedisAccessDenied(RedisUnfit):
     """Raised if Redis denies access: the password is wrong or missing, or the user lacks a right."""
+
+
+class NotDurable(QueueUnavailable):
+    """Raised if Redis took what was written, and did not confirm in time that it is as durable as was asked for.
+
+    The jobs are in the queue and may run. Nobody knows whether they would outlast the loss of this Redis.
+
+    Attributes:
+        job_ids: the ids of the jobs that were enqueued; empty if something else was written.
+    """
+
+    def __init__(self, message: str, job_ids: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.job_ids = tuple(job_ids)
 
 
 class RedisServerMissing(FastGPT2Error):
@@ -94,6 +120,12 @@ class JobNotFound(FastGPT2Error):
     """Raised if there is no job of this id: it was never enqueued here, or its result has expired."""
 
     http_status = 404
+
+
+class JobLost(JobNotFound):
+    """Raised if a job that had been enqueued is gone without an end: Redis lost it, or somebody deleted it."""
+
+    http_status = 503
 
 
 class JobFailed(FastGPT2Error):

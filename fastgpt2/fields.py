@@ -43,8 +43,23 @@ def refusal(name: str, expected: str, value: Any, of_type: bool = False) -> BadR
         expected: what the field takes, to follow "must be".
         of_type: the type is wrong, so that the message names the type instead of the value.
     """
-    shown = repr(value[:SHOWN_CHARACTERS]) if isinstance(value, str) else str(value)[:SHOWN_CHARACTERS]
-    return BadRequest(f"{name} must be {expected}, not {type_name(value) if of_type else shown}")
+    return BadRequest(f"{name} must be {expected}, not {type_name(value) if of_type else shown(value)}")
+
+
+def shown(value: object) -> str:
+    """Return a value as a message shows it, of bounded length."""
+    if isinstance(value, str):
+        return repr(value[:SHOWN_CHARACTERS])
+    try:
+        return str(value)[:SHOWN_CHARACTERS]
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        return "a number of thousands of digits"
+
+
+def why_no_json(reason: Exception) -> str:
+    """Return what Python says of a text that it reads no JSON from, but for its advice to change Python."""
+    text = str(reason)
+    return "a number in it has thousands of digits" if "integer string conversion" in text else text
 
 
 def type_name(value: object) -> str:

@@ -1,18 +1,32 @@
-"""The set-up of every long-running process: its stop signals, its children, which do not outlive it, and its log."""
+"""The set-up of every long-running process: its stop signals, its children, its open files, its log.
+
+And whether another process is still there.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import logging
+import os
+import re
+import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from types import FrameType
+
+log = logging.getLogger("fastgpt2")
 
 # SIGHUP: the terminal was closed.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1
+
+# A line of the log is no longer, and control characters in it are shown as \x0a: they might forge a line of their own.
+MAX_LOG_CHARACTERS = 4000
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(9), *range(10, 32), *range(127, 160))}
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
@@ -52,11 +66,70 @@ def set_up_child() -> None:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+class _OneLine(logging.Formatter):
+    """A message is one line, not too long: what it quotes, such as a job's id, may be anything. Tracebacks follow."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        text = super().formatMessage(record)
+        if len(text) > MAX_LOG_CHARACTERS:
+            text = f"{text[:MAX_LOG_CHARACTERS]}... ({len(text)} characters)"
+        return text.translate(_CONTROLS)
+
+
 def set_up_logging(level: str) -> None:
     """Log to standard error: this package from `level` on, the libraries' warnings with it."""
-    logging.basicConfig(
-        level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", force=True
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("fastgpt2").setLevel(level)
     # Has a handler of its own: its warnings would come twice.
     logging.getLogger("huggingface_hub").propagate = False
+
+
+def raise_open_file_limit() -> int:
+    """Let this process, and the children that it starts, have as many files and connections open as it may.
+
+    In most shells a process may have 1,024 of them, the soft limit, and may raise that to the hard one itself.
+
+    Returns:
+        The limit from now on.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (OSError, ValueError) as reason:  # macOS knows a lower limit of its own
+            log.debug("the limit of open files stays at %d (%s)", soft, reason)
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
+
+
+@cache
+def pid_space() -> str:
+    """Return within what this process's id means a process: a boot of a machine, and a name space of process ids there.
+
+    Two containers have the same host's name and process id more easily than one might think; never the same of these.
+    Empty where the system does not say: not Linux, or a sandbox that imitates one.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{Path('/proc/self/ns/pid').stat().st_ino}" if boot else ""
+    except OSError:
+        return ""
+
+
+def has_surely_ended(pid: str, space: str) -> bool:
+    """Tell whether a process is known to be gone: False if it is there, or if that cannot be told from here.
+
+    Args:
+        pid, space: its id, and its own `pid_space`.
+    """
+    if not space or space != pid_space() or not re.fullmatch(r"[1-9][0-9]{0,8}", pid):
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass
+    return False

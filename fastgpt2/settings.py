@@ -342,6 +342,11 @@ MEASURE = flag(
 ALL = flag("all", "With prune: remove every packed file, and what was measured of this machine.")
 DRY_RUN = flag("dry_run", "With prune: say what would be removed, and remove nothing.")
 TIMEOUT = duration("timeout", 60.0, "How long to wait for a result.")
+DURABILITY = Setting(
+    "durability", "HOW", one_of("memory", "disk", "replica"), "memory",
+    "What a written job or result must have reached before it counts: Redis's memory, its disk, or a replica as well.",
+)
+KEEP_ALIVE = duration("keep_alive", 75.0, "How long the HTTP endpoint keeps a connection open that is not used.")
 BODY_TIMEOUT = duration("body_timeout", 20.0, "How long the body of a request to the HTTP endpoint may take to come.")
 SHOW_PROMPTS = flag("show_prompts", "Show prompts in the HTTP endpoint's list of the latest jobs.")
 LOG_PROMPTS = flag("log_prompts", "Write prompts into the workers' logs.")
@@ -371,17 +376,28 @@ OF_REQUEST: Settings = (
 OF_LOAD: Settings = (*OF_MODEL, *OF_ARITHMETIC, DRAFTS)
 OF_WORKERS = (*OF_MODEL, POOL_THREADS, BLAS, WEIGHTS, DRAFTS, *OF_BATCH, WORKERS, MAX_JOBS, MAX_GROWTH)
 OF_ADDRESS = (HOST, HOST_NAME, PORT, TOKEN_FILE, INSECURE)
-OF_ANSWERS = (TIMEOUT, BODY_TIMEOUT, MAX_QUEUE, SHOW_PROMPTS)
+OF_ANSWERS = (TIMEOUT, BODY_TIMEOUT, KEEP_ALIVE, MAX_QUEUE, SHOW_PROMPTS)
 OF_END = (DRAIN_TIMEOUT, MAX_JOBS, MAX_GROWTH, ALIVE_FILE, BURST)
 OF_LOG = (LOG_PROMPTS, LOG_LEVEL)
 
 OF_REDIS = (REDIS_PORT, REDIS_DIR)
-OF_UP = (*OF_WORKERS, OWN_REDIS_URL, QUEUE, *OF_ADDRESS, *OF_REDIS, DRAIN_TIMEOUT, *OF_ANSWERS, *OF_LOG)
-OF_WORKER: Settings = (*OF_LOAD, *OF_BATCH, *OF_QUEUE, NAME, *OF_END, *OF_LOG)
-OF_POOL = (*OF_WORKERS, *OF_QUEUE, DRAIN_TIMEOUT, ALIVE_FILE, *OF_LOG)
-OF_ENDPOINT = (*OF_QUEUE, *OF_ADDRESS, *OF_ANSWERS, LOG_LEVEL)
-OF_ENQUEUE: Settings = (*OF_REQUEST, PRIORITY, DEADLINE, *OF_QUEUE, MAX_QUEUE, WAIT, STREAM, TIMEOUT, JSON)
-OF_FILE: Settings = (OUTPUT, FORMAT, IN_FLIGHT, RESTART, *OF_REQUEST, PRIORITY, DEADLINE, *OF_QUEUE, MAX_QUEUE)
+OF_UP = (*OF_WORKERS, OWN_REDIS_URL, QUEUE, DURABILITY, *OF_ADDRESS, *OF_REDIS, DRAIN_TIMEOUT, *OF_ANSWERS, *OF_LOG)
+OF_WORKER: Settings = (*OF_LOAD, *OF_BATCH, *OF_QUEUE, DURABILITY, NAME, *OF_END, *OF_LOG)
+OF_POOL = (*OF_WORKERS, *OF_QUEUE, DURABILITY, DRAIN_TIMEOUT, ALIVE_FILE, *OF_LOG)
+OF_ENDPOINT = (*OF_QUEUE, DURABILITY, *OF_ADDRESS, *OF_ANSWERS, LOG_LEVEL)
+OF_ENQUEUE: Settings = (*OF_REQUEST, PRIORITY, DEADLINE, *OF_QUEUE, DURABILITY, MAX_QUEUE, WAIT, STREAM, TIMEOUT, JSON)
+OF_FILE: Settings = (
+    OUTPUT,
+    FORMAT,
+    IN_FLIGHT,
+    RESTART,
+    *OF_REQUEST,
+    PRIORITY,
+    DEADLINE,
+    *OF_QUEUE,
+    DURABILITY,
+    MAX_QUEUE,
+)
 
 
 def of_system(**given: str) -> dict[str, Any]:

@@ -44,6 +44,7 @@ LONG_FILES = (
     "test_page.py",
     "test_decoder.py",
     "test_soak.py",
+    "test_failovers.py",
     "test_sampler.py",
     "test_pool.py",
     "test_cli.py",

@@ -19,7 +19,7 @@ import pytest
 from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 from redis.exceptions import ResponseError
-from rq import Queue
+from rq import Queue, RateLimit
 from rq.command import send_stop_job_command
 from rq.serializers import JSONSerializer
 from support.redis_process import OpenRedis
@@ -137,7 +137,9 @@ def test_a_client_and_a_worker_can_do_their_part(server: GuardedRedis, admin: Re
     first = rq.enqueue(TASK, entry["prompt"], max_new_tokens=5)
     after = rq.enqueue(TASK, entry["prompt"], max_new_tokens=5, depends_on=first)
     failing = rq.enqueue(TASK, entry["prompt"], num_beams=4)
+    limited = [rq.enqueue(TASK, "Once", max_new_tokens=2, rate_limit=RateLimit("limit", 1)) for _ in range(2)]
     endless = rq.enqueue(TASK, entry["prompt"], max_new_tokens=480, ignore_eos=True)
+    wait_until(lambda: limited[1].get_status().value == "finished", "the job that waited for a slot to finish")
     wait_until(lambda: after.get_status().value == "finished", "the dependent job to finish")
     wait_until(lambda: failing.get_status().value == "failed", "the refused job to fail")
     if endless.get_status().value == "started":
@@ -199,9 +201,9 @@ def test_the_endpoint_and_a_monitor_can_do_their_part(
             assert b"fastgpt2_jobs_ended_total" in (await render_metrics(connection, "fastgpt2"))[1]
             return await read_status(connection, "fastgpt2", history=True)
 
-    async def look_closely() -> None:
+    async def look_closely(ready: bool = True) -> None:
         async with AsyncRedis.from_url(server.url_of("endpoint")) as connection:
-            assert await check_readiness(connection, "fastgpt2") is None
+            assert (await check_readiness(connection, "fastgpt2") is None) is ready
             await record_depth(connection, "fastgpt2")
             assert (await read_status(connection, "fastgpt2", history=True))["totals"]["generated_tokens"] > 0
             assert b"fastgpt2_jobs_ended_total" in (await render_metrics(connection, "fastgpt2"))[1]
@@ -214,7 +216,7 @@ def test_the_endpoint_and_a_monitor_can_do_their_part(
     asyncio.run(look_closely())
     with Client(server.url_of("endpoint"), max_queue=1) as client, suspended(admin):
         waiting = client.enqueue(ENTRIES[0]["prompt"])
-        asyncio.run(look_closely())
+        asyncio.run(look_closely(ready=False))
         with pytest.raises(QueueFull):
             client.enqueue(ENTRIES[0]["prompt"])
         assert waiting.cancel()

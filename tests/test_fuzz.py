@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -40,6 +41,7 @@ from fastgpt2.engine.model.hub import DEMO_FOLDER
 from fastgpt2.engine.model.packing import open_packed
 from fastgpt2.engine.model.torch_file import MAX_SHARING
 from fastgpt2.engine.text.auto_tokenizer import load_tokenizer
+from fastgpt2.engine.text.regex_trial import RegexTrial
 from fastgpt2.engine.text.tokenizer import Tokenizer
 from fastgpt2.errors import BadRequest, CheckpointError, ConfigError, FastGPT2Error, TokenizerError
 from fastgpt2.fields import fields_of
@@ -475,8 +477,48 @@ def test_a_tokenizer_is_usable_or_a_tokenizer_error(data: bytes) -> None:
             ids = tokenizer.encode("My name is")
             assert tokenizer.longest_token_bytes >= 1
             assert isinstance(tokenizer.decode(ids), str)
-        except TokenizerError:
+        except (TokenizerError, BadRequest):
             pass
+
+
+_PLACES = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
+_PATTERNS = st.sampled_from(["", "a", " ", "b"]).map(lambda text: {"String": text}) | st.sampled_from(
+    ["[ab]+", "", "(?=a)", "(a|b)+", r"(.)\1", "a*", "[^a]", r"\s+(?!\S)"]
+).map(lambda regex: {"Regex": regex})
+_STEPS = st.one_of(
+    st.fixed_dictionaries(
+        {"type": st.just("Replace"), "pattern": _PATTERNS, "content": st.text("ab é", max_size=3) | st.just("a" * 9999)}
+    ),
+    st.fixed_dictionaries(
+        {
+            "type": st.just("Split"),
+            "pattern": _PATTERNS,
+            "behavior": st.sampled_from(["Removed", "Isolated", "MergedWithPrevious", "MergedWithNext", "Contiguous"]),
+            "invert": st.booleans(),
+        }
+    ),
+    st.sampled_from(["NFKD", "Lowercase", "ByteLevel", "Fuse", "ByteFallback", "Nmt"]).map(lambda name: {"type": name}),
+    st.sampled_from(["", "a", "x" * 99999]).map(lambda text: {"type": "Prepend", "prepend": text}),
+    st.sampled_from([0, 1, 1 << 62]).map(lambda length: {"type": "FixedLength", "length": length}),
+    st.tuples(st.sampled_from([0, 1, 1 << 40]), st.sampled_from([0, 1, 1 << 40])).map(
+        lambda ends: {"type": "Strip", "content": "a", "start": ends[0], "stop": ends[1]}
+    ),
+)
+
+
+@fuzz(30)
+@given(st.dictionaries(st.sampled_from(sorted(_PLACES)), st.lists(_STEPS, max_size=12), min_size=1), st.text("ab é"))
+def test_steps_of_a_tokenizer_make_ids_and_a_text_or_a_sentence(steps: dict[str, list[Any]], text: str) -> None:
+    pipeline = {place: {"type": "Sequence", _PLACES[place]: some} for place, some in steps.items()}
+    with tempfile.TemporaryDirectory() as folder, patch.object(RegexTrial, "run"), little_memory():
+        (Path(folder) / "tokenizer.json").write_text(json.dumps({**json.loads(_TOKENIZER), **pipeline}))
+        with suppress(TokenizerError, BadRequest):
+            tokenizer = Tokenizer.from_folder(Path(folder))
+            ids = tokenizer.encode(text)
+            detokenizer = tokenizer.detokenizer()
+            pieces = [detokenizer.push(token_id) for token_id in ids]
+            assert len("".join(pieces) + detokenizer.flush()) < 1 << 20
+            tokenizer.decode(ids)
 
 
 _KINDS = GOLDEN / "tokenizers"

@@ -87,9 +87,10 @@ COMMON = {"errors", "fields", "settings", "setting_values", "process", "__versio
 RECORDS = "engine.decoding.records"
 OPTIONS = "engine.decoding.options"
 ROOMS: dict[str, set[str]] = {
-    "engine.machine": set(),
+    "engine.trust": set(),
+    "engine.machine": {"engine.trust"},
     "engine.kernels": {"engine.machine"},
-    "engine.model": {"engine.kernels", "engine.machine"},
+    "engine.model": {"engine.kernels", "engine.machine", "engine.trust"},
     "engine.network": {"engine.model", "engine.kernels", "engine.machine"},
     "engine.text": {"engine.model"},
     "engine.decoding": {"engine.network", "engine.text", "engine.model"},

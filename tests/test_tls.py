@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import socket
@@ -17,8 +18,9 @@ import trustme
 from support.redis_process import OpenRedis
 from support.running import wait_until
 
-from fastgpt2 import Client
+from fastgpt2 import AsyncClient, Client
 from fastgpt2.errors import QueueUnavailable
+from fastgpt2.system.redis_server import RedisServer, find_server
 
 pytestmark = pytest.mark.processes
 
@@ -136,3 +138,35 @@ def test_a_certificate_of_another_name_is_refused(tmp_path: Path) -> None:
             client.enqueue("a")
     finally:
         server.stop()
+
+
+def test_sentinels_and_their_master_speak_tls(server: TLSRedis, tmp_path: Path) -> None:
+    port = RedisServer().port
+    more = iter(server._more)
+    lines = [f"{name.removeprefix('--')} {value}" for name, value in zip(more, more, strict=True)]
+    watched = f"sentinel monitor mymaster 127.0.0.1 {server.port} 1"
+    configuration = tmp_path / "sentinel.conf"
+    configuration.write_text("\n".join([*lines, f"tls-port {port}", "tls-replication yes", f"dir {tmp_path}", watched]))
+    with (tmp_path / "sentinel.log").open("w") as log:
+        sentinel = subprocess.Popen([str(find_server()), str(configuration), "--sentinel"], stdout=log, stderr=log)
+    url = f"rediss+sentinel://127.0.0.1:{port}/mymaster/0?ssl_ca_certs={server.authority}"
+    try:
+        with Client(url) as client:
+            wait_until(lambda: answers(client), "the Sentinel to know its master", 20)
+            assert asyncio.run(count_workers(url)) == 0
+            with Client(url.partition("?")[0]) as stranger, pytest.raises(QueueUnavailable, match="name its authority"):
+                stranger.workers()
+    finally:
+        sentinel.kill()
+        sentinel.wait()
+
+
+def answers(client: Client) -> bool:
+    with suppress(QueueUnavailable):
+        return client.workers() == 0
+    return False
+
+
+async def count_workers(url: str) -> int:
+    async with AsyncClient(url) as client:
+        return await client.workers()

@@ -29,8 +29,8 @@ from fastgpt2.api.client.outcome import Outcome
 from fastgpt2.api.client.session import Session
 from fastgpt2.commands.prompts import note_idle_options, request_fields
 from fastgpt2.engine.decoding.records import GenerationRequest, GenerationResult
-from fastgpt2.errors import BadRequest, FastGPT2Error, JobFailed
-from fastgpt2.fields import fields_of
+from fastgpt2.errors import BadRequest, FastGPT2Error, JobFailed, JobNotFound
+from fastgpt2.fields import fields_of, why_no_json
 from fastgpt2.process import on_stop_signals
 from fastgpt2.protocol.messages import job_to_kwargs, refuse_unknown, result_to_json
 
@@ -55,7 +55,8 @@ def run(values: dict[str, Any]) -> int:
     Raises:
         BadRequest: an option is out of bounds, or the output holds something else.
         FastGPT2Error: a file cannot be read or written.
-        QueueUnavailable: Redis stays away; what has been written stays.
+        QueueUnavailable: Redis stays away, or does not become as durable as asked for; what has been written stays.
+        JobNotFound: a job is gone; what has been written stays.
     """
     # However the command is told to end, what is in flight is cancelled.
     on_stop_signals(signal.default_int_handler)
@@ -67,7 +68,7 @@ def run(values: dict[str, Any]) -> int:
     reader = LineReader(is_json, fields)
     if not is_json:  # a line of JSON may say more
         note_idle_options(plan_job("", fields).request)
-    session = Session(values["redis_url"], values["queue"], values["max_queue"])
+    session = Session(values["redis_url"], values["queue"], values["max_queue"], values["durability"])
     with (
         closing(Driver(session.redis_url)) as driver,
         _open(source) as file,
@@ -136,6 +137,9 @@ def _send(
     total = count_lines(source) if shown and regular and source is not None else None
     with closing(run_bulk(driver, bulk, ProgressBar(total, shown, results.done))) as ends:
         for _, outcome in ends:
+            if isinstance(outcome, JobNotFound):
+                # This is no result of the line: the same command runs it again.
+                raise outcome
             results.write(sent.popleft(), _outcome_to_json(outcome))
 
 
@@ -236,7 +240,7 @@ def _parse(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as reason:
-        raise BadRequest(f"the line is not JSON ({reason})") from None
+        raise BadRequest(f"the line is not JSON ({why_no_json(reason)})") from None
     if isinstance(value, str):
         return {"prompt": value}
     if not isinstance(value, dict):

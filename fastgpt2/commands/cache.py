@@ -292,7 +292,7 @@ def _read_state(path: Path, parts: re.Match[str]) -> tuple[State, str | None]:
 
 
 def _open(path: Path) -> int:
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         return os.open(path, flags | _NOATIME)
     except PermissionError:

@@ -84,7 +84,7 @@ def _is_intact(packed: PackedFile) -> bool:
     from fastgpt2.engine.model.packing import checksum
 
     assert packed.path is not None
-    return f"{checksum(packed.fd):08x}" == read_metadata(packed.path).get("crc32")
+    return f"{checksum(packed.fd):08x}" == read_metadata(packed.fd, packed.path).get("crc32")
 
 
 def _discard(packed: PackedFile) -> None:

@@ -154,7 +154,7 @@ def enqueue(values: dict[str, Any]) -> int:
     if values["stream"] and request.texts > 1:
         raise BadRequest(f"--stream prints one text as it comes, not {request.texts}; print them at the end by --wait")
     options = JobOptions(timeout=values["deadline"], stream=values["stream"])
-    with Client(values["redis_url"], values["queue"], values["max_queue"]) as client:
+    with Client(values["redis_url"], values["queue"], values["max_queue"], values["durability"]) as client:
         job = client.enqueue_request(request, options, priority=values["priority"])
         if values["stream"]:
             try:

@@ -10,14 +10,17 @@ def worker(values: dict[str, Any]) -> int:
     """Run one worker until it is told to stop; with `burst`, until the queue is empty."""
     from fastgpt2.engine.engine import Engine
     from fastgpt2.engine.machine import hold_to_one_thread
-    from fastgpt2.process import set_up_logging
+    from fastgpt2.process import raise_open_file_limit, set_up_logging
     from fastgpt2.protocol.connection import connect
+    from fastgpt2.protocol.server_check import refuse_unfit
     from fastgpt2.worker.liveness import AliveFile
     from fastgpt2.worker.recycling import Recycling
     from fastgpt2.worker.worker import GenerationWorker, log
 
     set_up_logging(values["log_level"])
+    raise_open_file_limit()
     hold_to_one_thread()
+    refuse_unfit(values["redis_url"], "worker", values["queue"])
     connection = connect(values["redis_url"])
     engine = Engine.load(
         values["model"],
@@ -45,6 +48,7 @@ def worker(values: dict[str, Any]) -> int:
         log_prompts=values["log_prompts"],
         restarts=_number("FASTGPT2_RESTARTS") or 0,
         alive=AliveFile(values["alive_file"]) if values["alive_file"] else None,
+        durability=values["durability"],
     ).work(burst=values["burst"])
     return 0
 

@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastgpt2.engine.trust import FILE_MODE, NotTrusted, check_folder, make_folder, open_trusted
+
 if TYPE_CHECKING:
     from fastgpt2.engine.model.config import GPT2Config
 
@@ -36,6 +38,9 @@ MIN_BYTES = 64 << 20
 
 # In the cache folder.
 MEASUREMENTS_FILE = "calibration.json"
+# A machine has a few hundred bytes in it.
+_MAX_MEASUREMENTS_BYTES = 1 << 20
+_MAX_NUMBER = 1 << 31
 
 # Whether the thread variables were set before numpy read them. Asking the library takes 9 ms of a cold start.
 _held = False
@@ -221,6 +226,16 @@ def anonymous_file(name: str) -> int:
         return os.dup(file.fileno())
 
 
+def _trusted_path(folder: Path) -> Path | None:
+    """Return the path of the measurements in a folder; None if others could have written them."""
+    try:
+        check_folder(folder)
+    except (NotTrusted, OSError) as reason:
+        log.debug("no measurements are kept: %s", reason)
+        return None
+    return folder / MEASUREMENTS_FILE
+
+
 class Measurements:
     """The store of what was measured for one BLAS on one CPU: whole numbers by name, in a file of the cache folder.
 
@@ -230,14 +245,14 @@ class Measurements:
     """
 
     def __init__(self, folder: Path | None, machine: str) -> None:
-        self._path = folder / MEASUREMENTS_FILE if folder is not None else None
+        self._path = _trusted_path(folder) if folder is not None else None
         self._machine = machine
         self._numbers: dict[str, Any] = self._read().get(machine, {})
 
     def find(self, name: str) -> int | None:
         """Return the number of that name; None if it was not measured yet."""
         value = self._numbers.get(name)
-        return value if isinstance(value, int) else None
+        return value if type(value) is int and 0 <= value <= _MAX_NUMBER else None
 
     def find_or_measure(self, name: str, measure: Callable[[], int]) -> int:
         """Return the number of that name, measuring and keeping it if it was not measured yet."""
@@ -249,8 +264,14 @@ class Measurements:
 
     def _read(self) -> dict[str, Any]:
         """Return the numbers of all machines in the file, by machine; {} if there is no file or it is spoiled."""
+        if self._path is None:
+            return {}
         try:
-            machines = json.loads(self._path.read_text("utf-8")) if self._path is not None else {}
+            with os.fdopen(open_trusted(self._path), "rb") as file:
+                machines = json.loads(file.read(_MAX_MEASUREMENTS_BYTES))
+        except NotTrusted as reason:
+            log.warning("%s; what it says is measured anew", reason)
+            return {}
         except (OSError, ValueError, RecursionError):
             return {}
         if not isinstance(machines, dict) or not isinstance(machines.get(self._machine, {}), dict):
@@ -262,11 +283,13 @@ class Measurements:
             return
         temporary = self._path.with_suffix(f".{os.getpid()}.tmp")
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self._path.parent)
             # Two processes may measure at once. What one of them writes last is as right as the other's.
             machines = self._read()
             machines[self._machine] = {**machines.get(self._machine, {}), **self._numbers}
-            temporary.write_text(json.dumps(machines, indent=1, sort_keys=True) + "\n", "utf-8")
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
+            with os.fdopen(fd, "w", encoding="utf-8") as file:
+                file.write(json.dumps(machines, indent=1, sort_keys=True) + "\n")
             temporary.replace(self._path)
         except OSError as reason:
             log.debug("%s: not kept (%s)", self._path, reason)

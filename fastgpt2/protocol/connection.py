@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from fastgpt2.errors import BadRequest, FastGPT2Error, QueueUnavailable, RedisAccessDenied
+from fastgpt2.errors import BadRequest, FastGPT2Error, QueueUnavailable, RedisAccessDenied, RedisUnfit
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -42,18 +43,25 @@ def connect(url: str) -> Redis:
     Raises:
         BadRequest: the URL cannot be used.
     """
-    from redis import Redis
+    from redis import Connection, ConnectionPool, Redis
     from redis.backoff import NoBackoff
     from redis.retry import Retry
 
-    from fastgpt2.protocol.password_file import without_password_file
+    from fastgpt2.protocol.redis_url import read_url
+    from fastgpt2.protocol.server_check import greeted
 
     with _url_errors():
-        bare, credentials = without_password_file(url)
-        client = Redis.from_url(bare, retry=Retry(NoBackoff(), 0), **_OPTIONS, **credentials)
-        pool: Any = client.connection_pool
-        pool.connection_class = _keep_to_deadline(pool.connection_class)
-        pool.make_connection()
+        found, sentinels = read_url(url)
+        arguments = {**_OPTIONS, "retry": Retry(NoBackoff(), 0), **found}
+        if sentinels is not None:
+            from fastgpt2.protocol.sentinel import connect_by_sentinel
+
+            client = connect_by_sentinel(sentinels, arguments, _keep_to_deadline)
+        else:
+            kind: Any = greeted(arguments.pop("connection_class", Connection))
+            kind = _keep_to_deadline(kind)
+            client = Redis.from_pool(ConnectionPool(kind, **arguments))
+        client.connection_pool.make_connection()
     return client
 
 
@@ -67,7 +75,7 @@ def _keep_to_deadline(kind: type[Any]) -> type[Any]:
     def read_response(self: Any, *args: Any, **kwargs: Any) -> Any:
         left = ANSWER_BY.get() - time.monotonic()
         sock = self._sock
-        if sock is None or left >= SOCKET_SECONDS:
+        if sock is None or left >= (self.socket_timeout or math.inf):
             return kind.read_response(self, *args, **kwargs)
         sock.settimeout(max(0.01, left))
         try:
@@ -88,15 +96,23 @@ def connect_async(url: str) -> AsyncRedis:
     Raises:
         BadRequest: the URL cannot be used.
     """
-    from redis.asyncio import Redis
+    from redis.asyncio import Connection, ConnectionPool, Redis
     from redis.asyncio.retry import Retry
     from redis.backoff import NoBackoff
 
-    from fastgpt2.protocol.password_file import without_password_file
+    from fastgpt2.protocol.redis_url import read_url
+    from fastgpt2.protocol.server_check import greeted_async
 
     with _url_errors():
-        bare, credentials = without_password_file(url)
-        client = Redis.from_url(bare, retry=Retry(NoBackoff(), 1), **_OPTIONS, **credentials)
+        found, sentinels = read_url(url)
+        arguments = {**_OPTIONS, "retry": Retry(NoBackoff(), 1), **found}
+        if sentinels is not None:
+            from fastgpt2.protocol.sentinel import connect_by_sentinel_async
+
+            client = connect_by_sentinel_async(sentinels, arguments)
+        else:
+            kind: Any = greeted_async(arguments.pop("connection_class", Connection))
+            client = Redis.from_pool(ConnectionPool(kind, **arguments))
         client.connection_pool.make_connection()  # type: ignore[no-untyped-call]
     return client
 
@@ -110,9 +126,9 @@ def _url_errors() -> Iterator[None]:
         raise
     except (ValueError, TypeError):
         raise BadRequest(
-            "the Redis URL cannot be used; write redis://[user:password@]host:port/0, rediss://... or unix:///path, "
-            "percent-encode the characters / # ? @ [ ] of a password or give ?password_file=/path in its place, and "
-            "leave out options that redis-py does not know"
+            "the Redis URL cannot be used; write redis://[user:password@]host:port/0, rediss://..., unix:///path or "
+            "redis+sentinel://[user:password@]host:26379,host:26379/MASTER/0, "
+            "percent-encode the characters / # ? @ [ ] of a password or give ?password_file=/path in its place"
         ) from None
 
 
@@ -122,6 +138,13 @@ def without_password(url: str) -> str:
     user, at, place = rest.rpartition("@")
     place = place.partition("?")[0]
     return f"{scheme}://{'***@' if at and user else ''}{place}"
+
+
+def holds_secret(url: str) -> bool:
+    """Tell whether a URL that can be used has a password in it, so that it must not be shown as it is."""
+    parts = url.partition("://")[2].partition("?")
+    user = parts[0].rpartition("@")[0]
+    return ":" in user or any(option.partition("=")[0].endswith("password") for option in parts[2].split("&"))
 
 
 @contextmanager
@@ -138,40 +161,100 @@ def redis_errors(url: str) -> Iterator[None]:
 
 
 def in_words(url: str, reason: Exception) -> QueueUnavailable:
-    """Return the error that a person should see for one of the library's; RedisAccessDenied if waiting cannot help."""
+    """Return the error that a person should see for one of the library's; RedisUnfit if waiting cannot help."""
     from redis.exceptions import AuthenticationError, AuthorizationError, NoPermissionError
 
-    where, text = f"Redis at {without_password(url)}", str(reason)
+    from fastgpt2.protocol.server_check import ServerUnfit
+
+    # Redis quotes an unknown command with its arguments, which may be a prompt.
+    where, text = f"Redis at {without_password(url)}", str(reason).partition(", with args")[0]
+    if isinstance(reason, ServerUnfit):
+        return RedisUnfit(f"{where} cannot serve: {text}")
     is_denial = isinstance(reason, AuthenticationError | AuthorizationError | NoPermissionError)
     if is_denial or any(word in text for word in ("NOAUTH", "WRONGPASS", "NOPERM", "Authentication required")):
         return RedisAccessDenied(
-            f"{where} denied access ({text}); check the user and password in FASTGPT2_REDIS_URL, and the user's rights"
+            f"{where} denied access ({text}); check the user and password in FASTGPT2_REDIS_URL, and the user's rights "
+            "(deploy/redis.acl lists them)"
         )
-    remedy = next((remedy for words, remedy in _REMEDIES if any(word in text for word in words)), None)
-    if remedy == _NO_ANSWER and url.startswith("rediss:"):
+    if text.startswith("the Sentinels deny access"):
+        return RedisAccessDenied(
+            f"{where}: {text}; check sentinel_user and sentinel_password_file in FASTGPT2_REDIS_URL, and that they "
+            "allow SENTINEL MASTERS"
+        )
+    unfit = _remedy(text, _UNFIT)
+    if unfit is not None:
+        return RedisUnfit(f"{where} cannot serve ({text}); {unfit}")
+    remedy = _remedy(text, _REMEDIES)
+    if remedy == _NO_ANSWER and url.startswith("rediss"):
         remedy += ", and whether it speaks TLS on that port"
-    return QueueUnavailable(
-        f"{where} cannot be used ({type(reason).__name__}: {text}); {remedy or 'start it, or mend FASTGPT2_REDIS_URL'}"
-    )
+    return QueueUnavailable(f"{where} cannot be used ({type(reason).__name__}: {text}); {remedy or _way_out(url)}")
+
+
+def _way_out(url: str) -> str:
+    """Return what to do about a Redis that is not there."""
+    if "+sentinel:" in url:
+        return "wait until a replica is promoted, or let the Sentinels name an address that can be reached from here"
+    ours = "`fastgpt2 up` starts a Redis with workers"
+    if os.environ.get("FASTGPT2_REDIS_URL") == url:  # perhaps left in the shell from another day
+        return f"FASTGPT2_REDIS_URL names it: start it, or mend or unset the variable; {ours}"
+    return f"start it, or name another one in FASTGPT2_REDIS_URL; {ours}"
+
+
+def _remedy(text: str, remedies: Iterable[tuple[tuple[str, ...], str]]) -> str | None:
+    return next((remedy for words, remedy in remedies if any(word in text for word in words)), None)
 
 
 _NO_ANSWER = "it does not answer: check whether it hangs, or a firewall drops what is sent"
 
-# Words in an error of Redis or of the library, and what helps.
+CLUSTER_REFUSED = (
+    "it is a Cluster, where the keys of one job would lie on several nodes: use a single Redis, or one that Sentinels "
+    "watch (redis+sentinel://)"
+)
+
+# Words in an error of Redis or of the library that waiting does not mend, and what helps.
+_UNFIT = (
+    (
+        ("CROSSSLOT", "MOVED ", "SELECT is not allowed in cluster", "CLUSTERDOWN"),
+        CLUSTER_REFUSED,
+    ),
+    (
+        ("DB index is out of range", "invalid DB index"),
+        "it has no database of this number: write a smaller one in the URL, or raise its setting `databases`",
+    ),
+    (("unknown command", "Unknown Redis command"), "Redis 6.2 or newer is needed, or valkey, with no command disabled"),
+    (
+        ("the Sentinels know no master",),
+        "write the name that follows `sentinel monitor` in their configuration",
+    ),
+    (("the URL names no Sentinel",), "write redis://host:port/0 for it, or name the Sentinels' port, which is 26379"),
+)
+
+# The same for what passes.
 _REMEDIES = (
-    (("maxmemory",), "its memory is full: raise maxmemory, or wait until results expire"),
-    (("read only replica", "READONLY"), "it is a replica: name the primary in FASTGPT2_REDIS_URL"),
-    (("loading the dataset",), "it has just started: wait until it has read its data"),
-    (("MISCONF",), "it cannot save its data: make room on its disk"),
-    (("max number of clients",), "it has too many clients: raise its maxclients"),
     (("CERTIFICATE_VERIFY_FAILED", "certificate verify failed"), "name its authority: rediss://...?ssl_ca_certs=FILE"),
     (("SSL", "WRONG_VERSION_NUMBER"), "it may not speak TLS there: use redis:// instead of rediss://, or another port"),
+    (("no Sentinel names a live master",), "wait until a replica is promoted, or start its servers and Sentinels"),
+    (("NOREPLICAS",), "too few replicas follow it: start them, or lower its min-replicas-to-write"),
+    (("maxmemory",), "its memory is full: raise maxmemory, or wait until results expire"),
+    (("read only replica", "READONLY"), "it is a replica: name the primary in FASTGPT2_REDIS_URL"),
+    (
+        ("WRONGTYPE",),
+        "another program has written to a key of the queue or the job: delete that key, or take other names",
+    ),
+    (("loading the dataset",), "it has just started: wait until it has read its data"),
+    (("MISCONF",), "it cannot save its data: make room on its disk"),
+    (("Too many connections",), "this program uses all that its URL allows: raise max_connections there"),
+    (("max number of clients",), "it has too many clients: raise its maxclients"),
     (("Timeout", "timed out"), _NO_ANSWER),
 )
 
 
 def address_of(connection: Redis) -> str:
     """Return where a connection leads, as a URL without secrets."""
+    sentinels = getattr(connection.connection_pool, "sentinel_manager", None)
+    if sentinels is not None:
+        shown: str = sentinels.group.shown
+        return shown
     kwargs = connection.connection_pool.connection_kwargs
     if "path" in kwargs:
         return f"unix://{kwargs['path']}"

@@ -35,6 +35,10 @@ EXECUTIONS_SUFFIX = ":executions"
 JOB_PREFIX = "rq:job:"
 QUEUE_PREFIX = "rq:queue:"
 RESULTS_PREFIX = "rq:results:"
+# It exists from `rq suspend` to `rq resume`.
+SUSPENDED_KEY = "rq:suspended"
+# The set of the keys of all rate limits (`rq.RateLimit`).
+RATE_LIMITS_KEY = "rq:rl-keys"
 
 # All executions of a job; one execution, by the ids of the job and of itself with a colon between.
 EXECUTIONS_PREFIX = "rq:executions:"
@@ -101,8 +105,26 @@ SUSPECT_CRASHES = 2
 
 # --- This package's keys ---
 
+# Before the id of a job, the key of its stream; see `stream_key`.
+STREAM_PREFIX = "fastgpt2:stream:"
+
 # For how long a worker counts as alive after each renewal of its lease.
 LEASE_SECONDS = 9.0
+
+# A field of a worker's hash: the moment of its last heartbeat by Redis's clock, in seconds since 1970. RQ's own field,
+# `last_heartbeat`, is by the clock of the worker's machine.
+HEARD_FIELD = "heard_at"
+
+# A worker that was not heard of for this long hangs, was stopped, or cannot reach Redis. The loop that runs jobs tells
+# every 5 s that it turns, that of a quiet worker every 10 s at most; a stopped worker is taken for dead after 15 s.
+SILENT_SECONDS = 12.0
+SILENT = "silent"
+
+# Fields of a worker's hash: which of the processes that had the worker's name one after the other has it now; where the
+# worker's process id means something (`fastgpt2.process.pid_space`); and one that RQ's own workers do not have.
+INCARNATION_FIELD = "fastgpt2_incarnation"
+PID_SPACE_FIELD = "fastgpt2_pid_space"
+VERSION_FIELD = "fastgpt2_version"
 
 # What a worker's hash holds at most of the notes on its model.
 MAX_NOTES = 16
@@ -111,7 +133,7 @@ MAX_NOTE_CHARACTERS = 400
 
 def stream_key(job_id: str) -> str:
     """Return the key of the Redis stream of a job's text; see `fastgpt2.protocol.messages`."""
-    return f"fastgpt2:stream:{job_id}"
+    return f"{STREAM_PREFIX}{job_id}"
 
 
 def leases_key(name: str) -> str:
@@ -127,9 +149,30 @@ def claimed_key(worker_name: str, queue_name: str) -> str:
     return f"fastgpt2:taken:{worker_name}:{queue_name}"
 
 
+def set_aside_key(queue_name: str) -> str:
+    """Return the key of the list of what stood in an RQ queue and could not be served: JSON notes, the last one first.
+
+    What can be failed as a job is among RQ's failed jobs instead.
+    """
+    return f"fastgpt2:set-aside:{queue_name}"
+
+
 def once_key(digest: str) -> str:
     """Return the key of what is kept of a request that must run only once: its job, and what it asked for."""
     return f"fastgpt2:once:{digest}"
+
+
+# Before a queue's name: the Redis stream of the ids of its jobs that were cancelled just now. Those who wait for a job
+# read it too, as a cancellation writes nothing else that they would hear of. It is kept for a moment only: who comes
+# later asks for the job's state first.
+CANCELLATIONS_PREFIX = "fastgpt2:cancelled:"
+CANCELLATIONS_TTL_SECONDS = 60
+MAX_CANCELLATIONS = 1000
+
+
+def cancellations_key(queue_name: str) -> str:
+    """Return the key of the Redis stream of the jobs of an RQ queue that were cancelled just now."""
+    return f"{CANCELLATIONS_PREFIX}{queue_name}"
 
 
 def wake_key(name: str) -> str:
@@ -157,6 +200,11 @@ def last_report_key(worker_name: str) -> str:
     return f"fastgpt2:told:{worker_name}"
 
 
+def asked_key(worker_name: str) -> str:
+    """Return the key that a worker writes before it asks whether all that it wrote will last."""
+    return f"fastgpt2:asked:{worker_name}"
+
+
 # --- A pool's figures: what workers count, and the endpoint reads ---
 #
 # All of them only grow: counts, sums, and histograms as counts by bucket. The totals of a pool are one hash
@@ -169,6 +217,8 @@ BUCKET_SECONDS = 10
 RECENT_TTL_SECONDS = 20 * 60
 LATEST_TTL_SECONDS = 24 * 3600
 MAX_LATEST = 100
+SET_ASIDE_TTL_SECONDS = 7 * 24 * 3600
+MAX_SET_ASIDE = 1000
 
 PROMPT_TOKENS = "prompt_tokens"
 CACHED_TOKENS = "cached_tokens"
@@ -179,8 +229,9 @@ RECOVERIES = "recoveries"
 REFUSED = "refused"
 RETRIED = "retried"
 GIVEN_BACK = "given_back"
+UNCONFIRMED = "unconfirmed"
 TOKEN_COUNTS = (PROMPT_TOKENS, CACHED_TOKENS, GENERATED_TOKENS, DRAFTED_TOKENS, ACCEPTED_TOKENS)
-COUNTS = (*TOKEN_COUNTS, RECOVERIES, REFUSED, RETRIED, GIVEN_BACK)
+COUNTS = (*TOKEN_COUNTS, RECOVERIES, REFUSED, RETRIED, GIVEN_BACK, UNCONFIRMED)
 
 # How a job can end: RQ's status, and why: the finish reason, the kind of error, or that somebody asked for it.
 POISON = ("failed", "poison")

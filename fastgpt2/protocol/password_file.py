@@ -7,6 +7,7 @@ it. The file is read for each new connection, so that the password can be change
 from __future__ import annotations
 
 import contextlib
+import stat
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
@@ -22,12 +23,15 @@ MAX_PASSWORD_CHARACTERS = 4096
 class PasswordFile(CredentialProvider):
     """The password in the first line of a file, for redis-py.
 
+    Args:
+        option: by which option of the URL the file is named, for messages.
+
     Raises:
         BadRequest: the file cannot be read, or its first line cannot be a password.
     """
 
-    def __init__(self, path: str, user: str | None) -> None:
-        self._path, self._user = path, user
+    def __init__(self, path: str, user: str | None, option: str = OPTION) -> None:
+        self._path, self._user, self._option = path, user, option
         self._password = self._read()
 
     def get_credentials(self) -> tuple[str] | tuple[str, str]:
@@ -41,8 +45,11 @@ class PasswordFile(CredentialProvider):
         return self.get_credentials()
 
     def _read(self) -> str:
-        where = f"the Redis password file {self._path}, named by {OPTION} in the URL,"
+        where = f"the Redis password file {self._path}, named by {self._option} in the URL,"
         try:
+            if not stat.S_ISREG(Path(self._path).stat().st_mode):
+                # A pipe would keep whoever opens it waiting, and give its line once.
+                raise BadRequest(f"{where} is no regular file")
             with Path(self._path).open(encoding="utf-8") as lines:
                 line = lines.readline(MAX_PASSWORD_CHARACTERS + 2).rstrip("\r\n")
         except OSError as reason:

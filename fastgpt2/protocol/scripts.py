@@ -76,6 +76,8 @@ class Script:
 def execute(pipeline: Pipeline) -> list[Any]:
     """Send a pipeline without a transaction; scripts that Redis does not know are sent once more, with their texts.
 
+    What confirms that they have been written (WAIT, WAITAOF) is then sent once more after them.
+
     Returns:
         The replies in the order of the commands, errors among them.
 
@@ -84,13 +86,25 @@ def execute(pipeline: Pipeline) -> list[Any]:
     """
     commands = [words for words, _ in pipeline.command_stack]
     replies: list[Any] = pipeline.execute(raise_on_error=False)
-    unknown = [at for at, reply in enumerate(replies) if is_unknown(reply)]
-    if unknown:
-        for at in unknown:
-            pipeline.execute_command(*with_text(commands[at]))  # type: ignore[no-untyped-call]
-        for at, reply in zip(unknown, pipeline.execute(raise_on_error=False), strict=True):
+    again = to_repeat(commands, replies)
+    if again:
+        for words in again.values():
+            pipeline.execute_command(*words)  # type: ignore[no-untyped-call]
+        for at, reply in zip(again, pipeline.execute(raise_on_error=False), strict=True):
             replies[at] = reply
     return replies
+
+
+def to_repeat(commands: Sequence[Sequence[Any]], replies: Sequence[Any]) -> dict[int, Sequence[Any]]:
+    """Return the commands of a pipeline that are sent once more, by their places; see `execute`."""
+    unknown = [at for at, reply in enumerate(replies) if is_unknown(reply)]
+    if not unknown:
+        return {}
+    again: dict[int, Sequence[Any]] = {at: with_text(commands[at]) for at in unknown}
+    for at in range(unknown[0], len(commands)):
+        if commands[at][:1] in (("WAIT",), ("WAITAOF",)):
+            again[at] = commands[at]
+    return dict(sorted(again.items()))
 
 
 def is_unknown(reply: Any) -> bool:

@@ -11,13 +11,15 @@ import json
 import math
 import pickle
 import pickletools
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from redis.exceptions import ResponseError
+from redis.exceptions import DataError, RedisError, ResponseError
 
 from fastgpt2.engine.decoding.records import MAX_PROMPT_BYTES
+from fastgpt2.fields import why_no_json
 
 # A prompt of the longest kind, every character of it escaped.
 MAX_PAYLOAD_BYTES = 8 * MAX_PROMPT_BYTES
@@ -76,6 +78,8 @@ def read(data: bytes) -> Any:
         return _unpickle(data) if is_pickle(data) else json.loads(data.decode("utf-8"))
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    except ValueError as reason:
+        raise ValueError(why_no_json(reason)) from None
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -124,7 +128,7 @@ def real(value: Any) -> float | None:
             return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if math.isfinite(value) and 0 <= value < MOST else None
+    return float(value) if 0 <= value < MOST and math.isfinite(value) else None
 
 
 def whole(value: Any) -> int | None:
@@ -152,12 +156,36 @@ def by_name(names: Sequence[str], reply: Any) -> dict[str, Any]:
 
 
 # Redis says this when an entry is not what it should be, as opposed to when it cannot serve.
-_FAULTS_OF_ENTRIES = ("WRONGTYPE", "not an integer", "not a valid float", "would overflow")
+_FAULTS_OF_ENTRIES = (
+    "WRONGTYPE",
+    "not an integer",
+    "not a valid float",
+    "not a float",
+    "would overflow",
+    "invalid expire time",
+    "would produce NaN or Infinity",
+    "resulting score is not a number",
+    "ID specified in XADD is equal or smaller",
+    "has exhausted the last possible ID",
+)
+
+# Redis says this when it cannot serve anybody, or not this user, or not now; alone, or within what it says of a script.
+_FAULTS_OF_SERVICE = re.compile(
+    r"\b(OOM|READONLY|LOADING|MISCONF|BUSY|UNKILLABLE|NOREPLICAS|MASTERDOWN|CLUSTERDOWN|CROSSSLOT|MOVED|ASK|TRYAGAIN|NOPERM"
+    r"|NOAUTH|WRONGPASS|DENIED|NOSCRIPT|NOPROTO)\b|[Pp]ermission|unknown command|max number of clients"
+)
 
 
 def is_of_entry(error: Exception) -> bool:
     """Tell whether an error is about a key that is not what it should be: to try again would not help."""
     return isinstance(error, ResponseError) and any(phrase in str(error) for phrase in _FAULTS_OF_ENTRIES)
+
+
+def is_of_service(error: BaseException) -> bool:
+    """Tell whether Redis cannot be reached or cannot serve: that is no job's fault, and waiting may help."""
+    if type(error) in (ResponseError, DataError):  # the library knows no more of it than its words
+        return _FAULTS_OF_SERVICE.search(str(error)) is not None
+    return isinstance(error, RedisError | OSError)
 
 
 def read_moment(value: Any) -> datetime | None:

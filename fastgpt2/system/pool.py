@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fastgpt2.errors import BadRequest, FastGPT2Error, ModelError
+from fastgpt2.errors import BadRequest, FastGPT2Error, ModelError, RedisUnfit
 from fastgpt2.process import set_up_child, stop_signal_came, stop_signals_held
 from fastgpt2.protocol.keys import DIED, ENDED
 
@@ -211,7 +211,9 @@ def _back_off(child: Child, status: int, now: float) -> None:
         raise ChildFailed(f"{child.name} {how}; its message above says why", status)
     child.quick_deaths = 1 if now - child.started_at > HEALTHY_SECONDS else child.quick_deaths + 1
     if child.quick_deaths > MAX_QUICK_DEATHS:
-        raise FastGPT2Error(f"{child.name} {how}, {child.quick_deaths} times in a row; giving up")
+        message = f"{child.name} {how}, {child.quick_deaths} times in a row; giving up"
+        # A Redis that denies access may be about to read its users; in the end it was no blip.
+        raise ChildFailed(message, status) if status == RedisUnfit.exit_code else FastGPT2Error(message)
     if child.deaths_at_work >= MAX_DEATHS_AT_WORK:
         raise FastGPT2Error(f"{child.name} {how}, and has died {child.deaths_at_work} times over jobs; giving up")
     back_off = min(MAX_BACK_OFF_SECONDS, 0.5 * 2 ** (child.quick_deaths - 1))

@@ -17,16 +17,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
-from fastgpt2 import settings
 from fastgpt2.api.http.access import read_token, refuse_exposure
 from fastgpt2.api.http.serve import bind, url_of
 from fastgpt2.engine.model.hub import find_folders
-from fastgpt2.errors import FastGPT2Error, QueueUnavailable, RedisAccessDenied
-from fastgpt2.process import on_stop_signals, set_up_logging, stop_signals_held
+from fastgpt2.errors import FastGPT2Error, QueueUnavailable
+from fastgpt2.process import on_stop_signals, raise_open_file_limit, set_up_logging, stop_signals_held
 from fastgpt2.protocol.connection import connect, redis_errors, without_password
 from fastgpt2.protocol.keys import workers_key
 from fastgpt2.system.pool import HEALTHY_SECONDS, Child, Pool
 from fastgpt2.system.redis_server import RedisServer
+from fastgpt2.system.welcome import named_by, welcome
 
 log = logging.getLogger("fastgpt2.pool")
 
@@ -118,7 +118,7 @@ class System:
 
     def _start_redis(self) -> None:
         if self.redis_url:
-            _ping(self.redis_url)
+            self._check_redis()
             return
         folder = self.values["redis_dir"]
         self.redis = RedisServer(self.values["redis_port"], Path(folder).expanduser().absolute() if folder else None)
@@ -126,6 +126,18 @@ class System:
         self.redis.start()
         self._redis_started_at = time.monotonic()
         self.redis_url = self.redis.url
+
+    def _check_redis(self) -> None:
+        from fastgpt2.protocol.server_check import check_server
+
+        connection = connect(self.redis_url)
+        with closing(connection):
+            try:
+                for rights in ("worker", "endpoint"):
+                    check_server(connection, self.redis_url, rights, self.values["queue"])
+            except QueueUnavailable as error:
+                remedy = f"or leave out {named_by(self.redis_url)} and up starts a Redis of its own"
+                raise type(error)(f"{error}; {remedy}") from None
 
     def _start_children(self) -> None:
         values = self.values
@@ -237,6 +249,7 @@ def run_system(values: dict[str, Any]) -> int:
         KeyboardInterrupt: a signal came before everything was ready; what was started has been stopped.
     """
     set_up_logging(values["log_level"])
+    raise_open_file_limit()
     system = System(values)
 
     def stop(_signum: int, _frame: FrameType | None) -> None:
@@ -246,7 +259,7 @@ def run_system(values: dict[str, Any]) -> int:
 
     on_stop_signals(stop)
     with system:
-        print(_welcome(system), flush=True)
+        print(welcome(values, system.http_url, system.redis_url, system.redis is not None), flush=True)
         supervise(system.check, system.stopping)
     return 0
 
@@ -259,9 +272,12 @@ def run_pool(values: dict[str, Any]) -> int:
         KeyboardInterrupt: a signal came before there was a worker.
     """
     set_up_logging(values["log_level"])
+    raise_open_file_limit()
     on_stop_signals(signal.default_int_handler)
     redis_url = values["redis_url"]
-    _refuse_if_denied(redis_url)
+    from fastgpt2.protocol.server_check import refuse_unfit
+
+    refuse_unfit(redis_url, "worker", values["queue"])
     find_folders(values["model"], values["revision"], values["tokenizer"])
     stopping = threading.Event()
     on_stop_signals(lambda _signum, _frame: stopping.set())
@@ -273,41 +289,3 @@ def run_pool(values: dict[str, Any]) -> int:
     with running_pool(worker_children(values, redis_url), values, redis_url) as pool:
         supervise(pool.check, stopping)
     return 0
-
-
-def _refuse_if_denied(redis_url: str) -> None:
-    """Look at Redis once: workers wait for a Redis that is away, but trying again mends no password.
-
-    Raises:
-        BadRequest: not a Redis URL.
-        RedisAccessDenied: Redis is up, and says no.
-    """
-    try:
-        _ping(redis_url)
-    except RedisAccessDenied:
-        raise
-    except QueueUnavailable:
-        pass
-
-
-def _ping(redis_url: str) -> None:
-    connection = connect(redis_url)
-    with closing(connection), redis_errors(redis_url):
-        connection.ping()
-
-
-def _welcome(system: System) -> str:
-    values, embedded = system.values, system.redis is not None
-    variables = [f"FASTGPT2_REDIS_URL={system.redis_url}"] if embedded else []
-    if values["queue"] != settings.QUEUE.default:
-        variables.append(f"FASTGPT2_QUEUE={values['queue']}")
-    return "\n".join(
-        [
-            f"fastgpt2 is ready: model {values['model']}, {values['workers']} workers, queue {values['queue']}",
-            f"  endpoint  {system.http_url}/ in a browser, {system.http_url}/v1 for OpenAI's clients",
-            f"  Redis     {system.redis_url + ' (embedded)' if embedded else without_password(system.redis_url)}",
-            f"  try       {' '.join([*variables, 'fastgpt2'])} enqueue --wait 'My name is'",
-            f'            curl -s {system.http_url}/ -d \'{{"inputs": "My name is"}}\'',
-            "Ctrl-C stops it.",
-        ]
-    )

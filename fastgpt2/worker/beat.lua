@@ -1,14 +1,27 @@
 -- Renew a worker's lease, and look for others' that have lapsed, or that reach further into the future than any can.
 --
+-- A worker whose name another has by now has no lease, and renews none.
+--
 -- KEYS[1]          the leases of the pool
+-- KEYS[2]          the hash of the worker
 -- ARGV[1]          the name of the worker
 -- ARGV[2]          the length of a lease in ms
--- Returns          what this worker's lease was before (empty if there was none); what it is now; of the lapsed leases,
---                  at most 100, and of those too far in the future, at most 100, each name and what the lease is
+-- ARGV[3]          the incarnation of the worker
+-- Returns          what this worker's lease was before (empty if there was none); what it is now, empty if another has
+--                  the name; of the lapsed leases, at most 100, and of those too far in the future, at most 100, each
+--                  name and what the lease is
+-- include owner_of
+local owner = owner_of(KEYS[2])
+if owner and owner ~= ARGV[3] then return {'', '', {}, {}} end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local upto = string.format('%.0f', now + ARGV[2])
-local before = redis.call('ZSCORE', KEYS[1], ARGV[1])
+local before = redis.pcall('ZSCORE', KEYS[1], ARGV[1])
+if type(before) == 'table' then
+    -- Not what it has to be: nobody could ever take a lease.
+    redis.call('DEL', KEYS[1])
+    before = false
+end
 redis.call('ZADD', KEYS[1], upto, ARGV[1])
 local lapsed = redis.call('ZRANGE', KEYS[1], '-inf', now, 'BYSCORE', 'LIMIT', 0, 100, 'WITHSCORES')
 local strange = redis.call('ZRANGE', KEYS[1], '(' .. upto, '+inf', 'BYSCORE', 'LIMIT', 0, 100, 'WITHSCORES')

@@ -3,6 +3,8 @@
 -- A job that several workers have died of is claimed only by a worker that has no other job. The jobs behind it in its
 -- queue wait meanwhile: if they were claimed, it might wait for ever.
 --
+-- `pcall`: a queue whose key is no list keeps none of the others waiting.
+--
 -- KEYS[1]          the mark of a suspension
 -- KEYS[2i]         the list of queue i, the most urgent queue first
 -- KEYS[2i + 1]     the list of the jobs that this worker has claimed of queue i
@@ -16,15 +18,17 @@ if redis.call('EXISTS', KEYS[1]) == 1 then return {} end
 local queues, turn, claimed, suspect = (#KEYS - 1) / 2, tonumber(ARGV[2]), {}, false
 local last_every, second_every = tonumber(ARGV[4]), tonumber(ARGV[5])
 local function claim(i)
-    local head = redis.call('LINDEX', KEYS[2 * i], 0)
-    if not head then return false end
+    local head = redis.pcall('LINDEX', KEYS[2 * i], 0)
+    if type(head) ~= 'string' then return false end
     local crashes = redis.pcall('HGET', '$JOB_PREFIX' .. head, '$CRASHES_FIELD')
-    if (tonumber(crashes) or 0) >= $SUSPECT_CRASHES then
+    if type(crashes) == 'string' and (tonumber(crashes) or 0) >= $SUSPECT_CRASHES then
         suspect = true
         if #claimed > 0 or tonumber(ARGV[3]) > 0 then return false end
     end
+    local id = redis.pcall('LMOVE', KEYS[2 * i], KEYS[2 * i + 1], 'LEFT', 'RIGHT')
+    if type(id) ~= 'string' then return false end
     claimed[#claimed + 1] = i - 1
-    claimed[#claimed + 1] = redis.call('LMOVE', KEYS[2 * i], KEYS[2 * i + 1], 'LEFT', 'RIGHT')
+    claimed[#claimed + 1] = id
     return true
 end
 for _ = 1, tonumber(ARGV[1]) do

@@ -5,16 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import selectors
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 from rq import Queue
 from rq.suspension import WORKERS_SUSPENDED
 
 from fastgpt2.protocol.keys import claimed_key
 from fastgpt2.protocol.scripts import Script
+from fastgpt2.protocol.untrusted import check_replies, is_of_entry
+from fastgpt2.worker.set_aside import set_aside, shown
+from fastgpt2.worker.unfit import tell
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -26,6 +30,12 @@ Claim = tuple[Queue, str]
 # While all queues hold jobs, one claim of 16 looks at the last queue first, and of the others one of 4 at the second.
 LAST_EVERY = 16
 SECOND_EVERY = 4
+
+# Far beyond what anybody uses; each of a job's keys has it in its name.
+MAX_ID_BYTES = 1 << 20
+
+# How long a queue whose key is no list is left out by a worker that waits.
+UNFIT_SECONDS = 5.0
 
 # A safeguard only: `Claims.wait` unblocks the connections that were not served.
 _BLOCK_SECONDS = 10
@@ -39,18 +49,26 @@ class Claims:
     A job stays in such a list until its end is written, by the script that writes it: so a worker that crashes leaves
     no job behind that nobody knows of.
 
+    A queue whose key is no list is left out until it is one. A list of this worker's own that is none is deleted.
+
     Args:
         queues: the most urgent first. Jobs of the others are not kept waiting for ever: see `LAST_EVERY`.
+        refused: called for each entry that is set aside, with the beginning of it as it can be shown.
     """
 
-    def __init__(self, connection: Redis, queues: Sequence[Queue], worker_name: str) -> None:
+    def __init__(
+        self, connection: Redis, queues: Sequence[Queue], worker_name: str, refused: Callable[[str], None]
+    ) -> None:
         self._connection = connection
         self._queues = list(queues)
         self._keys = [WORKERS_SUSPENDED]
         for queue in queues:
             self._keys += (queue.key, claimed_key(worker_name, queue.name))
         self._worker_name = worker_name
+        self._refused = refused
         self._turn = 0
+        # The queues whose keys are no lists, with the time until which they are not waited for.
+        self._unfit: dict[str, float] = {}
         self._waiting: list[_Waiting] = []
         self._wake_reader, self._wake_writer = os.pipe()
         os.set_blocking(self._wake_reader, False)
@@ -81,14 +99,39 @@ class Claims:
         with self._connection.pipeline(transaction=False) as pipeline:
             for queue in self._queues:
                 pipeline.lrange(claimed_key(self._worker_name, queue.name), 0, -1)
-            lists = pipeline.execute()
-        return self._decode([(queue, raw) for queue, ids in zip(self._queues, lists, strict=True) for raw in ids])
+            lists = check_replies(pipeline.execute(raise_on_error=False))
+        return self._decode([(queue, raw) for queue, ids in zip(self._queues, lists, strict=True) for raw in ids or ()])
+
+    def mend(self, held: Iterable[Claim]) -> None:
+        """Delete what stands under the names of this worker's lists and is none; then they name what it holds.
+
+        Args:
+            held: the jobs that this worker has.
+        """
+        keys = [claimed_key(self._worker_name, queue.name) for queue in self._queues]
+        with self._connection.pipeline(transaction=False) as pipeline:
+            for key in keys:
+                pipeline.type(key)
+            kinds = pipeline.execute()
+        for queue, key, kind in zip(self._queues, keys, kinds, strict=True):
+            if kind in (b"list", b"none"):
+                continue
+            tell(key, f"a {kind.decode()}, no list", "it was deleted, as only this worker writes there")
+            with self._connection.pipeline() as pipeline:
+                pipeline.delete(key)
+                ids = [job_id for of, job_id in held if of == queue]
+                if ids:
+                    pipeline.rpush(key, *ids)
+                pipeline.execute()
 
     def put_back(self, claims: Sequence[Claim]) -> None:
+        """Put claimed jobs back to the front of their queues; what cannot be put back stays claimed."""
         for queue in self._queues:
             ids = [job_id for of, job_id in reversed(claims) if of == queue]
             if ids:
-                _PUT_BACK.run(self._connection, [queue.key, claimed_key(self._worker_name, queue.name)], ids)
+                keys = queue.key, claimed_key(self._worker_name, queue.name)
+                if _PUT_BACK.run(self._connection, keys, ids) < len(ids):
+                    log.warning("%s: %d jobs cannot be put back into %s", self._worker_name, len(ids), queue.key)
 
     def wait(self, seconds: float) -> list[Claim]:
         """Wait for a job and claim it: one of each queue at most; none when the time is over or `wake` was called.
@@ -99,20 +142,22 @@ class Claims:
         """
         if not self._waiting:
             self._waiting = [_Waiting(self._connection, queue, self._worker_name) for queue in self._queues]
+        now = time.monotonic()
+        waitings = [each for each in self._waiting if self._unfit.get(each.queue.name, 0.0) <= now]
         try:
-            for waiting in self._waiting:
+            for waiting in waitings:
                 waiting.begin()
             with selectors.DefaultSelector() as selector:
                 selector.register(self._wake_reader, selectors.EVENT_READ)
-                for waiting in self._waiting:
+                for waiting in waitings:
                     selector.register(waiting.fileno(), selectors.EVENT_READ)
                 ready = {key.fd for key, _ in selector.select(seconds)}
             with self._connection.pipeline(transaction=False) as pipeline:
-                for waiting in self._waiting:
+                for waiting in waitings:
                     if waiting.fileno() not in ready:
                         pipeline.client_unblock(waiting.client_id)
                 pipeline.execute()
-            claims = self._decode([(each.queue, raw) for each in self._waiting if (raw := each.end()) is not None])
+            ended = [(each.queue, each.end()) for each in waitings]
         except BaseException:
             self.close_connections()
             raise
@@ -120,8 +165,25 @@ class Claims:
             with suppress(BlockingIOError):
                 while os.read(self._wake_reader, 64):
                     pass
+        for queue, outcome in ended:
+            if isinstance(outcome, ResponseError):
+                self._leave_out(queue, outcome)
+        claims = self._decode([(queue, raw) for queue, raw in ended if isinstance(raw, bytes)])
         self._turn += len(claims)
         return claims
+
+    def _leave_out(self, queue: Queue, reason: ResponseError) -> None:
+        """Wait no more for a queue of which nothing can be claimed, for a while.
+
+        Raises:
+            ResponseError: Redis cannot serve, whatever stands there.
+        """
+        if not is_of_entry(reason):
+            raise reason
+        self.mend([])
+        if self._connection.type(queue.key) not in (b"list", b"none"):
+            tell(queue.key, reason, "no job of this queue can be taken")
+            self._unfit[queue.name] = time.monotonic() + UNFIT_SECONDS
 
     def wake(self) -> None:
         """End a `wait`, from a signal handler or another thread."""
@@ -134,6 +196,8 @@ class Claims:
 
     def close(self) -> None:
         self.close_connections()
+        if self._wake_reader < 0:
+            return
         reader, writer = self._wake_reader, self._wake_writer
         # The numbers may soon be another file's, and a signal may still come.
         self._wake_reader = self._wake_writer = -1
@@ -141,14 +205,19 @@ class Claims:
         os.close(writer)
 
     def _decode(self, claims: Iterable[tuple[Queue, bytes]]) -> list[Claim]:
-        """Return claims with their ids as text. What is no text is no job's id: it is dropped."""
+        """Return claims with their ids as text; what can be no job's id is set aside."""
         decoded: list[Claim] = []
         for queue, raw in claims:
             try:
-                decoded.append((queue, raw.decode("utf-8")))
+                text = raw.decode("utf-8")
+                reason = f"it has more than {MAX_ID_BYTES} bytes" if len(raw) > MAX_ID_BYTES else None
             except UnicodeDecodeError:
-                log.warning("%s: an entry of the queue %s is no job's id: %r", self._worker_name, queue.name, raw[:100])
-                self._connection.lrem(claimed_key(self._worker_name, queue.name), 1, raw)  # type: ignore[arg-type]
+                reason = "it is no text in UTF-8"
+            if reason is None:
+                decoded.append((queue, text))
+            else:
+                set_aside(queue, raw, f"an entry that can be no job's id: {reason}", self._worker_name)
+                self._refused(shown(raw))
         return decoded
 
 
@@ -171,9 +240,12 @@ class _Waiting:
         number: int = self._connection._sock.fileno()
         return number
 
-    def end(self) -> bytes | None:
-        """Return the id that came; None if the connection was unblocked."""
-        reply: bytes | None = self._connection.read_response()
+    def end(self) -> bytes | ResponseError | None:
+        """Return the id that came; None if the connection was unblocked; what Redis says if it cannot move any."""
+        try:
+            reply: bytes | None = self._connection.read_response()
+        except ResponseError as reason:
+            return reason
         return reply
 
     def close(self) -> None:

@@ -5,9 +5,10 @@
 -- ARGV[1]          the name of the worker
 -- ARGV[2]          the id of the execution
 -- ARGV[3...]       the commands, as `run_commands` takes them
--- Returns          a Verdict and, if the commands were run, what the last one replied
+-- Returns          a Verdict and, if the commands were run, what `run_commands` returns
 -- include run_commands
 local known = redis.call('HMGET', KEYS[1], 'status', 'worker_name', '$EXECUTION_FIELD')
-if known[1] ~= 'started' or known[2] ~= ARGV[1] or known[3] ~= ARGV[2] then return {0, 0} end
-if KEYS[2] and redis.call('EXISTS', KEYS[2]) == 1 then return {2, 0} end
-return {1, run_commands(3)}
+if known[1] ~= 'started' or known[2] ~= ARGV[1] or known[3] ~= ARGV[2] then return {0, 0, {}} end
+if KEYS[2] and redis.call('EXISTS', KEYS[2]) == 1 then return {2, 0, {}} end
+local reply, left_out = run_commands(3)
+return {1, reply, left_out}

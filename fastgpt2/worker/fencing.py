@@ -30,6 +30,7 @@ from redis.exceptions import RedisError
 
 from fastgpt2.protocol.scripts import Script, execute
 from fastgpt2.protocol.untrusted import is_of_entry
+from fastgpt2.worker.unfit import tell
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -114,5 +115,7 @@ def run_fenced(connection: Redis, fenced: Sequence[IfRunning | IfClaimed]) -> li
             elif isinstance(reply, Exception):
                 raise reply
             else:
+                for key, reason in zip(reply[2][::2], reply[2][1::2], strict=True):
+                    tell(key.decode("utf-8", "replace"), reason.decode("utf-8", "replace"))
                 verdicts.append((Verdict(int(reply[0])), reply[1]))
         return verdicts

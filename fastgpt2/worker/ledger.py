@@ -18,19 +18,21 @@ from redis.exceptions import WatchError
 from rq import Queue
 from rq.executions import Execution
 from rq.job import JobStatus
-from rq.rate_limit import release_slot
 from rq.repeat import Repeat
+from rq.utils import as_text, utcformat
 from rq.utils import now as utc_now
-from rq.utils import utcformat
 from rq.worker import BaseWorker, WorkerStatus
 
 from fastgpt2.protocol import keys
 from fastgpt2.protocol.messages import STREAM_TTL_SECONDS, Piece, end_entry, piece_to_entry
 from fastgpt2.protocol.scripts import Script
+from fastgpt2.worker.aftermath import ENDED, complete, free_slot
 from fastgpt2.worker.batch import Attempt, End, EndKind
 from fastgpt2.worker.claims import Claim
 from fastgpt2.worker.fencing import IfClaimed, IfRunning, Verdict, run_fenced
-from fastgpt2.worker.rq_job import GenerationJob, describe_error, fail_malformed, fetch, release_dependents
+from fastgpt2.worker.rq_job import GenerationJob, describe_error, fail_malformed, fetch
+from fastgpt2.worker.set_aside import shown, unclaim
+from fastgpt2.worker.unfit import execute_what_fits
 
 if TYPE_CHECKING:
     from redis.client import Pipeline
@@ -38,8 +40,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("fastgpt2.worker")
 _LET_GO = Script(__file__, "let_go")
 
-# The statuses of a job whose end is written.
-_ENDED = (JobStatus.FINISHED, JobStatus.FAILED, JobStatus.STOPPED)
+# What RQ adds to a worker's time to live, for a heartbeat that is late.
+WORKER_GRACE_SECONDS = 60
+
+# The statuses of a job that this worker may start: that it has as started is so if the answer to a start was lost.
+_STARTABLE = (JobStatus.QUEUED, JobStatus.STARTED)
 
 
 class Ledger:
@@ -57,26 +62,25 @@ class Ledger:
     def read(self, claims: Sequence[Claim]) -> list[Attempt]:
         """Fetch claimed jobs and return those that may be started.
 
-        Those that cannot be read are failed; those that are cancelled or gone are let go of.
+        Those that cannot be read are failed; those that have ended, are cancelled or are gone are let go of.
         """
         found: list[Attempt] = []
         jobs = fetch(self._connection, [job_id for _, job_id in claims], self._worker.serializer)
         for (queue, job_id), job in zip(claims, jobs, strict=True):
             if isinstance(job, Exception):
                 self.fail_malformed(queue, job_id, job)
-            elif job is None or job.get_status(refresh=False) == JobStatus.CANCELED:
-                self._unclaim(queue, job_id)
-            elif job.get_status(refresh=False) in _ENDED:
-                release_dependents(queue, job_id, self._claimed_key(queue))
+            elif job is None or job.get_status(refresh=False) not in _STARTABLE:
+                complete(queue, job_id, self._claimed_key(queue), None if job is None else _limit_of(job))
             else:
                 execution = Execution("", job_id, self._connection)
                 found.append(Attempt(job_id, job, queue, execution, time.monotonic()))
         return found
 
-    def fail_malformed(self, queue: Queue, job_id: str, reason: Exception) -> None:
+    def fail_malformed(self, queue: Queue, job_id: str, reason: BaseException) -> None:
         """Fail a claimed or running job that RQ cannot fail, for the state of its entry."""
         error = fail_malformed(queue, job_id, reason, self._worker.name, self._claimed_key(queue))
-        log.warning("%s: job %s failed: %s", self._worker.name, job_id, error)
+        free_slot(self._connection, job_id)
+        log.warning("%s: job %s failed: %s", self._worker.name, shown(job_id), error)
         self._malformed(job_id)
 
     def start(self, attempts: list[Attempt]) -> list[Attempt]:
@@ -96,6 +100,7 @@ class Ledger:
             elif verdict == Verdict.MALFORMED:
                 self.fail_malformed(attempt.queue, attempt.id, reply)
             else:  # cancelled, deleted, or started elsewhere since it was read
+                free_slot(self._connection, attempt.id, _limit_of(attempt.rq_job))
                 self._unclaim(attempt.queue, attempt.id)
         return started
 
@@ -110,6 +115,7 @@ class Ledger:
         # A job that was cancelled and enqueued again is still among the cancelled.
         pipeline.zrem(keys.registry_key("canceled", queue.name), job.id)
         worker.set_state(WorkerStatus.BUSY, pipeline=pipeline)
+        self._let_worker_expire(pipeline)
         pipeline.hincrby(job.key, keys.ATTEMPTS_FIELD, 1)
 
     def write(self, end: End) -> bool:
@@ -126,21 +132,22 @@ class Ledger:
         attempt, job = end.attempt, end.attempt.rq_job
         fails = end.kind in (EndKind.FAILED, EndKind.STOPPED)
         dependents_key = job.dependents_key if end.kind == EndKind.FINISHED else None
-        fenced = self._if_running(attempt, bound(self._add_end, end, not fails), dependents_key)
+        job.rewind()
+        # A job that fails, or has a slot to free, leaves this worker's list last of all; others with their end.
+        leaves = not fails and (not job.has_rate_limit or _runs_again_at_once(end))
+        fenced = self._if_running(attempt, bound(self._add_end, end, leaves), dependents_key)
         ((verdict, reply),) = run_fenced(self._connection, [fenced])
         if verdict == Verdict.MALFORMED:
             raise reply
         ready = self._write_and_move_dependents(end) if verdict == Verdict.HAS_DEPENDENTS else None
         if verdict != Verdict.DONE and ready is None:
             return False
-        # Last of all, the job leaves this worker's list: should the worker die before, whoever finds the job there
-        # releases those that wait for it.
         if fails:
-            release_dependents(attempt.queue, job.id, self._claimed_key(attempt.queue))
-        elif ready is not None:
-            attempt.queue.enqueue_ready_jobs_by_queue(ready)
+            complete(attempt.queue, job.id, self._claimed_key(attempt.queue), _limit_of(job))
+        elif ready is not None or not leaves:
+            attempt.queue.enqueue_ready_jobs_by_queue(ready or {})
+            free_slot(self._connection, job.id, _limit_of(job))
             self._unclaim(attempt.queue, job.id)
-        release_slot(job)
         return True
 
     def _write_and_move_dependents(self, end: End) -> dict[str, list[str]] | None:
@@ -229,16 +236,22 @@ class Ledger:
         """
         attempt, job, claimed = end.attempt, end.attempt.rq_job, self._claimed_key(end.attempt.queue)
         fields = ("ended_at", utcformat(utc_now()), "meta", _meta_with(job, partial))
-        status = _LET_GO.run(self._connection, [job.key, claimed], [job.id, attempt.execution.id, *fields])
+        status = as_text(_LET_GO.run(self._connection, [job.key], [attempt.execution.id, *fields]))
         kind = EndKind.LOST
-        if status == JobStatus.CANCELED.value.encode():
+        if status == JobStatus.CANCELED:
             kind = EndKind.CANCELED
-        elif status in [each.value.encode() for each in _ENDED]:
+        elif status in ENDED:
             kind = end.kind
-            release_dependents(attempt.queue, job.id, claimed)
+        # If the job was taken back, what stands in the list may be a later claim, and stays.
+        is_over = bool(status) and status not in _STARTABLE
         with self._connection.pipeline() as pipeline:
             self._add_end_of_execution(attempt, last_pieces if kind == EndKind.CANCELED else None, pipeline)
-            pipeline.execute()
+            if is_over and status not in ENDED and not job.has_rate_limit:
+                pipeline.lrem(claimed, 1, job.id)
+            execute_what_fits(pipeline)
+        if is_over and (status in ENDED or job.has_rate_limit):
+            # Only now: RQ holds a slot for as long as the execution is there.
+            complete(attempt.queue, job.id, claimed, _limit_of(job))
         return kind
 
     def give_back(self, attempts: Iterable[Attempt], crashed: bool = False) -> set[str]:
@@ -262,9 +275,12 @@ class Ledger:
             pipeline.hincrby(job.key, keys.CRASHES_FIELD, 1)
         pipeline.hset(job.key, mapping={"status": JobStatus.QUEUED.value, "worker_name": "", "started_at": ""})
         pipeline.hdel(job.key, keys.EXECUTION_FIELD)
+        if job.ttl and job.ttl > 0:  # how long it may wait; the start took that off
+            pipeline.expire(job.key, job.ttl)
         self._worker.cleanup_execution(job, pipeline=pipeline, execution=attempt.execution)
-        pipeline.lrem(self._claimed_key(queue), 1, job.id)
+        # If the queue's key is no list, the script ends here, and the job stays in this worker's list.
         pipeline.lpush(queue.key, job.id)
+        pipeline.lrem(self._claimed_key(queue), 1, job.id)
 
     def keep_alive(self, attempts: Sequence[Attempt]) -> list[Attempt]:
         """Write heartbeats of running jobs.
@@ -288,6 +304,7 @@ class Ledger:
         if job.started_at is not None:
             seconds = (job.ended_at or utc_now()) - job.started_at
             self._worker.increment_total_working_time(max(seconds, timedelta()), pipeline)
+        self._let_worker_expire(pipeline)
         self._worker.cleanup_execution(job, pipeline=pipeline, execution=attempt.execution)
         if last_pieces is not None:
             key = keys.stream_key(attempt.id)
@@ -296,8 +313,12 @@ class Ledger:
             pipeline.xadd(key, end_entry(attempt.number))
             pipeline.expire(key, STREAM_TTL_SECONDS)
 
+    def _let_worker_expire(self, pipeline: Pipeline) -> None:
+        """Add the expiry of the worker's hash, as a heartbeat sets it: what is written there may have made it anew."""
+        pipeline.expire(self._worker.key, self._worker.worker_ttl + WORKER_GRACE_SECONDS)
+
     def _unclaim(self, queue: Queue, job_id: str) -> None:
-        self._connection.lrem(self._claimed_key(queue), 1, job_id)
+        unclaim(self._connection, self._claimed_key(queue), job_id)
 
     def _claimed_key(self, queue: Queue) -> str:
         return keys.claimed_key(self._worker.name, queue.name)
@@ -314,6 +335,19 @@ def _add_retry(attempt: Attempt, pipeline: Pipeline) -> None:
     else:
         queue._enqueue_job(job, pipeline=pipeline, at_front=job.enqueue_at_front_on_retry)
     pipeline.hdel(job.key, keys.EXECUTION_FIELD)
+
+
+def _runs_again_at_once(end: End) -> bool:
+    """Tell whether a job goes back into its queue with its end: then it keeps its slot, and must not stay claimed."""
+    job = end.attempt.rq_job
+    if end.kind == EndKind.RETRIED:
+        return not job.get_retry_interval()
+    return bool(job.repeats_left) and not Repeat.get_interval(0, job.repeat_intervals or [0])
+
+
+def _limit_of(job: GenerationJob) -> str:
+    """Return the key of the job's rate limit; empty if it has none."""
+    return str(job.rate_limit_key) if job.has_rate_limit else ""
 
 
 def _meta_with(job: GenerationJob, partial: Any) -> bytes:

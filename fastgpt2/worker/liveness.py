@@ -13,15 +13,16 @@ import os
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from redis.exceptions import RedisError
+from redis.exceptions import ReadOnlyError, RedisError
 
 from fastgpt2.errors import BadRequest
 from fastgpt2.process import stop_signals_held
-from fastgpt2.protocol.keys import LEASE_SECONDS, leases_key
+from fastgpt2.protocol.keys import LEASE_SECONDS, WORKER_PREFIX, leases_key
 from fastgpt2.protocol.scripts import Script
 
 if TYPE_CHECKING:
@@ -42,7 +43,6 @@ STUCK_EXIT_CODE = 70
 # How often the file for probes is touched.
 TOUCH_SECONDS = 1.0
 _BEAT = Script(__file__, "beat")
-_LEAVE = Script(__file__, "leave")
 
 
 class Lease:
@@ -54,11 +54,15 @@ class Lease:
     Args:
         queue: the name of the pool's queue.
         dead: called, in the thread, with the name of a worker that has died and what stood in its lease.
+
+    Attributes:
+        incarnation: tells this process from others that have the worker's name before or after it.
     """
 
     def __init__(self, connection: Redis, queue: str, worker_name: str, dead: Callable[[str, str], object]) -> None:
+        self.incarnation = uuid.uuid4().hex
         self._connection = connection
-        self._key = leases_key(queue)
+        self._keys = [leases_key(queue), f"{WORKER_PREFIX}{worker_name}"]
         self._name = worker_name
         self._dead = dead
         # For each lapsed lease what stands in it, and how often in a row just this was found.
@@ -67,6 +71,7 @@ class Lease:
         self._renewed_at = -math.inf
         self._turned_at = math.inf
         self._lost = threading.Event()
+        self._taken = threading.Event()
         self._ending = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -75,6 +80,16 @@ class Lease:
         """True if this worker still counts as alive, by its own clock: one that does not claims no jobs."""
         return time.monotonic() - self._renewed_at < LEASE_SECONDS
 
+    @property
+    def is_taken(self) -> bool:
+        """True if another process has this worker's name by now: this one was silent, and is to end."""
+        return self._taken.is_set()
+
+    def note_taken(self) -> None:
+        """Note that another process has this worker's name: from now on it claims nothing."""
+        self._renewed_at = -math.inf
+        self._taken.set()
+
     def consume_loss(self) -> bool:
         """Tell whether this worker was taken for dead since the last call: its jobs may be another's now."""
         lost = self._lost.is_set()
@@ -82,12 +97,20 @@ class Lease:
         return lost
 
     def note_turn(self) -> None:
-        """Note that the worker's loop goes round."""
+        """Note that the worker's loop goes round; see that the thread does, too."""
         self._turned_at = time.monotonic()
+        if self._thread is not None and not self._thread.is_alive() and not self._ending.is_set():
+            log.error("%s: the thread that renews the lease has ended; starting it again", self._name)
+            self.start()
+
+    def hold(self, leased: str, began: float) -> None:
+        """Note the lease that signing on has brought, which was asked for at `began`, of `time.monotonic()`."""
+        self._written, self._renewed_at = leased, began
 
     def start(self) -> None:
-        """Take the lease, which must succeed, and renew it from now on."""
-        self.beat()
+        """Renew the lease from now on, if it is not being renewed yet."""
+        if self._thread is not None and self._thread.is_alive():
+            return
         self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
         with stop_signals_held():  # they are the main thread's, and interrupt what it waits for
             self._thread.start()
@@ -98,16 +121,16 @@ class Lease:
         if self._thread is not None:
             self._thread.join(timeout=5)
 
-    def leave(self, claimed_keys: list[str]) -> None:
-        """Give the lease up. A worker that leaves claimed jobs behind stays on the list, so that they are found."""
-        _LEAVE.run(self._connection, [self._key, *claimed_keys], [self._name])
-
     def beat(self) -> None:
         """Renew the lease, and look at those of the others."""
         began = time.monotonic()
-        reply = _BEAT.run(self._connection, [self._key], [self._name, int(LEASE_SECONDS * 1000)])
-        before, self._written, previous = _text(reply[0]), _text(reply[1]), self._written
-        self._renewed_at = began
+        arguments = [self._name, int(LEASE_SECONDS * 1000), self.incarnation]
+        reply = _BEAT.run(self._connection, self._keys, arguments)
+        before, written, previous = _text(reply[0]), _text(reply[1]), self._written
+        if not written:
+            self.note_taken()
+            return
+        self._written, self._renewed_at = written, began
         if previous and before != previous:
             self._lost.set()
         self._look([_text(word) for word in (*reply[2], *reply[3])])
@@ -138,6 +161,10 @@ class Lease:
                 if not away:
                     log.warning("%s: the lease cannot be renewed (%s)", self._name, reason)
                 away = True
+                if isinstance(reason, ReadOnlyError):
+                    # A master that has become a replica keeps its connections, and none of them is of use any more:
+                    # a new one leads to the new master, where a name, a proxy or Sentinel knows it.
+                    self._connection.connection_pool.disconnect(inuse_connections=False)
             except Exception:
                 log.exception("%s: unforeseen; the lease is renewed all the same", self._name)
 

@@ -1,4 +1,4 @@
-"""The outbox of a worker: how its jobs end is noted at once, and written as soon as Redis can take it."""
+"""The outbox of a worker: how its jobs end is noted at once, written when Redis can take it, and then confirmed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial as bound
 
 from redis.exceptions import RedisError
 
@@ -13,6 +14,7 @@ from fastgpt2.errors import FastGPT2Error, JobFailed, JobStopped, JobTimedOut
 from fastgpt2.protocol.messages import describe_result
 from fastgpt2.protocol.untrusted import is_of_entry
 from fastgpt2.worker.batch import ActiveJob, Attempt, Batch, End, EndKind
+from fastgpt2.worker.confirmation import Confirmation
 from fastgpt2.worker.ledger import Ledger
 from fastgpt2.worker.reporting import Metrics
 
@@ -26,10 +28,13 @@ class Outbox:
         written: how many jobs have ended here; those that were given back are not counted.
     """
 
-    def __init__(self, batch: Batch, ledger: Ledger, metrics: Metrics, worker_name: str) -> None:
+    def __init__(
+        self, batch: Batch, ledger: Ledger, metrics: Metrics, confirmation: Confirmation, worker_name: str
+    ) -> None:
         self._batch = batch
         self._ledger = ledger
         self._metrics = metrics
+        self._confirmation = confirmation
         self._name = worker_name
         self._unwritten: deque[tuple[ActiveJob, End]] = deque()
         self.written = 0
@@ -38,9 +43,10 @@ class Outbox:
         """Return how many ends are not written yet."""
         return len(self._unwritten)
 
-    def __iter__(self) -> Iterator[ActiveJob]:
-        """Yield the jobs whose ends are not written yet."""
-        return (job for job, _ in self._unwritten)
+    def __iter__(self) -> Iterator[Attempt]:
+        """Yield the attempts whose ends are not written yet, or not confirmed."""
+        yield from (end.attempt for _, end in self._unwritten)
+        yield from self._confirmation
 
     def finish(self, job: ActiveJob) -> None:
         """Note that a job came to its end."""
@@ -73,6 +79,7 @@ class Outbox:
         try:
             if self._ledger.write(end):
                 self._metrics.count_end(end)
+                self._confirmation.hold(attempt, bound(self._ledger.write, end))
         except RedisError as reason:
             if not is_of_entry(reason):
                 raise
@@ -91,11 +98,16 @@ class Outbox:
             log.error("%s: %d jobs could not be given back (%s)", self._name, len(jobs), reason)
             return
         log.info("%s: %d jobs given back to the queue", self._name, len(given))
-        self._metrics.count_given_back([job for job in jobs if job.id in given])
+        returned = [job for job in jobs if job.id in given]
+        self._metrics.count_given_back(returned)
+        for job in returned:
+            self._confirmation.hold(job.attempt, bound(self._ledger.give_back, [job.attempt], crashed))
         self._unwritten += [(job, End(job.attempt, EndKind.LOST)) for job in jobs if job.id not in given]
 
     def write(self) -> None:
-        """Write the ends that are noted. What Redis cannot take now is kept: nothing else holds the work that was done.
+        """Write the ends that are noted, and again those that Redis has lost since.
+
+        What Redis cannot take now is kept: nothing else holds the work that was done.
 
         Raises:
             RedisError: Redis cannot be reached, or takes nothing now; some ends are still to be written.
@@ -112,7 +124,7 @@ class Outbox:
                 if not isinstance(reason, RedisError):
                     log.exception("%s: the end of job %s cannot be written", self._name, job.id)
                 elif not is_of_entry(reason):
-                    for other in self:
+                    for other, _ in self._unwritten:
                         log.warning("%s: the end of job %s cannot be written yet", self._name, other.id)
                     raise
                 self._ledger.fail_malformed(job.attempt.queue, job.id, reason)  # which also counts the job
@@ -120,6 +132,9 @@ class Outbox:
             self._unwritten.popleft()
             self.written += 1
             self._metrics.count_end(replace(end, kind=kind), job)
+            if kind == end.kind and kind != EndKind.LOST:
+                self._confirmation.hold(job.attempt, bound(self._ledger.write, end))
+        self._confirmation.settle()
 
     def _log_failure(self, job_id: str, error: Exception) -> None:
         """Write one line into the log, without the prompt; with a traceback only for a defect."""

@@ -11,17 +11,37 @@
 -- ARGV[6]          the totals of the pool
 -- ARGV[6 + i]      the name of queue i
 -- Returns          1, or 0 if the worker was heard of since; the ids of the jobs that were put back; the ids of the jobs
---                  to give up; the ids of the jobs whose end was written, but perhaps not all that follows from it; how
---                  many jobs the worker had finished. The jobs of the third and fourth list stay in the worker's list.
+--                  to give up; the ids of the jobs whose end was written, but perhaps not all that follows from it (where
+--                  there are rate limits: also of those that may have a slot to free); how many jobs the worker had
+--                  finished. The jobs of the third and fourth list stay in the worker's list.
 -- include count
 -- include forget_executions
-local worker, leased = ARGV[1], redis.call('ZSCORE', KEYS[1], ARGV[1])
+local worker, leased = ARGV[1], redis.pcall('ZSCORE', KEYS[1], ARGV[1])
+if type(leased) == 'table' then  -- not what it has to be: nobody could ever take a lease
+    redis.call('DEL', KEYS[1])
+    leased = false
+end
 if ARGV[2] ~= '' and leased ~= ARGV[2] then return {0, {}, {}, {}, 0} end
-local finished = tonumber(redis.call('HGET', '$WORKER_PREFIX' .. worker, 'successful_job_count') or 0) or 0
-local back, poison, over, found = {}, {}, {}, 0
+local finished = redis.pcall('HGET', '$WORKER_PREFIX' .. worker, 'successful_job_count')
+finished = type(finished) == 'string' and tonumber(finished) or 0
+local back, poison, over, found, kept = {}, {}, {}, 0, 0
+-- Put a job to the front of its queue; return whether it must stay claimed, as the queue's key is no list.
+local function put_back(queue, id)
+    if type(redis.pcall('LPUSH', queue, id)) ~= 'number' then
+        kept = kept + 1
+        return true
+    end
+    back[#back + 1] = id
+    return false
+end
+local limited = redis.call('EXISTS', '$RATE_LIMITS_KEY') == 1
 for i = 1, (#KEYS - 1) / 2 do
     local queue, claimed, name = KEYS[2 * i], KEYS[2 * i + 1], ARGV[6 + i]
-    local ids = redis.call('LRANGE', claimed, 0, -1)
+    local ids = redis.pcall('LRANGE', claimed, 0, -1)
+    if ids.err then
+        redis.call('DEL', claimed)
+        ids = {}
+    end
     found = found + #ids
     for n = #ids, 1, -1 do
         local id = ids[n]
@@ -29,8 +49,7 @@ for i = 1, (#KEYS - 1) / 2 do
         local known = redis.pcall('HMGET', key, 'status', 'worker_name')
         local status = known[1]
         if status == 'queued' then
-            redis.call('LPUSH', queue, id)
-            back[#back + 1] = id
+            keep = put_back(queue, id)
         elseif status == 'started' and known[2] == worker then
             local crashes = redis.pcall('HINCRBY', key, '$CRASHES_FIELD', 1)
             if type(crashes) ~= 'number' or crashes >= tonumber(ARGV[3]) then
@@ -40,27 +59,31 @@ for i = 1, (#KEYS - 1) / 2 do
                 forget_executions(name, id)
                 redis.call('HSET', key, 'status', 'queued', 'worker_name', '', 'started_at', '')
                 redis.call('HDEL', key, '$EXECUTION_FIELD')
-                redis.call('LPUSH', queue, id)
-                back[#back + 1] = id
+                local ttl = redis.call('HGET', key, 'ttl')
+                if (tonumber(ttl) or 0) > 0 then redis.pcall('EXPIRE', key, ttl) end
+                keep = put_back(queue, id)
             end
-        elseif status == 'canceled' then
-            forget_executions(name, id)
-            redis.call('HSET', key, 'ended_at', ARGV[5])
-            redis.call('HDEL', key, 'worker_name')
-        elseif status == 'finished' or status == 'failed' or status == 'stopped' then
-            over[#over + 1] = id
-            keep = true
+        elseif status ~= 'started' then
+            if status == 'canceled' then
+                redis.call('HSET', key, 'ended_at', ARGV[5])
+                redis.call('HDEL', key, 'worker_name')
+            end
+            if status == 'canceled' or not status then forget_executions(name, id) end
+            if limited or status == 'finished' or status == 'failed' or status == 'stopped' then
+                over[#over + 1] = id
+                keep = true
+            end
         end
         if not keep then redis.call('LREM', claimed, 1, id) end
     end
-    redis.call('SREM', '$WORKERS_KEY:' .. name, '$WORKER_PREFIX' .. worker)
+    redis.pcall('SREM', '$WORKERS_KEY:' .. name, '$WORKER_PREFIX' .. worker)
 end
 if #back > 0 then count(ARGV[6], '$RECOVERIES', #back) end
-redis.call('SREM', '$WORKERS_KEY', '$WORKER_PREFIX' .. worker)
+redis.pcall('SREM', '$WORKERS_KEY', '$WORKER_PREFIX' .. worker)
 redis.call('DEL', '$WORKER_PREFIX' .. worker, '$WORKER_PREFIX' .. worker .. ':executions')
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-if #poison + #over > 0 or (found > 0 and ARGV[2] ~= '') then
+if #poison + #over + kept > 0 or (found > 0 and ARGV[2] ~= '') then
     redis.call('ZADD', KEYS[1], string.format('%.0f', now), worker)
 elseif ARGV[2] == '' or now - tonumber(leased) > tonumber(ARGV[4]) then
     redis.call('ZREM', KEYS[1], worker)

@@ -24,8 +24,10 @@ from fastgpt2.protocol.connection import connect
 from fastgpt2.protocol.messages import STREAM_TTL_SECONDS, end_entry
 from fastgpt2.protocol.scripts import Script
 from fastgpt2.protocol.untrusted import JSONOnlySerializer
+from fastgpt2.worker.aftermath import complete, free_slot
 from fastgpt2.worker.fencing import IfRunning, Verdict, run_fenced
-from fastgpt2.worker.rq_job import GenerationJob, describe_error, fail_malformed, release_dependents
+from fastgpt2.worker.rq_job import GenerationJob, describe_error, fail_malformed
+from fastgpt2.worker.set_aside import set_aside
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -52,7 +54,7 @@ class Recovery:
     Attributes:
         put_back: the ids of the jobs that went back to the front of their queues.
         given_up: the ids of the jobs that too many workers have died of.
-        released: the ids of the jobs that had ended; those that wait for them are released.
+        released: the ids of the jobs that had ended; those that wait for them, or for their slots, are released.
         finished: how many jobs the worker had finished in its life.
     """
 
@@ -79,7 +81,8 @@ class Reaper:
     def __init__(self, connection: Redis, queue: str) -> None:
         self._connection = connection
         self._leases_key, self._totals_key = keys.leases_key(queue), keys.totals_key(queue)
-        self._queues = [Queue(name, connection, serializer=JSONOnlySerializer) for name in keys.queues_of(queue)]
+        options: dict[str, Any] = {"job_class": GenerationJob, "serializer": JSONOnlySerializer}
+        self._queues = [Queue(name, connection, **options) for name in keys.queues_of(queue)]
 
     def reap(self, worker_name: str, leased: str = "") -> Recovery | None:
         """Take back the jobs that a worker has claimed or runs.
@@ -98,7 +101,7 @@ class Reaper:
         reply = _REAP.run(self._connection, of_script, arguments)
         if not reply[0]:
             return None
-        put_back, poison, ended = ([as_text(job_id) for job_id in ids] for ids in reply[1:4])
+        put_back, poison, ended = ([job_id.decode("utf-8", "backslashreplace") for job_id in ids] for ids in reply[1:4])
         if poison or ended:
             self._complete(worker_name, poison, ended)
             if leased == "":
@@ -107,18 +110,24 @@ class Reaper:
         if recovery:
             given_up = f", {len(poison)} given up: {', '.join(poison)}" if poison else ""
             message = "worker %s is dead: %d of its jobs put back to the front of the queue%s"
-            log.warning(message, worker_name, len(put_back), given_up)
+            log.warning(message, worker_name, len(put_back), given_up[:2000])
         return recovery
 
     def _complete(self, worker_name: str, poison: list[str], ended: list[str]) -> None:
-        """Do what the script cannot: fail the jobs that are given up, and release those that wait for an ended one."""
+        """Do what the script cannot: fail the jobs that are given up, and what follows from their end and others'."""
         for queue in self._queues:
             key = keys.claimed_key(worker_name, queue.name)
-            for job_id in {as_text(job_id) for job_id in self._connection.lrange(key, 0, -1)}:
+            entries: Any = self._connection.lrange(key, 0, -1)
+            for raw in set(entries):
+                try:
+                    job_id = as_text(raw)
+                except UnicodeDecodeError:
+                    set_aside(queue, raw, "an entry that can be no job's id: it is no text in UTF-8", worker_name)
+                    continue
                 if job_id in poison:
                     self._give_up(queue, job_id, worker_name)
                 if job_id in poison or job_id in ended:
-                    release_dependents(queue, job_id, key)
+                    complete(queue, job_id, key)
 
     def _give_up(self, queue: Queue, job_id: str, worker_name: str) -> None:
         job = GenerationJob(job_id, connection=self._connection, serializer=JSONOnlySerializer)
@@ -141,7 +150,9 @@ class Reaper:
         def add_failure(pipeline: Pipeline) -> None:
             job.ended_at = utc_now()
             job.set_status(JobStatus.FAILED, pipeline=pipeline)
-            job._handle_failure(describe_error(error), pipeline=pipeline, worker_name=worker_name)
+            execution: dict[str, Any] = {"execution_id": execution_id, "execution_started_at": job.started_at}
+            execution["execution_ended_at"] = job.ended_at
+            job._handle_failure(describe_error(error), pipeline=pipeline, worker_name=worker_name, **execution)
             Execution(execution_id, job_id, self._connection, worker_name).delete(job, pipeline)
             pipeline.xadd(keys.stream_key(job_id), end_entry(attempt), nomkstream=True)
             pipeline.expire(keys.stream_key(job_id), STREAM_TTL_SECONDS)
@@ -156,6 +167,7 @@ class Reaper:
 
     def _fail_malformed(self, queue: Queue, job_id: str, reason: Exception, worker_name: str) -> None:
         fail_malformed(queue, job_id, reason, worker_name, keys.claimed_key(worker_name, queue.name))
+        free_slot(self._connection, job_id)
         self.count(keys.ended_field("failed", "malformed"))
 
     def count(self, field: str) -> None:

@@ -118,6 +118,10 @@ class Metrics:
         for job in jobs:
             self._count_tokens(job)
 
+    def count_unconfirmed(self, number: int) -> None:
+        """Count ends and give-backs that were written, but let go of before anybody confirmed that they will last."""
+        self._totals[keys.UNCONFIRMED] += number
+
     def _count_finished(self, job: ActiveJob, result: dict[str, Any]) -> None:
         usage, timings, reason = result["usage"], result["timings"], result["finish_reason"]
         self._count_outcome("finished", reason)

@@ -1,4 +1,4 @@
-"""An RQ job that can be nothing but text generation: how it is fetched, read, failed, and followed by other jobs."""
+"""An RQ job that can be nothing but text generation: how it is fetched, read and failed."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import logging
 import time
 import traceback
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from redis.exceptions import RedisError
 from rq import Queue
 from rq.exceptions import DeserializationError
-from rq.job import Job, JobStatus
+from rq.job import Job
 from rq.results import Result
+from rq.utils import now as utc_now
+from rq.utils import utcformat
 
 from fastgpt2.engine.decoding.records import RANDOM_SEED_BITS, GenerationRequest
 from fastgpt2.errors import BadRequest, FastGPT2Error, JobFailed
@@ -23,6 +24,8 @@ from fastgpt2.protocol import untrusted
 from fastgpt2.protocol.keys import CRASHES_FIELD, job_key
 from fastgpt2.protocol.messages import TASK, JobOptions, parse_job
 from fastgpt2.protocol.scripts import Script
+from fastgpt2.worker.entry_fields import MAX_DIGITS, check_fields
+from fastgpt2.worker.set_aside import set_aside, shown, unclaim
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -33,6 +36,7 @@ MALFORMED_TTL_SECONDS = 24 * 3600
 # Far beyond what a request needs; what is larger is not even fetched.
 MAX_ENTRY_BYTES = 64 << 20
 _FETCH_ENTRIES = Script(__file__, "fetch_entries")
+_FAIL_ENTRY = Script(__file__, "fail_entry")
 _FORGET = Script(__file__, "forget")
 
 
@@ -40,7 +44,8 @@ class GenerationJob(Job):
     """A job as a worker of this package sees it.
 
     Whatever function, callback or webhook an entry in Redis names, none of it is imported, called or fetched: the name
-    of the function is compared with the one task, and the worker's decoder does the rest.
+    of the function is compared with the one task, and the worker's decoder does the rest. An id may be any text, as it
+    might be before RQ 3: with colons, dots, spaces and line breaks.
 
     Attributes:
         too_large: whether the data would inflate beyond the limit; they are not inflated then.
@@ -50,15 +55,54 @@ class GenerationJob(Job):
     too_large = False
     crashes = 0
 
+    def __init__(self, job_id: str | None = None, connection: Redis | None = None, serializer: Any = None) -> None:
+        super().__init__(None, connection, serializer)
+        self._id = job_id
+
+    @property  # type: ignore[misc]
+    def id(self) -> str:
+        """The id, which RQ 3 would refuse in an entry of an older RQ."""
+        return "" if self._id is None else self._id
+
+    @classmethod
+    def fetch(cls, job_id: str, connection: Redis | None = None, serializer: Any = None) -> GenerationJob:
+        """Fetch a job as RQ does, whose own takes what stands before the first colon for the id."""
+        job = cls(job_id, connection, serializer)
+        job.refresh()  # type: ignore[no-untyped-call]
+        return job
+
+    @classmethod
+    def fetch_many(cls, job_ids: Iterable[str], connection: Redis, serializer: Any = None) -> list[Job | None]:
+        """Fetch jobs as RQ does; one that cannot be read is None, as if it were not there."""
+        ids = list(job_ids)
+        found: list[Job | None] = []
+        for job_id, job in zip(ids, fetch(connection, ids, serializer), strict=True):
+            if isinstance(job, Exception):
+                log.warning("job %s cannot be read (%s)", shown(job_id), str(job)[:200])
+            found.append(None if isinstance(job, Exception) else job)
+        return found
+
     def restore(self, raw_data: dict[Any, Any]) -> None:
-        """Read the entry as RQ does, but do not inflate data that would inflate beyond the limit."""
+        """Read the entry as RQ does, but do not inflate data that would inflate beyond the limit.
+
+        Raises:
+            Exception: RQ cannot read the entry, or could not write what follows from it.
+        """
         inflater = zlib.decompressobj()
         with suppress(zlib.error):  # not compressed; the serializer looks at its size
             inflater.decompress(raw_data.get(b"data", b""), untrusted.MAX_PAYLOAD_BYTES)
             self.too_large = bool(inflater.unconsumed_tail)
         crashes = raw_data.get(CRASHES_FIELD.encode(), b"")
-        self.crashes = int(crashes) if crashes.isdigit() else 0
-        super().restore({**raw_data, b"data": b"{}"} if self.too_large else raw_data)
+        self.crashes = int(crashes) if crashes.isdigit() and len(crashes) <= MAX_DIGITS else 0
+        fields = check_fields(raw_data)
+        super().restore({**fields, b"data": b"{}"} if self.too_large else fields)
+        if not isinstance(self.meta, dict):  # kept as it is, as RQ keeps what it cannot read
+            self._unreadable_meta = raw_data[b"meta"]
+            self.meta = {"unserialized": self._unreadable_meta}
+        # Less than zero means for ever; RQ understands -1 everywhere, and other numbers in some places.
+        self.result_ttl = None if self.result_ttl is None else max(-1, self.result_ttl)
+        self.failure_ttl = None if self.failure_ttl is None else max(-1, self.failure_ttl)
+        self.retry_intervals = self.retry_intervals or None
         self._counters = self.retries_left, self.repeats_left, self.repeat_intervals
         if untrusted.is_pickle(self.data):
             self.serializer = untrusted.PlainPickleSerializer
@@ -132,10 +176,11 @@ def _read(connection: Redis, job_id: str, reply: Any, serializer: Any) -> Genera
     return job
 
 
-def fail_malformed(queue: Queue, job_id: str, reason: Exception, worker_name: str, claimed_key: str) -> BadRequest:
+def fail_malformed(queue: Queue, job_id: str, reason: BaseException, worker_name: str, claimed_key: str) -> BadRequest:
     """Record the failure of an entry that RQ cannot turn into a Job, and so cannot fail itself; return the failure.
 
-    Where a key of the job is of another kind than it should be, what cannot be written is left out.
+    Where a key of the job is of another kind than it should be, what cannot be written is left out, and the job is
+    noted among what was set aside.
 
     Args:
         claimed_key: the worker's list that has the job; the job is taken off it.
@@ -143,36 +188,20 @@ def fail_malformed(queue: Queue, job_id: str, reason: Exception, worker_name: st
     error = BadRequest(f"the job's entry in Redis is malformed ({type(reason).__name__}: {str(reason)[:200]})")
     job = GenerationJob(job_id, connection=queue.connection, serializer=untrusted.JSONOnlySerializer)
     with queue.connection.pipeline() as pipeline:
-        pipeline.lrem(claimed_key, 1, job_id)
-        pipeline.hset(job.key, "status", JobStatus.FAILED.value)
-        pipeline.expire(job.key, MALFORMED_TTL_SECONDS)
+        _FAIL_ENTRY.add_to_transaction(pipeline, [job.key], [MALFORMED_TTL_SECONDS, utcformat(utc_now())])
         pipeline.zadd(queue.failed_job_registry.key, {job_id: int(time.time()) + MALFORMED_TTL_SECONDS})
         Result.create_failure(job, MALFORMED_TTL_SECONDS, describe_error(error), worker_name, pipeline=pipeline)
         _FORGET.add_to_transaction(pipeline, [], [queue.name, job_id])
         replies = pipeline.execute(raise_on_error=False)
-    for reply in replies:
-        if isinstance(reply, Exception):
-            log.warning("job %s cannot be failed as it should be (%s)", job_id, reply)
+    refused = [reply for reply in replies if isinstance(reply, Exception)]
+    for reply in refused:
+        if untrusted.is_of_service(reply):
+            raise reply
+        log.warning("job %s cannot be failed as it should be (%s)", shown(job_id), reply)
+    if refused:
+        set_aside(queue, job_id.encode("utf-8", "surrogateescape"), str(error), worker_name)
+    unclaim(queue.connection, claimed_key, job_id)
     return error
-
-
-def release_dependents(queue: Queue, job_id: str, claimed_key: str) -> None:
-    """Release the jobs that wait for one whose end is written, and then take that one off a worker's list.
-
-    May be done twice.
-    """
-    job = GenerationJob(job_id, connection=queue.connection, serializer=untrusted.JSONOnlySerializer)
-    try:
-        if queue.connection.exists(job.dependents_key):
-            job.restore(queue.connection.hgetall(job.key))
-            queue.enqueue_dependents(job)
-    except RedisError as reason:
-        if not untrusted.is_of_entry(reason):
-            raise
-        log.warning("what waits for job %s cannot be released (%s)", job_id, reason)
-    except Exception:  # an entry that RQ cannot read, of this job or of one that waits for it
-        log.warning("what waits for job %s cannot be released", job_id, exc_info=True)
-    queue.connection.lrem(claimed_key, 1, job_id)
 
 
 def describe_error(error: BaseException) -> str:

@@ -14,19 +14,23 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import RedisError
-from rq import worker_registration
 from rq.command import parse_payload
 from rq.job import Job
 from rq.scheduler import RQScheduler
+from rq.utils import now as utc_now
 from rq.worker import BaseWorker, WorkerStatus
 
-from fastgpt2.errors import BadRequest, RedisAccessDenied
+from fastgpt2.errors import RedisUnfit
 from fastgpt2.protocol.connection import address_of, in_words
-from fastgpt2.protocol.keys import claimed_key, queues_of
+from fastgpt2.protocol.keys import queues_of
+from fastgpt2.protocol.server_check import try_rights
 from fastgpt2.protocol.untrusted import JSONOnlySerializer
-from fastgpt2.worker.liveness import Lease
+from fastgpt2.worker.listener import Listener
+from fastgpt2.worker.liveness import BEAT_SECONDS, Lease
 from fastgpt2.worker.reaper import Reaper
+from fastgpt2.worker.registration import Registration
 from fastgpt2.worker.rq_job import GenerationJob
+from fastgpt2.worker.upkeep import Upkeep
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -39,11 +43,16 @@ HEARTBEAT_SECONDS = 5.0
 
 # How long RQ may not hear of a running job before it takes the job for abandoned; ours are taken back in seconds.
 EXECUTION_TTL_SECONDS = 600
-MAX_RECONNECT_SECONDS = 10.0
+
+# How long a worker waits at most before it tries again a Redis that was away. After a promotion, the service is back
+# this much later; the lease is tried each second anyway.
+MAX_RECONNECT_SECONDS = 2.0
+
+# For how long signing off is tried again. A Redis that hangs makes each attempt take longer than this.
+SIGN_OFF_SECONDS = 2.0
 
 # How late a job that is due may be enqueued.
 UPKEEP_SECONDS = 1.0
-UPKEEP_PAUSE_SECONDS = 60.0
 
 
 class RQWorker(BaseWorker):
@@ -62,6 +71,7 @@ class RQWorker(BaseWorker):
         self, connection: Redis, queue: str, name: str | None = None, supervisor_pid: int | None = None
     ) -> None:
         self.supervisor_pid = supervisor_pid
+        self._pool_name = queue
         self.stopping = threading.Event()
         self.stop_at_once = False
         self._stop_commands: thread_queue.SimpleQueue[str] = thread_queue.SimpleQueue()
@@ -80,8 +90,15 @@ class RQWorker(BaseWorker):
         )
         # RQ's own lines would be five a job.
         self.log.setLevel(logging.WARNING)
-        self.lease = Lease(connection, queue, self.name, Reaper(connection, queue).reap)
+        reaper = Reaper(connection, queue)
+        self.lease = Lease(connection, queue, self.name, reaper.reap)
+        ttl = WORKER_TTL_SECONDS + 60  # as RQ adds
+        self._registration = Registration(connection, queue, queues, self.name, ttl, self.lease, reaper.reap)
+        self._listener = Listener(connection, self.name, self.pubsub_channel_name, self.handle_payload)
         self._scheduler = RQScheduler(queues, connection, logging_level=logging.WARNING, serializer=self.serializer)
+        # RQ would make a pool of its own of this one's class and options; Sentinel's cannot be made so.
+        self._scheduler._connection = connection  # type: ignore[assignment]
+        self._upkeep = Upkeep(self, self._scheduler, self.count_malformed)
 
     def _set_connection(self, connection: Redis) -> Redis:
         """Return the connection as it is; RQ would lengthen its timeout for its own long waits, which there are not."""
@@ -92,47 +109,69 @@ class RQWorker(BaseWorker):
         return max(EXECUTION_TTL_SECONDS, int(super().get_heartbeat_ttl(job, working_time)))
 
     def sign_on(self) -> bool:
-        """Appear among the workers, waiting for a Redis that is not up yet.
+        """Appear among the workers, waiting for a Redis that is not up yet, and for a dead worker of this name.
+
+        Whatever fails on the way is tried again from the start: all of it may be done twice.
 
         Returns:
-            False if this worker was told to stop meanwhile.
+            False if this worker was told to stop meanwhile, or lost its supervisor.
 
         Raises:
-            RedisAccessDenied: Redis is up, and will not have this worker.
+            RedisUnfit: Redis is up, and will not have this worker.
             BadRequest: another worker has the name.
         """
         failures = 0
-        while not self.stopping.is_set():
+        while not (self.stopping.is_set() or self.is_orphaned()):
             try:
                 self.hostname, self.pid = socket.gethostname(), os.getpid()
+                try_rights(self.connection, address_of(self.connection), "worker", self._pool_name)
                 self._set_ip_address(self.connection)
-                self.register_birth()
-                self.subscribe()
-                self.lease.start()
-                self.set_state(WorkerStatus.IDLE)
-                return True
+                self._state = WorkerStatus.IDLE
+                self.birth_date = self.birth_date or utc_now()
+                self.last_heartbeat = utc_now()
+                if self._registration.take(self._entry()):
+                    self.lease.start()
+                    self.subscribe()
+                    return True
+                failures, seconds = 0, BEAT_SECONDS
             except RedisError as reason:
                 error = in_words(address_of(self.connection), reason)
-                if isinstance(error, RedisAccessDenied):
+                if isinstance(error, RedisUnfit):
                     raise error from None
                 failures += 1
                 seconds = back_off(failures)
                 log.warning("%s: Redis cannot be used (%s); trying again in %.1f s", self.name, reason, seconds)
-                self.stopping.wait(seconds)
-            except ValueError as reason:
-                raise BadRequest(f"{reason}; give each worker a name of its own") from None
+            self.stopping.wait(seconds)
         return False
 
     def sign_off(self) -> None:
-        """Disappear from among the workers; say so in the log if Redis cannot be told."""
+        """Disappear from among the workers; say so in the log if Redis cannot be told.
+
+        Also after a `sign_on` that did not succeed: Redis may have taken what it never answered.
+        """
         self.lease.stop()
-        try:
-            self._scheduler.release_locks()
-            self.lease.leave([claimed_key(self.name, queue.name) for queue in self.queues])
-            self.teardown()
-        except RedisError as reason:
-            log.warning("%s: could not sign off (%s)", self.name, reason)
+        self.unsubscribe()
+        deadline = time.monotonic() + SIGN_OFF_SECONDS
+        while True:
+            try:
+                self._registration.leave()
+                self._scheduler.release_locks()
+                break
+            except RedisError as reason:
+                if time.monotonic() > deadline:
+                    log.warning("%s: could not sign off (%s)", self.name, reason)
+                    break
+                time.sleep(0.1)
         log.info("%s has stopped", self.name)
+
+    def subscribe(self) -> None:
+        """Listen to RQ's commands, in a thread of this package's own; called again, see that it still does."""
+        self._listener.start()
+        self._listener.wait_until_subscribed()
+
+    def unsubscribe(self) -> None:
+        """Listen to RQ's commands no more."""
+        self._listener.stop()
 
     def keep_up(self) -> bool:
         """Send the heartbeat, enqueue jobs that are due, and run RQ's clean-up, each when it is time.
@@ -147,37 +186,41 @@ class RQWorker(BaseWorker):
         if due:
             self.announce()
             self._last_heartbeat = now
-            self._scheduler.acquire_locks()
+            self._listener.start()
+            self._upkeep.acquire_locks()
+        if self.lease.is_taken and not self.stop_at_once:
+            log.error("%s was silent for so long that another worker has its name now; stopping", self.name)
+            self.stop_at_once = True
+            self.stopping.set()
         if now < self._no_upkeep_before:
             return due
         self._no_upkeep_before = now + UPKEEP_SECONDS
-        try:
-            self._scheduler.enqueue_scheduled_jobs()
-            if self.should_run_maintenance_tasks:
-                self.run_maintenance_tasks()
-        except RedisError:
-            raise
-        except Exception:
-            log.exception("%s: upkeep failed; trying again in %.0f s", self.name, UPKEEP_PAUSE_SECONDS)
-            self._no_upkeep_before = now + UPKEEP_PAUSE_SECONDS
+        self._upkeep.enqueue_due()
+        if self.should_run_maintenance_tasks:
+            self.run_maintenance_tasks()
         return due
 
-    def unsubscribe(self) -> None:
-        """Do as RQ does, but in the order that wakes the listening thread after it was told to end, not before."""
-        if self.pubsub_thread is not None and self.pubsub is not None:
-            self.pubsub_thread.stop()
-            self.pubsub.unsubscribe()
-            self.pubsub_thread.join(timeout=1)
-            self.pubsub.close()
+    def clean_registries(self) -> None:
+        """Clean the registries of all queues, and of groups and rate limits."""
+        self._upkeep.clean()
+        self.last_cleaned_at = utc_now()  # type: ignore[assignment]
+
+    def run_maintenance_tasks(self) -> None:
+        """Do as RQ does, which would start its scheduler as a process."""
+        self.clean_registries()
+
+    def count_malformed(self, job_id: str) -> None:
+        """Count a job that was failed for the state of its entry; a subclass that counts does more."""
 
     def announce(self) -> None:
         """Send a heartbeat, and write the worker's entry anew: Redis may have lost its data since."""
-        with self.connection.pipeline() as pipeline:
-            worker_registration.register(self, pipeline)
-            fields: dict[Any, Any] = {**self.serialize(), "state": self._state}
-            pipeline.hset(self.key, mapping=fields)
-            self.heartbeat(pipeline=pipeline)
-            pipeline.execute()
+        self.last_heartbeat = utc_now()
+        if self._registration.announce(self._entry(), self.pubsub_channel_name) == 0:
+            self._listener.renew()
+
+    def _entry(self) -> dict[str, Any]:
+        """Return what Redis holds of this worker."""
+        return {**self.serialize(), "state": self._state}
 
     def enter(self, state: WorkerStatus) -> None:
         """Announce a new state, and with it how this worker is doing; the same state again costs nothing."""

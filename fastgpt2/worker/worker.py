@@ -7,32 +7,33 @@ import logging
 import math
 import threading
 import time
-from collections import defaultdict
+from contextvars import Token
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from redis.exceptions import RedisError
+from rq import Queue
 from rq.suspension import is_suspended
 from rq.worker import WorkerStatus
 
-from fastgpt2.errors import JobStopped, JobTimedOut, PromptTooLong
+from fastgpt2.errors import FastGPT2Error, JobStopped, JobTimedOut, PromptTooLong
 from fastgpt2.process import on_stop_signals
-from fastgpt2.protocol.keys import registry_key, stream_key
-from fastgpt2.protocol.messages import RUNNING_TTL_SECONDS, Piece, piece_to_entry
-from fastgpt2.protocol.scripts import execute
-from fastgpt2.protocol.untrusted import is_of_entry
+from fastgpt2.protocol.connection import ANSWER_BY, address_of
+from fastgpt2.protocol.untrusted import is_of_service
 from fastgpt2.worker.batch import ActiveJob, Attempt, Batch
+from fastgpt2.worker.between_steps import BetweenSteps
 from fastgpt2.worker.claims import Claim, Claims
+from fastgpt2.worker.confirmation import Confirmation
+from fastgpt2.worker.faults import Faults
 from fastgpt2.worker.ledger import Ledger
 from fastgpt2.worker.liveness import AliveFile
 from fastgpt2.worker.outbox import Outbox
 from fastgpt2.worker.recycling import Recycling
 from fastgpt2.worker.reporting import Metrics, WorkerInfo
-from fastgpt2.worker.rq_worker import RQWorker, back_off
+from fastgpt2.worker.rq_worker import RQWorker
+from fastgpt2.worker.set_aside import set_aside, shown
 
 if TYPE_CHECKING:
     from redis import Redis
-    from redis.client import Pipeline
 
     from fastgpt2.engine.decoding.records import GenerationRequest
     from fastgpt2.engine.engine import Engine
@@ -45,8 +46,15 @@ IDLE_SECONDS = 1.0
 QUIET_AFTER_SECONDS = 30.0
 QUIET_SECONDS = 5.0
 
+# For how long after its last job a worker that is to stop goes on trying to tell a Redis that is away. Nothing is lost
+# then: what it holds is found by its lists.
+LAST_TRIES_SECONDS = 10.0
+
 # How many jobs to claim at one go: the rest may be another worker's, so that a burst of jobs spreads over all of them.
 MOST_CLAIMS = 4
+
+# How long a worker that is to stop at once waits for Redis.
+AT_ONCE_SECONDS = 5.0
 
 
 class GenerationWorker(RQWorker):
@@ -63,6 +71,7 @@ class GenerationWorker(RQWorker):
         log_prompts: write the prompts into the log, where they would else not be found.
         restarts: how often the supervisor has started a worker in this one's place again.
         alive: the file that probes look at.
+        durability: what an end must have reached before it is let go of: memory, disk or replica (`--durability`).
     """
 
     def __init__(
@@ -77,6 +86,7 @@ class GenerationWorker(RQWorker):
         log_prompts: bool = False,
         restarts: int = 0,
         alive: AliveFile | None = None,
+        durability: str = "memory",
     ) -> None:
         self.engine = engine
         self.drain_timeout = drain_timeout
@@ -89,14 +99,17 @@ class GenerationWorker(RQWorker):
         self._worked_at = time.monotonic()
         self._exchange_seconds = 0.0
         self._drain_until = math.inf
-        self._redis_failures = 0
-        self._no_redis_before = 0.0
+        self._is_beyond_help = False
         super().__init__(connection, queue, name, supervisor_pid)
-        self._claims = Claims(connection, self.queues, self.name)
         self.metrics = Metrics(connection, queue, self.name, self.batch, engine.decoder)
+        self._claims = Claims(connection, self.queues, self.name, self.metrics.count_malformed)
         self._info = WorkerInfo(engine, self.batch, self.metrics, restarts)
+        self._faults = Faults(self.name, address_of(connection))
         self._ledger = Ledger(self, self.metrics.count_malformed)
-        self.outbox = Outbox(self.batch, self._ledger, self.metrics, self.name)
+        self.confirmation = Confirmation(connection, durability, self.name, self.metrics.count_unconfirmed)
+        self.outbox = Outbox(self.batch, self._ledger, self.metrics, self.confirmation, self.name)
+        positions = engine.config.n_positions
+        self._between_steps = BetweenSteps(connection, self.batch, self._claims, self.outbox, self.name, positions)
 
     def serialize(self) -> dict[str, Any]:
         """Return what Redis holds of this worker: RQ's fields, and those of `WorkerInfo`."""
@@ -115,29 +128,44 @@ class GenerationWorker(RQWorker):
 
         Raises:
             TypeError: an option of RQ's own `work` other than `burst` was given.
+            FastGPT2Error: for some time, nothing could be exchanged with a Redis that is there; or another worker
+                has this one's name by now.
         """
         if other or others:
             raise TypeError(f"{type(self).__name__}.work() takes no option but burst")
         if threading.current_thread() is threading.main_thread():
             on_stop_signals(self.request_stop)
-        if not self.sign_on():
-            return False
-        what = f"model {self.engine.model}, up to {self.engine.max_batch} jobs at once"
-        log.info("%s is ready: %s, queues %s, process %d", self.name, what, ", ".join(self.queue_names()), self.pid)
-        if self.recycling is not None:
-            self.recycling.start()
+        answer_by: Token[float] | None = None
         try:
+            if not self.sign_on():
+                return False
+            self.confirmation.check()
+            what = f"model {self.engine.model}, up to {self.engine.max_batch} jobs at once"
+            log.info("%s is ready: %s, queues %s, process %d", self.name, what, ", ".join(self.queue_names()), self.pid)
+            if self.recycling is not None:
+                self.recycling.start()
             if self._alive is not None:
                 self._alive.create()
             while not self._turn(burst):
-                pass
+                if self.stop_at_once and answer_by is None:
+                    # What a Redis that hangs does not take until then is left to whoever finds it.
+                    answer_by = ANSWER_BY.set(time.monotonic() + AT_ONCE_SECONDS)
         finally:
             if self._alive is not None:
                 self._alive.remove()
-            self._claims.close()
-            self.metrics.close()
-            self.engine.decoder.close()
-            self.sign_off()
+            try:
+                self._claims.close()
+                self.confirmation.close()
+                self.metrics.close()
+                self.engine.decoder.close()
+            finally:
+                self.sign_off()
+                if answer_by is not None:
+                    ANSWER_BY.reset(answer_by)
+        if self._is_beyond_help:
+            raise self._faults.in_words()
+        if self.lease.is_taken:
+            raise FastGPT2Error(f"worker {self.name} has lost its name to another; give each worker a name of its own")
         return self._worked
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
@@ -154,14 +182,17 @@ class GenerationWorker(RQWorker):
             self._alive.note_turn()
         self._check_for_stop()
         found = True
-        if time.monotonic() >= self._no_redis_before:
+        if self._faults.is_due:
             found = self._try_exchange(burst, idle)
         elif not self.batch.decoding:
             time.sleep(0.02)
         if self._has_no_jobs() and (self.stopping.is_set() or (burst and not found)):
-            return True
-        if len(self.outbox) and self.stop_at_once and self._redis_failures:
-            log.error("%s: the ends of %d jobs could not be written", self.name, len(self.outbox))
+            if not len(self.confirmation):
+                return True
+            self.confirmation.wait(IDLE_SECONDS)
+        if self._faults.count and self._should_give_up():
+            lost = "the ends of %d jobs could not be written, and %d claimed ones not be put back"
+            log.error(f"%s: {lost}; others will find them", self.name, len(self.outbox), len(self._claimed))
             return True
         self._end_overdue()
         for job in self.batch.admit():
@@ -182,23 +213,37 @@ class GenerationWorker(RQWorker):
         try:
             found = self._exchange(burst, idle)
             self.metrics.report_if_due()
-            self._redis_failures = 0
+            self._faults.clear()
             return found
-        except RedisError as reason:
-            self._redis_failures += 1
-            seconds = min(back_off(self._redis_failures), 0.2 if self.stopping.is_set() else math.inf)
-            log.warning("%s: Redis cannot be used (%s); trying again in %.1f s", self.name, reason, seconds)
-            self._no_redis_before = time.monotonic() + seconds
+        except Exception as reason:
+            self._faults.note(reason, self.stopping.is_set())
             self._claims.close_connections()
-        except Exception:
-            # No entry in Redis, however strange, may end a worker.
-            log.exception("%s: unforeseen; going on", self.name)
-            self._redis_failures += 1
-            self._no_redis_before = time.monotonic() + back_off(self._redis_failures)
+            if self._faults.is_unforeseen:
+                self._mend()
+            if self._faults.is_lasting:
+                # A fresh worker may serve, or be told at its start why it cannot.
+                self._is_beyond_help = self.stop_at_once = True
+                self.stopping.set()
         finally:
             if not idle:
                 self._exchange_seconds += time.perf_counter() - began
         return True
+
+    def _mend(self) -> None:
+        """Mend what is this worker's own in Redis."""
+        try:
+            super().announce()
+            self._claims.mend(self._held())
+        except Exception as reason:
+            log.warning("%s: it cannot be mended (%s: %.200s)", self.name, type(reason).__name__, reason)
+
+    def count_malformed(self, job_id: str) -> None:
+        self.metrics.count_malformed(job_id)
+
+    def _held(self) -> list[Claim]:
+        """Return all jobs that this worker has claimed, and those whose ends are not written yet."""
+        attempts = [*(job.attempt for job in self.batch), *self.outbox]
+        return [*self._claimed, *((attempt.queue, attempt.id) for attempt in attempts)]
 
     def _exchange(self, burst: bool, idle: bool) -> bool:
         """Write ends, keep up, then claim and start jobs. Return whether there were any jobs."""
@@ -206,7 +251,8 @@ class GenerationWorker(RQWorker):
         if self.keep_up() or self.lease.consume_loss():
             self._compare_with_redis()
         if len(self.batch):
-            self._exchange_between_steps()
+            may_claim = self.lease.is_valid and not (self.stopping.is_set() or self._claimed)
+            self._claimed += self._between_steps.exchange(min(MOST_CLAIMS, self.batch.room()) if may_claim else 0)
         elif not self.stopping.is_set() and not self._claimed and self.lease.is_valid:
             self._claimed += self._wait_for_jobs(burst)
         if not self._claimed:
@@ -219,25 +265,60 @@ class GenerationWorker(RQWorker):
         lost = self._ledger.keep_alive([job.attempt for job in self.batch])
         for job in [job for job in self.batch if job.attempt in lost]:
             self.outbox.cancel(job, "was cancelled, deleted or taken back")
-        known = {job_id for _, job_id in self._claimed}
-        known.update(job.id for job in (*self.batch, *self.outbox))
+        self._claims.mend(self._held())
+        known = {job_id for _, job_id in self._held()}
         # The answer to a claim, or to the start of a job, was lost on the way.
         self._claimed += [claim for claim in self._claims.list_all() if claim[1] not in known]
 
     def _start_claimed(self) -> None:
-        """Start the claimed jobs; from the first suspect on they go back, unless the suspect can run alone."""
-        attempts = self._ledger.read(self._claimed)
+        """Start the claimed jobs; if that fails for another reason than Redis, one by one."""
+        try:
+            self._start(self._claimed)
+            self._claimed = []
+        except Exception as reason:
+            begun = {job.id for job in (*self.batch, *self.outbox)}
+            self._claimed = [claim for claim in self._claimed if claim[1] not in begun]
+            if is_of_service(reason) or isinstance(reason, MemoryError):
+                raise
+            message = "%s: %d jobs cannot be started together (%s: %.200s); trying one by one"
+            log.warning(message, self.name, len(self._claimed), type(reason).__name__, reason)
+            self._claims.mend(self._held())
+            self._start_one_by_one()
+
+    def _start_one_by_one(self) -> None:
+        """Start the claimed jobs; one that fails here, so for the second time, is set aside. No other waits for it."""
+        while self._claimed:
+            try:
+                self._start(self._claimed[:1])
+            except Exception as reason:
+                if is_of_service(reason) or isinstance(reason, MemoryError):
+                    raise
+                self._set_aside(*self._claimed[0], reason)
+            del self._claimed[0]
+
+    def _set_aside(self, queue: Queue, job_id: str, reason: Exception) -> None:
+        """Fail a claimed job that cannot be handled, and note it among what was set aside."""
+        log.error("%s: job %s cannot be handled", self.name, shown(job_id), exc_info=reason)
+        try:
+            self._ledger.fail_malformed(queue, job_id, reason)
+        except Exception as other:
+            if is_of_service(other):
+                raise
+            self.metrics.count_malformed(job_id)
+        set_aside(queue, job_id.encode(), f"{type(reason).__name__}: {reason}", self.name)
+
+    def _start(self, claims: list[Claim]) -> None:
+        """Start claimed jobs; from the first suspect on they go back, unless the suspect can run alone."""
+        attempts = self._ledger.read(claims)
         count = next((at for at, attempt in enumerate(attempts) if attempt.is_suspect), len(attempts))
         if count == 0 and not len(self.batch):
             count = 1
         self._claims.put_back([(attempt.queue, attempt.id) for attempt in attempts[count:]])
-        started = self._ledger.start(attempts[:count])
-        self._claimed = []
-        for attempt in started:
+        for attempt in self._ledger.start(attempts[:count]):
             self._begin(attempt)
 
     def _wait_for_jobs(self, burst: bool) -> list[Claim]:
-        if is_suspended(self.connection, self):
+        if is_suspended(self.connection):  # with the worker, RQ would send a heartbeat each time
             self.enter(WorkerStatus.SUSPENDED)
             if not burst:
                 self.stopping.wait(IDLE_SECONDS)
@@ -247,56 +328,6 @@ class GenerationWorker(RQWorker):
             return self._claims.claim(MOST_CLAIMS)
         quiet = time.monotonic() - self._worked_at > QUIET_AFTER_SECONDS
         return self._claims.wait(QUIET_SECONDS if quiet else IDLE_SECONDS)
-
-    def _exchange_between_steps(self) -> None:
-        """Send new text, and fetch cancellations and new jobs, in one round trip."""
-        with self.connection.pipeline(transaction=False) as pipeline:
-            sent = self._add_pieces(pipeline)
-            queries = self._add_cancellation_queries(pipeline)
-            may_claim = self.lease.is_valid and not (self.stopping.is_set() or self._claimed)
-            wanted = min(MOST_CLAIMS, self.batch.room()) if may_claim else 0
-            if wanted:
-                self._claims.add_claim(pipeline, wanted, len(self.batch))
-            replies = execute(pipeline)
-        for at, reply in enumerate(replies):
-            failed = isinstance(reply, RedisError)
-            if failed and not (at in sent and is_of_entry(reply)):
-                raise reply
-            if at in sent:
-                job, piece = sent[at]
-                job.position.advance(piece)
-                if failed:
-                    log.warning("%s: the text of job %s cannot be streamed (%s)", self.name, job.id, reply)
-                    job.muted = True
-        if wanted:
-            self._claimed += self._claims.read(replies.pop())
-        for jobs, scores in zip(queries, replies[len(replies) - len(queries) :], strict=True):
-            for job, score in zip(jobs, scores, strict=True):
-                if score is not None:
-                    self.outbox.cancel(job)
-
-    def _add_pieces(self, pipeline: Pipeline) -> dict[int, tuple[ActiveJob, Piece]]:
-        """Add the new pieces to a pipeline. Return each with its job, by the number of its command."""
-        sent = {}
-        for job in self.batch:
-            key = stream_key(job.id)
-            # A bound for a stream that many attempts write to; one has at most an entry for each token of each text.
-            most = 4 * self.engine.config.n_positions * job.request.texts
-            for piece in job.next_pieces():
-                sent[len(pipeline)] = job, piece
-                pipeline.xadd(key, piece_to_entry(piece), maxlen=most, approximate=True)
-                if piece.at == 0:
-                    pipeline.expire(key, RUNNING_TTL_SECONDS)
-        return sent
-
-    def _add_cancellation_queries(self, pipeline: Pipeline) -> list[list[ActiveJob]]:
-        """Add a query for each queue: which of its running jobs are among the cancelled. Return the jobs of each."""
-        by_queue: dict[str, list[ActiveJob]] = defaultdict(list)
-        for job in self.batch:
-            by_queue[job.attempt.queue.name].append(job)
-        for name, jobs in by_queue.items():
-            pipeline.execute_command("ZMSCORE", registry_key("canceled", name), *(job.id for job in jobs))
-        return list(by_queue.values())
 
     # Jobs begin, are decoded, and end.
 
@@ -310,10 +341,11 @@ class GenerationWorker(RQWorker):
                 log.info("%s: job %s: %.1000s", self.name, attempt.id, json.dumps(request.prompt))
             self._refuse_hopeless(request)
             prompt = self.engine.decoder.prepare(request)
-        except Exception as error:
-            self.outbox.refuse(attempt, error)
+            job = ActiveJob.begin(attempt, prompt, options, self.engine.model, time.monotonic())
+        except BaseException as error:
+            self.outbox.refuse(attempt, _of_job(error))
             return
-        self.batch.add(ActiveJob.begin(attempt, prompt, options, self.engine.model, time.monotonic()))
+        self.batch.add(job)
 
     def _refuse_hopeless(self, request: GenerationRequest) -> None:
         """Raise PromptTooLong for a text that has too many bytes; the other jobs would wait while it is tokenized."""
@@ -327,8 +359,8 @@ class GenerationWorker(RQWorker):
         self.metrics.sample()
         try:
             ended = self.batch.step()
-        except Exception as error:
-            self._blame(self.batch.decoding, error)
+        except BaseException as error:
+            self._blame(self.batch.decoding, _of_job(error))
             return
         for job in ended:
             self._end(job)
@@ -381,6 +413,12 @@ class GenerationWorker(RQWorker):
             self.outbox.give_back(self.batch.waiting)
         if self.stop_at_once or time.monotonic() > self._drain_until:
             self.outbox.give_back(list(self.batch))
+            self.confirmation.hurry()
+
+    def _should_give_up(self) -> bool:
+        """Tell whether a worker that is to stop has tried for long enough to tell Redis, or is hurried."""
+        hurried = (self.stop_at_once or self._faults.is_last_try_over) and not len(self.batch)
+        return self.stopping.is_set() and (hurried or time.monotonic() > self._drain_until + LAST_TRIES_SECONDS)
 
     def _reason_to_recycle(self) -> str | None:
         if self.recycling is None:
@@ -389,3 +427,14 @@ class GenerationWorker(RQWorker):
         # Shared with the helper processes, those of running jobs are not this process's own memory; kept ones are.
         kv_bytes = decoder.prefix_bytes + (decoder.model.cache.bytes_reserved if decoder.model.size == 1 else 0)
         return self.recycling.due(self.outbox.written + len(self.batch), kv_bytes, time.monotonic())
+
+
+def _of_job(error: BaseException) -> Exception:
+    """Return what ended the work on a job; a panic of a library that is written in Rust is no Exception in Python.
+
+    Raises:
+        BaseException: the error, if it is to end the process.
+    """
+    if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
+        raise error
+    return error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__}: {error}")

@@ -41,7 +41,7 @@ from fastgpt2.protocol.connection import connect, without_password
 from fastgpt2.protocol.keys import PRIORITIES, totals_key
 from fastgpt2.system.redis_server import RedisServer
 
-UNREACHABLE = r"cannot be used .*start it, or mend FASTGPT2_REDIS_URL"
+UNREACHABLE = r"cannot be used .*start it, or name another one in FASTGPT2_REDIS_URL"
 ENTRY: dict[str, Any] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"][0]
 
 

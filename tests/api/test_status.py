@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import pickle
+import signal
 import zlib
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
@@ -16,10 +17,13 @@ from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 from rq import Queue
 from rq.serializers import JSONSerializer
-from support.running import StartWorker, wait_until
+from rq.utils import utcformat
+from support.running import StartWorker, run, wait_until
 
 from fastgpt2 import Client
+from fastgpt2.api.pool import snapshot
 from fastgpt2.api.pool.job_list import read_latest, read_prompts
+from fastgpt2.api.pool.prometheus import render_metrics
 from fastgpt2.api.pool.status import check_readiness, read_status, record_depth
 from fastgpt2.protocol.connection import connect
 from fastgpt2.protocol.keys import RECENT_FIELDS, TOTAL_FIELDS, latest_key, leases_key, queue_of, recent_key, totals_key
@@ -185,6 +189,51 @@ def test_ready(redis: Redis, ask: Ask, queue_name: str, start_worker: StartWorke
     assert ask(check_readiness, queue_name) is not None
 
 
+def test_a_worker_that_hangs_is_silent_until_it_is_heard_again(
+    ask: Ask, queue_name: str, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Below the time between two heartbeats: also a worker that is well is silent in between.
+    monkeypatch.setattr(snapshot, "SILENT_SECONDS", 1.0)
+    process = start_worker()
+
+    def state() -> str:
+        (worker,) = ask(read_status, queue_name)["workers"]
+        return str(worker["state"])
+
+    process.send_signal(signal.SIGSTOP)
+    wait_until(lambda: state() == "silent", "the stopped worker to be silent")
+    _, metrics = ask(render_metrics, queue_name)
+    assert b'fastgpt2_workers{state="silent"} 1.0' in metrics
+    process.send_signal(signal.SIGCONT)
+    wait_until(lambda: state() == "idle", "the worker to be heard again")
+
+
+def test_only_redis_s_clock_tells_who_is_silent(
+    redis_server: RedisServer, redis: Redis, ask: Ask, queue_name: str
+) -> None:
+    """The machine of a worker may be an hour ahead or behind. A stock worker has no other clock to tell of."""
+    now: Any = redis.time()
+    hour_ago = utcformat(datetime.now(UTC) - timedelta(hours=1))
+    told = {"heard": now[0] - 2, "long-ago": now[0] - 13, "in-the-future": now[0] + 3600}
+    for name, heard_at in told.items():
+        redis.hset(f"rq:worker:{name}", mapping={"state": "busy", "last_heartbeat": hour_ago, "heard_at": heard_at})
+    redis.hset("rq:worker:stock", mapping={"state": "busy", "last_heartbeat": hour_ago})
+    redis.hset("rq:worker:stock-new", mapping={"state": "idle", "last_heartbeat": utcformat(datetime.now(UTC))})
+    names = [*told, "stock", "stock-new"]
+    redis.sadd(f"rq:workers:{queue_name}", *(f"rq:worker:{name}" for name in names))
+    found = {worker["name"]: worker["state"] for worker in ask(read_status, queue_name)["workers"]}
+    shown = run("status", FASTGPT2_REDIS_URL=redis_server.url, FASTGPT2_QUEUE=queue_name).stdout
+    redis.delete(*(f"rq:worker:{name}" for name in names))
+    assert "worker long-ago: silent, " in shown
+    assert found == {
+        "heard": "busy",
+        "long-ago": "silent",
+        "in-the-future": "busy",
+        "stock": "silent",
+        "stock-new": "idle",
+    }
+
+
 HOSTILE: list[Any] = [
     "many",
     "-5",
@@ -219,7 +268,7 @@ def test_hostile_values_are_no_figures(redis: Redis, ask: Ask, queue_name: str, 
     worker = f"rq:worker:w-{queue_name}"
     redis.sadd(f"rq:workers:{queue_name}", worker, "rq:job:x", "elsewhere", b"rq:worker:\xff\xfe", f"{worker}-gone")
     names = ("max_batch", "kv_bytes", "kv_bytes_limit", "tokens", "pid", "birth", "last_heartbeat", "state", "restarts",
-             "tokens_per_second", "batch_mean", "private_bytes", "total_working_time",
+             "heard_at", "tokens_per_second", "batch_mean", "private_bytes", "total_working_time",
              "prefix_bytes", "prefix_bytes_limit", "weights", "drafts")  # fmt: skip
     redis.hset(worker, mapping=dict.fromkeys(names, odd))
     redis.hset(totals_key(queue_name), mapping=dict.fromkeys(TOTAL_FIELDS, odd))

@@ -23,12 +23,15 @@ POOLS = 2
 class PoolProcess:
     """A process of `fastgpt2 pool`.
 
+    Args:
+        environment: variables of its own.
+
     Attributes:
         down_until: not to be started again before this, on the monotonic clock.
     """
 
-    def __init__(self, redis_url: str, workers: int, log: Path) -> None:
-        self._redis_url, self._workers, self._log = redis_url, workers, log
+    def __init__(self, redis_url: str, workers: int, log: Path, **environment: str) -> None:
+        self._redis_url, self._workers, self._log, self._environment = redis_url, workers, log, environment
         self.process: subprocess.Popen[bytes] | None = None
         self.down_until = 0.0
 
@@ -39,6 +42,7 @@ class PoolProcess:
             "FASTGPT2_MODEL": "demo",
             "FASTGPT2_THREADS": "1",
             "FASTGPT2_MAX_BATCH": "4",
+            **self._environment,
         }
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(

@@ -29,13 +29,14 @@ def audit(redis: Redis, everything: list[Submitted]) -> tuple[Counter[str], list
     ends: Counter[str] = Counter()
     faults: list[str] = []
     for job in everything:
-        end, complaints = _account(redis, job)
+        end, complaints = account(redis, job)
         ends[end] += 1
         faults += [f"job {job.id} ({job.kind}): {complaint}" for complaint in complaints]
-    return ends, faults + _leftovers(redis)
+    return ends, faults + leftovers(redis)
 
 
-def _account(redis: Redis, job: Submitted) -> tuple[str, list[str]]:
+def account(redis: Redis, job: Submitted) -> tuple[str, list[str]]:
+    """Return how a job ended, and a sentence for each thing that is not as it should be."""
     status: Any = redis.hget(f"rq:job:{job.id}", "status")
     results: Any = redis.xrange(f"rq:results:{job.id}")
     kinds = [Result.Type(int(fields[b"type"])) for _, fields in results]
@@ -73,7 +74,8 @@ def _reason(results: Any) -> str:
     return zlib.decompress(base64.b64decode(results[-1][1][b"exc_string"])).decode() if results else "no reason"
 
 
-def _leftovers(redis: Redis) -> list[str]:
+def leftovers(redis: Redis) -> list[str]:
+    """Return a sentence for each thing that stays although no job is left."""
     faults = []
     for name in queues_of(QUEUE):
         if redis.llen(f"rq:queue:{name}"):

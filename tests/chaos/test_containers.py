@@ -20,7 +20,10 @@ from chaos.soak import OVER
 from chaos.submission import Submission
 from fastgpt2.protocol.connection import connect
 
-pytestmark = pytest.mark.skipif(bool(why_not()), reason=f"no containers here: {why_not()}")
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.skipif(bool(why_not()), reason=f"no containers here: {why_not()}"),
+]
 
 PASSWORD = "a-password-of-the-test"
 JOBS_A_FAULT = 25

@@ -10,13 +10,17 @@ import signal
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from redis import Redis
+from rq.job import Job as RQJob
+from rq.serializers import JSONSerializer
+from support.finishing import finish
+from support.forgetful import ForgetfulRedis, finish_all, wait_for_queue
 from support.running import GOLDEN, StartWorker, wait_until
 
 from fastgpt2 import Client
@@ -58,6 +62,12 @@ def batch(start: Start) -> Callable[..., tuple[int, str, str]]:
         return process.returncode, out, err
 
     return run
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForgetfulRedis]:
+    with ForgetfulRedis() as made:
+        yield made
 
 
 def results_in(path: Path) -> list[dict[str, Any]]:
@@ -346,6 +356,46 @@ class TestBrokenOff:
         write_prompts(tmp_path / "in.txt", (LINES * 20)[: done + 3])
         assert batch("in.txt", "-o", "out.jsonl", *FEW)[0] == 0
         assert len(results_in(out)) == done + 3
+
+
+class TestLostJobs:
+    """Redis is started again without what it had, or somebody deletes a job: no line is written that is not final."""
+
+    def test_they_are_enqueued_again(
+        self, tmp_path: Path, client: Client, server: ForgetfulRedis, start: Start
+    ) -> None:
+        write_prompts(tmp_path / "in.txt", LINES[:20])
+        process = start("in.txt", "-o", "out.jsonl", "--redis-url", server.url, *FEW)
+        ids = wait_for_queue(server, client.queue_name, 20)
+        with server.administered() as connection:
+            finish(connection, ids[0], "first")
+        wait_until(partial(has_lines, tmp_path / "out.jsonl", 1), "the first result")
+        server.restart()
+        assert set(wait_for_queue(server, client.queue_name, 19)) == set(ids[1:])
+        finish_all(server, client.queue_name)
+        assert process.communicate(timeout=60)[1].count("\n") == 1, "that no worker listens"
+        assert process.returncode == 0
+        texts = [result["text"] for result in results_in(tmp_path / "out.jsonl")]
+        assert texts == ["first", *(f"text of {job_id}" for job_id in ids[1:])]
+
+    def test_one_that_was_deleted_ends_the_run_which_goes_on_from_there(
+        self, tmp_path: Path, client: Client, server: ForgetfulRedis, start: Start
+    ) -> None:
+        write_prompts(tmp_path / "in.txt", LINES[:3])
+        process = start("in.txt", "-o", "out.jsonl", "--redis-url", server.url, *FEW)
+        ids = wait_for_queue(server, client.queue_name, 3)
+        with server.administered() as connection:
+            RQJob.fetch(ids[1], connection=connection, serializer=JSONSerializer).delete()
+            finish(connection, ids[0], "first")
+        err = process.communicate(timeout=60)[1]
+        assert process.returncode == 1
+        assert f"job {ids[1]} is gone from Redis without an end: somebody deleted it" in err
+        assert "out.jsonl holds 1 results; the same command goes on from there" in err
+        process = start("in.txt", "-o", "out.jsonl", "--redis-url", server.url, *FEW)
+        wait_for_queue(server, client.queue_name, 2)
+        finish_all(server, client.queue_name)
+        process.communicate(timeout=60)
+        assert (process.returncode, len(results_in(tmp_path / "out.jsonl"))) == (0, 3)
 
 
 class TestFiles:

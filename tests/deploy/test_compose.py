@@ -19,13 +19,16 @@ from typing import Any
 
 import httpx2 as httpx
 import pytest
-from support.compose import Compose, docker, until, why_not
+from support.compose import ROOT, Compose, docker, until, why_not
 from support.fake_hub import FakeHub
 from support.running import GOLDEN
 
 from fastgpt2.engine.model.hub import DEMO_FOLDER
 
-pytestmark = pytest.mark.skipif(bool(why_not()), reason=f"no containers here: {why_not()}")
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.skipif(bool(why_not()), reason=f"no containers here: {why_not()}"),
+]
 
 ENTRY: dict[str, Any] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"][0]
 SERVICES = ("password", "model", "redis", "worker", "api")
@@ -215,6 +218,49 @@ def test_a_model_is_downloaded_and_packed_once() -> None:
             compose("up", "--detach", "--wait", "--force-recreate", HF_ENDPOINT=hub.url)
             assert len(hub.requests) == asked, "what is in the volume is not asked for again"
             assert tokens(compose) == ENTRY["ids"]
+    finally:
+        compose.down()
+
+
+def test_with_the_profile_ha_the_pool_follows_another_master() -> None:
+    """The variables are those that .env.example proposes."""
+    example = (ROOT / ".env.example").read_text()
+    proposed = dict(re.findall(r"^#(COMPOSE_PROFILES|REDIS_URL)=(ha|redis\+sentinel:\S+)$", example, re.MULTILINE))
+    assert proposed.keys() == {"COMPOSE_PROFILES", "REDIS_URL"}
+    compose = Compose(f"fastgpt2-test-{uuid.uuid4().hex[:6]}", MODEL="demo", FASTGPT2_DURABILITY="replica", **proposed)
+
+    def master() -> str:
+        asked = "REDISCLI_AUTH=$(cat /access/redis-password) redis-cli -p 26379 sentinel get-master-addr-by-name pool"
+        return compose("exec", "-T", "sentinel-1", "sh", "-c", asked).split()[0]
+
+    try:
+        compose("up", "--build", "--detach", "--wait")
+        assert complete(compose)
+        assert master() == "redis"
+        (lost,) = compose.containers("redis")
+        docker("kill", lost)
+        until(lambda: master() != "redis", "a promotion")
+        until(lambda: _answers(compose), "a text by the new master")
+        docker("start", lost)
+        role = "REDISCLI_AUTH=$(cat /access/redis-password) redis-cli role"
+        until(lambda: "slave" in docker("exec", lost, "sh", "-c", role), "the old master to follow")
+        promoted = master()
+        # After a stop of everything, they go on as they were: no Redis takes itself for the master by its name.
+        compose("stop", "--timeout", "5")
+        compose("up", "--detach", "--wait")
+        assert master() == promoted
+        assert complete(compose)
+    finally:
+        compose.down()
+
+
+def test_the_profile_ha_alone_is_refused() -> None:
+    compose = Compose(f"fastgpt2-test-{uuid.uuid4().hex[:6]}", MODEL="demo", COMPOSE_PROFILES="ha")
+    try:
+        compose("up", "--detach", "redis-1", check=False)
+        until(
+            lambda: "needs REDIS_URL, as .env.example has it" in compose("logs", "redis-1", check=False), "a sentence"
+        )
     finally:
         compose.down()
 

@@ -26,6 +26,7 @@ def test_every_variable_is_documented_and_passed_on() -> None:
     services = yaml.safe_load(text)["services"]
     for service in services.values():
         used |= {name for name, value in (service.get("environment") or {}).items() if value is None}
+    used.add("COMPOSE_PROFILES")  # compose's own
     documented = dict(re.findall(r"^#?(\w+)=(.*)$", (ROOT / ".env.example").read_text("utf-8"), re.M))
     assert documented.keys() == used
     for name, default in re.findall(r"(?<!\$)\$\{(\w+):-([^}]*)\}", text + more):

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import os
 import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import kubernetes_validate
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
@@ -22,6 +18,7 @@ from redis.asyncio import Redis as AsyncRedis
 from redis.exceptions import RedisError
 from rq import Queue
 from rq.registry import StartedJobRegistry
+from support.manifests import VERSIONS, Object, Refused, check, mappings
 from support.running import wait_until
 
 from fastgpt2 import settings
@@ -39,37 +36,10 @@ FOLDER = ROOT / "deploy" / "kubernetes"
 TEXTS = {path.name: path.read_text("utf-8") for path in sorted(FOLDER.glob("*.yaml"))}
 KUSTOMIZATION = yaml.safe_load(TEXTS["kustomization.yaml"])
 COMMENTED = re.findall(r"^ *# - (\S+\.yaml)$", TEXTS["kustomization.yaml"], re.MULTILINE)
-Object = dict[str, Any]
 DOCUMENTS: list[Object] = [
     document for name, text in TEXTS.items() if name != "kustomization.yaml" for document in yaml.safe_load_all(text)
 ]
-# The oldest version that docs/kubernetes.md promises, and the newest that there is a schema of.
-VERSIONS = ("1.30", kubernetes_validate.latest_version())
-# For objects that are not Kubernetes' own: models made of the projects' definitions.
-MODELS = {
-    "keda.sh/v1alpha1": "cloudcoil.models.keda.v1alpha1",
-    "monitoring.coreos.com/v1": "cloudcoil.models.prometheus_operator.v1",
-}
 BY_THE_USER = {("fastgpt2-redis", "password"), ("fastgpt2-api", "token"), ("fastgpt2-hub", "token")}
-
-
-class Refused(Exception):
-    """A document is not of its schema."""
-
-
-def check(document: Object, version: str) -> None:
-    module = MODELS.get(document["apiVersion"])
-    try:
-        if module is None:
-            kubernetes_validate.validate(document, version, strict=True)
-            return
-        model = getattr(importlib.import_module(module), document["kind"])
-        kept = model.model_validate(document).model_dump(mode="json", by_alias=True, exclude_unset=True)
-    except (kubernetes_validate.ValidationError, ValueError) as reason:
-        raise Refused(str(reason)) from None
-    # The models ignore fields that they do not know.
-    if kept != document:
-        raise Refused(f"{document} is understood as {kept}")
 
 
 def of_kind(*kinds: str) -> list[Object]:
@@ -79,14 +49,6 @@ def of_kind(*kinds: str) -> list[Object]:
 def named(kind: str, name: str) -> Object:
     (found,) = (document for document in of_kind(kind) if document["metadata"]["name"] == name)
     return found
-
-
-def mappings(value: Any) -> Iterator[Object]:
-    """Yield all mappings in a value, the value itself included."""
-    if isinstance(value, dict):
-        yield value
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from mappings(inner)
 
 
 WORKLOADS = of_kind("Deployment", "StatefulSet")

@@ -87,13 +87,12 @@ def check_same(expected: GenerationResult, got: GenerationResult, exact: bool) -
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("seed", range(2))
-def test_families_of_prompts(engine: Engine, keeping: Engine, seed: int) -> None:
+def test_families_of_prompts(engine: Engine, keeping: Engine) -> None:
     """Prompts begin as others do, some of these as others again, in batches of random company."""
-    dice = random.Random(seed)
-    stems = [some_ids(100 * seed + n, dice.choice([16, 31, 32, 33, 64, 100, 250])) for n in range(5)]
-    stems += [dice.choice(stems) + some_ids(100 * seed + 10 + n, dice.randint(1, 80)) for n in range(5)]
-    prompts = [dice.choice(stems) + some_ids(100 * seed + 20 + n, dice.randint(0, 40)) for n in range(50)]
+    dice = random.Random(0)
+    stems = [some_ids(n, dice.choice([16, 31, 32, 33, 64, 100, 250])) for n in range(5)]
+    stems += [dice.choice(stems) + some_ids(10 + n, dice.randint(1, 80)) for n in range(5)]
+    prompts = [dice.choice(stems) + some_ids(20 + n, dice.randint(0, 40)) for n in range(50)]
     prompts += [dice.choice(prompts)[: dice.randint(1, 100)] for _ in range(10)]
     requests = [GenerationRequest(tuple(ids), dice.randint(1, 12), ignore_eos=True, logprobs=2) for ids in prompts]
     expected = engine.run(requests)

@@ -96,7 +96,7 @@ def test_nobody_is_waited_for_who_has_no_token(start_endpoint: StartEndpoint) ->
     port = start_endpoint(FASTGPT2_TOKEN=TOKEN).port
     head = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n"
     assert send_raw(port, head + b"\r\n").startswith(b"HTTP/1.1 401 "), "of the body not a byte was sent"
-    assert send_raw(port, head + b"X: " + b"x" * (MAX_HEAD_BYTES + 1)).startswith(b"HTTP/1.1 400 "), (
+    assert send_raw(port, head + b"X: " + b"x" * (MAX_HEAD_BYTES + 1)).startswith(b"HTTP/1.1 431 "), (
         "the head never ends"
     )
     upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: eA==\r\n"

@@ -48,7 +48,7 @@ def test_schemathesis_finds_no_fault(start_endpoint: StartEndpoint, start_worker
     done = subprocess.run(
         [
             Path(sys.executable).with_name("schemathesis"), "run", f"{endpoint.url}/openapi.json", "--seed", "1",
-            "--phases", "examples,coverage,fuzzing", "--max-examples", "12", "--exclude-checks", EXCLUDED,
+            "--phases", "examples,coverage,fuzzing", "--max-examples", "8", "--exclude-checks", EXCLUDED,
             "--generation-database", "none", "--no-color",
         ],
         cwd=tmp_path,

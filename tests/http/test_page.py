@@ -424,6 +424,12 @@ def test_redis_goes_away_and_comes_back(tabs: Tabs, start_endpoint: StartEndpoin
         with Client(server.url) as client:
             client.enqueue("a")
             expect(state).to_have_text("No workers · 1\u00a0waiting")
+            client.connection.sadd("rq:workers:fastgpt2", "rq:worker:w1")
+            client.connection.hset("rq:worker:w1", mapping={"state": "idle", "heard_at": 1})
+            expect(state).to_have_text("No worker answers · 1\u00a0silent · 1\u00a0waiting")
+            expect(page.locator("#workers .state span[data-kind=silent]")).to_have_text("silent")
+            client.connection.delete("rq:workers:fastgpt2", "rq:worker:w1")
+            expect(state).to_have_text("No workers · 1\u00a0waiting")
         server.stop()
         expect(state).to_contain_text("Redis is away")
         expect(page.locator("#as-of")).to_have_text(re.compile(r"as of \d\d:\d\d:\d\d"))

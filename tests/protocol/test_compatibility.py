@@ -152,11 +152,12 @@ def test_a_refused_job_names_the_same_error(jobs: dict[str, Any]) -> None:
 
 
 def test_keys_and_their_types_are_what_they_were(pool: dict[str, Any]) -> None:
-    assert pool["keys"] == POOL["keys"]
+    # By this one, those who wait hear of cancellations; programs of earlier releases do not know it, and ask.
+    assert pool["keys"] == {**POOL["keys"], "fastgpt2:cancelled:wire": "stream"}
 
 
 def test_a_worker_announces_what_it_announced_before(pool: dict[str, Any]) -> None:
-    added = {"notes"}
+    added = {"notes", "heard_at", "fastgpt2_incarnation", "fastgpt2_pid_space"}
     assert set(pool["worker"]) == set(POOL["worker"]) | added
     for name in ("queues", "model", "weights", "drafts", "threads", "n_positions", "longest_token_bytes", "state"):
         assert pool["worker"][name] == POOL["worker"][name]

@@ -90,11 +90,11 @@ def test_a_transaction_needs_no_second_try(redis: Redis, echo: Script, queue_nam
         assert pipeline.execute() == [True, [b"aa", b"rq:job:"]]
 
 
-def test_an_error_of_the_script_is_raised(redis: Redis, queue_name: str) -> None:
-    key = totals_key(queue_name)
-    redis.set(key, "x", ex=60)
+def test_an_error_of_the_script_is_raised(redis: Redis, queue_name: str, tmp_path: Path) -> None:
+    redis.set(queue_name, "x", ex=60)
+    (tmp_path / "length.lua").write_text("return redis.call('LLEN', KEYS[1])\n")
     with pytest.raises(ResponseError, match="WRONGTYPE"):
-        Script(ledger.__file__, "leave").run(redis, [key], ["w"])
+        Script(str(tmp_path / "module.py"), "length").run(redis, [queue_name], [])
 
 
 def test_a_user_who_may_send_texts_only(redis: Redis, echo: Script, url_without_evalsha: str) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from redis.connection import Connection
-from rq.job import JobStatus
 
 from fastgpt2.cli import main
 from fastgpt2.engine.network.attention import Attention
@@ -115,9 +114,9 @@ STAGES: dict[str, Callable[[], None]] = {
     "mid-decode": lambda: in_a_layer(7),
     "before the commit": lambda: before(Ledger, "write", finishes),
     "the commit sent": lambda: unheard(Ledger, "write", finishes),
-    "after the commit": lambda: before(ledger, "release_slot", lambda job: job._status == JobStatus.FINISHED),
+    "after the commit": lambda: after(Ledger, "write", bool),
     "before the dependents": lambda: before(ledger.Queue, "enqueue_ready_jobs_by_queue"),  # type: ignore[attr-defined]
-    "before the failure's dependents": lambda: before(ledger, "release_dependents"),
+    "before the failure's dependents": lambda: before(ledger, "complete"),
     "before the give-back": lambda: before(Ledger, "give_back"),
     "the give-back sent": lambda: unheard(Ledger, "give_back"),
     "the poison": lambda: before(Batch, "step", poisoned),

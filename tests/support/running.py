@@ -6,18 +6,22 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from http.client import HTTPConnection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import pytest
 
 from fastgpt2 import Client
 from fastgpt2.errors import JobTimedOut
+
+T = TypeVar("T")
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -32,6 +36,20 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = 60.0
         if time.monotonic() > deadline:
             pytest.fail(f"waited {seconds} s for: {what}")
         time.sleep(0.01)
+
+
+def in_thread(call: Callable[[], T]) -> Future[T]:
+    """Run a call in a thread of its own."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -33,14 +33,20 @@ class Turns:
 
 
 @contextmanager
-def take_turns(engine: Engine, redis_server: RedisServer, queue_name: str) -> Iterator[Turns]:
+def take_turns(
+    engine: Engine, redis_server: RedisServer, queue_name: str, durability: str = "memory"
+) -> Iterator[Turns]:
     """Sign a worker on within the context."""
     connection = connect(redis_server.url)
-    worker = GenerationWorker(engine, connection, queue_name, drain_timeout=1000)
+    worker = GenerationWorker(engine, connection, queue_name, drain_timeout=1000, durability=durability)
     assert worker.sign_on()
-    yield Turns(worker)
-    for running in worker.batch:
-        worker.batch.drop(running)
-    worker._claims.close()
-    worker.sign_off()
-    connection.close()
+    try:
+        yield Turns(worker)
+    finally:
+        # Also after a failure: a lease whose worker takes no turns ends the process, and the tests with it.
+        for running in worker.batch:
+            worker.batch.drop(running)
+        worker._claims.close()
+        worker.confirmation.close()
+        worker.sign_off()
+        connection.close()

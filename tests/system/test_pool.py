@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from support.running import wait_until
 
 from fastgpt2 import Client
 from fastgpt2.engine.model.hub import DEMO_FOLDER
-from fastgpt2.errors import FastGPT2Error
+from fastgpt2.errors import FastGPT2Error, RedisUnfit
 from fastgpt2.protocol.connection import connect
 from fastgpt2.system.pool import MAX_QUICK_DEATHS, MAX_QUICK_ENDS, START_PAUSE_SECONDS, Child, Pool
 from fastgpt2.system.redis_server import RedisServer
@@ -60,6 +61,21 @@ class TestDeaths:
         ended(child)
         with pytest.raises(FastGPT2Error, match="child ended with status 7, 6 times in a row; giving up"):
             pool.check(now)
+
+    def test_a_redis_that_is_of_no_use_for_long_ends_it_with_the_status_that_says_so(self) -> None:
+        child = child_of(f"import sys; sys.exit({RedisUnfit.exit_code})")
+        pool = Pool([child])
+        pool.start()
+        now = time.monotonic()
+        for _ in range(MAX_QUICK_DEATHS):
+            ended(child)
+            pool.check(now)
+            now = child.restart_at
+            pool.check(now)
+        ended(child)
+        with pytest.raises(FastGPT2Error, match="giving up") as raised:
+            pool.check(now)
+        assert raised.value.exit_code == RedisUnfit.exit_code
 
     def test_a_long_life_forgives(self) -> None:
         child = child_of("import sys; sys.exit(7)")
@@ -246,6 +262,13 @@ def test_settings_reach_the_children_by_their_variables(monkeypatch: pytest.Monk
     assert os.environ["FASTGPT2_POOL_WORKERS"] == "3"
 
 
+def as_in_a_shell() -> None:
+    # Under `nohup make test` it would come ignored, and be left so.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, hard), hard))
+
+
 @pytest.fixture
 def start_pool(redis_server: RedisServer, queue_name: str, tmp_path: Path) -> Iterator[StartPool]:
     """Start `fastgpt2 pool` with the demo model on the shared Redis; its output goes to a file."""
@@ -267,8 +290,7 @@ def start_pool(redis_server: RedisServer, queue_name: str, tmp_path: Path) -> It
                 stdout=log,
                 stderr=log,
                 text=True,
-                # Under `nohup make test` it would come ignored, and be left so.
-                preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+                preexec_fn=as_in_a_shell,
             )
         started.append(process)
         return process, path
@@ -426,6 +448,9 @@ def test_a_redis_that_says_no_ends_it_at_once(start_pool: StartPool) -> None:
 def test_nothing_outlives_a_killed_supervisor(start_pool: StartPool, redis: Redis, queue_name: str) -> None:
     process, _ = start_pool("--workers", "2")
     pids = wait_for_workers(redis, queue_name, 2)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for pid in (process.pid, *pids):
+        assert resource.prlimit(pid, resource.RLIMIT_NOFILE) == (hard, hard), "more than a shell allows"
     process.kill()
     process.wait()
     wait_until(lambda: all(map(gone, pids)), "the workers to end")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -14,9 +15,11 @@ from pathlib import Path
 
 import pytest
 from redis.exceptions import ResponseError
-from support.running import wait_until
+from support.redis_process import OpenRedis
+from support.running import run, wait_until
 
 from fastgpt2 import Client
+from fastgpt2.cli import main
 from fastgpt2.engine.model.hub import DEMO_FOLDER
 from fastgpt2.errors import QueueUnavailable, RedisServerMissing
 from fastgpt2.protocol.connection import connect
@@ -143,12 +146,76 @@ def test_files_of_the_current_folder_are_not_imported(tmp_path: Path, monkeypatc
         process.wait(60)
 
 
-def test_the_line_to_try_names_the_queue(start_up: StartUp, redis_server: RedisServer, queue_name: str) -> None:
-    process, log = start_up("--redis-url", redis_server.url, "--queue", queue_name, "--workers", "1")
-    wait_until(lambda: "Ctrl-C stops it." in log.read_text(), "the system to be ready")
-    assert f"try       FASTGPT2_QUEUE={queue_name} fastgpt2 enqueue --wait" in log.read_text()
-    process.terminate()
-    assert process.wait(60) == 0
+def lines_to_try(log: Path) -> list[str]:
+    """Return the lines that `up` prints for a shell."""
+    text = log.read_text()
+    return [line.strip() for line in text[text.index("  try ") + len("  try ") :].splitlines()[:2]]
+
+
+def run_line(line: str, **environment: str) -> str:
+    """Run a line in a shell as a user would who has the variables set, and return what it prints."""
+    done = subprocess.run(
+        ["sh", "-c", line],
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_lines_to_try_work_as_they_are_printed(
+    start_up: StartUp, redis_server: RedisServer, queue_name: str, tmp_path: Path
+) -> None:
+    """On a Redis that is there, with another queue, on all addresses, with a token in a file."""
+    token = tmp_path / "the token"
+    token.write_text("0123456789abcdef\n")
+    options = ["--redis-url", f"{redis_server.url}?db=0", "--queue", queue_name, "--workers", "1"]
+    process, log = start_up(*options, "--host", "0.0.0.0", "--token-file", str(token))
+    ready(process, log)
+    enqueue, curl = lines_to_try(log)
+    assert run_line(enqueue).strip()
+    assert json.loads(run_line(curl))[0]["generated_text"].startswith("My name is")
+    assert "0123456789abcdef" not in log.read_text()
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+def test_the_lines_to_try_hold_no_secret(start_up: StartUp, queue_name: str, tmp_path: Path) -> None:
+    """With the variables of a shell: a Redis that wants a password, and a token; on IPv6."""
+    with OpenRedis(folder=tmp_path / "redis") as server:
+        with server.administered() as connection:
+            connection.config_set("requirepass", "sesame")
+        shell = {"FASTGPT2_REDIS_URL": server.url.replace("//", "//:sesame@"), "FASTGPT2_TOKEN": "0123456789abcdef"}
+        process, log = start_up("--queue", queue_name, "--workers", "1", "--host", "::", **shell)
+        ready(process, log)
+        text = log.read_text()
+        assert "sesame" not in text
+        assert "0123456789abcdef" not in text
+        assert "FASTGPT2_REDIS_URL is set in this shell; without it, up starts a Redis of its own" in text
+        enqueue, curl = lines_to_try(log)
+        assert run_line(enqueue, **shell).strip()
+        assert json.loads(run_line(curl, **shell))[0]["generated_text"].startswith("My name is")
+        process.terminate()
+        assert process.wait(60) == 0
+
+
+def test_a_variable_left_in_the_shell_is_named_as_the_cause(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nowhere = "redis://127.0.0.1:1/0"
+    cause = "FASTGPT2_REDIS_URL names it: start it, or mend or unset the variable; `fastgpt2 up` starts a Redis"
+    done = run("up", FASTGPT2_REDIS_URL=nowhere, FASTGPT2_MODEL="demo")
+    assert done.returncode == 4
+    assert cause in done.stderr
+    assert "or leave out FASTGPT2_REDIS_URL, which is set in this shell, and up starts a Redis of its" in done.stderr
+    assert main(["enqueue", "a", "--redis-url", nowhere]) == 4
+    said = capsys.readouterr().err
+    assert "start it, or name another one in FASTGPT2_REDIS_URL; `fastgpt2 up` starts a Redis" in said
+    monkeypatch.setenv("FASTGPT2_REDIS_URL", nowhere)
+    assert main(["enqueue", "a"]) == 4
+    assert cause in capsys.readouterr().err
 
 
 def test_a_killed_worker_is_replaced(start_up: StartUp) -> None:

@@ -26,6 +26,7 @@ from fastgpt2 import Client, Engine
 from fastgpt2.errors import BadRequest, JobCancelled, JobFailed, JobTimedOut, PromptTooLong, QueueFull
 from fastgpt2.protocol.keys import HISTOGRAMS, OUTCOMES, Histogram, latest_key, recent_key, totals_key
 from fastgpt2.system.redis_server import RedisServer
+from fastgpt2.worker import reporting
 from fastgpt2.worker.batch import Batch
 from fastgpt2.worker.reporting import Metrics, outcome_of
 
@@ -279,6 +280,7 @@ def metrics(redis: Redis, queue_name: str, engine: Engine) -> Metrics:
 def test_an_answer_that_was_lost_counts_once(
     redis: Redis, queue_name: str, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    redis.script_load(reporting._REPORT.text)  # else the lost answer might say that Redis does not know it yet
     metrics.count_malformed("first")
     read = Connection.read_response
 

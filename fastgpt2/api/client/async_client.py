@@ -14,6 +14,7 @@ from fastgpt2.api.client.enqueue import (
     JobFields,
     JobPlan,
     PromptLike,
+    SentJob,
     plan_job,
 )
 from fastgpt2.api.client.flow import AsyncDriver
@@ -35,8 +36,14 @@ class AsyncClient:
     If the connection has died meanwhile, a command is sent once more: scripts make sure that no job comes in twice.
     """
 
-    def __init__(self, redis_url: str | None = None, queue: str | None = None, max_queue: int | None = None) -> None:
-        self._session = Session(redis_url, queue, max_queue)
+    def __init__(
+        self,
+        redis_url: str | None = None,
+        queue: str | None = None,
+        max_queue: int | None = None,
+        durability: str | None = None,
+    ) -> None:
+        self._session = Session(redis_url, queue, max_queue, durability)
         self.redis_url, self.queue_name = self._session.redis_url, self._session.queue
         self._driver = AsyncDriver(self.redis_url)
         self.connection: Redis = self._driver.connection
@@ -58,8 +65,8 @@ class AsyncClient:
         return await self._enqueue(JobPlan(request, options, priority, job_timeout, result_ttl))
 
     async def _enqueue(self, plan: JobPlan) -> AsyncJob:
-        (job_id,) = await self._driver.run(self._session.enqueue_all([plan]))
-        return AsyncJob(job_id, self._session, self._driver)
+        (sent,) = await self._driver.run(self._session.send_all([plan]))
+        return AsyncJob(sent.id, self._session, self._driver, sent)
 
     def job(self, job_id: str) -> AsyncJob:
         """See `Client.job`."""
@@ -141,8 +148,9 @@ class AsyncClient:
 class AsyncJob:
     """A handle on one job; see `Job`."""
 
-    def __init__(self, job_id: str, session: Session, driver: AsyncDriver) -> None:
+    def __init__(self, job_id: str, session: Session, driver: AsyncDriver, sent: SentJob | None = None) -> None:
         self.id = job_id
+        self._sent = sent
         self._session = session
         self._driver = driver
 
@@ -152,10 +160,12 @@ class AsyncJob:
 
     async def result(self, timeout: float | None = None) -> GenerationResult:
         """See `Job.result`."""
-        return await self._driver.run(self._session.result(self.id, timeout))
+        return await self._driver.run(self._session.result(self.id, timeout, self._sent))
 
     async def cancel(self) -> bool:
         """See `Job.cancel`."""
+        if self._sent is not None:
+            self._sent.is_wanted = False
         return await self._driver.run(self._session.cancel(self.id))
 
     def stream(self, timeout: float | None = None) -> AsyncTextStream:
@@ -172,8 +182,8 @@ class AsyncTextStream(AsyncIterator[Piece]):
     def __init__(self, job: AsyncJob, timeout: float | None, cancels: bool) -> None:
         self.job = job
         self._session, self._driver = job._session, job._driver
-        self._reader = JobReader(job.id, streamed=True)
-        self._loop = ReadLoop(self._session.retries, timeout)
+        self._reader = JobReader(job.id, streamed=True, sent=job._sent)
+        self._loop = ReadLoop(self._session.recovery, timeout)
         self._ended = False
         self._cancels = cancels
 

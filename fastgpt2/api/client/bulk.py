@@ -11,13 +11,21 @@ from enum import Enum
 from itertools import islice
 from typing import Any, TypeAlias, Unpack
 
-from fastgpt2.api.client.enqueue import JobFields, JobPlan, PromptLike, enqueue_command, plan_each, read_enqueue_reply
-from fastgpt2.api.client.flow import AsyncDriver, Command, Driver, Flow, Pause, Pipeline
+from fastgpt2.api.client.enqueue import (
+    JobFields,
+    JobPlan,
+    PromptLike,
+    SentJob,
+    enqueue_command,
+    plan_each,
+    read_enqueue_reply,
+)
+from fastgpt2.api.client.flow import RECONNECT_SECONDS, AsyncDriver, Driver, Flow, Pause, Pipeline
 from fastgpt2.api.client.outcome import Outcome
 from fastgpt2.api.client.reader import JobReader, ReadLoop
 from fastgpt2.api.client.session import Session, cancel_command
 from fastgpt2.engine.decoding.records import GenerationResult
-from fastgpt2.errors import BadRequest, FastGPT2Error
+from fastgpt2.errors import BadRequest, FastGPT2Error, NotDurable
 from fastgpt2.fields import refusal
 
 DEFAULT_IN_FLIGHT = 64
@@ -74,7 +82,9 @@ class BulkRun:
         # By the number of the item: the jobs in the queue, the oldest first, and the outcomes that wait here.
         self._readers: dict[int, JobReader] = {}
         self._outcomes: dict[int, Outcome] = {}
-        self._loop = ReadLoop(session.retries)
+        self._loop = ReadLoop(session.recovery)
+        # Since when Redis has not confirmed that what was sent is as durable as asked for.
+        self._unconfirmed_since = math.inf
         self._full_until, self._full_pause = 0.0, POLL_SECONDS
         self._burst = SENT_AT_ONCE
 
@@ -83,9 +93,12 @@ class BulkRun:
 
         Raises:
             QueueUnavailable: Redis stays away. Errors that are one job's own are returned.
+            NotDurable: Redis takes jobs, and has not confirmed for `RECONNECT_SECONDS` that they are durable. What it
+                loses meanwhile is enqueued again, so that one late confirmation is no reason to break off a long run.
         """
         while True:
             yield from self._fill()
+            yield from self._confirm()
             number = self._given if self._ordered else next(iter(self._outcomes), -1)
             if number in self._outcomes:
                 self._given += 1
@@ -150,7 +163,7 @@ class BulkRun:
         from redis.exceptions import RedisError
 
         try:
-            yield from self._session.limits.refresh(self._session.queue)
+            yield from self._session.prepare()
         except RedisError:
             if not self._session.retries.answered:
                 raise
@@ -158,7 +171,7 @@ class BulkRun:
     def _send(self, plans: list[tuple[int, JobPlan]]) -> Flow[None]:
         session = self._session
         sent: dict[int, JobPlan] = {}
-        commands: list[Command] = []
+        jobs: list[SentJob] = []
         for number, plan in plans:
             try:
                 session.limits.check(plan.request)
@@ -167,12 +180,13 @@ class BulkRun:
                 continue
             job_id, command = enqueue_command(plan, session.queue, session.max_queue)
             sent[number] = plan
-            commands.append(command)
+            jobs.append(SentJob(job_id, command, plan, session.recovery.history))
             # Noted before it is sent: should that be interrupted, the job is cancelled with the others.
-            self._readers[number] = JobReader(job_id, new=True)
-        if not commands:
+            self._readers[number] = JobReader(job_id, new=True, sent=jobs[-1])
+        if not jobs:
             return
-        replies = yield from session.retries.ask(Pipeline(tuple(commands)))
+        replies, confirmation = yield from session.send([job.command for job in jobs], again=True)
+        self._note_confirmation(confirmation)
         refused = []
         for (number, plan), reply in zip(sent.items(), replies, strict=True):
             job_id = self._readers[number].id
@@ -181,6 +195,32 @@ class BulkRun:
                 refused.append((number, plan))
         self._refused.extendleft(reversed(refused))
         self._adapt(len(sent), len(refused))
+
+    def _confirm(self) -> Flow[None]:
+        """Have what was sent confirmed, if Redis has not done so yet."""
+        if self._unconfirmed_since == math.inf:
+            return
+        last = next((reader.sent for reader in reversed(self._readers.values()) if reader.sent is not None), None)
+        if last is None:  # nothing is in the queue that could be lost
+            self._unconfirmed_since = math.inf
+            return
+        # Redis confirms what the same connection has written, and all that was written before. Sent once more, this
+        # command enqueues nothing, but writes.
+        _, reply = yield from self._session.send([last.command_again()], again=True)
+        self._note_confirmation(reply)
+        if time.monotonic() - self._unconfirmed_since > RECONNECT_SECONDS:
+            raise NotDurable(
+                f"for {RECONNECT_SECONDS:g} s, what was enqueued has not become durable, so that the "
+                f"{len(self._readers)} jobs in flight are cancelled: {self._session.durability.what_is_missing(reply)}",
+                [reader.id for reader in self._readers.values()],
+            )
+
+    def _note_confirmation(self, reply: Any) -> None:
+        """Note what Redis says of what has been sent; None if it was not asked."""
+        if reply is None or self._session.durability.is_confirmed(reply):
+            self._unconfirmed_since = math.inf
+        else:
+            self._unconfirmed_since = min(self._unconfirmed_since, time.monotonic())
 
     def _adapt(self, sent: int, refused: int) -> None:
         """Set when and how much is sent next: to a full queue, no more than it has taken, after a pause.
@@ -241,6 +281,7 @@ def run_bulk(driver: Driver, bulk: BulkRun, bar: ProgressBar) -> Generator[tuple
 
     Raises:
         QueueUnavailable: Redis stays away.
+        NotDurable: Redis does not become as durable as was asked for.
     """
     try:
         with closing(bar):

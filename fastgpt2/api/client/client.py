@@ -14,6 +14,7 @@ from fastgpt2.api.client.enqueue import (
     JobFields,
     JobPlan,
     PromptLike,
+    SentJob,
     plan_job,
 )
 from fastgpt2.api.client.flow import Driver
@@ -36,18 +37,27 @@ class Client:
         redis_url: default `FASTGPT2_REDIS_URL`, else redis://127.0.0.1:6379/0.
         queue: default `FASTGPT2_QUEUE`, else "fastgpt2".
         max_queue: refuse to enqueue while this many jobs wait; default `FASTGPT2_MAX_QUEUE`, else no limit.
+        durability: what a job must have reached before its enqueueing counts: Redis's "memory", its "disk" (the
+            append-only file, by fsync), or a "replica" as well; default `FASTGPT2_DURABILITY`, else "memory".
 
     Safe for use by several threads. Close it, or use it as a context manager, to give its connections back.
 
     Waiting for what comes (`result`, `stream`, `map`, `as_completed`) outlasts a Redis that goes away for up to 30
-    seconds, within the caller's own time; all else raises QueueUnavailable at once.
+    seconds, within the caller's own time; all else raises QueueUnavailable at once. If Redis comes back without a job
+    that was enqueued here and that somebody waits for, the job is enqueued again.
 
     Raises:
-        BadRequest: not a Redis URL, or no number of jobs.
+        BadRequest: not a Redis URL, no number of jobs, or no such durability.
     """
 
-    def __init__(self, redis_url: str | None = None, queue: str | None = None, max_queue: int | None = None) -> None:
-        self._session = Session(redis_url, queue, max_queue)
+    def __init__(
+        self,
+        redis_url: str | None = None,
+        queue: str | None = None,
+        max_queue: int | None = None,
+        durability: str | None = None,
+    ) -> None:
+        self._session = Session(redis_url, queue, max_queue, durability)
         self.redis_url, self.queue_name = self._session.redis_url, self._session.queue
         self._driver = Driver(self.redis_url)
         self.connection: Redis = self._driver.connection
@@ -61,6 +71,8 @@ class Client:
                 the worker tells: the job then fails.
             QueueFull: `max_queue` jobs wait already; nothing was enqueued.
             QueueUnavailable: Redis cannot be reached; nothing was enqueued, as far as can be known.
+            RedisUnfit: Redis cannot confirm the durability that is asked for; nothing was enqueued.
+            NotDurable: Redis did not confirm it in time. The job is enqueued all the same: its id is in `job_ids`.
         """
         return self._enqueue(plan_job(prompt, fields))
 
@@ -77,8 +89,8 @@ class Client:
         return self._enqueue(JobPlan(request, options, priority, job_timeout, result_ttl))
 
     def _enqueue(self, plan: JobPlan) -> Job:
-        (job_id,) = self._driver.run(self._session.enqueue_all([plan]))
-        return Job(job_id, self._session, self._driver)
+        (sent,) = self._driver.run(self._session.send_all([plan]))
+        return Job(sent.id, self._session, self._driver, sent)
 
     def job(self, job_id: str) -> Job:
         """Return a handle on a job that was enqueued before, here or elsewhere.
@@ -150,6 +162,7 @@ class Client:
         Raises:
             BadRequest: `in_flight` is out of bounds.
             QueueUnavailable: Redis stays away.
+            NotDurable: Redis has not confirmed for 30 s that what was enqueued is as durable as was asked for.
             What `Job.result` raises for the first job that fails, when its turn comes.
         """
         bulk, bar = plan_bulk(self._session, prompts, ordered=True, **fields)
@@ -189,8 +202,9 @@ class Client:
 class Job:
     """A handle on one job: its id, its state, and its result once there."""
 
-    def __init__(self, job_id: str, session: Session, driver: Driver) -> None:
+    def __init__(self, job_id: str, session: Session, driver: Driver, sent: SentJob | None = None) -> None:
         self.id = job_id
+        self._sent = sent
         self._session = session
         self._driver = driver
 
@@ -215,10 +229,12 @@ class Job:
             JobFailed: it failed, or was stopped; the message is the worker's.
             BadRequest: the worker refused the request: a prompt with too many tokens, for instance.
             JobNotFound: never enqueued here, or its result has expired.
+            JobLost: it is gone without an end: somebody deleted it, or Redis lost it and it was enqueued elsewhere, or
+                is lost again and again.
             ResultTimeout: not there yet; the message says where the job stands. The job goes on.
             QueueUnavailable: Redis cannot be reached.
         """
-        return self._driver.run(self._session.result(self.id, timeout))
+        return self._driver.run(self._session.result(self.id, timeout, self._sent))
 
     def cancel(self) -> bool:
         """Take the job out of the queue, or have its worker end it before the next token but one.
@@ -228,6 +244,8 @@ class Job:
 
         Raises what `status` raises.
         """
+        if self._sent is not None:
+            self._sent.is_wanted = False
         return self._driver.run(self._session.cancel(self.id))
 
     def stream(self, timeout: float | None = None) -> TextStream:
@@ -252,8 +270,8 @@ class TextStream(Iterator[Piece]):
     def __init__(self, job: Job, timeout: float | None, cancels: bool) -> None:
         self.job = job
         self._session, self._driver = job._session, job._driver
-        self._reader = JobReader(job.id, streamed=True)
-        self._loop = ReadLoop(self._session.retries, timeout)
+        self._reader = JobReader(job.id, streamed=True, sent=job._sent)
+        self._loop = ReadLoop(self._session.recovery, timeout)
         self._ended = False
         self._cancels = cancels
 

@@ -1,5 +1,6 @@
 -- Put a job into its queue, unless the queue is full or an earlier request with the same idempotency key asked for it.
--- The script may be repeated: a job that is there already was sent by the same client, which did not hear the answer.
+-- The script may be repeated: a job that is there already was sent by the same client, which did not hear the answer. So
+-- that WAIT and WAITAOF, which confirm what a connection has written, confirm that job too, something is written anyway.
 --
 -- KEYS: 1 the job's hash; 2 its queue; 3 the set of queues; 4 and on: the queues that count towards the limit; the last
 --       one: the hash kept of the idempotency key, or the job's hash once more.
@@ -9,7 +10,10 @@
 -- Returns 0 if the job is in its queue; the number of waiting jobs if the queue is full; for an earlier request with
 --         this key the id of its job, or "" if it asked for something else.
 -- include count
-if redis.call("EXISTS", KEYS[1]) == 1 then
+-- A hash without a status is no job: something wrote a field into it after it had been lost.
+local present = redis.call("HGET", KEYS[1], "status")
+if present then
+    redis.call("HSET", KEYS[1], "status", present)
     return 0
 end
 if ARGV[4] ~= "" then
@@ -18,6 +22,7 @@ if ARGV[4] ~= "" then
     if status and known[2] ~= ARGV[4] then
         return ""
     elseif status and status ~= "canceled" then
+        redis.call("HSET", KEYS[#KEYS], "asked", ARGV[4])
         return known[1]
     end
 end

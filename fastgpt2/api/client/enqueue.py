@@ -40,6 +40,12 @@ MODEL_LIMITS_SECONDS = 30.0
 
 _ENQUEUE = Script(__file__, "enqueue")
 
+# The place of the script's first key among the words of its command; the number of keys stands before it.
+_FIRST_KEY = 3
+
+# How often a job is enqueued again that Redis loses each time.
+LOST_TRIES = 5
+
 # RQ's job wants a connection, and is asked nothing here that would use it.
 _NO_CONNECTION: Any = object()
 
@@ -198,6 +204,42 @@ def read_enqueue_reply(
     return known or IdempotencyMismatch(
         "a request with this idempotency key was made before and asked for something else; take another key"
     )
+
+
+class SentJob:
+    """A job that was enqueued here, and what it takes to enqueue it once more should Redis lose it.
+
+    Args:
+        job_id, command: what `enqueue_command` returned.
+
+    Attributes:
+        own_id: the id under which this job is enqueued.
+        id: the id of the job that is waited for: that of an earlier request's, if one with the same idempotency key had
+            enqueued it.
+        sent_at: when the job was sent, on the monotonic clock.
+        result_ttl: for how many seconds after its end the job can be read.
+        history: the process of Redis that had the job then, as far as it is known; see `Recovery`.
+        tries_left: how often the job may still be enqueued again.
+        is_wanted: whether somebody still wants the job to run: it has neither been cancelled here nor been seen to end.
+    """
+
+    def __init__(self, job_id: str, command: Command, plan: JobPlan, history: str | None) -> None:
+        self.own_id = self.id = job_id
+        self.command = command
+        self.sent_at = time.monotonic()
+        self.result_ttl = plan.result_ttl
+        self.history = history
+        self.tries_left = LOST_TRIES
+        self.is_wanted = True
+
+    def command_again(self) -> Command:
+        """Return the command without the limit on waiting jobs: this one has been let in already.
+
+        It has the same id and, if the job draws, the same seed, so that the job's text is the same.
+        """
+        words = list(self.command.args)
+        words[_FIRST_KEY + words[_FIRST_KEY - 1] + 1] = 0
+        return Command(self.command.method, tuple(words))
 
 
 class ModelLimits:

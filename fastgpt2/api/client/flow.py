@@ -22,9 +22,9 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
-from fastgpt2.errors import RedisAccessDenied
+from fastgpt2.errors import RedisUnfit
 from fastgpt2.protocol.connection import ANSWER_BY, connect, connect_async, in_words
-from fastgpt2.protocol.scripts import execute, is_unknown, with_text
+from fastgpt2.protocol.scripts import execute, is_unknown, to_repeat, with_text
 
 T = TypeVar("T")
 
@@ -116,9 +116,7 @@ def _means_away(error: Exception) -> bool:
     from redis.exceptions import TimeoutError as NoReply
 
     # To the library, a Redis that loads its data is a ConnectionError, but so is one that wants a password.
-    return isinstance(error, NoConnection | NoReply | OSError) and not isinstance(
-        in_words("", error), RedisAccessDenied
-    )
+    return isinstance(error, NoConnection | NoReply | OSError) and not isinstance(in_words("", error), RedisUnfit)
 
 
 class Driver:
@@ -240,11 +238,11 @@ class AsyncDriver:
             for one in request.commands:
                 getattr(pipeline, one.method)(*one.args)
             replies = await pipeline.execute(raise_on_error=False)
-            unknown = [at for at, reply in enumerate(replies) if is_unknown(reply)]
-            if unknown:
-                for at in unknown:
-                    pipeline.execute_command(*with_text(request.commands[at].args))
-                for at, reply in zip(unknown, await pipeline.execute(raise_on_error=False), strict=True):
+            again = to_repeat([one.args for one in request.commands], replies)
+            if again:
+                for words in again.values():
+                    pipeline.execute_command(*words)
+                for at, reply in zip(again, await pipeline.execute(raise_on_error=False), strict=True):
                     replies[at] = reply
             return _without_errors(replies)
 

@@ -13,18 +13,29 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Any, TypeAlias
 
+from redis.exceptions import NoPermissionError, RedisError
 from rq.job import JobStatus
 from rq.results import Result
 
-from fastgpt2.api.client.flow import Command, Entries, Flow, Pipeline, Retries
+from fastgpt2.api.client.enqueue import SentJob
+from fastgpt2.api.client.flow import Command, Entries, Flow, Pipeline
 from fastgpt2.api.client.outcome import Outcome, read_outcome, read_partial, return_value
+from fastgpt2.api.client.recovery import Recovery
 from fastgpt2.engine.decoding.records import GenerationResult, TokenLogprob
-from fastgpt2.errors import FastGPT2Error, JobCancelled
-from fastgpt2.protocol.keys import job_key, results_key, stream_key
+from fastgpt2.errors import FastGPT2Error, JobCancelled, JobNotFound
+from fastgpt2.protocol.keys import cancellations_key, job_key, queues_of, results_key, stream_key
 from fastgpt2.protocol.messages import Piece, entry_to_piece, result_from_json
+from fastgpt2.protocol.untrusted import is_of_entry, whole
 
-# How long one blocking read lasts at most. Between two reads the states are queried, as a cancellation writes no entry.
+# How long one blocking read lasts at most. Between two reads the states are queried, as not all that happens to a job
+# writes an entry: another program may cancel or delete it, or Redis lose it.
 READ_SECONDS = 2.0
+
+# For how long RQ's worker keeps a result if the job does not say.
+RQ_RESULT_TTL_SECONDS = 500.0
+
+# For how long cancellations are not read once Redis refused it.
+DISREGARD_SECONDS = 60.0
 
 # How long a worker may take to write down what it had generated of a job that was cancelled.
 LETTING_GO_SECONDS = 5.0
@@ -74,6 +85,10 @@ class Assembly:
             logprobs, token_at = (), len(self._tokens)
         return self._put(text, at, logprobs, token_at) if text or logprobs else None
 
+    def begin_again(self) -> None:
+        """Listen to the first attempt: the job was lost, and starts as if it had never been."""
+        self.attempt = 1
+
     def complete(self, text: str, logprobs: Sequence[TokenLogprob] = ()) -> Piece | None:
         """Return what is missing of the whole text and of the tokens that begin in it; None if nothing is.
 
@@ -116,6 +131,9 @@ class Stage(Enum):
     # It was cancelled, and its worker still has to write down what it had generated. That writes no entry.
     LETTING_GO = "letting go"
 
+    # It is known to have been there, and is not there any more: see `Recovery`.
+    MISSED = "missed"
+
     ENDED = "ended"
 
 
@@ -126,26 +144,45 @@ class JobReader:
         streamed: read the text too.
         new: the job was enqueued just now, so there is no need to ask whether it exists or has ended long since.
         notify: called when there are pieces to take, or the job has ended.
+        sent: the job as it was enqueued here, so that it can be enqueued again if Redis loses it.
 
     Attributes:
+        id: the job's id.
         outcome: how the job ended; None until then.
+        history: the run id of the Redis that had the job when it was seen last; None if that is not known.
         positions: the keys of the job's streams, each with the id of the last entry read there.
     """
 
     def __init__(
-        self, job_id: str, streamed: bool = False, new: bool = False, notify: Callable[[], object] | None = None
+        self,
+        job_id: str,
+        streamed: bool = False,
+        new: bool = False,
+        notify: Callable[[], object] | None = None,
+        sent: SentJob | None = None,
     ) -> None:
-        self.id = job_id
         self.stage = Stage.WAITING if new else Stage.UNCLEAR
         self.outcome: Outcome | None = None
-        self._results_key = results_key(job_id)
-        self._text_key = stream_key(job_id) if streamed else ""
-        self.positions: dict[str, bytes | str] = dict.fromkeys(filter(None, (self._results_key, self._text_key)), "0-0")
+        self.sent = sent
+        self.history: str | None = None
+        # When the job was last known to be there, on the monotonic clock, and for how long its end can be read.
+        self._seen_at: float | None = time.monotonic() if new else None
+        self._kept_for = RQ_RESULT_TTL_SECONDS
+        if sent is not None:
+            self.history, self._seen_at, self._kept_for = sent.history, sent.sent_at, float(sent.result_ttl)
+        self._streamed = streamed
+        self._begin(job_id)
         # By their indices: each text of the job has pieces of its own.
         self._assemblies: dict[int, Assembly] = {}
         self._pieces = deque[Piece]()
         self._cancelled_at = 0.0
         self._notify = notify
+
+    def _begin(self, job_id: str) -> None:
+        self.id = job_id
+        self._results_key = results_key(job_id)
+        self._text_key = stream_key(job_id) if self._streamed else ""
+        self.positions: dict[str, bytes | str] = dict.fromkeys(filter(None, (self._results_key, self._text_key)), "0-0")
 
     @property
     def result(self) -> GenerationResult | None:
@@ -160,28 +197,69 @@ class JobReader:
     def query(self) -> tuple[Command, Command]:
         """Return what reads the job's state, for one transaction: its status and its result belong together."""
         return (
-            Command("hmget", (job_key(self.id), "status", "worker_name", "meta")),
+            Command("hmget", (job_key(self.id), "status", "worker_name", "meta", "result_ttl")),
             Command("xrevrange", (self._results_key, "+", "-", 1)),
         )
 
-    def on_state(self, replies: Sequence[Any], now: float) -> None:
-        """Take in the replies to `query`; `now` is on the monotonic clock."""
-        (status, worker_name, meta), entries = replies
+    def on_state(self, replies: Sequence[Any], now: float, history: str | None = None) -> None:
+        """Take in the replies to `query`.
+
+        Args:
+            now: the time on the monotonic clock.
+            history: the run id of the Redis that replied, if it is known.
+        """
+        (status, worker_name, meta, *result_ttl), entries = replies
         if entries:
             self.positions[self._results_key] = entries[-1][0]
+        if status is not None:
+            self._on_presence(now, history, *result_ttl)
         if status == _CANCELED:
             if self.stage is not Stage.LETTING_GO:
                 self.stage, self._cancelled_at = Stage.LETTING_GO, now
             if not worker_name or now - self._cancelled_at >= LETTING_GO_SECONDS:
                 self.end(JobCancelled(self.id, "on request", "JobCancelled", read_partial(meta)))
             return
-        self.stage = Stage.WAITING
+        was_cancelled, self.stage = self.stage is Stage.LETTING_GO, Stage.WAITING
         try:
             outcome = read_outcome(self.id, status, meta, entries)
+        except JobNotFound as error:
+            if was_cancelled:
+                outcome = JobCancelled(self.id, "on request", "JobCancelled")
+            elif self.is_missed(now):
+                self.stage = Stage.MISSED
+                return
+            else:
+                outcome = error
         except FastGPT2Error as error:
             outcome = error
         if outcome is not None:
             self.end(outcome)
+
+    def is_missed(self, now: float) -> bool:
+        """Tell whether the job must still be there: it was, and what is kept of its end cannot have expired since."""
+        return self._seen_at is not None and now - self._seen_at < self._kept_for
+
+    def _on_presence(self, now: float, history: str | None, result_ttl: bytes | None = None) -> None:
+        self._seen_at = now
+        if self.sent is None and result_ttl is not None:
+            seconds = whole(result_ttl)
+            self._kept_for = math.inf if seconds is None else float(seconds)
+        if history is not None and history != self.history:
+            self.history = history
+            # Another Redis has taken over. By its clock, new entries may come before those that were read elsewhere.
+            if self._text_key:
+                self.positions[self._text_key] = "0-0"
+
+    def renew(self, job_id: str, history: str | None, now: float) -> None:
+        """Wait for the job anew, which was lost and is enqueued again: its text begins again, and is given once."""
+        self._begin(job_id)
+        for assembly in self._assemblies.values():
+            assembly.begin_again()
+        self.stage, self.history, self._seen_at = Stage.WAITING, history, now
+
+    def on_cancellation(self) -> None:
+        """Have the state queried: somebody has cancelled the job."""
+        self._require_query()
 
     def on_entries(self, entries: Mapping[str, Entries]) -> None:
         """Take in new entries, by the keys of their streams; those of other jobs are passed over."""
@@ -208,6 +286,8 @@ class JobReader:
     def end(self, outcome: Outcome) -> None:
         """Note how the job, or the reading, ended. Its texts are completed from the result."""
         self.stage, self.outcome = Stage.ENDED, outcome
+        if self.sent is not None:
+            self.sent.is_wanted = False
         if self._text_key and isinstance(outcome, GenerationResult):
             for one in (outcome, *outcome.alternatives):
                 self._append(self._assembly(one.choice_index).complete(one.text, one.logprobs or ()))
@@ -237,6 +317,7 @@ class ReadLoop:
     """The waiting for one job or many over one connection.
 
     Args:
+        recovery: enqueues again what Redis has lost.
         timeout: seconds to wait; None waits for as long as it takes.
         wake_key: a Redis stream that is read too. An entry there ends a read, so that jobs which have joined are read.
 
@@ -245,12 +326,17 @@ class ReadLoop:
         timed_out: the time was up when the states were queried last.
     """
 
-    def __init__(self, retries: Retries, timeout: float | None = None, wake_key: str | None = None) -> None:
+    def __init__(self, recovery: Recovery, timeout: float | None = None, wake_key: str | None = None) -> None:
         self.timeout = timeout
         self.blocked = self.timed_out = False
-        self._retries = retries
+        self._recovery = recovery
+        self._retries = recovery.retries
         self._deadline = math.inf if timeout is None else time.monotonic() + timeout
         self._wake_positions: dict[str, bytes | str] = {} if wake_key is None else {wake_key: "0-0"}
+        # Where the queues' cancellations are read from: from behind the last one that the query of the states covers.
+        self._cancellations = [cancellations_key(name) for name in queues_of(recovery.queue)]
+        self._cancellation_positions: dict[str, bytes | str] = {}
+        self._cancellations_from = 0.0
         self._query_all_at = 0.0
 
     def turn(self, jobs: Collection[JobReader], longest: float = math.inf) -> Flow[bool]:
@@ -293,18 +379,37 @@ class ReadLoop:
         else:
             due = [job for job in jobs if job.stage in (Stage.UNCLEAR, Stage.LETTING_GO)]
         if due:
-            queries = Pipeline(tuple(one for job in due for one in job.query()), transaction=True)
-            replies = yield from self._retries.ask(queries, self._deadline)
-            now = time.monotonic()
-            for job, two in zip(due, zip(replies[::2], replies[1::2], strict=True), strict=True):
-                job.on_state(two, now)
+            yield from self._query(due, query_all)
         if query_all:
             now = time.monotonic()
             self._query_all_at = min(now + READ_SECONDS, self._deadline if self._deadline > now else math.inf)
         return any(job.outcome is not None for job in due)
 
+    def _query(self, jobs: Sequence[JobReader], all_of_them: bool) -> Flow[None]:
+        """Query the jobs' states, and enqueue again what has been lost."""
+        more: tuple[Command, ...] = ()
+        if all_of_them:
+            yield from self._recovery.look(self._deadline)
+            if time.monotonic() >= self._cancellations_from:
+                more = tuple(Command("xrevrange", (key, "+", "-", 1)) for key in self._cancellations)
+        queries = tuple(one for job in jobs for one in job.query())
+        try:
+            replies = yield from self._retries.ask(Pipeline((*queries, *more), transaction=True), self._deadline)
+        except RedisError as error:
+            if not more or not self._disregards_cancellations(error):
+                raise
+            replies = yield from self._retries.ask(Pipeline(queries, transaction=True), self._deadline)
+        now = time.monotonic()
+        for job, at in zip(jobs, range(0, 2 * len(jobs), 2), strict=True):
+            job.on_state(replies[at : at + 2], now, self._recovery.history)
+        for key, entries in zip(self._cancellations, replies[2 * len(jobs) :], strict=False):
+            self._cancellation_positions[key] = entries[0][0] if entries else "0-0"
+        missed = [job for job in jobs if job.stage is Stage.MISSED]
+        if missed:
+            yield from self._recovery.recover(missed, self._deadline)
+
     def _read(self, jobs: Sequence[JobReader], seconds: float) -> Flow[dict[str, Entries]]:
-        positions = dict(self._wake_positions)
+        positions = {**self._wake_positions, **self._cancellation_positions}
         for job in jobs:
             positions.update(job.positions)
         # For at least a millisecond: to Redis, zero means for ever.
@@ -312,13 +417,42 @@ class ReadLoop:
         self.blocked = True
         try:
             reply = yield from self._retries.ask(read, self._deadline)
+        except RedisError as error:
+            if not self._cancellation_positions or not self._disregards_cancellations(error):
+                raise
+            return {}
         finally:
             self.blocked = False
         entries = _entries_by_key(reply)
         for key in self._wake_positions:
             for entry_id, _ in entries.pop(key, ()):
                 self._wake_positions[key] = entry_id
+        self._take_cancellations(jobs, entries)
         return entries
+
+    def _disregards_cancellations(self, error: Exception) -> bool:
+        """Tell whether the error may come of reading cancellations. If so, these are not read for a while.
+
+        A key may have another type, or the user have the rights that sufficed before. As the states are queried every
+        `READ_SECONDS`, cancellations are then heard of later.
+        """
+        if not is_of_entry(error) and not isinstance(error, NoPermissionError):
+            return False
+        self._cancellations_from = time.monotonic() + DISREGARD_SECONDS
+        self._cancellation_positions = {}
+        return True
+
+    def _take_cancellations(self, jobs: Sequence[JobReader], entries: dict[str, Entries]) -> None:
+        """Have the states of those jobs queried that were cancelled."""
+        cancelled = set()
+        for key in self._cancellation_positions:
+            for entry_id, fields in entries.pop(key, ()):
+                self._cancellation_positions[key] = entry_id
+                cancelled.add(fields.get(b"job"))
+        if cancelled:
+            for job in jobs:
+                if job.id.encode() in cancelled:
+                    job.on_cancellation()
 
 
 def _entries_by_key(reply: Any) -> dict[str, Entries]:

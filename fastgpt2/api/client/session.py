@@ -5,21 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from itertools import repeat
+from typing import Any
 
 from fastgpt2 import settings
+from fastgpt2.api.client.durability import Durability
 from fastgpt2.api.client.enqueue import (
     DEFAULT_RESULT_TTL_SECONDS,
     IdempotencyKey,
     JobPlan,
     ModelLimits,
+    SentJob,
     enqueue_command,
     read_enqueue_reply,
 )
 from fastgpt2.api.client.flow import Bounded, Command, Flow, Pipeline, Retries
 from fastgpt2.api.client.outcome import Outcome, decode_status, unwrap
 from fastgpt2.api.client.reader import JobReader, ReadLoop
+from fastgpt2.api.client.recovery import Recovery
 from fastgpt2.engine.decoding.records import GenerationResult
-from fastgpt2.errors import FastGPT2Error, JobNotFound, ResultTimeout
+from fastgpt2.errors import FastGPT2Error, JobLost, JobNotFound, RedisUnfit, ResultTimeout
 from fastgpt2.fields import refusal
 from fastgpt2.protocol.keys import job_key, queues_of, totals_key, workers_key
 from fastgpt2.protocol.messages import Piece
@@ -37,36 +41,56 @@ class Session:
     Attributes:
         retries: the repetition of reads while Redis is away.
         limits: what the live workers' models can take.
+        recovery: the enqueueing again of jobs that Redis has lost.
+        durability: what jobs must have reached before their enqueueing counts.
 
     Raises:
-        BadRequest: `max_queue` is no number of jobs.
+        BadRequest: `max_queue` is no number of jobs, or there is no such durability.
     """
 
-    def __init__(self, redis_url: str | None, queue: str | None, max_queue: int | None) -> None:
+    def __init__(
+        self, redis_url: str | None, queue: str | None, max_queue: int | None, durability: str | None = None
+    ) -> None:
         if max_queue is not None and (not isinstance(max_queue, int) or isinstance(max_queue, bool) or max_queue < 1):
             raise refusal("max_queue", "a whole number from 1, or None for no limit", max_queue)
         self.redis_url = redis_url or settings.REDIS_URL.resolve()
         self.queue = queue or settings.QUEUE.resolve()
         self.max_queue = settings.MAX_QUEUE.resolve() if max_queue is None else max_queue
+        self.durability = Durability(durability, self.redis_url)
         self.retries = Retries()
+        self.recovery = Recovery(self.retries, self.queue)
         self.limits = ModelLimits()
 
     def enqueue_all(self, plans: Sequence[JobPlan], keys: Sequence[IdempotencyKey] | None = None) -> Flow[list[str]]:
-        """Enqueue several jobs, all or none, and return their ids.
+        """Enqueue several jobs, and return their ids; see `send_all`."""
+        return [job.id for job in (yield from self.send_all(plans, keys))]
+
+    def send_all(self, plans: Sequence[JobPlan], keys: Sequence[IdempotencyKey] | None = None) -> Flow[list[SentJob]]:
+        """Enqueue several jobs, all or none.
 
         Args:
-            keys: one for each plan. Where an earlier request with the same key enqueued the job, its id is returned.
+            keys: one for each plan. Where an earlier request with the same key enqueued the job, that is returned.
                 If that asked for something else, IdempotencyMismatch is raised.
+
+        Raises:
+            NotDurable: they are enqueued, and Redis did not confirm in time that they are as durable as asked for.
         """
-        yield from self.limits.refresh(self.queue)
+        yield from self.prepare()
         for plan in plans:
             self.limits.check(plan.request)
         made = [
             enqueue_command(plan, self.queue, self.max_queue, key)
             for plan, key in zip(plans, keys or repeat(None, len(plans)), strict=True)
         ]
-        commands = tuple(one for _, one in made)
-        replies = [(yield commands[0])] if len(commands) == 1 else (yield Pipeline(commands))
+        sent = [
+            SentJob(job_id, command, plan, self.recovery.history)
+            for (job_id, command), plan in zip(made, plans, strict=True)
+        ]
+        try:
+            replies, confirmation = yield from self.send([one.command for one in sent])
+        except RedisUnfit:
+            yield Pipeline(tuple(cancel_command(one.own_id, self.queue) for one in sent))
+            raise
         self.retries.answered = True
         outcomes = [
             read_enqueue_reply(job_id, reply, self.queue, self.max_queue)
@@ -74,11 +98,50 @@ class Session:
         ]
         refusal = next((outcome for outcome in outcomes if isinstance(outcome, FastGPT2Error)), None)
         if refusal is None:
-            return [outcome for outcome in outcomes if isinstance(outcome, str)]
+            for one, outcome in zip(sent, outcomes, strict=True):
+                one.id = str(outcome)
+            if confirmation is not None and not self.durability.is_confirmed(confirmation):
+                raise self.durability.shortfall([one.id for one in sent], confirmation)
+            return sent
         new = [job_id for (job_id, _), outcome in zip(made, outcomes, strict=True) if outcome == job_id]
         if new:
             yield Pipeline(tuple(cancel_command(job_id, self.queue) for job_id in new))
         raise refusal
+
+    def prepare(self) -> Flow[None]:
+        """Ask, now and then, for what is to be known before jobs are enqueued.
+
+        Raises:
+            RedisUnfit: Redis cannot confirm what is asked of it.
+        """
+        yield from self.limits.refresh(self.queue)
+        yield from self.durability.check()
+        if self.recovery.history is None:
+            yield from self.recovery.look(None)
+
+    def send(self, commands: Sequence[Command], again: bool = False) -> Flow[tuple[list[Any], Any]]:
+        """Enqueue by these commands.
+
+        Args:
+            again: send them again while Redis is away.
+
+        Returns:
+            Their replies, and what Redis says of their durability, None if it is not asked.
+
+        Raises:
+            RedisUnfit: it cannot say.
+        """
+        from redis.exceptions import ResponseError
+
+        confirming = self.durability.confirming()
+        if len(commands) == 1 and not confirming and not again:
+            return [(yield commands[0])], None
+        request = Pipeline((*commands, *confirming))
+        try:
+            replies = (yield from self.retries.ask(request)) if again else (yield request)
+        except ResponseError as error:
+            raise self.durability.in_words(error) from None
+        return replies[: len(commands)], replies[-1] if confirming else None
 
     def status(self, job_id: str) -> Flow[str]:
         """Return RQ's status of a job."""
@@ -96,9 +159,13 @@ class Session:
         count: int = yield Command("scard", (workers_key(self.queue),))
         return count
 
-    def result(self, job_id: str, timeout: float | None) -> Flow[GenerationResult]:
-        """Wait for a job's end. Returns its result, or raises what `Job.result` raises."""
-        reader, loop = JobReader(job_id), ReadLoop(self.retries, timeout)
+    def result(self, job_id: str, timeout: float | None, sent: SentJob | None = None) -> Flow[GenerationResult]:
+        """Wait for a job's end. Returns its result, or raises what `Job.result` raises.
+
+        Args:
+            sent: the job, if it was enqueued here.
+        """
+        reader, loop = JobReader(job_id, sent=sent), ReadLoop(self.recovery, timeout)
         while reader.outcome is None:
             yield from self._wait(reader, loop)
         return unwrap(reader.outcome)
@@ -116,7 +183,7 @@ class Session:
     def _wait(self, reader: JobReader, loop: ReadLoop) -> Flow[None]:
         yield from loop.turn([reader])
         if loop.timed_out and reader.outcome is None:
-            raise (yield from self.timeout_error(reader.id, loop.timeout))
+            raise (yield from self.timeout_error(reader, loop.timeout))
 
     def outcome(self, job_id: str) -> Flow[Outcome | None]:
         """Return how a job ended, JobNotFound if there is no such job; None if it has not ended."""
@@ -124,13 +191,15 @@ class Session:
         reader.on_state((yield Pipeline(reader.query(), transaction=True)), time.monotonic())
         return reader.outcome
 
-    def timeout_error(self, job_id: str, timeout: float | None) -> Flow[FastGPT2Error]:
+    def timeout_error(self, reader: JobReader, timeout: float | None) -> Flow[FastGPT2Error]:
         """Return what to raise when the caller waits no longer: it says where the job stands."""
-        asked = Command("hget", (job_key(job_id), "status")), Command("scard", (workers_key(self.queue),))
+        asked = Command("hget", (job_key(reader.id), "status")), Command("scard", (workers_key(self.queue),))
         status, workers = yield Bounded(Pipeline(asked), time.monotonic() + EXPLANATION_SECONDS)
-        status = decode_status(job_id, status)
+        if status is None and reader.is_missed(time.monotonic()):
+            return JobLost(f"job {reader.id} is gone from Redis without an end; enqueue it again if it is still wanted")
+        status = decode_status(reader.id, status)
         hint = "" if workers else f"; no worker listens on the queue {self.queue!r}: start `fastgpt2 up`"
-        return ResultTimeout(f"job {job_id} is {status}, no result within {timeout:g} s{hint}")
+        return ResultTimeout(f"job {reader.id} is {status}, no result within {timeout:g} s{hint}")
 
 
 def cancel_command(job_id: str, queue: str) -> Command:

@@ -17,7 +17,7 @@ from fastgpt2.api.http.access import Access
 from fastgpt2.api.http.completions import Completions
 from fastgpt2.api.http.generate import Generate
 from fastgpt2.api.http.jobs import Jobs
-from fastgpt2.api.http.middleware import LingeringClose, RequestLog
+from fastgpt2.api.http.middleware import Crowd, LingeringClose, RequestLog
 from fastgpt2.api.http.monitoring import Monitoring
 from fastgpt2.api.http.openapi import show_document
 from fastgpt2.api.http.responses import handle_error, handle_unforeseen, handle_unknown_route, respond
@@ -34,12 +34,14 @@ def create_app(
     stopping: Callable[[], bool],
     token: str | None = None,
     local: str | None = "localhost",
+    most_connections: int = 4000,
 ) -> Starlette:
     """Return the ASGI application of the endpoint.
 
     Args:
         bounds, stopping: see `Service`.
         token, local: see `Access`.
+        most_connections: how many the server holds. An eighth of them is for probes, and for requests that are refused.
 
     Raises:
         BadRequest: the Redis URL cannot be used.
@@ -74,8 +76,9 @@ def create_app(
     return Starlette(
         routes=[_route(path, handlers) for path, handlers in routes.items()],
         middleware=[
-            Middleware(RequestLog),
             Middleware(LingeringClose),
+            Middleware(Crowd, most=most_connections - most_connections // 8, refuse=respond),
+            Middleware(RequestLog),
             Middleware(Access, token=token, local=local, refuse=respond),
         ],
         exception_handlers={

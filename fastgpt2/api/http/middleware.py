@@ -1,4 +1,4 @@
-"""The ASGI middleware around all routes: the log of requests, and answers that must reach a client still sending.
+"""The ASGI middleware around all routes: how many requests at once, their log, answers to clients that still send.
 
 An answer may come before its request has been read. If the server then closes while data is still coming, the system
 resets the connection, and most clients never see the answer (RFC 9112, 9.6). `LingeringClose` prevents that.
@@ -14,7 +14,12 @@ import uuid
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from fastgpt2.api.http.access import OPEN_ROUTES
+from fastgpt2.errors import FastGPT2Error, ServiceBusy
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = logging.getLogger("fastgpt2.http")
@@ -75,8 +80,34 @@ class _LingeringExchange:
                     left -= len((await self.receive()).get("body", b""))
 
 
+class Crowd:
+    """Middleware that serves a bounded number of requests at once, and refuses those beyond; probes are always served.
+
+    Args:
+        most: that number.
+        refuse: makes the response for an error.
+    """
+
+    def __init__(self, app: ASGIApp, most: int, refuse: Callable[[FastGPT2Error, Scope], ASGIApp]) -> None:
+        self._app, self._most, self._refuse = app, most, refuse
+        self._served = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or (scope["method"], scope["path"]) in OPEN_ROUTES:
+            await self._app(scope, receive, send)
+        elif self._served >= self._most:
+            busy = ServiceBusy(f"this endpoint serves {self._most} requests at once, and no more: try again later")
+            await self._refuse(busy, scope)(scope, receive, send)
+        else:
+            self._served += 1
+            try:
+                await self._app(scope, receive, send)
+            finally:
+                self._served -= 1
+
+
 class RequestLog:
-    """The outermost middleware: it gives each request an id, in the answer and in the request's line of the log.
+    """The middleware: it gives each request an id, in the answer and in the request's line of the log.
 
     The line says what was asked, how that went, and how long it took. An id that a client or a proxy gives is kept, if
     it is a plain word.

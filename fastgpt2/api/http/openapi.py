@@ -40,26 +40,28 @@ always, unless a request asks for another choice, as by a temperature above 0. A
 request and its seed alone, and the answer tells the seed. Log probabilities are the model's own, before penalties and
 temperature. What cannot be honoured is refused by a sentence that says so. With a token set, every request but those
 of probes and of the page's frame bears it. A client that hangs up cancels the jobs of its request, `/v1/jobs` apart.
-An `Idempotency-Key` makes a request that is sent again the same one."""
+An `Idempotency-Key` makes a request that is sent again the same one. An error that passes has `Retry-After`; one of the
+statuses from 500 on, or a 409, that the same request would meet again has `x-should-retry: false`."""
 
 _STATUSES = {
     400: "The request is malformed, or asks for what cannot be done.",
     401: "No token, or a wrong one.",
     403: "A page of another site asked; or, without a token, by a name that is not this machine's.",
     404: "There is no such thing.",
-    408: "The body did not come in time.",
+    408: "The head or the body did not come in time.",
     409: "The job was cancelled.",
     413: "The body is too large.",
+    415: "The body is compressed; `Accept-Encoding` says what it may be.",
     422: "The idempotency key was used for another request.",
     429: "The queue is full; `Retry-After` says when to try again.",
     500: "A defect; the endpoint's log has the details.",
     502: "The job failed.",
-    503: "Redis cannot be used, too much waits already, or the endpoint is being stopped.",
+    503: "Redis cannot be used or lost the job, too much waits already, or the endpoint is being stopped.",
     504: "Out of time; the job is cancelled.",
 }
 _ANY = (401, 403, 500)
 _REDIS = (503,)
-_BODY = (400, 408, 413)
+_BODY = (400, 408, 413, 415)
 _ENQUEUES = (*_BODY, 422, 429, 503)
 _RUNS = (*_ENQUEUES, 409, 502, 504)
 _PATH_PARAMETERS: dict[str, Object] = {

@@ -8,7 +8,8 @@ from typing import Any, NoReturn
 
 from starlette.requests import ClientDisconnect, Request
 
-from fastgpt2.errors import BadRequest, ForbiddenOrigin, RequestTooLarge, RequestTooSlow
+from fastgpt2.errors import BadRequest, ForbiddenOrigin, RequestTooLarge, RequestTooSlow, UnsupportedEncoding
+from fastgpt2.fields import why_no_json
 
 MAX_BODY_BYTES = 8 << 20
 
@@ -26,10 +27,11 @@ async def read_object(request: Request, seconds: float, example: str) -> dict[st
         example: a body that would be accepted, for the error message.
 
     Raises:
-        RequestTooLarge, RequestTooSlow, ForbiddenOrigin
+        RequestTooLarge, RequestTooSlow, ForbiddenOrigin, UnsupportedEncoding
         BadRequest: the body is not JSON, or not an object.
     """
     _refuse_foreign_page(request)
+    _refuse_encoding(request)
     try:
         async with asyncio.timeout(seconds):
             body = await _read_body(request)
@@ -42,7 +44,7 @@ async def read_object(request: Request, seconds: float, example: str) -> dict[st
     try:
         value = json.loads(body, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as reason:
-        raise BadRequest(f"the body is not JSON ({reason}); send an object such as {example}") from None
+        raise BadRequest(f"the body is not JSON ({why_no_json(reason)}); send an object such as {example}") from None
     if not isinstance(value, dict):
         raise BadRequest(f"the body must be an object such as {example}")
     return value
@@ -63,6 +65,19 @@ async def _read_body(request: Request) -> bytearray:
 def _refuse_constant(text: str) -> NoReturn:
     """Refuse NaN and Infinity, which Python's JSON has and the standard has not."""
     raise ValueError(f"{text} is not a JSON value")
+
+
+def _refuse_encoding(request: Request) -> None:
+    """Raise UnsupportedEncoding for a compressed body: what a small one inflates to has no bound that is known before.
+
+    A body of plain JSON has no such header, or `identity`.
+    """
+    named = ", ".join(request.headers.getlist("content-encoding")).strip()
+    if any(one.strip().lower() not in ("", "identity") for one in named.split(",")):
+        raise UnsupportedEncoding(
+            f"the body has the content-encoding {named[:100]!r}, and compressed bodies are not read: send plain JSON "
+            "without that header"
+        )
 
 
 def _refuse_foreign_page(request: Request) -> None:

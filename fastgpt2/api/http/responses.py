@@ -22,19 +22,33 @@ from fastgpt2.errors import (
     BadRequest,
     FastGPT2Error,
     ForbiddenOrigin,
+    JobFailed,
+    JobLost,
     JobNotFound,
+    ModelError,
     PromptTooLong,
     QueueFull,
+    QueueUnavailable,
+    RedisUnfit,
+    ResultTimeout,
     ServiceBusy,
     ServiceStopping,
     Unauthorized,
+    UnsupportedEncoding,
 )
 from fastgpt2.protocol.messages import Piece
 
 log = logging.getLogger("fastgpt2.http")
 
-# The wait that a client is advised when the queue is full, or the endpoint is busy or being stopped.
+# What passes, so that a client is advised to ask again, after this wait.
+_PASSING = (QueueFull, QueueUnavailable, JobLost, ServiceBusy, ServiceStopping)
 RETRY_AFTER_SECONDS = 1
+
+# What the same request would meet again: its job has ended, was cancelled as its time was up, or Redis cannot serve.
+# OpenAI's clients repeat whatever has the status 408, 409, 429 or one from 500 on, unless a header tells them not to:
+# one job that kills its workers would then kill three times as many.
+_FINAL = (JobFailed, ModelError, ResultTimeout, RedisUnfit)
+_NO_RETRY = {"x-should-retry": "false"}
 
 # The routes that begin so are OpenAI's, or speak in their manner.
 OPENAI_PREFIX = "/v1/"
@@ -104,6 +118,8 @@ def _kind_and_code(error: FastGPT2Error) -> tuple[str, str | None]:
             return "invalid_request_error", "model_not_found"
         case QueueFull():
             return "rate_limit_error", name
+        case JobLost():
+            return "server_error", name
         case JobNotFound():
             return "invalid_request_error", name
         case ForbiddenOrigin():
@@ -120,10 +136,14 @@ def _snake_case(name: str) -> str:
 def respond(error: FastGPT2Error, scope: Scope) -> Response:
     """Return the response to a request that ends with an error."""
     headers = {}
-    if isinstance(error, QueueFull | ServiceBusy | ServiceStopping):
+    if isinstance(error, _FINAL) or error.http_status == FastGPT2Error.http_status:
+        headers.update(_NO_RETRY)
+    elif isinstance(error, _PASSING):
         headers["retry-after"] = str(RETRY_AFTER_SECONDS)
     elif isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"
+    elif isinstance(error, UnsupportedEncoding):
+        headers["accept-encoding"] = "identity"
     return JSON(error_object(error, scope["path"].startswith(OPENAI_PREFIX)), error.http_status, headers)
 
 
@@ -149,7 +169,7 @@ async def handle_unforeseen(request: Request, error: Exception) -> Response:
     log.error("%s %s failed", request.method, request.url.path, exc_info=error)
     message = "an unforeseen error; the endpoint's log has the details"
     openai = request.url.path.startswith(OPENAI_PREFIX)
-    return JSON(_error_body(openai, message, "InternalError", "server_error"), 500)
+    return JSON(_error_body(openai, message, "InternalError", "server_error"), 500, _NO_RETRY)
 
 
 def event(data: Any, name: str = "", event_id: str = "") -> bytes:

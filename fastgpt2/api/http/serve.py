@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import socket
 from typing import Any
@@ -10,10 +11,15 @@ from fastgpt2.errors import BadRequest
 
 # A last resort after the endpoint's own grace: uvicorn then cancels the requests that are left.
 SHUTDOWN_SECONDS = 10
-# A further connection is answered with 503. Each connection may hold a request that waits.
+# The limit for connections, where the process may have files enough open. Each may hold a request that waits.
 MAX_CONNECTIONS = 4000
 # The limit for a request's line and headers.
 MAX_HEAD_BYTES = 64 << 10
+
+# The addresses that stand for all of them, and those by which this machine then reaches itself.
+ANY_IPV6 = "::"
+_OWN_ADDRESSES = {ANY_IPV6: "::1", "0.0.0.0": "127.0.0.1"}
+_NO_SUCH_FAMILY = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
 
 
 def serve(values: dict[str, Any]) -> None:
@@ -21,43 +27,64 @@ def serve(values: dict[str, Any]) -> None:
 
     Raises:
         BadRequest: the address cannot be bound, or may not be without a token; or the Redis URL cannot be used.
+        RedisUnfit: Redis cannot serve, and waiting would not help.
     """
     import uvicorn
 
     from fastgpt2.api.http.access import is_loopback, read_token, refuse_exposure
     from fastgpt2.api.http.app import create_app
+    from fastgpt2.api.http.connections import ACCEPTED_AT_ONCE, BoundedServer, Connection, limit_connections
     from fastgpt2.api.http.service import Bounds, log
-    from fastgpt2.process import set_up_logging
+    from fastgpt2.process import raise_open_file_limit, set_up_logging
+    from fastgpt2.protocol.server_check import refuse_unfit
 
     set_up_logging(values["log_level"])
     token = read_token(values["token_file"])
     refuse_exposure(values["host"], token, values["insecure"])
+    refuse_unfit(values["redis_url"], "endpoint", values["queue"])
     own_name = values["host"] if is_loopback(values["host"]) else values["host_name"]
+    open_files = raise_open_file_limit()
+    most = limit_connections(MAX_CONNECTIONS, open_files)
     app = create_app(
         values["redis_url"],
         values["queue"],
-        Bounds(values["timeout"], values["body_timeout"], values["max_queue"], values["show_prompts"]),
+        Bounds(
+            values["timeout"],
+            values["body_timeout"],
+            values["max_queue"],
+            values["show_prompts"],
+            values["durability"],
+        ),
         lambda: server.should_exit,
         token,
         own_name,
+        most,
     )
-    server = uvicorn.Server(
+    server = BoundedServer(
         uvicorn.Config(
             app,
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+            timeout_keep_alive=values["keep_alive"],
             server_header=False,
-            # This parser whatever else is installed: the others do not bound a request's head. And no web sockets: the
-            # endpoint has none, and they would pass by `Access`.
-            http="h11",
+            # Whatever else is installed: this loop, whose way to accept is known, and this parser, which bounds heads.
+            # And no web sockets: the endpoint has none, and they would pass by `Access`.
+            loop="asyncio",
+            http=Connection,
             ws="none",
-            limit_concurrency=MAX_CONNECTIONS,
+            backlog=ACCEPTED_AT_ONCE,
             h11_max_incomplete_event_size=MAX_HEAD_BYTES,
-        )
+        ),
+        most,
+        open_files,
     )
     bound = bind(values["host"], values["port"])
+    if most < MAX_CONNECTIONS:
+        log.warning("this process may have %d files open: it holds %d connections at most", open_files, most)
     log.info("endpoint on %s", url_of(bound))
+    if not is_loopback(values["host"]):
+        log.info("it listens on %s port %d", *bound.getsockname()[:2])
     if token is None and not is_loopback(values["host"]):
         log.warning("everybody who can reach %s may use this endpoint (--insecure)", values["host"])
     # When uvicorn is done, it raises the signal that stopped it once more. A clean stop would then look like a death.
@@ -68,16 +95,20 @@ def serve(values: dict[str, Any]) -> None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Return a listening socket.
+    """Return a listening socket. One on all addresses of IPv6 (`::`) listens on all those of IPv4 too.
 
     Raises:
         BadRequest: the address is taken, or is not this machine's.
     """
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        bound = socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as reason:
-        raise BadRequest(f"cannot listen on {host} port {port} ({reason}); choose another --host or --port") from None
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        both = family == socket.AF_INET6 and address[0] == ANY_IPV6 and socket.has_dualstack_ipv6()
+        bound = socket.create_server((host, port), family=family, backlog=2048, dualstack_ipv6=both)
+    except (OSError, UnicodeError) as reason:
+        remedy = "choose another --host or --port"
+        if ":" in host and getattr(reason, "errno", None) in _NO_SUCH_FAMILY:
+            remedy = "if this machine has no IPv6, listen on --host 0.0.0.0 or 127.0.0.1"
+        raise BadRequest(f"cannot listen on {host} port {port} ({reason}); {remedy}") from None
     # Connections inherit the option. asyncio sets it only on sockets that name TCP as their protocol, which this one
     # does not. Without it the second part of an answer waits 40 ms for the client to acknowledge the first.
     bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -85,6 +116,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def url_of(bound: socket.socket) -> str:
-    """Return the URL of a listening socket."""
+    """Return a URL that leads to a listening socket; on this machine, if the socket listens on all addresses."""
     host, port = bound.getsockname()[:2]
+    host = _OWN_ADDRESSES.get(host, host).replace("%", "%25")
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"

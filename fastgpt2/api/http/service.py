@@ -13,14 +13,22 @@ from typing import Self
 from starlette.requests import Request
 
 from fastgpt2.api.client.async_client import AsyncClient
-from fastgpt2.api.client.enqueue import IdempotencyKey, JobPlan, idempotency_keys
+from fastgpt2.api.client.enqueue import IdempotencyKey, JobPlan, SentJob, idempotency_keys
 from fastgpt2.api.client.flow import AsyncDriver, Command, Flow, Pipeline
 from fastgpt2.api.client.outcome import Outcome, unwrap
 from fastgpt2.api.client.reader import JobReader
 from fastgpt2.api.http.requests import ClientGone
 from fastgpt2.api.http.watch import Watch
 from fastgpt2.engine.decoding.records import GenerationResult
-from fastgpt2.errors import BadRequest, FastGPT2Error, ResultTimeout, ServiceBusy, ServiceStopping
+from fastgpt2.errors import (
+    BadRequest,
+    FastGPT2Error,
+    JobLost,
+    NotDurable,
+    ResultTimeout,
+    ServiceBusy,
+    ServiceStopping,
+)
 from fastgpt2.protocol.keys import workers_key
 from fastgpt2.protocol.messages import Piece
 from fastgpt2.protocol.untrusted import epoch_seconds
@@ -59,12 +67,14 @@ class Bounds:
         body_timeout: the seconds within which a body must have come.
         max_queue: the number of waiting jobs from which on requests are refused; None for no limit.
         show_prompts: tells whether lists of jobs contain prompts.
+        durability: what a job must have reached before its enqueueing counts; None for the setting.
     """
 
     timeout: float = 60.0
     body_timeout: float = 20.0
     max_queue: int | None = None
     show_prompts: bool = False
+    durability: str | None = None
 
 
 class Service:
@@ -79,7 +89,7 @@ class Service:
     """
 
     def __init__(self, redis_url: str, queue: str, bounds: Bounds, stopping: Callable[[], bool]) -> None:
-        self.client = AsyncClient(redis_url, queue, bounds.max_queue)
+        self.client = AsyncClient(redis_url, queue, bounds.max_queue, bounds.durability)
         # For what the client has no method for, the routes run flows of its session themselves.
         self.session, self.driver = self.client._session, self.client._driver
         self.bounds = bounds
@@ -121,20 +131,24 @@ class Service:
 
         Raises:
             BadRequest, PromptTooLong, QueueFull, QueueUnavailable, ServiceBusy, IdempotencyMismatch
+            NotDurable: the jobs are cancelled; with an idempotency key they go on, for the client that asks again.
         """
         self._check_room(len(plans))
         keys = read_idempotency_keys(request, len(plans), asked)
-        job_ids = await self.driver.run(self.session.enqueue_all(plans, keys))
+        try:
+            sent = await self.driver.run(self.session.send_all(plans, keys))
+        except NotDurable as error:
+            if keys is None:
+                self._start_cancelling(error.job_ids)
+            raise
         streamed = [plan.options.stream for plan in plans]
-        with PendingJobs(self, request, job_ids, streamed, keys is None, self.bounds.timeout) as pending:
+        with PendingJobs(self, request, sent, streamed, keys is None, self.bounds.timeout) as pending:
             try:
                 yield pending
             finally:
                 left = [job.id for job in pending.jobs if job.outcome is None]
                 if left and not self.is_closing:
-                    task = asyncio.create_task(self._cancel(left))
-                    self._tasks.add(task)
-                    task.add_done_callback(self._tasks.discard)
+                    self._start_cancelling(left)
 
     def attend(self, request: Request, job_id: str, streamed: bool, timeout: float | None = None) -> PendingJobs:
         """Wait within a context for a job that exists; it goes on whatever becomes of the request.
@@ -152,8 +166,13 @@ class Service:
                 "enqueued, try again later"
             )
 
-    async def _cancel(self, job_ids: Iterable[str]) -> None:
+    def _start_cancelling(self, job_ids: Iterable[str]) -> None:
         """Cancel jobs, in a task that no request waits for. It is finished before the endpoint closes."""
+        task = asyncio.create_task(self._cancel(job_ids))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _cancel(self, job_ids: Iterable[str]) -> None:
         for job_id in job_ids:
             with suppress(FastGPT2Error):
                 await self.client.cancel(job_id)
@@ -180,6 +199,10 @@ def read_idempotency_keys(request: Request, jobs: int, asked: object, prefix: st
 class PendingJobs:
     """The jobs that one request waits for. A context manager.
 
+    Args:
+        jobs: those that the request has enqueued, or the id of one that was enqueued before.
+        new: see `Watch.follow`.
+
     Attributes:
         jobs: the jobs in the order of the request.
         signal: is set when there may be something new.
@@ -189,7 +212,7 @@ class PendingJobs:
         self,
         service: Service,
         request: Request,
-        job_ids: Sequence[str],
+        jobs: Sequence[SentJob | str],
         streamed: Sequence[bool],
         new: bool,
         timeout: float,
@@ -200,8 +223,7 @@ class PendingJobs:
         self._is_client_gone = False
         self._timeout = timeout
         self.jobs: list[JobReader] = [
-            service.watch.follow(job_id, stream, self.signal, new)
-            for job_id, stream in zip(job_ids, streamed, strict=True)
+            service.watch.follow(job, stream, self.signal, new) for job, stream in zip(jobs, streamed, strict=True)
         ]
 
     def __enter__(self) -> Self:
@@ -251,7 +273,7 @@ class PendingJobs:
                     yield number, job.outcome
             if not left:
                 return
-            await self._check_worth_waiting(next(iter(left.values())).id)
+            await self._check_worth_waiting(next(iter(left.values())))
             if loop.time() >= quiet_until:
                 quiet_until = loop.time() + KEEP_ALIVE_SECONDS
                 yield None
@@ -259,14 +281,14 @@ class PendingJobs:
             await self.signal.wait()
             timer.cancel()
 
-    async def _check_worth_waiting(self, job_id: str) -> None:
+    async def _check_worth_waiting(self, job: JobReader) -> None:
         """Raise if nobody waits any more, or no longer may; the job is one of those that have not ended."""
         if self._is_client_gone:
             raise ClientGone("the client closed the connection")
         if time.monotonic() >= self._deadline:
-            raise await self._service.driver.run(self._service.session.timeout_error(job_id, self._timeout))
+            raise await self._service.driver.run(self._service.session.timeout_error(job, self._timeout))
         if self._service.is_closing:
-            raise ServiceStopping(f"the endpoint is being stopped; job {job_id} goes on")
+            raise ServiceStopping(f"the endpoint is being stopped; job {job.id} goes on")
 
     async def results(self) -> list[GenerationResult]:
         """Wait for all jobs, and return their results in the order of the request.
@@ -281,10 +303,15 @@ class PendingJobs:
         return [found[number] for number in range(len(self.jobs))]
 
     async def wait(self) -> None:
-        """Wait until all jobs have ended, or time is up."""
+        """Wait until all jobs have ended, or time is up.
+
+        Raises:
+            JobLost: one of them is gone without an end.
+        """
         with suppress(ResultTimeout):
-            async for _ in self.events():
-                pass
+            async for event in self.events():
+                if event is not None and isinstance(event[1], JobLost):
+                    raise event[1]
 
 
 class Models:

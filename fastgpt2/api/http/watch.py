@@ -14,6 +14,7 @@ from contextlib import suppress
 from redis.exceptions import RedisError
 
 from fastgpt2.api.client.async_client import AsyncClient
+from fastgpt2.api.client.enqueue import SentJob
 from fastgpt2.api.client.flow import Command, Flow, Pause, Pipeline
 from fastgpt2.api.client.reader import JobReader, ReadLoop
 from fastgpt2.errors import FastGPT2Error
@@ -38,20 +39,22 @@ class Watch:
         self._readers: dict[JobReader, None] = {}
         self._joined = asyncio.Event()
         self._wake_key = wake_key(uuid.uuid4().hex)
-        self._loop = ReadLoop(self._session.retries, wake_key=self._wake_key)
+        self._loop = ReadLoop(self._session.recovery, wake_key=self._wake_key)
         self._waking: set[asyncio.Task[None]] = set()
 
     def __len__(self) -> int:
         return len(self._readers)
 
-    def follow(self, job_id: str, streamed: bool, signal: asyncio.Event, new: bool) -> JobReader:
+    def follow(self, job: SentJob | str, streamed: bool, signal: asyncio.Event, new: bool) -> JobReader:
         """Read for a job, and set the event when something has come of it.
 
         Args:
+            job: as it was enqueued here, to be enqueued again if Redis loses it; or the id of any other.
             streamed: read its text too.
             new: the job was enqueued just now, so there is no need to ask whether it exists or has ended long since.
         """
-        reader = JobReader(job_id, streamed, new, signal.set)
+        sent = None if isinstance(job, str) else job
+        reader = JobReader(job if isinstance(job, str) else job.id, streamed, new, signal.set, sent)
         self._readers[reader] = None
         self._joined.set()
         if self._loop.blocked:
@@ -114,7 +117,7 @@ class Watch:
 
     async def _wake(self) -> None:
         with suppress(Exception):  # the loop queries all states by itself within two seconds
-            async with self._driver.connection.pipeline(transaction=False) as pipeline:
+            async with self._driver.connection.pipeline(transaction=True) as pipeline:
                 pipeline.xadd(self._wake_key, {"": ""}, maxlen=1)
                 pipeline.expire(self._wake_key, WAKE_TTL_SECONDS)
                 await pipeline.execute()

@@ -53,11 +53,14 @@ function show(status, jobs) {
   const { workers } = status;
   const models = (status.models ?? []).join(", ");
   const waiting = `${whole(status.queue?.depth)}\u00a0waiting`;
-  const kind = !workers.length ? "alone" : workers.some((worker) => worker.in_hand) ? "serving" : "idle";
-  const word = { alone: "No workers", serving: "Serving", idle: "Idle" }[kind];
-  showState(kind, word, workers.length ? join(models, count(workers.length, "worker", "workers"), waiting) : waiting);
+  const silent = workers.filter((worker) => worker.state === "silent").length;
+  const live = workers.length - silent;
+  const kind = !live ? "alone" : workers.some((worker) => worker.in_hand) ? "serving" : "idle";
+  const word = { alone: silent ? "No worker answers" : "No workers", serving: "Serving", idle: "Idle" }[kind];
+  const pool = join(live && models, live && count(live, "worker", "workers"), silent && `${whole(silent)}\u00a0silent`);
+  showState(kind, word, join(pool, waiting));
   setText(byId("as-of"), clock(timeline.end));
-  tellChange(workers.length ? `Serving, ${count(workers.length, "worker", "workers")}` : "No workers");
+  tellChange(live ? join(`Serving, ${count(live, "worker", "workers")}`, silent && `${whole(silent)} silent`) : word);
 }
 
 /** Show an error. What is on the page stays there, marked as old. */

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from fastgpt2 import __version__
 from fastgpt2.api.pool.snapshot import Snapshot, read_snapshot
 from fastgpt2.protocol import keys
-from fastgpt2.protocol.untrusted import real, seconds_since, text, whole
+from fastgpt2.protocol.untrusted import real, whole
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
     from redis.asyncio import Redis
 
-WORKER_STATES = ("starting", "started", "suspended", "busy", "idle")
+WORKER_STATES = ("starting", "started", "suspended", "busy", "idle", keys.SILENT)
 _COUNTERS = {
     keys.PROMPT_TOKENS: ("fastgpt2_prompt_tokens", "Prompt tokens that were read, of jobs that left a worker."),
     keys.CACHED_TOKENS: (
@@ -38,6 +38,10 @@ _COUNTERS = {
     keys.GIVEN_BACK: (
         "fastgpt2_jobs_given_back",
         "Jobs that a worker put back into the queue, in most cases because the worker was stopped.",
+    ),
+    keys.UNCONFIRMED: (
+        "fastgpt2_ends_unconfirmed",
+        "Ends of jobs that were written, and not confirmed to be on a replica, or on disk, in time (--durability).",
     ),
     keys.RECOVERIES: ("fastgpt2_job_recoveries", "Jobs that were taken back from workers that died, to run again."),
     keys.REFUSED: ("fastgpt2_jobs_refused", "Attempts to enqueue that were refused because the queue was full."),
@@ -196,16 +200,16 @@ def _worker_gauges(snapshot: Snapshot) -> Iterator[Metric]:
     for name, entry in {entry.name: entry for entry in snapshot.workers}.items():
         fields = entry.fields
         jobs.add_metric([name], entry.claimed_count)
-        state = text(fields.get("state"))
-        states[state if state in states else "other"] += 1
-        age = seconds_since(fields.get("last_heartbeat"), snapshot.time)
-        if age is not None:
-            ages.add_metric([name], age)
+        states[entry.state if entry.state in states else "other"] += 1
+        if entry.heard_seconds is not None:
+            ages.add_metric([name], entry.heard_seconds)
         for field, gauge in gauges.items():
             value = real(fields.get(field))
             if value is not None:
                 gauge.add_metric([name], value)
-    workers = GaugeMetricFamily("fastgpt2_workers", "Registered workers, by state.", labels=["state"])
+    workers = GaugeMetricFamily(
+        "fastgpt2_workers", "Registered workers, by state; silent ones hang, or were stopped.", labels=["state"]
+    )
     for state, count in states.items():
         workers.add_metric([state], count)
     yield workers

@@ -8,6 +8,8 @@ for i = 2, #ARGV do
     if type(length) == 'number' then depth = depth + length end
 end
 local key = ARGV[1] .. string.format('%d', now - now % $BUCKET_SECONDS)
-redis.pcall('HSET', key, '$DEPTH', depth)
+local wrote = redis.pcall('HSET', key, '$DEPTH', depth)
+-- A key of another kind is no matter; a Redis that is full, a replica or unable to save is.
+if type(wrote) == 'table' and wrote.err and not wrote.err:find('WRONGTYPE') then return wrote end
 redis.pcall('EXPIRE', key, $RECENT_TTL_SECONDS)
 return depth

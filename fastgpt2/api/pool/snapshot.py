@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 from fastgpt2.protocol.keys import (
     BUCKET_SECONDS,
     EXECUTIONS_SUFFIX,
+    HEARD_FIELD,
     JOB_PREFIX,
     PRIORITIES,
     RECENT_FIELDS,
     REGISTRY_PREFIXES,
+    SILENT,
+    SILENT_SECONDS,
     TOTAL_FIELDS,
     WORKER_PREFIX,
     queue_key,
@@ -21,7 +24,7 @@ from fastgpt2.protocol.keys import (
     totals_key,
     workers_key,
 )
-from fastgpt2.protocol.untrusted import by_name, check_replies, seconds_since, text, whole
+from fastgpt2.protocol.untrusted import by_name, check_replies, real, seconds_since, text, whole
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -39,7 +42,7 @@ _WORKER_FIELDS = (
     "state", "birth", "last_heartbeat", "hostname", "pid", "model", "computes_by", "fastgpt2_version", "max_batch",
     "kv_bytes", "kv_bytes_limit", "tokens", "steps", "step_seconds", "successful_job_count", "failed_job_count",
     "total_working_time", "tokens_per_second", "batch_mean", "private_bytes", "shared_bytes", "threads", "blas",
-    "restarts", "prefix_bytes", "prefix_bytes_limit", "weights", "drafts", "notes",
+    "restarts", "prefix_bytes", "prefix_bytes_limit", "weights", "drafts", "notes", HEARD_FIELD,
 )  # fmt: skip
 
 # Keys that come from Redis are bytes, which need not be text.
@@ -51,12 +54,16 @@ class WorkerEntry:
     """A registered worker.
 
     Attributes:
+        state: RQ's word for what it does, or "silent" if it was not heard of for `SILENT_SECONDS`; "?" if unknown.
+        heard_seconds: how long ago its last heartbeat was; None if unknown.
         fields: the fields of its hash as they stand in Redis.
         claimed_jobs: the ids of jobs that it has claimed, running ones among them; at most `MAX_JOBS_SHOWN`.
         claimed_count: how many jobs it has claimed.
     """
 
     name: str
+    state: str
+    heard_seconds: float | None
     fields: dict[str, Any]
     claimed_jobs: list[str]
     claimed_count: int
@@ -135,14 +142,14 @@ async def read_snapshot(connection: Redis, queue: str, buckets: int = 0) -> Snap
         depths=dict(zip(PRIORITIES, depths, strict=True)),
         waits=dict(zip(PRIORITIES, waits, strict=True)),
         jobs=dict(zip(REGISTRY_PREFIXES, (sum(map(_count, row)) for row in registries), strict=True)),
-        workers=[entry for each in entries if (entry := _read_worker(*each)) is not None],
+        workers=[entry for each in entries if (entry := _read_worker(*each, now)) is not None],
         totals=by_name(TOTAL_FIELDS, totals),
         recent=[(start, by_name(RECENT_FIELDS, reply)) for start, reply in zip(starts, bucket_replies, strict=True)],
         redis_version=text(server.get("valkey_version") or server.get("redis_version")),
     )
 
 
-def _read_worker(key: bytes, values: Any, executions: Any, claimed_count: Any) -> WorkerEntry | None:
+def _read_worker(key: bytes, values: Any, executions: Any, claimed_count: Any, now: float) -> WorkerEntry | None:
     """Return None for a worker that was killed: its key stays in the set until RQ's upkeep finds its hash expired."""
     fields = by_name(_WORKER_FIELDS, values)
     if not fields:
@@ -150,7 +157,12 @@ def _read_worker(key: bytes, values: Any, executions: Any, claimed_count: Any) -
     name = text(key.removeprefix(_WORKER_PREFIX))
     # RQ keeps a worker's executions as "job id:execution id".
     claimed_jobs = sorted({text(execution).rpartition(":")[0] for execution in executions or ()})
-    return WorkerEntry(name, fields, claimed_jobs, _count(claimed_count))
+    heard = real(fields.get(HEARD_FIELD))
+    # A stock `rq worker` tells the time of its own machine only.
+    heard_seconds = seconds_since(fields.get("last_heartbeat"), now) if heard is None else max(0.0, now - heard)
+    is_silent = heard_seconds is not None and heard_seconds > SILENT_SECONDS
+    state = SILENT if is_silent else text(fields.get("state")) or "?"
+    return WorkerEntry(name, state, heard_seconds, fields, claimed_jobs, _count(claimed_count))
 
 
 def _count(reply: Any) -> int:

@@ -33,7 +33,7 @@ _MAX_NOTES_BYTES = keys.MAX_NOTES * (12 * keys.MAX_NOTE_CHARACTERS + 100)
 _OPTIONAL_BYTES = ("prefix_bytes", "prefix_bytes_limit", "private_bytes", "shared_bytes")
 
 _RECORD_DEPTH = Script(__file__, "record_depth")
-_COUNT_LEASES = Script(__file__, "count_leases")
+_COUNT_SERVING = Script(__file__, "count_serving")
 
 
 async def read_status(connection: Redis, queue: str, history: bool = False) -> dict[str, Any]:
@@ -47,9 +47,9 @@ async def read_status(connection: Redis, queue: str, history: bool = False) -> d
         the head of a queue has waited (None if no job waits). `jobs`: counts by RQ's states; finished and failed jobs
         count until they expire. `totals`: what was counted since the pool was first used. `rates`: those of the last
         1, 5 and 15 minutes, and None for a mean of nothing. `models`: the models that the workers serve. `workers`:
-        each with its state, age and time since its last heartbeat (seconds), model, notes on the model, counts, pace,
-        memory and the jobs that it has claimed (`in_hand` is their number). What a worker says of itself is as old as
-        its heartbeat.
+        each with its state (RQ's word, or "silent" for one that hangs), age and time since its last heartbeat
+        (seconds), model, notes on the model, counts, pace, memory and the jobs that it has claimed (`in_hand` is their
+        number). What a worker says of itself is as old as its heartbeat.
     """
     snapshot = await read_snapshot(connection, queue, BUCKETS)
     depth = sum(snapshot.depths.values())
@@ -94,9 +94,9 @@ def _describe_worker(entry: WorkerEntry, now: float) -> dict[str, Any]:
     kv_bytes, kv_limit = (whole(fields.get(name)) or 0 for name in ("kv_bytes", "kv_bytes_limit"))
     return {
         "name": entry.name,
-        "state": text(fields.get("state")) or "?",
-        "age_seconds": _age(fields.get("birth"), now),
-        "heartbeat_age_seconds": _age(fields.get("last_heartbeat"), now),
+        "state": entry.state,
+        "age_seconds": _age(seconds_since(fields.get("birth"), now)),
+        "heartbeat_age_seconds": _age(entry.heard_seconds),
         "host": text(fields.get("hostname")) or None,
         "pid": whole(fields.get("pid")),
         **{name: text(fields.get(name)) or None for name in ("model", "computes_by", "blas", "weights", "drafts")},
@@ -137,13 +137,16 @@ def _read_notes(value: Any) -> list[str]:
     return notes[: keys.MAX_NOTES]
 
 
-def _age(moment: Any, now: float) -> float | None:
-    seconds = seconds_since(moment, now)
+def _age(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds, 1)
 
 
 async def record_depth(connection: Redis, queue: str) -> None:
-    """Write down how many jobs wait, for the history. Any number of endpoints may do so, every ten seconds each."""
+    """Write down how many jobs wait, for the history. Any number of endpoints may do so, however often.
+
+    Raises:
+        RedisError: Redis cannot be reached, or takes nothing that is new.
+    """
     await _RECORD_DEPTH.run_async(connection, (), (keys.recent_key(queue, ""), *keys.queues_of(queue)))
 
 
@@ -195,18 +198,37 @@ def _mean(total: float, count: float) -> float | None:
 
 
 async def check_readiness(connection: Redis, queue: str) -> str | None:
-    """Return why no job would be served now, as a sentence that anybody may read; None if at least one worker lives.
+    """Return why no job would be served now, as a sentence that anybody may read; None if one would.
 
     A worker takes a lease once its model is loaded and warmed up. The lease ends seconds after the worker's last sign
-    of life.
+    of life. Of a worker that hangs a thread goes on to renew the lease, but its loop is not heard of any more.
 
     Raises:
         RedisError: Redis cannot be reached, which is a reason of its own.
     """
-    leases = await _COUNT_LEASES.run_async(connection, (), (keys.leases_key(queue), int(keys.LEASE_SECONDS * 1000)))
-    if leases:
-        return None
-    return (
-        "no worker that has loaded its model lives on this queue: start some with `fastgpt2 up` or `fastgpt2 pool`, or "
-        "wait until those that start are ready"
-    )
+    arguments = (keys.leases_key(queue), int(keys.LEASE_SECONDS * 1000))
+    suspended, leases, serving = await _COUNT_SERVING.run_async(connection, (), arguments)
+    if suspended:
+        return "all workers are suspended: `rq resume --url REDIS_URL` lets them go on"
+    if not leases:
+        return (
+            "no worker that has loaded its model lives on this queue: start some with `fastgpt2 up` or `fastgpt2 "
+            "pool`, or wait until those that start are ready"
+        )
+    if not serving:
+        return f"all workers are silent, {leases} of them: they hang, or do not reach Redis; their logs may say why"
+    return await _find_refusal(connection, queue)
+
+
+async def _find_refusal(connection: Redis, queue: str) -> str | None:
+    """Return why Redis takes no jobs, though it can be read: it may be full, a replica, or unable to save its data.
+
+    The depth of the queue is written for the trial, as every ten seconds anyway.
+    """
+    from redis.exceptions import ResponseError
+
+    try:
+        await record_depth(connection, queue)
+    except ResponseError as error:
+        return f"Redis takes no jobs ({str(error)[:120]}): mend that, or name another one in FASTGPT2_REDIS_URL"
+    return None

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Annotated, Any, TypeAlias
 
 from fastgpt2.errors import BadRequest
-from fastgpt2.fields import Field, real, refusal, type_name, whole
+from fastgpt2.fields import Field, real, refusal, shown, type_name, whole, why_no_json
 
 # Far beyond any vocabulary. The decoder refuses an id that its own model does not have.
 MAX_TOKEN_ID = (1 << 31) - 1
@@ -47,7 +47,7 @@ def check_token_ids(name: str, ids: tuple[Any, ...]) -> tuple[int, ...]:
         if not isinstance(token_id, int) or isinstance(token_id, bool):
             raise BadRequest(f"{name}, a list, must hold token ids, not {type_name(token_id)}")
         if not 0 <= token_id <= MAX_TOKEN_ID:
-            raise BadRequest(f"{name} holds {str(token_id)[:40]}, which is no token id")
+            raise BadRequest(f"{name} holds {shown(token_id)[:40]}, which is no token id")
     return ids
 
 
@@ -75,7 +75,7 @@ def _check_logit_bias(name: str, bias: Any) -> dict[int, float]:
     for key, value in bias.items():
         is_id = isinstance(key, int) or (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= 10)
         if not is_id or isinstance(key, bool) or not 0 <= int(key) <= MAX_TOKEN_ID:
-            raise BadRequest(f"{name} holds {str(key)[:40]!r}, which is no token id")
+            raise BadRequest(f"{name} holds {shown(key)[:40]}, which is no token id")
         checked[int(key)] = float(_BIAS.check(f"{name} of token {int(key)}", value))
     return checked
 
@@ -129,7 +129,7 @@ def _check_json_schema(name: str, schema: Any) -> str:
         written = json.dumps(value, allow_nan=False)
     except (ValueError, TypeError, RecursionError) as reason:
         raise BadRequest(
-            f"{name} is no JSON schema ({str(reason)[:100]}): give an object, or the JSON text of one"
+            f"{name} is no JSON schema ({why_no_json(reason)[:100]}): give an object, or the JSON text of one"
         ) from None
     if not isinstance(value, dict | bool):
         raise refusal(name, "a JSON schema: an object", value, of_type=True)

@@ -7,8 +7,8 @@ dtypes, sizes) but hands out copies. So its verdict is taken, and the offsets ar
 from __future__ import annotations
 
 import contextlib
-import json
 import mmap
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from fastgpt2.engine.kernels.panels import STORED_TYPES, widen
-from fastgpt2.engine.model.config import WEIGHT_FILES, file_size, read_index
+from fastgpt2.engine.model.config import WEIGHT_FILES, read_index
+from fastgpt2.engine.model.files import open_file, parse_json, path_of, why_not_read
 from fastgpt2.engine.model.lfs_pointer import explain_pointer, is_pointer
 from fastgpt2.errors import CheckpointError
 
@@ -176,17 +177,27 @@ def map_file(path: Path) -> tuple[dict[str, TensorInfo], mmap.mmap]:
     if is_pointer(path):
         raise CheckpointError(explain_pointer(path))
     try:
-        header, data_start = _read_header(path)
-        with safe_open(path, framework="numpy"):
+        fd = open_file(path)
+    except OSError as reason:
+        raise CheckpointError(why_not_read(path, reason)) from None
+    try:
+        return map_open_file(fd, path)
+    finally:
+        os.close(fd)
+
+
+def map_open_file(fd: int, path: Path) -> tuple[dict[str, TensorInfo], mmap.mmap]:
+    """Do the same for an open file, which stays open; raise CheckpointError, which names its path, as `map_file`."""
+    try:
+        header, data_start = _read_header(fd, path)
+        # By the descriptor: another file may have the name by now.
+        with safe_open(path_of(fd), framework="numpy"):
             pass
-        with path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
+        mapped = mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
     except SafetensorError as reason:
         raise CheckpointError(f"{path}: damaged or not a safetensors file ({reason}); fetch it again") from None
     except OSError as reason:
-        raise CheckpointError(f"{path}: cannot be read ({reason.strerror or reason})") from None
+        raise CheckpointError(why_not_read(path, reason)) from None
     tensors = {}
     for name, entry in header.items():
         if name == "__metadata__":
@@ -196,32 +207,30 @@ def map_file(path: Path) -> tuple[dict[str, TensorInfo], mmap.mmap]:
     return tensors, mapped
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """Return the free-form texts in a safetensors file's header; raise CheckpointError if it cannot be read."""
+def read_metadata(fd: int, path: Path) -> dict[str, str]:
+    """Return the free-form texts in an open safetensors file's header; raise CheckpointError if it cannot be read."""
     try:
-        metadata = _read_header(path)[0].get("__metadata__", {})
+        metadata = _read_header(fd, path)[0].get("__metadata__", {})
     except OSError as reason:
-        raise CheckpointError(f"{path}: cannot be read ({reason.strerror or reason})") from None
+        raise CheckpointError(why_not_read(path, reason)) from None
     return {str(key): str(value) for key, value in metadata.items()} if isinstance(metadata, dict) else {}
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+def _read_header(fd: int, path: Path) -> tuple[dict[str, Any], int]:
     """Return the JSON header, which the library is to validate, and the byte at which tensor data begins."""
-    size = file_size(path, CheckpointError)
-    with path.open("rb") as file:
-        start = file.read(8)
-        if len(start) < 8:
-            raise CheckpointError(f"{path}: not a safetensors file: only {size} bytes long; fetch it again")
-        (length,) = struct.unpack("<Q", start)
-        if length > min(size - 8, MAX_HEADER_BYTES):
-            raise CheckpointError(
-                f"{path}: damaged or not a safetensors file: its header claims {length} bytes "
-                f"(the file has {size}, a header at most {MAX_HEADER_BYTES}); fetch it again"
-            )
-        raw = file.read(length)
+    size = os.fstat(fd).st_size
+    start = os.pread(fd, 8, 0)
+    if len(start) < 8:
+        raise CheckpointError(f"{path}: not a safetensors file: only {size} bytes long; fetch it again")
+    (length,) = struct.unpack("<Q", start)
+    if length > min(size - 8, MAX_HEADER_BYTES):
+        raise CheckpointError(
+            f"{path}: damaged or not a safetensors file: its header claims {length} bytes "
+            f"(the file has {size}, a header at most {MAX_HEADER_BYTES}); fetch it again"
+        )
     try:
-        header = json.loads(raw, object_pairs_hook=_refuse_duplicates)
-    except (ValueError, RecursionError) as reason:
+        header = parse_json(os.pread(fd, length, 8), _refuse_duplicates)
+    except ValueError as reason:
         raise CheckpointError(f"{path}: damaged or not a safetensors file: its header is no JSON ({reason})") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: damaged or not a safetensors file: its header is no JSON object")

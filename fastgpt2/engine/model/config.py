@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import json
 import re
-import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastgpt2.engine.model.files import parse_json, read_file
 from fastgpt2.engine.model.lfs_pointer import explain_pointer, is_pointer
 from fastgpt2.errors import CheckpointError, ConfigError, FastGPT2Error
 
@@ -290,26 +290,12 @@ def read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def file_size(path: Path, error: type[FastGPT2Error]) -> int:
-    """Return a file's bytes; raise `error` if it is a folder, a device, or a pipe, which might never end."""
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise error(f"{path}: a folder, pipe or device; put the model's file in its place")
-    return status.st_size
-
-
 def read_json_object(path: Path, max_bytes: int, error: type[FastGPT2Error]) -> dict[str, Any]:
     """Read a JSON object from a file of at most `max_bytes`; raise `error`, naming the file, if it is anything else."""
+    data = read_file(path, max_bytes, error)
     try:
-        size = file_size(path, error)
-        if size > max_bytes:
-            raise error(f"{path}: {size} bytes; a file of this kind has at most {max_bytes}")
-        value = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise error(f"{path}: no such file") from None
-    except OSError as reason:
-        raise error(f"{path}: cannot be read ({reason.strerror or reason})") from None
-    except (ValueError, RecursionError) as reason:  # a ValueError also for a number of thousands of digits
+        value = parse_json(data)
+    except ValueError as reason:
         if is_pointer(path):
             raise error(explain_pointer(path)) from None
         raise error(f"{path}: not valid JSON ({reason})") from None
@@ -321,10 +307,8 @@ def read_json_object(path: Path, max_bytes: int, error: type[FastGPT2Error]) -> 
 def read_small_json(path: Path) -> Mapping[str, Any]:
     """Return the JSON object in a small file; {} if there is none."""
     try:
-        if not path.is_file() or path.stat().st_size > MAX_INDEX_BYTES:
-            return {}
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        value = parse_json(read_file(path, MAX_INDEX_BYTES, ConfigError))
+    except (ConfigError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -137,8 +137,9 @@ def refuse_stored_names(files: Mapping[str, Path]) -> None:
 
 def explain_folder(path: Path) -> str:
     """Return one sentence that says why there is no model at a path to load, and what to do."""
-    if path.is_file():
-        return f"{path}: is a file; name the folder that holds it, with {CONFIG_FILE} and a tokenizer"
+    if path.exists() and not path.is_dir():
+        kind = "file" if path.is_file() else "pipe or device"
+        return f"{path}: is a {kind}; name the folder that holds it, with {CONFIG_FILE} and a tokenizer"
     if not path.is_dir():
         return f"{path}: no such folder"
     names = _listdir(path)

@@ -129,12 +129,12 @@ def read_generation_config(folder: Path, config: GPT2Config, source: str = "auto
 def _find_fields(folder: Path, vocab_size: int, source: str, notes: list[str]) -> tuple[Path, dict[str, Any]]:
     """Return the file that counts, and its fields."""
     path, instead = folder / GENERATION_CONFIG_FILE, folder / CONFIG_FILE
-    if source == "auto" and path.is_file():
+    if source == "auto" and path.exists():
         try:
             return path, read_json_object(path, MAX_CONFIG_BYTES, ConfigError)
         except ConfigError as reason:  # where it is no JSON, transformers goes on like that too, and without a word
             notes.append(f"{reason}; {CONFIG_FILE} counts in its place")
-    if not instead.is_file():  # a checkpoint that holds its own configuration
+    if not instead.exists():  # a checkpoint that holds its own configuration
         end = GPT2_END_OF_TEXT_ID if vocab_size > GPT2_END_OF_TEXT_ID else None
         return instead, {"bos_token_id": end, "eos_token_id": end}
     fields = read_json_object(instead, MAX_CONFIG_BYTES, ConfigError)

@@ -33,6 +33,7 @@ from fastgpt2.engine.model.config import (
     read_index,
     read_small_json,
 )
+from fastgpt2.engine.model.files import read_file
 from fastgpt2.engine.model.generation_config import GENERATION_CONFIG_FILE
 from fastgpt2.errors import ConfigError, ModelError, ModelNotFound, TokenizerError
 
@@ -56,6 +57,8 @@ _GPT2_VOCABULARIES = range(50257, 50305)
 _NAME = r"\w(?:[\w.-]{0,94}\w)?"
 _REPO_ID = re.compile(rf"(?!.*(?:--|\.\.|\.git$))(?:{_NAME}/)?{_NAME}", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+# A reference in the cache is such a number.
+_MAX_REFERENCE_BYTES = 1024
 
 _TOKENIZER_FILES_IN_WORDS = ", or ".join(" and ".join(names) for names in TOKENIZER_SETS)
 
@@ -113,7 +116,7 @@ def find_model(model: str, revision: str | None = None, with_tokenizer: bool = T
     folder = _existing_folder(model)
     if folder is None:
         return _find_on_hub(model, revision, partial(_collect_model, with_tokenizer=with_tokenizer))
-    if not (folder / CONFIG_FILE).is_file() and not (folder / NANOGPT_FILE).is_file():
+    if not (folder / CONFIG_FILE).exists() and not (folder / NANOGPT_FILE).exists():
         raise _not_a_model(folder)
     _refuse_adapter(folder)
     if with_tokenizer and not _has_tokenizer(folder):
@@ -145,16 +148,16 @@ def _existing_folder(name: str) -> Path | None:
     """Return the folder of that path; None if nothing is there."""
     try:
         path = Path(name).expanduser()
-        is_file, is_folder = path.is_file(), path.is_dir()
+        is_there, is_folder = path.exists(), path.is_dir()
     except (OSError, RuntimeError) as reason:  # too long, no right to look, `~nobody`
         raise ModelNotFound(f"{name}: cannot be looked up ({reason})") from None
-    if is_file:
+    if is_there and not is_folder:
         raise _not_a_model(path)
     return path if is_folder else None
 
 
 def _has_tokenizer(folder: Path) -> bool:
-    return any(all((folder / name).is_file() for name in names) for names in TOKENIZER_SETS)
+    return any(all((folder / name).exists() for name in names) for names in TOKENIZER_SETS)
 
 
 def _not_a_model(path: Path) -> ModelNotFound:
@@ -174,12 +177,12 @@ def _refuse_adapter(folder: Path) -> None:
 
 def _look_up(folder: Path, name: str) -> Path | None:
     path = folder / name
-    return path if path.is_file() else None
+    return path if path.exists() else None
 
 
 def _tokenizer_needed(model: str, folder: Path) -> str:
     """Return the message for a model without a tokenizer; raise ConfigError if the folder holds no GPT-2."""
-    known = any((folder / name).is_file() for name in (CONFIG_FILE, NANOGPT_FILE))
+    known = any((folder / name).exists() for name in (CONFIG_FILE, NANOGPT_FILE))
     vocab_size = read_config(folder).vocab_size if known else None
     needed = f"{model}: holds no tokenizer, which is {_TOKENIZER_FILES_IN_WORDS}"
     if vocab_size is None or vocab_size in _GPT2_VOCABULARIES:
@@ -250,8 +253,8 @@ def _open_snapshot(repo_id: str, revision: str) -> _Snapshot | None:
     commit = revision
     if not _COMMIT.fullmatch(revision):
         try:
-            commit = (repo / "refs" / revision).read_text("utf-8").strip()
-        except (OSError, UnicodeDecodeError):
+            commit = read_file(repo / "refs" / revision, _MAX_REFERENCE_BYTES, ModelNotFound).decode().strip()
+        except (ModelNotFound, UnicodeDecodeError):
             return None
         if not _COMMIT.fullmatch(commit):
             return None

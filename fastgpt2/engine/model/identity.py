@@ -15,6 +15,8 @@ import struct
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastgpt2.engine.model.files import open_file
+
 # A block of this size is read from each of `BLOCK_SPACING` bytes, but at most `MAX_BLOCKS` blocks of all files.
 # 522 of them (gpt2 in float32) take 1.5 ms if the system has the file in memory.
 BLOCK_BYTES = 1 << 10
@@ -46,18 +48,17 @@ def weights_identity(files: Sequence[Path], facts: str) -> str:
     sizes = [file.stat().st_size for file in files]
     spacing = max(BLOCK_SPACING, sum(sizes) // MAX_BLOCKS) if sum(sizes) > WHOLE_BYTES else 0
     for file in files:
-        _add_file(digest, file.resolve(), spacing)
+        _add_file(digest, file, spacing)
     return digest.hexdigest()[:16]
 
 
 def _add_file(digest: hashlib._Hash, file: Path, spacing: int) -> None:
     """Add a file to a digest: one block of each `spacing` bytes, or the whole file if `spacing` is 0."""
-    # Without the last flag a pipe in place of the file would be waited for. Reading one is an error.
-    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    fd = open_file(file)
     try:
         status = os.fstat(fd)
         size = status.st_size
-        digest.update(f"\n{file} {size} {status.st_mtime_ns}\n".encode())
+        digest.update(f"\n{file.resolve()} {size} {status.st_mtime_ns}\n".encode())
         if not spacing:
             digest.update(os.pread(fd, size, 0))
             return

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+from fastgpt2.engine.model.files import open_file
 
 # How a pointer begins, and how long it is at most. Source: docs/spec.md of git-lfs.
 _BEGINNING = b"version https://git-lfs.github.com/spec/"
@@ -12,12 +15,15 @@ _MAX_BYTES = 1024
 def is_pointer(path: Path) -> bool:
     """Tell whether a file is a pointer of Git LFS in place of the file that it stands for."""
     try:
-        if not path.is_file() or path.stat().st_size > _MAX_BYTES:
-            return False
-        with path.open("rb") as file:
-            return file.read(len(_BEGINNING)) == _BEGINNING
+        fd = open_file(path)
     except OSError:
         return False
+    try:
+        return os.fstat(fd).st_size <= _MAX_BYTES and os.pread(fd, len(_BEGINNING), 0) == _BEGINNING
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
 
 
 def explain_pointer(path: Path) -> str:

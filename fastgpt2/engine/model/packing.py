@@ -14,6 +14,7 @@ process holds the same bytes in memory that only its helpers share.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -38,13 +39,15 @@ from fastgpt2.engine.model.checkpoint import (
     NUMPY_TYPES,
     Checkpoint,
     WeightFiles,
-    map_file,
+    map_open_file,
     read_metadata,
     weight_files,
 )
 from fastgpt2.engine.model.config import GPT2Config, custom_code
+from fastgpt2.engine.model.files import parse_json, path_of
 from fastgpt2.engine.model.identity import weights_identity
 from fastgpt2.engine.model.weights import HEAD, TABLE, expected_shapes, scales_name
+from fastgpt2.engine.trust import FILE_MODE, NotTrusted, check_folder, make_folder, open_trusted
 from fastgpt2.errors import CheckpointError, ModelError
 
 log = logging.getLogger("fastgpt2.engine")
@@ -133,22 +136,33 @@ def pack(folder: Path, config: GPT2Config, model: str, layout: Layout, must_keep
         path = pack_path(cache_folder(), source, layout)
         if must_keep or is_large(config) or source.weights.format != "safetensors" or path.exists():
             return pack_in_cache(path, source, layout, progress=sys.stderr.isatty())
+    except NotTrusted as reason:
+        if must_keep:
+            raise
+        log.warning("the packed weights are not kept: %s. Until then %s", reason, _describe_memory(config, layout))
     except OSError as reason:
         if must_keep:
             raise ModelError(f"the packed weights cannot be kept ({reason}); set FASTGPT2_CACHE to a folder") from None
         if is_large(config):
             log.warning(
-                "the packed weights cannot be kept (%s); this process makes panels of them in memory of its own, "
-                "%.0f MB, as every other will, and once more at every start. Set FASTGPT2_CACHE to a folder that can "
-                "be written",
+                "the packed weights cannot be kept (%s); %s. Set FASTGPT2_CACHE to a folder that can be written",
                 reason,
-                sum(form.nbytes for form in packed_forms(config, layout, not config.tie_word_embeddings).values())
-                / 1e6,
+                _describe_memory(config, layout),
             )
     try:
         return pack_in_memory(source, layout)
     except OSError as reason:
         raise ModelError(f"no memory to hold the weights of {model} ({reason})") from None
+
+
+def _describe_memory(config: GPT2Config, layout: Layout) -> str:
+    """Return what it means to do without the cache."""
+    forms = packed_forms(config, layout, not config.tie_word_embeddings)
+    megabytes = sum(form.nbytes for form in forms.values()) / 1e6
+    return (
+        f"this process makes panels of them in memory of its own, {megabytes:.0f} MB, as every other will, and "
+        "once more at every start"
+    )
 
 
 def pack_path(folder: Path, source: Source, layout: Layout) -> Path:
@@ -166,27 +180,30 @@ def pack_in_cache(path: Path, source: Source, layout: Layout, progress: bool = F
 
     Raises:
         CheckpointError: a tensor of the source is missing or misshapen, or the source is no GPT-2.
+        NotTrusted: others may write into the folder. A file that others may write is made anew.
         OSError: the file can neither be read nor written.
     """
-    packed = _open_if_sound(path, source, layout)
-    if packed is not None:
-        return packed
+    check_folder(path.parent)
+    with contextlib.suppress(FileNotFoundError, ModelError):
+        return _open_sound(path, source, layout)
     # What cannot be packed is told before a file is made for its lock.
     plan = PackPlan(source, layout)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with locked(path.with_suffix(".lock")):
         # Whoever held the lock before may have made it.
-        packed = _open_if_sound(path, source, layout)
-        if packed is None:
-            if path.exists():
-                log.warning("%s is damaged; packing anew", path)
-            started = perf_counter()
-            _write(path, plan, progress)
-            log.info("packed %s in %.1f s", path, perf_counter() - started)
-            packed = _open_if_sound(path, source, layout)
-    if packed is None:
-        raise OSError("the file written a moment ago cannot be read")
-    return packed
+        try:
+            return _open_sound(path, source, layout)
+        except FileNotFoundError:
+            pass
+        except ModelError as reason:
+            log.warning("%s; packing anew", reason)
+        started = perf_counter()
+        _write(path, plan, progress)
+        log.info("packed %s in %.1f s", path, perf_counter() - started)
+        try:
+            return _open_sound(path, source, layout)
+        except ModelError as reason:
+            raise OSError(f"the file written a moment ago cannot be read: {reason}") from None
 
 
 def pack_in_memory(source: Source, layout: Layout) -> PackedFile:
@@ -204,8 +221,8 @@ def pack_in_memory(source: Source, layout: Layout) -> PackedFile:
 
 def open_packed(fd: int, path: Path | None = None, notes: tuple[str, ...] = ()) -> PackedFile:
     """Map a packed file by its descriptor, which is the result's from now on; raise CheckpointError if damaged."""
-    source = path or Path(f"/proc/self/fd/{fd}" if sys.platform == "linux" else f"/dev/fd/{fd}")
-    tensors, mapped = map_file(source)
+    source = path or path_of(fd)
+    tensors, mapped = map_open_file(fd, source)
     return PackedFile(Checkpoint(tensors, {source: mapped}), path, fd, notes)
 
 
@@ -362,29 +379,33 @@ class PackPlan:
         return struct.pack("<Q", len(text)) + text
 
 
-def _open_if_sound(path: Path, source: Source, layout: Layout) -> PackedFile | None:
-    """Return the packed file, if it is there, whole, and as one of this source is planned."""
+def _open_sound(path: Path, source: Source, layout: Layout) -> PackedFile:
+    """Return the packed file, if it is there, whole, and as one of this source is planned.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        NotTrusted: others could have written it.
+        CheckpointError: it is damaged.
+    """
+    damaged = CheckpointError(f"{path} is damaged")
+    fd = open_trusted(path)
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-    try:
-        metadata = read_metadata(path)
+        metadata = read_metadata(fd, path)
         packed = open_packed(fd, path, _read_notes(metadata))
     except CheckpointError:
         os.close(fd)
-        return None
+        raise damaged from None
     tensors = {name: TensorForm(info.dtype, info.shape) for name, info in packed.tensors.tensors.items()}
     as_planned = tensors == packed_forms(source.config, layout, HEAD in tensors)
-    if not as_planned or metadata.get("source_identity") != source.identity:
-        return None
-    return packed if _is_unharmed(path, fd, metadata) else None
+    if not as_planned or metadata.get("source_identity") != source.identity or not _is_unharmed(path, fd, metadata):
+        raise damaged
+    return packed
 
 
 def _read_notes(metadata: dict[str, str]) -> tuple[str, ...]:
     try:
-        notes = json.loads(metadata.get("notes", "[]"))
-    except (ValueError, RecursionError):
+        notes = parse_json(metadata.get("notes", "[]"))
+    except ValueError:
         return ()
     return tuple(str(note) for note in notes) if isinstance(notes, list) else ()
 
@@ -427,7 +448,9 @@ def _write(path: Path, plan: PackPlan, progress: bool) -> None:
             leave=False,
             disable=not progress,
         )
-        with temporary.open("wb") as file, bar:
+        temporary.unlink(missing_ok=True)
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
+        with os.fdopen(fd, "wb") as file, bar:
             plan.write(file, sealed, bar.update)
             file.flush()
             os.utime(file.fileno(), ns=(sealed, sealed))

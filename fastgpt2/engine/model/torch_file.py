@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastgpt2.engine.model.config import file_size
+from fastgpt2.engine.model.files import map_file, why_not_read
 from fastgpt2.engine.model.lfs_pointer import explain_pointer, is_pointer
 from fastgpt2.engine.model.torch_names import TENSORS_OF_OTHER_KINDS, Inert, UnknownName
 from fastgpt2.engine.model.torch_pickle import MAX_PICKLE_BYTES, BadPickle, Storage, Tensor, TorchPickle
@@ -178,14 +178,11 @@ class TorchFile:
 def _map(path: Path) -> mmap.mmap:
     """Map a file read-only; raise CheckpointError if that is not possible."""
     try:
-        if file_size(path, CheckpointError) == 0:
-            raise CheckpointError(f"{path}: empty; fetch it again")
-        with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
+        return map_file(path)
     except OSError as reason:
-        raise CheckpointError(f"{path}: cannot be read ({reason.strerror or reason})") from None
+        raise CheckpointError(why_not_read(path, reason)) from None
+    except ValueError:
+        raise CheckpointError(f"{path}: empty; fetch it again") from None
 
 
 def _read_zip(mapped: mmap.mmap) -> tuple[Any, dict[str, int]]:

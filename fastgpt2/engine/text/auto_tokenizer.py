@@ -20,7 +20,7 @@ from fastgpt2.engine.model.config import (
     TOKENIZER_SETS,
     read_json_object,
 )
-from fastgpt2.engine.text.decoders import is_library_failure
+from fastgpt2.engine.text.decoders import is_library_failure, said
 from fastgpt2.engine.text.special_tokens import (
     Options,
     SpecialTokens,
@@ -31,7 +31,7 @@ from fastgpt2.engine.text.special_tokens import (
 )
 from fastgpt2.engine.text.tokenizer_base import TokenizerClass, Vocabulary, frame
 from fastgpt2.engine.text.tokenizer_classes import CODE_CLASSES, NEEDS, OTHER_PIPELINES, USUAL_CLASSES, find_class
-from fastgpt2.engine.text.tokenizer_json import MAX_TOKENIZER_BYTES, TokenizerJson, read_bytes
+from fastgpt2.engine.text.tokenizer_json import TokenizerJson, check_size, read_bytes
 from fastgpt2.errors import TokenizerError
 
 if TYPE_CHECKING:
@@ -91,8 +91,7 @@ def load_tokenizer(folder: Path) -> LoadedTokenizer:
     except BaseException as reason:
         if not is_library_failure(reason):
             raise
-        said = " ".join(str(reason).split())[:200] or type(reason).__name__
-        raise TokenizerError(f"{loader.path}: not a tokenizer that can be read ({said})") from None
+        raise TokenizerError(f"{loader.path}: not a tokenizer that can be read ({said(reason)})") from None
 
 
 class _Loader:
@@ -140,9 +139,12 @@ class _Loader:
         )
 
     def _file(self, name: str) -> Path | None:
-        """Return the path of a file of the folder, or None if it is not there; note it as the file at hand."""
+        """Return the path of a file of the folder, or None if it is not there; note it as the file at hand.
+
+        A pipe or a device in its place is there: to read it is an error.
+        """
         path = self.folder / name
-        if not path.is_file():
+        if not path.exists():
             return None
         self.path = path
         return path
@@ -219,8 +221,7 @@ class _Loader:
         if found[0].suffix == ".model":
             return _vocabulary_of_pieces(kind, found[0])
         for path in found:
-            if path.stat().st_size > MAX_TOKENIZER_BYTES:
-                raise TokenizerError(f"{path}: more than {MAX_TOKENIZER_BYTES} bytes; no tokenizer is as large")
+            check_size(path)
         return Vocabulary(str(found[0]), str(found[-1]))
 
     def _pieces_file(self, kind: TokenizerClass | None) -> Path | None:

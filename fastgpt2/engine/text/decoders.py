@@ -12,7 +12,6 @@ that `copy.copy` of a stage is a stage of its own; only what the library has ans
 from __future__ import annotations
 
 import codecs
-import copy
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -303,6 +302,11 @@ def is_library_failure(reason: BaseException) -> bool:
     return isinstance(reason, Exception) or type(reason).__name__ == "PanicException"
 
 
+def said(reason: BaseException) -> str:
+    """Return what the library says of a failure, in a line of bounded length."""
+    return " ".join(str(reason).split())[:200] or type(reason).__name__
+
+
 def run_decoder(decoder: Any, tokens: Sequence[str]) -> str:
     """Run the library's decoder; raise TokenizerError if it fails."""
     try:
@@ -310,7 +314,7 @@ def run_decoder(decoder: Any, tokens: Sequence[str]) -> str:
     except BaseException as reason:
         if not is_library_failure(reason):
             raise
-        raise TokenizerError(f"the tokenizer's decoder cannot make a text of its tokens ({reason})") from None
+        raise TokenizerError(f"the tokenizer's decoder cannot make a text of its tokens ({said(reason)})") from None
 
 
 def text_of(decoder: Any, tokens: Sequence[str]) -> str:
@@ -360,7 +364,7 @@ def stages_of(decoder: Any, bytes_alone: bool = False) -> list[Stage]:
             continue
         made: list[Stage] = []
         if takes == "tokens":
-            made = _stages_of_tokens(part, decoder)
+            made = _stages_of_tokens(part)
         elif takes == "text":
             made = _stages_of_text(part)
         if not made:
@@ -372,7 +376,7 @@ def stages_of(decoder: Any, bytes_alone: bool = False) -> list[Stage]:
     return stages
 
 
-def _stages_of_tokens(part: dict[str, Any], decoder: Any) -> list[Stage]:
+def _stages_of_tokens(part: dict[str, Any]) -> list[Stage]:
     """Return the stages of a step that takes tokens; [] if there are none for it."""
     match part:
         case {"type": "ByteLevel"}:
@@ -382,10 +386,10 @@ def _stages_of_tokens(part: dict[str, Any], decoder: Any) -> list[Stage]:
         case {"type": "BPEDecoder", "suffix": str(suffix)}:
             return [WordEnds(suffix)]
         case {"type": "CTC"}:
-            return [UnlikeTheLast(), EachToken(_decoder_of(part, decoder))]
+            return [UnlikeTheLast(), EachToken(_decoder_of(part))]
         # What this step takes off the end of a token, the library may fail to find there.
         case {"type": "Strip", "stop": 0} | {"type": "WordPiece" | "Metaspace" | "Replace"}:
-            return [EachToken(_decoder_of(part, decoder))]
+            return [EachToken(_decoder_of(part))]
     return []
 
 
@@ -414,9 +418,11 @@ def _parts(decoder: Any) -> list[dict[str, Any]]:
     return found
 
 
-def _decoder_of(part: dict[str, Any], decoder: Any) -> Any:
-    """Return the library's decoder for one step of another one."""
-    step = copy.copy(decoder)
+def _decoder_of(part: dict[str, Any]) -> Any:
+    """Return the library's decoder for one step."""
+    from tokenizers import decoders
+
+    step: Any = decoders.Sequence([])
     step.__setstate__(json.dumps(part).encode())
     return step
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from fastgpt2.engine.text.bounds import check_added
 from fastgpt2.errors import TokenizerError
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ class Options:
         """Note that a token has an id."""
         number = int(index) if isinstance(index, (int, str)) and str(index).isdecimal() else -1
         if not 0 <= number <= MAX_TOKEN_ID:
-            raise TokenizerError(f"the added token {token.content[:40]!r} has the id {str(index)[:40]}")
+            given = str(index)[:40].encode("ascii", "backslashreplace").decode()
+            raise TokenizerError(f"the added token {token.content[:40]!r} has the id {given}")
         self.declared[number] = token
         self.by_content[token.content] = token
 
@@ -218,6 +220,7 @@ def add_tokens(backend: tokenizers.Tokenizer, options: Options, special: Special
             token.special = True
         added.append(as_raw(token) if raw else token)
     if added:
+        check_added(backend.normalizer, [token.content for token in added if token.normalized])
         backend.add_tokens(added)
 
 

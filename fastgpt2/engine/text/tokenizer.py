@@ -11,9 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from fastgpt2.engine.text import decoders
 from fastgpt2.engine.text.auto_tokenizer import load_tokenizer
+from fastgpt2.engine.text.bounds import (
+    MAX_TOKEN_CHARACTERS,
+    Normalization,
+    check_decoder,
+    check_frame,
+    split_growth,
+)
 from fastgpt2.engine.text.detokenizer import ByteDetokenizer, Detokenizer, StagedDetokenizer, copies, rest, run
+from fastgpt2.engine.text.regex_trial import RegexTrial, check_decoder_regex
 from fastgpt2.engine.text.tokenizer_base import END_OF_TEXT
-from fastgpt2.errors import BadRequest
+from fastgpt2.errors import BadRequest, TokenizerError
 
 if TYPE_CHECKING:
     from fastgpt2.engine.text.auto_tokenizer import LoadedTokenizer
@@ -46,6 +54,9 @@ class Tokenizer:
         backend.no_padding()
         _keep_spaces_in_offsets(backend)
         self._backend, self.notes = backend, loaded.notes
+        self._normalization = Normalization(backend.normalizer)
+        self._split_growth = split_growth(backend.pre_tokenizer)
+        self._trial = RegexTrial.if_needed(backend)
         bos = loaded.bos_token_id
         self.bos_token_id: int | None = bos if bos is not None else backend.token_to_id(END_OF_TEXT)
         added = backend.get_added_tokens_decoder()
@@ -71,7 +82,21 @@ class Tokenizer:
         Raises:
             TokenizerError: there is none, or what is there cannot be read.
         """
-        return cls(load_tokenizer(folder))
+        loaded = load_tokenizer(folder)
+        remedy = "correct its files, or give a tokenizer by --tokenizer ID|PATH"
+        try:
+            tokenizer = cls(loaded)
+            tokenizer.try_out()
+        except (TokenizerError, BadRequest) as reason:
+            what = str(reason).partition(": shorten it")[0]
+            raise TokenizerError(f"{folder}: {what}; {remedy}") from None
+        except BaseException as reason:
+            if not decoders.is_library_failure(reason):
+                raise
+            raise TokenizerError(
+                f"{folder}: not a tokenizer that can be used ({decoders.said(reason)}); {remedy}"
+            ) from None
+        return tokenizer
 
     @property
     def vocab_size(self) -> int:
@@ -163,9 +188,11 @@ class Tokenizer:
         return offsets
 
     def token(self, token_id: int) -> str | None:
-        """Return a token as the vocabulary has it; None for a special token or an id without a token."""
+        """Return a token as the vocabulary has it; None for one without a text: a special, a huge or no token."""
         token = self._name(token_id)
-        return None if token in self._special_names else token
+        if token is None or token in self._special_names or len(token) > MAX_TOKEN_CHARACTERS:
+            return None
+        return token
 
     def is_special(self, token_id: int) -> bool:
         """Tell whether a token is a special one, which is no part of a text."""
@@ -211,15 +238,38 @@ class Tokenizer:
         name: str | None = self._added.get(token_id) or self._backend.id_to_token(token_id)
         return name
 
+    def try_out(self) -> None:
+        """Encode and decode short texts, so that what fails for every text is known when the tokenizer is loaded.
+
+        Raises:
+            TokenizerError: one of its steps may take a text beyond every bound.
+            BaseException: a panic of the library's.
+        """
+        check_frame(self._backend.post_processor)
+        check_decoder(self._backend.decoder)
+        check_decoder_regex(self._backend.decoder)
+        for text in ("", " A b"):
+            self._normalization.check(text, "the shortest text", self._split_growth)
+            try:
+                self._backend.encode(text)
+            except Exception:  # it may have no token for these characters
+                continue
+
     def _encode(self, text: str, whole: bool = True) -> Any:
+        what = f"this {'prompt' if whole else 'text'}"
         try:
+            self._normalization.check(text, what, self._split_growth)
+            if self._trial is not None:
+                self._trial.run(text, what)
             return self._backend.encode(text, add_special_tokens=whole)
+        except BadRequest:
+            raise
         except BaseException as reason:
             if not decoders.is_library_failure(reason):
                 raise
-            what = "prompt" if whole else "text"
             raise BadRequest(
-                f"the tokenizer cannot encode this {what} ({reason}): leave out characters that it does not know"
+                f"the tokenizer cannot encode {what} ({decoders.said(reason)}): leave out characters that it does "
+                "not know, or give token ids"
             ) from None
 
     def _look_up(self, token_id: int) -> bytes:

@@ -7,12 +7,15 @@ file that the library has written. So that beginning is parsed alone; a file in 
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastgpt2.engine.model.files import open_file, parse_json, read_file, why_not_read
 from fastgpt2.engine.model.lfs_pointer import explain_pointer, is_pointer
 from fastgpt2.errors import TokenizerError
+from fastgpt2.fields import why_no_json
 
 if TYPE_CHECKING:
     import tokenizers
@@ -37,12 +40,19 @@ def read_text(path: Path) -> str:
 
 def read_bytes(path: Path) -> bytes:
     """Read a tokenizer's file of at most `MAX_TOKENIZER_BYTES`; raise TokenizerError if that cannot be done."""
+    return read_file(path, MAX_TOKENIZER_BYTES, TokenizerError)
+
+
+def check_size(path: Path) -> None:
+    """Raise TokenizerError unless a file that the library is to open is a regular one of at most as many bytes."""
     try:
-        if path.stat().st_size > MAX_TOKENIZER_BYTES:
-            raise TokenizerError(f"{path}: more than {MAX_TOKENIZER_BYTES} bytes; no tokenizer is as large")
-        return path.read_bytes()
+        fd = open_file(path)
     except OSError as reason:
-        raise TokenizerError(f"{path}: cannot be read ({reason.strerror or reason})") from None
+        raise TokenizerError(why_not_read(path, reason)) from None
+    size = os.fstat(fd).st_size
+    os.close(fd)
+    if size > MAX_TOKENIZER_BYTES:
+        raise TokenizerError(f"{path}: {size} bytes; a file of this kind has at most {MAX_TOKENIZER_BYTES}")
 
 
 def _decode(path: Path, data: bytes) -> str:
@@ -77,6 +87,7 @@ class TokenizerJson:
             raise TokenizerError(explain_pointer(path))
         self._head = _parse_head(path, self.text)
         self.charsmap = self._find_charsmap()
+        self._check_added()
         self.backend: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(self.text)
 
     @property
@@ -87,6 +98,15 @@ class TokenizerJson:
             raise TokenizerError(f"{self.path}: added_tokens is not a list of objects")
         return tokens
 
+    def _check_added(self) -> None:
+        """Check what the normalizer would make of the added tokens, as soon as the library reads them."""
+        normalizer = self._head.get("normalizer")
+        contents = [token.get("content") for token in self.added_tokens if token.get("normalized") is not False]
+        if isinstance(normalizer, dict) and contents:
+            from fastgpt2.engine.text.bounds import check_added
+
+            check_added(normalizer, [content for content in contents if isinstance(content, str)])
+
     @property
     def mentions_bytes(self) -> bool:
         """Tell whether a part of the pipeline works on bytes, as GPT-2's does."""
@@ -94,7 +114,7 @@ class TokenizerJson:
 
     def model(self) -> dict[str, Any]:
         """Parse the whole file, and return the field `model`, which has the vocabulary."""
-        model = json.loads(self.text).get("model")
+        model = parse_json(self.text).get("model")
         if not isinstance(model, dict):
             raise TokenizerError(f"{self.path}: model is not an object")
         return model
@@ -136,9 +156,11 @@ def _parse_head(path: Path, text: str) -> dict[str, Any]:
                 if comma is None:
                     break
                 position = comma.end()
-        whole = json.loads(text)
+        whole = parse_json(text)
     except (ValueError, RecursionError) as reason:
-        raise TokenizerError(f"{path}: not a tokenizer that can be read: no valid JSON ({reason})") from None
+        raise TokenizerError(
+            f"{path}: not a tokenizer that can be read: no valid JSON ({why_no_json(reason)})"
+        ) from None
     if not isinstance(whole, dict):
         raise TokenizerError(f"{path}: not a tokenizer that can be read: no JSON object")
     return whole

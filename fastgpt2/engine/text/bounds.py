@@ -1,0 +1,229 @@
+"""What a tokenizer's own steps may make of a text, known before they make it.
+
+A tokenizer.json may have any steps: one that replaces each character by a megabyte, or fourteen that make four of each.
+The library runs them all at once and takes the memory that they need; without it, it ends the process. So a bound is
+computed first, of the numbers that the steps have. Where a bound is too large for a text, the steps of the normalizer
+are run one by one, and none that goes beyond it. What no step can be run for is refused when the tokenizer is loaded.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Any
+
+from fastgpt2.errors import BadRequest, TokenizerError
+
+# A text may grow by this factor. Arabic ligatures and the like grow eleven times, where all of a text is of them.
+GROWTH = 16
+# A short text may become this long in any case, and none longer than the other number.
+FREE_BYTES = 64 << 10
+MAX_BYTES = 4 << 20
+
+# Tokens around a text, and copies of it: a tokenizer has two or three of the former, and one of the latter.
+MAX_FRAME_TOKENS = 1024
+MAX_COPIES = 4
+# By how much the pre-tokenizer and the decoder may lengthen a text at most. One step makes three bytes of one, or adds
+# a space, and no tokenizer has more than two such steps.
+MAX_SPLIT_GROWTH = 64
+MAX_DECODED_GROWTH = 64
+# A longer token stands for no text; a decoder, or a regular expression in it, would go through it again and again.
+MAX_TOKEN_CHARACTERS = 16 << 10
+
+# How many bytes of UTF-8 a byte may become. Source: the FAQ on normalization of unicode.org, and BERT's normalizer.
+_FACTORS = {
+    "NFC": 3.0,
+    "NFD": 3.0,
+    "NFKC": 11.0,
+    "NFKD": 11.0,
+    "Lowercase": 2.0,
+    "ByteLevel": 2.0,
+    "BertNormalizer": 8.0,
+    "Strip": 1.0,
+    "StripAccents": 1.0,
+    "Nmt": 1.0,
+}
+
+
+def steps_of(part: Any, within: str) -> list[dict[str, Any]]:
+    """Return the steps of a part of a pipeline, as its JSON describes it, in their order.
+
+    Args:
+        part: an object of the library, or its JSON, or None.
+        within: the name of the field in which a sequence has its steps.
+
+    Raises:
+        TokenizerError: a step is none.
+    """
+    if part is not None and not isinstance(part, dict):
+        part = json.loads(part.__getstate__())
+    found: list[dict[str, Any]] = []
+    waiting = [part] if part is not None else []
+    while waiting:
+        step = waiting.pop(0)
+        if not isinstance(step, dict):
+            raise TokenizerError(f"a step of its {within} is no object")
+        inner = step.get(within)
+        if step.get("type") == "Sequence" and isinstance(inner, list):
+            waiting[:0] = inner
+        else:
+            found.append(step)
+    return found
+
+
+class Normalization:
+    """The steps of a normalizer, and what they may make of a text.
+
+    Args:
+        normalizer: the library's, or its JSON, or None.
+    """
+
+    def __init__(self, normalizer: Any) -> None:
+        self._steps = steps_of(normalizer, "normalizers")
+
+    @cached_property
+    def _static(self) -> tuple[float, float]:
+        """Return the factor and the bytes more, within which every text stays."""
+        factor, more = 1.0, 0.0
+        for step in self._steps:
+            by, plus = _growth(step)
+            factor, more = factor * by, more * by + plus
+        return factor, more
+
+    @cached_property
+    def _made(self) -> list[Any]:
+        """Return the library's normalizer for each step."""
+        from tokenizers import normalizers
+
+        made = []
+        for step in self._steps:
+            one: Any = normalizers.Sequence([])
+            one.__setstate__(json.dumps(step).encode())
+            made.append(one)
+        return made
+
+    def check(self, text: str, what: str, split_growth: float = 1.0) -> None:
+        """Raise BadRequest if the normalizer makes too much of a text, which the message calls `what`.
+
+        Args:
+            split_growth: the factor by which the next step of the pipeline may lengthen the text.
+        """
+        if not self._steps:
+            return
+        size = len(text.encode("utf-8", "surrogatepass"))
+        limit = min(max(FREE_BYTES, GROWTH * size), MAX_BYTES)
+        factor, more = self._static
+        if (factor * size + more) * split_growth <= limit:
+            return
+        for step, made in zip(self._steps, self._made, strict=True):
+            # One step may go beyond the limit by its bound, as most texts do not grow as much.
+            if _most_bytes(step, text, size) > GROWTH * limit:
+                raise _too_long(what, limit)
+            text = made.normalize_str(text)
+            size = len(text.encode())
+            if size > limit:
+                raise _too_long(what, limit)
+        if size * split_growth > GROWTH * limit:
+            raise _too_long(what, limit)
+
+
+def _too_long(what: str, limit: int) -> BadRequest:
+    return BadRequest(
+        f"the tokenizer's normalizer would make more than {limit} bytes of {what}: shorten it, or give token ids"
+    )
+
+
+def _growth(step: dict[str, Any]) -> tuple[float, float]:
+    """Return the factor and the bytes more, within which a step of a normalizer stays."""
+    match step:
+        case {"type": "Prepend", "prepend": str(text)}:
+            size = len(text.encode())  # before each part of a text between two added tokens
+            return 1.0 + size, size
+        case {"type": "Replace", "pattern": {"String": str(pattern)}, "content": str(content)} if pattern:
+            return max(1.0, len(content.encode()) / len(pattern.encode())), 0.0
+        case {"type": "Replace", "content": str(content)}:
+            size = len(content.encode())
+            return 1.0 + size, size
+        case {"type": "Precompiled", "precompiled_charsmap": str(charsmap)}:
+            return _longest_replacement(charsmap), 0.0
+    return _FACTORS.get(str(step.get("type")), float(GROWTH)), 0.0
+
+
+def _most_bytes(step: dict[str, Any], text: str, size: int) -> float:
+    """Return how many bytes a step may make of one text of `size` bytes."""
+    match step:
+        case {"type": "Prepend", "prepend": str(prepended)}:
+            return size + len(prepended.encode())
+        case {"type": "Replace", "pattern": {"String": str(pattern)}, "content": str(content)} if pattern:
+            return size + text.count(pattern) * (len(content.encode()) - len(pattern.encode()))
+    factor, more = _growth(step)
+    return factor * size + more
+
+
+def _longest_replacement(charsmap: str) -> float:
+    """Return the bytes of the longest text in a table of sentencepiece's, which a single byte may become."""
+    data = base64.b64decode(charsmap)
+    trie = int.from_bytes(data[:4], "little")
+    return float(max(map(len, data[4 + trie :].split(b"\0")), default=1) or 1)
+
+
+def split_growth(pre_tokenizer: Any) -> float:
+    """Return the factor by which a pre-tokenizer may lengthen a text; raise TokenizerError if that is too much."""
+    factor = 1.0
+    for step in steps_of(pre_tokenizer, "pretokenizers"):
+        match step:
+            case {"type": "ByteLevel", "add_prefix_space": bool(adds)}:
+                factor *= 4.0 if adds else 2.0
+            case {"type": "Metaspace", "prepend_scheme": str(scheme)}:
+                factor *= 4.0 if scheme == "never" else 6.0
+    if factor > MAX_SPLIT_GROWTH:
+        raise TokenizerError(
+            f"its pre_tokenizer may make a text {factor:.0f} times as long; the limit is {MAX_SPLIT_GROWTH}"
+        )
+    return factor
+
+
+def check_frame(post_processor: Any) -> None:
+    """Raise TokenizerError if a post-processor puts very many tokens around a text, or copies of it."""
+    tokens, copies = 0, 1
+    for step in steps_of(post_processor, "processors"):
+        if step.get("type") != "TemplateProcessing":
+            continue
+        ids = {name: len(token["ids"]) for name, token in step["special_tokens"].items()}
+        pieces = [piece for piece in step["single"] if "SpecialToken" in piece]
+        tokens += sum(ids.get(piece["SpecialToken"]["id"], 0) for piece in pieces)
+        copies *= len(step["single"]) - len(pieces)
+    if tokens > MAX_FRAME_TOKENS:
+        raise TokenizerError(f"its post_processor puts {tokens} tokens around a text; the limit is {MAX_FRAME_TOKENS}")
+    if copies > MAX_COPIES:
+        raise TokenizerError(f"its post_processor makes {copies} copies of a text; the limit is {MAX_COPIES}")
+
+
+def check_decoder(decoder: Any) -> None:
+    """Raise TokenizerError if a decoder may make very long texts of short tokens."""
+    factor = 1.0
+    for step in steps_of(decoder, "decoders"):
+        if step.get("type") == "Replace":
+            by, more = _growth(step)
+            factor *= by + more
+    if factor > MAX_DECODED_GROWTH:
+        raise TokenizerError(
+            f"its decoder may make a text {_in_words(factor)} times as long; the limit is {MAX_DECODED_GROWTH}"
+        )
+
+
+def check_added(normalizer: Any, contents: Iterable[str]) -> None:
+    """Raise TokenizerError if the normalizer makes too much of an added token, which the library has it do at once."""
+    normalization = Normalization(normalizer)
+    for content in contents:
+        try:
+            normalization.check(content, f"added token {content[:40]!r}")
+        except BadRequest as reason:
+            raise TokenizerError(str(reason).partition(": shorten")[0]) from None
+
+
+def _in_words(factor: float) -> str:
+    return f"{factor:.0f}" if factor < 1e6 else "millions of" if math.isfinite(factor) else "any number of"

@@ -1,0 +1,124 @@
+"""Whom the cache is trusted to: its folder and its files count only if nobody else could have written them.
+
+Whoever could write a packed file could give every model's text another turn. So, as ssh does with keys, owner and mode
+are looked at. A file or a folder may belong to this process's user or to root, and nobody else may have the right to
+write there: not everybody, nor a group with other members. The folders above must keep others from putting another
+folder in its place; a sticky one does, as /tmp is. They are looked at up to the root of the volume, whose mode is
+whatever made the volume's: Kubernetes makes many that everybody may write, and a folder that somebody else puts there
+belongs to somebody else.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import stat
+from itertools import pairwise
+from pathlib import Path
+
+from fastgpt2.errors import ModelError
+
+_OTHERS, _GROUP = stat.S_IWOTH, stat.S_IWGRP
+_OPEN = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
+
+# Where nobody else can write anyway, as with `umask 0`.
+FOLDER_MODE, FILE_MODE = 0o755, 0o644
+
+
+class NotTrusted(ModelError):
+    """Raised if somebody else could have written a file or a folder of the cache."""
+
+
+def check_folder(folder: Path) -> None:
+    """Raise NotTrusted if somebody else may write into a folder of the cache, or put another in its place.
+
+    A folder that does not exist is trusted if it can be made in one that is.
+    """
+    own = (0, os.geteuid())
+    folder = folder.resolve()
+    if folder.exists():
+        _check(folder, folder.stat(), own)
+    # Whoever owns the root folder owns the machine; in a user namespace that is not always root.
+    root = Path("/")
+    owners = (*own, root.stat().st_uid)
+    for below, place in pairwise((folder, *folder.parents)):
+        if below.is_mount():
+            return
+        if place.exists() and (place == root or not place.is_mount()):
+            status = place.stat()
+            if not status.st_mode & stat.S_ISVTX or status.st_uid not in owners:
+                _check(place, status, owners)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder of the cache, and those above that are missing, so that nobody else may write there."""
+    for place in (*reversed(folder.parents), folder):
+        if not place.is_dir():
+            place.mkdir(FOLDER_MODE, exist_ok=True)
+
+
+def open_trusted(path: Path) -> int:
+    """Return the descriptor of a file of the cache, for reading.
+
+    Raises:
+        NotTrusted: somebody else could have written it, or it is no file.
+        OSError: it cannot be opened.
+    """
+    if not stat.S_ISREG(os.lstat(path).st_mode):
+        raise NotTrusted(f"{path}: not trusted, since it is no file: rm -r {shlex.quote(str(path))}")
+    fd = os.open(path, _OPEN)
+    try:
+        _check(path, os.fstat(fd), (0, os.geteuid()))
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _check(path: Path, status: os.stat_result, owners: tuple[int, ...]) -> None:
+    """Raise NotTrusted, with the command that mends it, if somebody else owns something or may write it."""
+    name, mode = shlex.quote(str(path)), stat.S_IMODE(status.st_mode)
+    elsewhere = ", or set FASTGPT2_CACHE to a folder of your own"
+    if status.st_uid not in owners:
+        raise NotTrusted(
+            f"{path}: not trusted, since it belongs to the user {_user_name(status.st_uid)}, and this process is the "
+            f"user {_user_name(os.geteuid())}: chown {os.geteuid()} {name}{elsewhere}"
+        )
+    if mode & _OTHERS:
+        raise NotTrusted(
+            f"{path}: not trusted, since everybody may write it (mode {mode:04o}): chmod go-w {name}{elsewhere}"
+        )
+    if mode & _GROUP and (member := _other_member(status.st_gid)):
+        raise NotTrusted(
+            f"{path}: not trusted, since the group {status.st_gid} may write it (mode {mode:04o}), and the user "
+            f"{member} is in that: chmod g-w {name}{elsewhere}"
+        )
+
+
+def _other_member(group: int) -> str:
+    """Return a member of a group who is neither this process's user nor root; "" if there is none.
+
+    Most systems give each user a group of its own. In containers, a volume often belongs to a group that only the
+    container's one user has.
+    """
+    import grp
+    import pwd
+
+    own = {0, os.geteuid()}
+    try:
+        listed = set(grp.getgrgid(group).gr_mem)
+    except KeyError:
+        listed = set()
+    for user in pwd.getpwall():
+        if (user.pw_gid == group or user.pw_name in listed) and user.pw_uid not in own:
+            return user.pw_name
+    return ""
+
+
+def _user_name(user: int) -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(user).pw_name
+    except KeyError:
+        return str(user)
