@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -112,8 +113,9 @@ class SentinelSystem:
         sentinel_password: str = "",
         proxied: bool = False,
     ) -> None:
-        ports = _free_ports(1 + replicas + sentinels)
-        told = _free_ports(1 + replicas) if proxied else [None] * (1 + replicas)
+        redises = 1 + replicas
+        ports = _free_ports(redises + sentinels + (redises if proxied else 0))
+        told = ports[redises + sentinels :] if proxied else [None] * redises
         first = told[0] or ports[0]
         quick = ['save ""', "repl-diskless-sync-delay 0", "repl-timeout 5", *options]
         quick += [f"requirepass {password}", f"masterauth {password}"] if password else []
@@ -136,7 +138,7 @@ class SentinelSystem:
         ]
         self.sentinels = [
             Node(folder / f"sentinel-{n}", port, watch, sentinel_password, sentinel=True)
-            for n, port in enumerate(ports[1 + replicas :])
+            for n, port in enumerate(ports[redises : redises + sentinels])
         ]
 
     @property
@@ -245,11 +247,11 @@ class SentinelSystem:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Return ports that are free now, each another."""
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind((HOST, 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
+    """Return ports that are free now, each another: below those that the system gives to whoever asks for any."""
+    ports: list[int] = []
+    while len(ports) < count:
+        port = random.randrange(10_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind((HOST, port))
+            ports += [port] if port not in ports else []
     return ports
