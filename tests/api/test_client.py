@@ -533,6 +533,17 @@ def test_passwords_are_not_shown(url: str, shown: str) -> None:
     assert without_password(url) == shown
 
 
+def test_a_set_of_queues_that_is_none_keeps_no_job_out(client: Client, redis: Redis) -> None:
+    before = redis.smembers("rq:queues")
+    try:
+        redis.set("rq:queues", "x")
+        assert client.enqueue("a").status() == "queued"
+    finally:
+        redis.delete("rq:queues")
+        if before:
+            redis.sadd("rq:queues", *before)
+
+
 @pytest.mark.parametrize(
     "url",
     ["localhost:6379", "redis://:s3cr/et@h:1/0", "redis://u:s3cr[et]@h:1/0", "redis://h:1/0?s3cret=1", "http://h"],

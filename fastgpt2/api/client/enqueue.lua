@@ -41,7 +41,8 @@ if ARGV[4] ~= "" then
     redis.call("HSET", KEYS[#KEYS], "job", ARGV[1], "asked", ARGV[4])
     redis.call("EXPIRE", KEYS[#KEYS], ARGV[5])
 end
-redis.call("SADD", KEYS[3], KEYS[2])
+-- Only RQ's dashboards read this set: where another program has made it something else, jobs are enqueued all the same.
+redis.pcall("SADD", KEYS[3], KEYS[2])
 redis.call("HSET", KEYS[1], unpack(ARGV, 6))
 redis.call("RPUSH", KEYS[2], ARGV[1])
 return 0
