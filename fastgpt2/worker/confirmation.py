@@ -21,20 +21,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from redis.exceptions import NoPermissionError, RedisError
+from redis.exceptions import RedisError
 
-from fastgpt2.errors import RedisUnfit
 from fastgpt2.process import stop_signals_held
 from fastgpt2.protocol import keys
 from fastgpt2.protocol.connection import address_of
+from fastgpt2.protocol.durability import DISK, MEMORY, REPLICA, confirming, count_confirmed, why_unfit
 from fastgpt2.protocol.untrusted import is_of_entry
 from fastgpt2.worker.batch import Attempt
 
 if TYPE_CHECKING:
     from redis import Redis
 
+    from fastgpt2.errors import RedisUnfit
+
 log = logging.getLogger("fastgpt2.worker")
-MEMORY, DISK, REPLICA = "memory", "disk", "replica"
 
 # How long one round waits: shorter than Redis may be silent before it counts as away.
 ROUND_SECONDS = 1.0
@@ -115,13 +116,10 @@ class Confirmation:
         if self._durability == MEMORY:
             return
         try:
-            self._connection.execute_command(*self._question(0.001))  # type: ignore[no-untyped-call]
+            self._connection.execute_command(*confirming(self._durability, 0.001))  # type: ignore[no-untyped-call]
         except RedisError as reason:
-            if remedy := _remedy(reason):
-                where = f"Redis at {address_of(self._connection)}"
-                raise RedisUnfit(
-                    f"{where} cannot confirm --durability {self._durability} ({reason}); {remedy}"
-                ) from None
+            if unfit := self._why_unfit(reason):
+                raise unfit from None
             # It is away for now; whether it can is told when it is back.
 
     def hold(self, attempt: Attempt, again: Callable[[], object]) -> None:
@@ -219,10 +217,11 @@ class Confirmation:
             try:
                 is_confirmed = self._ask(held)
             except RedisError as reason:
-                if _remedy(reason):
+                unfit = self._why_unfit(reason)
+                if unfit is not None:
                     for written in held:
                         written.is_short = True
-                self._say(held, f"{reason}; {_remedy(reason) or 'it is asked again'}")
+                self._say(held, unfit or f"{reason}; it is asked again")
                 self._ending.wait(RETRY_SECONDS)
             except Exception:
                 log.exception("%s: unforeseen; confirmation is asked for again", self._name)
@@ -238,13 +237,12 @@ class Confirmation:
             for written in held:
                 pipeline.hmget(written.attempt.rq_job.key, "status", "worker_name", keys.EXECUTION_FIELD)
             pipeline.set(keys.asked_key(self._name), len(held), ex=MARK_TTL_SECONDS)
-            pipeline.execute_command(*self._question(ROUND_SECONDS))  # type: ignore[no-untyped-call]
+            pipeline.execute_command(*confirming(self._durability, ROUND_SECONDS))  # type: ignore[no-untyped-call]
             replies: list[Any] = pipeline.execute(raise_on_error=False)
         for reply in replies:
             if isinstance(reply, Exception) and not is_of_entry(reply):
                 raise reply
-        answer = replies[-1]
-        is_confirmed = int(answer[0] if isinstance(answer, list) else answer) >= 1
+        is_confirmed = count_confirmed(replies[-1]) >= 1
         for written, known in zip(held, replies, strict=False):
             if known == [b"started", self._name.encode(), written.attempt.execution.id.encode()]:
                 written.is_missing = True
@@ -254,11 +252,10 @@ class Confirmation:
                 written.is_short = True
         return is_confirmed
 
-    def _question(self, seconds: float) -> tuple[Any, ...]:
-        words = ("WAIT", 1) if self._durability == REPLICA else ("WAITAOF", 1, 0)
-        return *words, int(seconds * 1000)
+    def _why_unfit(self, reason: RedisError) -> RedisUnfit | None:
+        return why_unfit(f"Redis at {address_of(self._connection)}", self._durability, reason)
 
-    def _say(self, held: list[Written], why: str) -> None:
+    def _say(self, held: list[Written], why: object) -> None:
         """Say in the log, once in a while, that confirmation is late."""
         now = time.monotonic()
         if now - min(written.at for written in held) > LATE_SECONDS and now - self._said_at > LOG_SECONDS:
@@ -271,15 +268,3 @@ _REMEDIES = {
     REPLICA: "no replica has them; start one, look why it lags (INFO replication), or use --durability memory",
     DISK: "they are not on disk; see whether that is full or slow (INFO persistence), or use --durability memory",
 }
-
-
-def _remedy(reason: RedisError) -> str:
-    """Return what helps where a Redis cannot confirm at all; empty if it is only away."""
-    text = str(reason)
-    if "appendonly is disabled" in text:
-        return "set appendonly yes there, or use --durability replica or memory"
-    if "unknown command" in text:
-        return "use Redis 7.2 or later, or --durability replica or memory"
-    if isinstance(reason, NoPermissionError):
-        return "give the user of the workers this right (deploy/redis.acl)"
-    return ""

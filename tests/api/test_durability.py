@@ -200,7 +200,7 @@ class TestDisk:
 def test_a_user_without_the_right(master: OpenRedis, admin: Redis, queue_name: str) -> None:
     admin.acl_setuser("weak", enabled=True, passwords=["+x"], keys=["*"], commands=["+@all", "-wait"])
     url = f"redis://weak:x@127.0.0.1:{master.port}/0"
-    with Client(url, queue_name, durability="replica") as client, pytest.raises(RedisAccessDenied, match="wait"):
+    with Client(url, queue_name, durability="replica") as client, pytest.raises(RedisAccessDenied, match="ask WAIT,"):
         client.enqueue("a")
     assert queued(admin, queue_name) == []
 

@@ -21,10 +21,11 @@ from support.turns import Turns, take_turns
 from fastgpt2 import Engine
 from fastgpt2.errors import RedisUnfit
 from fastgpt2.protocol.connection import connect
+from fastgpt2.protocol.durability import DISK, MEMORY, REPLICA
 from fastgpt2.protocol.keys import ATTEMPTS_FIELD, UNCONFIRMED, totals_key
 from fastgpt2.system.redis_server import RedisServer
 from fastgpt2.worker import confirmation, rq_worker
-from fastgpt2.worker.confirmation import DISK, MEMORY, REPLICA, Confirmation
+from fastgpt2.worker.confirmation import Confirmation
 
 pytestmark = pytest.mark.processes
 
@@ -206,8 +207,8 @@ def test_what_is_on_disk_is_confirmed(engine: Engine, redis_server: RedisServer,
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (("--appendonly", "no"), "set appendonly yes there"),
-        (("--rename-command", "WAITAOF", ""), "use Redis 7.2 or later"),
+        (("--appendonly", "no"), "set `appendonly yes` there"),
+        (("--rename-command", "WAITAOF", ""), "which Redis 7.2 and valkey have"),
     ],
 )
 def test_a_redis_that_cannot_confirm(options: tuple[str, ...], sentence: str) -> None:

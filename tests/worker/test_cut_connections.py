@@ -21,8 +21,8 @@ from support.turns import Turns, take_turns
 
 from fastgpt2 import Client, Engine
 from fastgpt2.protocol.connection import connect
+from fastgpt2.protocol.durability import DISK
 from fastgpt2.protocol.keys import CRASHES_FIELD
-from fastgpt2.worker.confirmation import DISK
 from fastgpt2.worker.reaper import MAX_CRASHES, Reaper
 
 pytestmark = pytest.mark.processes

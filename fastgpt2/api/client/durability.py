@@ -1,8 +1,4 @@
-"""What an enqueued job must have reached before its enqueueing counts: Redis's memory, its disk, or a replica as well.
-
-Redis is asked on the connection that has written, behind what was written: WAIT tells how many replicas have all of it,
-WAITAOF whether it is in the append-only file on disk (fsync).
-"""
+"""What an enqueued job must have reached before its enqueueing counts: Redis's memory, its disk, or a replica too."""
 
 from __future__ import annotations
 
@@ -11,15 +7,14 @@ from typing import Any
 
 from fastgpt2 import settings
 from fastgpt2.api.client.flow import Command, Flow
-from fastgpt2.errors import NotDurable, RedisUnfit
+from fastgpt2.errors import NotDurable
 from fastgpt2.fields import refusal
 from fastgpt2.protocol.connection import without_password
+from fastgpt2.protocol.durability import DISK, MEMORY, REPLICA, confirming, count_confirmed, why_unfit
 
 # How long Redis may take to confirm. Shorter than `SOCKET_SECONDS`, after which Redis would count as away; longer than
 # the second within which `appendfsync everysec` brings to disk what was written.
 DURABILITY_SECONDS = 4.0
-
-MEMORY, DISK, REPLICA = "memory", "disk", "replica"
 
 # How many ids of jobs a message lists.
 MOST_SHOWN = 3
@@ -65,15 +60,11 @@ class Durability:
         return () if self.how == MEMORY else (self._command(DURABILITY_SECONDS),)
 
     def _command(self, seconds: float) -> Command:
-        words = ("WAIT", 1) if self.how == REPLICA else ("WAITAOF", 1, 0)
-        return Command("execute_command", (*words, int(seconds * 1000)))
+        return Command("execute_command", confirming(self.how, seconds))
 
     def is_confirmed(self, reply: Any) -> bool:
         """Tell whether Redis has confirmed, by its reply to what `confirming` returned."""
-        return self._count(reply) >= 1
-
-    def _count(self, reply: Any) -> int:
-        return int(reply[0] if isinstance(reply, list) else reply)
+        return count_confirmed(reply) >= 1
 
     def shortfall(self, job_ids: Sequence[str], reply: Any) -> NotDurable:
         """Return the error to raise where Redis has not confirmed in time."""
@@ -84,23 +75,11 @@ class Durability:
     def what_is_missing(self, reply: Any) -> str:
         """Return the rest of a sentence on what Redis has not confirmed, and on what helps."""
         if self.how == REPLICA:
-            what = f"{self._count(reply)} replicas of the 1 that is wanted have them; see to its replicas"
+            what = f"{count_confirmed(reply)} replicas of the 1 that is wanted have them; see to its replicas"
         else:
             what = "its disk does not have them; see whether that is slow or full"
         return f"{self._place} says after {DURABILITY_SECONDS:g} s that {what}, or ask for the durability memory"
 
     def in_words(self, error: Exception) -> Exception:
         """Return the error to raise for one of the library's: a RedisUnfit if Redis cannot confirm at all."""
-        text = str(error)
-        if "appendonly is disabled" in text:
-            return RedisUnfit(
-                f"{self._place} keeps no append-only file, which the durability disk waits for; set `appendonly yes` "
-                "there, or ask for the durability replica or memory"
-            )
-        if "unknown command" in text.lower():
-            needed = "WAIT" if self.how == REPLICA else "WAITAOF, which Redis 7.2 and valkey have"
-            return RedisUnfit(
-                f"{self._place} does not know the command {needed}, which the durability {self.how} needs; use a newer "
-                "Redis, or ask for the durability memory"
-            )
-        return error
+        return why_unfit(self._place, self.how, error) or error
