@@ -120,12 +120,33 @@ def _options(retry: Retry | AsyncRetry) -> dict[str, Any]:
     }
 
 
-class SentinelSet(Sentinel):
+class _Order:
+    """The order in which Sentinels are asked. Threads share them: their list is replaced, never changed."""
+
+    sentinels: list[Any]
+    check_master_state: Callable[[Any, str], bool]
+
+    def _find_master(self, sentinel: Any, masters: Any, name: str) -> tuple[str, int] | None:
+        """Return where the master is, from what a Sentinel says of all that it knows; None if it knows no live one.
+
+        The Sentinel that knows is asked first from now on.
+        """
+        state = masters.get(name)
+        if not state or not self.check_master_state(state, name):
+            return None
+        self.sentinels = [sentinel, *(one for one in self.sentinels if one is not sentinel)]
+        return state["ip"], state["port"]
+
+    def ask_another(self) -> None:
+        """Ask the one that answered last after all others from now on."""
+        self.sentinels = self.sentinels[1:] + self.sentinels[:1]
+
+
+class SentinelSet(_Order, Sentinel):
     """The Sentinels of a URL. A connection to one of them lasts for one question.
 
-    Threads share them: their list is replaced, never changed. They know all connections to the master, also those of
-    the pools that RQ makes for itself: else a subscription to a master that hangs would wait for ever, and each thread
-    would have to find out for itself.
+    They know all connections to the master, also those of the pools that RQ makes for itself: else a subscription to a
+    master that hangs would wait for ever, and each thread would have to find out for itself.
     """
 
     def __init__(self, group: SentinelGroup, retry: Retry) -> None:
@@ -149,16 +170,11 @@ class SentinelSet(Sentinel):
                 continue
             finally:
                 sentinel.connection_pool.disconnect(inuse_connections=False)
-            state = masters.get(service_name)
-            if state and self.check_master_state(state, service_name):  # type: ignore[no-untyped-call]
-                self.sentinels = [sentinel, *(one for one in self.sentinels if one is not sentinel)]
-                return state["ip"], state["port"]
+            found = self._find_master(sentinel, masters, service_name)
+            if found is not None:
+                return found
             answers.note(sentinel, masters)
         raise answers.error()
-
-    def ask_another(self) -> None:
-        """Ask the one that answered last after all others from now on."""
-        self.sentinels = self.sentinels[1:] + self.sentinels[:1]
 
     def note(self, connection: MasterConnection) -> None:
         """Note a connection that is being made."""
@@ -176,7 +192,7 @@ class SentinelSet(Sentinel):
                     socket.socket.shutdown(used, socket.SHUT_RDWR)
 
 
-class AsyncSentinelSet(async_sentinel.Sentinel):
+class AsyncSentinelSet(_Order, async_sentinel.Sentinel):
     """See `SentinelSet`."""
 
     def __init__(self, group: SentinelGroup, retry: AsyncRetry) -> None:
@@ -195,16 +211,11 @@ class AsyncSentinelSet(async_sentinel.Sentinel):
                 continue
             finally:
                 await sentinel.connection_pool.disconnect(inuse_connections=False)
-            state = masters.get(service_name)
-            if state and self.check_master_state(state, service_name):
-                self.sentinels = [sentinel, *(one for one in self.sentinels if one is not sentinel)]
-                return state["ip"], state["port"]
+            found = self._find_master(sentinel, masters, service_name)
+            if found is not None:
+                return found
             answers.note(sentinel, masters)
         raise answers.error()
-
-    def ask_another(self) -> None:
-        """See `SentinelSet.ask_another`."""
-        self.sentinels = self.sentinels[1:] + self.sentinels[:1]
 
     def note(self, connection: AsyncMasterConnection) -> None:
         """See `SentinelSet.note`."""
