@@ -91,15 +91,21 @@ class Claims:
         arguments = [most, self._turn, 0, LAST_EVERY, SECOND_EVERY]
         return self.read(_CLAIM.run(self._connection, self._keys, arguments))
 
-    def list_all(self) -> list[Claim]:
+    def list_all(self, held: Iterable[Claim]) -> list[Claim]:
         """Return all that Redis has as claimed by this worker, in the order in which it was claimed.
 
-        Also what this worker never heard of, because the reply to its claim was lost; and what it runs.
+        Also what this worker never heard of, because the reply to its claim was lost; and what it runs. A list that is
+        none is mended on the way.
+
+        Args:
+            held: as `mend` takes it.
         """
         with self._connection.pipeline(transaction=False) as pipeline:
             for queue in self._queues:
                 pipeline.lrange(claimed_key(self._worker_name, queue.name), 0, -1)
             lists = check_replies(pipeline.execute(raise_on_error=False))
+        if None in lists:
+            self.mend(held)
         return self._decode([(queue, raw) for queue, ids in zip(self._queues, lists, strict=True) for raw in ids or ()])
 
     def mend(self, held: Iterable[Claim]) -> None:
@@ -130,8 +136,9 @@ class Claims:
             ids = [job_id for of, job_id in reversed(claims) if of == queue]
             if ids:
                 keys = queue.key, claimed_key(self._worker_name, queue.name)
-                if _PUT_BACK.run(self._connection, keys, ids) < len(ids):
-                    log.warning("%s: %d jobs cannot be put back into %s", self._worker_name, len(ids), queue.key)
+                left = len(ids) - int(_PUT_BACK.run(self._connection, keys, ids))
+                if left:
+                    log.warning("%s: %d jobs cannot be put back into %s", self._worker_name, left, queue.key)
 
     def wait(self, seconds: float) -> list[Claim]:
         """Wait for a job and claim it: one of each queue at most; none when the time is over or `wake` was called.

@@ -30,6 +30,7 @@ from fastgpt2.worker.aftermath import ENDED, complete, free_slot
 from fastgpt2.worker.batch import Attempt, End, EndKind
 from fastgpt2.worker.claims import Claim
 from fastgpt2.worker.fencing import IfClaimed, IfRunning, Verdict, run_fenced
+from fastgpt2.worker.registration import GRACE_SECONDS
 from fastgpt2.worker.rq_job import GenerationJob, describe_error, fail_malformed, fetch
 from fastgpt2.worker.set_aside import shown, unclaim
 from fastgpt2.worker.unfit import execute_what_fits
@@ -39,9 +40,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fastgpt2.worker")
 _LET_GO = Script(__file__, "let_go")
-
-# What RQ adds to a worker's time to live, for a heartbeat that is late.
-WORKER_GRACE_SECONDS = 60
 
 # The statuses of a job that this worker may start: that it has as started is so if the answer to a start was lost.
 _STARTABLE = (JobStatus.QUEUED, JobStatus.STARTED)
@@ -315,7 +313,7 @@ class Ledger:
 
     def _let_worker_expire(self, pipeline: Pipeline) -> None:
         """Add the expiry of the worker's hash, as a heartbeat sets it: what is written there may have made it anew."""
-        pipeline.expire(self._worker.key, self._worker.worker_ttl + WORKER_GRACE_SECONDS)
+        pipeline.expire(self._worker.key, self._worker.worker_ttl + GRACE_SECONDS)
 
     def _unclaim(self, queue: Queue, job_id: str) -> None:
         unclaim(self._connection, self._claimed_key(queue), job_id)

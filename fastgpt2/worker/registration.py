@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from redis import Redis
 
 log = logging.getLogger("fastgpt2.worker")
+
+# What RQ adds to a worker's time to live, for a heartbeat that is late.
+GRACE_SECONDS = 60
 _SIGN_ON = Script(__file__, "sign_on")
 _ANNOUNCE = Script(__file__, "announce")
 _SIGN_OFF = Script(__file__, "sign_off")
@@ -43,7 +46,7 @@ class Registration:
     Args:
         queue: the name of the pool's queue.
         queue_names: the names of the RQ queues that the worker serves.
-        ttl: after how many seconds without news the worker's hash expires.
+        ttl: for how many seconds a heartbeat is good; the worker's hash expires `GRACE_SECONDS` later.
         lease: the worker's own; its `incarnation` tells this process from others of the name.
         reap: takes a dead worker's jobs back, by its name and its lease, unless the lease has changed.
     """
@@ -59,7 +62,7 @@ class Registration:
         reap: Callable[[str, str], object],
     ) -> None:
         self._connection = connection
-        self._name, self._ttl = worker_name, ttl
+        self._name, self._ttl = worker_name, ttl + GRACE_SECONDS
         self._lease, self._reap = lease, reap
         hash_key = f"{keys.WORKER_PREFIX}{worker_name}"
         self._entries = [hash_key, f"{hash_key}{keys.EXECUTIONS_SUFFIX}", keys.WORKERS_KEY]

@@ -199,7 +199,7 @@ def fail_malformed(queue: Queue, job_id: str, reason: BaseException, worker_name
             raise reply
         log.warning("job %s cannot be failed as it should be (%s)", shown(job_id), reply)
     if refused:
-        set_aside(queue, job_id.encode("utf-8", "surrogateescape"), str(error), worker_name)
+        set_aside(queue, job_id.encode(), str(error), worker_name)
     unclaim(queue.connection, claimed_key, job_id)
     return error
 

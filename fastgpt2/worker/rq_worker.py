@@ -92,8 +92,9 @@ class RQWorker(BaseWorker):
         self.log.setLevel(logging.WARNING)
         reaper = Reaper(connection, queue)
         self.lease = Lease(connection, queue, self.name, reaper.reap)
-        ttl = WORKER_TTL_SECONDS + 60  # as RQ adds
-        self._registration = Registration(connection, queue, queues, self.name, ttl, self.lease, reaper.reap)
+        self._registration = Registration(
+            connection, queue, queues, self.name, WORKER_TTL_SECONDS, self.lease, reaper.reap
+        )
         self._listener = Listener(connection, self.name, self.pubsub_channel_name, self.handle_payload)
         self._scheduler = RQScheduler(queues, connection, logging_level=logging.WARNING, serializer=self.serializer)
         # RQ would make a pool of its own of this one's class and options; Sentinel's cannot be made so.

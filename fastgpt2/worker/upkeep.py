@@ -108,13 +108,11 @@ class Upkeep:
         for name in sorted(self._scheduler.acquired_locks):
             queue = Queue(name, **self._options)
             registry: BaseRegistry = ScheduledJobRegistry(name, **self._options)  # type: ignore[no-untyped-call]
-            kind = self._connection.type(queue.key)
-            if kind not in (b"list", b"none"):
-                tell(queue.key, f"a {as_text(kind)}, no list", "no job of this queue that is due is enqueued")
-                continue
             with guarded(registry.key, "no job that waits for its time there is enqueued"):
                 due = self._connection.zrangebyscore(registry.key, 0, current_timestamp(), start=0, num=MOST_DUE)
-                jobs = [job for _, job in self._read(queue, registry, due)]
+                if not due or not self._takes_jobs(queue):
+                    continue
+                jobs = self._read(queue, registry, due)
                 try:
                     self._enqueue(queue, registry, [job for job in jobs if not job.has_rate_limit])
                     others = [job for job in jobs if job.has_rate_limit]
@@ -126,6 +124,14 @@ class Upkeep:
                     with guarded(job.key, "it is not enqueued"):
                         self._enqueue(queue, registry, [job])
 
+    def _takes_jobs(self, queue: Queue) -> bool:
+        """Tell whether a queue's key is a list, or nothing; if it is something else, say so in the log."""
+        kind = self._connection.type(queue.key)
+        if kind in (b"list", b"none"):
+            return True
+        tell(queue.key, f"a {as_text(kind)}, no list", "no job of this queue that is due is enqueued")
+        return False
+
     def _enqueue(self, queue: Queue, registry: BaseRegistry, jobs: list[GenerationJob]) -> None:
         with self._connection.pipeline() as pipeline:
             for job in jobs:
@@ -134,9 +140,9 @@ class Upkeep:
                 enqueue(job, pipeline=pipeline, at_front=job.should_enqueue_at_front())
             execute_what_fits(pipeline)
 
-    def _read(self, queue: Queue, registry: BaseRegistry, entries: Any) -> list[tuple[str, GenerationJob]]:
+    def _read(self, queue: Queue, registry: BaseRegistry, entries: Any) -> list[GenerationJob]:
         """Fetch the jobs of a registry. What is gone is taken off it, and what cannot be read is failed."""
-        found: list[tuple[str, GenerationJob]] = []
+        found: list[GenerationJob] = []
         ids = []
         for entry in entries:
             try:
@@ -146,7 +152,7 @@ class Upkeep:
                 self._connection.zrem(registry.key, entry)
         for job_id, job in zip(ids, fetch(self._connection, ids, self._worker.serializer), strict=True):
             if isinstance(job, GenerationJob):
-                found.append((job_id, job))
+                found.append(job)
                 continue
             self._connection.zrem(registry.key, job_id)
             if isinstance(job, Exception):

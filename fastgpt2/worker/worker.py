@@ -265,10 +265,10 @@ class GenerationWorker(RQWorker):
         lost = self._ledger.keep_alive([job.attempt for job in self.batch])
         for job in [job for job in self.batch if job.attempt in lost]:
             self.outbox.cancel(job, "was cancelled, deleted or taken back")
-        self._claims.mend(self._held())
-        known = {job_id for _, job_id in self._held()}
+        held = self._held()
+        known = {job_id for _, job_id in held}
         # The answer to a claim, or to the start of a job, was lost on the way.
-        self._claimed += [claim for claim in self._claims.list_all() if claim[1] not in known]
+        self._claimed += [claim for claim in self._claims.list_all(held) if claim[1] not in known]
 
     def _start_claimed(self) -> None:
         """Start the claimed jobs; if that fails for another reason than Redis, one by one."""
