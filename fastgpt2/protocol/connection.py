@@ -194,16 +194,16 @@ def _way_out(url: str) -> str:
     """Return what to do about a Redis that is not there."""
     if "+sentinel:" in url:
         return "wait until a replica is promoted, or let the Sentinels name an address that can be reached from here"
-    ours = "`fastgpt2 up` starts a Redis with workers"
     if os.environ.get("FASTGPT2_REDIS_URL") == url:  # perhaps left in the shell from another day
-        return f"FASTGPT2_REDIS_URL names it: start it, or mend or unset the variable; {ours}"
-    return f"start it, or name another one in FASTGPT2_REDIS_URL; {ours}"
+        return f"FASTGPT2_REDIS_URL names it: start it, or mend or unset the variable; {UP_STARTS_ONE}"
+    return f"start it, or name another one in FASTGPT2_REDIS_URL; {UP_STARTS_ONE}"
 
 
 def _remedy(text: str, remedies: Iterable[tuple[tuple[str, ...], str]]) -> str | None:
     return next((remedy for words, remedy in remedies if any(word in text for word in words)), None)
 
 
+UP_STARTS_ONE = "`fastgpt2 up` starts a Redis with workers"
 _NO_ANSWER = "it does not answer: check whether it hangs, or a firewall drops what is sent"
 
 CLUSTER_REFUSED = (

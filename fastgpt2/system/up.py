@@ -22,7 +22,7 @@ from fastgpt2.api.http.serve import bind, url_of
 from fastgpt2.engine.model.hub import find_folders
 from fastgpt2.errors import FastGPT2Error, QueueUnavailable
 from fastgpt2.process import on_stop_signals, raise_open_file_limit, set_up_logging, stop_signals_held
-from fastgpt2.protocol.connection import connect, redis_errors, without_password
+from fastgpt2.protocol.connection import UP_STARTS_ONE, connect, redis_errors, without_password
 from fastgpt2.protocol.keys import workers_key
 from fastgpt2.system.pool import HEALTHY_SECONDS, Child, Pool
 from fastgpt2.system.redis_server import RedisServer
@@ -137,7 +137,8 @@ class System:
                     check_server(connection, self.redis_url, rights, self.values["queue"])
             except QueueUnavailable as error:
                 remedy = f"or leave out {named_by(self.redis_url)} and up starts a Redis of its own"
-                raise type(error)(f"{error}; {remedy}") from None
+                reason = str(error).removesuffix(f"; {UP_STARTS_ONE}")
+                raise type(error)(f"{reason}; {remedy}") from None
 
     def _start_children(self) -> None:
         values = self.values

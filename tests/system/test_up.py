@@ -205,17 +205,18 @@ def test_a_variable_left_in_the_shell_is_named_as_the_cause(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     nowhere = "redis://127.0.0.1:1/0"
-    cause = "FASTGPT2_REDIS_URL names it: start it, or mend or unset the variable; `fastgpt2 up` starts a Redis"
+    cause = "FASTGPT2_REDIS_URL names it: start it, or mend or unset the variable; "
     done = run("up", FASTGPT2_REDIS_URL=nowhere, FASTGPT2_MODEL="demo")
     assert done.returncode == 4
     assert cause in done.stderr
     assert "or leave out FASTGPT2_REDIS_URL, which is set in this shell, and up starts a Redis of its" in done.stderr
+    assert "`fastgpt2 up` starts a Redis" not in done.stderr, "that was tried just now"
     assert main(["enqueue", "a", "--redis-url", nowhere]) == 4
     said = capsys.readouterr().err
     assert "start it, or name another one in FASTGPT2_REDIS_URL; `fastgpt2 up` starts a Redis" in said
     monkeypatch.setenv("FASTGPT2_REDIS_URL", nowhere)
     assert main(["enqueue", "a"]) == 4
-    assert cause in capsys.readouterr().err
+    assert f"{cause}`fastgpt2 up` starts a Redis with workers" in capsys.readouterr().err
 
 
 def test_a_killed_worker_is_replaced(start_up: StartUp) -> None:
