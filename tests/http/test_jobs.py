@@ -7,6 +7,7 @@ import threading
 import uuid
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import quote
 
 import httpx2 as httpx
 import pytest
@@ -174,6 +175,29 @@ def test_no_such_job(web: httpx.Client, job_id: str) -> None:
     for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/stream")):
         answer = web.request(method, f"/v1/jobs/{job_id}{path}")
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "job_not_found")
+
+
+@pytest.mark.parametrize("job_id", ["user:42", "a.b c", "two\nlines", "Schlüssel", "x" * 500])
+def test_ids_that_an_older_rq_allowed(web: httpx.Client, system: System, job_id: str) -> None:
+    in_a_path = quote(job_id, safe="")
+    with Client(system.redis_url) as client:
+        made = client.connection.hgetall(f"rq:job:{created(web, prompt='a', max_new_tokens=2)}")
+        fields: dict[Any, Any] = {
+            name: made[name] for name in (b"data", b"origin", b"created_at", b"enqueued_at", b"timeout")
+        }
+        client.connection.hset(f"rq:job:{job_id}", mapping={**fields, "status": "queued", "result_ttl": 60})
+        client.connection.rpush("rq:queue:fastgpt2", job_id)
+    shown = web.get(f"/v1/jobs/{in_a_path}", params={"wait": 30})
+    assert (shown.json()["id"], shown.json()["status"]) == (job_id, "finished")
+    assert shown.headers["x-job-id"] == in_a_path
+    assert web.get(f"/v1/jobs/{in_a_path}/stream").status_code == 200
+    assert web.delete(f"/v1/jobs/{in_a_path}").json()["cancelled"] is False
+
+
+def test_what_is_no_job_is_none(web: httpx.Client, system: System) -> None:
+    with Client(system.redis_url) as client:
+        client.connection.set("rq:job:odd", "x", ex=60)
+    assert web.get("/v1/jobs/odd").status_code == 404
 
 
 def test_jobs_of_other_queues_are_none_of_its_business(web: httpx.Client, system: System) -> None:

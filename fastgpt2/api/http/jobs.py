@@ -6,7 +6,10 @@ import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
+from urllib.parse import quote
 
+from redis.exceptions import ResponseError
+from rq.job import JobStatus
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -22,7 +25,7 @@ from fastgpt2.fields import fields_of, one_of, refusal
 from fastgpt2.protocol.connection import redis_errors
 from fastgpt2.protocol.keys import ATTEMPTS_FIELD, job_key, queues_of
 from fastgpt2.protocol.messages import Piece, ResultObject, refuse_unknown, result_to_json
-from fastgpt2.protocol.untrusted import epoch_seconds, text, whole
+from fastgpt2.protocol.untrusted import epoch_seconds, is_of_entry, text, whole
 
 EXAMPLE = '{"prompt": "Once upon a time", "max_new_tokens": 20}'
 MAX_LISTED = 100
@@ -31,7 +34,8 @@ MAX_WAIT_SECONDS = 60.0
 
 # The index of a text, and how many of its characters were read.
 _PART = "[0-9]{1,10}:[0-9]{1,9}"
-_STATUSES = "queued", "started", "finished", "failed", "stopped", "canceled", "deferred", "scheduled", "expired"
+# RQ's, and one for a job of which nothing is left by the time that it is described.
+_STATUSES = (*(status.value for status in JobStatus), "expired")
 
 
 class OpenAIError(TypedDict):
@@ -131,7 +135,7 @@ class Jobs:
         if wait:
             with self._service.attend(request, job_id, streamed=False, timeout=wait) as waiting:
                 await waiting.wait()
-        return JSON(await self._describe(job_id), headers={"x-job-id": job_id})
+        return JSON(await self._describe(job_id), headers=_headers(job_id))
 
     async def follow(self, request: Request) -> Response:
         """Answer `GET /v1/jobs/{id}/stream`: with the job's text as it comes, from where `Last-Event-ID` says."""
@@ -144,14 +148,14 @@ class Jobs:
         """Answer `DELETE /v1/jobs/{id}`."""
         job_id = await self._known(request)
         cancelled = await self._client.cancel(job_id)
-        return JSON({**await self._describe(job_id), "cancelled": cancelled}, headers={"x-job-id": job_id})
+        return JSON({**await self._describe(job_id), "cancelled": cancelled}, headers=_headers(job_id))
 
     @asynccontextmanager
     async def _events(
         self, request: Request, job_id: str, known: Progress
     ) -> AsyncIterator[tuple[Mapping[str, str], AsyncIterator[bytes]]]:
         with self._service.attend(request, job_id, streamed=True) as waiting:
-            yield {"x-job-id": job_id}, _text_events(waiting, known)
+            yield _headers(job_id), _text_events(waiting, known)
 
     async def _known(self, request: Request) -> str:
         """Return the id in the path.
@@ -160,14 +164,21 @@ class Jobs:
             JobNotFound: it is not the id of a job of this pool.
         """
         job_id: str = request.path_params["job_id"]
-        error = JobNotFound(f"no job {job_id[:100]!r}: it was never enqueued here, or its result has expired")
-        if not re.fullmatch(r"[A-Za-z0-9_-]{1,128}", job_id):
-            raise error
         with redis_errors(self._client.redis_url):
-            origin: Any = await self._client.connection.hget(job_key(job_id), "origin")
+            origin = await self._origin_of(job_id)
         if origin is None or origin.decode("utf-8", "replace") not in queues_of(self._client.queue_name):
-            raise error
+            raise JobNotFound(f"no job {job_id[:100]!r}: it was never enqueued here, or its result has expired")
         return job_id
+
+    async def _origin_of(self, job_id: str) -> bytes | None:
+        """Return the queue that a job was enqueued into; None if there is no job of this id."""
+        try:
+            origin: Any = await self._client.connection.hget(job_key(job_id), "origin")
+        except ResponseError as reason:
+            if not is_of_entry(reason):
+                raise
+            return None  # what stands there is no job
+        return origin if isinstance(origin, bytes) else None
 
     async def _describe(self, job_id: str) -> JobBody:
         names = ("status", "enqueued_at", "started_at", "ended_at", "worker_name", ATTEMPTS_FIELD)
@@ -187,6 +198,11 @@ class Jobs:
             "result": end["result"],
             "error": end["error"],
         }
+
+
+def _headers(job_id: str) -> dict[str, str]:
+    """Return the header that names a job, as it stands in a path: an id of an older RQ may hold any character."""
+    return {"x-job-id": quote(job_id, safe="")}
 
 
 async def _text_events(waiting: PendingJobs, known: Progress) -> AsyncIterator[bytes]:

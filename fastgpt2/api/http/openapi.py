@@ -66,7 +66,7 @@ _ENQUEUES = (*_BODY, 422, 429, 503)
 _RUNS = (*_ENQUEUES, 409, 502, 504)
 _PATH_PARAMETERS: dict[str, Object] = {
     "{model}": {"type": "string", "minLength": 1},
-    "{job_id}": {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,128}$"},
+    "{job_id}": {"type": "string", "pattern": "^[^/]+$"},
 }
 
 # A job in the list of the jobs that run and of the latest that have ended.
