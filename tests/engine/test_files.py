@@ -65,9 +65,15 @@ FILES = {
 @pytest.fixture(autouse=True)
 def deadline() -> Iterator[None]:
     """End a test that waits for a pipe, or reads a device, by an error."""
+
+    def fail(*_: object) -> None:
+        raise TimeoutError("waits for a minute")
+
+    before = signal.signal(signal.SIGALRM, fail)
     signal.alarm(60)
     yield
     signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture
