@@ -21,8 +21,10 @@ from fastgpt2.errors import ModelError
 _OTHERS, _GROUP = stat.S_IWOTH, stat.S_IWGRP
 _OPEN = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
 
-# Where nobody else can write anyway, as with `umask 0`.
-FOLDER_MODE, FILE_MODE = 0o755, 0o644
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+
+# Nobody else may write, even with `umask 0`.
+_FOLDER_MODE, _FILE_MODE = 0o755, 0o644
 
 
 class NotTrusted(ModelError):
@@ -54,7 +56,17 @@ def make_folder(folder: Path) -> None:
     """Make a folder of the cache, and those above that are missing, so that nobody else may write there."""
     for place in (*reversed(folder.parents), folder):
         if not place.is_dir():
-            place.mkdir(FOLDER_MODE, exist_ok=True)
+            place.mkdir(_FOLDER_MODE, exist_ok=True)
+
+
+def create_file(path: Path) -> int:
+    """Return the descriptor of a new file of the cache, for writing, in place of one that may have the name.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    path.unlink(missing_ok=True)
+    return os.open(path, _CREATE, _FILE_MODE)
 
 
 def open_trusted(path: Path) -> int:

@@ -180,6 +180,14 @@ def test_the_members_of_a_group() -> None:
     assert trust._other_member(others[0].pw_gid) in {user.pw_name for user in others}
 
 
+def test_measurements_are_kept_where_a_process_of_the_same_number_died(cache: Path) -> None:
+    """In a container most processes have the number of those before them."""
+    make_folder(cache)
+    (cache / MEASUREMENTS_FILE).with_suffix(f".{os.getpid()}.tmp").write_text("{")
+    Measurements(cache, "here").find_or_measure("width", lambda: 64)
+    assert Measurements(cache, "here").find("width") == 64
+
+
 def test_measurements_that_others_could_have_written_do_not_count(
     cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
