@@ -2,10 +2,10 @@
 
 Whoever could write a packed file could give every model's text another turn. So, as ssh does with keys, owner and mode
 are looked at. A file or a folder may belong to this process's user or to root, and nobody else may have the right to
-write there: not everybody, nor a group with other members. The folders above must keep others from putting another
-folder in its place; a sticky one does, as /tmp is. They are looked at up to the root of the volume, whose mode is
-whatever made the volume's: Kubernetes makes many that everybody may write, and a folder that somebody else puts there
-belongs to somebody else.
+write there: not everybody, nor a group with other members, nor whoever an access list names. The folders above must
+keep others from putting another folder in its place; a sticky one does, as /tmp is. They are looked at up to the root
+of the volume. That root has whatever mode its maker gave it: Kubernetes makes many that everybody may write, and a
+folder that somebody else puts there belongs to somebody else.
 """
 
 from __future__ import annotations
