@@ -148,6 +148,24 @@ def test_a_prompt_that_would_grow_without_bound_is_refused_first(
     assert tokenizer.encode(" b")
 
 
+@pytest.mark.parametrize(
+    "normalizer",
+    [
+        {"type": "Prepend", "prepend": "x" * 15_000},
+        several("normalizers", replace(r"\A.", "x" * 90, "Regex"), replace("x", "y" * 15)),
+    ],
+)
+@pytest.mark.usefixtures("little_memory")
+def test_a_prompt_that_grows_behind_each_added_token_is_refused_first(
+    tmp_path: Path, normalizer: dict[str, Any]
+) -> None:
+    """The library normalizes each part between two such tokens alone."""
+    tokenizer = load(tmp_path, normalizer=normalizer)
+    with pytest.raises(BadRequest, match=r"normalizer would make more than [0-9]+ bytes of this prompt: shorten it"):
+        tokenizer.encode("<|endoftext|>a" * 20_000)
+    assert tokenizer.encode("<|endoftext|>a" * 2)
+
+
 @pytest.mark.usefixtures("little_memory")
 def test_an_added_token_that_would_grow_without_bound_is_refused_before_the_library_reads_it(tmp_path: Path) -> None:
     added = {**DEMO["added_tokens"][0], "id": 3000, "content": "a" * 60, "normalized": True}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -88,10 +89,12 @@ class Normalization:
 
     Args:
         steps: as `steps_of` returns them.
+        raw_tokens: the added tokens that are looked for in the text as it comes. The library normalizes each part
+            between two of them alone, so that a step that puts something before a text does so before each part.
     """
 
-    def __init__(self, steps: Sequence[Step]) -> None:
-        self._steps = steps
+    def __init__(self, steps: Sequence[Step], raw_tokens: Iterable[str] = ()) -> None:
+        self._steps, self._raw_tokens = steps, raw_tokens
 
     @cached_property
     def _growths(self) -> list[tuple[float, float]]:
@@ -118,6 +121,14 @@ class Normalization:
             made.append(one)
         return made
 
+    @cached_property
+    def _ends_of_parts(self) -> re.Pattern[str] | None:
+        """Return what finds the tokens between two parts of a text; None if no step makes more of parts than of all."""
+        tokens = sorted(filter(None, self._raw_tokens), key=len, reverse=True)
+        if not tokens or not any(more for _, more in self._growths):
+            return None
+        return re.compile("|".join(map(re.escape, tokens)))
+
     def objection(self, text: str, what: str, split_growth: float = 1.0) -> str:
         """Return what there is to say if the normalizer makes too much of a text; "" if it does not.
 
@@ -133,12 +144,14 @@ class Normalization:
         if (factor * size + more) * split_growth <= limit:
             return ""
         too_long = f"the tokenizer's normalizer would make more than {limit} bytes of {what}"
+        ends = self._ends_of_parts
+        parts = [part for part in ends.split(text) if part] if ends is not None else [text]
         for step, growth, made in zip(self._steps, self._growths, self._made, strict=True):
             # One step may go beyond the limit by its bound, as most texts do not grow as much.
-            if _most_bytes(step, growth, text, size) > GROWTH * limit:
+            if sum(_most_bytes(step, growth, part) for part in parts) > GROWTH * limit:
                 return too_long
-            text = made.normalize_str(text)
-            size = len(text.encode())
+            parts = [made.normalize_str(part) for part in parts]
+            size = sum(len(part.encode()) for part in parts)
             if size > limit:
                 return too_long
         return too_long if size * split_growth > GROWTH * limit else ""
@@ -160,8 +173,9 @@ def _growth(step: Step) -> tuple[float, float]:
     return _FACTORS.get(str(step.get("type")), float(GROWTH)), 0.0
 
 
-def _most_bytes(step: Step, growth: tuple[float, float], text: str, size: int) -> float:
-    """Return how many bytes a step of that growth may make of one text of `size` bytes."""
+def _most_bytes(step: Step, growth: tuple[float, float], text: str) -> float:
+    """Return how many bytes a step of that growth may make of one text."""
+    size = len(text.encode())
     match step:
         case {"type": "Prepend", "prepend": str(prepended)}:
             return size + len(prepended.encode())

@@ -60,11 +60,13 @@ class Tokenizer:
         _keep_spaces_in_offsets(backend)
         self._backend, self.notes = backend, loaded.notes
         normalizer, splits = steps_of(backend.normalizer, "normalizers"), steps_of(backend.pre_tokenizer, _SPLITS)
-        self._normalization, self._split_growth = Normalization(normalizer), split_growth(splits)
+        self._split_growth = split_growth(splits)
         self._trial = _trial_for(backend, [*normalizer, *splits])
         bos = loaded.bos_token_id
         self.bos_token_id: int | None = bos if bos is not None else backend.token_to_id(END_OF_TEXT)
         added = backend.get_added_tokens_decoder()
+        raw_tokens = [token.content for token in added.values() if not token.normalized]
+        self._normalization = Normalization(normalizer, raw_tokens)
         self._added = {token_id: token.content for token_id, token in added.items()}
         self.special_tokens = {token_id: token.content for token_id, token in added.items() if token.special}
         # The vocabulary may have a token of such a name under another id too, which the library takes for special.
