@@ -57,7 +57,9 @@ def shown(value: object) -> str:
 
 
 def why_no_json(reason: Exception) -> str:
-    """Return what Python says of a text that it reads no JSON from, but for its advice to change Python."""
+    """Return what Python says of a text that it reads no JSON from, but for what it says of Python."""
+    if isinstance(reason, RecursionError):
+        return "its lists and objects are nested too deeply"
     text = str(reason)
     return "a number in it has thousands of digits" if "integer string conversion" in text else text
 

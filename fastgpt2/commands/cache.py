@@ -317,7 +317,7 @@ def _read_metadata(fd: int) -> dict[str, str] | None:
 def _find_source_state(metadata: dict[str, str]) -> State:
     try:
         sources = [Path(name) for name in json.loads(metadata["source"])]
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, RecursionError):
         return State.DAMAGED
     try:
         for source in sources:

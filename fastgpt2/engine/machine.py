@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastgpt2.engine.trust import FILE_MODE, NotTrusted, check_folder, make_folder, open_trusted
+from fastgpt2.engine.trust import NotTrusted, check_folder, create_file, make_folder, open_trusted
 
 if TYPE_CHECKING:
     from fastgpt2.engine.model.config import GPT2Config
@@ -287,8 +287,7 @@ class Measurements:
             # Two processes may measure at once. What one of them writes last is as right as the other's.
             machines = self._read()
             machines[self._machine] = {**machines.get(self._machine, {}), **self._numbers}
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
-            with os.fdopen(fd, "w", encoding="utf-8") as file:
+            with os.fdopen(create_file(temporary), "w", encoding="utf-8") as file:
                 file.write(json.dumps(machines, indent=1, sort_keys=True) + "\n")
             temporary.replace(self._path)
         except OSError as reason:

@@ -275,6 +275,15 @@ class TestStates:
         (cache / name).write_bytes(struct.pack("<Q", len(header)) + header)
         assert states(capsys) == {name: "damaged"}
 
+    @pytest.mark.parametrize("source", ["7", "[7]", "[" * 9999, "1" * 9999])
+    def test_a_source_of_nonsense(self, source: str, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        cache.mkdir()
+        metadata = {"source": source, "source_identity": "0123456789abcdef", "crc32": "00000000"}
+        header = json.dumps({"__metadata__": metadata, "a": {"data_offsets": [0, 0]}}).encode()
+        name = f"m-0123456789abcdef-64.v{packing.FORMAT}.safetensors"
+        (cache / name).write_bytes(struct.pack("<Q", len(header)) + header)
+        assert states(capsys) == {name: "damaged"}
+
     def test_under_another_files_name(self, folder: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
         path = pack(capsys, folder)
         name = f"m-0123456789abcdef-64.v{packing.FORMAT}.safetensors"

@@ -13,7 +13,8 @@ from support.running import GOLDEN
 
 from fastgpt2.engine.engine import Engine
 from fastgpt2.engine.model.hub import DEMO_FOLDER
-from fastgpt2.engine.text.bounds import MAX_TOKEN_CHARACTERS, Normalization
+from fastgpt2.engine.text import bounds
+from fastgpt2.engine.text.bounds import MAX_TOKEN_CHARACTERS, Normalization, steps_of
 from fastgpt2.engine.text.regex_trial import RegexTrial, is_harmless
 from fastgpt2.engine.text.tokenizer import Tokenizer
 from fastgpt2.errors import BadRequest, TokenizerError
@@ -147,6 +148,24 @@ def test_a_prompt_that_would_grow_without_bound_is_refused_first(
     assert tokenizer.encode(" b")
 
 
+@pytest.mark.parametrize(
+    "normalizer",
+    [
+        {"type": "Prepend", "prepend": "x" * 15_000},
+        several("normalizers", replace(r"\A.", "x" * 90, "Regex"), replace("x", "y" * 15)),
+    ],
+)
+@pytest.mark.usefixtures("little_memory")
+def test_a_prompt_that_grows_behind_each_added_token_is_refused_first(
+    tmp_path: Path, normalizer: dict[str, Any]
+) -> None:
+    """The library normalizes each part between two such tokens alone."""
+    tokenizer = load(tmp_path, normalizer=normalizer)
+    with pytest.raises(BadRequest, match=r"normalizer would make more than [0-9]+ bytes of this prompt: shorten it"):
+        tokenizer.encode("<|endoftext|>a" * 20_000)
+    assert tokenizer.encode("<|endoftext|>a" * 2)
+
+
 @pytest.mark.usefixtures("little_memory")
 def test_an_added_token_that_would_grow_without_bound_is_refused_before_the_library_reads_it(tmp_path: Path) -> None:
     added = {**DEMO["added_tokens"][0], "id": 3000, "content": "a" * 60, "normalized": True}
@@ -170,7 +189,14 @@ def test_a_huge_token_stands_for_no_text(tmp_path: Path) -> None:
 def test_no_real_normalizer_comes_near_the_bounds(text: str) -> None:
     for kind in ("gpt-sw3", "fnet", "rembert", "pieces-unigram", "bert", "byte-fallback", "gpt2-json"):
         tokenizer = Tokenizer.from_folder(GOLDEN / "tokenizers" / kind)
-        tokenizer._normalization.check(text, "this prompt", tokenizer._split_growth)
+        assert tokenizer._normalization.objection(text, "this prompt", tokenizer._split_growth) == ""
+
+
+def test_the_growth_of_a_step_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To go through a table of sentencepiece's takes longer than to encode a prompt."""
+    tokenizer = Tokenizer.from_folder(GOLDEN / "tokenizers" / "gpt-sw3")
+    monkeypatch.setattr(bounds, "_growth", lambda _step: pytest.fail("found again"))
+    assert tokenizer.encode("Ærøskøbing ﷺ " * 1000)
 
 
 def test_the_steps_one_by_one_give_what_the_library_gives() -> None:
@@ -178,7 +204,7 @@ def test_the_steps_one_by_one_give_what_the_library_gives() -> None:
         backend = Tokenizer.from_folder(GOLDEN / "tokenizers" / kind)._backend
         text = "Ærøskøbing ﷺ  ½ naïve\u3000株式会社"
         alone = text
-        for step in Normalization(backend.normalizer)._made:
+        for step in Normalization(steps_of(backend.normalizer, "normalizers"))._made:
             alone = step.normalize_str(alone)
         assert alone == backend.normalizer.normalize_str(text)
 
@@ -219,6 +245,12 @@ def test_no_tokenizer_of_transformers_needs_a_trial() -> None:
     for kind in sorted((GOLDEN / "tokenizers").iterdir()):
         if kind.is_dir():
             assert Tokenizer.from_folder(kind)._trial is None, kind
+
+
+def test_an_empty_expression_needs_a_trial(tmp_path: Path) -> None:
+    assert load(tmp_path, pre_tokenizer=split(""))._trial is not None
+    with pytest.raises(TokenizerError, match="may take any time, ''; "):
+        load(tmp_path, decoder=several("decoders", DEMO["decoder"], replace("", "x", "Regex")))
 
 
 @pytest.mark.processes

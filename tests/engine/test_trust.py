@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import struct
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -178,6 +180,64 @@ def test_the_members_of_a_group() -> None:
     others = [user for user in pwd.getpwall() if user.pw_uid not in (0, os.geteuid())]
     assert trust._other_member(STRANGER) == ""
     assert trust._other_member(others[0].pw_gid) in {user.pw_name for user in others}
+
+
+def test_a_member_of_a_group_is_known_by_name_where_no_list_of_users_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in most networks with a directory of users."""
+    import grp
+    import pwd
+
+    users = {"carol": pwd.struct_passwd(("carol", "x", STRANGER, STRANGER, "", "/", "/bin/sh"))}
+    group = grp.struct_group(("team", "x", 777, ["nobody-knows", "carol"]))
+    monkeypatch.setattr(pwd, "getpwall", list)
+    monkeypatch.setattr(pwd, "getpwnam", users.__getitem__)
+    monkeypatch.setattr(grp, "getgrgid", lambda _group: group)
+    assert trust._other_member(777) == "carol"
+    monkeypatch.setattr(os, "geteuid", lambda: STRANGER)
+    assert trust._other_member(777) == ""
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(sys.platform != "linux", reason="access lists as Linux keeps them")
+def test_an_access_list_may_let_others_write(cache: Path) -> None:
+    """The mode shows its rights as those of the group, in which nobody else is."""
+    cache.mkdir()
+    anyone = 0xFFFFFFFF
+    owner, user, group, mask, others = (
+        (1, 7, anyone),
+        (2, 7, STRANGER),
+        (4, 5, anyone),
+        (16, 7, anyone),
+        (32, 5, anyone),
+    )
+    entries = b"".join(struct.pack("<HHI", *entry) for entry in (owner, user, group, mask, others))
+    try:
+        os.setxattr(cache, trust._ACCESS_LIST, struct.pack("<I", 2) + entries)
+    except OSError:
+        pytest.skip("the file system has no access lists")
+    with pytest.raises(NotTrusted, match=r"its access list may let others write it \(mode 0775\)") as caught:
+        check_folder(cache)
+    subprocess.run(command_of(caught.value), check=True)
+    check_folder(cache)
+
+
+def test_a_pipe_that_takes_the_name_of_a_file_is_not_trusted(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the look at a file and its opening another may have the name."""
+    make_folder(cache)
+    (cache / "file").touch()
+    os.mkfifo(cache / "pipe")
+    regular = os.lstat(cache / "file")
+    monkeypatch.setattr(os, "lstat", lambda _path: regular)
+    with pytest.raises(NotTrusted, match="since it is no file"):
+        open_trusted(cache / "pipe")
+
+
+def test_measurements_are_kept_where_a_process_of_the_same_number_died(cache: Path) -> None:
+    """In a container most processes have the number of those before them."""
+    make_folder(cache)
+    (cache / MEASUREMENTS_FILE).with_suffix(f".{os.getpid()}.tmp").write_text("{")
+    Measurements(cache, "here").find_or_measure("width", lambda: 64)
+    assert Measurements(cache, "here").find("width") == 64
 
 
 def test_measurements_that_others_could_have_written_do_not_count(

@@ -47,7 +47,7 @@ def check_token_ids(name: str, ids: tuple[Any, ...]) -> tuple[int, ...]:
         if not isinstance(token_id, int) or isinstance(token_id, bool):
             raise BadRequest(f"{name}, a list, must hold token ids, not {type_name(token_id)}")
         if not 0 <= token_id <= MAX_TOKEN_ID:
-            raise BadRequest(f"{name} holds {shown(token_id)[:40]}, which is no token id")
+            raise BadRequest(f"{name} holds {shown(token_id)}, which is no token id")
     return ids
 
 
@@ -75,7 +75,7 @@ def _check_logit_bias(name: str, bias: Any) -> dict[int, float]:
     for key, value in bias.items():
         is_id = isinstance(key, int) or (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= 10)
         if not is_id or isinstance(key, bool) or not 0 <= int(key) <= MAX_TOKEN_ID:
-            raise BadRequest(f"{name} holds {shown(key)[:40]}, which is no token id")
+            raise BadRequest(f"{name} holds {shown(key)}, which is no token id")
         checked[int(key)] = float(_BIAS.check(f"{name} of token {int(key)}", value))
     return checked
 

@@ -98,9 +98,5 @@ def parse_json(data: bytes | str, object_pairs_hook: Callable[[list[tuple[str, A
     try:
         text = data.decode("utf-8") if isinstance(data, bytes) else data
         return json.loads(text, object_pairs_hook=object_pairs_hook)
-    except RecursionError:
-        raise ValueError("its lists and objects are nested too deep") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise
-    except ValueError as reason:
+    except (ValueError, RecursionError) as reason:
         raise ValueError(why_no_json(reason)) from None

@@ -47,7 +47,7 @@ from fastgpt2.engine.model.config import GPT2Config, custom_code
 from fastgpt2.engine.model.files import parse_json, path_of
 from fastgpt2.engine.model.identity import weights_identity
 from fastgpt2.engine.model.weights import HEAD, TABLE, expected_shapes, scales_name
-from fastgpt2.engine.trust import FILE_MODE, NotTrusted, check_folder, make_folder, open_trusted
+from fastgpt2.engine.trust import NotTrusted, check_folder, create_file, make_folder, open_trusted
 from fastgpt2.errors import CheckpointError, ModelError
 
 log = logging.getLogger("fastgpt2.engine")
@@ -448,9 +448,7 @@ def _write(path: Path, plan: PackPlan, progress: bool) -> None:
             leave=False,
             disable=not progress,
         )
-        temporary.unlink(missing_ok=True)
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
-        with os.fdopen(fd, "wb") as file, bar:
+        with os.fdopen(create_file(temporary), "wb") as file, bar:
             plan.write(file, sealed, bar.update)
             file.flush()
             os.utime(file.fileno(), ns=(sealed, sealed))

@@ -11,11 +11,14 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
-from fastgpt2.errors import BadRequest, TokenizerError
+from fastgpt2.errors import TokenizerError
+
+Step: TypeAlias = dict[str, Any]
 
 # A text may grow by this factor. Arabic ligatures and the like grow eleven times, where all of a text is of them.
 GROWTH = 16
@@ -48,7 +51,7 @@ _FACTORS = {
 }
 
 
-def steps_of(part: Any, within: str) -> list[dict[str, Any]]:
+def steps_of(part: Any, within: str) -> list[Step]:
     """Return the steps of a part of a pipeline, as its JSON describes it, in their order.
 
     Args:
@@ -60,7 +63,7 @@ def steps_of(part: Any, within: str) -> list[dict[str, Any]]:
     """
     if part is not None and not isinstance(part, dict):
         part = json.loads(part.__getstate__())
-    found: list[dict[str, Any]] = []
+    found: list[Step] = []
     waiting = [part] if part is not None else []
     while waiting:
         step = waiting.pop(0)
@@ -74,22 +77,35 @@ def steps_of(part: Any, within: str) -> list[dict[str, Any]]:
     return found
 
 
+def regexes_of(steps: Iterable[Step]) -> list[str]:
+    """Return the regular expressions of some steps."""
+    patterns = [step.get("pattern") for step in steps]
+    found = [pattern.get("Regex") for pattern in patterns if isinstance(pattern, dict)]
+    return [regex for regex in found if isinstance(regex, str)]
+
+
 class Normalization:
     """The steps of a normalizer, and what they may make of a text.
 
     Args:
-        normalizer: the library's, or its JSON, or None.
+        steps: as `steps_of` returns them.
+        raw_tokens: the added tokens that are looked for in the text as it comes. The library normalizes each part
+            between two of them alone, so that a step that puts something before a text does so before each part.
     """
 
-    def __init__(self, normalizer: Any) -> None:
-        self._steps = steps_of(normalizer, "normalizers")
+    def __init__(self, steps: Sequence[Step], raw_tokens: Iterable[str] = ()) -> None:
+        self._steps, self._raw_tokens = steps, raw_tokens
+
+    @cached_property
+    def _growths(self) -> list[tuple[float, float]]:
+        """Return the growth of each step. To find that of a large table takes longer than to encode a prompt."""
+        return [_growth(step) for step in self._steps]
 
     @cached_property
     def _static(self) -> tuple[float, float]:
         """Return the factor and the bytes more, within which every text stays."""
         factor, more = 1.0, 0.0
-        for step in self._steps:
-            by, plus = _growth(step)
+        for by, plus in self._growths:
             factor, more = factor * by, more * by + plus
         return factor, more
 
@@ -105,38 +121,43 @@ class Normalization:
             made.append(one)
         return made
 
-    def check(self, text: str, what: str, split_growth: float = 1.0) -> None:
-        """Raise BadRequest if the normalizer makes too much of a text, which the message calls `what`.
+    @cached_property
+    def _ends_of_parts(self) -> re.Pattern[str] | None:
+        """Return what finds the tokens between two parts of a text; None if no step makes more of parts than of all."""
+        tokens = sorted(filter(None, self._raw_tokens), key=len, reverse=True)
+        if not tokens or not any(more for _, more in self._growths):
+            return None
+        return re.compile("|".join(map(re.escape, tokens)))
+
+    def objection(self, text: str, what: str, split_growth: float = 1.0) -> str:
+        """Return what there is to say if the normalizer makes too much of a text; "" if it does not.
 
         Args:
+            what: what the sentence calls the text.
             split_growth: the factor by which the next step of the pipeline may lengthen the text.
         """
         if not self._steps:
-            return
+            return ""
         size = len(text.encode("utf-8", "surrogatepass"))
         limit = min(max(FREE_BYTES, GROWTH * size), MAX_BYTES)
         factor, more = self._static
         if (factor * size + more) * split_growth <= limit:
-            return
-        for step, made in zip(self._steps, self._made, strict=True):
+            return ""
+        too_long = f"the tokenizer's normalizer would make more than {limit} bytes of {what}"
+        ends = self._ends_of_parts
+        parts = [part for part in ends.split(text) if part] if ends is not None else [text]
+        for step, growth, made in zip(self._steps, self._growths, self._made, strict=True):
             # One step may go beyond the limit by its bound, as most texts do not grow as much.
-            if _most_bytes(step, text, size) > GROWTH * limit:
-                raise _too_long(what, limit)
-            text = made.normalize_str(text)
-            size = len(text.encode())
+            if sum(_most_bytes(step, growth, part) for part in parts) > GROWTH * limit:
+                return too_long
+            parts = [made.normalize_str(part) for part in parts]
+            size = sum(len(part.encode()) for part in parts)
             if size > limit:
-                raise _too_long(what, limit)
-        if size * split_growth > GROWTH * limit:
-            raise _too_long(what, limit)
+                return too_long
+        return too_long if size * split_growth > GROWTH * limit else ""
 
 
-def _too_long(what: str, limit: int) -> BadRequest:
-    return BadRequest(
-        f"the tokenizer's normalizer would make more than {limit} bytes of {what}: shorten it, or give token ids"
-    )
-
-
-def _growth(step: dict[str, Any]) -> tuple[float, float]:
+def _growth(step: Step) -> tuple[float, float]:
     """Return the factor and the bytes more, within which a step of a normalizer stays."""
     match step:
         case {"type": "Prepend", "prepend": str(text)}:
@@ -152,14 +173,15 @@ def _growth(step: dict[str, Any]) -> tuple[float, float]:
     return _FACTORS.get(str(step.get("type")), float(GROWTH)), 0.0
 
 
-def _most_bytes(step: dict[str, Any], text: str, size: int) -> float:
-    """Return how many bytes a step may make of one text of `size` bytes."""
+def _most_bytes(step: Step, growth: tuple[float, float], text: str) -> float:
+    """Return how many bytes a step of that growth may make of one text."""
+    size = len(text.encode())
     match step:
         case {"type": "Prepend", "prepend": str(prepended)}:
             return size + len(prepended.encode())
         case {"type": "Replace", "pattern": {"String": str(pattern)}, "content": str(content)} if pattern:
             return size + text.count(pattern) * (len(content.encode()) - len(pattern.encode()))
-    factor, more = _growth(step)
+    factor, more = growth
     return factor * size + more
 
 
@@ -170,10 +192,10 @@ def _longest_replacement(charsmap: str) -> float:
     return float(max(map(len, data[4 + trie :].split(b"\0")), default=1) or 1)
 
 
-def split_growth(pre_tokenizer: Any) -> float:
-    """Return the factor by which a pre-tokenizer may lengthen a text; raise TokenizerError if that is too much."""
+def split_growth(steps: Iterable[Step]) -> float:
+    """Return the factor by which a pre-tokenizer's steps may lengthen a text; raise TokenizerError if too much."""
     factor = 1.0
-    for step in steps_of(pre_tokenizer, "pretokenizers"):
+    for step in steps:
         match step:
             case {"type": "ByteLevel", "add_prefix_space": bool(adds)}:
                 factor *= 4.0 if adds else 2.0
@@ -186,10 +208,10 @@ def split_growth(pre_tokenizer: Any) -> float:
     return factor
 
 
-def check_frame(post_processor: Any) -> None:
+def check_frame(steps: Iterable[Step]) -> None:
     """Raise TokenizerError if a post-processor puts very many tokens around a text, or copies of it."""
     tokens, copies = 0, 1
-    for step in steps_of(post_processor, "processors"):
+    for step in steps:
         if step.get("type") != "TemplateProcessing":
             continue
         ids = {name: len(token["ids"]) for name, token in step["special_tokens"].items()}
@@ -202,10 +224,10 @@ def check_frame(post_processor: Any) -> None:
         raise TokenizerError(f"its post_processor makes {copies} copies of a text; the limit is {MAX_COPIES}")
 
 
-def check_decoder(decoder: Any) -> None:
+def check_decoder(steps: Iterable[Step]) -> None:
     """Raise TokenizerError if a decoder may make very long texts of short tokens."""
     factor = 1.0
-    for step in steps_of(decoder, "decoders"):
+    for step in steps:
         if step.get("type") == "Replace":
             by, more = _growth(step)
             factor *= by + more
@@ -215,14 +237,14 @@ def check_decoder(decoder: Any) -> None:
         )
 
 
-def check_added(normalizer: Any, contents: Iterable[str]) -> None:
+def check_added(normalizer: Any, contents: Sequence[str]) -> None:
     """Raise TokenizerError if the normalizer makes too much of an added token, which the library has it do at once."""
-    normalization = Normalization(normalizer)
+    if not contents:
+        return
+    normalization = Normalization(steps_of(normalizer, "normalizers"))
     for content in contents:
-        try:
-            normalization.check(content, f"added token {content[:40]!r}")
-        except BadRequest as reason:
-            raise TokenizerError(str(reason).partition(": shorten")[0]) from None
+        if objection := normalization.objection(content, f"added token {content[:40]!r}"):
+            raise TokenizerError(objection)
 
 
 def _in_words(factor: float) -> str:

@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from fastgpt2.engine.text.bounds import steps_of
 from fastgpt2.errors import TokenizerError
 
 UNKNOWN = "\ufffd"
@@ -330,7 +331,7 @@ def text_of(decoder: Any, tokens: Sequence[str]) -> str:
 
 def is_byte_level(decoder: Any) -> bool:
     """Tell whether a library's decoder takes each character of a token for a byte, and does nothing else."""
-    kinds = [part["type"] for part in _parts(decoder)]
+    kinds = [part["type"] for part in steps_of(decoder, "decoders")]
     return kinds[:1] == ["ByteLevel"] and set(kinds[1:]) <= {"Fuse"}
 
 
@@ -357,7 +358,7 @@ def stages_of(decoder: Any, bytes_alone: bool = False) -> list[Stage]:
     stages: list[Stage] = []
     # What the next step takes: tokens, or one text made of all. "pieces" are no tokens any more, nor one text yet.
     takes = "tokens"
-    for part in _parts(decoder):
+    for part in steps_of(decoder, "decoders"):
         kind = part["type"]
         if kind == "Fuse":
             takes = "text"
@@ -401,21 +402,6 @@ def _stages_of_text(part: dict[str, Any]) -> list[Stage]:
         case {"type": "Strip", "content": str(character), "start": int(start), "stop": int(stop)}:
             return [StripText(character, start, stop)]
     return []
-
-
-def _parts(decoder: Any) -> list[dict[str, Any]]:
-    """Return the steps of a library's decoder as its JSON describes them, those within others in their order."""
-    if decoder is None:
-        return []
-    found: list[dict[str, Any]] = []
-    waiting = [json.loads(decoder.__getstate__())]
-    while waiting:
-        part = waiting.pop(0)
-        if part["type"] == "Sequence":
-            waiting[:0] = part["decoders"]
-        else:
-            found.append(part)
-    return found
 
 
 def _decoder_of(part: dict[str, Any]) -> Any:

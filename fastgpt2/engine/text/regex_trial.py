@@ -14,9 +14,8 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
-from fastgpt2.engine.text.bounds import steps_of
 from fastgpt2.engine.text.trial import TrialProcess, answer_questions, limit_memory
-from fastgpt2.errors import BadRequest, TokenizerError
+from fastgpt2.errors import BadRequest
 
 if TYPE_CHECKING:
     import tokenizers
@@ -79,41 +78,12 @@ def _is_plain(regex: str) -> bool:
     return atoms > 0
 
 
-def harmful_regex(part: Any, within: str) -> str | None:
-    """Return the first regular expression of a part of a pipeline that may take any time; None if there is none.
-
-    Args:
-        part, within: as `steps_of` takes them.
-    """
-    for step in steps_of(part, within):
-        pattern = step.get("pattern")
-        regex = pattern.get("Regex") if isinstance(pattern, dict) else None
-        if isinstance(regex, str) and not is_harmless(regex):
-            return regex
-    return None
-
-
-def check_decoder_regex(decoder: Any) -> None:
-    """Raise TokenizerError for a decoder with an expression that may take any time: tokens are decoded in each step."""
-    regex = harmful_regex(decoder, "decoders")
-    if regex is not None:
-        raise TokenizerError(f"its decoder has a regular expression that may take any time, {regex[:40]!r}")
-
-
 class RegexTrial(TrialProcess):
     """The process that tries the prompts of one tokenizer."""
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         super().__init__("fastgpt2.engine.text.regex_trial", _pipeline(backend))
         self._last: str | None = None
-
-    @classmethod
-    def if_needed(cls, backend: tokenizers.Tokenizer) -> RegexTrial | None:
-        """Return a trial for a tokenizer, which has no process yet; None if its expressions do no harm."""
-        needed = harmful_regex(backend.normalizer, "normalizers") or harmful_regex(
-            backend.pre_tokenizer, "pretokenizers"
-        )
-        return cls(backend) if needed is not None else None
 
     def run(self, text: str, what: str) -> None:
         """Raise BadRequest if the tokenizer takes more time or memory than it may for a text, called `what`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from functools import cached_property
@@ -14,23 +13,29 @@ from fastgpt2.engine.text.auto_tokenizer import load_tokenizer
 from fastgpt2.engine.text.bounds import (
     MAX_TOKEN_CHARACTERS,
     Normalization,
+    Step,
     check_decoder,
     check_frame,
+    regexes_of,
     split_growth,
+    steps_of,
 )
 from fastgpt2.engine.text.detokenizer import ByteDetokenizer, Detokenizer, StagedDetokenizer, copies, rest, run
-from fastgpt2.engine.text.regex_trial import RegexTrial, check_decoder_regex
 from fastgpt2.engine.text.tokenizer_base import END_OF_TEXT
 from fastgpt2.errors import BadRequest, TokenizerError
 
 if TYPE_CHECKING:
     from fastgpt2.engine.text.auto_tokenizer import LoadedTokenizer
+    from fastgpt2.engine.text.regex_trial import RegexTrial
 
 # What stands for "no bound": a token may stand for a text of any length.
 ANY_LENGTH = 1 << 30
 
 # A token before another one, to see what that gives within a text. No vocabulary has it.
 _BEFORE = "\uf8ff"
+
+# The field of a sequence of pre-tokenizers.
+_SPLITS = "pretokenizers"
 
 _BYTES_AS_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
 
@@ -54,12 +59,14 @@ class Tokenizer:
         backend.no_padding()
         _keep_spaces_in_offsets(backend)
         self._backend, self.notes = backend, loaded.notes
-        self._normalization = Normalization(backend.normalizer)
-        self._split_growth = split_growth(backend.pre_tokenizer)
-        self._trial = RegexTrial.if_needed(backend)
+        normalizer, splits = steps_of(backend.normalizer, "normalizers"), steps_of(backend.pre_tokenizer, _SPLITS)
+        self._split_growth = split_growth(splits)
+        self._trial = _trial_for(backend, [*normalizer, *splits])
         bos = loaded.bos_token_id
         self.bos_token_id: int | None = bos if bos is not None else backend.token_to_id(END_OF_TEXT)
         added = backend.get_added_tokens_decoder()
+        raw_tokens = [token.content for token in added.values() if not token.normalized]
+        self._normalization = Normalization(normalizer, raw_tokens)
         self._added = {token_id: token.content for token_id, token in added.items()}
         self.special_tokens = {token_id: token.content for token_id, token in added.items() if token.special}
         # The vocabulary may have a token of such a name under another id too, which the library takes for special.
@@ -87,9 +94,8 @@ class Tokenizer:
         try:
             tokenizer = cls(loaded)
             tokenizer.try_out()
-        except (TokenizerError, BadRequest) as reason:
-            what = str(reason).partition(": shorten it")[0]
-            raise TokenizerError(f"{folder}: {what}; {remedy}") from None
+        except TokenizerError as reason:
+            raise TokenizerError(f"{folder}: {reason}; {remedy}") from None
         except BaseException as reason:
             if not decoders.is_library_failure(reason):
                 raise
@@ -245,11 +251,16 @@ class Tokenizer:
             TokenizerError: one of its steps may take a text beyond every bound.
             BaseException: a panic of the library's.
         """
-        check_frame(self._backend.post_processor)
-        check_decoder(self._backend.decoder)
-        check_decoder_regex(self._backend.decoder)
+        check_frame(steps_of(self._backend.post_processor, "processors"))
+        decoder = steps_of(self._backend.decoder, "decoders")
+        check_decoder(decoder)
+        # In each step tokens are decoded, and no process could try all of them.
+        regex = _find_harmful(regexes_of(decoder))
+        if regex is not None:
+            raise TokenizerError(f"its decoder has a regular expression that may take any time, {regex[:40]!r}")
         for text in ("", " A b"):
-            self._normalization.check(text, "the shortest text", self._split_growth)
+            if objection := self._normalization.objection(text, "the shortest text", self._split_growth):
+                raise TokenizerError(objection)
             try:
                 self._backend.encode(text)
             except Exception:  # it may have no token for these characters
@@ -258,7 +269,8 @@ class Tokenizer:
     def _encode(self, text: str, whole: bool = True) -> Any:
         what = f"this {'prompt' if whole else 'text'}"
         try:
-            self._normalization.check(text, what, self._split_growth)
+            if objection := self._normalization.objection(text, what, self._split_growth):
+                raise BadRequest(f"{objection}: shorten it, or give token ids")
             if self._trial is not None:
                 self._trial.run(text, what)
             return self._backend.encode(text, add_special_tokens=whole)
@@ -294,14 +306,12 @@ class Tokenizer:
         That is so for BPE with a token for each byte, if nothing before it takes text away. A normalizer may, but for
         the one of sentencepiece's kind that puts something before the text, or for spaces.
         """
-        pipeline = json.loads(self._backend.normalizer.__getstate__()) if self._backend.normalizer is not None else None
         if self._takes_spaces or type(self._backend.model).__name__ != "BPE":
             return False
-        if not all(_only_adds(part) for part in _flat(pipeline, "normalizers")):
+        if not all(map(_only_adds, steps_of(self._backend.normalizer, "normalizers"))):
             return False
-        splitter = self._backend.pre_tokenizer
-        splits = _flat(json.loads(splitter.__getstate__()) if splitter is not None else None, "pretokenizers")
-        if not all(_only_splits(part) for part in splits):
+        splits = steps_of(self._backend.pre_tokenizer, _SPLITS)
+        if not all(map(_only_splits, splits)):
             return False
         if any(part["type"] == "ByteLevel" for part in splits):
             tokens: Sequence[str] = decoders.CHARACTERS_OF_BYTES
@@ -312,16 +322,25 @@ class Tokenizer:
         return all(self._backend.token_to_id(token) is not None for token in tokens)
 
 
-def _flat(pipeline: Any, name: str) -> list[dict[str, Any]]:
-    """Return the steps of a normalizer or a pre-tokenizer as JSON describes it, those within others in their order."""
-    if pipeline is None:
-        return []
-    if pipeline["type"] == "Sequence":
-        return [part for step in pipeline[name] for part in _flat(step, name)]
-    return [pipeline]
+def _trial_for(backend: Any, steps: list[Step]) -> RegexTrial | None:
+    """Return the trial that a tokenizer's prompts need, which has no process yet; None if they need none."""
+    if _find_harmful(regexes_of(steps)) is None:
+        return None
+    from fastgpt2.engine.text.regex_trial import RegexTrial
+
+    return RegexTrial(backend)
 
 
-def _only_adds(part: dict[str, Any]) -> bool:
+def _find_harmful(regexes: list[str]) -> str | None:
+    """Return the first regular expression that may take any time; None if there is none."""
+    if not regexes:  # as in most tokenizers, which do not wait for the module
+        return None
+    from fastgpt2.engine.text.regex_trial import is_harmless
+
+    return next((regex for regex in regexes if not is_harmless(regex)), None)
+
+
+def _only_adds(part: Step) -> bool:
     """Tell whether a step of a normalizer makes no text shorter, in bytes."""
     match part:
         case {"type": "Prepend"}:
@@ -331,7 +350,7 @@ def _only_adds(part: dict[str, Any]) -> bool:
     return False
 
 
-def _only_splits(part: dict[str, Any]) -> bool:
+def _only_splits(part: Step) -> bool:
     """Tell whether a step of a pre-tokenizer takes nothing of the text away."""
     match part:
         case {"type": "ByteLevel" | "Metaspace" | "Digits"}:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastgpt2.engine.model.files import open_file, parse_json, read_file, why_not_read
 from fastgpt2.engine.model.lfs_pointer import explain_pointer, is_pointer
+from fastgpt2.engine.text.bounds import check_added
 from fastgpt2.errors import TokenizerError
 from fastgpt2.fields import why_no_json
 
@@ -102,9 +103,7 @@ class TokenizerJson:
         """Check what the normalizer would make of the added tokens, as soon as the library reads them."""
         normalizer = self._head.get("normalizer")
         contents = [token.get("content") for token in self.added_tokens if token.get("normalized") is not False]
-        if isinstance(normalizer, dict) and contents:
-            from fastgpt2.engine.text.bounds import check_added
-
+        if isinstance(normalizer, dict):
             check_added(normalizer, [content for content in contents if isinstance(content, str)])
 
     @property
