@@ -121,6 +121,34 @@ def test_what_is_a_request_is_served(start_endpoint: StartEndpoint) -> None:
     assert b"prompt must be" in answer, "it was read"
 
 
+def test_the_endpoint_stops_in_order_while_refused_connections_linger(start_endpoint: StartEndpoint) -> None:
+    endpoint = start_endpoint()
+    with ExitStack() as stack:
+        for name, (status, sent) in REFUSED.items():
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", endpoint.port), timeout=60))
+            connection.sendall(sent)
+            assert statuses(connection.recv(1000)) == [status], name
+        endpoint.process.terminate()
+        assert endpoint.process.wait(60) == 0
+    log = endpoint.log.read_text()
+    assert "endpoint has stopped" in log
+    assert "Traceback" not in log
+
+
+def test_a_signal_between_the_first_line_and_the_first_request_stops_the_endpoint(tmp_path: Path) -> None:
+    log = tmp_path / "api.log"
+    script = (
+        "import os, signal, sys; from fastgpt2.api.http import connections; "
+        "run = connections.BoundedServer.run; "
+        "connections.BoundedServer.run = lambda *a, **k: (os.kill(os.getpid(), signal.SIGTERM), run(*a, **k)); "
+        "from fastgpt2.cli import main; sys.exit(main())"
+    )
+    command = [sys.executable, "-c", script, "api", "--port", "0", "--redis-url", "redis://127.0.0.1:1/0"]
+    with log.open("w") as out:
+        assert subprocess.run(command, stderr=out, timeout=60).returncode == 0
+    assert "endpoint has stopped" in log.read_text()
+
+
 def test_a_compressed_body_is_refused_by_name(start_endpoint: StartEndpoint) -> None:
     endpoint = start_endpoint()
     paths = ("/", "/generate", "/generate_stream", "/v1/completions", "/v1/jobs", "/v1/completions")

@@ -167,6 +167,13 @@ class Connection(H11Protocol):
         status, sentence = self.conn.objection
         self._refuse(status, BadRequest(sentence))
 
+    def shutdown(self) -> None:
+        """Close this connection, as the server stops; at once, or after the answer to its request."""
+        if self._is_refused:  # h11 does not know of the answer, and to it this would be no time to close
+            self.transport.close()
+        else:
+            super().shutdown()
+
     def give_way(self) -> None:
         """Close this connection, which waits, at once."""
         self._stop_waiting()
