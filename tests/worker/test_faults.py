@@ -27,16 +27,14 @@ from redis.exceptions import ConnectionError as NoConnection
 from redis.exceptions import TimeoutError as NoAnswer
 from rq import Queue
 from rq.job import Job
-from rq.serializers import JSONSerializer
 from support.redis_process import OpenRedis
 from support.running import GOLDEN, wait_until
-from support.turns import Turns, take_turns
+from support.turns import Turns
 
-from fastgpt2 import Client, Engine
+from fastgpt2 import Client
 from fastgpt2.errors import FastGPT2Error, RedisAccessDenied
 from fastgpt2.protocol import keys
 from fastgpt2.protocol.untrusted import is_of_service
-from fastgpt2.system.redis_server import RedisServer
 from fastgpt2.worker import faults
 from fastgpt2.worker.claims import Claim
 from fastgpt2.worker.reaper import Reaper
@@ -47,17 +45,6 @@ ENTRY: dict[str, Any] = json.loads((GOLDEN / "demo_continuations.json").read_tex
 
 class Panic(BaseException):
     """What a library that is written in Rust raises: no Exception."""
-
-
-@pytest.fixture
-def queue(redis: Redis, queue_name: str) -> Queue:
-    return Queue(queue_name, connection=redis, serializer=JSONSerializer)
-
-
-@pytest.fixture
-def turns(engine: Engine, redis_server: RedisServer, queue_name: str) -> Iterator[Turns]:
-    with take_turns(engine, redis_server, queue_name) as turns:
-        yield turns
 
 
 def enqueue(queue: Queue, *names: str) -> list[Job]:

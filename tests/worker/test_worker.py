@@ -41,11 +41,6 @@ ENTRY: dict[str, Any] = json.loads((GOLDEN / "demo_continuations.json").read_tex
 LONG: dict[str, Any] = {"max_new_tokens": 480, "ignore_eos": True}
 
 
-@pytest.fixture
-def queue(redis: Redis, queue_name: str) -> Queue:
-    return Queue(queue_name, connection=redis, serializer=JSONSerializer)
-
-
 def status(job: Job) -> str:
     return str(job.get_status().value)
 
