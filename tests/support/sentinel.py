@@ -7,8 +7,7 @@ import random
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -208,15 +207,6 @@ class SentinelSystem:
             followers = range(len(self.nodes) - 1)
             return all(info.get(f"slave{n}", {}).get("state") == "online" for n in followers)
         return False
-
-    @contextmanager
-    def stopped(self, node: Node) -> Iterator[None]:
-        """While this lasts, the node hangs."""
-        node.stop()
-        try:
-            yield
-        finally:
-            node.resume()
 
     def start(self, linked: bool = True) -> Self:
         """Start everything, and wait as `wait_until_complete` does."""
