@@ -42,6 +42,8 @@ LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
 TASK = "fastgpt2.worker.tasks.generate"
 ENTRY: dict[str, Any] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"][0]
 QUEUE = "strange"
+# A job that runs until it is cancelled, on any machine: it is of many texts.
+ENDLESS = {"max_new_tokens": 480, "n": 100, "temperature": 1.0}
 IDS_OF_AN_OLDER_RQ = [
     "user:42",
     "a.b",
@@ -169,7 +171,7 @@ def test_an_id_forges_no_line_of_the_log(bench: Bench) -> None:
 
 @pytest.mark.parametrize("job_id", ["user:42:long", "a b\n:c"])
 def test_a_job_with_an_id_of_an_older_rq_is_cancelled_while_it_runs(bench: Bench, job_id: str) -> None:
-    bench.put(job_id, bench.fields(max_new_tokens=480))
+    bench.put(job_id, bench.fields(**ENDLESS))
     wait_until(lambda: bench.redis.hget(f"rq:job:{job_id}", "status") == b"started", "the job to start")
     assert bench.client.cancel(job_id)
     with pytest.raises(JobCancelled):
@@ -378,7 +380,7 @@ def test_a_shared_key_of_another_kind_fails_no_job(bench: Bench, pattern: str) -
         write(bench.redis, key, kind)
         bench.answers()
         running = uuid.uuid4().hex
-        bench.put(running, bench.fields(max_new_tokens=480))
+        bench.put(running, bench.fields(**ENDLESS))
         wait_until(lambda: bench.client.status(running) == "started", "the job to start")
         bench.redis.hset(f"rq:job:{running}", "status", "canceled")
         with suppress(ResponseError):
