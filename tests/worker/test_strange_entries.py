@@ -276,29 +276,11 @@ def test_what_failed_goes_back_by_the_commands_of_the_documentation(bench: Bench
 NUMBERS = ["9" * 400, "9" * 5000, "9" * 19, "-" + "9" * 400, "NaN", "-inf", "1e400", "", "-5"]
 LISTS = ("retry_intervals", "repeat_intervals", "dependency_ids", "meta")
 FIELDS = [
-    "timeout",
-    "result_ttl",
-    "failure_ttl",
-    "ttl",
-    "retries_left",
-    "number_of_retries",
-    "repeats_left",
-    "retry_intervals",
-    "repeat_intervals",
-    "enqueue_at_front",
-    "enqueue_at_front_on_retry",
-    "allow_dependency_failures",
-    "rate_limit_concurrency",
-    "success_callback_timeout",
-    "created_at",
-    "enqueued_at",
-    "started_at",
-    "dependency_ids",
-    "group_id",
-    "meta",
-    "fastgpt2_attempts",
-    "fastgpt2_crashes",
-]
+    "timeout", "result_ttl", "failure_ttl", "ttl", "retries_left", "number_of_retries", "repeats_left",
+    "retry_intervals", "repeat_intervals", "enqueue_at_front", "enqueue_at_front_on_retry",
+    "allow_dependency_failures", "rate_limit_concurrency", "success_callback_timeout", "created_at", "enqueued_at",
+    "started_at", "dependency_ids", "group_id", "meta", "fastgpt2_attempts", "fastgpt2_crashes",
+]  # fmt: skip
 
 
 def test_no_number_of_a_job_harms_another(bench: Bench) -> None:
@@ -445,25 +427,14 @@ junk = st.one_of(st.binary(max_size=40), numbers.map(str.encode))
 kinds = st.sampled_from(["string", "list", "set", "zset", "hash", "stream"])
 of_jobs = st.sampled_from(
     [
-        b"rq:job:",
-        b"rq:results:",
-        b"rq:executions:",
-        b"fastgpt2:stream:",
-        b"rq:job::%s:dependencies",
-        b"rq:job:%s:dependents",
+        b"rq:job:", b"rq:results:", b"rq:executions:", b"fastgpt2:stream:",
+        b"rq:job::%s:dependencies", b"rq:job:%s:dependents",
     ]
-)
+)  # fmt: skip
 more_fields = [
     *FIELDS,
-    "data",
-    "status",
-    "worker_name",
-    "origin",
-    "dependency_id",
-    "rate_limit_key",
-    "webhooks",
-    "exc_info",
-]
+    "data", "status", "worker_name", "origin", "dependency_id", "rate_limit_key", "webhooks", "exc_info",
+]  # fmt: skip
 actions = st.one_of(
     st.tuples(st.just("put"), raw_ids, st.dictionaries(st.sampled_from(more_fields), junk, max_size=3)),
     st.tuples(st.just("beside"), raw_ids, of_jobs, kinds),
