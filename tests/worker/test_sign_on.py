@@ -40,6 +40,8 @@ pytestmark = pytest.mark.processes
 
 Make = Callable[..., GenerationWorker]
 
+MAY_LIVE = "a worker of this name may still live; waiting until it surely does not"
+
 
 @pytest.fixture
 def make(engine: Engine, redis_server: RedisServer, queue_name: str) -> Iterator[Make]:
@@ -92,9 +94,16 @@ def lapse(redis: Redis, name: str) -> None:
 @pytest.mark.parametrize("answered", [True, False])
 @pytest.mark.usefixtures("quick")
 def test_a_cut_at_any_command_of_a_workers_life_does_no_harm(
-    make: Make, redis: Redis, client: Client, redis_server: RedisServer, queue_name: str, answered: bool
+    make: Make,
+    redis: Redis,
+    client: Client,
+    redis_server: RedisServer,
+    queue_name: str,
+    answered: bool,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Signing on, the first claim, the job, its end, signing off: each is done once, though a worker tries twice."""
+    caplog.set_level("INFO", "fastgpt2.worker")
     with CuttingProxy(redis_server.url) as proxy:
 
         def live(at: int) -> tuple[int, int]:
@@ -129,6 +138,7 @@ def test_a_cut_at_any_command_of_a_workers_life_does_no_harm(
             live(at)
             cuts += proxy.cuts
         assert cuts > len(commands) / 2, "most of them were sent"
+    assert MAY_LIVE not in caplog.text, "a worker does not wait for itself"
 
 
 def test_a_pool_outlives_a_cut_after_its_workers_registration(
@@ -154,6 +164,7 @@ def test_a_pool_outlives_a_cut_after_its_workers_registration(
             pool.kill()
             pool.wait()
     assert "active worker" not in log.read_text()
+    assert MAY_LIVE not in log.read_text()
 
 
 class TestNames:
@@ -198,7 +209,7 @@ class TestNames:
         if how != "and was taken off the lists":
             assert job.status() == "queued"
             assert redis.hget(f"rq:job:{job.id}", CRASHES_FIELD) == b"1"
-            assert caplog.text.count("a worker of this name may still live; waiting until it surely does not") == 1
+            assert caplog.text.count(MAY_LIVE) == 1
         for running in first.batch:
             first.batch.drop(running)
 
@@ -238,7 +249,7 @@ class TestNames:
         assert job.result(timeout=60).usage.completion_tokens == 400
         assert redis.hget(f"rq:job:{job.id}", CRASHES_FIELD) == b"1"
         log = tmp_path / "worker-1.log"
-        assert "waiting until" not in log.read_text()
+        assert MAY_LIVE not in log.read_text()
         redis.hset("rq:worker:w1", INCARNATION_FIELD, "another")
         assert second.wait(60) == 1, "a supervisor is to start it again"
         assert "worker w1 has lost its name to another; give each worker a name of its own" in log.read_text()
