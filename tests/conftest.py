@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 from redis import Redis
+from rq import Queue
+from rq.serializers import JSONSerializer
 from support.running import RunningEndpoint, StartEndpoint, StartWorker, wait_until
+from support.turns import Turns, take_turns
 
 from fastgpt2 import Client, Engine, settings
 from fastgpt2.protocol.connection import connect
@@ -123,6 +126,19 @@ def queue_name() -> str:
 def client(redis_server: RedisServer, queue_name: str) -> Iterator[Client]:
     with Client(redis_server.url, queue_name) as made:
         yield made
+
+
+@pytest.fixture
+def queue(redis: Redis, queue_name: str) -> Queue:
+    """The test's queue, as RQ's own programs use it."""
+    return Queue(queue_name, connection=redis, serializer=JSONSerializer)
+
+
+@pytest.fixture
+def turns(engine: Engine, redis_server: RedisServer, queue_name: str) -> Iterator[Turns]:
+    """A worker of the test's queue, which the test takes through its loop."""
+    with take_turns(engine, redis_server, queue_name) as turns:
+        yield turns
 
 
 @pytest.fixture

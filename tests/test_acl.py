@@ -62,9 +62,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GuardedRedis]:
 
 @pytest.fixture(scope="module")
 def admin(server: GuardedRedis) -> Iterator[Redis]:
-    connection = connect(server.url)
-    yield connection
-    connection.close()
+    with server.administered() as connection:
+        yield connection
 
 
 @pytest.fixture(scope="module")

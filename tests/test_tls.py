@@ -152,7 +152,7 @@ def test_sentinels_and_their_master_speak_tls(server: TLSRedis, tmp_path: Path) 
     url = f"rediss+sentinel://127.0.0.1:{port}/mymaster/0?ssl_ca_certs={server.authority}"
     try:
         with Client(url) as client:
-            wait_until(lambda: answers(client), "the Sentinel to know its master", 20)
+            wait_until(lambda: answers(client), "the Sentinel to know its master")
             assert asyncio.run(count_workers(url)) == 0
             with Client(url.partition("?")[0]) as stranger, pytest.raises(QueueUnavailable, match="name its authority"):
                 stranger.workers()

@@ -17,7 +17,7 @@ from support.finishing import finish, publish, queued
 from support.forgetful import ForgetfulRedis, finish_all, wait_for_queue
 from support.running import in_thread, wait_until
 
-from fastgpt2 import AsyncClient, Client
+from fastgpt2 import AsyncClient, Client, Job
 from fastgpt2.api.client import enqueue as enqueue_module
 from fastgpt2.api.client import flow as flow_module
 from fastgpt2.api.client import reader as reader_module
@@ -150,11 +150,7 @@ class TestRestart:
     def test_what_was_cancelled_is_not_enqueued_again(self, server: ForgetfulRedis, forgetful: Client) -> None:
         job = forgetful.enqueue("a")
         assert job.cancel()
-        server.restart()
-        with pytest.raises(JobLost):
-            job.result(timeout=60)
-        with server.administered() as connection:
-            assert queued(connection, forgetful.queue_name) == []
+        self.is_told_after_a_restart(server, job, JobLost)
 
     def test_what_had_ended_is_not_enqueued_again(
         self, server: ForgetfulRedis, forgetful: Client, admin: Redis
@@ -162,11 +158,15 @@ class TestRestart:
         job = forgetful.enqueue("a")
         finish(admin, job.id, "text")
         assert job.result(timeout=60).text == "text"
+        self.is_told_after_a_restart(server, job, JobNotFound)
+
+    def is_told_after_a_restart(self, server: ForgetfulRedis, job: Job, kind: type[JobNotFound]) -> None:
+        """Who asks for the job gets this error, and nothing is enqueued again."""
         server.restart()
-        with pytest.raises(JobNotFound):
+        with pytest.raises(kind):
             job.result(timeout=60)
         with server.administered() as connection:
-            assert queued(connection, forgetful.queue_name) == []
+            assert connection.keys("rq:*") == []
 
     def test_no_more_often_than_so(
         self, server: ForgetfulRedis, forgetful: Client, monkeypatch: pytest.MonkeyPatch

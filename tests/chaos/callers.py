@@ -8,7 +8,7 @@ import time
 import traceback
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,13 +16,16 @@ import httpx2 as httpx
 
 from chaos.cluster import QUEUE
 from chaos.submission import ENTRIES, Submitted
-from fastgpt2 import Client, GenerationRequest, Job
+from fastgpt2 import Client, GenerationRequest, GenerationResult, Job
 from fastgpt2.errors import FastGPT2Error, JobNotFound, NotDurable, QueueUnavailable, ResultTimeout
 
 # Nobody waits for longer than this, whatever happens.
 PATIENCE_SECONDS = 120.0
 _MOST_TOKENS = 40
 _PAUSE_SECONDS = 0.1
+
+# How a job's result is read, within a number of seconds.
+Read = Callable[[Job, float], GenerationResult]
 
 
 @dataclass
@@ -141,30 +144,23 @@ class QueueCaller(Caller):
     def reader_of(self, client: Client, entry: Acknowledged) -> Job:
         return entry.handle if self.random.random() < 0.5 else client.job(entry.job.id)
 
-    def hear_of_loss(self, entry: Acknowledged, job: Job, reason: JobNotFound) -> None:
-        entry.told = True
-        if job is entry.handle:
-            self.book.complain(f"job {job.id} ({self.name}) was lost, and not enqueued again: {reason!r}")
-
-    def see(self, entry: Acknowledged, token_ids: Any) -> None:
-        entry.seen = True
-        if entry.job.expected != [list(token_ids)]:
-            self.book.complain(f"job {entry.job.id} ({self.name}) was read with wrong tokens")
-
-    def wait_for(self, client: Client, entry: Acknowledged) -> None:
-        """Read the result, and again if Redis was away for longer than a reader waits."""
+    def wait_for(self, client: Client, entry: Acknowledged, read: Read = Job.result) -> None:
+        """Read the result, and again, then in the plain way, if Redis was away for longer than a reader waits."""
         job = self.reader_of(client, entry)
         deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
             try:
-                result = job.result(timeout=max(1.0, deadline - time.monotonic()))
+                result = read(job, max(1.0, deadline - time.monotonic()))
             except JobNotFound as reason:
-                self.hear_of_loss(entry, job, reason)
+                entry.told = True
+                if job is entry.handle:
+                    self.book.complain(f"job {job.id} ({self.name}) was lost, and not enqueued again: {reason!r}")
                 return
             except ResultTimeout as reason:
                 self.book.complain(f"job {entry.job.id} ({self.name}) was waited for in vain: {reason}")
                 return
             except QueueUnavailable as reason:
+                read = Job.result
                 self.book.count("readers given up")
                 if time.monotonic() > deadline:
                     self.book.complain(f"job {entry.job.id} ({self.name}) was waited for in vain: {reason}")
@@ -173,7 +169,9 @@ class QueueCaller(Caller):
                 self.book.complain(f"job {entry.job.id} ({self.name}) ended otherwise: {reason!r}")
                 return
             else:
-                self.see(entry, result.token_ids)
+                entry.seen = True
+                if entry.job.expected != [list(result.token_ids)]:
+                    self.book.complain(f"job {entry.job.id} ({self.name}) was read with wrong tokens")
                 return
 
 
@@ -198,28 +196,18 @@ class Streamer(QueueCaller):
 
     def turn(self, client: Client) -> None:
         entry = self.enqueue(client, waited=True, stream=True)
-        if entry is None:
-            return
-        job = self.reader_of(client, entry)
-        stream = job.stream(timeout=PATIENCE_SECONDS)
+        if entry is not None:
+            self.wait_for(client, entry, self._read)
+
+    def _read(self, job: Job, timeout: float) -> GenerationResult:
+        stream = job.stream(timeout=timeout)
         text = ""
-        try:
-            for piece in stream:
-                text = text[: piece.at] + piece.text
-        except QueueUnavailable:
-            self.book.count("readers given up")
-            self.wait_for(client, entry)
-            return
-        except JobNotFound as reason:
-            self.hear_of_loss(entry, job, reason)
-            return
-        except FastGPT2Error as reason:
-            self.book.complain(f"the stream of {entry.job.id} ended otherwise: {reason!r}")
-            return
+        for piece in stream:
+            text = text[: piece.at] + piece.text
         assert stream.result is not None
-        self.see(entry, stream.result.token_ids)
         if text != stream.result.text:
-            self.book.complain(f"job {entry.job.id} was streamed as {text!r}, and it is {stream.result.text!r}")
+            self.book.complain(f"job {job.id} was streamed as {text!r}, and it is {stream.result.text!r}")
+        return stream.result
 
 
 class Mapper(QueueCaller):

@@ -279,7 +279,7 @@ class Run:
     def _settle(self) -> None:
         """Fill the report in."""
         report, connection = self._report, self._set.connect()
-        _wait(lambda: not connection.zcard(leases_key(QUEUE)), "all workers to sign off", 20.0, self._book)
+        _wait(lambda: not connection.zcard(leases_key(QUEUE)), "all workers to sign off", _START_SECONDS, self._book)
         ends: Counter[str] = Counter()
         for entry in self._book.acknowledged:
             end, complaints = account(connection, entry.job)

@@ -70,7 +70,7 @@ class HangingProxy:
 
     def start(self) -> None:
         self._thread.start()
-        if not self._listening.wait(10):
+        if not self._listening.wait(60):
             raise OSError(f"the proxy cannot listen on port {self._port}")
 
     def close(self) -> None:

@@ -11,9 +11,6 @@ from support.sentinel import HOST, Node, SentinelSystem
 from chaos.hanging_proxy import HangingProxy
 from fastgpt2.protocol.connection import connect
 
-# A master that is silent for so long is taken for dead. On a machine of two busy cores it is silent now and then.
-DOWN_AFTER_MILLISECONDS = 2000
-
 
 class SentinelSet(SentinelSystem):
     """A set whose master can be lost in four ways; `url` is what clients and workers are given.
@@ -28,7 +25,6 @@ class SentinelSet(SentinelSystem):
             folder,
             replicas=2,
             sentinels=3,
-            down_after=DOWN_AFTER_MILLISECONDS,
             options=("appendonly yes", f"min-replicas-to-write {min_replicas}", "min-replicas-max-lag 3"),
             proxied=True,
         )

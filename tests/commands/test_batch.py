@@ -361,11 +361,15 @@ class TestBrokenOff:
 class TestLostJobs:
     """Redis is started again without what it had, or somebody deletes a job: no line is written that is not final."""
 
+    @pytest.fixture
+    def begin(self, server: ForgetfulRedis, start: Start) -> Start:
+        return partial(start, "in.txt", "-o", "out.jsonl", "--redis-url", server.url, *FEW)
+
     def test_they_are_enqueued_again(
-        self, tmp_path: Path, client: Client, server: ForgetfulRedis, start: Start
+        self, tmp_path: Path, client: Client, server: ForgetfulRedis, begin: Start
     ) -> None:
         write_prompts(tmp_path / "in.txt", LINES[:20])
-        process = start("in.txt", "-o", "out.jsonl", "--redis-url", server.url, *FEW)
+        process = begin()
         ids = wait_for_queue(server, client.queue_name, 20)
         with server.administered() as connection:
             finish(connection, ids[0], "first")
@@ -379,10 +383,10 @@ class TestLostJobs:
         assert texts == ["first", *(f"text of {job_id}" for job_id in ids[1:])]
 
     def test_one_that_was_deleted_ends_the_run_which_goes_on_from_there(
-        self, tmp_path: Path, client: Client, server: ForgetfulRedis, start: Start
+        self, tmp_path: Path, client: Client, server: ForgetfulRedis, begin: Start
     ) -> None:
         write_prompts(tmp_path / "in.txt", LINES[:3])
-        process = start("in.txt", "-o", "out.jsonl", "--redis-url", server.url, *FEW)
+        process = begin()
         ids = wait_for_queue(server, client.queue_name, 3)
         with server.administered() as connection:
             RQJob.fetch(ids[1], connection=connection, serializer=JSONSerializer).delete()
@@ -391,7 +395,7 @@ class TestLostJobs:
         assert process.returncode == 1
         assert f"job {ids[1]} is gone from Redis without an end: somebody deleted it" in err
         assert "out.jsonl holds 1 results; the same command goes on from there" in err
-        process = start("in.txt", "-o", "out.jsonl", "--redis-url", server.url, *FEW)
+        process = begin()
         wait_for_queue(server, client.queue_name, 2)
         finish_all(server, client.queue_name)
         process.communicate(timeout=60)

@@ -11,13 +11,6 @@ class ForgetfulRedis(OpenRedis):
     def __init__(self) -> None:
         super().__init__("--appendonly", "no")
 
-    def restart(self) -> None:
-        """Kill it and start it again, in the test's main thread: a server ends with the thread that started it."""
-        assert self._process is not None
-        self._process.kill()
-        self._process.wait()
-        self.start()
-
 
 def wait_for_queue(server: ForgetfulRedis, queue: str, ids: list[str] | int) -> list[str]:
     """Wait until so many jobs, or these, are in the queue; return their ids."""

@@ -33,6 +33,13 @@ class OpenRedis(RedisServer):
         assert self._process is not None
         return self._process.pid
 
+    def restart(self) -> None:
+        """Kill it and start it again, in the test's main thread: a server ends with the thread that started it."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+        self.start()
+
     @contextmanager
     def stopped(self) -> Iterator[None]:
         """It hangs: connections stay, and nobody answers."""

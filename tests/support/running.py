@@ -38,6 +38,14 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = 60.0
         time.sleep(0.01)
 
 
+def has_ended(pid: int) -> bool:
+    """Tell whether a process is no more, also if nobody has asked for its status yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
 def in_thread(call: Callable[[], T]) -> Future[T]:
     """Run a call in a thread of its own."""
     future: Future[T] = Future()

@@ -18,7 +18,7 @@ import pytest
 from redis import Redis
 from rq import Queue, Worker
 from rq.command import send_shutdown_command
-from support.running import wait_until
+from support.running import has_ended, wait_until
 
 from fastgpt2 import Client
 from fastgpt2.engine.model.hub import DEMO_FOLDER
@@ -311,13 +311,6 @@ def wait_for_workers(redis: Redis, queue_name: str, count: int) -> set[int]:
     return worker_pids(redis, queue_name)
 
 
-def gone(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
-
-
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_pool_serves_and_a_signal_drains_it(
     start_pool: StartPool, redis: Redis, client: Client, queue_name: str, signum: int
@@ -328,7 +321,7 @@ def test_a_pool_serves_and_a_signal_drains_it(
     wait_until(lambda: running.status() == "started", "the job to start")
     process.send_signal(signum)
     assert process.wait(60) == 0
-    assert all(map(gone, pids))
+    assert all(map(has_ended, pids))
     assert running.result(timeout=30).usage.completion_tokens == 450
     text = log.read_text()
     assert f"2 workers, queue {queue_name}, Redis redis://127.0.0.1" in text
@@ -453,7 +446,7 @@ def test_nothing_outlives_a_killed_supervisor(start_pool: StartPool, redis: Redi
         assert resource.prlimit(pid, resource.RLIMIT_NOFILE) == (hard, hard), "more than a shell allows"
     process.kill()
     process.wait()
-    wait_until(lambda: all(map(gone, pids)), "the workers to end")
+    wait_until(lambda: all(map(has_ended, pids)), "the workers to end")
 
 
 @pytest.mark.parametrize(

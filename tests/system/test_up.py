@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from redis.exceptions import ResponseError
 from support.redis_process import OpenRedis
-from support.running import run, wait_until
+from support.running import has_ended, run, wait_until
 
 from fastgpt2 import Client
 from fastgpt2.cli import main
@@ -89,13 +89,6 @@ def descendants(pid: int) -> set[int]:
     return children
 
 
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_up_serves_and_stops_cleanly(start_up: StartUp, signum: int) -> None:
     process, log = start_up("--workers", "2")
@@ -108,7 +101,7 @@ def test_up_serves_and_stops_cleanly(start_up: StartUp, signum: int) -> None:
         wait_until(lambda: running.status() == "started", "the job to start")
     process.send_signal(signum)
     assert process.wait(60) == 0
-    assert not any(map(alive, pids))
+    assert all(map(has_ended, pids))
     text = log.read_text()
     assert "stopping: workers finish the jobs that they run" in text
     assert f"job {running.id} finished: " in text
@@ -240,7 +233,7 @@ def test_nothing_outlives_a_killed_supervisor(start_up: StartUp) -> None:
     assert len(pids) == 3
     process.kill()
     process.wait()
-    wait_until(lambda: not any(map(alive, pids)), "Redis, the worker and the endpoint to end")
+    wait_until(lambda: all(map(has_ended, pids)), "Redis, the worker and the endpoint to end")
 
 
 def test_up_on_a_redis_that_is_there(start_up: StartUp, redis_server: RedisServer, queue_name: str) -> None:
@@ -325,7 +318,7 @@ def test_ctrl_c_while_it_starts(start_up: StartUp) -> None:
     process.send_signal(signal.SIGINT)
     assert process.wait(60) in (0, 130)
     pids.update(descendants(process.pid))
-    wait_until(lambda: not any(map(alive, pids)), "what was started to be gone")
+    wait_until(lambda: all(map(has_ended, pids)), "what was started to be gone")
     assert "Traceback" not in log.read_text()
 
 

@@ -6,7 +6,6 @@ import json
 import random
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -22,7 +21,7 @@ from rq.serializers import JSONSerializer
 from rq.suspension import resume, suspend
 from rq.utils import as_text
 from support.running import GOLDEN, StartWorker, wait_until
-from support.turns import Turns, take_turns
+from support.turns import Turns
 
 from fastgpt2 import Engine
 from fastgpt2.protocol.connection import connect
@@ -43,17 +42,6 @@ def engine() -> Engine:
     made = Engine.load("demo", max_batch=SLOTS, threads=1, drafts="off")
     made.warm_up()
     return made
-
-
-@pytest.fixture
-def queue(redis: Redis, queue_name: str) -> Queue:
-    return Queue(queue_name, connection=redis, serializer=JSONSerializer)
-
-
-@pytest.fixture
-def turns(engine: Engine, redis_server: RedisServer, queue_name: str) -> Iterator[Turns]:
-    with take_turns(engine, redis_server, queue_name) as turns:
-        yield turns
 
 
 def status(job: Job) -> str:

@@ -167,9 +167,9 @@ def test_without_a_replica_the_pool_goes_on(
         held = turns.worker.confirmation
         assert len(held) == 6
         wait_until(lambda: "no replica has them; start one" in caplog.text, "the log to say what is missing")
-        monkeypatch.setattr(confirmation, "CONFIRM_SECONDS", 0.0)
-        wait_until(lambda: take(turns) and not len(held), "the ends to be let go of")
-        monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            patch.setattr(confirmation, "CONFIRM_SECONDS", 0.0)
+            wait_until(lambda: take(turns) and not len(held), "the ends to be let go of")
         monkeypatch.setattr(confirmation, "MOST_HELD", 2)
         jobs = [enqueue(redis, queue_name) for _ in range(4)]
         turns.until(lambda: all(is_in(redis, job, "finished") for job in jobs), "four more to finish")

@@ -16,6 +16,7 @@ from redis import Redis
 from redis.connection import Connection
 from rq import Queue, RateLimit, Retry
 from rq.serializers import JSONSerializer
+from rq.utils import as_text
 from support.redis_process import OpenRedis
 from support.turns import Turns, take_turns
 
@@ -91,8 +92,9 @@ def run_all_kinds(turns: Turns, redis: Redis, client: Client) -> None:
     worker = turns.worker
     first = queue.enqueue(TASK, "Once", **options)
     queue.enqueue(TASK, "Once", depends_on=first, **options)
-    queue.enqueue(TASK, "Once", num_beams=4, failure_ttl=1000)
-    queue.enqueue(TASK, "Once", num_beams=4, failure_ttl=1000, retry=Retry(1))
+    refused: dict[str, Any] = {"num_beams": 4, "stream": True, "failure_ttl": 1000}
+    queue.enqueue(TASK, "Once", **refused)
+    queue.enqueue(TASK, "Once", retry=Retry(1), **refused)
     for _ in range(2):
         queue.enqueue(TASK, "Once", rate_limit=RateLimit("limit", 1), **options)
     turns.until(worker._has_no_jobs, "all to end")
@@ -132,15 +134,27 @@ def test_nothing_is_left_for_ever(engine: Engine, monkeypatch: pytest.MonkeyPatc
             turns.worker.metrics.report()
         sent = {str(command[0]) for unit in units for command in unit}
         assert {"EVALSHA", "SET", "HSET"} <= sent
-        redis.flushall()
-        seen = set()
-        for unit in units:
-            send(redis, unit)
-            keys = [key.decode() for key in redis.scan_iter(count=1000)]
-            for key in keys:
-                seen.add(re.sub(r"[0-9a-f]{8}-[0-9a-f-]{27}|\d{6,}", "X", key))
-                is_ended = re.fullmatch("rq:job:[^:]+", key) and redis.hget(key, "status") in ENDED
-                if is_ended or not FOR_EVER.fullmatch(key):
-                    assert redis.ttl(key) != -1, f"{key} is left for ever after {[command[:3] for command in unit]}"
-        for kind in ("stream:X", "totals:cut", "latest:cut", "recent:cut:X", "asked:"):
-            assert [key for key in seen if key.startswith(f"fastgpt2:{kind}")], kind
+        for expired in ("", f"rq:worker:{turns.worker.name}", "fastgpt2:stream:*"):
+            seen = send_again(redis, units, expired)
+            for kind in ("stream:X", "totals:cut", "latest:cut", "recent:cut:X", "asked:"):
+                assert [key for key in seen if key.startswith(f"fastgpt2:{kind}")], kind
+
+
+def send_again(redis: Redis, units: list[list[Command]], expired: str) -> set[str]:
+    """Send it all to an empty Redis, and look after each unit; return which kinds of keys there were.
+
+    Args:
+        expired: a pattern of keys that have always just expired, as the hash of a worker that was silent for long.
+    """
+    redis.flushall()
+    seen = set()
+    for unit in units:
+        for old in redis.keys(expired):
+            redis.delete(old)
+        send(redis, unit)
+        for key in map(as_text, redis.keys()):
+            seen.add(re.sub(r"[0-9a-f]{8}-[0-9a-f-]{27}|\d{6,}", "X", key))
+            is_ended = re.fullmatch("rq:job:[^:]+", key) and redis.hget(key, "status") in ENDED
+            if is_ended or not FOR_EVER.fullmatch(key):
+                assert redis.ttl(key) != -1, f"{key} is left for ever after {[command[:3] for command in unit]}"
+    return seen

@@ -25,7 +25,6 @@ from support.redis_process import OpenRedis
 from support.turns import Turns, take_turns
 
 from fastgpt2 import Client, Engine
-from fastgpt2.protocol.connection import connect
 from fastgpt2.protocol.keys import CRASHES_FIELD
 from fastgpt2.worker import aftermath, ledger, tasks
 from fastgpt2.worker.reaper import MAX_CRASHES, Reaper
@@ -126,9 +125,8 @@ def server() -> Iterator[OpenRedis]:
 
 @pytest.fixture(scope="module")
 def connection(server: OpenRedis) -> Iterator[Redis]:
-    made = connect(server.url)
-    yield made
-    made.close()
+    with server.administered() as made:
+        yield made
 
 
 @pytest.fixture(scope="module")

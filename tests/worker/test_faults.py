@@ -27,16 +27,14 @@ from redis.exceptions import ConnectionError as NoConnection
 from redis.exceptions import TimeoutError as NoAnswer
 from rq import Queue
 from rq.job import Job
-from rq.serializers import JSONSerializer
 from support.redis_process import OpenRedis
-from support.running import GOLDEN, wait_until
-from support.turns import Turns, take_turns
+from support.running import GOLDEN, has_ended, wait_until
+from support.turns import Turns
 
-from fastgpt2 import Client, Engine
+from fastgpt2 import Client
 from fastgpt2.errors import FastGPT2Error, RedisAccessDenied
 from fastgpt2.protocol import keys
 from fastgpt2.protocol.untrusted import is_of_service
-from fastgpt2.system.redis_server import RedisServer
 from fastgpt2.worker import faults
 from fastgpt2.worker.claims import Claim
 from fastgpt2.worker.reaper import Reaper
@@ -47,17 +45,6 @@ ENTRY: dict[str, Any] = json.loads((GOLDEN / "demo_continuations.json").read_tex
 
 class Panic(BaseException):
     """What a library that is written in Rust raises: no Exception."""
-
-
-@pytest.fixture
-def queue(redis: Redis, queue_name: str) -> Queue:
-    return Queue(queue_name, connection=redis, serializer=JSONSerializer)
-
-
-@pytest.fixture
-def turns(engine: Engine, redis_server: RedisServer, queue_name: str) -> Iterator[Turns]:
-    with take_turns(engine, redis_server, queue_name) as turns:
-        yield turns
 
 
 def enqueue(queue: Queue, *names: str) -> list[Job]:
@@ -275,11 +262,10 @@ def start(server: OpenRedis, log: Path, **environment: str) -> subprocess.Popen[
 @pytest.mark.parametrize("how", ["hangs", "is gone"])
 def test_two_signals_end_a_worker_at_once_whose_redis_is_away(server: OpenRedis, tmp_path: Path, how: str) -> None:
     """It has jobs that run, jobs that have ended, and none of it can be told to anybody."""
-    process = start(server, tmp_path / "worker.log", FASTGPT2_MAX_BATCH="2")
+    process = start(server, tmp_path / "worker.log", FASTGPT2_MAX_BATCH="2", FASTGPT2_DRAIN_TIMEOUT="3600")
     try:
         with Client(server.url) as client:
-            jobs = [client.enqueue(ENTRY["prompt"], max_new_tokens=480, ignore_eos=True) for _ in range(3)]
-            wait_until(lambda: jobs[1].status() == "started", "two jobs to start")
+            start_long_jobs(client, 3)
         os.kill(server.pid, signal.SIGSTOP if how == "hangs" else signal.SIGKILL)
         process.send_signal(signal.SIGTERM)
         wait_until(lambda: "is told to stop" in (tmp_path / "worker.log").read_text(), "the first signal to be heard")
@@ -308,17 +294,16 @@ def test_a_worker_ends_by_itself_without_supervisor_and_redis(server: OpenRedis,
     pid = int(parent.stdout.readline())
     wait_until(lambda: "is ready" in log.read_text(), "the worker to be ready")
     with Client(server.url) as client:
-        job = client.enqueue(ENTRY["prompt"], max_new_tokens=480, ignore_eos=True)
-        wait_until(lambda: job.status() == "started", "the job to start")
+        start_long_jobs(client, 1)
     os.kill(server.pid, signal.SIGKILL)
     parent.kill()
     parent.wait()
-    wait_until(lambda: "has stopped" in log.read_text(), "the worker to end", 60)
-    wait_until(lambda: not _is_running(pid), "its process to end")
+    wait_until(lambda: "has stopped" in log.read_text(), "the worker to end")
+    wait_until(lambda: has_ended(pid), "its process to end")
 
 
-def _is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+def start_long_jobs(client: Client, count: int) -> None:
+    """Have jobs run that take longer than the test does, on any machine: each is of many texts."""
+    fields: Any = {"max_new_tokens": 480, "ignore_eos": True, "n": 100, "temperature": 1.0}
+    jobs = [client.enqueue(ENTRY["prompt"], **fields) for _ in range(count)]
+    wait_until(lambda: jobs[0].status() == "started", "a job to start")

@@ -15,7 +15,7 @@ import pytest
 from rq import Queue
 from rq.serializers import JSONSerializer
 from support.stock_worker import run_by_stock
-from support.turns import Turns, take_turns
+from support.turns import Turns
 
 from fastgpt2 import Client, Engine
 from fastgpt2.engine.decoding import grammar
@@ -43,12 +43,6 @@ def engine() -> Engine:
     made = Engine.load("demo", max_batch=SLOTS, threads=1, drafts="off")
     made.warm_up()
     return made
-
-
-@pytest.fixture
-def turns(engine: Engine, redis_server: RedisServer, queue_name: str) -> Iterator[Turns]:
-    with take_turns(engine, redis_server, queue_name) as turns:
-        yield turns
 
 
 class Gate:

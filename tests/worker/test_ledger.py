@@ -28,11 +28,6 @@ ENTRY: dict[str, Any] = json.loads((GOLDEN / "demo_continuations.json").read_tex
 TASK = "fastgpt2.worker.tasks.generate"
 
 
-@pytest.fixture
-def queue(redis: Redis, queue_name: str) -> Queue:
-    return Queue(queue_name, connection=redis, serializer=JSONSerializer)
-
-
 def traces(redis: Redis, job: Job) -> dict[str, Any]:
     """Return all that Redis has of a job: the fields of its hash, its status, its keys and kinds, its registries."""
     fields: Any = redis.hgetall(job.key)

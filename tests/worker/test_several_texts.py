@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -40,17 +39,6 @@ def engine() -> Engine:
 def texts(engine: Engine) -> list[tuple[int, ...]]:
     """The tokens of ten texts of the prompt, each generated alone, by its index."""
     return [engine.generate(PROMPT, **DRAWN, choice_index=index).token_ids for index in range(10)]
-
-
-@pytest.fixture
-def turns(engine: Engine, redis_server: RedisServer, queue_name: str) -> Iterator[Turns]:
-    with take_turns(engine, redis_server, queue_name) as turns:
-        yield turns
-
-
-@pytest.fixture
-def queue(redis: Redis, queue_name: str) -> Queue:
-    return Queue(queue_name, connection=redis, serializer=JSONSerializer)
 
 
 def ids_of(result: GenerationResult) -> list[tuple[int, ...]]:

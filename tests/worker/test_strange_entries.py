@@ -42,6 +42,8 @@ LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
 TASK = "fastgpt2.worker.tasks.generate"
 ENTRY: dict[str, Any] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"][0]
 QUEUE = "strange"
+# A job that runs until it is cancelled, on any machine: it is of many texts.
+ENDLESS = {"max_new_tokens": 480, "n": 100, "temperature": 1.0}
 IDS_OF_AN_OLDER_RQ = [
     "user:42",
     "a.b",
@@ -169,7 +171,7 @@ def test_an_id_forges_no_line_of_the_log(bench: Bench) -> None:
 
 @pytest.mark.parametrize("job_id", ["user:42:long", "a b\n:c"])
 def test_a_job_with_an_id_of_an_older_rq_is_cancelled_while_it_runs(bench: Bench, job_id: str) -> None:
-    bench.put(job_id, bench.fields(max_new_tokens=480))
+    bench.put(job_id, bench.fields(**ENDLESS))
     wait_until(lambda: bench.redis.hget(f"rq:job:{job_id}", "status") == b"started", "the job to start")
     assert bench.client.cancel(job_id)
     with pytest.raises(JobCancelled):
@@ -274,29 +276,11 @@ def test_what_failed_goes_back_by_the_commands_of_the_documentation(bench: Bench
 NUMBERS = ["9" * 400, "9" * 5000, "9" * 19, "-" + "9" * 400, "NaN", "-inf", "1e400", "", "-5"]
 LISTS = ("retry_intervals", "repeat_intervals", "dependency_ids", "meta")
 FIELDS = [
-    "timeout",
-    "result_ttl",
-    "failure_ttl",
-    "ttl",
-    "retries_left",
-    "number_of_retries",
-    "repeats_left",
-    "retry_intervals",
-    "repeat_intervals",
-    "enqueue_at_front",
-    "enqueue_at_front_on_retry",
-    "allow_dependency_failures",
-    "rate_limit_concurrency",
-    "success_callback_timeout",
-    "created_at",
-    "enqueued_at",
-    "started_at",
-    "dependency_ids",
-    "group_id",
-    "meta",
-    "fastgpt2_attempts",
-    "fastgpt2_crashes",
-]
+    "timeout", "result_ttl", "failure_ttl", "ttl", "retries_left", "number_of_retries", "repeats_left",
+    "retry_intervals", "repeat_intervals", "enqueue_at_front", "enqueue_at_front_on_retry",
+    "allow_dependency_failures", "rate_limit_concurrency", "success_callback_timeout", "created_at", "enqueued_at",
+    "started_at", "dependency_ids", "group_id", "meta", "fastgpt2_attempts", "fastgpt2_crashes",
+]  # fmt: skip
 
 
 def test_no_number_of_a_job_harms_another(bench: Bench) -> None:
@@ -378,7 +362,7 @@ def test_a_shared_key_of_another_kind_fails_no_job(bench: Bench, pattern: str) -
         write(bench.redis, key, kind)
         bench.answers()
         running = uuid.uuid4().hex
-        bench.put(running, bench.fields(max_new_tokens=480))
+        bench.put(running, bench.fields(**ENDLESS))
         wait_until(lambda: bench.client.status(running) == "started", "the job to start")
         bench.redis.hset(f"rq:job:{running}", "status", "canceled")
         with suppress(ResponseError):
@@ -443,25 +427,14 @@ junk = st.one_of(st.binary(max_size=40), numbers.map(str.encode))
 kinds = st.sampled_from(["string", "list", "set", "zset", "hash", "stream"])
 of_jobs = st.sampled_from(
     [
-        b"rq:job:",
-        b"rq:results:",
-        b"rq:executions:",
-        b"fastgpt2:stream:",
-        b"rq:job::%s:dependencies",
-        b"rq:job:%s:dependents",
+        b"rq:job:", b"rq:results:", b"rq:executions:", b"fastgpt2:stream:",
+        b"rq:job::%s:dependencies", b"rq:job:%s:dependents",
     ]
-)
+)  # fmt: skip
 more_fields = [
     *FIELDS,
-    "data",
-    "status",
-    "worker_name",
-    "origin",
-    "dependency_id",
-    "rate_limit_key",
-    "webhooks",
-    "exc_info",
-]
+    "data", "status", "worker_name", "origin", "dependency_id", "rate_limit_key", "webhooks", "exc_info",
+]  # fmt: skip
 actions = st.one_of(
     st.tuples(st.just("put"), raw_ids, st.dictionaries(st.sampled_from(more_fields), junk, max_size=3)),
     st.tuples(st.just("beside"), raw_ids, of_jobs, kinds),

@@ -26,7 +26,7 @@ from rq.results import Result
 from rq.serializers import JSONSerializer
 from rq.suspension import resume, suspend
 from rq.webhook import Webhook
-from support.running import GOLDEN, StartWorker, wait_until
+from support.running import GOLDEN, StartWorker, has_ended, wait_until
 
 from fastgpt2 import Client
 from fastgpt2.protocol.connection import connect
@@ -39,11 +39,6 @@ TASK = "fastgpt2.worker.tasks.generate"
 ENTRY: dict[str, Any] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"][0]
 # Long enough to be caught at: a second or more of decoding.
 LONG: dict[str, Any] = {"max_new_tokens": 480, "ignore_eos": True}
-
-
-@pytest.fixture
-def queue(redis: Redis, queue_name: str) -> Queue:
-    return Queue(queue_name, connection=redis, serializer=JSONSerializer)
 
 
 def status(job: Job) -> str:
@@ -498,14 +493,7 @@ def test_an_orphaned_worker_ends(redis: Redis, redis_server: RedisServer, queue_
     parent.kill()
     parent.wait()
     wait_until(lambda: redis.scard(f"rq:workers:{queue_name}") == 0, "the orphan to sign off")
-    wait_until(lambda: not Path(f"/proc/{pid}").exists() or _is_zombie(pid), "the orphan to end")
-
-
-def _is_zombie(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
+    wait_until(lambda: has_ended(pid), "the orphan to end")
 
 
 def test_a_worker_waits_for_redis_to_come_up(tmp_path: Path, queue_name: str) -> None:
