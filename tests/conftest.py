@@ -8,6 +8,7 @@ import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from redis import Redis
@@ -21,6 +22,9 @@ from fastgpt2.protocol.connection import connect
 from fastgpt2.protocol.keys import leases_key
 from fastgpt2.system.redis_server import RedisServer
 from fastgpt2.system.up import System
+
+if TYPE_CHECKING:
+    from fastgpt2.engine.kernels.kernel import Kernel
 
 # Hundreds of processes are started. One that compiles the package anew starts 0.1 s later.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -101,6 +105,27 @@ def engine() -> Engine:
     guesses nothing: what it guesses depends on the time that steps take, and two runs shall have the same bits.
     """
     return Engine.load("demo", max_batch=4, prefix_memory=0, drafts="off")
+
+
+@pytest.fixture(scope="session")
+def _widths_measured() -> dict[tuple[str, int], int]:
+    return {}
+
+
+@pytest.fixture
+def _measured_once(_widths_measured: dict[tuple[str, int], int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remember the widths measured, for tests with a cache of their own: each takes half a second to measure."""
+    from fastgpt2.engine.kernels import choice
+
+    measure = choice.measure_fastest_width
+
+    def measure_once(kernel: Kernel, n_in: int) -> int:
+        key = kernel.product.name, n_in
+        if key not in _widths_measured:
+            _widths_measured[key] = measure(kernel, n_in)
+        return _widths_measured[key]
+
+    monkeypatch.setattr(choice, "measure_fastest_width", measure_once)
 
 
 @pytest.fixture(scope="session")

@@ -53,7 +53,8 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(
-    params=["demo", "wide", "demo by two", "wide by two", "demo by mkl", "wide by compiled", "wide by int8"]
+    scope="module",
+    params=["demo", "wide", "demo by two", "wide by two", "demo by mkl", "wide by compiled", "wide by int8"],
 )
 def network(request: pytest.FixtureRequest, wide: Path) -> Iterator[GPT2]:
     name, _, how = request.param.partition(" by ")

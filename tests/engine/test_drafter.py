@@ -231,11 +231,20 @@ def random_request(dice: random.Random, prompt: str) -> GenerationRequest:
     )
 
 
-@pytest.mark.thorough
-def test_whatever_ends_a_text_ends_it_where_it_would(plain: Engine, drafting: Engine) -> None:
+@pytest.fixture(scope="module")
+def ending(plain: Engine) -> tuple[list[GenerationRequest], list[Sequence]]:
+    """Make requests with ends of all kinds, and what follows without drafts."""
     dice = random.Random(7)
     requests = [random_request(dice, prompt) for prompt in prompts(150, 2)]
-    assert_same(plain, generate(plain, requests), generate(drafting, requests))
+    return requests, generate(plain, requests)
+
+
+@pytest.mark.thorough
+def test_whatever_ends_a_text_ends_it_where_it_would(
+    plain: Engine, drafting: Engine, ending: tuple[list[GenerationRequest], list[Sequence]]
+) -> None:
+    requests, expected = ending
+    assert_same(plain, expected, generate(drafting, requests))
 
 
 @pytest.mark.parametrize("drafts", [15, "int8"])
@@ -277,10 +286,9 @@ def team() -> Iterator[Engine]:
 
 
 @pytest.mark.processes
-def test_a_team_drafts_together_and_goes_on_alone(plain: Engine, team: Engine) -> None:
+def test_a_team_drafts_together_and_goes_on_alone(plain: Engine, team: Engine, expected: list[Sequence]) -> None:
     assert team.describe().endswith("2 processes, drafts by compiled-int8")
-    requests = REQUESTS[:40]
-    before = generate(plain, requests)
+    requests, before = REQUESTS[:40], expected[:40]
     assert_same(plain, before, generate(team, requests))
     (pid,) = team.decoder.model.helper_pids()
     os.kill(pid, signal.SIGKILL)

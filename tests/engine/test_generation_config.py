@@ -89,7 +89,12 @@ def test_ids_are_those_of_transformers(tmp_path: Path, case: dict[str, Any]) -> 
 @pytest.fixture(scope="module")
 def demo() -> Engine:
     """The shipped model, of which each test changes the generation settings."""
-    return Engine.load("demo", max_batch=1, threads=1)
+    return Engine.load("demo", max_batch=len(ORACLE["prompts"]), threads=1)
+
+
+def generated(engine: Engine, prompts: list[str], **options: Any) -> list[list[int]]:
+    """Generate the texts of prompts side by side."""
+    return [list(result.token_ids) for result in engine.generate(prompts, max_new_tokens=20, **options)]
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c["name"] not in REFUSED], ids=lambda case: case["name"])
@@ -98,11 +103,8 @@ def test_a_text_is_that_of_transformers_or_a_note_says_why_not(
 ) -> None:
     found = demo.decoder.generation = read(tmp_path, case["config"], case["file"])
     expected = case.get("ids", PLAIN["ids"])
-    differs = False
-    for prompt, ids in zip(ORACLE["prompts"], expected, strict=True):
-        if isinstance(ids, list):
-            differs |= list(demo.generate(prompt, max_new_tokens=20).token_ids) != ids
-    if differs:
+    texts = {prompt: ids for prompt, ids in zip(ORACLE["prompts"], expected, strict=True) if isinstance(ids, list)}
+    if generated(demo, list(texts)) != list(texts.values()):
         assert found.notes
     elif not any(isinstance(ids, dict) for ids in expected) and case["name"] not in CHANGE_OTHER_TEXTS:
         assert "error" in case or found.notes == ()
@@ -113,11 +115,9 @@ def test_what_a_request_may_ask_is_applied_without_a_note(demo: Engine, tmp_path
     (case,) = [case for case in CASES if case["name"] == name]
     found = demo.decoder.generation = read(tmp_path, case["config"], case["file"])
     assert found.notes == ()
-    for prompt, ids in zip(ORACLE["prompts"], case["ids"], strict=True):
-        assert list(demo.generate(prompt, max_new_tokens=20).token_ids) == ids
-        # A request's own values win, also those that do nothing.
-        own = demo.generate(prompt, max_new_tokens=20, min_new_tokens=1, **NEUTRAL)
-        assert list(own.token_ids) == PLAIN["ids"][ORACLE["prompts"].index(prompt)]
+    assert generated(demo, ORACLE["prompts"]) == case["ids"]
+    # A request's own values win, also those that do nothing.
+    assert generated(demo, ORACLE["prompts"], min_new_tokens=1, **NEUTRAL) == PLAIN["ids"]
 
 
 def test_the_applied_settings_change_texts() -> None:
@@ -130,13 +130,11 @@ def test_a_request_s_own_value_wins_one_by_one(demo: Engine, tmp_path: Path) -> 
     words = next(case for case in CASES if case["name"] == "file: bad_words_ids, several tokens")
     content = {**words["file"], "repetition_penalty": 0.8, "no_repeat_ngram_size": 4}
     demo.decoder.generation = read(tmp_path, {}, content)
-    for prompt, ids in zip(ORACLE["prompts"], words["ids"], strict=True):
-        found = demo.generate(prompt, max_new_tokens=20, repetition_penalty=1.0, no_repeat_ngram_size=0)
-        assert list(found.token_ids) == ids
+    found = generated(demo, ORACLE["prompts"], repetition_penalty=1.0, no_repeat_ngram_size=0)
+    assert found == words["ids"]
     penalised = next(case for case in CASES if case["name"] == "file: repetition_penalty 1.3")
     own: dict[str, Any] = {**NEUTRAL, "repetition_penalty": 1.3}
-    for prompt, ids in zip(ORACLE["prompts"], penalised["ids"], strict=True):
-        assert list(demo.generate(prompt, max_new_tokens=20, **own).token_ids) == ids
+    assert generated(demo, ORACLE["prompts"], **own) == penalised["ids"]
 
 
 def test_the_cases_are_of_the_shipped_model() -> None:

@@ -65,12 +65,20 @@ def engine(request: pytest.FixtureRequest) -> Engine:
 def test_greedy_texts_are_those_of_transformers(engine: Engine, kind: str) -> None:
     """Whole texts, of two models: by the options of `generate`."""
     name = "demo" if engine.model == "demo" else "openai-gpt2"
-    found = [text for text in golden["texts"] if (text["model"], text["kind"]) == (name, kind)]
-    for text in found:
-        options = {key: value for key, value in text["options"].items() if key != "ends"}
-        engine.decoder.generation = GenerationConfig(0, tuple(text["options"].get("ends", ())))
-        result = engine.generate(text["ids"], max_new_tokens=NEW_TOKENS, **options)
-        assert list(result.token_ids) == text["new"], text["prompt"]
+    by_ends: dict[tuple[int, ...], list[dict[str, Any]]] = {}
+    for text in golden["texts"]:
+        if (text["model"], text["kind"]) == (name, kind):
+            by_ends.setdefault(tuple(text["options"].get("ends", ())), []).append(text)
+    for ends, texts in by_ends.items():
+        engine.decoder.generation = GenerationConfig(0, ends)
+        results = engine.run([request_of(text) for text in texts])
+        for text, result in zip(texts, results, strict=True):
+            assert list(result.token_ids) == text["new"], text["prompt"]
+
+
+def request_of(text: dict[str, Any]) -> GenerationRequest:
+    options = {key: value for key, value in text["options"].items() if key != "ends"}
+    return GenerationRequest(tuple(text["ids"]), max_new_tokens=NEW_TOKENS, **options)
 
 
 def test_the_texts_are_of_the_shipped_model() -> None:

@@ -161,6 +161,7 @@ def test_what_a_worker_would_measure_is_measured_with_it(
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("spoiled", ["", "{", "[]", '{"x": []}', "[" * 100_000])
+@pytest.mark.usefixtures("_measured_once")
 def test_a_spoiled_record_of_measurements_is_measured_anew(folder: Path, cache: Path, spoiled: str) -> None:
     load(folder)
     (cache / "calibration.json").write_text(spoiled)
@@ -257,6 +258,7 @@ def change_secretly(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("case", ["prefixed", "sharded", "pickle", "pickle_shards", "nanogpt"])
+@pytest.mark.usefixtures("_measured_once")
 def test_other_weights_of_the_same_size_and_time_are_noticed(case: str, tmp_path: Path, cache: Path) -> None:
     """`rsync -a` and the layers of an image leave such files."""
     folder = shutil.copytree(GOLDEN / "checkpoints" / case, tmp_path / case)
@@ -284,6 +286,7 @@ def test_a_source_that_is_packed_is_not_opened_again(
 
 
 @pytest.mark.parametrize("case", ["pickle", "pickle_shards", "nanogpt"])
+@pytest.mark.usefixtures("_measured_once")
 def test_weights_in_a_pickle_are_kept_even_if_they_are_small(
     case: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -334,6 +337,7 @@ def test_what_a_killed_process_left_does_no_harm(folder: Path, cache: Path) -> N
     assert not path.with_suffix(".tmp").exists()
 
 
+@pytest.mark.usefixtures("_measured_once")
 def test_a_cache_that_cannot_be_written_costs_memory_only(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -377,6 +381,7 @@ def start(folder: Path, limit: int = 0) -> subprocess.Popen[str]:
 
 
 @pytest.mark.processes
+@pytest.mark.usefixtures("_measured_once")
 def test_of_many_processes_one_packs_and_all_map_the_same_file(folder: Path, cache: Path) -> None:
     load(folder)  # which layout is best, measured while nobody disturbs: one file in the end
     (path,) = packed_files(cache)
@@ -407,6 +412,7 @@ def test_a_full_disk_is_no_loss(folder: Path, cache: Path) -> None:
     assert not list(cache.glob("*.tmp"))
 
 
+@pytest.mark.usefixtures("_measured_once")
 def test_a_disk_with_too_little_room_is_known_before_it_is_filled(
     folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -236,16 +236,27 @@ def test_drafts_of_drawn_texts_come_true(drafts: str | int, monkeypatch: pytest.
 # ------------------------------------------------------------------------------------------- several texts
 
 
+EIGHT_TIMES = ("Sherlock Holmes", LONG_PROMPT, "")
+
+
+@pytest.fixture(scope="module")
+def eight(plain: Engine) -> dict[str, tuple[GenerationRequest, GenerationResult]]:
+    """Ask for eight texts of each prompt, and run each of them as a request of its own."""
+    options: dict[str, Any] = {"temperature": 1.0, "top_p": 0.9, "seed": 77, "max_new_tokens": 12, "logprobs": 1}
+    asked = [GenerationRequest(prompt, n=8, **options) for prompt in EIGHT_TIMES]
+    return {prompt: (request, run_apart(plain, request)) for prompt, request in zip(EIGHT_TIMES, asked, strict=True)}
+
+
 @pytest.mark.parametrize("max_batch", [1, 3, 8])
 @pytest.mark.parametrize("prefix_memory", [0, 1 << 24])
-@pytest.mark.parametrize("prompt", ["Sherlock Holmes", LONG_PROMPT, ""])
+@pytest.mark.parametrize("prompt", EIGHT_TIMES)
 def test_eight_texts_are_those_of_eight_requests(
-    plain: Engine, max_batch: int, prefix_memory: int, prompt: str
+    eight: dict[str, tuple[GenerationRequest, GenerationResult]], max_batch: int, prefix_memory: int, prompt: str
 ) -> None:
     engine = load(max_batch=max_batch, prefix_memory=prefix_memory)
-    request = GenerationRequest(prompt, n=8, temperature=1.0, top_p=0.9, seed=77, max_new_tokens=12, logprobs=1)
+    request, apart = eight[prompt]
     (result,) = engine.run([request])
-    assert told(engine, result) == told(engine, run_apart(plain, request))
+    assert told(engine, result) == told(engine, apart)
     texts = [result, *result.alternatives]
     assert [one.choice_index for one in texts] == list(range(8))
     assert len({one.token_ids for one in texts}) > 4
@@ -288,7 +299,7 @@ def test_a_text_that_is_dropped_leaves_the_prompt_to_the_others(plain: Engine, m
     monkeypatch.setattr(decoder_module, "PREFILL_ROWS", 50)
     engine = load(max_batch=4)
     request = GenerationRequest(LONG_PROMPT, n=3, temperature=1.0, seed=4, max_new_tokens=10)
-    prepared = engine.decoder.prepare(request)
+    prepared, alone = engine.decoder.prepare(request), run_apart(plain, request)
     for steps in (1, 2, 20):
         texts = [engine.decoder.admit(prepared, index) for index in range(3)]
         for _ in range(steps):
@@ -296,7 +307,6 @@ def test_a_text_that_is_dropped_leaves_the_prompt_to_the_others(plain: Engine, m
         engine.decoder.finish(texts[0])
         while engine.decoder.running:
             engine.decoder.step()
-        alone = run_apart(plain, request)
         for sequence, theirs in zip(texts[1:], alone.alternatives, strict=True):
             assert told(engine, sequence.result("demo")) == told(engine, theirs)
 
@@ -468,8 +478,9 @@ def test_log_probabilities_are_the_model_s_own(plain: Engine) -> None:
         "temperature": 0.7, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1.3, "frequency_penalty": 0.5,
         "logit_bias": {262: 3.0}, "suppress_tokens": (13,), "bad_words": ("my",),
     }  # fmt: skip
+    drafting = load(drafts=4)
     for seed in range(5):
-        for engine in (plain, load(drafts=4)):
+        for engine in (plain, drafting):
             result = engine.generate("Sherlock Holmes", seed=seed, max_new_tokens=30, logprobs=2, **options)
             ids = [*engine.tokenizer.encode("Sherlock Holmes"), *result.token_ids]
             scored = engine.generate(ids, max_new_tokens=0, prompt_logprobs=2).prompt_logprobs

@@ -24,6 +24,7 @@ from fastgpt2.engine.trust import NotTrusted, check_folder, make_folder, open_tr
 
 MODEL = GOLDEN / "checkpoints" / "masks_misaligned"
 STRANGER = 54321
+pytestmark = pytest.mark.usefixtures("_measured_once")
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
 
 
