@@ -115,9 +115,9 @@ def _widths_measured() -> dict[tuple[str, int], int]:
 @pytest.fixture
 def _measured_once(_widths_measured: dict[tuple[str, int], int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Remember the widths measured, for tests with a cache of their own: each takes half a second to measure."""
-    from fastgpt2.engine.kernels import choice
+    from fastgpt2.engine.kernels import calibration, choice
 
-    measure = choice.measure_fastest_width
+    measure = calibration.measure_fastest_width
 
     def measure_once(kernel: Kernel, n_in: int) -> int:
         key = kernel.product.name, n_in

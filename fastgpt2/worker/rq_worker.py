@@ -130,9 +130,9 @@ class RQWorker(BaseWorker):
                 self._state = WorkerStatus.IDLE
                 self.birth_date = self.birth_date or utc_now()
                 self.last_heartbeat = utc_now()
+                self.subscribe()  # who is listed hears commands: they are sent to those who are, and are not kept
                 if self._registration.take(self._entry()):
                     self.lease.start()
-                    self.subscribe()
                     return True
                 failures, seconds = 0, BEAT_SECONDS
             except RedisError as reason:

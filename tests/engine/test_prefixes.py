@@ -99,9 +99,7 @@ def families(engine: Engine) -> tuple[list[GenerationRequest], list[GenerationRe
 
 
 @pytest.mark.thorough
-def test_families_of_prompts(
-    keeping: Engine, families: tuple[list[GenerationRequest], list[GenerationResult]]
-) -> None:
+def test_families_of_prompts(keeping: Engine, families: tuple[list[GenerationRequest], list[GenerationResult]]) -> None:
     """In batches of random company."""
     requests, expected = families
     dice = random.Random(1)

@@ -141,6 +141,22 @@ def test_a_cut_at_any_command_of_a_workers_life_does_no_harm(
     assert MAY_LIVE not in caplog.text, "a worker does not wait for itself"
 
 
+def test_a_worker_hears_commands_from_the_moment_it_is_listed(
+    make: Make, redis: Redis, queue_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = make()
+    take = worker._registration.take
+
+    def take_and_be_told(entry: dict[str, Any]) -> bool:
+        taken = take(entry)
+        send_shutdown_command(redis, worker.name)
+        return taken
+
+    monkeypatch.setattr(worker._registration, "take", take_and_be_told)
+    assert not worker.work()
+    assert not redis.smembers(workers_key(queue_name))
+
+
 def test_a_pool_outlives_a_cut_after_its_workers_registration(
     redis: Redis, redis_server: RedisServer, client: Client, queue_name: str, tmp_path: Path
 ) -> None:
