@@ -55,6 +55,7 @@ class Command:
     Attributes:
         runs: the function that runs it, as "module:function".
         details: more sentences for its own `--help`.
+        tells_given: its values tell by "given" which options were given: one of them may mean more than its variable.
     """
 
     runs: str
@@ -62,6 +63,7 @@ class Command:
     settings: tuple[Setting[Any], ...]
     positional: Positional | None = None
     details: str = ""
+    tells_given: bool = False
 
     def run(self, values: Values) -> int:
         function: Callable[[Values], int] = resolve_name(self.runs)
@@ -111,6 +113,8 @@ def _values(command: Command, options: argparse.Namespace) -> Values:
     values: Values = {setting.name: setting.resolve(given[setting.name]) for setting in command.settings}
     if positional is not None:
         values.setdefault(positional.name, options.positional)
+    if command.tells_given:
+        values["given"] = frozenset(name for name, text in given.items() if text is not None)
     return values
 
 
@@ -243,7 +247,9 @@ COMMANDS = {
         "yours; the options give their defaults. Each line of input gives one line of output, in the same order; a "
         "prompt that fails gives an error in its line. An output that exists is continued after its last line. To go "
         "on with a run that broke off, however that came, give the same command again. For example: "
-        "fastgpt2 batch prompts.txt -o results.jsonl.",
+        "fastgpt2 batch prompts.txt -o results.jsonl. With --model, the command needs no pool: it starts what it "
+        "needs and stops it, as in: fastgpt2 batch --model gpt2 prompts.txt -o results.jsonl.",
+        tells_given=True,
     ),
     "generate": Command(
         "fastgpt2.commands.prompts:generate",

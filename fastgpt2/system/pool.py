@@ -47,6 +47,7 @@ class Child:
         stops_first: it is told to stop before the others, which still serve it meanwhile.
         ends_soon: it has been told to end of itself (`--max-jobs`), so that ending soon is no sign of a fault.
         is_worker: the jobs that it has when it ends are to be taken back.
+        output: the descriptor that it writes to, instead of this process's standard output and error.
         identity: the name of the process that runs, or ran last: a worker is told to go by it.
         restarts: how often a process was started in the first one's place.
         last_end: how the last process ended: one of `keys.RESTARTS`.
@@ -59,6 +60,7 @@ class Child:
     stops_first: bool = False
     ends_soon: bool = False
     is_worker: bool = False
+    output: int | None = None
     identity: str = ""
     restarts: int = 0
     last_end: str = ENDED
@@ -80,6 +82,8 @@ class Child:
                 self.command,
                 env={**os.environ, **self.environment, **own},
                 stdin=subprocess.DEVNULL,
+                stdout=self.output,
+                stderr=self.output,
                 start_new_session=True,
                 preexec_fn=set_up_child,
             )
@@ -185,7 +189,7 @@ class Pool:
 
 
 def _died(status: int) -> bool:
-    """Tell whether a worker ended without a word. One that runs handles SIGTERM: only one that still loads ends by it."""
+    """Tell whether a worker ended without a word. Only one that still loads ends by SIGTERM: the others handle it."""
     return status not in (0, -signal.SIGTERM, *FATAL_EXIT_CODES)
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
@@ -122,12 +122,16 @@ def _means_away(error: Exception) -> bool:
 class Driver:
     """Runs flows over connections of the blocking redis library; safe for several threads.
 
+    Args:
+        between_steps: called before each step, every few seconds at least; what it raises ends the flow.
+
     Raises:
         BadRequest: not a Redis URL.
     """
 
-    def __init__(self, redis_url: str) -> None:
+    def __init__(self, redis_url: str, between_steps: Callable[[], None] | None = None) -> None:
         self.redis_url = redis_url
+        self._between_steps = between_steps
         self.connection = connect(redis_url)
 
     def run(self, flow: Flow[T]) -> T:
@@ -146,6 +150,8 @@ class Driver:
                 result: T = end.value
                 return result
             reply, error = None, None
+            if self._between_steps is not None:
+                self._between_steps()
             try:
                 reply = self._take(step)
             except Exception as reason:
