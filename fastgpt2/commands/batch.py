@@ -79,7 +79,7 @@ def run(values: dict[str, Any]) -> int:
             results.resume(lines)
             with pool, closing(Driver(pool.redis_url, pool.check)) as driver:
                 session = Session(pool.redis_url, values["queue"], values["max_queue"], values["durability"])
-                _send(session, driver, lines, results, source, values["in_flight"])
+                _send(session, driver, lines, results, source, values["in_flight"], pool.is_own)
         except KeyboardInterrupt:
             print(f"\ninterrupted: {_progress_text(results, target)}", file=sys.stderr)
             return 130
@@ -124,7 +124,13 @@ def _progress_text(results: Results, target: Path | None) -> str:
 
 
 def _send(
-    session: Session, driver: Driver, lines: Iterator[Line], results: Results, source: Path | None, in_flight: int
+    session: Session,
+    driver: Driver,
+    lines: Iterator[Line],
+    results: Results,
+    source: Path | None,
+    in_flight: int,
+    forgets: bool,
 ) -> None:
     """Send all lines, and write their results as they come, in the order of the lines."""
     if not driver.run(session.workers()):
@@ -135,7 +141,8 @@ def _send(
         )
     regular = source is not None and source.is_file()
     sent: deque[Line] = deque()
-    bulk = BulkRun(session, _items(lines if regular else read_ahead(lines), sent), in_flight, ordered=True)
+    items = _items(lines if regular else read_ahead(lines), sent)
+    bulk = BulkRun(session, items, in_flight, ordered=True, forgets=forgets)
     shown = sys.stderr.isatty()
     total = count_lines(source) if shown and regular and source is not None else None
     with closing(run_bulk(driver, bulk, ProgressBar(total, shown, results.done))) as ends:

@@ -68,14 +68,17 @@ def pool_of_run(values: dict[str, Any]) -> OwnPool | RunningPool:
 
 
 class RunningPool:
-    """A pool that others run.
+    """A pool that others run, and use as well.
 
     Attributes:
         redis_url: where its Redis is.
+        is_own: whether this run is the only one that uses the pool.
 
     Raises:
         BadRequest: the URL cannot be used.
     """
+
+    is_own = False
 
     def __init__(self, redis_url: str) -> None:
         connect(redis_url).close()  # a URL that cannot be used is refused before anything is begun
@@ -100,7 +103,10 @@ class OwnPool:
 
     Attributes:
         redis_url: where the Redis is, once it runs.
+        is_own: whether this run is the only one that uses the pool.
     """
+
+    is_own = True
 
     def __init__(self, values: dict[str, Any]) -> None:
         self._values = _of_workers(values)

@@ -20,13 +20,14 @@ from fastgpt2.api.client.enqueue import (
     plan_each,
     read_enqueue_reply,
 )
-from fastgpt2.api.client.flow import RECONNECT_SECONDS, AsyncDriver, Driver, Flow, Pause, Pipeline
+from fastgpt2.api.client.flow import RECONNECT_SECONDS, AsyncDriver, Command, Driver, Flow, Pause, Pipeline
 from fastgpt2.api.client.outcome import Outcome
 from fastgpt2.api.client.reader import JobReader, ReadLoop
 from fastgpt2.api.client.session import Session, cancel_command
 from fastgpt2.engine.decoding.records import GenerationResult
 from fastgpt2.errors import BadRequest, FastGPT2Error, NotDurable
 from fastgpt2.fields import refusal
+from fastgpt2.protocol.keys import job_key, results_key
 
 DEFAULT_IN_FLIGHT = 64
 MAX_IN_FLIGHT = 1_000_000
@@ -62,12 +63,15 @@ class BulkRun:
         items: read as there is room for them. An error takes the place of its job's outcome.
         in_flight: at most this many jobs are in the queue at once; if `ordered`, results that wait here for an earlier
             one count too.
+        forgets: delete each job once its end is here: nobody else can ask for it, and a long run must not fill Redis.
 
     Raises:
         BadRequest: `in_flight` is out of bounds.
     """
 
-    def __init__(self, session: Session, items: Iterable[Item], in_flight: int, ordered: bool) -> None:
+    def __init__(
+        self, session: Session, items: Iterable[Item], in_flight: int, ordered: bool, forgets: bool = False
+    ) -> None:
         if not isinstance(in_flight, int) or isinstance(in_flight, bool) or not 1 <= in_flight <= MAX_IN_FLIGHT:
             raise refusal("in_flight", f"a whole number from 1 to {MAX_IN_FLIGHT}", in_flight)
         self._session = session
@@ -75,6 +79,7 @@ class BulkRun:
         self._input = _Input.READY
         self._in_flight = in_flight
         self._ordered = ordered
+        self._forgets = forgets
         # How many items were read, and how many outcomes were given to the caller.
         self._read = self._given = 0
         # What a full queue refused; it is sent before anything more is read.
@@ -243,10 +248,14 @@ class BulkRun:
         if self._input is _Input.SLOW:
             longest = min(longest, POLL_SECONDS)
         yield from self._loop.turn(watched.values(), longest)
+        ended = []
         for number, reader in watched.items():
             if reader.outcome is not None:
                 del self._readers[number]
                 self._outcomes[number] = reader.outcome
+                ended += [job_key(reader.id), results_key(reader.id)]
+        if ended and self._forgets:
+            yield from self._session.retries.ask(Command("unlink", tuple(ended)))
 
 
 class BulkFields(JobFields, total=False):
