@@ -107,7 +107,7 @@ class Reaper:
             if leased == "":
                 self._connection.zrem(self._leases_key, worker_name)
         recovery = Recovery(put_back, poison, ended, int(reply[4]))
-        if recovery:
+        if put_back or poison:
             given_up = f", {len(poison)} given up: {', '.join(poison)}" if poison else ""
             message = "worker %s is dead: %d of its jobs put back to the front of the queue%s"
             log.warning(message, worker_name, len(put_back), given_up[:2000])
