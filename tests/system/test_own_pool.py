@@ -123,6 +123,9 @@ def test_a_run_needs_no_pool_and_replaces_what_dies(start: Start) -> None:
 def test_a_stop_keeps_what_is_written_and_leaves_nothing(start: Start, signums: list[int]) -> None:
     batch = start("--max-new-tokens", "300", "--max-batch", "2", lines=500)
     pids = batch.wait_for_lines(2)
+    connection = connect(f"unix://{next(batch.temporary.iterdir())}/redis.sock")
+    wait_until(lambda: not connection.keys("rq:results:*"), "Redis to be rid of what is written")
+    connection.close()
     for signum in signums:
         batch.process.send_signal(signum)
     assert batch.process.wait(60) == 130
