@@ -16,13 +16,12 @@ from fastgpt2.errors import BadRequest
 from fastgpt2.fields import fields_of
 
 REFUSED: list[tuple[str, Any, str]] = [
-    ("max_new_tokens", 1.0, "max_new_tokens must be a whole number, not float"),
+    ("max_new_tokens", 1.5, "max_new_tokens must be a whole number, not 1.5"),
     ("max_new_tokens", 1 << 21, "max_new_tokens must be between 0 and 1048576, not 2097152"),
-    ("min_new_tokens", None, "min_new_tokens must be a whole number, not null"),
-    ("logprobs", True, "logprobs must be a whole number, not bool"),
-    ("echo", 1, "echo must be true or false, not int"),
-    ("stop", {"x": 1}, "stop must be a string or a list of strings, not dict"),
-    ("timeout", "5", "timeout must be a number of seconds, not str"),
+    ("logprobs", True, "logprobs must be a whole number, not true"),
+    ("echo", 1, "echo must be true or false, not 1"),
+    ("stop", {"x": 1}, "stop must be a string or a list of strings, not an object"),
+    ("timeout", "5", 'timeout must be a number of seconds, not the string "5"'),
     ("timeout", 0, "timeout must be more than 0 and at most 100000000 seconds, not 0"),
     ("priority", "urgent", "priority must be one of high, normal, low, not 'urgent'"),
     ("result_ttl", 0, "result_ttl must be a whole number of seconds from 1 to 100000000, not 0"),
