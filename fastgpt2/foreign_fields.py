@@ -153,7 +153,7 @@ _REFUSED = {
         "guided_whitespace_pattern", "ebnf", "grammar_string",
     ),
     "special tokens are no part of a text here; leave it out": ("skip_special_tokens",),
-    "a text ends before its stop string here, and stop_reason tells which it was; leave it out": (
+    "a text ends before its stop string here; leave it out": (
         "include_stop_str_in_output", "no_stop_trim",
     ),
     "the tokenizer's own rules say which tokens stand around a text here; give token ids instead": (
@@ -165,6 +165,8 @@ _REASONS = {name: reason for reason, names in _REFUSED.items() for name in names
 
 # Names that other APIs have for fields, and that are not alike.
 _OTHER_NAMES = {
+    "bad_words_ids": "bad_words",
+    "banned_strings": "bad_words",
     "guided_choice": "choices",
     "guided_json": "json_schema",
     "guided_regex": "regex",
@@ -173,6 +175,7 @@ _OTHER_NAMES = {
     "max_length": "max_new_tokens",
     "max_tokens": "max_new_tokens",
     "min_length": "min_new_tokens",
+    "min_tokens": "min_new_tokens",
     "n_predict": "max_new_tokens",
     "num_predict": "max_new_tokens",
     "n_probs": "logprobs",
@@ -183,6 +186,7 @@ _OTHER_NAMES = {
     "stop_strings": "stop",
     "truncate": "truncate_prompt_tokens",
     "typical": "typical_p",
+    "top_logprobs": "logprobs",
     "top_n_tokens": "logprobs",
 }
 

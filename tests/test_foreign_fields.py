@@ -65,7 +65,7 @@ def test_what_is_like_nothing_gets_the_list_alone(name: object) -> None:
 
 
 def test_another_apis_name_is_explained_only_where_the_field_is_known() -> None:
-    assert sentence_for("num_return_sequences", ("inputs",)) == "unknown field 'num_return_sequences'; known are inputs"
+    assert sentence_for("n_predict", ("inputs",)) == "unknown field 'n_predict'; known are inputs"
 
 
 def test_of_a_name_of_any_length_only_its_beginning_is_compared() -> None:
