@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from typing import Annotated, Any, NotRequired, TypedDict
 
 from fastgpt2.engine.decoding.records import (
@@ -24,7 +25,7 @@ from fastgpt2.engine.decoding.records import (
     Usage,
 )
 from fastgpt2.errors import BadRequest, FastGPT2Error
-from fastgpt2.fields import check_fields, fields_of, number
+from fastgpt2.fields import Field, check_fields, fields_of, number
 from fastgpt2.foreign_fields import take_known
 
 # The one function that a queue may name.
@@ -75,8 +76,7 @@ def parse_job(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Generatio
         raise BadRequest("the job's arguments are not a list and a mapping")
     if len(args) > 1:
         raise BadRequest(f"{len(args)} positional arguments; only the prompt may be given so, name the others")
-    of_job = fields_of(JobOptions)
-    given = take_known(kwargs, (*fields_of(GenerationRequest), *of_job))
+    given = take_known(kwargs, _job_fields())
     if args:
         if "prompt" in kwargs:
             raise BadRequest("prompt is given twice, by position and by name")
@@ -85,10 +85,15 @@ def parse_job(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Generatio
         given["prompt"] = kwargs["prompt"]
     else:
         raise BadRequest("prompt is missing")
-    options = {name: given.pop(name) for name in of_job if name in given}
+    options = {name: given.pop(name) for name in fields_of(JobOptions) if name in given}
     request, of_worker = GenerationRequest(**given), JobOptions(**options)
     refuse_unstreamable(request, of_worker)
     return request, of_worker
+
+
+@cache
+def _job_fields() -> dict[str, Field]:
+    return {**fields_of(GenerationRequest), **fields_of(JobOptions)}
 
 
 def refuse_unstreamable(request: GenerationRequest, options: JobOptions) -> None:

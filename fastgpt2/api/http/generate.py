@@ -134,9 +134,12 @@ class AnswerParameters:
 
 
 # The parameters, by this API's names and by those of a job.
-PARAMETERS = frozenset(
-    name for message in (AnswerParameters, ChoiceParameters, JobPlan) for name in fields_of(message)
-) - {*MISPLACED}
+PARAMETERS = tuple(
+    name
+    for message in (ChoiceParameters, AnswerParameters, JobPlan)
+    for name in fields_of(message)
+    if name not in MISPLACED
+)
 
 
 class TokenBody(TypedDict):

@@ -90,7 +90,7 @@ StopTokenIds = Annotated[tuple[int, ...], token_ids_field(MAX_STOP_TOKEN_IDS)]
 StopReason = Annotated[int | str, "The stop token, by its id, or the stop string that ended the text."]
 Count = Annotated[int, whole(0)]
 NewTokens = Annotated[int, whole(0, MAX_NEW_TOKENS)]
-KeptTokens = Annotated[int, Field({"type": "integer", "anyOf": [{"const": -1}, {"minimum": 1}]}, _check_kept_tokens)]
+KeptTokens = Annotated[int, Field({**_KEPT_TOKENS.schema, "not": {"const": 0}}, _check_kept_tokens)]
 Logprobs = Annotated[int, whole(0, MAX_LOGPROBS)]
 
 
@@ -251,11 +251,11 @@ class RequestFields(TypedDict, total=False):
 
 
 def list_stops(fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the fields of a request with an iterator of stops as a tuple: the first look at it would use it up."""
+    """Return the fields of a request with a set or an iterator of stops, which one look uses up, as a tuple."""
     stop = fields.get("stop")
-    if isinstance(stop, str | bytes | Mapping) or is_listed(stop) or not isinstance(stop, Iterable):
-        return fields
-    return {**fields, "stop": tuple(stop)}
+    if isinstance(stop, set | frozenset) or (isinstance(stop, Iterable) and not hasattr(stop, "__len__")):
+        return {**fields, "stop": tuple(stop)}
+    return fields
 
 
 @dataclass(frozen=True, slots=True)
