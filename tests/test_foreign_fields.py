@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +209,18 @@ def test_the_engine_takes_and_refuses_the_same(engine: Engine) -> None:
         generate("It was", temprature=1)
 
 
+class Table:
+    """A table of pandas': to go through it gives the names of its columns."""
+
+    ndim = 2
+
+    def __len__(self) -> int:
+        return 5
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("id", "text"))
+
+
 def test_the_engine_s_prompts_by_other_libraries(engine: Engine) -> None:
     generate: Any = engine.generate
     texts = ["It was", "My name is"]
@@ -222,7 +234,7 @@ def test_the_engine_s_prompts_by_other_libraries(engine: Engine) -> None:
     assert [result.text for result in generate(np.array(texts), max_new_tokens=3)] == by_text
     assert generate(np.str_(texts[0]), max_new_tokens=3).text == by_text[0]
     assert generate([]) == generate(np.array([], int)) == []
-    for wrong in (np.array(3), {"a": 1}, {"a"}, None, b"ab", np.zeros((1, 1, 1), int)):
+    for wrong in (Table(), np.array(3), {"a": 1}, {"a"}, None, b"ab", np.zeros((1, 1, 1), int)):
         with pytest.raises(BadRequest, match="prompts must be a string, a list of token ids or a list of such, not "):
             generate(wrong)
 

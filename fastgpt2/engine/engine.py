@@ -188,13 +188,12 @@ class Engine:
 
 def _prompts_in(value: Any) -> tuple[list[Any], bool]:
     """Return the prompts that a caller gives, and whether it is one that stands alone."""
-    if is_listed(value):
-        prompts = list(items_of(value))
-    elif getattr(value, "ndim", 0) == 2:
-        prompts = list(value)
-    elif isinstance(plain(value), str):
+    if isinstance(plain(value), str):
         return [value], True
-    else:
+    dimensions = getattr(value, "ndim", 1)
+    prompts = list(items_of(value)) if is_listed(value) else list(value) if dimensions == 2 else None
+    # What a table of pandas gives are the names of its columns.
+    if prompts is None or (dimensions == 2 and not all(map(is_listed, prompts))):
         raise BadRequest(f"prompts must be a string, a list of token ids or a list of such, not {described(value)}")
     is_alone = bool(prompts) and isinstance(plain(prompts[0]), int | float)
     return [prompts] if is_alone else prompts, is_alone
