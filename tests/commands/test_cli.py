@@ -16,7 +16,8 @@ import pytest
 from support.running import GOLDEN, StartWorker, run, wait_until
 
 from fastgpt2 import Client, settings
-from fastgpt2.cli import COMMANDS, Command, build_parser
+from fastgpt2.cli import COMMANDS, build_parser
+from fastgpt2.commands.arguments import Command
 from fastgpt2.engine.decoding.lookup import MOST_DRAFTS
 from fastgpt2.engine.loading import BLAS_CHOICES, DRAFTS_CHOICES, WEIGHTS_CHOICES
 from fastgpt2.errors import BadRequest
