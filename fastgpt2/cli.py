@@ -82,11 +82,15 @@ def _run_command(name: str, words: Sequence[str]) -> int:
         build_parser([name]).parse_args([name, "--help"])
     for note in _notes(COMMANDS[name], arguments):
         print(f"fastgpt2 {name}: {note}", file=sys.stderr)
-    return COMMANDS[name].run(_values(COMMANDS[name], arguments))
+    return COMMANDS[name].run(resolve_values(COMMANDS[name], arguments))
 
 
-def _values(command: Command, arguments: Arguments) -> Values:
-    """Return the values of a command's settings, and of its argument, by their names."""
+def resolve_values(command: Command, arguments: Arguments) -> Values:
+    """Return the values of a command's settings, and of its argument, by their names.
+
+    Raises:
+        BadRequest: one of them cannot be read, or is out of bounds.
+    """
     values: Values = {}
     positional, given = command.positional, dict(arguments.texts)
     if positional is not None and arguments.positional is not None:
@@ -99,7 +103,9 @@ def _values(command: Command, arguments: Arguments) -> Values:
         if setting in settings.OF_REQUEST and value != setting.default:
             if reads_escapes and setting in settings.OF_TEXT:
                 value = tuple(_unescape(text, source) for text in value)
-            _check_field(setting, value, source)
+            from fastgpt2.commands.prompts import check_field
+
+            check_field(setting, value, source)
         values[setting.name] = value
     if positional is not None:
         values.setdefault(positional.name, arguments.positional)
@@ -115,20 +121,13 @@ def _unescape(text: str, source: str) -> str:
         raise BadRequest(f"{source} {reason}") from None
 
 
-def _check_field(setting: Setting[Any], value: Any, source: str) -> None:
-    """Check a value as the field of a request that it gives. A message names what the person has written."""
-    from fastgpt2.engine.decoding.records import GenerationRequest
-    from fastgpt2.fields import fields_of
-
-    fields_of(GenerationRequest)[setting.field or setting.name].check(source, value)
-
-
 def _notes(command: Command, arguments: Arguments) -> Iterator[str]:
     """Yield what the writer of these words should know, and would not find out otherwise."""
     for setting in command.settings:
         texts = arguments.texts.get(setting.name, [])
         if setting.join is None and len(set(texts)) > 1:
-            yield f"{setting.option} is given {len(texts)} times; only the last one counts"
+            both = f"{setting.option} and {setting.no_option} are both given"
+            yield f"{both if setting.is_flag else f'{setting.option} is given {len(texts)} times'}; the last one counts"
     if settings.ESCAPE in command.settings and not settings.ESCAPE.resolve(arguments.texts.get("escape")):
         for setting in settings.OF_TEXT:
             given = arguments.texts.get(setting.name)
@@ -174,7 +173,10 @@ def _drop_output() -> None:
 
 
 def build_parser(names: Iterable[str] | None = None) -> argparse.ArgumentParser:
-    """Return what writes the help of the commands with these names, by default of all."""
+    """Return a parser for the commands with these names, by default for all: it writes the help.
+
+    It knows every option, so that programs which make completions for a shell can read it.
+    """
     import argparse
 
     parser = argparse.ArgumentParser(
@@ -210,10 +212,14 @@ def _add_positional(parser: argparse.ArgumentParser, positional: Positional) -> 
 
 
 def _add_option(parser: argparse.ArgumentParser, setting: Setting[Any]) -> None:
+    import argparse
+
     names = [setting.option, *([LETTERS[setting.name]] if setting.name in LETTERS else [])]
     if setting.is_flag:
         text = f"{setting.help} [{setting.variable}]"
         parser.add_argument(*names, dest=setting.name, action="store_const", const="yes", help=text)
+        no = argparse.SUPPRESS  # the epilog tells of these
+        parser.add_argument(setting.no_option, dest=setting.name, action="store_const", const="no", help=no)
         return
     text = f"{setting.help} [{setting.variable}, default: {setting.shown or setting.default}]"
     action = "store" if setting.join is None else "append"

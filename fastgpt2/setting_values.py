@@ -136,8 +136,8 @@ def _character(escape: re.Match[str]) -> str:
     if len(written) > 1 and int(written[1:], 16) <= sys.maxunicode:
         return chr(int(written[1:], 16))
     raise ValueError(
-        f"holds {escape[0]}, which is no escape; a backslash is \\\\, and there are \\n, \\t, \\r, \\\", \\', \\uHHHH and "
-        "\\UHHHHHHHH"
+        f"holds {escape[0]}, which is no escape; there are "
+        r"\\ (a backslash), \n, \t, \r, \", \', \uHHHH and \UHHHHHHHH"
     )
 
 

@@ -139,7 +139,9 @@ def _split(word: str, options: Mapping[str, tuple[Setting[Any], str | None]]) ->
     """Return the option that a word names, and the value that the word gives it, if it does."""
     option, equals, value = word.partition("=")
     letter, attached = word[:2], word[2:]
-    if attached and option not in options and letter in options and (letter != LETTERS["n"] or attached.isdigit()):
+    # -n3 and -oFILE. A word such as -nice is none, nor is -output, which lacks a dash.
+    is_letter = letter in options and option not in options and f"-{option}" not in options
+    if attached and is_letter and (letter != LETTERS["n"] or attached.isdigit()):
         return letter, attached
     return option, value if equals else None
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fastgpt2.engine.decoding.records import GenerationRequest, GenerationResult
     from fastgpt2.engine.decoding.sequence import Sequence, TokenizedPrompt
     from fastgpt2.protocol.messages import Piece
+    from fastgpt2.settings import Setting
 
 # The most texts of one prompt that `generate` decodes together: about as many as pay. Further ones follow.
 MOST_TOGETHER = 16
@@ -196,6 +197,18 @@ def cancel(values: dict[str, Any]) -> int:
 def request_fields(values: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a `GenerationRequest` that the options give, without the prompt."""
     return {setting.field or setting.name: values[setting.name] for setting in settings.OF_REQUEST}
+
+
+def check_field(setting: Setting[Any], value: Any, source: str) -> None:
+    """Check a value as the field of a request that it gives; the message names its source, which a person has written.
+
+    Raises:
+        BadRequest: the value is out of bounds.
+    """
+    from fastgpt2.engine.decoding.records import GenerationRequest
+    from fastgpt2.fields import fields_of
+
+    fields_of(GenerationRequest)[setting.field or setting.name].check(source, value)
 
 
 def build_request(values: dict[str, Any]) -> GenerationRequest:

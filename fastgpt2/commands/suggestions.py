@@ -185,9 +185,7 @@ def about_extra_words(others: Sequence[str], words: Sequence[str], name: str, co
         stands_for = options[before][1] if before in options else None
         if word in others and stands_for is not None and word.lower() in ("true", "false", "yes", "no", "1", "0"):
             setting = options[before][0]
-            return (
-                f"{before} takes no value, which {word!r} seems to be; write {setting.option}, or {setting.no_option}"
-            )
+            return f"{before} takes no value such as {word!r}; write {setting.option}, or {setting.no_option}"
     if command.positional is None:
         return f"{others[0][:_SHOWN_CHARACTERS]!r} is one word too many: {command.usage(name)}"
     what = command.positional.name.upper()
