@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except FastGPT2Error as error:
-        print(f"{who}: {error}", file=sys.stderr)
+        _say(f"{who}: {error}")
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except OSError as error:
         _drop_output()
-        print(f"{who}: {error.filename or 'standard output'}: {error.strerror}", file=sys.stderr)
+        _say(f"{who}: {error.filename or 'standard output'}: {error.strerror}")
         return 1
 
 
@@ -79,9 +79,11 @@ def _run_command(name: str, words: Sequence[str]) -> int:
     """Run a command with the words that follow its name."""
     arguments = read_arguments(name, COMMANDS, words)
     if arguments.asks_for_help:
-        build_parser([name]).parse_args([name, "--help"])
+        with contextlib.suppress(SystemExit):
+            build_parser([name]).parse_args([name, "--help"])
+        return 0
     for note in _notes(COMMANDS[name], arguments):
-        print(f"fastgpt2 {name}: {note}", file=sys.stderr)
+        _say(f"fastgpt2 {name}: {note}")
     return COMMANDS[name].run(resolve_values(COMMANDS[name], arguments))
 
 
@@ -165,6 +167,12 @@ def _prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")
+
+
+def _say(text: str) -> None:
+    """Print a line on standard error; if it cannot be written, there is nobody to tell."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr)
 
 
 def _drop_output() -> None:

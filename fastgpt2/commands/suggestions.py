@@ -145,11 +145,16 @@ def about_option(word: str, name: str, commands: Mapping[str, Command]) -> str:
     _, _, reason = sentence_for(bare.replace("-", "_"), ()).partition(" is refused: ")
     if reason:
         return f"{unknown}: {reason}"
+    begun = [option for option in own if option.startswith(spelled) and len(bare) > 1]
+    if begun:
+        return f"{unknown}; did you mean {' or '.join(begun[:3])}?"
     if alike := _most_alike(spelled, own):
         return f"{unknown}; did you mean {alike}?"
     if alike := _most_alike(spelled, [option for command in commands.values() for option in options_of(command)]):
         return f"{unknown}; {_having(alike, commands)} {alike}"
-    as_text = f". A {positional.name.upper()} that begins with a dash is put behind --" if positional else ""
+    as_text = ""
+    if positional is not None and positional.choices is None:
+        as_text = f". A {positional.name.upper()} that begins with a dash is put behind --"
     return f"{unknown}; `fastgpt2 {name} --help` lists the options{as_text}"
 
 

@@ -350,6 +350,17 @@ def test_a_full_disk_behind_standard_output(monkeypatch: pytest.MonkeyPatch) -> 
     assert done.stderr == "fastgpt2 generate: standard output: No space left on device\n"
 
 
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [("generate --help >/dev/full", 1), ("--version >/dev/full", 1), ("--help >&-", 0), ("cache -h >&-", 0),
+     ("generate --nosuch 2>/dev/full", 2), ("nosuch 2>&-", 2), ("generate --stop 2>&- >&-", 2)],
+)  # fmt: skip
+def test_streams_that_take_nothing(words: str, code: int) -> None:
+    script = f"{sys.executable} -m fastgpt2 {words}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, "Traceback" in done.stderr) == (code, "", False)
+
+
 def test_a_closed_standard_output() -> None:
     script = f"{sys.executable} -m fastgpt2 generate --model demo 'My name is' >&-"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
