@@ -79,8 +79,10 @@ def _run_command(name: str, words: Sequence[str]) -> int:
     """Run a command with the words that follow its name."""
     arguments = read_arguments(name, COMMANDS, words)
     if arguments.asks_for_help:
-        with contextlib.suppress(SystemExit):
+        # argparse prints a command's help itself, and keeps silent of a failure to do so.
+        with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
             build_parser([name]).parse_args([name, "--help"])
+        print(text.getvalue(), end="")
         return 0
     for note in _notes(COMMANDS[name], arguments):
         _say(f"fastgpt2 {name}: {note}")
