@@ -115,6 +115,8 @@ def resolve_values(command: Command, arguments: Arguments) -> Values:
         values.setdefault(positional.name, arguments.positional)
         if reads_escapes and positional.name == "prompt":
             values["prompt"] = _unescape(values["prompt"], "PROMPT")
+    if command.tells_given:
+        values["given"] = frozenset(given)
     return values
 
 

@@ -46,6 +46,7 @@ class Command:
     Attributes:
         runs: the function that runs it, as "module:function".
         details: more sentences for its own `--help`.
+        tells_given: its values tell by "given" which options were given: one of them may mean more than its variable.
     """
 
     runs: str
@@ -53,6 +54,7 @@ class Command:
     settings: tuple[Setting[Any], ...]
     positional: Positional | None = None
     details: str = ""
+    tells_given: bool = False
 
     def run(self, values: dict[str, Any]) -> int:
         function: Callable[[dict[str, Any]], int] = resolve_name(self.runs)

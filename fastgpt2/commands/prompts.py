@@ -33,6 +33,7 @@ def generate(values: dict[str, Any]) -> int:
 
     started = perf_counter()
     request = build_request(values)
+    note_unprinted(values)
     hold_to_one_thread()
     engine = Engine.load(
         values["model"],
@@ -154,6 +155,7 @@ def enqueue(values: dict[str, Any]) -> int:
     request = build_request(values)
     if values["stream"] and request.texts > 1:
         raise BadRequest(f"--stream prints one text as it comes, not {request.texts}; print them at the end by --wait")
+    note_unprinted(values)
     options = JobOptions(timeout=values["deadline"], stream=values["stream"])
     with Client(values["redis_url"], values["queue"], values["max_queue"], values["durability"]) as client:
         job = client.enqueue_request(request, options, priority=values["priority"])
@@ -240,6 +242,15 @@ def note_idle_options(request: GenerationRequest) -> None:
             "are taken",
             file=sys.stderr,
         )
+
+
+def note_unprinted(values: dict[str, Any]) -> None:
+    """Say on standard error if something is asked for that is not printed: log probabilities, or a result as JSON."""
+    waits = values.get("wait", True) or values.get("stream")
+    if values["json"] and not waits:
+        print("--json: without --wait, the job's id alone is printed", file=sys.stderr)
+    if values["logprobs"] is not None and not values["json"] and waits:
+        print("--logprobs: log probabilities are printed with --json alone", file=sys.stderr)
 
 
 def print_result(result: GenerationResult, values: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from fastgpt2 import Client, Engine, settings
 from fastgpt2.cli import COMMANDS, resolve_values
 from fastgpt2.commands.arguments import read_arguments
 from fastgpt2.commands.batch import LineReader
-from fastgpt2.commands.prompts import build_request, note_idle_options
+from fastgpt2.commands.prompts import build_request, note_idle_options, note_unprinted
 from fastgpt2.engine.decoding.records import GenerationRequest, GenerationResult
 from fastgpt2.errors import BadRequest
 from fastgpt2.setting_values import MAX_SCHEMA_FILE
@@ -146,6 +146,24 @@ class TestOptions:
         self, capsys: pytest.CaptureFixture[str], request_: GenerationRequest, told: str
     ) -> None:
         note_idle_options(request_)
+        out, err = capsys.readouterr()
+        assert (out, err[: len(told)], bool(err)) == ("", told, bool(told))
+
+    @pytest.mark.parametrize(
+        ("values", "told"),
+        [
+            ({"json": False, "logprobs": None}, ""),
+            ({"json": True, "logprobs": 2}, ""),
+            ({"json": False, "logprobs": 0}, "--logprobs: log probabilities are printed with --json alone\n"),
+            ({"json": False, "logprobs": 2, "wait": False, "stream": False}, ""),
+            ({"json": True, "logprobs": 2, "wait": False, "stream": False}, "--json: without --wait, the job's id "),
+            ({"json": True, "logprobs": None, "wait": True, "stream": False}, ""),
+        ],
+    )  # fmt: skip
+    def test_what_is_not_printed_is_named(
+        self, capsys: pytest.CaptureFixture[str], values: dict[str, Any], told: str
+    ) -> None:
+        note_unprinted(values)
         out, err = capsys.readouterr()
         assert (out, err[: len(told)], bool(err)) == ("", told, bool(told))
 
