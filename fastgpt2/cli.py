@@ -25,6 +25,7 @@ DESCRIPTION = """Generate text with GPT-2 on CPUs: a pool of worker processes se
   fastgpt2 up --model demo                       start Redis, workers and the HTTP endpoint; then, in another terminal:
   fastgpt2 enqueue --wait "My name is"           continue a prompt by the queue"""
 
+HINT = "`fastgpt2 COMMAND --help` lists the options of a command."
 EPILOG = (
     "Each option can also be set by the environment variable in its brackets; for an option without a value, the\n"
     "variable is yes or no, and --no-OPTION says no. An option wins over its variable, and a variable over the default."
@@ -192,7 +193,10 @@ def build_parser(names: Iterable[str] | None = None) -> argparse.ArgumentParser:
     import argparse
 
     parser = argparse.ArgumentParser(
-        "fastgpt2", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+        "fastgpt2",
+        description=DESCRIPTION,
+        epilog=f"{HINT}\n{EPILOG}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"fastgpt2 {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

@@ -276,7 +276,8 @@ ESCAPE = flag(
 IGNORE_EOS = flag("ignore_eos", "Go on after the end-of-text token.")
 STOP_TOKEN_IDS: Setting[tuple[int, ...]] = Setting(
     "stop_token_ids", "IDS", token_ids, (),
-    "End the generated text at any of these tokens, which it leaves out: token ids with commas between them.",
+    "End the generated text at any of these tokens, which it leaves out: token ids with commas between them; may be "
+    "given several times.",
     "none", join=operator.add,
 )
 MIN_NEW_TOKENS = Setting(
@@ -329,7 +330,8 @@ FREQUENCY_PENALTY = choosing(
 )
 LOGIT_BIAS = choosing(
     "logit_bias", "BIASES", biases,
-    "Add these to the scores of tokens: token ids with their biases, such as 198=-100,464=2.5, or a JSON object.",
+    "Add these to the scores of tokens: token ids with their biases, such as 198=-100,464=2.5, or a JSON object; may "
+    "be given several times.",
     join=operator.or_,
 )
 BAD_WORD: Setting[tuple[str, ...] | None] = Setting(
@@ -337,7 +339,8 @@ BAD_WORD: Setting[tuple[str, ...] | None] = Setting(
     join=operator.add, field="bad_words",
 )
 SUPPRESS_TOKENS = choosing(
-    "suppress_tokens", "IDS", token_ids, "Never generate these tokens: token ids with commas between them.",
+    "suppress_tokens", "IDS", token_ids,
+    "Never generate these tokens: token ids with commas between them; may be given several times.",
     join=operator.add,
 )
 CHOICE = texts("choice", "The generated text is one of these; given once for each of them.", "choices")
@@ -446,7 +449,7 @@ def variables() -> list[str]:
 
 def unknown_variables() -> list[str]:
     """Return the environment's variables whose names begin as the settings' do, and that are none."""
-    given = [name for name in os.environ if name.startswith("FASTGPT2_")]
+    given = [name for name, value in os.environ.items() if value and name.startswith("FASTGPT2_")]
     known = {*variables(), *(f"FASTGPT2_{name}" for name in _OTHER_VARIABLES)} if given else set()
     return [name for name in given if name not in known and not any(part in name for part in _OF_A_SERVICE)]
 

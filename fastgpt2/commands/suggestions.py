@@ -166,6 +166,8 @@ def about_first_word(word: str, commands: Mapping[str, Command]) -> str:
             return f"options come after the command: fastgpt2 COMMAND {option} ...; {having} it"
         return f"unknown option {_shown(option)}; the first word is a command, such as fastgpt2 generate"
     unknown = f"unknown command {word[:_SHOWN_CHARACTERS]!r}"
+    if word in ("help", "version"):
+        return f"{unknown}; did you mean fastgpt2 --{word}?"
     meant = _COMMANDS.get(word.lower()) or _most_alike(word.lower(), commands)
     if meant:
         return f"{unknown}; did you mean fastgpt2 {meant}?"

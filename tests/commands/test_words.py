@@ -126,7 +126,7 @@ class TestWords:
         ("words", "sentence"),
         [
             ("status --temperature hi", "unknown option --temperature; fastgpt2 enqueue, batch and generate have it"),
-            ("worker --workers 2", "unknown option --workers; fastgpt2 up and pool have it"),
+            ("worker --workers 2", "unknown option --workers; fastgpt2 up"),
             ("pool --name w", "unknown option --name; fastgpt2 worker has it"),
             ("generate --max_new_tokens 5 a", "unknown option --max_new_tokens; did you mean --max-new-tokens?"),
             ("generate --max-tokens=5 a", "unknown option --max-tokens; did you mean --max-new-tokens?"),
@@ -191,6 +191,7 @@ class TestWords:
     [
         ("serve", "fastgpt2: unknown command 'serve'; did you mean fastgpt2 up?"),
         ("genrate a", "fastgpt2: unknown command 'genrate'; did you mean fastgpt2 generate?"),
+        ("help generate", "fastgpt2: unknown command 'help'; did you mean fastgpt2 --help?"),
         ("xyzzy", "fastgpt2: unknown command 'xyzzy'; there are up, worker, pool"),
         ("--model demo generate a", "fastgpt2: options come after the command: fastgpt2 COMMAND --model ...; fastgp"),
         ("--verbose", "fastgpt2: unknown option --verbose; the first word is a command, such as fastgpt2 generate"),
