@@ -180,7 +180,7 @@ def _one_of(others: Sequence[str], name: str, command: Command, words: Sequence[
         if positional.optional:
             return None
         raise BadRequest(f"{positional.name.upper()} is missing: {command.usage(name)}")
-    if not others[0] and positional.name != "prompt":
+    if not others[0] and positional.name != "prompt" and not positional.optional:
         raise BadRequest(f"{positional.name.upper()} is empty: {command.usage(name)}")
     if positional.choices is not None and others[0] not in positional.choices:
         raise BadRequest(f"{positional.name.upper()}: {others[0]!r} is not one of {', '.join(positional.choices)}")
