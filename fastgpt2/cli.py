@@ -41,11 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0; 1 for a failure, 2 for wrong usage, 3 for a model that cannot be used, 4 for a Redis that
         cannot be used, 130 after Ctrl-C, 141 if the reader of the output has gone.
     """
-    name, *words = [*(sys.argv[1:] if argv is None else argv)] or [""]
+    words = sys.argv[1:] if argv is None else argv
+    name = words[0] if words else ""
     _prepare_streams()
     who = f"fastgpt2 {name}" if name in COMMANDS else "fastgpt2"
     try:
-        status = _run_command(name, words) if name in COMMANDS else _answer_without_command(name)
+        status = _run_command(name, words[1:]) if name in COMMANDS else _answer_without_command(name)
         sys.stdout.flush()
         return status
     except FastGPT2Error as error:
