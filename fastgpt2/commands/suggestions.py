@@ -153,7 +153,7 @@ def about_option(word: str, name: str, commands: Mapping[str, Command]) -> str:
     if alike := _most_alike(spelled, [option for command in commands.values() for option in options_of(command)]):
         return f"{unknown}; {_having(alike, commands)} {alike}"
     as_text = ""
-    if positional is not None and positional.choices is None:
+    if positional is not None and positional.choices is None and not word.startswith("--"):
         as_text = f". A {positional.name.upper()} that begins with a dash is put behind --"
     return f"{unknown}; `fastgpt2 {name} --help` lists the options{as_text}"
 
