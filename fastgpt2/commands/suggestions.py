@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from itertools import pairwise
 
 from fastgpt2.commands.arguments import Command, options_of
-from fastgpt2.protocol.refusals import sentence_for
+from fastgpt2.foreign_fields import sentence_for
 
 # How alike two names must be, by difflib's ratio and without dashes: "maxtoken" and "maxnewtokens" are by 0.8.
 _LIKENESS = 0.78
