@@ -18,6 +18,7 @@ from support.running import GOLDEN, has_ended, wait_until
 from test_up import descendants
 
 from fastgpt2 import cli
+from fastgpt2.commands.arguments import read_arguments
 from fastgpt2.engine.machine import usable_cores
 from fastgpt2.engine.model.hub import DEMO_FOLDER
 from fastgpt2.errors import FastGPT2Error
@@ -34,7 +35,7 @@ READY = "worker of this run's own with demo ready after"
 
 
 class Batch:
-    """A run of `fastgpt2 batch --model demo --workers 1` on prompts that are all the same.
+    """A run of `fastgpt2 batch --model demo --workers 1`, or with other options, on prompts that are all the same.
 
     Attributes:
         temporary: the folder in which Redis's own is made.
@@ -47,9 +48,11 @@ class Batch:
         self.output, self.log = folder / "out.jsonl", folder / "err"
         (folder / "in.txt").write_text(f"{ENTRY['prompt']}\n" * lines, "utf-8")
         command = [sys.executable, "-m", "fastgpt2", "batch", "in.txt", "-o", "out.jsonl", "--ignore-eos"]
+        for option, value in (("--model", "demo"), ("--workers", "1")):
+            command += [] if option in options else [option, value]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [*command, "--model", "demo", "--workers", "1", *options],
+                [*command, *options],
                 env={**os.environ, "TMPDIR": temporary, "FASTGPT2_REDIS_URL": NOWHERE},
                 cwd=folder,
                 stderr=log,
@@ -161,9 +164,8 @@ def test_a_model_that_cannot_be_used_ends_the_run_in_its_own_words(start: Start,
     assert damaged.left_behind() == []
 
 
-def values_of(*arguments: str) -> dict[str, Any]:
-    options = cli.build_parser(["batch"]).parse_args(["batch", "in.txt", *arguments])
-    return cli._values(cli.COMMANDS["batch"], options)
+def values_of(*options: str) -> dict[str, Any]:
+    return cli.resolve_values(cli.COMMANDS["batch"], read_arguments("batch", cli.COMMANDS, ["in.txt", *options]))
 
 
 @pytest.mark.processes
