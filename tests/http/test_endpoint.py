@@ -154,7 +154,7 @@ def test_a_full_queue(start_endpoint: StartEndpoint, client: Client) -> None:
         answer = post(endpoint, path, body)
         assert error_of(answer) == (429, "queue_full")
         assert answer.headers["retry-after"] == "1"
-    assert post(endpoint, "/generate", {"inputs": "a"}).json()["error_type"] == "QueueFull"
+    assert post(endpoint, "/generate", {"inputs": "a"}).json()["error_type"] == "overloaded"
     jobs[0].cancel()
     # If only one of two prompts has room, neither is enqueued.
     assert post(endpoint, "/v1/completions", {"prompt": ["a", "b"]}).status_code == 429

@@ -260,10 +260,10 @@ def _json(schema: str) -> Object:
 
 
 def _events(*schemas: str) -> Object:
-    """Return the content of a stream of events: a text, as generators of clients know nothing else of it.
+    """Return the content of a stream of events: a text as a whole, and what each event in it holds.
 
-    What one event holds is told as OpenAPI 3.2 tells it in `itemSchema`. An event's data is JSON, but for the last of
-    OpenAI's, `[DONE]`.
+    The text is for generators of clients, which know of no events. The fields of an event are spelt as OpenAPI 3.2 does
+    for each item. An event's data is JSON, but for the last of OpenAI's, `[DONE]`.
     """
     data: Object = {
         "type": "string",
@@ -273,8 +273,8 @@ def _events(*schemas: str) -> Object:
     if "Completion" in schemas:
         data = {"anyOf": [{"type": "string", "const": "[DONE]"}, data]}
     fields = {"data": data, "event": {"type": "string"}, "id": {"type": "string"}}
-    item = {"type": "object", "properties": fields}
-    return {"text/event-stream": {"schema": {"type": "string"}, "x-itemSchema": item}}
+    each = {"type": "object", "properties": fields}
+    return {"text/event-stream": {"schema": {"anyOf": [{"type": "string"}, each]}}}
 
 
 def _text(kind: str) -> Object:
