@@ -123,6 +123,8 @@ class Completions:
         """Answer `GET /v1/models/{model}`."""
         name = request.path_params["model"]
         served = await self._models.read()
+        if name not in served and f"/{name}" in served:
+            name = f"/{name}"  # a folder, whose first slash was one too many in the path of the request
         if name not in served:
             raise _unknown(name, served)
         return JSON(_model_body(name, served[name]))
