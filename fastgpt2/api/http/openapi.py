@@ -53,7 +53,7 @@ statuses from 500 on, or a 409, that the same request would meet again has `x-sh
 
 _STATUSES = {
     400: "The request is malformed, or asks for what cannot be done.",
-    401: "No token, or a wrong one.",
+    401: "No token, or a wrong one; `WWW-Authenticate` has `invalid_token` then.",
     403: "A page of another site asked; or, without a token, by a name that is not this machine's.",
     404: "There is no such thing.",
     408: "The head or the body did not come in time.",
