@@ -9,7 +9,7 @@ from typing import Any
 import httpx2 as httpx
 import openai
 import pytest
-from huggingface_hub import InferenceClient
+from huggingface_hub import InferenceClient, TextGenerationInputGrammarType
 from huggingface_hub.errors import (
     GenerationError,
     HfHubHTTPError,
@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
     ValidationError,
 )
 from huggingface_hub.inference._common import raise_text_generation_error
-from huggingface_hub.utils import hf_raise_for_status
+from huggingface_hub.utils._http import hf_raise_for_status
 from openai import OpenAI
 from support.running import StartEndpoint, StartWorker
 
@@ -88,7 +88,7 @@ OF_WORD = {
     "incomplete_generation": IncompleteGenerationError,
 }
 OWN = (BadField, ModelUnknown, NotReady, ClientGone)
-KNOWN = {
+KNOWN: dict[str, Any] = {
     **{name: value for name, value in vars(errors).items() if isinstance(value, type)},
     **{value.__name__: value for value in OWN},
 }
@@ -212,7 +212,7 @@ def test_a_hub_client_meets_its_own_errors(
     waiting = client.enqueue("a")
     for stream in (False, True):
         with pytest.raises(OverloadedError, match="is full"):
-            list(hub.text_generation("a", stream=stream))  # type: ignore[call-overload]
+            list(hub.text_generation("a", stream=stream))
     waiting.cancel()
     start_worker()
     with pytest.raises(ValidationError, match="max_new_tokens 400 make"):  # a worker says so
@@ -251,9 +251,9 @@ ENDS = "one\u2028two\u2029three\x85four\x0bfive\x0csix\x1cseven\x1deight\x1enine
 
 
 def test_a_text_with_odd_line_ends_stays_in_its_event(system: System) -> None:
-    guide = {"type": "regex", "value": ENDS}
+    guide = TextGenerationInputGrammarType(type="regex", value=ENDS)
     hub = InferenceClient(system.http_url)
-    tokens = list(hub.text_generation("a", grammar=guide, max_new_tokens=200, stream=True, details=True))  # type: ignore[arg-type]
+    tokens = list(hub.text_generation("a", grammar=guide, max_new_tokens=200, stream=True, details=True))
     assert tokens[-1].generated_text == f"a{ENDS}"
     body = {"prompt": "a", "choices": [ENDS], "max_new_tokens": 200, "stream": True}
     with httpx.Client(base_url=system.http_url, trust_env=False, timeout=60) as web:
