@@ -94,8 +94,8 @@ def test_with_a_token_everything_but_the_probes_asks_for_it(
     assert ask(port, "/status", bearer(TOKEN))[0] == 200
     for written in (b"bearer  %s", b"BEARER %s", b"  Bearer %s  ", b"Bearer %s\t"):
         assert ask(port, "/status", ("Authorization", written % TOKEN.encode()))[0] == 200, written
-    for path in ("/status/", "//status", "/v1/models/", "//v1//jobs/"):
-        assert ask(port, path, bearer(TOKEN))[0] == 200, path
+    for path in ("/info", "/status/", "//status", "/v1/models/", "//v1//jobs/"):
+        assert ask(port, path, bearer(TOKEN))[0] == (503 if path == "/info" else 200), path
         assert ask(port, path)[0] == 401, path
     assert [ask(port, path)[0] for path in ("//", "/health/", "//health")] == [200, 200, 200]
     assert ask(port, "/", bearer(TOKEN), method="POST", body=b"{")[0] == 400

@@ -97,10 +97,11 @@ KNOWN: dict[str, Any] = {
 def make(name: str) -> FastGPT2Error:
     kind = KNOWN[name]
     if issubclass(kind, errors.JobFailed):
-        return kind("an-id", "a reason")
-    if kind is QueueFull:
-        return QueueFull("q", 1, 1)
-    error: FastGPT2Error = BadField("top_p", "a sentence") if kind is BadField else kind("a sentence")
+        error: FastGPT2Error = kind("an-id", "a reason")
+    elif kind is QueueFull:
+        error = QueueFull("q", 1, 1)
+    else:
+        error = BadField("top_p", "a sentence") if kind is BadField else kind("a sentence")
     return error
 
 

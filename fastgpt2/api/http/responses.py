@@ -11,7 +11,6 @@ import logging
 import re
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
-from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from starlette.exceptions import HTTPException
@@ -247,6 +246,8 @@ def _hint(request: Request, error: HTTPException) -> str:
     if error.status_code == 405:
         return f"; this route takes {(error.headers or {}).get('Allow', '')}"
     known = [route.path for route in request.app.routes if isinstance(route, Route) and "{" not in route.path]
+    from difflib import get_close_matches
+
     alike = get_close_matches(request.url.path[:200], known, n=1, cutoff=_LIKENESS)
     return f"; {alike[0]} may be meant" if alike else "; /openapi.json tells which routes there are"
 
