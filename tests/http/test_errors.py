@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.inference._common import raise_text_generation_error
 from huggingface_hub.utils._http import hf_raise_for_status
 from openai import OpenAI
-from support.running import StartEndpoint, StartWorker
+from support.running import StartEndpoint
 
 from fastgpt2 import Client, errors
 from fastgpt2.api.http import app  # noqa: F401  the errors that its modules define
@@ -201,23 +201,19 @@ def test_jobs_that_are_left_behind_tell_it_too(system: System) -> None:
     assert ended["error"]["message"].startswith("This model's maximum context length is 512 tokens: ")
 
 
-def test_a_hub_client_meets_its_own_errors(
-    start_endpoint: StartEndpoint, start_worker: StartWorker, client: Client
-) -> None:
-    endpoint = start_endpoint("--timeout", "0.3", "--max-queue", "1")
-    hub = InferenceClient(endpoint.url)
+def test_a_hub_client_meets_its_own_errors(start_endpoint: StartEndpoint, system: System, client: Client) -> None:
+    alone = InferenceClient(start_endpoint("--timeout", "0.1", "--max-queue", "1").url)
     with pytest.raises(ValidationError, match="top_p must be"):
-        hub.text_generation("a", top_p=7)
+        alone.text_generation("a", top_p=7)
     with pytest.raises(IncompleteGenerationError, match="no worker listens"):
-        hub.text_generation("a")
+        alone.text_generation("a")
     waiting = client.enqueue("a")
     for stream in (False, True):
         with pytest.raises(OverloadedError, match="is full"):
-            list(hub.text_generation("a", stream=stream))
+            list(alone.text_generation("a", stream=stream))
     waiting.cancel()
-    start_worker()
     with pytest.raises(ValidationError, match="max_new_tokens 400 make"):  # a worker says so
-        list(hub.text_generation("the " * 300, max_new_tokens=400, stream=True))
+        list(InferenceClient(system.http_url).text_generation("the " * 300, max_new_tokens=400, stream=True))
 
 
 def test_what_is_no_route_is_told_with_what_may_be_meant(system: System) -> None:
