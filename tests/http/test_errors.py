@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import httpx2 as httpx
@@ -27,7 +28,7 @@ from support.running import StartEndpoint
 from fastgpt2 import Client, errors
 from fastgpt2.api.http import app  # noqa: F401  the errors that its modules define
 from fastgpt2.api.http.requests import ClientGone
-from fastgpt2.api.http.responses import BadField, ModelUnknown, NotReady, respond
+from fastgpt2.api.http.responses import BadField, ModelUnknown, NotReady, TextReplaced, respond
 from fastgpt2.engine.decoding.records import MAX_PROMPT_BYTES, MAX_PROMPT_TOKENS
 from fastgpt2.errors import FastGPT2Error, QueueFull
 from fastgpt2.system.up import System
@@ -68,6 +69,7 @@ EXPECTED: dict[str, tuple[str, str | None, int, str]] = {
     "ResultTimeout": (SERVER, "result_timeout", 504, "incomplete_generation"),
     "ServiceBusy": (SERVER, "service_busy", 503, "overloaded"),
     "ServiceStopping": (SERVER, "service_stopping", 503, "incomplete_generation"),
+    "TextReplaced": (SERVER, "text_replaced", 500, "incomplete_generation"),
     "NotReady": (SERVER, "not_ready", 503, "healthcheck"),
 }
 # Nobody is there any more to read of the first; the second is never raised in an endpoint.
@@ -87,7 +89,7 @@ OF_WORD = {
     "generation": GenerationError,
     "incomplete_generation": IncompleteGenerationError,
 }
-OWN = (BadField, ModelUnknown, NotReady, ClientGone)
+OWN = (BadField, ModelUnknown, NotReady, TextReplaced, ClientGone)
 KNOWN: dict[str, Any] = {
     **{name: value for name, value in vars(errors).items() if isinstance(value, type)},
     **{value.__name__: value for value in OWN},
@@ -122,12 +124,17 @@ def test_every_class_of_errors_is_in_the_table() -> None:
     assert found == EXPECTED.keys() | NOT_ANSWERED
 
 
+@pytest.fixture(scope="module")
+def ai() -> Iterator[OpenAI]:
+    with OpenAI(base_url="http://localhost", api_key="none") as client:
+        yield client
+
+
 @pytest.mark.parametrize("name", EXPECTED)
-def test_openais_client_reads_a_code_and_a_type(name: str) -> None:
+def test_openais_client_reads_a_code_and_a_type(ai: OpenAI, name: str) -> None:
     kind, code, status, _ = EXPECTED[name]
     answer = answer_of(make(name), "/v1/completions")
-    with OpenAI(base_url="http://localhost", api_key="none") as ai:
-        read = ai._make_status_error_from_response(answer)
+    read = ai._make_status_error_from_response(answer)
     assert type(read) is OF_STATUS.get(status, openai.InternalServerError if status >= 500 else openai.APIStatusError)
     assert (read.type, read.code, read.status_code) == (kind, code, status)
     assert read.param == ("top_p" if name == "BadField" else None)

@@ -96,6 +96,10 @@ class NotReady(FastGPT2Error):
     http_status = 503
 
 
+class TextReplaced(FastGPT2Error):
+    """Raised if a job's text came out otherwise when the job was started again, and some of it has been sent."""
+
+
 class Kind(NamedTuple):
     """What the two APIs call a kind of error.
 
@@ -142,6 +146,7 @@ KINDS: dict[type[FastGPT2Error], Kind] = {
     ResultTimeout: Kind("server_error", "result_timeout", "incomplete_generation"),
     ServiceBusy: Kind("server_error", "service_busy", "overloaded"),
     ServiceStopping: Kind("server_error", "service_stopping", "incomplete_generation"),
+    TextReplaced: Kind("server_error", "text_replaced", "incomplete_generation"),
     NotReady: Kind("server_error", "not_ready", "healthcheck"),
 }
 
@@ -276,10 +281,10 @@ class AppendOnlyTexts:
         """Take in a piece of the text with this number.
 
         Raises:
-            FastGPT2Error: the piece replaces some of the text.
+            TextReplaced: the piece replaces some of the text.
         """
         if piece.at < self._lengths.get(number, 0):
-            raise FastGPT2Error(
+            raise TextReplaced(
                 "the job was started again by another worker, whose text differs from what was sent: ask again"
             )
         self._lengths[number] = piece.at + len(piece.text)
