@@ -26,7 +26,7 @@ from fastgpt2.protocol.messages import TASK
 from fastgpt2.system.redis_server import RedisServer
 
 pytestmark = pytest.mark.processes
-LONG = {"max_new_tokens": 500, "ignore_eos": True}
+LONG: dict[str, Any] = {"max_new_tokens": 500, "ignore_eos": True}
 
 
 @pytest.fixture

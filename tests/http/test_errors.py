@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import httpx2 as httpx
 import openai
 import pytest
-from huggingface_hub import InferenceClient
+from huggingface_hub import InferenceClient, TextGenerationInputGrammarType
 from huggingface_hub.errors import (
     GenerationError,
     HfHubHTTPError,
@@ -20,14 +21,14 @@ from huggingface_hub.errors import (
     ValidationError,
 )
 from huggingface_hub.inference._common import raise_text_generation_error
-from huggingface_hub.utils import hf_raise_for_status
+from huggingface_hub.utils._http import hf_raise_for_status
 from openai import OpenAI
-from support.running import StartEndpoint, StartWorker
+from support.running import StartEndpoint
 
 from fastgpt2 import Client, errors
 from fastgpt2.api.http import app  # noqa: F401  the errors that its modules define
 from fastgpt2.api.http.requests import ClientGone
-from fastgpt2.api.http.responses import BadField, ModelUnknown, NotReady, respond
+from fastgpt2.api.http.responses import BadField, ModelUnknown, NotReady, TextReplaced, respond
 from fastgpt2.engine.decoding.records import MAX_PROMPT_BYTES, MAX_PROMPT_TOKENS
 from fastgpt2.errors import FastGPT2Error, QueueFull
 from fastgpt2.system.up import System
@@ -68,6 +69,7 @@ EXPECTED: dict[str, tuple[str, str | None, int, str]] = {
     "ResultTimeout": (SERVER, "result_timeout", 504, "incomplete_generation"),
     "ServiceBusy": (SERVER, "service_busy", 503, "overloaded"),
     "ServiceStopping": (SERVER, "service_stopping", 503, "incomplete_generation"),
+    "TextReplaced": (SERVER, "text_replaced", 500, "incomplete_generation"),
     "NotReady": (SERVER, "not_ready", 503, "healthcheck"),
 }
 # Nobody is there any more to read of the first; the second is never raised in an endpoint.
@@ -87,8 +89,8 @@ OF_WORD = {
     "generation": GenerationError,
     "incomplete_generation": IncompleteGenerationError,
 }
-OWN = (BadField, ModelUnknown, NotReady, ClientGone)
-KNOWN = {
+OWN = (BadField, ModelUnknown, NotReady, TextReplaced, ClientGone)
+KNOWN: dict[str, Any] = {
     **{name: value for name, value in vars(errors).items() if isinstance(value, type)},
     **{value.__name__: value for value in OWN},
 }
@@ -97,10 +99,11 @@ KNOWN = {
 def make(name: str) -> FastGPT2Error:
     kind = KNOWN[name]
     if issubclass(kind, errors.JobFailed):
-        return kind("an-id", "a reason")
-    if kind is QueueFull:
-        return QueueFull("q", 1, 1)
-    error: FastGPT2Error = BadField("top_p", "a sentence") if kind is BadField else kind("a sentence")
+        error: FastGPT2Error = kind("an-id", "a reason")
+    elif kind is QueueFull:
+        error = QueueFull("q", 1, 1)
+    else:
+        error = BadField("top_p", "a sentence") if kind is BadField else kind("a sentence")
     return error
 
 
@@ -121,12 +124,17 @@ def test_every_class_of_errors_is_in_the_table() -> None:
     assert found == EXPECTED.keys() | NOT_ANSWERED
 
 
+@pytest.fixture(scope="module")
+def ai() -> Iterator[OpenAI]:
+    with OpenAI(base_url="http://localhost", api_key="none") as client:
+        yield client
+
+
 @pytest.mark.parametrize("name", EXPECTED)
-def test_openais_client_reads_a_code_and_a_type(name: str) -> None:
+def test_openais_client_reads_a_code_and_a_type(ai: OpenAI, name: str) -> None:
     kind, code, status, _ = EXPECTED[name]
     answer = answer_of(make(name), "/v1/completions")
-    with OpenAI(base_url="http://localhost", api_key="none") as ai:
-        read = ai._make_status_error_from_response(answer)
+    read = ai._make_status_error_from_response(answer)
     assert type(read) is OF_STATUS.get(status, openai.InternalServerError if status >= 500 else openai.APIStatusError)
     assert (read.type, read.code, read.status_code) == (kind, code, status)
     assert read.param == ("top_p" if name == "BadField" else None)
@@ -200,23 +208,19 @@ def test_jobs_that_are_left_behind_tell_it_too(system: System) -> None:
     assert ended["error"]["message"].startswith("This model's maximum context length is 512 tokens: ")
 
 
-def test_a_hub_client_meets_its_own_errors(
-    start_endpoint: StartEndpoint, start_worker: StartWorker, client: Client
-) -> None:
-    endpoint = start_endpoint("--timeout", "0.3", "--max-queue", "1")
-    hub = InferenceClient(endpoint.url)
+def test_a_hub_client_meets_its_own_errors(start_endpoint: StartEndpoint, system: System, client: Client) -> None:
+    alone = InferenceClient(start_endpoint("--timeout", "0.1", "--max-queue", "1").url)
     with pytest.raises(ValidationError, match="top_p must be"):
-        hub.text_generation("a", top_p=7)
+        alone.text_generation("a", top_p=7)
     with pytest.raises(IncompleteGenerationError, match="no worker listens"):
-        hub.text_generation("a")
+        alone.text_generation("a")
     waiting = client.enqueue("a")
     for stream in (False, True):
         with pytest.raises(OverloadedError, match="is full"):
-            list(hub.text_generation("a", stream=stream))  # type: ignore[call-overload]
+            list(alone.text_generation("a", stream=stream))
     waiting.cancel()
-    start_worker()
     with pytest.raises(ValidationError, match="max_new_tokens 400 make"):  # a worker says so
-        list(hub.text_generation("the " * 300, max_new_tokens=400, stream=True))
+        list(InferenceClient(system.http_url).text_generation("the " * 300, max_new_tokens=400, stream=True))
 
 
 def test_what_is_no_route_is_told_with_what_may_be_meant(system: System) -> None:
@@ -251,9 +255,9 @@ ENDS = "one\u2028two\u2029three\x85four\x0bfive\x0csix\x1cseven\x1deight\x1enine
 
 
 def test_a_text_with_odd_line_ends_stays_in_its_event(system: System) -> None:
-    guide = {"type": "regex", "value": ENDS}
+    guide = TextGenerationInputGrammarType(type="regex", value=ENDS)
     hub = InferenceClient(system.http_url)
-    tokens = list(hub.text_generation("a", grammar=guide, max_new_tokens=200, stream=True, details=True))  # type: ignore[arg-type]
+    tokens = list(hub.text_generation("a", grammar=guide, max_new_tokens=200, stream=True, details=True))
     assert tokens[-1].generated_text == f"a{ENDS}"
     body = {"prompt": "a", "choices": [ENDS], "max_new_tokens": 200, "stream": True}
     with httpx.Client(base_url=system.http_url, trust_env=False, timeout=60) as web:

@@ -116,7 +116,8 @@ def test_no_schema_is_without_a_type_or_of_mixed_ones() -> None:
         assert None not in values, schema
         assert schema.keys() & {"$ref", "type", "anyOf"}, schema
         if schema.get("type") == "object":
-            assert schema.keys() & {"properties", "additionalProperties"} or schema == {"type": "object"}
+            # Without either, openapi-typescript makes an object of it that may hold nothing.
+            assert schema.keys() & {"properties", "additionalProperties"}, schema
     for name, schema in document()["components"]["schemas"].items():
         # An object within another one has a name of its own.
         for field, part in schema.get("properties", {}).items():

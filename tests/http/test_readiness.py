@@ -6,7 +6,7 @@ import asyncio
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,7 @@ def test_info_tells_of_the_workers_that_serve(start_endpoint: StartEndpoint, red
     for name, model, n_positions, max_batch, heard_seconds_ago in told:
         pretend_worker(redis, queue_name, name, heard_seconds_ago)
         redis.sadd(f"rq:workers:{queue_name}", f"rq:worker:{name}")
-        fields = {
+        fields: dict[Any, Any] = {
             "model": model,
             "n_positions": n_positions,
             "max_batch": max_batch,
@@ -170,12 +170,13 @@ def test_info_of_a_real_worker(system: System) -> None:
     assert (info["model_id"], info["version"], info["model_dtype"]) == ("demo", fastgpt2.__version__, "float32")
     # The limits are those that hold.
     with httpx.Client(base_url=system.http_url, trust_env=False, timeout=60) as web:
-        for name, values in {
+        of_size: dict[str, Callable[[int], dict[str, Any]]] = {
             "max_total_tokens": lambda n: {"prompt": [5], "max_tokens": n - 1, "ignore_eos": True},
             "max_input_tokens": lambda n: {"prompt": [5] * n, "max_tokens": 1},
             "max_best_of": lambda n: {"prompt": "a", "best_of": n, "temperature": 1, "max_tokens": 1},
             "max_stop_sequences": lambda n: {"prompt": "a", "stop": ["~"] * n, "max_tokens": 1},
             "max_client_batch_size": lambda n: {"prompt": ["a"] * n, "max_tokens": 1},
-        }.items():
+        }
+        for name, values in of_size.items():
             at, beyond = (web.post("/v1/completions", json=values(info[name] + more)) for more in (0, 1))
             assert (at.status_code, beyond.status_code) == (200, 400), name

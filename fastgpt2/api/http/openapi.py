@@ -53,7 +53,7 @@ statuses from 500 on, or a 409, that the same request would meet again has `x-sh
 
 _STATUSES = {
     400: "The request is malformed, or asks for what cannot be done.",
-    401: "No token, or a wrong one.",
+    401: "No token, or a wrong one; `WWW-Authenticate` has `invalid_token` then.",
     403: "A page of another site asked; or, without a token, by a name that is not this machine's.",
     404: "There is no such thing.",
     408: "The head or the body did not come in time.",
@@ -67,6 +67,9 @@ _STATUSES = {
     503: "Redis cannot be used or lost the job, too much waits already, or the endpoint is being stopped.",
     504: "Out of time; the job is cancelled.",
 }
+_WORDS = (
+    "`validation`, `overloaded`, `generation` or `incomplete_generation`; another word where none of these is true."
+)
 _ANY = (401, 403, 500)
 _REDIS = (503,)
 _BODY = (400, 408, 413, 415)
@@ -163,7 +166,7 @@ def _schemas() -> dict[str, Schema]:
         "State": object_schema({"status": str}),
         "QueueState": object_schema({"name": str, "depth": Count}),
         "Status": object_schema({**status, "workers": list[dict[str, Any]]}),
-        "Error": object_schema({"error": str, "error_type": str}),
+        "Error": object_schema({"error": str, "error_type": Annotated[str, _WORDS]}),
         "OpenAIError": object_schema({"error": ErrorObject}),
     }
 
@@ -244,7 +247,7 @@ def _operating() -> dict[str, _Operation]:
     reporting = "What the pool is doing; with `history`, and did in the last minutes"
     metrics = {**_text("text/plain"), **_text("application/openmetrics-text")}
     telling = "The served model and its limits, as text-generation-inference tells them"
-    described = {"application/json": {"schema": {"type": "object"}}}
+    described = {"application/json": {"schema": {"type": "object", "additionalProperties": True}}}
     return {
         "GET /info": _Operation("info", telling, _json("Info"), _REDIS),
         "GET /health": _Operation("health", "This process is alive", _json("State")),

@@ -11,7 +11,6 @@ import logging
 import re
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
-from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from starlette.exceptions import HTTPException
@@ -98,6 +97,10 @@ class NotReady(FastGPT2Error):
     http_status = 503
 
 
+class TextReplaced(FastGPT2Error):
+    """Raised if a job's text came out otherwise when the job was started again, and some of it has been sent."""
+
+
 class Kind(NamedTuple):
     """What the two APIs call a kind of error.
 
@@ -144,6 +147,7 @@ KINDS: dict[type[FastGPT2Error], Kind] = {
     ResultTimeout: Kind("server_error", "result_timeout", "incomplete_generation"),
     ServiceBusy: Kind("server_error", "service_busy", "overloaded"),
     ServiceStopping: Kind("server_error", "service_stopping", "incomplete_generation"),
+    TextReplaced: Kind("server_error", "text_replaced", "incomplete_generation"),
     NotReady: Kind("server_error", "not_ready", "healthcheck"),
 }
 
@@ -248,6 +252,8 @@ def _hint(request: Request, error: HTTPException) -> str:
     if error.status_code == 405:
         return f"; this route takes {(error.headers or {}).get('Allow', '')}"
     known = [route.path for route in request.app.routes if isinstance(route, Route) and "{" not in route.path]
+    from difflib import get_close_matches
+
     alike = get_close_matches(request.url.path[:200], known, n=1, cutoff=_LIKENESS)
     return f"; {alike[0]} may be meant" if alike else "; /openapi.json tells which routes there are"
 
@@ -276,10 +282,10 @@ class AppendOnlyTexts:
         """Take in a piece of the text with this number.
 
         Raises:
-            FastGPT2Error: the piece replaces some of the text.
+            TextReplaced: the piece replaces some of the text.
         """
         if piece.at < self._lengths.get(number, 0):
-            raise FastGPT2Error(
+            raise TextReplaced(
                 "the job was started again by another worker, whose text differs from what was sent: ask again"
             )
         self._lengths[number] = piece.at + len(piece.text)
