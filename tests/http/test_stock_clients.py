@@ -22,7 +22,14 @@ from fastgpt2.system.up import System
 pytestmark = pytest.mark.processes
 
 REQUESTS: list[dict[str, Any]] = json.loads(Path(__file__).with_name("stock_requests.json").read_text("utf-8"))
-TYPES = {"str": str, "int": int, "float": (int, float), "bool": bool, "list": list, "dict": dict}
+TYPES: dict[str, type | tuple[type, ...]] = {
+    "str": str,
+    "int": int,
+    "float": (int, float),
+    "bool": bool,
+    "list": list,
+    "dict": dict,
+}
 
 
 def name_of(request: dict[str, Any]) -> str:
