@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Annotated, Any, NotRequired, Self, TypedDict
 
 from fastgpt2.engine.decoding.records import (
     Count,
@@ -334,14 +334,13 @@ def describe_result(result: Mapping[str, Any]) -> str:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(str):
     """Some text of a job: whole characters, which no stop string can take back any more.
 
-    The pieces of a job's several texts come mixed, those of one text in their order.
+    A piece is a string, for all that takes one: it equals its text, and what string methods make of it are plain
+    strings. The pieces of a job's several texts come mixed, those of one text in their order.
 
     Attributes:
-        text: the next characters.
         at: how many characters of the result's text come before it. Less than what you hold only if the job was started
             again elsewhere and came out otherwise: then cut your text there first.
         attempt: how often the job had been started when this text was generated, from 1.
@@ -351,15 +350,42 @@ class Piece:
         choice_index: the index of the text, if the job has several: what comes before is counted within that text.
     """
 
-    text: str
+    __slots__ = ("at", "attempt", "choice_index", "logprobs", "token_at")
+
     at: int
     attempt: int
-    logprobs: tuple[TokenLogprob, ...] = ()
-    token_at: int = 0
-    choice_index: int = 0
+    logprobs: tuple[TokenLogprob, ...]
+    token_at: int
+    choice_index: int
 
-    def __str__(self) -> str:
-        return self.text
+    def __new__(
+        cls,
+        text: str,
+        at: int,
+        attempt: int,
+        logprobs: tuple[TokenLogprob, ...] = (),
+        token_at: int = 0,
+        choice_index: int = 0,
+    ) -> Self:
+        """Make a piece of the next characters, and of where they belong."""
+        piece = super().__new__(cls, text)
+        piece.at, piece.attempt, piece.choice_index = at, attempt, choice_index
+        piece.logprobs, piece.token_at = logprobs, token_at
+        return piece
+
+    @property
+    def text(self) -> str:
+        """Return the characters as a plain string."""
+        return str(self)
+
+    def __repr__(self) -> str:
+        shown = f"Piece({str(self)!r}, at={self.at}, attempt={self.attempt}"
+        if self.logprobs or self.token_at:
+            shown += f", logprobs={self.logprobs!r}, token_at={self.token_at}"
+        return f"{shown}, choice_index={self.choice_index})" if self.choice_index else f"{shown})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.at, self.attempt, self.logprobs, self.token_at, self.choice_index)
 
 
 def piece_to_entry(piece: Piece) -> Entry:

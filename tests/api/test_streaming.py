@@ -40,16 +40,16 @@ class TestAssembly:
     def test_what_was_sent_twice_is_given_once(self) -> None:
         assembly = Assembly()
         first = [assembly.add(piece) for piece in pieces_of("abcdef", 1)]
-        assert first == [Piece("abc", 0, 1), Piece("def", 3, 1)]
+        assert repr(first) == repr([Piece("abc", 0, 1), Piece("def", 3, 1)])
         again = [assembly.add(piece) for piece in pieces_of("abcdefgh", 2, size=4)]
-        assert again == [None, Piece("gh", 6, 2)], "the second overlaps: of it, only what is new"
+        assert repr(again) == repr([None, Piece("gh", 6, 2)]), "the second overlaps: of it, only what is new"
 
     def test_what_differs_is_given_where_it_does(self) -> None:
         assembly = Assembly()
         assembly.add(Piece("abcdef", 0, 1))
-        assert assembly.add(Piece("abX", 0, 2)) == Piece("X", 2, 2)
+        assert repr(assembly.add(Piece("abX", 0, 2))) == repr(Piece("X", 2, 2))
         assert assembly.text == "abX"
-        assert assembly.add(Piece("Y", 3, 2)) == Piece("Y", 3, 2)
+        assert repr(assembly.add(Piece("Y", 3, 2))) == repr(Piece("Y", 3, 2))
 
     def test_an_earlier_attempt_is_not_listened_to_any_more(self) -> None:
         """A worker that was thought dead goes on writing."""
@@ -62,13 +62,13 @@ class TestAssembly:
         assembly = Assembly()
         assembly.add(Piece("ab", 0, 1))
         assert assembly.add(Piece("ef", 4, 1)) is None
-        assert assembly.complete("abcdef") == Piece("cdef", 2, 1)
+        assert repr(assembly.complete("abcdef")) == repr(Piece("cdef", 2, 1))
         assert assembly.complete("abcdef") is None
 
     def test_the_result_has_the_last_word(self) -> None:
         assembly = Assembly()
         assembly.add(Piece("abcdef", 0, 1))
-        assert assembly.complete("abc") == Piece("", 3, 1)
+        assert repr(assembly.complete("abc")) == repr(Piece("", 3, 1))
         assert assembly.text == "abc"
 
     @pytest.mark.parametrize("seed", range(50))
@@ -132,7 +132,7 @@ def test_several_readers_and_late_ones(client: Client, redis: Redis, start_worke
     assert "".join(map(str, [first, *early])) == ENTRY["text"] == "".join(map(str, middle))
     assert "".join(map(str, client.job(job.id).stream())) == ENTRY["text"], "from the beginning, at the end"
     redis.delete(stream_key(job.id))
-    assert list(job.stream()) == [Piece(ENTRY["text"], 0, 1)], "without the stream, from the result"
+    assert repr(list(job.stream())) == repr([Piece(ENTRY["text"], 0, 1)]), "without the stream, from the result"
 
 
 def test_a_job_that_does_not_stream(client: Client, start_worker: StartWorker) -> None:
