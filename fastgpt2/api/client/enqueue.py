@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeAlias
 
@@ -49,8 +49,9 @@ LOST_TRIES = 5
 # RQ's job wants a connection, and is asked nothing here that would use it.
 _NO_CONNECTION: Any = object()
 
-# What a caller may give as a prompt: a text, its token ids, or a request that has been made.
-PromptLike: TypeAlias = str | list[int] | GenerationRequest
+# What a program may give as a prompt: a text, its token ids, a mapping of the prompt and other fields of its job, or a
+# request that has been made.
+PromptLike: TypeAlias = str | Sequence[int] | Mapping[str, Any] | GenerationRequest
 
 _OPTION_FIELDS = ("timeout", "stream")
 _PLAN_FIELDS = ("priority", "job_timeout", "result_ttl")
@@ -94,13 +95,13 @@ class JobPlan:
         refuse_unstreamable(self.request, self.options)
 
 
-def plan_job(prompt: PromptLike, fields: Mapping[str, Any]) -> JobPlan:
+def plan_job(prompt: str | Sequence[int] | GenerationRequest, fields: Mapping[str, Any]) -> JobPlan:
     """Return the plan of one job, from its prompt and its `JobFields`.
 
     Raises:
         BadRequest: a field is unknown, ill-typed or out of bounds, or given beside a request that has been made.
     """
-    fields = _with_stops_listed(fields)
+    fields = with_stops_listed(fields)
     plan_fields = {name: fields[name] for name in _PLAN_FIELDS if name in fields}
     others = {name: value for name, value in fields.items() if name not in _PLAN_FIELDS}
     if not isinstance(prompt, GenerationRequest):
@@ -112,17 +113,34 @@ def plan_job(prompt: PromptLike, fields: Mapping[str, Any]) -> JobPlan:
     return JobPlan(prompt, JobOptions(**others), **plan_fields)
 
 
-def plan_each(prompts: Iterable[PromptLike], fields: Mapping[str, Any]) -> Iterator[JobPlan | BadRequest]:
-    """Yield a plan for each prompt, or what is wrong with it. What is wrong with the fields is wrong with each."""
-    fields = _with_stops_listed(fields)
-    for prompt in prompts:
-        try:
-            yield plan_job(prompt, fields)
-        except BadRequest as error:
-            yield error
+def plan_prompt(prompt: PromptLike, fields: Mapping[str, Any]) -> JobPlan:
+    """Return the plan of one job as a program gives it; see `plan_job`.
+
+    The prompt may stand in a mapping, beside fields that count before the others.
+    """
+    if not isinstance(prompt, Mapping):
+        return plan_job(prompt, fields)
+    if "prompt" not in prompt:
+        raise BadRequest("prompt is missing in a mapping of a prompt's fields")
+    given = {**fields, **prompt}
+    return plan_job(given.pop("prompt"), given)
 
 
-def _with_stops_listed(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+def plan_numbered(number: int, prompt: PromptLike, fields: Mapping[str, Any], call: str) -> JobPlan | BadRequest:
+    """Return the plan of one prompt of many, or what is wrong with it. What is wrong with the fields is so with each.
+
+    Args:
+        number: the prompt's, from 0.
+        call: what the caller called, such as "map".
+    """
+    try:
+        return plan_prompt(prompt, fields)
+    except BadRequest as error:
+        error.name_prompt(number, prompt, call)
+        return error
+
+
+def with_stops_listed(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the fields with an iterator of stops as a tuple: the first look at it would use it up."""
     stop = fields.get("stop")
     if isinstance(stop, str | bytes | list | tuple | Mapping) or not isinstance(stop, Iterable):
@@ -214,6 +232,7 @@ class SentJob:
 
     Attributes:
         own_id: the id under which this job is enqueued.
+        prompt: the job's prompt, by which an error tells of it.
         id: the id of the job that is waited for: that of an earlier request's, if one with the same idempotency key had
             enqueued it.
         sent_at: when the job was sent, on the monotonic clock.
@@ -226,6 +245,7 @@ class SentJob:
     def __init__(self, job_id: str, command: Command, plan: JobPlan, history: str | None) -> None:
         self.own_id = self.id = job_id
         self.command = command
+        self.prompt = plan.request.prompt
         self.sent_at = time.monotonic()
         self.result_ttl = plan.result_ttl
         self.history = history

@@ -17,16 +17,22 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 from fastgpt2.errors import RedisUnfit
 from fastgpt2.protocol.connection import ANSWER_BY, connect, connect_async, in_words
 from fastgpt2.protocol.scripts import execute, is_unknown, to_repeat, with_text
 
+if TYPE_CHECKING:
+    from redis import Redis
+    from redis.asyncio import Redis as AsyncRedis
+
 T = TypeVar("T")
+C = TypeVar("C")
 
 # How long after a deadline a reply may still come: Redis itself counts the time for which a read waits.
 GRACE_SECONDS = 0.5
@@ -119,8 +125,31 @@ def _means_away(error: Exception) -> bool:
     return isinstance(error, NoConnection | NoReply | OSError) and not isinstance(in_words("", error), RedisUnfit)
 
 
+class OwnConnections(Generic[C]):
+    """The connections of one process. After a fork, the child makes connections of its own.
+
+    A fork copies sockets: two processes would write to one, and read each other's replies.
+
+    Args:
+        make: makes a pool of connections; nothing is sent by that.
+    """
+
+    def __init__(self, make: Callable[[str], C], redis_url: str) -> None:
+        self._make, self._redis_url = make, redis_url
+        self._pool, self._process = make(redis_url), os.getpid()
+        # The parent's pools. The child keeps them: to close them here would disturb the parent's event loop.
+        self._inherited: list[C] = []
+
+    def get(self) -> C:
+        """Return this process's pool of connections."""
+        if self._process != os.getpid():
+            self._inherited.append(self._pool)
+            self._pool, self._process = self._make(self._redis_url), os.getpid()
+        return self._pool
+
+
 class Driver:
-    """Runs flows over connections of the blocking redis library; safe for several threads.
+    """Runs flows over connections of the blocking redis library; safe for several threads, and after a fork.
 
     Raises:
         BadRequest: not a Redis URL.
@@ -128,7 +157,11 @@ class Driver:
 
     def __init__(self, redis_url: str) -> None:
         self.redis_url = redis_url
-        self.connection = connect(redis_url)
+        self._connections = OwnConnections(connect, redis_url)
+
+    @property
+    def connection(self) -> Redis:
+        return self._connections.get()
 
     def run(self, flow: Flow[T]) -> T:
         """Run a flow and return its result.
@@ -185,7 +218,11 @@ class AsyncDriver:
 
     def __init__(self, redis_url: str) -> None:
         self.redis_url = redis_url
-        self.connection = connect_async(redis_url)
+        self._connections = OwnConnections(connect_async, redis_url)
+
+    @property
+    def connection(self) -> AsyncRedis:
+        return self._connections.get()
 
     async def run(self, flow: Flow[T]) -> T:
         """See `Driver.run`."""

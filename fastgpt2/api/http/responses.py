@@ -36,7 +36,6 @@ from fastgpt2.errors import (
     Unauthorized,
     UnsupportedEncoding,
 )
-from fastgpt2.protocol.messages import Piece
 
 log = logging.getLogger("fastgpt2.http")
 
@@ -176,25 +175,6 @@ def event(data: Any, name: str = "", event_id: str = "") -> bytes:
     """Return one event. Its data is JSON, which has no line ends."""
     head = (f"event: {name}\n" if name else "") + (f"id: {event_id}\n" if event_id else "")
     return b"%sdata: %s\n\n" % (head.encode(), encode_json(data))
-
-
-class AppendOnlyTexts:
-    """The texts of a stream whose format has no way to take anything back: they may only grow."""
-
-    def __init__(self) -> None:
-        self._lengths: dict[int, int] = {}
-
-    def add(self, number: int, piece: Piece) -> None:
-        """Take in a piece of the text with this number.
-
-        Raises:
-            FastGPT2Error: the piece replaces some of the text.
-        """
-        if piece.at < self._lengths.get(number, 0):
-            raise FastGPT2Error(
-                "the job was started again by another worker, whose text differs from what was sent: ask again"
-            )
-        self._lengths[number] = piece.at + len(piece.text)
 
 
 class EventStream(Response):
