@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import time
 import warnings
 from collections import deque
@@ -341,7 +342,8 @@ def run_bulk(driver: Driver, bulk: BulkRun, bar: ProgressBar) -> Generator[tuple
                 yield end
     except BaseException:
         if os.getpid() == process:  # a forked child leaves its parent's jobs alone
-            with suppress(FastGPT2Error):
+            # At the interpreter's end, some of what is needed is gone already, but what is sent counts.
+            with suppress(Exception if sys.is_finalizing() else FastGPT2Error):
                 driver.run(bulk.cancel())
         raise
 

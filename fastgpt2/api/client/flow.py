@@ -23,6 +23,10 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
+from redis.exceptions import ConnectionError as NoConnection
+from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as NoReply
+
 from fastgpt2.errors import RedisUnfit
 from fastgpt2.protocol.connection import ANSWER_BY, connect, connect_async, in_words
 from fastgpt2.protocol.scripts import execute, is_unknown, to_repeat, with_text
@@ -118,9 +122,6 @@ class Retries:
 
 
 def _means_away(error: Exception) -> bool:
-    from redis.exceptions import ConnectionError as NoConnection
-    from redis.exceptions import TimeoutError as NoReply
-
     # To the library, a Redis that loads its data is a ConnectionError, but so is one that wants a password.
     return isinstance(error, NoConnection | NoReply | OSError) and not isinstance(in_words("", error), RedisUnfit)
 
@@ -244,8 +245,6 @@ class AsyncDriver:
                     # that comes as the sending ends.
                     raise asyncio.CancelledError
             except TimeoutError:
-                from redis.exceptions import TimeoutError as NoReply
-
                 error = NoReply("Timeout: no answer")
             except Exception as reason:
                 error = reason
@@ -297,8 +296,6 @@ def _advance(flow: Flow[Any], reply: Any, error: Exception | None, redis_url: st
     try:
         return flow.send(reply) if error is None else flow.throw(error)
     except Exception as escaped:
-        from redis.exceptions import RedisError
-
         if escaped is error and isinstance(error, RedisError | OSError):
             raise in_words(redis_url, error) from None
         raise
