@@ -193,7 +193,7 @@ class AsyncJob:
         """See `Job.cancel`."""
         if self._sent is not None:
             self._sent.is_wanted = False
-        return await self._driver.run(self._session.cancel(self.id))
+        return await self._driver.run_whole(self._session.cancel(self.id))
 
     def stream(self, timeout: float | None = None, replacements: bool = False) -> AsyncTextStream:
         """See `Job.stream`."""

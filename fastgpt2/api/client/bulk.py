@@ -359,7 +359,7 @@ async def run_bulk_async(
                 yield end
     except BaseException:
         with suppress(FastGPT2Error):
-            await driver.run(bulk.cancel())
+            await driver.run_whole(bulk.cancel())
         raise
     finally:
         await bulk.stop_reading()

@@ -220,6 +220,7 @@ class AsyncDriver:
     def __init__(self, redis_url: str) -> None:
         self.redis_url = redis_url
         self._connections = OwnConnections(connect_async, redis_url)
+        self._tasks = set[asyncio.Task[Any]]()
 
     @property
     def connection(self) -> AsyncRedis:
@@ -248,6 +249,16 @@ class AsyncDriver:
                 error = NoReply("Timeout: no answer")
             except Exception as reason:
                 error = reason
+
+    async def run_whole(self, flow: Flow[T]) -> T:
+        """Run a flow to its end, even if the caller is cancelled meanwhile.
+
+        A caller may be one that is cancelled at each `await`: so anyio ends what a web server's client has left.
+        """
+        task = asyncio.create_task(self.run(flow))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return await asyncio.shield(task)
 
     async def _take(self, step: Step) -> Any:
         if isinstance(step, Pause):
@@ -283,6 +294,8 @@ class AsyncDriver:
             return _without_errors(replies)
 
     async def aclose(self) -> None:
+        if self._tasks:
+            await asyncio.wait(self._tasks)
         await self.connection.aclose()
 
 
