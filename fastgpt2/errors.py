@@ -59,7 +59,7 @@ def _beginning(prompt: object) -> str:
     if isinstance(prompt, list | tuple):
         shown = [repr(token_id)[:SHOWN_CHARACTERS] for token_id in prompt[:SHOWN_TOKEN_IDS]]
         return f"[{', '.join(shown)}{', ...' if len(prompt) > SHOWN_TOKEN_IDS else ''}]"
-    return f"of the type {type(prompt).__name__}"
+    return repr(prompt) if isinstance(prompt, int | float | None) else f"of the type {type(prompt).__name__}"
 
 
 class BadRequest(FastGPT2Error, ValueError):

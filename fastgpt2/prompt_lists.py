@@ -10,11 +10,10 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterable, Iterable, Iterator, Mapping
 from itertools import islice
-from numbers import Integral
 from typing import Any
 
 from fastgpt2.errors import BadRequest
-from fastgpt2.fields import type_name
+from fastgpt2.fields import is_listed, plain
 
 # The names of a column that is likely to hold the prompts, for the remedy that a message names.
 _LIKELY_COLUMNS = ("prompt", "prompts", "text", "inputs")
@@ -39,15 +38,13 @@ def iterate_prompts(prompts: Any, expected: str = "a list or another iterable of
             return iter(prompts.to_pylist() if hasattr(prompts, "to_pylist") else prompts)
         except TypeError:
             remedy = "give a list, such as [prompt]"
-    raise BadRequest(f"prompts must be {expected}, not {type_name(prompts)}: {remedy}")
+    kind = "null" if prompts is None else type(prompts).__name__
+    raise BadRequest(f"prompts must be {expected}, not {kind}: {remedy}")
 
 
 def is_token_ids(value: Any) -> bool:
-    """Tell whether this is a list or an array of numbers, as the token ids of one prompt are."""
-    if isinstance(value, list | tuple):
-        return len(value) > 0 and isinstance(value[0], Integral)
-    kind = getattr(getattr(value, "dtype", None), "kind", None)
-    return kind in ("i", "u", "f") and getattr(value, "ndim", 1) == 1 and len(value) > 0
+    """Tell whether this is a list of numbers, or what another library has for one, as one prompt's token ids are."""
+    return is_listed(value) and isinstance(plain(next(iter(value), None)), int | float)
 
 
 def _remedy(prompts: Any) -> str | None:

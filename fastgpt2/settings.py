@@ -253,6 +253,11 @@ STOP_TOKEN_IDS: Setting[tuple[int, ...]] = Setting(
     "End the generated text at any of these tokens, which it leaves out: token ids with commas between them.",
     "none",
 )
+TRUNCATE_PROMPT_TOKENS: Setting[int | None] = Setting(
+    "truncate_prompt_tokens", "N", whole_number(-1, 1 << 17), None,
+    "Read only the last N tokens of a longer prompt; -1 for as many as leave room for the new tokens.",
+    "none",
+)
 MIN_NEW_TOKENS = Setting(
     "min_new_tokens", "N", whole_number(0, 1 << 20), 0,
     "Generate at least N tokens: until then, neither an end-of-text or stop token nor the stop text ends it.",
@@ -371,7 +376,8 @@ OF_SCORES = (
 OF_FORM = (CHOICE, REGEX, JSON_SCHEMA)
 # Each gives a field of a `GenerationRequest`, and has its default.
 OF_REQUEST: Settings = (
-    MAX_NEW_TOKENS, STOP, STOP_TOKEN_IDS, IGNORE_EOS, MIN_NEW_TOKENS, LOGPROBS, ECHO, *OF_DRAW, *OF_SCORES, *OF_FORM,
+    MAX_NEW_TOKENS, STOP, STOP_TOKEN_IDS, IGNORE_EOS, MIN_NEW_TOKENS, TRUNCATE_PROMPT_TOKENS, LOGPROBS, ECHO,
+    *OF_DRAW, *OF_SCORES, *OF_FORM,
 )  # fmt: skip
 OF_LOAD: Settings = (*OF_MODEL, *OF_ARITHMETIC, DRAFTS)
 OF_WORKERS = (*OF_MODEL, POOL_THREADS, BLAS, WEIGHTS, DRAFTS, *OF_BATCH, WORKERS, MAX_JOBS, MAX_GROWTH)

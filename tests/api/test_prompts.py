@@ -183,9 +183,9 @@ class TestErrors:
     NOTES = (
         (1, BadRequest, f"'{('Bad ' * 20)[:60]}...'"),
         (2, PromptTooLong, f"'{('the ' * 600)[:60]}...'"),
-        (3, BadRequest, "of the type NoneType"),
+        (3, BadRequest, "None"),
         (4, BadRequest, "[1, 'x']"),
-        (5, BadRequest, "of the type float"),
+        (5, BadRequest, "2.5"),
         (6, BadRequest, "'b'"),
         (7, JobTimedOut, "'c'"),
         (8, PromptTooLong, f"[{', '.join('1' * 12)}, ...]"),

@@ -189,7 +189,7 @@ JSON_OF_NO_TYPE = {"type": "json", "value": {"type": "x"}}
         ({"inputs": "a", "parameters": {"repetition_penalty": 0}}, "repetition_penalty must be between 0.01 and 100"),
         ({"inputs": "a", "parameters": {"n": 2}}, "unknown field 'n' in parameters; the best of several texts is giv"),
         ({"inputs": "a", "parameters": {"watermark": True}}, "watermark must be false or left out: texts get no wate"),
-        ({"inputs": "a", "parameters": {"truncate": 5}}, "truncate must be left out: the endpoint counts no tokens"),
+        ({"inputs": "a", "parameters": {"truncate": 0}}, "truncate must be -1, for as many as fit, or between 1 and"),
         ({"inputs": "a", "parameters": {"adapter_id": "x"}}, "adapter_id must be left out: there are no adapters"),
         ({"inputs": "a", "parameters": {"grammar": {"type": "regex"}}}, "grammar must have a type and a value"),
         ({"inputs": "a", "parameters": {"grammar": REGEX, "choices": ["a"]}}, "grammar and choices are both given; a"),

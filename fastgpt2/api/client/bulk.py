@@ -24,14 +24,13 @@ from fastgpt2.api.client.enqueue import (
     plan_job,
     plan_numbered,
     read_enqueue_reply,
-    with_stops_listed,
 )
 from fastgpt2.api.client.flow import RECONNECT_SECONDS, AsyncDriver, Driver, Flow, Pause, Pipeline
 from fastgpt2.api.client.outcome import Outcome
 from fastgpt2.api.client.prompt_feed import PromptFeed
 from fastgpt2.api.client.reader import JobReader, ReadLoop
 from fastgpt2.api.client.session import Session, cancel_command
-from fastgpt2.engine.decoding.records import GenerationResult
+from fastgpt2.engine.decoding.records import GenerationResult, list_stops
 from fastgpt2.errors import BadRequest, FastGPT2Error, NotDurable
 from fastgpt2.fields import refusal
 from fastgpt2.prompt_lists import iterate_prompts
@@ -311,7 +310,7 @@ def plan_bulk(
         BadRequest: these are no prompts, `in_flight` is out of bounds, or a field is wrong for every prompt.
     """
     check_in_flight(in_flight)
-    of_all = with_stops_listed({"result_ttl": BULK_RESULT_TTL_SECONDS, **fields})
+    of_all = list_stops({"result_ttl": BULK_RESULT_TTL_SECONDS, **fields})
     plan_job("", of_all)
     plan = partial(_plan_item, of_all, call)
     items: Iterator[Item]
@@ -320,7 +319,9 @@ def plan_bulk(
     else:
         items = starmap(plan, enumerate(iterate_prompts(prompts)))
     bulk = BulkRun(session, items, in_flight, ordered=call == "map", call=call)
-    return bulk, ProgressBar(len(prompts) if isinstance(prompts, Sized) else None, progress)
+    # To count a column of Dask means to compute it.
+    total = len(prompts) if progress and isinstance(prompts, Sized) else None
+    return bulk, ProgressBar(total, progress)
 
 
 def _plan_item(fields: Mapping[str, Any], call: str, number: int, prompt: PromptLike) -> Item:

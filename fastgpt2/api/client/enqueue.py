@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeAlias
 
@@ -14,12 +14,14 @@ from rq.serializers import JSONSerializer
 from rq.utils import now
 
 from fastgpt2.api.client.flow import Command, Flow, Pipeline
-from fastgpt2.engine.decoding.records import GenerationRequest, RequestFields, random_seed
+from fastgpt2.engine.decoding.records import GenerationRequest, RequestFields, list_stops, random_seed, split_prompt
 from fastgpt2.errors import BadRequest, IdempotencyMismatch, PromptTooLong, QueueFull
 from fastgpt2.fields import check_fields, whole
+from fastgpt2.foreign_fields import is_neutral, take_known
 from fastgpt2.protocol.keys import (
     QUEUES_KEY,
     Priority,
+    PriorityField,
     once_key,
     queue_key,
     queue_of,
@@ -51,10 +53,10 @@ _NO_CONNECTION: Any = object()
 
 # What a program may give as a prompt: a text, its token ids, a mapping of the prompt and other fields of its job, or a
 # request that has been made.
-PromptLike: TypeAlias = str | Sequence[int] | Mapping[str, Any] | GenerationRequest
+PromptLike: TypeAlias = str | Iterable[int] | Mapping[str, Any] | GenerationRequest
 
-_OPTION_FIELDS = ("timeout", "stream")
 _PLAN_FIELDS = ("priority", "job_timeout", "result_ttl")
+_OPTION_FIELDS = ("timeout", "stream", "stream_usage")
 
 
 class JobFields(RequestFields, total=False):
@@ -63,6 +65,7 @@ class JobFields(RequestFields, total=False):
     Attributes:
         timeout: seconds from being enqueued within which the job must be done.
         stream: publish the text as it comes, for `Job.stream`.
+        stream_usage: its pieces tell how many tokens there are so far.
         priority: "high", "normal", the default, or "low"; the more urgent are taken first, and none waits for ever.
         job_timeout: seconds that a worker may spend on the job, from its start; default 600.
         result_ttl: seconds for which the job's end can be read; default a day.
@@ -70,6 +73,7 @@ class JobFields(RequestFields, total=False):
 
     timeout: float | None
     stream: bool
+    stream_usage: bool
     priority: Priority
     job_timeout: int
     result_ttl: int
@@ -86,7 +90,7 @@ class JobPlan:
 
     request: GenerationRequest
     options: JobOptions = NO_OPTIONS
-    priority: Priority = "normal"
+    priority: PriorityField = "normal"
     job_timeout: Seconds = DEFAULT_JOB_TIMEOUT_SECONDS
     result_ttl: Seconds = DEFAULT_RESULT_TTL_SECONDS
 
@@ -95,22 +99,22 @@ class JobPlan:
         refuse_unstreamable(self.request, self.options)
 
 
-def plan_job(prompt: str | Sequence[int] | GenerationRequest, fields: Mapping[str, Any]) -> JobPlan:
+def plan_job(prompt: str | Iterable[int] | GenerationRequest, fields: Mapping[str, Any]) -> JobPlan:
     """Return the plan of one job, from its prompt and its `JobFields`.
 
     Raises:
         BadRequest: a field is unknown, ill-typed or out of bounds, or given beside a request that has been made.
     """
-    fields = with_stops_listed(fields)
+    fields = list_stops(fields)
     plan_fields = {name: fields[name] for name in _PLAN_FIELDS if name in fields}
     others = {name: value for name, value in fields.items() if name not in _PLAN_FIELDS}
     if not isinstance(prompt, GenerationRequest):
         request, options = parse_job([prompt], others)
         return JobPlan(request, options, **plan_fields)
     for name in others:
-        if name not in _OPTION_FIELDS:
+        if name not in _OPTION_FIELDS and not is_neutral(name, others):
             raise BadRequest(f"{name[:100]} is given beside a request that has been made; put it in there")
-    return JobPlan(prompt, JobOptions(**others), **plan_fields)
+    return JobPlan(prompt, JobOptions(**take_known(others, _OPTION_FIELDS)), **plan_fields)
 
 
 def plan_prompt(prompt: PromptLike, fields: Mapping[str, Any]) -> JobPlan:
@@ -118,12 +122,9 @@ def plan_prompt(prompt: PromptLike, fields: Mapping[str, Any]) -> JobPlan:
 
     The prompt may stand in a mapping, beside fields that count before the others.
     """
-    if not isinstance(prompt, Mapping):
-        return plan_job(prompt, fields)
-    if "prompt" not in prompt:
-        raise BadRequest("prompt is missing in a mapping of a prompt's fields")
-    given = {**fields, **prompt}
-    return plan_job(given.pop("prompt"), given)
+    if isinstance(prompt, Mapping):
+        return plan_job(*split_prompt(prompt, fields))
+    return plan_job(prompt, fields)
 
 
 def plan_numbered(number: int, prompt: PromptLike, fields: Mapping[str, Any], call: str) -> JobPlan | BadRequest:
@@ -138,14 +139,6 @@ def plan_numbered(number: int, prompt: PromptLike, fields: Mapping[str, Any], ca
     except BadRequest as error:
         error.name_prompt(number, prompt, call)
         return error
-
-
-def with_stops_listed(fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the fields with an iterator of stops as a tuple: the first look at it would use it up."""
-    stop = fields.get("stop")
-    if isinstance(stop, str | bytes | list | tuple | Mapping) or not isinstance(stop, Iterable):
-        return fields
-    return {**fields, "stop": tuple(stop)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,6 +293,9 @@ class ModelLimits:
         else:
             tokens = max(1, len(request.prompt))
             has, needs = f"{tokens} tokens", str(tokens)
+        most = request.most_prompt_tokens(n_positions)
+        if most is not None and tokens > most:
+            tokens, has, needs = most, f"{most} tokens that are kept", str(most)
         if tokens + request.least_room > n_positions:
             raise PromptTooLong(f"the prompt has {has}, over {request.describe_positions(n_positions)}: shorten it")
         room = n_positions - tokens

@@ -22,9 +22,10 @@ from fastgpt2.engine.decoding.options import MAX_TEXTS, ChoiceIndex
 from fastgpt2.engine.decoding.records import Count
 from fastgpt2.errors import BadRequest, FastGPT2Error, JobFailed, JobNotFound
 from fastgpt2.fields import fields_of, one_of, refusal
+from fastgpt2.foreign_fields import take_known
 from fastgpt2.protocol.connection import redis_errors
 from fastgpt2.protocol.keys import ATTEMPTS_FIELD, job_key, queues_of
-from fastgpt2.protocol.messages import Piece, ResultObject, refuse_unknown, result_to_json
+from fastgpt2.protocol.messages import Piece, ResultObject, result_to_json
 from fastgpt2.protocol.untrusted import epoch_seconds, is_of_entry, text, whole
 
 EXAMPLE = '{"prompt": "Once upon a time", "max_new_tokens": 20}'
@@ -119,10 +120,10 @@ class Jobs:
     async def create(self, request: Request) -> Response:
         """Answer `POST /v1/jobs`: with 202, and where to ask for the job."""
         body = await read_object(request, self._service.bounds.body_timeout, EXAMPLE)
-        refuse_unknown(body, fields_of(JobPlan))
         if "prompt" not in body:
             raise BadRequest(f"prompt is missing: send {EXAMPLE}")
-        fields = {name: value for name, value in body.items() if name != "prompt" and value is not None}
+        fields = take_known(body, fields_of(JobPlan))
+        fields.pop("prompt", None)
         plan = plan_job(body["prompt"], fields)
         keys = read_idempotency_keys(request, 1, plan, prefix="job ")
         (job_id,) = await self._service.driver.run(self._service.session.enqueue_all([plan], keys))

@@ -8,7 +8,7 @@ import pytest
 
 from fastgpt2.engine.decoding.records import GenerationRequest
 from fastgpt2.fields import fields_of
-from fastgpt2.protocol.refusals import _OTHER_NAMES, _REASONS, SHOWN_CHARACTERS, sentence_for
+from fastgpt2.foreign_fields import _OTHER_NAMES, _REASONS, SHOWN_CHARACTERS, sentence_for
 
 KNOWN = fields_of(GenerationRequest)
 
@@ -59,13 +59,13 @@ def test_a_likely_neighbour_is_named(name: str, meant: str) -> None:
     assert said.startswith(f"unknown field {name!r}; {meant} may be meant; known are prompt, max_new_tokens, ")
 
 
-@pytest.mark.parametrize("name", ["x", "", "model", "user", "🦜", 3, None, (1, 2)])
+@pytest.mark.parametrize("name", ["x", "", "model", "🦜", 3, None, (1, 2)])
 def test_what_is_like_nothing_gets_the_list_alone(name: object) -> None:
     assert sentence_for(name, KNOWN).startswith(f"unknown field {str(name)!r}; known are prompt, ")
 
 
 def test_another_apis_name_is_explained_only_where_the_field_is_known() -> None:
-    assert sentence_for("num_return_sequences", ("inputs",)) == "unknown field 'num_return_sequences'; known are inputs"
+    assert sentence_for("n_predict", ("inputs",)) == "unknown field 'n_predict'; known are inputs"
 
 
 def test_of_a_name_of_any_length_only_its_beginning_is_compared() -> None:
