@@ -8,7 +8,7 @@ and are not imported.
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterable, Awaitable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -44,7 +44,9 @@ def iterate_prompts(prompts: Any, expected: str = "a list or another iterable of
 
 def is_token_ids(value: Any) -> bool:
     """Tell whether this is a list of numbers, or what another library has for one, as one prompt's token ids are."""
-    return is_listed(value) and isinstance(plain(next(iter(value), None)), int | float)
+    if isinstance(value, type) or not is_listed(value):
+        return False
+    return isinstance(plain(next(iter(value), None)), int | float)
 
 
 def _remedy(prompts: Any) -> str | None:
@@ -70,6 +72,8 @@ def _remedy(prompts: Any) -> str | None:
         return f"it has {dimensions} dimensions; give one column, such as prompts[:, 0], or {rows}"
     if is_token_ids(prompts):
         return "it holds numbers; for the token ids of one prompt, write [token_ids]"
+    if isinstance(prompts, Awaitable):
+        return "await it first"
     if isinstance(prompts, AsyncIterable):
         return "an asynchronous iterable is for AsyncClient.map and AsyncClient.as_completed"
     return None
