@@ -195,14 +195,8 @@ def test_numbers_flags_and_strings_of_other_libraries() -> None:
 
 
 def test_lists_of_other_libraries() -> None:
-    for ids in (
-        np.array([1, 2]),
-        np.array([1.0, 2.0]),
-        array("l", [1, 2]),
-        range(1, 3),
-        ArrowArray(1, 2),
-        {1: 0, 2: 0}.keys(),
-    ):
+    rows: list[Any] = [np.array([1, 2]), np.array([1.0, 2.0]), array("l", [1, 2]), ArrowArray(1, 2), range(1, 3)]
+    for ids in rows:
         request = plan_job(ids, {"stop_token_ids": ids, "suppress_tokens": ids, "bad_words": [ids]}).request
         assert request == GenerationRequest((1, 2), stop_token_ids=(1, 2), suppress_tokens=(1, 2), bad_words=((1, 2),))
         assert json.dumps(job_to_kwargs(request, plan_job("", {}).options))

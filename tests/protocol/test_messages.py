@@ -183,6 +183,24 @@ def test_a_piece_says_which_text_it_belongs_to() -> None:
                 entry_to_piece({**entry, b"choice_index": index})
 
 
+def test_a_piece_can_tell_the_tokens_so_far() -> None:
+    piece = Piece("a", 3, 1, choice_index=2, usage=Usage(7, 5, 2))
+    entry = {name.encode(): str(value).encode() for name, value in piece_to_entry(piece).items()}
+    assert set(entry) == {
+        b"attempt",
+        b"at",
+        b"text",
+        b"choice_index",
+        b"prompt_tokens",
+        b"completion_tokens",
+        b"cached_tokens",
+    }
+    assert entry_to_piece(entry) == piece
+    for damaged in ({b"prompt_tokens": b"-1"}, {b"completion_tokens": b"x"}, {b"cached_tokens": b""}):
+        with pytest.raises(ValueError, match=r"is no number of what comes before|invalid literal"):
+            entry_to_piece({**entry, **damaged})
+
+
 def test_what_the_last_release_wrote_is_read() -> None:
     """The value is as it stands in somebody's Redis."""
     value = json.loads(

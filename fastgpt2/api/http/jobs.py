@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 from urllib.parse import quote
 
@@ -19,7 +20,7 @@ from fastgpt2.api.http.requests import read_object
 from fastgpt2.api.http.responses import JSON, KEEP_ALIVE, EventStream, error_object, event
 from fastgpt2.api.http.service import PendingJobs, Service, read_idempotency_keys
 from fastgpt2.engine.decoding.options import MAX_TEXTS, ChoiceIndex
-from fastgpt2.engine.decoding.records import Count
+from fastgpt2.engine.decoding.records import Count, Usage
 from fastgpt2.errors import BadRequest, FastGPT2Error, JobFailed, JobNotFound
 from fastgpt2.fields import fields_of, one_of, refusal
 from fastgpt2.foreign_fields import take_known
@@ -73,6 +74,7 @@ class TextEvent(TypedDict):
     text: str
     at: Count
     choice_index: NotRequired[Annotated[ChoiceIndex, "The index of the text, if it is not 0."]]
+    usage: NotRequired[Annotated[dict[str, Any], Usage, "With `stream_usage`: the tokens of this text so far."]]
 
 
 class Progress:
@@ -222,6 +224,8 @@ async def _text_events(waiting: PendingJobs, known: Progress) -> AsyncIterator[b
                 body: TextEvent = {"text": new, "at": start}
                 if what.choice_index:
                     body["choice_index"] = what.choice_index
+                if what.usage is not None:
+                    body["usage"] = asdict(what.usage)
                 yield event(body, event_id=str(progress))
         else:
             yield event(_end(unwrap(what)), "end")
