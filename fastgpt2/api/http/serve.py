@@ -87,9 +87,10 @@ def serve(values: dict[str, Any]) -> None:
         log.info("it listens on %s port %d", *bound.getsockname()[:2])
     if token is None and not is_loopback(values["host"]):
         log.warning("everybody who can reach %s may use this endpoint (--insecure)", values["host"])
-    # When uvicorn is done, it raises the signal that stopped it once more. A clean stop would then look like a death.
+    # A signal stops the server also before uvicorn listens for signals itself. And when uvicorn is done, it raises the
+    # signal that stopped it once more: a clean stop would otherwise look like a death.
     for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda *_: None)
+        signal.signal(signum, server.handle_exit)
     server.run(sockets=[bound])
     log.info("endpoint has stopped")
 
