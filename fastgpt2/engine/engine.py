@@ -237,9 +237,8 @@ def _request(prompt: Any, fields: Mapping[str, Any]) -> GenerationRequest:
 
 def _prompts_in(value: Any) -> tuple[list[Any], bool]:
     """Return the prompts that a caller gives, and whether it is one that stands alone."""
-    if isinstance(value, GenerationRequest | Mapping) or isinstance(plain(value), str):
-        return [value], True
-    if is_token_ids(value):
+    is_mapping = isinstance(value, Mapping) and "prompt" in value
+    if is_mapping or isinstance(value, GenerationRequest) or isinstance(plain(value), str) or is_token_ids(value):
         return [value], True
     if getattr(value, "ndim", 0) == 2 and hasattr(value, "dtype"):
         return list(value), False
