@@ -209,6 +209,21 @@ def test_the_engine_takes_and_refuses_the_same(engine: Engine) -> None:
         generate("It was", temprature=1)
 
 
+def test_options_of_a_load_are_named_too() -> None:
+    load: Any = Engine.load
+    for options, said in (
+        ({"threads": "5"}, 'threads must be a whole number, not the string "5"'),
+        ({"max_batch": True}, "max_batch must be a whole number, not true"),
+        ({"kv_memory": "1GB"}, 'kv_memory must be a whole number, not the string "1GB"'),
+        ({"prefix_memory": 0.5}, "prefix_memory must be a whole number, not 0.5"),
+        ({"max_batch": 0.0}, "max_batch must be 1 or more, not 0"),
+    ):
+        with pytest.raises(BadRequest) as caught:
+            load("demo", **options)
+        assert str(caught.value) == said
+    assert load("demo", threads=np.int64(1), max_batch=2.0).max_batch == 2
+
+
 class Table:
     """A table of pandas': to go through it gives the names of its columns."""
 
