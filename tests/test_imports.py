@@ -109,9 +109,9 @@ ROOMS: dict[str, set[str]] = {
     "api.pool": {"protocol"},
     "api.page": set(),
     "api.http": {"api.client", "api.pool", "api.page", "protocol", RECORDS, OPTIONS},
-    "system": {"api.http", "worker", "protocol", "engine.model"},
+    "system": {"api.http", "worker", "protocol", "engine.model", "engine.machine"},
     "bench": {"engine"},
-    "commands": {"api", "worker", "protocol", "engine"},
+    "commands": {"api", "system", "worker", "protocol", "engine"},
     "cli": {"commands", "system", "bench"},
 }
 # What only some rooms may have to do with.

@@ -25,7 +25,7 @@ from fastgpt2.api.client.enqueue import (
     plan_numbered,
     read_enqueue_reply,
 )
-from fastgpt2.api.client.flow import RECONNECT_SECONDS, AsyncDriver, Driver, Flow, Pause, Pipeline
+from fastgpt2.api.client.flow import RECONNECT_SECONDS, AsyncDriver, Command, Driver, Flow, Pause, Pipeline
 from fastgpt2.api.client.outcome import Outcome
 from fastgpt2.api.client.prompt_feed import PromptFeed
 from fastgpt2.api.client.reader import JobReader, ReadLoop
@@ -34,6 +34,7 @@ from fastgpt2.engine.decoding.records import GenerationResult, list_stops
 from fastgpt2.errors import BadRequest, FastGPT2Error, NotDurable
 from fastgpt2.fields import refusal
 from fastgpt2.prompt_lists import iterate_prompts
+from fastgpt2.protocol.keys import job_key, results_key
 
 DEFAULT_IN_FLIGHT = 64
 MAX_IN_FLIGHT = 1_000_000
@@ -76,13 +77,20 @@ class BulkRun:
         in_flight: at most this many jobs are in the queue at once; if `ordered`, results that wait here for an earlier
             one count too.
         call: what the caller called, by which an error's note tells of its prompt.
+        forgets: delete each job once its end is here: nobody else can ask for it, and a long run must not fill Redis.
 
     Raises:
         BadRequest: `in_flight` is out of bounds.
     """
 
     def __init__(
-        self, session: Session, items: Iterable[Item], in_flight: int, ordered: bool, call: str = "map"
+        self,
+        session: Session,
+        items: Iterable[Item],
+        in_flight: int,
+        ordered: bool,
+        call: str = "map",
+        forgets: bool = False,
     ) -> None:
         check_in_flight(in_flight)
         self._session = session
@@ -91,6 +99,7 @@ class BulkRun:
         self._input = _Input.READY
         self._in_flight = in_flight
         self._ordered = ordered
+        self._forgets = forgets
         # How many items were read, and how many outcomes were given to the caller.
         self._read = self._given = 0
         # What a full queue refused; it is sent before anything more is read.
@@ -265,12 +274,16 @@ class BulkRun:
         if self._input is _Input.SLOW:
             longest = min(longest, POLL_SECONDS)
         yield from self._loop.turn(watched.values(), longest)
+        ended = []
         for number, reader in watched.items():
             if reader.outcome is not None:
                 del self._readers[number]
                 if isinstance(reader.outcome, FastGPT2Error) and reader.sent is not None:
                     reader.outcome.name_prompt(number, reader.sent.prompt, self._call)
                 self._outcomes[number] = reader.outcome
+                ended += [job_key(reader.id), results_key(reader.id)]
+        if ended and self._forgets:
+            yield from self._session.retries.ask(Command("unlink", tuple(ended)))
 
 
 class BulkFields(JobFields, total=False):

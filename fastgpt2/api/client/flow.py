@@ -152,12 +152,16 @@ class OwnConnections(Generic[C]):
 class Driver:
     """Runs flows over connections of the blocking redis library; safe for several threads, and after a fork.
 
+    Args:
+        between_steps: called before each step, every few seconds at least; what it raises ends the flow.
+
     Raises:
         BadRequest: not a Redis URL.
     """
 
-    def __init__(self, redis_url: str) -> None:
+    def __init__(self, redis_url: str, between_steps: Callable[[], None] | None = None) -> None:
         self.redis_url = redis_url
+        self._between_steps = between_steps
         self._connections = OwnConnections(connect, redis_url)
 
     @property
@@ -180,6 +184,8 @@ class Driver:
                 result: T = end.value
                 return result
             reply, error = None, None
+            if self._between_steps is not None:
+                self._between_steps()
             try:
                 reply = self._take(step)
             except Exception as reason:
