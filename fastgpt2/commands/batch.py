@@ -31,8 +31,9 @@ from fastgpt2.commands.prompts import note_idle_options, request_fields
 from fastgpt2.engine.decoding.records import GenerationRequest, GenerationResult
 from fastgpt2.errors import BadRequest, FastGPT2Error, JobFailed, JobNotFound
 from fastgpt2.fields import fields_of, why_no_json
+from fastgpt2.foreign_fields import refuse_unknown
 from fastgpt2.process import on_stop_signals
-from fastgpt2.protocol.messages import job_to_kwargs, refuse_unknown, result_to_json
+from fastgpt2.protocol.messages import job_to_kwargs, result_to_json
 
 JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
 MAX_LINE_BYTES = 8 << 20
