@@ -99,13 +99,12 @@ def test_stop_strings_cut_the_text_wherever_they_begin(engine: Engine) -> None:
     """A substring of a continuation stops it at its first occurrence, across tokens or within one."""
     entry = golden["continuations"][1]
     text = entry["text"][:60]
-    for begin in range(0, 40, 3):
-        for length in (1, 2, 5, 12):
-            stop = text[begin : begin + length]
-            result = engine.generate(entry["prompt"], max_new_tokens=100, stop=stop, ignore_eos=True)
-            assert result.finish_reason == "stop"
-            assert result.text == entry["text"][: entry["text"].index(stop)]
-            assert list(result.token_ids) == entry["ids"][: len(result.token_ids)]
+    stops = [text[begin : begin + length] for begin in range(0, 40, 3) for length in (1, 2, 5, 12)]
+    results = engine.run([GenerationRequest(entry["prompt"], 100, (stop,), ignore_eos=True) for stop in stops])
+    for stop, result in zip(stops, results, strict=True):
+        assert result.finish_reason == "stop"
+        assert result.text == entry["text"][: entry["text"].index(stop)]
+        assert list(result.token_ids) == entry["ids"][: len(result.token_ids)]
 
 
 def test_the_earliest_of_several_stop_strings_counts(engine: Engine) -> None:
