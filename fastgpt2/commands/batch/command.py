@@ -227,7 +227,7 @@ class Batch:
 
     def _keep(self, line: Line, index: int, at: int) -> None:
         assert self._journal is not None
-        if not self._reader.is_joined and not self._journal.has_row(at, line):
+        if self._form.has_rows and not self._reader.is_joined and not self._journal.has_row(at, line):
             self._journal.renew_row(at, line, index)
         failed = self._journal.is_error(at)
         self._report.keep(self._form.error(self._journal.read(self._journal.order[index])) if failed else None)

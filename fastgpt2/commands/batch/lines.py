@@ -39,14 +39,14 @@ class Line:
         completion: the body of a line of OpenAI's; it may ask for several jobs.
     """
 
-    item: JobPlan | FastGPT2Error
+    item: JobPlan | BadRequest
     digest: str
     row: Mapping[str, Any] = field(default_factory=dict)
     number: int = 0
     completion: Completion | None = None
 
     @property
-    def items(self) -> list[JobPlan] | list[JobPlan | FastGPT2Error]:
+    def items(self) -> list[JobPlan] | list[JobPlan | BadRequest]:
         """Return the jobs that the line asks for, or what is wrong with the line."""
         return [self.item] if self.completion is None else self.completion.plans
 

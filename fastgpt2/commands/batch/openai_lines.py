@@ -81,7 +81,7 @@ class OpenAILineReader:
             body = {**self._defaults, **_check_request(value)}
             digest = digest_of(json.dumps([row["custom_id"], body], sort_keys=True).encode())
             completion = self._parse(body)
-        except FastGPT2Error as error:
+        except BadRequest as error:
             return Line(error, digest, row, number)
         return Line(completion.plans[0], digest, row, number, completion)
 
@@ -152,6 +152,8 @@ def _check_request(value: dict[str, Any]) -> dict[str, Any]:
 
 class OpenAIRecords:
     """Records as OpenAI's batches have them. The id tells which line a record belongs to."""
+
+    has_rows = False
 
     def make(self, line: Line, index: int, mark: str, outcomes: Sequence[Outcome]) -> Record:
         del index  # OpenAI's lines have no number; custom_id tells them apart

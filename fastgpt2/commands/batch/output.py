@@ -215,10 +215,10 @@ class FileOutput:
         notes = []
         if count:
             notes.append(
-                f"results of lines that are not in the input any more, moved to {self.name}{REMOVED_ENDING}: {count}"
+                f"moved to {self.name}{REMOVED_ENDING}: {count} results of lines that the input does not have any more"
             )
         if gone > count:
-            notes.append(f"errors of lines that are not in the input any more, dropped: {gone - count}")
+            notes.append(f"dropped: {gone - count} errors of lines that the input does not have any more")
         return notes
 
     def _drop_journal(self) -> None:

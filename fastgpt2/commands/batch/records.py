@@ -60,7 +60,13 @@ class Origin:
 
 
 class RecordForm(Protocol):
-    """One of the two forms that records have."""
+    """One of the two forms that records have.
+
+    Attributes:
+        has_rows: what the input has beside its prompts stands in the records too.
+    """
+
+    has_rows: bool
 
     def make(self, line: Line, index: int, mark: str, outcomes: Sequence[Outcome]) -> Record:
         """Return the record of a line's end."""
@@ -77,6 +83,8 @@ class RecordForm(Protocol):
 
 class LineRecords:
     """Records of this package: a result's own JSON, with the line's number and its own fields or columns before."""
+
+    has_rows = True
 
     def make(self, line: Line, index: int, mark: str, outcomes: Sequence[Outcome]) -> Record:
         (outcome,) = outcomes

@@ -111,9 +111,10 @@ class Report:
             kinds = ", ".join(f"{count} {kind}" for kind, count in self.errors.most_common() if count)
             lines.append(f"{errors} of {self.done} lines are errors: {kinds}; --retry-errors tries them again")
         if self.unfinished:
+            which = "1 line has" if self.unfinished == 1 else f"{self.unfinished} lines have"
             lines.append(
-                f"{self.unfinished} lines have no result, as somebody cancelled or stopped their jobs, or they were "
-                "lost; the same command runs them again"
+                f"{which} no result, as somebody cancelled or stopped the jobs, or they were lost; the same command "
+                "tries again"
             )
         return lines
 
