@@ -5,13 +5,9 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import os
 import re
-import signal
-import subprocess
 import sys
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -21,20 +17,20 @@ import openai.types
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support.batches import Batch
 from support.running import GOLDEN
 
 from fastgpt2.cli import main
 from fastgpt2.commands.batch.records import TABLE_COLUMNS
 from fastgpt2.engine.model.hub import DEMO_FOLDER
 from fastgpt2.engine.text.tokenizer import Tokenizer
-from fastgpt2.system.redis_server import RedisServer
+
+pytest_plugins = ["support.batches"]
+Batch = Callable[..., tuple[int, str, str]]
 
 ENTRIES: list[dict[str, Any]] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"]
 LINES = [entry for entry in ENTRIES if "\n" not in entry["prompt"] and entry["prompt"]]
 PROMPTS = [entry["prompt"] for entry in LINES[:4]]
-FEW = ["--max-new-tokens", "4", "--ignore-eos"]
-
-Batch = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
@@ -42,46 +38,6 @@ def texts() -> list[str]:
     """The golden texts of four tokens."""
     tokenizer = Tokenizer.from_folder(DEMO_FOLDER)
     return [tokenizer.decode(entry["ids"][:4]) for entry in LINES[:4]]
-
-
-@pytest.fixture(scope="module")
-def pool(redis_server: RedisServer) -> Iterator[dict[str, str]]:
-    """One worker for all tests of this module. Returns the variables that lead to it."""
-    variables = {"FASTGPT2_REDIS_URL": redis_server.url, "FASTGPT2_QUEUE": f"formats-{uuid.uuid4().hex[:8]}"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fastgpt2", "worker", "--model", "demo", "--threads", "1"],
-        env={**os.environ, **variables},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    yield variables
-    process.terminate()
-    process.wait(60)
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Batch]:
-    """Return a function that runs the command in the test's folder: (status, standard output, standard error)."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("FASTGPT2_REDIS_URL", "redis://127.0.0.1:1/0")
-
-    def run_batch(*arguments: str) -> tuple[int, str, str]:
-        status = main(["batch", *arguments])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    yield run_batch
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture
-def batch(run: Batch, pool: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Batch:
-    """Return the same, with the pool."""
-    for name, value in pool.items():
-        monkeypatch.setenv(name, value)
-    return lambda *arguments: run(*arguments, *FEW)
 
 
 def write_csv(path: Path, rows: list[list[Any]], delimiter: str = ",") -> None:
@@ -103,10 +59,10 @@ class TestTables:
 
     @pytest.mark.parametrize(("ending", "delimiter"), [("csv", ","), ("tsv", "\t")])
     def test_columns_stand_beside_the_results(
-        self, tmp_path: Path, batch: Batch, texts: list[str], ending: str, delimiter: str
+        self, tmp_path: Path, pool_batch: Batch, texts: list[str], ending: str, delimiter: str
     ) -> None:
         write_csv(tmp_path / f"in.{ending}", [["id", "note", "prompt", "text"], *self.ROWS], delimiter)
-        status, out, err = batch(f"in.{ending}", "-o", f"out.{ending}")
+        status, out, err = pool_batch(f"in.{ending}", "-o", f"out.{ending}")
         assert (status, out) == (0, "")
         assert err.startswith(f"4 lines in out.{ending}: 4 results, 16 tokens in ")
         rows = read_csv(tmp_path / f"out.{ending}", delimiter)
@@ -118,23 +74,23 @@ class TestTables:
             "nothing else is left"
         )
 
-    def test_json_lines_of_a_table(self, tmp_path: Path, batch: Batch, texts: list[str]) -> None:
+    def test_json_lines_of_a_table(self, tmp_path: Path, pool_batch: Batch, texts: list[str]) -> None:
         write_csv(tmp_path / "in.csv", [["id", "text"], *([n, prompt] for n, prompt in enumerate(PROMPTS))])
-        assert batch("in.csv", "-o", "out.jsonl")[0] == 0
+        assert pool_batch("in.csv", "-o", "out.jsonl")[0] == 0
         results = read_jsonl(tmp_path / "out.jsonl")
         assert [(r["index"], r["id"], r["input_text"]) for r in results] == [
             (n, str(n), prompt) for n, prompt in enumerate(PROMPTS)
         ]
         assert [r["text"] for r in results] == texts
 
-    def test_objects_of_which_a_field_is_the_prompt(self, tmp_path: Path, batch: Batch, texts: list[str]) -> None:
+    def test_objects_of_which_a_field_is_the_prompt(self, tmp_path: Path, pool_batch: Batch, texts: list[str]) -> None:
         rows: list[dict[str, Any]] = [
             {"q": prompt, "n": n, "x": 1.5, "more": {"a": [n]}, "max_new_tokens": None}
             for n, prompt in enumerate(PROMPTS)
         ]
         rows[1]["x"] = 2
         (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"other": 1}]))
-        status, _, err = batch("in.jsonl", "--prompt-column", "q", "-o", "out.parquet")
+        status, _, err = pool_batch("in.jsonl", "--prompt-column", "q", "-o", "out.parquet")
         assert status == 1
         assert "the first error, line 5: there is no field 'q'; the fields are 'other'" in err
         table = pq.read_table(tmp_path / "out.parquet")
@@ -150,7 +106,7 @@ class TestTables:
         assert json.loads(written[2]["more"]) == {"a": [2]}
         assert written[4]["error_type"] == "BadRequest"
 
-    def test_parquet_keeps_its_types(self, tmp_path: Path, batch: Batch, texts: list[str]) -> None:
+    def test_parquet_keeps_its_types(self, tmp_path: Path, pool_batch: Batch, texts: list[str]) -> None:
         given = pa.table(
             {
                 "day": pa.array([date(2020, 1, n) for n in range(1, 6)]),
@@ -162,19 +118,19 @@ class TestTables:
             }
         )
         pq.write_table(given, tmp_path / "in.parquet", row_group_size=2)
-        status, _, err = batch("in.parquet", "-o", "out.parquet")
+        status, _, err = pool_batch("in.parquet", "-o", "out.parquet")
         assert (status, "line 5: the prompt is null" in err) == (1, True)
         table = pq.read_table(tmp_path / "out.parquet")
         expected = given.rename_columns(["day", "prompt", "price", "tags", "raw", "input_error"])
         assert table.select(expected.column_names).equals(expected)
         assert table["text"].to_pylist() == [*texts, None]
-        status, _, err = batch("in.parquet", "-o", "out.jsonl")
+        status, _, err = pool_batch("in.parquet", "-o", "out.jsonl")
         first = read_jsonl(tmp_path / "out.jsonl")[0]
         assert {name: first[name] for name in ("day", "price", "tags", "raw", "input_error")} == {
             "day": "2020-01-01", "price": "1.10", "tags": ["a", None], "raw": "/w==", "input_error": 1
         }  # fmt: skip
 
-    def test_malformed_rows_are_errors_in_their_places(self, tmp_path: Path, batch: Batch, texts: list[str]) -> None:
+    def test_malformed_rows_are_errors_in_place(self, tmp_path: Path, pool_batch: Batch, texts: list[str]) -> None:
         (tmp_path / "in.csv").write_bytes(
             b"\xef\xbb\xbfprompt,note\r\n"
             + f'"{PROMPTS[0]}",a\r\n\r\n'.encode()
@@ -183,7 +139,7 @@ class TestTables:
             + b"\xe9t\xe9,latin\r\n"
             + f'"{PROMPTS[1]}","caf\xc3\xa9"'.encode("latin-1")
         )
-        status, _, err = batch("in.csv", "-o", "out.csv")
+        status, _, err = pool_batch("in.csv", "-o", "out.csv")
         assert status == 1
         assert err.startswith("the first error, line 4: the row has 3 values, the header 2; a value that holds ',' ")
         rows = read_csv(tmp_path / "out.csv")
@@ -192,17 +148,17 @@ class TestTables:
         assert "the column 'prompt' is not UTF-8" in rows[4]["error"]
         assert rows[5]["note"] == "café"
 
-    def test_a_table_on_standard_output(self, tmp_path: Path, batch: Batch, texts: list[str]) -> None:
+    def test_a_table_on_standard_output(self, tmp_path: Path, pool_batch: Batch, texts: list[str]) -> None:
         (tmp_path / "in.txt").write_text(f"{PROMPTS[0]}\n{PROMPTS[1]}\n")
-        status, out, _ = batch("in.txt", "--output-format", "csv")
+        status, out, _ = pool_batch("in.txt", "--output-format", "csv")
         assert status == 0
         rows = list(csv.DictReader(out.splitlines()))
         assert [(row["prompt"], row["text"]) for row in rows] == list(zip(PROMPTS[:2], texts, strict=False))
 
-    def test_several_texts_and_log_probabilities_stand_in_details(self, tmp_path: Path, batch: Batch) -> None:
+    def test_several_texts_and_log_probabilities_stand_in_details(self, tmp_path: Path, pool_batch: Batch) -> None:
         line = {"prompt": PROMPTS[0], "n": 2, "temperature": 0.9, "logprobs": 0, "id": 7}
         (tmp_path / "in.jsonl").write_text(json.dumps(line))
-        assert batch("in.jsonl", "-o", "out.csv")[0] == 0
+        assert pool_batch("in.jsonl", "-o", "out.csv")[0] == 0
         (row,) = read_csv(tmp_path / "out.csv")
         details = json.loads(row["details"])
         assert (row["id"], row["prompt"], len(details["logprobs"]), len(details["alternatives"])) == (
@@ -212,7 +168,7 @@ class TestTables:
 
 
 @pytest.mark.parametrize("compression", ["gz", "zst"])
-def test_compressed(tmp_path: Path, batch: Batch, texts: list[str], compression: str) -> None:
+def test_compressed(tmp_path: Path, pool_batch: Batch, texts: list[str], compression: str) -> None:
     def unpack(path: Path) -> str:
         with pa.input_stream(str(path), compression={"gz": "gzip", "zst": "zstd"}[compression]) as stream:
             text: str = stream.read().decode()
@@ -221,12 +177,12 @@ def test_compressed(tmp_path: Path, batch: Batch, texts: list[str], compression:
     for ending, content in (("txt", f"{PROMPTS[0]}\n"), ("csv", f'n,prompt\n1,"{PROMPTS[0]}"\n')):
         with pa.output_stream(tmp_path / f"in.{ending}.{compression}") as stream:
             stream.write(content.encode())
-    assert batch(f"in.txt.{compression}", "-o", f"out.jsonl.{compression}")[0] == 0
+    assert pool_batch(f"in.txt.{compression}", "-o", f"out.jsonl.{compression}")[0] == 0
     assert json.loads(unpack(tmp_path / f"out.jsonl.{compression}"))["text"] == texts[0]
-    assert batch(f"in.csv.{compression}", "-o", f"out.csv.{compression}")[0] == 0
+    assert pool_batch(f"in.csv.{compression}", "-o", f"out.csv.{compression}")[0] == 0
     (row,) = csv.DictReader(unpack(tmp_path / f"out.csv.{compression}").splitlines())
     assert (row["n"], row["text"]) == ("1", texts[0])
-    status, _, err = batch(f"in.csv.{compression}", "-o", f"out.csv.{compression}")
+    status, _, err = pool_batch(f"in.csv.{compression}", "-o", f"out.csv.{compression}")
     assert (status, "1 lines in out.csv" in err, "1 of them from before" in err) == (0, True, True)
 
 
@@ -235,7 +191,7 @@ def request(custom_id: str, url: str = "/v1/completions", **body: Any) -> dict[s
 
 
 class TestOpenAI:
-    def test_lines_in_and_out(self, tmp_path: Path, batch: Batch, texts: list[str]) -> None:
+    def test_lines_in_and_out(self, tmp_path: Path, pool_batch: Batch, texts: list[str]) -> None:
         lines = [
             request("one", model="demo", prompt=PROMPTS[0], max_tokens=4),
             request("many", model="demo", prompt=PROMPTS[:2], n=2, temperature=0.5, max_tokens=3),
@@ -249,7 +205,7 @@ class TestOpenAI:
             {"custom_id": 5, "method": "POST", "url": "/v1/completions", "body": {}},
         ]
         (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + "{")
-        status, _, err = batch("in.jsonl", "-o", "out.jsonl")
+        status, _, err = pool_batch("in.jsonl", "-o", "out.jsonl")
         assert status == 1
         assert "the first error, line 4: url must be /v1/completions, not '/v1/chat/completions'" in err
         results = read_jsonl(tmp_path / "out.jsonl")
@@ -278,19 +234,19 @@ class TestOpenAI:
         ]  # fmt: skip
         assert [r["error"]["code"] for r in results[9:]] == ["invalid_custom_id", "invalid_json"]
 
-    def test_the_next_run_knows_its_lines(self, tmp_path: Path, batch: Batch) -> None:
+    def test_the_next_run_knows_its_lines(self, tmp_path: Path, pool_batch: Batch) -> None:
         lines = [request(f"r{n}", prompt=prompt) for n, prompt in enumerate(PROMPTS)]
         path = tmp_path / "in.jsonl"
         path.write_text("".join(json.dumps(line) + "\n" for line in lines[:3]))
-        assert batch("in.jsonl", "-o", "out.jsonl")[0] == 0
+        assert pool_batch("in.jsonl", "-o", "out.jsonl")[0] == 0
         before = read_jsonl(tmp_path / "out.jsonl")
         path.write_text("".join(json.dumps(line) + "\n" for line in reversed(lines)))
-        status, _, err = batch("in.jsonl", "-o", "out.jsonl")
+        status, _, err = pool_batch("in.jsonl", "-o", "out.jsonl")
         assert (status, "3 of them from before" in err) == (0, True)
         after = read_jsonl(tmp_path / "out.jsonl")
         assert [line["custom_id"] for line in after] == ["r3", "r2", "r1", "r0"]
         assert after[1:] == before[::-1]
-        assert batch("in.jsonl", "-o", "out.csv")[2].endswith(
+        assert pool_batch("in.jsonl", "-o", "out.csv")[2].endswith(
             "OpenAI's lines are answered by OpenAI's lines, not as csv; let the name of the output end with .jsonl\n"
         )
 
@@ -332,13 +288,13 @@ REFUSED: list[tuple[str, bytes, list[str], str]] = [
 
 @pytest.mark.parametrize(("name", "content", "arguments", "message"), REFUSED, ids=range(len(REFUSED)))
 def test_what_cannot_be_read_or_written_is_told_in_one_sentence(
-    tmp_path: Path, run: Batch, name: str, content: bytes, arguments: list[str], message: str
+    tmp_path: Path, run_batch: Batch, name: str, content: bytes, arguments: list[str], message: str
 ) -> None:
     """None of these needs a Redis."""
     (tmp_path / name).write_bytes(content)
     (tmp_path / "folder.csv").mkdir()
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    status, out, err = run(name, *arguments)
+    status, out, err = run_batch(name, *arguments)
     assert (status in (1, 2), out, err.count("\n")) == (True, "", 1)
     assert err.startswith("fastgpt2 batch: ")
     assert message in err
@@ -346,28 +302,28 @@ def test_what_cannot_be_read_or_written_is_told_in_one_sentence(
     assert not list(tmp_path.glob("*.partial.jsonl*"))
 
 
-def test_without_pyarrow(tmp_path: Path, run: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pyarrow(tmp_path: Path, run_batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "in.parquet").write_bytes(b"PAR1")
     (tmp_path / "in.txt.zst").write_bytes(b"\x28\xb5\x2f\xfd")
     for name in ("in.parquet", "in.txt.zst"):
-        status, _, err = run(name)
+        status, _, err = run_batch(name)
         assert (status, "needs pyarrow, which is not installed: pip install 'fastgpt2[data]'" in err) == (1, True)
 
 
-def test_the_only_column_is_taken_and_told(tmp_path: Path, batch: Batch, texts: list[str]) -> None:
+def test_the_only_column_is_taken_and_told(tmp_path: Path, pool_batch: Batch, texts: list[str]) -> None:
     write_csv(tmp_path / "in.csv", [["question"], [PROMPTS[0]]])
-    status, out, err = batch("in.csv")
+    status, out, err = pool_batch("in.csv")
     assert (status, json.loads(out)["text"]) == (0, texts[0])
     assert "the prompts are taken from the only column, 'question'\n" in err
     write_csv(tmp_path / "in.csv", [["a", "b"], [1, PROMPTS[0]]], ";")
-    status, out, _ = batch("in.csv", "--delimiter", ";", "--prompt-column", "b")
+    status, out, _ = pool_batch("in.csv", "--delimiter", ";", "--prompt-column", "b")
     assert (status, json.loads(out)["text"]) == (0, texts[0])
 
 
 def test_the_help_names_no_option_that_the_command_has_not(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["batch", "--help"])
-    text = re.sub(r"-\n +", "-", capsys.readouterr().out)  # where a line was broken
+    text = re.sub(r"-\n *", "-", capsys.readouterr().out)  # where a line was broken
     listed = {name for line in re.findall(r"^  (-.*?)(?:  |$)", text, re.M) for name in re.findall(r"--[\w-]+", line)}
     assert set(re.findall(r"--[a-z][\w-]+", text)) - {"--no-do-sample"} <= listed

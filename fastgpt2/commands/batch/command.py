@@ -80,11 +80,11 @@ def run(values: dict[str, Any]) -> int:
                         batch.run(lines)
                     notes = output.finish(reader)
             except KeyboardInterrupt:
-                print(f"\ninterrupted: {output.where}; the same command goes on from there", file=sys.stderr)
+                print(f"\ninterrupted: {output.where}", file=sys.stderr)
                 return 130
             except FastGPT2Error as error:
-                if report.done and not isinstance(error, BadRequest):
-                    print(f"{output.where}; the same command goes on from there", file=sys.stderr)
+                if output.count and not isinstance(error, BadRequest):
+                    print(output.where, file=sys.stderr)
                 raise
             print(*notes, *report.summary(output.name), sep="\n", file=sys.stderr)
     return 1 if report.errors.total() or report.unfinished else 0

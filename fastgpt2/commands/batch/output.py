@@ -68,7 +68,7 @@ class StreamOutput:
         self.form = form
         self.name = "standard output" if path is None else str(path)
         self._file: BinaryIO | None = None
-        self._written = 0
+        self.count = 0
         if path is not None:
             try:
                 self._file = cast(BinaryIO, os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0))
@@ -87,8 +87,8 @@ class StreamOutput:
             sys.stdout.write(text)
             sys.stdout.flush()
         else:
-            append(self._file, text.encode(), self.name, self._written)
-        self._written += 1
+            append(self._file, text.encode(), self.name, self.count)
+        self.count += 1
 
     def finish(self, reader: Reader) -> list[str]:
         """Return no notes: all has been written."""
@@ -97,7 +97,8 @@ class StreamOutput:
 
     @property
     def where(self) -> str:
-        return f"{self._written} results have been written"
+        """Return what has become of the results of a run that ends early."""
+        return f"{self.count} results have been written"
 
     def close(self) -> None:
         if self._file is not None:
@@ -227,9 +228,15 @@ class FileOutput:
 
     @property
     def where(self) -> str:
-        """Return where the results are while not all lines have ended."""
+        """Return what has become of the results of a run that ends early."""
+        if self._path is None:
+            return "nothing has been written: a table is written when all lines have ended"
         ending = JOURNAL_ENDING if self._beside is not None else ""
-        return f"{self.name}{ending} holds {self.journal.count} results"
+        return f"{self.name}{ending} holds {self.count} results; the same command goes on from there"
+
+    @property
+    def count(self) -> int:
+        return self.journal.count
 
     def close(self) -> None:
         if self._beside is not None and (not self.journal.end or (self._is_untouched and not self.journal.has_changed)):
