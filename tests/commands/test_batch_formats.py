@@ -17,7 +17,6 @@ import openai.types
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.batches import Batch
 from support.running import GOLDEN
 
 from fastgpt2.cli import main
