@@ -320,6 +320,32 @@ def test_the_only_column_is_taken_and_told(tmp_path: Path, pool_batch: Batch, te
     assert (status, json.loads(out)["text"]) == (0, texts[0])
 
 
+def test_the_samples_of_the_documentation(
+    tmp_path: Path, run_batch: Batch, pool: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files are written, its commands run, and what they write is as it says, but for times and random numbers."""
+    for name, value in pool.items():
+        monkeypatch.setenv(name, value)
+    page = (GOLDEN.parents[1] / "docs" / "batch.md").read_text("utf-8")
+    files = {
+        name: re.sub(r"^    ", "", text, flags=re.M)
+        for name, text in re.findall(r"^`([\w.]+)`:\n\n((?:    .*\n)+)", page, re.M)
+    }
+    assert sorted(files) == ["prompts.csv", "prompts.jsonl", "requests.jsonl", "results.csv"]
+    for name in ("prompts.csv", "prompts.jsonl", "requests.jsonl"):
+        (tmp_path / name).write_text(files[name])
+    commands = re.findall(r"^    fastgpt2 batch (.*)$", page, re.M)
+    assert [run_batch(*command.split())[0] for command in commands] == [0, 1, 1, 1]
+    assert (tmp_path / "results.csv").read_text() == files["results.csv"]
+    results = read_jsonl(tmp_path / "results.jsonl")
+    answers = read_jsonl(tmp_path / "answers.jsonl")
+    shown = re.findall(r'^    ({"i.*)$', page, re.M)
+    assert shown[1::2] == [json.dumps(results[2]), json.dumps(answers[1])]
+    first, answer = (json.loads(line.replace("{...}", "{}").replace(", ...}", "}")) for line in (shown[0], shown[2]))
+    assert list(first) == list(results[0])
+    assert (list(answer), list(answer["response"])) == (list(answers[0]), list(answers[0]["response"]))
+
+
 def test_the_help_names_no_option_that_the_command_has_not(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["batch", "--help"])
