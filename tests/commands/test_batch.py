@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import fcntl
 import io
 import json
@@ -267,6 +268,29 @@ class TestBrokenOff:
         )
         assert batch("in.txt", "-o", "out.jsonl", *FEW)[0] == 0, "nothing is left to do"
         assert results_in(out) == results
+
+    def test_a_table_whose_run_is_killed(
+        self, tmp_path: Path, start_worker: StartWorker, start: Start, batch: Any
+    ) -> None:
+        """Its results stand beside the output until all are there."""
+        start_worker()
+        rows = [["id", "prompt"], *([str(n), entry["prompt"]] for n, entry in enumerate(LINES))]
+        with (tmp_path / "in.csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(rows)
+        process = start("in.csv", "-o", "out.csv", "--in-flight", "8", *FEW)
+        wait_until(partial(has_lines, tmp_path / "out.csv.partial.jsonl", 10), "some results")
+        process.kill()
+        process.communicate()
+        assert not (tmp_path / "out.csv").exists()
+        status, _, err = batch("in.csv", "-o", "out.csv", *FEW)
+        kept = re.search(r"\((\d+) of them from before\)", err)
+        assert kept is not None
+        assert (status, int(kept[1]) >= 10) == (0, True)
+        with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:
+            written = list(csv.DictReader(file))
+        assert [[row["id"], row["prompt"]] for row in written] == rows[1:]
+        assert all(entry["text"].startswith(row["text"]) for entry, row in zip(LINES, written, strict=True))
+        assert not (tmp_path / "out.csv.partial.jsonl").exists()
 
     def test_an_incomplete_line_is_cut(self, tmp_path: Path, start_worker: StartWorker, batch: Any) -> None:
         start_worker()

@@ -182,7 +182,7 @@ def test_compressed(tmp_path: Path, pool_batch: Batch, texts: list[str], compres
     (row,) = csv.DictReader(unpack(tmp_path / f"out.csv.{compression}").splitlines())
     assert (row["n"], row["text"]) == ("1", texts[0])
     status, _, err = pool_batch(f"in.csv.{compression}", "-o", f"out.csv.{compression}")
-    assert (status, "1 lines in out.csv" in err, "1 of them from before" in err) == (0, True, True)
+    assert (status, "1 line in out.csv" in err, "1 of them from before" in err) == (0, True, True)
 
 
 def request(custom_id: str, url: str = "/v1/completions", **body: Any) -> dict[str, Any]:

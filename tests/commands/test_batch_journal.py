@@ -71,7 +71,7 @@ def test_lines_are_known_by_their_content(batch: Batch, prompts: list[str], kept
     assert sum(json.dumps(result["timings"]) in times for result in after) == kept
     aside = Path("out.jsonl.removed.jsonl")
     assert len(read_results(aside) if aside.exists() else []) == removed
-    assert (f"moved to out.jsonl.removed.jsonl: {removed} results" in err) == bool(removed)
+    assert (f"moved to out.jsonl.removed.jsonl: {removed} result" in err) == bool(removed)
     content = OUT.read_bytes()
     assert batch("in.txt", "-o", "out.jsonl")[2].startswith(f"{len(prompts)} lines in out.jsonl ({len(prompts)} of")
     assert OUT.read_bytes() == content
@@ -132,7 +132,7 @@ class TestErrors:
     def test_those_of_lines_that_are_gone_are_dropped(self, batch: Batch) -> None:
         write_lines("One", "Two", "3", "Two", "Four")
         status, _, err = batch("in.txt", "-o", "out.jsonl")
-        assert (status, "dropped: 1 errors of lines that the input does not have any more" in err) == (0, True)
+        assert (status, "dropped: 1 error of lines that the input does not have any more" in err) == (0, True)
         assert not Path("out.jsonl.removed.jsonl").exists()
         assert len(read_results()) == 5
 
@@ -172,7 +172,7 @@ class TestTables:
         self.write(("label", "new", "prompt"), ("b", "1", "Two"), ("A", "2", "One"), ("c", "3", "Three"))
         status, _, err = pool_batch("in.csv", "-o", out)
         assert (status, "3 lines in" in err, "(2 of them from before)" in err) == (0, True, True)
-        assert f"moved to {out}.removed.jsonl: 1 results" in err
+        assert f"moved to {out}.removed.jsonl: 1 result of lines" in err
         rows = self.rows_of(Path(out))
         assert [(row["label"], row["new"], row["prompt"]) for row in rows] == [
             ("b", "1", "Two"), ("A", "2", "One"), ("c", "3", "Three")
@@ -239,6 +239,6 @@ def test_without_a_terminal_it_tells_now_and_then_how_far_it_is(capsys: pytest.C
     assert told.startswith("the first error, line 2: wrong indeed\n")
     assert told.count("first error") == 1
     assert " tokens/s, " in told
-    lines = report.summary("out.csv")
+    lines = report.summary("out.csv", True)
     assert lines[0].startswith("4 lines in out.csv (1 of them from before): 2 results, 40 tokens in ")
     assert lines[1] == "2 of 4 lines are errors: 2 BadRequest; --retry-errors tries them again"

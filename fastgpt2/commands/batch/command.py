@@ -86,7 +86,7 @@ def run(values: dict[str, Any]) -> int:
                 if output.count and not isinstance(error, BadRequest):
                     print(output.where, file=sys.stderr)
                 raise
-            print(*notes, *report.summary(output.name), sep="\n", file=sys.stderr)
+            print(*notes, *report.summary(output.name, output.is_continued), sep="\n", file=sys.stderr)
     return 1 if report.errors.total() or report.unfinished else 0
 
 

@@ -31,6 +31,7 @@ from fastgpt2.commands.batch.records import (
     row_of,
     to_table,
 )
+from fastgpt2.commands.batch.report import count
 from fastgpt2.errors import BadRequest, FastGPT2Error
 
 JOURNAL_ENDING = ".partial.jsonl"
@@ -63,6 +64,7 @@ class StreamOutput:
     """
 
     journal: Journal | None = None
+    is_continued = False
 
     def __init__(self, path: Path | None, form: RecordForm) -> None:
         self.form = form
@@ -117,6 +119,7 @@ class FileOutput:
     Attributes:
         name: the output's, for messages.
         journal: the records.
+        is_continued: a later run goes on with this output.
 
     Raises:
         BadRequest: the file holds something else than results.
@@ -126,6 +129,7 @@ class FileOutput:
     def __init__(self, path: Path | None, kind: Format, form: RecordForm, mark: str, restart: bool) -> None:
         self.name = "standard output" if path is None else str(path)
         self.form = form
+        self.is_continued = path is not None
         self._kind = kind
         # What a link leads to is written, and not the link.
         self._path = None if path is None else Path(os.path.realpath(path))
@@ -208,18 +212,17 @@ class FileOutput:
         if not gone or self._path is None:
             return []
         aside = self._path.with_name(self._path.name + REMOVED_ENDING)
-        count = 0
+        moved = 0
         for raw in self.journal.left_over_results():
             with aside.open("ab") as file:
                 file.write(raw)
-            count += 1
+            moved += 1
         notes = []
-        if count:
-            notes.append(
-                f"moved to {self.name}{REMOVED_ENDING}: {count} results of lines that the input does not have any more"
-            )
-        if gone > count:
-            notes.append(f"dropped: {gone - count} errors of lines that the input does not have any more")
+        of_lines = "of lines that the input does not have any more"
+        if moved:
+            notes.append(f"moved to {self.name}{REMOVED_ENDING}: {count(moved, 'result')} {of_lines}")
+        if gone > moved:
+            notes.append(f"dropped: {count(gone - moved, 'error')} {of_lines}")
         return notes
 
     def _drop_journal(self) -> None:

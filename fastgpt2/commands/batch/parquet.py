@@ -203,8 +203,7 @@ def write_joined(path: Path, reader: ParquetReader, records: Iterable[Record | N
     lib = arrow("Parquet")
     assert reader.columns is not None
     fields = [field.with_name(name) for field, name in zip(reader.schema, reader.columns, strict=True)]
-    metadata = None if reader.columns != list(reader.schema.names) else reader.schema.metadata
-    schema = lib.schema([*fields, *_own_fields(lib)], metadata=_without_pandas_index(metadata))
+    schema = lib.schema([*fields, *_own_fields(lib)], metadata=_other_metadata(reader.schema.metadata))
     rest = iter(records)
     with lib.parquet.ParquetWriter(path, schema, compression="zstd") as writer:
         for batch in reader.batches(ROWS_WRITTEN):
@@ -218,9 +217,9 @@ def write_joined(path: Path, reader: ParquetReader, records: Iterable[Record | N
             writer.write_batch(lib.RecordBatch.from_arrays(arrays, schema=schema))
 
 
-def _without_pandas_index(metadata: Any) -> Any:
-    """Return the metadata without pandas's, which describes columns that are not all of them any more."""
-    return {name: value for name, value in (metadata or {}).items() if name != b"pandas"} or None
+def _other_metadata(metadata: Any) -> Any:
+    """Return a schema's metadata without what pandas and datasets say of all columns: there are more now."""
+    return {name: value for name, value in (metadata or {}).items() if name not in (b"pandas", b"huggingface")} or None
 
 
 def _own_fields(lib: Any) -> list[Any]:

@@ -88,33 +88,36 @@ class Report:
     def _progress(self) -> str:
         of = "" if self.total is None else f" of {self.total}"
         seconds = time.monotonic() - self._began
-        text = f"{self.done}{of} lines, {self.errors.total()} errors, {self._tokens / seconds:.0f} tokens/s"
+        text = f"{self.done}{of} lines, {count(self.errors.total(), 'error')}, {self._tokens / seconds:.0f} tokens/s"
         new = self.done - self.kept
         if self.total is not None and new:
             text += f", {_duration(seconds / new * max(0, self.total - self.done))} left"
         return text
 
-    def summary(self, where: str) -> list[str]:
+    def summary(self, where: str, is_continued: bool) -> list[str]:
         """Return what there is to say at the end of a run.
 
         Args:
             where: the name of the output.
+            is_continued: the same command can go on with this output.
         """
         seconds = time.monotonic() - self._began
         errors = self.errors.total()
         before = f" ({self.kept} of them from before)" if self.kept else ""
         lines = [
-            f"{self.done} lines in {where}{before}: {self._results} results, {self._tokens} tokens in "
+            f"{count(self.done, 'line')} in {where}{before}: {count(self._results, 'result')}, "
+            f"{count(self._tokens, 'token')} in "
             f"{_duration(seconds)}, {self._tokens / max(seconds, 1e-3):.0f} tokens/s"
         ]
         if errors:
-            kinds = ", ".join(f"{count} {kind}" for kind, count in self.errors.most_common() if count)
-            lines.append(f"{errors} of {self.done} lines are errors: {kinds}; --retry-errors tries them again")
+            kinds = ", ".join(f"{times} {kind}" for kind, times in self.errors.most_common())
+            again = "; --retry-errors tries them again" if is_continued else ""
+            lines.append(f"{errors} of {self.done} lines are errors: {kinds}{again}")
         if self.unfinished:
-            which = "1 line has" if self.unfinished == 1 else f"{self.unfinished} lines have"
+            has = "has" if self.unfinished == 1 else "have"
             lines.append(
-                f"{which} no result, as somebody cancelled or stopped the jobs, or they were lost; the same command "
-                "tries again"
+                f"{count(self.unfinished, 'line')} {has} no result, as somebody cancelled or stopped the jobs, or they "
+                "were lost; the same command tries again"
             )
         return lines
 
@@ -125,6 +128,11 @@ class Report:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def count(number: int, what: str) -> str:
+    """Return a number of things in words: "1 line", "2 lines"."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def one_line(text: str) -> str:
