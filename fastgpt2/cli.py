@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from pkgutil import resolve_name
-from typing import Any, NoReturn
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastgpt2 import __version__, settings
+from fastgpt2.commands.arguments import HELP, LETTERS, Arguments, Command, Positional, read_arguments
 from fastgpt2.errors import BadRequest, FastGPT2Error
+from fastgpt2.setting_values import has_escape, unescape
 from fastgpt2.settings import Setting
+
+if TYPE_CHECKING:
+    import argparse
 
 DESCRIPTION = """Generate text with GPT-2 on CPUs: a pool of worker processes serves a queue in Redis.
 
@@ -23,49 +25,13 @@ DESCRIPTION = """Generate text with GPT-2 on CPUs: a pool of worker processes se
   fastgpt2 up --model demo                       start Redis, workers and the HTTP endpoint; then, in another terminal:
   fastgpt2 enqueue --wait "My name is"           continue a prompt by the queue"""
 
+HINT = "`fastgpt2 COMMAND --help` lists the options of a command."
 EPILOG = (
     "Each option can also be set by the environment variable in its brackets; for an option without a value, the\n"
-    "variable is yes or no. An option wins over its variable, and a variable over the default."
+    "variable is yes or no, and --no-OPTION says no. An option wins over its variable, and a variable over the default."
 )
 
 Values = dict[str, Any]
-
-# Options that have a letter as well.
-_LETTERS = {"output": "-o", "n": "-n"}
-
-
-@dataclass(frozen=True, slots=True)
-class Positional:
-    """The argument that has no option.
-
-    Attributes:
-        optional: it may be left out. Its value is then that of the setting of the same name, or None if there is none.
-    """
-
-    name: str
-    help: str
-    optional: bool = False
-    choices: tuple[str, ...] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Command:
-    """One subcommand.
-
-    Attributes:
-        runs: the function that runs it, as "module:function".
-        details: more sentences for its own `--help`.
-    """
-
-    runs: str
-    help: str
-    settings: tuple[Setting[Any], ...]
-    positional: Positional | None = None
-    details: str = ""
-
-    def run(self, values: Values) -> int:
-        function: Callable[[Values], int] = resolve_name(self.runs)
-        return function(values)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,18 +41,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0; 1 for a failure, 2 for wrong usage, 3 for a model that cannot be used, 4 for a Redis that
         cannot be used, 130 after Ctrl-C, 141 if the reader of the output has gone.
     """
-    given = sys.argv[1:] if argv is None else argv
-    # To make the options of all commands takes a while; those of the one that is asked for are enough.
-    parser = build_parser([given[0]] if given and given[0] in COMMANDS else COMMANDS)
+    words = sys.argv[1:] if argv is None else argv
+    name = words[0] if words else ""
     _prepare_streams()
-    options = parser.parse_args(argv)
-    command = COMMANDS[options.command]
+    who = f"fastgpt2 {name}" if name in COMMANDS else "fastgpt2"
     try:
-        status = command.run(_values(command, options))
+        status = _run_command(name, words[1:]) if name in COMMANDS else _answer_without_command(name)
         sys.stdout.flush()
         return status
     except FastGPT2Error as error:
-        print(f"fastgpt2 {options.command}: {error}", file=sys.stderr)
+        _say(f"{who}: {error}")
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -96,22 +60,97 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except OSError as error:
         _drop_output()
-        print(f"fastgpt2 {options.command}: {error.filename or 'standard output'}: {error.strerror}", file=sys.stderr)
+        _say(f"{who}: {error.filename or 'standard output'}: {error.strerror}")
         return 1
 
 
-def _values(command: Command, options: argparse.Namespace) -> Values:
-    given = {setting.name: getattr(options, setting.name) for setting in command.settings}
-    positional = command.positional
-    if positional is not None and positional.name in given:
-        if None not in (options.positional, given[positional.name]):
+def _answer_without_command(word: str) -> int:
+    """Print the version, or the help; a first word that is missing, or no command, is wrong usage."""
+    if word == "--version":
+        print(f"fastgpt2 {__version__}")
+        return 0
+    if word in (*HELP, ""):
+        print(build_parser().format_help(), end="", file=sys.stdout if word else sys.stderr)
+        return 0 if word else BadRequest.exit_code
+    from fastgpt2.commands.suggestions import about_first_word
+
+    raise BadRequest(about_first_word(word, COMMANDS))
+
+
+def _run_command(name: str, words: Sequence[str]) -> int:
+    """Run a command with the words that follow its name."""
+    arguments = read_arguments(name, COMMANDS, words)
+    if arguments.asks_for_help:
+        # argparse prints a command's help itself, and keeps silent of a failure to do so.
+        with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+            build_parser([name]).parse_args([name, "--help"])
+        print(text.getvalue(), end="")
+        return 0
+    for note in _notes(COMMANDS[name], arguments):
+        _say(f"fastgpt2 {name}: {note}")
+    return COMMANDS[name].run(resolve_values(COMMANDS[name], arguments))
+
+
+def resolve_values(command: Command, arguments: Arguments) -> Values:
+    """Return the values of a command's settings, and of its argument, by their names.
+
+    Raises:
+        BadRequest: one of them cannot be read, or is out of bounds.
+    """
+    values: Values = {}
+    positional, given = command.positional, dict(arguments.texts)
+    if positional is not None and arguments.positional is not None:
+        if positional.name in given:
             raise BadRequest(f"{positional.name} is given twice, with and without --{positional.name}; leave one out")
-        if options.positional is not None:
-            given[positional.name] = options.positional
-    values: Values = {setting.name: setting.resolve(given[setting.name]) for setting in command.settings}
+        given[positional.name] = [arguments.positional]
+    reads_escapes = settings.ESCAPE in command.settings and settings.ESCAPE.resolve(given.get("escape"))
+    for setting in command.settings:
+        value, source = setting.resolve(given.get(setting.name)), setting.source(given.get(setting.name))
+        if setting in settings.OF_REQUEST and value != setting.default:
+            if reads_escapes and setting in settings.OF_TEXT:
+                value = tuple(_unescape(text, source) for text in value)
+            from fastgpt2.commands.prompts import check_field
+
+            check_field(setting, value, source)
+        values[setting.name] = value
     if positional is not None:
-        values.setdefault(positional.name, options.positional)
+        values.setdefault(positional.name, arguments.positional)
+        if reads_escapes and positional.name == "prompt":
+            values["prompt"] = _unescape(values["prompt"], "PROMPT")
+    if command.tells_given:
+        values["given"] = frozenset(given)
     return values
+
+
+def _unescape(text: str, source: str) -> str:
+    try:
+        return unescape(text)
+    except ValueError as reason:
+        raise BadRequest(f"{source} {reason}") from None
+
+
+def _notes(command: Command, arguments: Arguments) -> Iterator[str]:
+    """Yield what the writer of these words should know, and would not find out otherwise."""
+    for setting in command.settings:
+        texts = arguments.texts.get(setting.name, [])
+        if setting.join is None and len(set(texts)) > 1:
+            both = f"{setting.option} and {setting.no_option} are both given"
+            yield f"{both if setting.is_flag else f'{setting.option} is given {len(texts)} times'}; the last one counts"
+    if settings.ESCAPE in command.settings and not settings.ESCAPE.resolve(arguments.texts.get("escape")):
+        for setting in settings.OF_TEXT:
+            given = arguments.texts.get(setting.name)
+            texts = given or [os.environ.get(setting.variable, "")]
+            if any(map(has_escape, texts)):
+                yield (
+                    f"{setting.source(given)} holds a backslash and a letter, and is taken as it stands; "
+                    r"with --escape, \n is a line end and \t a tab; bash writes a line end as $'\n'"
+                )
+    # A pool has said it for its processes.
+    unknown = [] if os.environ.get("FASTGPT2_SUPERVISOR_PID") else settings.unknown_variables()
+    if unknown:
+        from fastgpt2.commands.suggestions import about_variable
+
+        yield from filter(None, (about_variable(variable, settings.variables()) for variable in unknown))
 
 
 def run() -> NoReturn:
@@ -136,22 +175,41 @@ def _prepare_streams() -> None:
             stream.reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")
 
 
+def _say(text: str) -> None:
+    """Print a line on standard error; if it cannot be written, there is nobody to tell."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr)
+
+
 def _drop_output() -> None:
     """Keep the interpreter from flushing its buffer into a stream that has just failed."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def build_parser(names: Iterable[str] | None = None) -> argparse.ArgumentParser:
-    """Return the parser for the commands with these names, by default for all."""
+    """Return a parser for the commands with these names, by default for all: it writes the help.
+
+    It knows every option, so that programs which make completions for a shell can read it.
+    """
+    import argparse
+
     parser = argparse.ArgumentParser(
-        "fastgpt2", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+        "fastgpt2",
+        description=DESCRIPTION,
+        epilog=f"{HINT}\n{EPILOG}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"fastgpt2 {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS if names is None else names:
         command = COMMANDS[name]
-        description = f"{command.help} {command.details}"
-        sub = subparsers.add_parser(name, help=command.help, description=description, epilog=EPILOG, allow_abbrev=False)
+        sub = subparsers.add_parser(
+            name,
+            help=command.help,
+            description=f"{command.help} {command.details}",
+            epilog=EPILOG,
+            usage=command.usage(name),
+        )
         if command.positional is not None:
             _add_positional(sub, command.positional)
         for setting in command.settings:
@@ -160,7 +218,7 @@ def build_parser(names: Iterable[str] | None = None) -> argparse.ArgumentParser:
 
 
 def _add_positional(parser: argparse.ArgumentParser, positional: Positional) -> None:
-    # It has a name of its own, as an option of the same name would be lost where this argument is left out.
+    # Its name here is none of a setting.
     parser.add_argument(
         "positional",
         metavar=positional.name.upper(),
@@ -171,17 +229,17 @@ def _add_positional(parser: argparse.ArgumentParser, positional: Positional) -> 
 
 
 def _add_option(parser: argparse.ArgumentParser, setting: Setting[Any]) -> None:
+    import argparse
+
+    names = [setting.option, *([LETTERS[setting.name]] if setting.name in LETTERS else [])]
     if setting.is_flag:
-        group = parser.add_mutually_exclusive_group()
         text = f"{setting.help} [{setting.variable}]"
-        group.add_argument(setting.option, dest=setting.name, action="store_const", const="yes", help=text)
-        no = setting.option.replace("--", "--no-", 1)
-        group.add_argument(no, dest=setting.name, action="store_const", const="no", help=argparse.SUPPRESS)
+        parser.add_argument(*names, dest=setting.name, action="store_const", const="yes", help=text)
+        no = argparse.SUPPRESS  # the epilog tells of these
+        parser.add_argument(setting.no_option, dest=setting.name, action="store_const", const="no", help=no)
         return
-    default = setting.shown or str(setting.default)
-    text = f"{setting.help} [{setting.variable}, default: {default}]"
-    names = [setting.option, *([_LETTERS[setting.name]] if setting.name in _LETTERS else [])]
-    action = "append" if setting.repeated else "store"
+    text = f"{setting.help} [{setting.variable}, default: {setting.shown or setting.default}]"
+    action = "store" if setting.join is None else "append"
     parser.add_argument(*names, action=action, dest=setting.name, metavar=setting.metavar, help=text.replace("%", "%%"))
 
 
@@ -251,7 +309,7 @@ COMMANDS = {
     "generate": Command(
         "fastgpt2.commands.prompts:generate",
         "Load a model and continue a prompt, without a queue.",
-        (*settings.OF_LOAD, *settings.OF_REQUEST, settings.TIMINGS, settings.JSON),
+        (*settings.OF_LOAD, *settings.OF_REQUEST, settings.ESCAPE, settings.TIMINGS, settings.JSON),
         Positional("prompt", "The text to continue."),
         details='For example: fastgpt2 generate --model demo --max-new-tokens 40 "Once upon a time".',
     ),

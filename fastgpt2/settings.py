@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, Generic, TypeAlias, TypeVar
@@ -35,6 +35,8 @@ from fastgpt2.setting_values import (
 
 T = TypeVar("T")
 
+SHOWN_CHARACTERS = 100
+
 
 @dataclass(frozen=True)
 class Setting(Generic[T]):
@@ -43,7 +45,7 @@ class Setting(Generic[T]):
     Attributes:
         parse: reads the value from a text; raises ValueError with the rest of a sentence that begins with the text.
         shown: the default as `--help` shows it, where that is not the value itself.
-        repeated: the option may be given several times; its values, which are tuples, are joined.
+        join: joins the values of an option that may be given several times; None if only one counts.
         field: the request's field that the setting gives, where its name is another.
     """
 
@@ -53,12 +55,17 @@ class Setting(Generic[T]):
     default: T
     help: str
     shown: str = ""
-    repeated: bool = False
+    join: Callable[[T, T], T] | None = None
     field: str = ""
 
     @property
     def option(self) -> str:
         return "--" + self.name.replace("_", "-")
+
+    @property
+    def no_option(self) -> str:
+        """Return the option that says no, of a flag."""
+        return "--no-" + self.option.removeprefix("--")
 
     @property
     def variable(self) -> str:
@@ -69,18 +76,26 @@ class Setting(Generic[T]):
         # One without a default can be left open, and given as no by --no-NAME.
         return self.parse is yes_or_no
 
-    def resolve(self, given: str | list[str] | None = None) -> T:
+    def resolve(self, given: str | Sequence[str] | None = None) -> T:
         """Return the value of the option if it is `given`, else that of the environment, else the default.
+
+        Args:
+            given: what the option gives. Of several texts, the values are joined, or the last one counts.
 
         Raises:
             BadRequest: the text cannot be read; the message names the option or the variable.
         """
         if given is not None:
             texts = [given] if isinstance(given, str) else given
-            return reduce(operator.add, [self._read(text, self.option) for text in texts])
+            read = [self._read(text, self.option) for text in texts]
+            return reduce(self.join, read) if self.join else read[-1]
         # A compose file passes on a variable that is not set as an empty one.
         text = os.environ.get(self.variable)
         return self._read(text, self.variable) if text else self.default
+
+    def source(self, given: object) -> str:
+        """Return what names the setting's value in a message: the option if it is given, else the variable."""
+        return self.variable if given is None else self.option
 
     def _read(self, text: str, source: str) -> T:
         if text == "":
@@ -90,7 +105,8 @@ class Setting(Generic[T]):
         except ValueError as reason:
             # A secret (the Redis URL) gets into no message: it is read by `str`, which never fails, and checked where
             # it is used.
-            raise BadRequest(f"{source}: {text!r} {reason}") from None
+            shown = repr(text[:SHOWN_CHARACTERS]) + ("..." if len(text) > SHOWN_CHARACTERS else "")
+            raise BadRequest(f"{source}: {shown} {reason}") from None
 
 
 Settings: TypeAlias = tuple[Setting[Any], ...]
@@ -102,15 +118,20 @@ def flag(name: str, purpose: str) -> Setting[bool]:
 
 
 def choosing(
-    name: str, metavar: str, parse: Callable[[str], T], purpose: str, shown: str = "the model's own, or none"
+    name: str,
+    metavar: str,
+    parse: Callable[[str], T],
+    purpose: str,
+    shown: str = "the model's own, or none",
+    join: Callable[[Any, Any], Any] | None = None,
 ) -> Setting[T | None]:
     """Return a setting of how tokens are chosen. Its bounds are those of the request's field of the same name."""
-    return Setting(name, metavar, parse, None, purpose, shown)
+    return Setting(name, metavar, parse, None, purpose, shown, join)
 
 
 def texts(name: str, purpose: str, field: str = "") -> Setting[tuple[str, ...]]:
     """Return a setting whose option gives one text, and may be given several times."""
-    return Setting(name, "TEXT", one_text, (), purpose, "none", repeated=True, field=field)
+    return Setting(name, "TEXT", one_text, (), purpose, "none", join=operator.add, field=field)
 
 
 def duration(name: str, default: float, purpose: str) -> Setting[float]:
@@ -252,10 +273,21 @@ MAX_NEW_TOKENS: Setting[int | None] = Setting(
     "max_new_tokens", "N", whole_number(0, 1 << 20), None, "Generate at most N tokens; N may be 0.", "20"
 )
 STOP = texts("stop", "End the generated text before it contains TEXT; may be given several times.")
+ESCAPE = flag(
+    "escape",
+    r"Read escapes in PROMPT, --stop, --bad-word and --choice: \n for a line end, \t for a tab, \\ for a backslash. "
+    "Texts in a file are taken as they are.",
+)
 IGNORE_EOS = flag("ignore_eos", "Go on after the end-of-text token.")
 STOP_TOKEN_IDS: Setting[tuple[int, ...]] = Setting(
     "stop_token_ids", "IDS", token_ids, (),
-    "End the generated text at any of these tokens, which it leaves out: token ids with commas between them.",
+    "End the generated text at any of these tokens, which it leaves out: token ids with commas between them; may be "
+    "given several times.",
+    "none", join=operator.add,
+)
+TRUNCATE_PROMPT_TOKENS: Setting[int | None] = Setting(
+    "truncate_prompt_tokens", "N", whole_number(-1, 1 << 17), None,
+    "Read only the last N tokens of a longer prompt; -1 for as many as leave room for the new tokens.",
     "none",
 )
 MIN_NEW_TOKENS = Setting(
@@ -264,10 +296,10 @@ MIN_NEW_TOKENS = Setting(
 )
 LOGPROBS: Setting[int | None] = Setting(
     "logprobs", "N", whole_number(0, 20), None,
-    "In a JSON result, give each token's log probability, and those of the N likeliest tokens in its place.",
+    "Give each token's log probability, and those of the N likeliest tokens in its place, in results that are JSON.",
     "none",
 )
-ECHO = flag("echo", "In a JSON result, let the text begin with the prompt.")
+ECHO = flag("echo", "Let the text begin with the prompt, in results that are JSON.")
 DO_SAMPLE: Setting[bool | None] = Setting(
     "do_sample", "", yes_or_no, None,
     "Draw tokens at random, at the model's own temperature, or 1, if there is no --temperature. --no-do-sample takes "
@@ -308,14 +340,18 @@ FREQUENCY_PENALTY = choosing(
 )
 LOGIT_BIAS = choosing(
     "logit_bias", "BIASES", biases,
-    "Add these to the scores of tokens: token ids with their biases, such as 198=-100,464=2.5, or a JSON object.",
+    "Add these to the scores of tokens: token ids with their biases, such as 198=-100,464=2.5, or a JSON object; may "
+    "be given several times.",
+    join=operator.or_,
 )
 BAD_WORD: Setting[tuple[str, ...] | None] = Setting(
     "bad_word", "TEXT", one_text, None, "Never generate TEXT; may be given several times.", "the model's own, or none",
-    repeated=True, field="bad_words",
+    join=operator.add, field="bad_words",
 )
 SUPPRESS_TOKENS = choosing(
-    "suppress_tokens", "IDS", token_ids, "Never generate these tokens: token ids with commas between them."
+    "suppress_tokens", "IDS", token_ids,
+    "Never generate these tokens: token ids with commas between them; may be given several times.",
+    join=operator.add,
 )
 CHOICE = texts("choice", "The generated text is one of these; given once for each of them.", "choices")
 REGEX = choosing("regex", "PATTERN", str, "The generated text matches this regular expression as a whole.", "none")
@@ -398,8 +434,11 @@ OF_SCORES = (
 OF_FORM = (CHOICE, REGEX, JSON_SCHEMA)
 # Each gives a field of a `GenerationRequest`, and has its default.
 OF_REQUEST: Settings = (
-    MAX_NEW_TOKENS, STOP, STOP_TOKEN_IDS, IGNORE_EOS, MIN_NEW_TOKENS, LOGPROBS, ECHO, *OF_DRAW, *OF_SCORES, *OF_FORM,
+    MAX_NEW_TOKENS, STOP, STOP_TOKEN_IDS, IGNORE_EOS, MIN_NEW_TOKENS, TRUNCATE_PROMPT_TOKENS, LOGPROBS, ECHO,
+    *OF_DRAW, *OF_SCORES, *OF_FORM,
 )  # fmt: skip
+# Those that give texts, in which `ESCAPE` counts.
+OF_TEXT: Settings = (STOP, BAD_WORD, CHOICE)
 OF_LOAD: Settings = (*OF_MODEL, *OF_ARITHMETIC, DRAFTS)
 OF_WORKERS = (*OF_MODEL, POOL_THREADS, BLAS, WEIGHTS, DRAFTS, *OF_BATCH, WORKERS, MAX_JOBS, MAX_GROWTH)
 OF_ADDRESS = (HOST, HOST_NAME, PORT, TOKEN_FILE, INSECURE)
@@ -412,7 +451,9 @@ OF_UP = (*OF_WORKERS, OWN_REDIS_URL, QUEUE, DURABILITY, *OF_ADDRESS, *OF_REDIS, 
 OF_WORKER: Settings = (*OF_LOAD, *OF_BATCH, *OF_QUEUE, DURABILITY, NAME, *OF_END, *OF_LOG)
 OF_POOL = (*OF_WORKERS, *OF_QUEUE, DURABILITY, DRAIN_TIMEOUT, ALIVE_FILE, *OF_LOG)
 OF_ENDPOINT = (*OF_QUEUE, DURABILITY, *OF_ADDRESS, *OF_ANSWERS, LOG_LEVEL)
-OF_ENQUEUE: Settings = (*OF_REQUEST, PRIORITY, DEADLINE, *OF_QUEUE, DURABILITY, MAX_QUEUE, WAIT, STREAM, TIMEOUT, JSON)
+OF_ENQUEUE: Settings = (
+    *OF_REQUEST, ESCAPE, PRIORITY, DEADLINE, *OF_QUEUE, DURABILITY, MAX_QUEUE, WAIT, STREAM, TIMEOUT, JSON,
+)  # fmt: skip
 OF_FILE: Settings = (
     OUTPUT,
     OUTPUT_FORMAT,
@@ -424,12 +465,31 @@ OF_FILE: Settings = (
     RETRY_ERRORS,
     KEEP_GOING,
     *OF_REQUEST,
+    ESCAPE,
     BATCH_PRIORITY,
     DEADLINE,
     *OF_QUEUE,
     DURABILITY,
     MAX_QUEUE,
 )
+
+# Variables beside those of the settings: the cache's, those that a pool sets, and one that only the compose file reads.
+_OTHER_VARIABLES = ("CACHE", "POOL_WORKERS", "RESTARTS", "SUPERVISOR_PID", "IMAGE")
+
+# Kubernetes sets variables such as FASTGPT2_API_SERVICE_HOST for a service that is called fastgpt2-api.
+_OF_A_SERVICE = ("_SERVICE_", "_TCP")
+
+
+def variables() -> list[str]:
+    """Return the variables of all settings."""
+    return [value.variable for value in globals().values() if isinstance(value, Setting)]
+
+
+def unknown_variables() -> list[str]:
+    """Return the environment's variables whose names begin as the settings' do, and that are none."""
+    given = [name for name, value in os.environ.items() if value and name.startswith("FASTGPT2_")]
+    known = {*variables(), *(f"FASTGPT2_{name}" for name in _OTHER_VARIABLES)} if given else set()
+    return [name for name in given if name not in known and not any(part in name for part in _OF_A_SERVICE)]
 
 
 def of_system(**given: str) -> dict[str, Any]:

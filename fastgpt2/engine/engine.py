@@ -7,9 +7,11 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
-from fastgpt2.engine.decoding.records import GenerationRequest, GenerationResult, RequestFields, combine
+from fastgpt2.engine.decoding.records import GenerationRequest, GenerationResult, RequestFields, combine, list_stops
 from fastgpt2.engine.loading import LoadedModel, LoadOptions, load_decoder
 from fastgpt2.errors import BadRequest
+from fastgpt2.fields import described, fields_of, is_listed, items_of, plain
+from fastgpt2.foreign_fields import take_known
 
 if TYPE_CHECKING:
     from fastgpt2.engine.decoding.sequence import Sequence
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "gpt2"
 Prompts = list[str] | list[list[int]] | tuple[str, ...]
+
+
+_OPTIONS = tuple(name for name in fields_of(GenerationRequest) if name != "prompt")
 
 
 class Engine:
@@ -119,7 +124,8 @@ class Engine:
         """Continue a prompt, or several at once.
 
         Args:
-            prompts: a text or a list of token ids; or a list of texts, or of lists of token ids.
+            prompts: a text or a list of token ids; or a list of texts, or of lists of token ids. Arrays of numpy and
+                columns of pandas are lists too; an array with two dimensions is a list of prompts.
             options: those of `RequestFields`; see `GenerationRequest`.
 
         Returns:
@@ -128,18 +134,11 @@ class Engine:
         Raises:
             BadRequest: an option or a prompt cannot be served; nothing has been generated then.
         """
-        if not isinstance(prompts, str | list | tuple):
-            kind = type(prompts).__name__
-            raise BadRequest(f"prompts must be a string, a list of token ids or a list of such, not {kind}")
-        stop = options.get("stop", ())
-        if not isinstance(stop, str | list | tuple) and isinstance(stop, Iterable):
-            options["stop"] = tuple(stop)
-        alone = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        given, is_alone = _prompts_in(prompts)
         # The request checks each prompt and each option.
-        given: list[Any] = [prompts] if alone else list(prompts)
-        fields: dict[str, Any] = {**options}
+        fields: dict[str, Any] = {**list_stops(take_known(options, _OPTIONS))}
         results = self.run([GenerationRequest(prompt, **fields) for prompt in given])
-        return results[0] if alone else results
+        return results[0] if is_alone else results
 
     def run(
         self, requests: Iterable[GenerationRequest], between_steps: Callable[[], None] | None = None
@@ -185,3 +184,16 @@ class Engine:
         self.decoder.model.wait_until_ready()
         self.run([GenerationRequest("", max_new_tokens=1)])
         self.decoder.drafter.warm_up()
+
+
+def _prompts_in(value: Any) -> tuple[list[Any], bool]:
+    """Return the prompts that a caller gives, and whether it is one that stands alone."""
+    if isinstance(plain(value), str):
+        return [value], True
+    dimensions = getattr(value, "ndim", 1)
+    prompts = list(items_of(value)) if is_listed(value) else list(value) if dimensions == 2 else None
+    # What a table of pandas gives are the names of its columns.
+    if prompts is None or (dimensions == 2 and not all(map(is_listed, prompts))):
+        raise BadRequest(f"prompts must be a string, a list of token ids or a list of such, not {described(value)}")
+    is_alone = bool(prompts) and isinstance(plain(prompts[0]), int | float)
+    return [prompts] if is_alone else prompts, is_alone

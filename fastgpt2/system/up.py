@@ -282,8 +282,9 @@ def run_pool(values: dict[str, Any]) -> int:
     find_folders(values["model"], values["revision"], values["tokenizer"])
     stopping = threading.Event()
     on_stop_signals(lambda _signum, _frame: stopping.set())
+    workers = "1 worker" if values["workers"] == 1 else f"{values['workers']} workers"
     print(
-        f"fastgpt2 pool: model {values['model']}, {values['workers']} workers, queue {values['queue']}, "
+        f"fastgpt2 pool: model {values['model']}, {workers}, queue {values['queue']}, "
         f"Redis {without_password(redis_url)}; Ctrl-C stops it.",
         flush=True,
     )

@@ -263,14 +263,14 @@ def test_prompts_of_the_wrong_type(engine: Engine, prompts: Any) -> None:
     ("options", "message"),
     [
         ({"max_new_tokens": -1}, "max_new_tokens must be between 0 and"),
-        ({"max_new_tokens": "3"}, "max_new_tokens must be a whole number, not str"),
-        ({"max_new_tokens": True}, "max_new_tokens must be a whole number, not bool"),
-        ({"stop": ""}, "a stop string must have 1 to 256 characters, not 0"),
+        ({"max_new_tokens": "3"}, 'max_new_tokens must be a whole number, not the string "3"'),
+        ({"max_new_tokens": True}, "max_new_tokens must be a whole number, not true"),
+        ({"stop": [""]}, "a stop string must have 1 to 256 characters, not 0"),
         ({"stop": ["x"] * 17}, "stop holds 17 strings; the limit is 16"),
-        ({"stop": [1]}, "stop must hold strings, not int"),
-        ({"stop": 5}, "stop must be a string or a list of strings, not int"),
-        ({"stop": None}, "stop must be a string or a list of strings, not null"),
-        ({"ignore_eos": 1}, "ignore_eos must be true or false, not int"),
+        ({"stop": [1]}, "stop must hold strings, not 1"),
+        ({"stop": 5}, "stop must be a string or a list of strings, not 5"),
+        ({"stop": [None]}, "stop must hold strings, not null"),
+        ({"ignore_eos": 1}, "ignore_eos must be true or false, not 1"),
     ],
 )
 def test_bad_options_are_named(engine: Engine, options: dict[str, Any], message: str) -> None:

@@ -90,14 +90,14 @@ def test_what_asks_for_no_form(body: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ({"guided_choice": "a"}, "guided_choice must be a list of strings, not str"),
+        ({"guided_choice": "a"}, 'guided_choice must be a list of strings, not the string "a"'),
         ({"guided_regex": ""}, "guided_regex must have 1 to 8192 characters, not 0"),
         ({"guided_json": "{"}, "guided_json is no JSON schema (Expecting"),
-        ({"guided_json": 5}, "guided_json must be a JSON schema: an object, not int"),
-        ({"guided_json_object": "yes"}, "guided_json_object must be true or false, not str"),
+        ({"guided_json": 5}, "guided_json must be a JSON schema: an object, not 5"),
+        ({"guided_json_object": "yes"}, 'guided_json_object must be true or false, not the string "yes"'),
         ({"guided_whitespace_pattern": " "}, "guided_whitespace_pattern must be left out"),
         ({"structural_tag": "{}"}, "structural_tag must be left out: a text is guided by choices, a regular expres"),
-        ({"structured_outputs": []}, "structured_outputs must be an object, not list"),
+        ({"structured_outputs": []}, "structured_outputs must be an object, not a list"),
         ({"structured_outputs": {"lark": "x"}}, "structured_outputs has an unknown part 'lark'; known are choice, "),
         ({"structured_outputs": {"grammar": "x"}}, "structured_outputs.grammar must be left out"),
         ({"structured_outputs": {"disable_any_whitespace": True}}, "structured_outputs.disable_any_whitespace must be"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import httpx2 as httpx
@@ -189,7 +190,7 @@ JSON_OF_NO_TYPE = {"type": "json", "value": {"type": "x"}}
         ({"inputs": "a", "parameters": {"repetition_penalty": 0}}, "repetition_penalty must be between 0.01 and 100"),
         ({"inputs": "a", "parameters": {"n": 2}}, "unknown field 'n' in parameters; the best of several texts is giv"),
         ({"inputs": "a", "parameters": {"watermark": True}}, "watermark must be false or left out: texts get no wate"),
-        ({"inputs": "a", "parameters": {"truncate": 5}}, "truncate must be left out: the endpoint counts no tokens"),
+        ({"inputs": "a", "parameters": {"truncate": 0}}, "truncate must be -1, for as many as fit, or between 1 and"),
         ({"inputs": "a", "parameters": {"adapter_id": "x"}}, "adapter_id must be left out: there are no adapters"),
         ({"inputs": "a", "parameters": {"grammar": {"type": "regex"}}}, "grammar must have a type and a value"),
         ({"inputs": "a", "parameters": {"grammar": REGEX, "choices": ["a"]}}, "grammar and choices are both given; a"),
@@ -211,3 +212,54 @@ def test_a_worker_refuses_before_the_stream_begins(system: System) -> None:
     body = {"inputs": "the " * 300, "parameters": {"max_new_tokens": 400}}
     got = post(system, "/generate_stream", body)
     assert (got.status_code, got.json()["error_type"]) == (400, "PromptTooLong")
+
+
+LONG = "my words " * 600
+
+
+@pytest.mark.parametrize("path", ["/", "/generate", "/generate_stream"])
+def test_errors_name_the_parameters_of_this_api(system: System, path: str) -> None:
+    cases: list[tuple[Any, str]] = [
+        ({"inputs": None}, "inputs must be a string or a list of token ids, not null"),
+        ({"inputs": "x" * ((1 << 20) + 1)}, "inputs has 1048577 bytes; the limit is 1048576: shorten it"),
+        ({"inputs": [1, "prompt"]}, 'inputs, a list, must hold token ids, not the string "prompt"'),
+        ({"inputs": [9999]}, "inputs holds token id 9999, and the model's vocabulary has 2048"),
+        # The worker's words.
+        ({"inputs": LONG}, "over the model's 512 positions, one of which a new token needs: shorten inputs by"),
+        ({"inputs": [5] * 600}, "inputs has 600 tokens, over the model's 512 positions"),
+        ({"inputs": "a", "parameters": {"max_new_tokens": 600}}, "512 positions inputs needs 1 or more"),
+        ({"inputs": "a", "parameters": {"max_new_tokens": "5"}}, 'must be a whole number, not the string "5"'),
+        ({"inputs": "a", "parameters": {"truncate": 4.5}}, "truncate must be a whole number, not 4.5"),
+        ({"inputs": "a", "parameters": {"truncate": 4, "truncate_prompt_tokens": 5}}, "truncate and truncate"),
+        ({"inputs": LONG, "parameters": {"truncate": 513}}, "inputs tokens 513, over the model's 512 positions"),
+        ({"inputs": "a", "parameters": {"temprature": 1}}, "temperature may be meant; known are do_sample, tem"),
+        ({"inputs": "a", "parameters": {"stop": ["prompt"] * 17}}, "stop holds 17 strings; the limit is 16"),
+        ({"inputs": "a", "parameters": {"typical": "prompt"}}, "typical_p may be meant"),
+    ]  # fmt: skip
+    for body, said in cases:
+        got = post(system, path, body)
+        assert got.status_code == 400, body
+        assert said in got.json()["error"]
+        assert not re.search(r"(?<!\")\bprompt\b", got.json()["error"])
+
+
+def test_inputs_that_are_truncated(system: System, engine: Engine) -> None:
+    ids = engine.tokenizer.encode(LONG)
+    expected = engine.generate(ids[-9:], max_new_tokens=4)
+    parameters = {"max_new_tokens": 4, "truncate": 9.0, "details": True, "decoder_input_details": True}
+    got = post(system, "/generate", {"inputs": LONG, "parameters": parameters}).json()
+    assert got["generated_text"] == expected.text
+    assert [token["id"] for token in got["details"]["prefill"]] == ids[-9:]
+    assert (
+        events(post(system, "/generate_stream", {"inputs": LONG, "parameters": parameters}))[-1]["details"][
+            "input_length"
+        ]
+        == 9
+    )
+    (whole,) = post(system, "/", {"inputs": LONG, "parameters": {"max_new_tokens": 4, "truncate": 9}}).json()
+    assert whole["generated_text"] == LONG + expected.text
+
+
+def test_the_hubs_client_truncates(hf: InferenceClient, engine: Engine) -> None:
+    expected = engine.generate(engine.tokenizer.encode(LONG)[-9:], max_new_tokens=4).text
+    assert hf.text_generation(LONG, max_new_tokens=4, truncate=9, return_full_text=False) == expected

@@ -14,12 +14,14 @@ from rq.serializers import JSONSerializer
 from rq.utils import now
 
 from fastgpt2.api.client.flow import Command, Flow, Pipeline
-from fastgpt2.engine.decoding.records import GenerationRequest, RequestFields, random_seed
+from fastgpt2.engine.decoding.records import GenerationRequest, RequestFields, list_stops, random_seed
 from fastgpt2.errors import BadRequest, IdempotencyMismatch, PromptTooLong, QueueFull
 from fastgpt2.fields import check_fields, whole
+from fastgpt2.foreign_fields import is_neutral, take_known
 from fastgpt2.protocol.keys import (
     QUEUES_KEY,
     Priority,
+    PriorityField,
     once_key,
     queue_key,
     queue_of,
@@ -52,8 +54,8 @@ _NO_CONNECTION: Any = object()
 # What a caller may give as a prompt: a text, its token ids, or a request that has been made.
 PromptLike: TypeAlias = str | list[int] | GenerationRequest
 
-_OPTION_FIELDS = ("timeout", "stream")
 _PLAN_FIELDS = ("priority", "job_timeout", "result_ttl")
+_OPTION_FIELDS = ("timeout", "stream", "stream_usage")
 
 
 class JobFields(RequestFields, total=False):
@@ -62,6 +64,7 @@ class JobFields(RequestFields, total=False):
     Attributes:
         timeout: seconds from being enqueued within which the job must be done.
         stream: publish the text as it comes, for `Job.stream`.
+        stream_usage: its pieces tell how many tokens there are so far.
         priority: "high", "normal", the default, or "low"; the more urgent are taken first, and none waits for ever.
         job_timeout: seconds that a worker may spend on the job, from its start; default 600.
         result_ttl: seconds for which the job's end can be read; default a day.
@@ -69,6 +72,7 @@ class JobFields(RequestFields, total=False):
 
     timeout: float | None
     stream: bool
+    stream_usage: bool
     priority: Priority
     job_timeout: int
     result_ttl: int
@@ -85,7 +89,7 @@ class JobPlan:
 
     request: GenerationRequest
     options: JobOptions = NO_OPTIONS
-    priority: Priority = "normal"
+    priority: PriorityField = "normal"
     job_timeout: Seconds = DEFAULT_JOB_TIMEOUT_SECONDS
     result_ttl: Seconds = DEFAULT_RESULT_TTL_SECONDS
 
@@ -100,34 +104,26 @@ def plan_job(prompt: PromptLike, fields: Mapping[str, Any]) -> JobPlan:
     Raises:
         BadRequest: a field is unknown, ill-typed or out of bounds, or given beside a request that has been made.
     """
-    fields = _with_stops_listed(fields)
+    fields = list_stops(fields)
     plan_fields = {name: fields[name] for name in _PLAN_FIELDS if name in fields}
     others = {name: value for name, value in fields.items() if name not in _PLAN_FIELDS}
     if not isinstance(prompt, GenerationRequest):
         request, options = parse_job([prompt], others)
         return JobPlan(request, options, **plan_fields)
     for name in others:
-        if name not in _OPTION_FIELDS:
+        if name not in _OPTION_FIELDS and not is_neutral(name, others):
             raise BadRequest(f"{name[:100]} is given beside a request that has been made; put it in there")
-    return JobPlan(prompt, JobOptions(**others), **plan_fields)
+    return JobPlan(prompt, JobOptions(**take_known(others, _OPTION_FIELDS)), **plan_fields)
 
 
 def plan_each(prompts: Iterable[PromptLike], fields: Mapping[str, Any]) -> Iterator[JobPlan | BadRequest]:
     """Yield a plan for each prompt, or what is wrong with it. What is wrong with the fields is wrong with each."""
-    fields = _with_stops_listed(fields)
+    fields = list_stops(fields)
     for prompt in prompts:
         try:
             yield plan_job(prompt, fields)
         except BadRequest as error:
             yield error
-
-
-def _with_stops_listed(fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the fields with an iterator of stops as a tuple: the first look at it would use it up."""
-    stop = fields.get("stop")
-    if isinstance(stop, str | bytes | list | tuple | Mapping) or not isinstance(stop, Iterable):
-        return fields
-    return {**fields, "stop": tuple(stop)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,6 +276,9 @@ class ModelLimits:
         else:
             tokens = max(1, len(request.prompt))
             has, needs = f"{tokens} tokens", str(tokens)
+        most = request.most_prompt_tokens(n_positions)
+        if most is not None and tokens > most:
+            tokens, has, needs = most, f"{most} tokens that are kept", str(most)
         if tokens + request.least_room > n_positions:
             raise PromptTooLong(f"the prompt has {has}, over {request.describe_positions(n_positions)}: shorten it")
         room = n_positions - tokens

@@ -21,7 +21,7 @@ from fastgpt2.api.client.enqueue import SentJob
 from fastgpt2.api.client.flow import Command, Entries, Flow, Pipeline
 from fastgpt2.api.client.outcome import Outcome, read_outcome, read_partial, return_value
 from fastgpt2.api.client.recovery import Recovery
-from fastgpt2.engine.decoding.records import GenerationResult, TokenLogprob
+from fastgpt2.engine.decoding.records import GenerationResult, TokenLogprob, Usage
 from fastgpt2.errors import FastGPT2Error, JobCancelled, JobNotFound
 from fastgpt2.protocol.keys import cancellations_key, job_key, queues_of, results_key, stream_key
 from fastgpt2.protocol.messages import Piece, entry_to_piece, result_from_json
@@ -83,7 +83,7 @@ class Assembly:
         logprobs, token_at = piece.logprobs[known:], piece.token_at + known
         if not logprobs or token_at > len(self._tokens):
             logprobs, token_at = (), len(self._tokens)
-        return self._put(text, at, logprobs, token_at) if text or logprobs else None
+        return self._put(text, at, logprobs, token_at, piece.usage) if text or logprobs else None
 
     def begin_again(self) -> None:
         """Listen to the first attempt: the job was lost, and starts as if it had never been."""
@@ -101,10 +101,12 @@ class Assembly:
         same, known = _count_held(self.text, 0, text), _count_held(self._tokens, 0, tokens)
         return self._put(text[same:], same, inside[known:], known)
 
-    def _put(self, text: str, at: int, logprobs: tuple[TokenLogprob, ...], token_at: int) -> Piece:
+    def _put(
+        self, text: str, at: int, logprobs: tuple[TokenLogprob, ...], token_at: int, usage: Usage | None = None
+    ) -> Piece:
         self.text = self.text[:at] + text
         self._tokens[token_at:] = _tokens(logprobs)
-        return Piece(text, at, self.attempt, logprobs, token_at, self._choice_index)
+        return Piece(text, at, self.attempt, logprobs, token_at, self._choice_index, usage)
 
 
 def _tokens(logprobs: Sequence[TokenLogprob]) -> list[Token]:

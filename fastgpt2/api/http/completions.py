@@ -30,7 +30,7 @@ from fastgpt2.api.http.responses import (
 )
 from fastgpt2.api.http.service import Models, PendingJobs, Service
 from fastgpt2.engine.decoding.options import ChoiceIndex, Seed
-from fastgpt2.engine.decoding.records import Count, GenerationResult, StopReason, TokenLogprob
+from fastgpt2.engine.decoding.records import Count, GenerationResult, StopReason, TokenLogprob, Usage
 from fastgpt2.errors import FastGPT2Error
 from fastgpt2.fields import one_of
 from fastgpt2.protocol.messages import Piece
@@ -85,7 +85,7 @@ class CompletionUsage(TypedDict):
     completion_tokens: Count
     total_tokens: Count
     prompt_tokens_details: CachedTokens
-    completion_tokens_details: PredictedTokens
+    completion_tokens_details: NotRequired[PredictedTokens]
 
 
 class CompletionBody(TypedDict):
@@ -161,8 +161,8 @@ class Completions:
 
 async def _chunks(waiting: PendingJobs, completion: Completion, envelope: CompletionBody) -> AsyncIterator[bytes]:
     results, appended = [], AppendOnlyTexts()
-    include_usage = (completion.request.stream_options or {}).get("include_usage", False)
-    if include_usage:
+    request = completion.request
+    if request.includes_usage:
         envelope["usage"] = None
     async for item in waiting.events():
         if item is None:
@@ -170,22 +170,30 @@ async def _chunks(waiting: PendingJobs, completion: Completion, envelope: Comple
             continue
         number, what = item
         if isinstance(what, Piece):
-            request = completion.request
             index = number * request.n + what.choice_index - request.choice_index
             appended.add(index, what)
             logprobs = _logprobs(what.logprobs) if request.logprobs is not None else None
-            yield event({**envelope, "choices": [_choice(index, what.text, None, logprobs)]})
+            yield event(_chunk(envelope, _choice(index, what.text, None, logprobs), what.usage))
             continue
         result = unwrap(what)
         results.append(result)
         for index, text in _texts(number, result, completion):
+            usage = text.usage if request.continues_usage else None
             if not completion.plans[number].options.stream:
                 choice = _choice(index, text.text, None, _logprobs_of(text, result, completion))
-                yield event({**envelope, "choices": [choice]})
-            yield event({**envelope, "choices": [_last_choice(index, text, "", None)]})
-    if include_usage:
+                yield event(_chunk(envelope, choice, usage))
+            yield event(_chunk(envelope, _last_choice(index, text, "", None), usage))
+    if request.includes_usage:
         yield event({**envelope, "choices": [], "usage": _usage(results)})
     yield DONE
+
+
+def _chunk(envelope: CompletionBody, choice: Choice, usage: Usage | None) -> CompletionBody:
+    """Return an event with a piece of a text, and, if they are asked for, the counts of this text and its prompt."""
+    chunk: CompletionBody = {**envelope, "choices": [choice]}
+    if usage is not None:
+        chunk["usage"] = _counts(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
+    return chunk
 
 
 def unknown_model(name: str, served: Iterable[str]) -> ModelUnknown:
@@ -283,10 +291,17 @@ def _usage(results: Sequence[GenerationResult]) -> CompletionUsage:
     rejected = sum(text.drafting.drafted for text in texts) - accepted
     prompt_tokens = sum(result.usage.prompt_tokens for result in results)
     completion_tokens = sum(text.usage.completion_tokens for text in texts)
+    cached_tokens = sum(result.usage.cached_tokens for result in results)
+    return {
+        **_counts(prompt_tokens, completion_tokens, cached_tokens),
+        "completion_tokens_details": {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": rejected},
+    }
+
+
+def _counts(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> CompletionUsage:
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": sum(result.usage.cached_tokens for result in results)},
-        "completion_tokens_details": {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": rejected},
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }

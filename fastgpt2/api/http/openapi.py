@@ -136,7 +136,7 @@ def _schemas() -> dict[str, Schema]:
     list_head, queue = {"object": Literal["list"]}, object_schema({"name": str, "depth": Count})
     status = {"version": str, "queue": queue, "jobs": dict[str, Count], "workers": list[dict[str, Any]]}
     return {
-        "OriginalRequest": object_schema({**generate, "stream": flag}, ("inputs",), closed=True),
+        "OriginalRequest": object_schema({**generate, "stream": nullable(flag)}, ("inputs",), closed=True),
         "GenerateRequest": object_schema(generate, ("inputs",), closed=True),
         "Generated": generated,
         "GeneratedList": {"type": "array", "items": generated, "minItems": 1, "maxItems": 1},

@@ -13,7 +13,8 @@ from fastgpt2.api.client.enqueue import NO_OPTIONS, JobPlan, plan_job
 from fastgpt2.engine.decoding.records import GenerationRequest
 from fastgpt2.errors import BadRequest, FastGPT2Error
 from fastgpt2.fields import fields_of, why_no_json
-from fastgpt2.protocol.messages import job_to_kwargs, refuse_unknown
+from fastgpt2.foreign_fields import take_known
+from fastgpt2.protocol.messages import job_to_kwargs
 
 if TYPE_CHECKING:
     from fastgpt2.api.http.completion_request import Completion
@@ -145,10 +146,10 @@ def _parse(text: str) -> dict[str, Any]:
         raise BadRequest("the line is neither a string nor an object with a prompt")
     if "custom_id" in value and "body" in value:
         raise BadRequest("the line is one of OpenAI's batches; give --format openai")
-    refuse_unknown(value, _LINE_FIELDS)
-    if "prompt" not in value:
+    known = take_known(value, _LINE_FIELDS)
+    if "prompt" not in known:
         raise BadRequest("prompt is missing")
-    return value
+    return known
 
 
 def _check_id(value: object) -> str | int | None:

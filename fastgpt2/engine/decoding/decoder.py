@@ -99,7 +99,7 @@ class Decoder:
             BadRequest: the prompt cannot be encoded, or the model lacks a token of it or of an option.
             PromptTooLong: prompt and continuation exceed the model's positions.
         """
-        ids = self._tokenize(request)
+        request, ids = self._tokenize(request)
         self._check_ids("stop_token_ids", request.stop_token_ids)
         self._check_ids("suppress_tokens", request.suppress_tokens or ())
         self._check_ids("logit_bias", request.logit_bias or ())
@@ -114,16 +114,25 @@ class Decoder:
             self.grammars.compile(request, ids) if request.guided else None,
         )
 
-    def _tokenize(self, request: GenerationRequest) -> list[int]:
-        if isinstance(request.prompt, str):
-            ids = self.tokenizer.encode(request.prompt)
-            self._check_text(ids)
-        else:
+    def _tokenize(self, request: GenerationRequest) -> tuple[GenerationRequest, list[int]]:
+        """Return a request, and the tokens of its prompt. If not all are kept, those that are become the prompt."""
+        most, is_cut = request.most_prompt_tokens(self.model.config.n_positions), False
+        if not isinstance(request.prompt, str):
             ids = list(request.prompt)
+            if most is not None and len(ids) > most:
+                ids, is_cut = ids[-most:], True
             self._check_ids("prompt", ids)
+        else:
+            if most is None:
+                ids = self.tokenizer.encode(request.prompt)
+            else:
+                ids, is_cut = self.tokenizer.encode_last(request.prompt, most)
+            self._check_text(ids)
+        if is_cut:
+            request = replace(request, prompt=tuple(ids))
         if not ids:
             ids = [self.generation.start_token_id]
-        return ids
+        return request, ids
 
     def _check_text(self, ids: Iterable[int]) -> None:
         """Raise BadRequest if the tokenizer has read a prompt as a token that the model does not have."""
