@@ -178,7 +178,7 @@ def test_bad_lines_are_errors_in_their_places(tmp_path: Path, start_worker: Star
         9: "the line is not UTF-8 (byte 1)",
         10: "ask for at most 511",
         11: "prompt must be a string or a list of token ids",
-        12: "unknown field 'priority'",
+        12: 'priority must be 0 or "normal", or left out',
         13: f"the line has {MAX_LINE_BYTES + 2} bytes; the limit is {MAX_LINE_BYTES}",
     }.items():
         assert message in errors[number]
