@@ -200,9 +200,13 @@ class ServiceBusy(FastGPT2Error):
 
 
 class Unauthorized(FastGPT2Error):
-    """Raised if the endpoint asks for a token that the request does not have."""
+    """Raised if the endpoint asks for a token, and the request bears another one."""
 
     http_status = 401
+
+
+class TokenMissing(Unauthorized):
+    """Raised if the endpoint asks for a token, and the request bears none that can be read."""
 
 
 class ForbiddenOrigin(FastGPT2Error):

@@ -123,6 +123,8 @@ class Completions:
         """Answer `GET /v1/models/{model}`."""
         name = request.path_params["model"]
         served = await self._models.read()
+        if name not in served and f"/{name}" in served:
+            name = f"/{name}"  # a folder, whose first slash was one too many in the path of the request
         if name not in served:
             raise unknown_model(name, served)
         return JSON(_model_body(name, served[name]))
@@ -132,7 +134,7 @@ class Completions:
         completion = parse_completion(await read_object(request, self._service.bounds.body_timeout, EXAMPLE))
         served = await self._models.read()
         # Without a worker nobody knows the models: the job waits for a worker.
-        model = completion.request.model
+        model = completion.request.wanted_model
         if model is not None and served and model not in served:
             raise unknown_model(model, served)
         if completion.request.stream:
@@ -153,7 +155,7 @@ class Completions:
         try:
             async with self._service.submit(request, completion.plans, completion.asked) as waiting:
                 served = await self._models.read()
-                model = completion.request.model or next(iter(served), "")
+                model = completion.request.wanted_model or next(iter(served), "")
                 yield _headers(waiting), _chunks(waiting, completion, _envelope(waiting.jobs[0].id, model))
         except FastGPT2Error as error:
             raise translate_error(error, completion.request) from None

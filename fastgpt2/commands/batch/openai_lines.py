@@ -89,7 +89,7 @@ class OpenAILineReader:
         completion = parse_completion({"priority": self._priority, **body})
         if completion.request.stream:
             raise BadField("stream", "stream must be false or left out in a batch: a line has one answer")
-        model = completion.request.model
+        model = completion.request.wanted_model
         if model is not None and self.served and model not in self.served:
             raise unknown_model(model, self.served)
         plans = [replace(plan, options=replace(plan.options, timeout=self._timeout)) for plan in completion.plans]
