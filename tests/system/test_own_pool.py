@@ -18,7 +18,6 @@ from support.running import GOLDEN, has_ended, wait_until
 from test_up import descendants
 
 from fastgpt2 import cli
-from fastgpt2.commands.arguments import read_arguments
 from fastgpt2.engine.machine import usable_cores
 from fastgpt2.engine.model.hub import DEMO_FOLDER
 from fastgpt2.errors import FastGPT2Error
@@ -165,7 +164,7 @@ def test_a_model_that_cannot_be_used_ends_the_run_in_its_own_words(start: Start,
 
 
 def values_of(*options: str) -> dict[str, Any]:
-    return cli.resolve_values(cli.COMMANDS["batch"], read_arguments("batch", cli.COMMANDS, ["in.txt", *options]))
+    return cli.resolve_values(cli.COMMANDS["batch"], cli.read_arguments("batch", ["in.txt", *options]))
 
 
 @pytest.mark.processes
