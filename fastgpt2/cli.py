@@ -368,16 +368,19 @@ COMMANDS = {
         "/v1/jobs/JOB.",
     ),
     "batch": Command(
-        "fastgpt2.commands.batch:run",
-        "Send a file of prompts through the queue, and write a line of JSON for each.",
+        "fastgpt2.commands.batch.command:run",
+        "Send a file of prompts through the queue, and write a line or a row for each.",
         settings.OF_FILE,
         Positional("file", "The file of prompts; - is standard input."),
-        "A txt file holds one prompt a line. A jsonl file holds on each line a string, or an object with a prompt and "
-        "any of the fields that a job has in Python, such as max_new_tokens, temperature or json_schema, and an id of "
-        "yours; the options give their defaults. Each line of input gives one line of output, in the same order; a "
-        "prompt that fails gives an error in its line. An output that exists is continued after its last line. To go "
-        "on with a run that broke off, however that came, give the same command again. For example: "
-        "fastgpt2 batch prompts.txt -o results.jsonl. With --model, the command needs no pool: it starts what it "
+        "The format goes by the file's name, or by --format. A txt file holds one prompt a line. A jsonl file holds on "
+        "each line a string, or an object with a prompt and any of the fields that a job has in Python, such as "
+        "max_new_tokens, temperature or json_schema, and an id of yours; the options give their defaults. Of a csv, "
+        "tsv or Parquet file, and of a jsonl file with --prompt-column, one column is the prompt, and the others stand "
+        "beside the results. Lines of OpenAI's batches are answered as OpenAI does. All but Parquet may be compressed "
+        "(.gz, .zst). The output has a line or a row for each of the input, in the same order, an error for a prompt "
+        "that failed. To go on with a run that broke off, however that came, or after you have corrected some lines, "
+        "give the same command again: it runs the lines that have no result. For example: "
+        "fastgpt2 batch prompts.csv -o results.csv. With --model, the command needs no pool: it starts what it "
         "needs and stops it, as in: fastgpt2 batch --model gpt2 prompts.txt -o results.jsonl.",
         tells_given=True,
     ),

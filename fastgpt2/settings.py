@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeAlias, TypeVar
 from fastgpt2.errors import BadRequest
 from fastgpt2.setting_values import (
     biases,
+    delimiter,
     drafts,
     integer,
     log_level,
@@ -278,6 +279,10 @@ MAX_QUEUE: Setting[int | None] = Setting(
 PRIORITY = Setting(
     "priority", "NAME", one_of("high", "normal", "low"), "normal", "The priority in the queue: high, normal or low."
 )
+# A file of prompts has time: whoever waits for one text goes before it.
+BATCH_PRIORITY = Setting(
+    "priority", "NAME", one_of("high", "normal", "low"), "low", "The priority in the queue: high, normal or low."
+)
 MAX_NEW_TOKENS: Setting[int | None] = Setting(
     "max_new_tokens", "N", whole_number(0, 1 << 20), None, "Generate at most N tokens; N may be 0.", "20"
 )
@@ -374,14 +379,36 @@ DEADLINE: Setting[float | None] = Setting(
 )
 STREAM = flag("stream", "Print the text as it comes.")
 OUTPUT: Setting[str | None] = Setting(
-    "output", "FILE", str, None, "The file for the results, a line of JSON each; - is standard output.", "-"
+    "output", "FILE", str, None,
+    "The file for the results, in the format that its name tells: .jsonl, .csv, .tsv, .parquet; all but the last also "
+    "with .gz or .zst. - is standard output.",
+    "-",
 )
 FORMAT = Setting(
-    "format", "NAME", one_of("auto", "txt", "jsonl"), "auto",
-    "The format of the prompts: txt (one prompt a line), jsonl, or auto, which goes by the file's name.",
+    "format", "NAME", one_of("auto", "txt", "jsonl", "ndjson", "csv", "tsv", "parquet", "openai"), "auto",
+    "The format of the input: txt (a prompt a line), jsonl, csv, tsv, parquet, openai (lines of OpenAI's batches), or "
+    "auto, which goes by the file's name, and is txt for standard input.",
+)
+OUTPUT_FORMAT = Setting(
+    "output_format", "NAME", one_of("auto", "jsonl", "csv", "tsv", "parquet"), "auto",
+    "The format of the output: jsonl, csv, tsv, parquet, or auto, which goes by the file's name, and is jsonl for "
+    "standard output.",
+)
+PROMPT_COLUMN: Setting[str | None] = Setting(
+    "prompt_column", "NAME", str, None,
+    "The column that holds the prompts, of a table or of the objects of a jsonl file. The other columns stand beside "
+    "the results in the output.",
+    "prompt, else text, or the only one of a table",
+)
+DELIMITER: Setting[str | None] = Setting(
+    "delimiter", "CHARACTER", delimiter, None,
+    "The character between two values of a csv or tsv file; TAB for a tab.",
+    "a comma in csv, a tab in tsv",
 )
 IN_FLIGHT = Setting("in_flight", "N", whole_number(1, 100_000), 256, "The most jobs to have in the queue at once.")
-RESTART = flag("restart", "Begin anew, and not after the last line of the output.")
+RESTART = flag("restart", "Begin anew, and drop the results that the output has.")
+RETRY_ERRORS = flag("retry_errors", "Run the lines again that are errors in the output.")
+KEEP_GOING = flag("keep_going", "Go on even if the first 20 lines all fail.")
 TIMINGS = flag("timings", "Print on standard error how long each part took.")
 JSON = flag("json", "Print all that is known, as JSON.")
 WAIT = flag("wait", "Wait for the result and print it.")
@@ -453,12 +480,17 @@ OF_ENQUEUE: Settings = (
 )  # fmt: skip
 OF_FILE: Settings = (
     OUTPUT,
+    OUTPUT_FORMAT,
     FORMAT,
+    PROMPT_COLUMN,
+    DELIMITER,
     IN_FLIGHT,
     RESTART,
+    RETRY_ERRORS,
+    KEEP_GOING,
     *OF_REQUEST,
     ESCAPE,
-    PRIORITY,
+    BATCH_PRIORITY,
     DEADLINE,
     *OF_QUEUE,
     DURABILITY,

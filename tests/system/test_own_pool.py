@@ -164,17 +164,7 @@ def test_a_model_that_cannot_be_used_ends_the_run_in_its_own_words(start: Start,
 
 
 def values_of(*options: str) -> dict[str, Any]:
-    """Return the values with which the command is run."""
-    found: list[dict[str, Any]] = []
-
-    def keep(_command: object, values: dict[str, Any]) -> int:
-        found.append(values)
-        return 0
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(cli.COMMANDS["batch"]), "run", keep)
-        assert cli.main(["batch", "in.txt", *options]) == 0
-    return found[0]
+    return cli.resolve_values(cli.COMMANDS["batch"], cli.read_arguments("batch", ["in.txt", *options]))
 
 
 @pytest.mark.processes
