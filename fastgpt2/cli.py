@@ -377,7 +377,9 @@ COMMANDS = {
         "yours; the options give their defaults. Each line of input gives one line of output, in the same order; a "
         "prompt that fails gives an error in its line. An output that exists is continued after its last line. To go "
         "on with a run that broke off, however that came, give the same command again. For example: "
-        "fastgpt2 batch prompts.txt -o results.jsonl.",
+        "fastgpt2 batch prompts.txt -o results.jsonl. With --model, the command needs no pool: it starts what it "
+        "needs and stops it, as in: fastgpt2 batch --model gpt2 prompts.txt -o results.jsonl.",
+        tells_given=True,
     ),
     "generate": Command(
         "fastgpt2.commands.prompts:generate",

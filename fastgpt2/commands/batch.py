@@ -34,6 +34,7 @@ from fastgpt2.fields import fields_of, why_no_json
 from fastgpt2.foreign_fields import refuse_unknown
 from fastgpt2.process import on_stop_signals
 from fastgpt2.protocol.messages import job_to_kwargs, result_to_json
+from fastgpt2.system.own_pool import pool_of_run
 
 JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
 MAX_LINE_BYTES = 8 << 20
@@ -69,16 +70,17 @@ def run(values: dict[str, Any]) -> int:
     reader = LineReader(is_json, fields)
     if not is_json:  # a line of JSON may say more
         note_idle_options(plan_job("", fields).request)
-    session = Session(values["redis_url"], values["queue"], values["max_queue"], values["durability"])
+    pool = pool_of_run(values)
     with (
-        closing(Driver(session.redis_url)) as driver,
         _open(source) as file,
         closing(Results(target, values["restart"])) as results,
     ):
         lines = reader.read(file)
         try:
             results.resume(lines)
-            _send(session, driver, lines, results, source, values["in_flight"])
+            with pool, closing(Driver(pool.redis_url, pool.check)) as driver:
+                session = Session(pool.redis_url, values["queue"], values["max_queue"], values["durability"])
+                _send(session, driver, lines, results, source, values["in_flight"], pool.is_own)
         except KeyboardInterrupt:
             print(f"\ninterrupted: {_progress_text(results, target)}", file=sys.stderr)
             return 130
@@ -123,17 +125,25 @@ def _progress_text(results: Results, target: Path | None) -> str:
 
 
 def _send(
-    session: Session, driver: Driver, lines: Iterator[Line], results: Results, source: Path | None, in_flight: int
+    session: Session,
+    driver: Driver,
+    lines: Iterator[Line],
+    results: Results,
+    source: Path | None,
+    in_flight: int,
+    forgets: bool,
 ) -> None:
     """Send all lines, and write their results as they come, in the order of the lines."""
     if not driver.run(session.workers()):
         print(
-            f"no worker listens on the queue {session.queue!r} yet; waiting for `fastgpt2 up` or `pool`",
+            f"no worker listens on the queue {session.queue!r} yet; waiting for `fastgpt2 up` or `pool` (--model ID "
+            "starts workers for this run alone)",
             file=sys.stderr,
         )
     regular = source is not None and source.is_file()
     sent: deque[Line] = deque()
-    bulk = BulkRun(session, _items(lines if regular else read_ahead(lines), sent), in_flight, ordered=True)
+    items = _items(lines if regular else read_ahead(lines), sent)
+    bulk = BulkRun(session, items, in_flight, ordered=True, forgets=forgets)
     shown = sys.stderr.isatty()
     total = count_lines(source) if shown and regular and source is not None else None
     with closing(run_bulk(driver, bulk, ProgressBar(total, shown, results.done))) as ends:
