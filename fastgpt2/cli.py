@@ -380,7 +380,9 @@ COMMANDS = {
         "(.gz, .zst). The output has a line or a row for each of the input, in the same order, an error for a prompt "
         "that failed. To go on with a run that broke off, however that came, or after you have corrected some lines, "
         "give the same command again: it runs the lines that have no result. For example: "
-        "fastgpt2 batch prompts.csv -o results.csv.",
+        "fastgpt2 batch prompts.csv -o results.csv. With --model, the command needs no pool: it starts what it "
+        "needs and stops it, as in: fastgpt2 batch --model gpt2 prompts.txt -o results.jsonl.",
+        tells_given=True,
     ),
     "generate": Command(
         "fastgpt2.commands.prompts:generate",

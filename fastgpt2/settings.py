@@ -47,6 +47,8 @@ class Setting(Generic[T]):
         shown: the default as `--help` shows it, where that is not the value itself.
         join: joins the values of an option that may be given several times; None if only one counts.
         field: the request's field that the setting gives, where its name is another.
+        variable_of: what the variable is named after, where that is not the name: a variable of the name means
+            something else.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Setting(Generic[T]):
     shown: str = ""
     join: Callable[[T, T], T] | None = None
     field: str = ""
+    variable_of: str = ""
 
     @property
     def option(self) -> str:
@@ -69,7 +72,7 @@ class Setting(Generic[T]):
 
     @property
     def variable(self) -> str:
-        return "FASTGPT2_" + self.name.upper()
+        return "FASTGPT2_" + (self.variable_of or self.name).upper()
 
     @property
     def is_flag(self) -> bool:
@@ -146,6 +149,13 @@ MODEL = Setting(
     "model", "ID|PATH", str, "gpt2",
     "The model: an id on the hub such as gpt2-medium, a folder, or demo, the small model that comes with fastgpt2.",
 )
+# Not by FASTGPT2_MODEL, which may be set for a pool that the batch is to be sent to.
+OWN_MODEL: Setting[str | None] = Setting(
+    "model", "ID|PATH", str, None,
+    "Start Redis and workers with this model for this run alone, and stop them at its end: an id on the hub, a folder, "
+    "or demo, the small model that comes with fastgpt2. The options of workers, such as --weights, go with it.",
+    "none: a pool that runs already", variable_of="batch_model",
+)
 REVISION: Setting[str | None] = Setting(
     "revision", "REV", str, None, "The branch, tag or commit of the model's repository on the hub.", "main"
 )
@@ -169,6 +179,10 @@ OWN_REDIS_URL: Setting[str | None] = Setting(
 )
 QUEUE = Setting("queue", "NAME", word, "fastgpt2", "The name of the RQ queue.")
 WORKERS = Setting("workers", "N", whole_number(1, 1024), 2, "The number of worker processes.")
+OWN_WORKERS: Setting[int | None] = Setting(
+    "workers", "N", whole_number(1, 1024), None, "The number of worker processes.",
+    "as many as cores, divided by --threads; no more than --in-flight",
+)
 THREADS: Setting[int | None] = Setting(
     "threads", "N", whole_number(1, 1024), None,
     "The number of cores to use, each by a process of its own.",
@@ -418,6 +432,11 @@ LOG_LEVEL = Setting(
     "The least important messages to log: debug, info, warning or error.",
     "info",
 )
+OWN_LOG_LEVEL = Setting(
+    "log_level", "LEVEL", log_level, "WARNING",
+    "The least important messages of the run's own workers to show: debug, info, warning or error.",
+    "warning",
+)
 
 # fmt: on
 
@@ -441,6 +460,11 @@ OF_REQUEST: Settings = (
 OF_TEXT: Settings = (STOP, BAD_WORD, CHOICE)
 OF_LOAD: Settings = (*OF_MODEL, *OF_ARITHMETIC, DRAFTS)
 OF_WORKERS = (*OF_MODEL, POOL_THREADS, BLAS, WEIGHTS, DRAFTS, *OF_BATCH, WORKERS, MAX_JOBS, MAX_GROWTH)
+# Of a pool that a command starts for itself. Without the first, the others mean nothing there.
+OF_OWN_POOL: Settings = (
+    OWN_MODEL, *OF_MODEL[1:], OWN_WORKERS, POOL_THREADS, BLAS, WEIGHTS, DRAFTS, *OF_BATCH, MAX_JOBS, MAX_GROWTH,
+    OWN_LOG_LEVEL,
+)  # fmt: skip
 OF_ADDRESS = (HOST, HOST_NAME, PORT, TOKEN_FILE, INSECURE)
 OF_ANSWERS = (TIMEOUT, BODY_TIMEOUT, KEEP_ALIVE, MAX_QUEUE, SHOW_PROMPTS)
 OF_END = (DRAIN_TIMEOUT, MAX_JOBS, MAX_GROWTH, ALIVE_FILE, BURST)
@@ -471,6 +495,7 @@ OF_FILE: Settings = (
     *OF_QUEUE,
     DURABILITY,
     MAX_QUEUE,
+    *OF_OWN_POOL,
 )
 
 # Variables beside those of the settings: the cache's, those that a pool sets, and one that only the compose file reads.

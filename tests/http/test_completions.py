@@ -7,16 +7,17 @@ import json
 import math
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx2 as httpx
-import openai
 import pytest
-from openai import AsyncOpenAI, OpenAI
 from support.running import GOLDEN, hang_up, wait_until
 
 from fastgpt2 import Client, Engine
 from fastgpt2.system.up import System
+
+if TYPE_CHECKING:  # late: every process of a run collects this file, and most never need the second that it takes
+    from openai import AsyncOpenAI, OpenAI
 
 ENTRIES: list[dict[str, Any]] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"]
 # As the golden file has it: end-of-text tokens are gone past.
@@ -30,6 +31,8 @@ def url(system: System) -> str:
 
 @pytest.fixture(scope="module")
 def ai(url: str) -> Iterator[OpenAI]:
+    from openai import OpenAI
+
     with OpenAI(base_url=url, api_key="none", max_retries=0, http_client=httpx.Client(trust_env=False)) as client:
         yield client
 
@@ -119,6 +122,8 @@ def test_the_asynchronous_client_and_many_at_once(url: str, engine: Engine) -> N
         return "".join([c.choices[0].text async for c in await client.completions.create(stream=True, **asked)])
 
     async def ask_all() -> list[str]:
+        from openai import AsyncOpenAI
+
         http = httpx.AsyncClient(trust_env=False, limits=httpx.Limits(max_connections=None))
         async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0, http_client=http) as client:
             return await asyncio.gather(*(ask(client, entry, n % 2 == 0) for n, entry in enumerate(ENTRIES)))
@@ -219,6 +224,8 @@ def test_scoring_a_text(ai: OpenAI, engine: Engine) -> None:
 
 
 def test_models(ai: OpenAI) -> None:
+    import openai
+
     (model,) = ai.models.list().data
     assert (model.id, model.object, model.owned_by) == ("demo", "model", "fastgpt2")
     assert ai.models.retrieve("demo").created == model.created > 1_700_000_000
@@ -284,6 +291,8 @@ def test_the_usage_so_far_comes_with_that_of_the_end_only(ai: OpenAI) -> None:
 
 
 def test_a_prompt_is_truncated_as_by_vllm(ai: OpenAI, engine: Engine) -> None:
+    import openai
+
     prompt = "my words " * 600
     ids = engine.tokenizer.encode(prompt)
     for most, kept in ((9, ids[-9:]), (-1, ids[-508:])):
@@ -395,6 +404,8 @@ def test_what_cannot_be_honoured_is_refused(
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_prompt_that_is_too_long(ai: OpenAI, stream: bool) -> None:
+    import openai
+
     # The first the endpoint can tell by its bytes, the second only the worker, by its tokens.
     for prompt, max_tokens in (("the " * 700, 16), ("the " * 300, 400)):
         with pytest.raises(openai.BadRequestError, match="512 positions") as caught:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx2 as httpx
 import pytest
-from huggingface_hub import InferenceClient
 from support.running import GOLDEN
 
 from fastgpt2 import Engine, TokenLogprob
 from fastgpt2.api.http.generate import _details
 from fastgpt2.engine.decoding.records import GenerationResult, Timings, Usage
 from fastgpt2.system.up import System
+
+if TYPE_CHECKING:  # late: every process of a run collects this file, and most never need the half second that it takes
+    from huggingface_hub import InferenceClient
 
 ENTRIES: list[dict[str, Any]] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"]
 ENTRY = ENTRIES[0]
@@ -24,6 +26,8 @@ ENTRY = ENTRIES[0]
 def hf(system: System, monkeypatch: pytest.MonkeyPatch) -> InferenceClient:
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
+    from huggingface_hub import InferenceClient
+
     return InferenceClient(model=system.http_url, timeout=60)
 
 

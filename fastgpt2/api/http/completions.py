@@ -17,12 +17,12 @@ from starlette.responses import Response
 
 from fastgpt2 import __version__
 from fastgpt2.api.client.outcome import unwrap
+from fastgpt2.api.client.reader import AppendOnlyTexts
 from fastgpt2.api.http.completion_request import Completion, parse_completion, translate_error
 from fastgpt2.api.http.requests import read_object
 from fastgpt2.api.http.responses import (
     JSON,
     KEEP_ALIVE,
-    AppendOnlyTexts,
     EventStream,
     ModelUnknown,
     error_object,

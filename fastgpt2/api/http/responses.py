@@ -44,11 +44,11 @@ from fastgpt2.errors import (
     ResultTimeout,
     ServiceBusy,
     ServiceStopping,
+    TextReplaced,
     TokenMissing,
     Unauthorized,
     UnsupportedEncoding,
 )
-from fastgpt2.protocol.messages import Piece
 
 log = logging.getLogger("fastgpt2.http")
 
@@ -95,10 +95,6 @@ class NotReady(FastGPT2Error):
     """Raised if no worker can take a job now, or if the endpoint is being stopped."""
 
     http_status = 503
-
-
-class TextReplaced(FastGPT2Error):
-    """Raised if a job's text came out otherwise when the job was started again, and some of it has been sent."""
 
 
 class Kind(NamedTuple):
@@ -270,25 +266,6 @@ def event(data: Any, name: str = "", event_id: str = "") -> bytes:
     """Return one event. Its data is JSON, which has no line ends."""
     head = (f"event: {name}\n" if name else "") + (f"id: {event_id}\n" if event_id else "")
     return b"%sdata: %s\n\n" % (head.encode(), encode_json(data))
-
-
-class AppendOnlyTexts:
-    """The texts of a stream whose format has no way to take anything back: they may only grow."""
-
-    def __init__(self) -> None:
-        self._lengths: dict[int, int] = {}
-
-    def add(self, number: int, piece: Piece) -> None:
-        """Take in a piece of the text with this number.
-
-        Raises:
-            TextReplaced: the piece replaces some of the text.
-        """
-        if piece.at < self._lengths.get(number, 0):
-            raise TextReplaced(
-                "the job was started again by another worker, whose text differs from what was sent: ask again"
-            )
-        self._lengths[number] = piece.at + len(piece.text)
 
 
 class EventStream(Response):

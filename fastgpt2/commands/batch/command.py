@@ -30,6 +30,7 @@ from fastgpt2.commands.batch.source import Source, peeked, read_ahead
 from fastgpt2.commands.prompts import note_idle_options, request_fields
 from fastgpt2.errors import BadRequest, FastGPT2Error, JobCancelled, JobFailed, JobLost, JobNotFound, JobStopped
 from fastgpt2.process import on_stop_signals
+from fastgpt2.system.own_pool import OwnPool, RunningPool, pool_of_run
 
 # If the first lines all fail, what is wrong is wrong with all.
 FIRST_LINES = 20
@@ -64,6 +65,7 @@ def run(values: dict[str, Any]) -> int:
         raise BadRequest(f"{path} is both input and output; name another file with -o")
     fields = _job_fields(values)
     plan = plan_job("", fields)
+    pool = pool_of_run(values)
     with closing(Source(path, values)) as source:
         kind = output_format(target, values["output_format"], source.form)
         reader = source.make_reader(kind, values, fields)
@@ -72,14 +74,14 @@ def run(values: dict[str, Any]) -> int:
         mark = mark_of_options(fields)
         with closing(_open_output(target, kind, mark, values["restart"])) as output:
             lines = _lines(source, reader, output)
-            report = Report(source.total(reader), sys.stderr.isatty())
+            total = source.total(reader)
             try:
-                with closing(report):
-                    # The one place that says which Redis is used.
-                    redis_url = values["redis_url"]
-                    batch = Batch(redis_url, values, reader, output, report, mark)
-                    with closing(batch):
-                        batch.run(lines)
+                with (
+                    pool,
+                    closing(Report(total, sys.stderr.isatty())) as report,
+                    closing(Batch(pool, values, reader, output, report, mark)) as batch,
+                ):
+                    batch.run(lines)
                     notes = output.finish(reader)
             except KeyboardInterrupt:
                 print(f"\ninterrupted: {output.where}", file=sys.stderr)
@@ -154,21 +156,23 @@ class Batch:
     """One run: sends the jobs of lines, and writes their records in the order of the lines.
 
     Args:
+        pool: runs the jobs; it has been entered.
         values: of the command's options.
         mark: see `mark_of_options`.
     """
 
     def __init__(
         self,
-        redis_url: str,
+        pool: OwnPool | RunningPool,
         values: dict[str, Any],
         reader: Reader,
         output: FileOutput | StreamOutput,
         report: Report,
         mark: str,
     ) -> None:
-        self._session = Session(redis_url, values["queue"], values["max_queue"], values["durability"])
-        self._driver = Driver(self._session.redis_url)
+        self._session = Session(pool.redis_url, values["queue"], values["max_queue"], values["durability"])
+        self._driver = Driver(pool.redis_url, pool.check)
+        self._is_own = pool.is_own
         self._in_flight: int = values["in_flight"]
         self._retries_errors: bool = values["retry_errors"]
         self._reader = reader
@@ -209,7 +213,8 @@ class Batch:
             self._reader.served = self._driver.run(served_models(self._session.queue))
         if not self._driver.run(self._session.workers()):
             self._report.say(
-                f"no worker listens on the queue {self._session.queue!r} yet; waiting for `fastgpt2 up` or `pool`"
+                f"no worker listens on the queue {self._session.queue!r} yet; waiting for `fastgpt2 up` or `pool` "
+                "(--model ID starts workers for this run alone)"
             )
 
     def _missing(self, lines: Iterator[Line | None]) -> Iterator[Pending | None]:
@@ -236,7 +241,7 @@ class Batch:
 
     def _send(self, pending: Iterator[Pending | None]) -> None:
         """Send the jobs of lines, and write the lines' records as they end."""
-        bulk = BulkRun(self._session, self._items(pending), self._in_flight, ordered=True)
+        bulk = BulkRun(self._session, self._items(pending), self._in_flight, ordered=True, forgets=self._is_own)
         outcomes: list[Outcome] = []
         with closing(run_bulk(self._driver, bulk, ProgressBar(None, False))) as ends:
             for _, outcome in ends:
