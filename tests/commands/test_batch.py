@@ -21,7 +21,7 @@ import pytest
 from redis import Redis
 from rq.job import Job as RQJob
 from rq.serializers import JSONSerializer
-from support.finishing import finish, queued
+from support.finishing import abandon, finish, queued
 from support.forgetful import ForgetfulRedis, finish_all, wait_for_queue
 from support.running import GOLDEN, StartWorker, wait_until
 
@@ -438,8 +438,10 @@ class TestLostJobs:
         assert (process.returncode, len(results_in(tmp_path / "out.jsonl"))) == (0, 3)
 
 
-class TestCancelled:
-    def test_a_line_whose_job_was_cancelled_is_left_to_the_next_run(
+class TestPassingEnds:
+    """Ends that say nothing of the line are not written."""
+
+    def test_a_job_that_was_abandoned_is_run_again_and_one_that_was_cancelled_by_the_next_run(
         self, tmp_path: Path, client: Client, redis: Redis, start: Start
     ) -> None:
         write_prompts(tmp_path / "in.txt", LINES[:3])
@@ -447,17 +449,21 @@ class TestCancelled:
         process = start(*arguments)
         wait_until(lambda: len(queued(redis, f"{client.queue_name}-low")) == 3, "the jobs")
         first, second, third = queued(redis, f"{client.queue_name}-low")
-        finish(redis, first, "first")
+        abandon(redis, first)
         client.cancel(second)
         finish(redis, third, "third")
+        queue = f"{client.queue_name}-low"
+        wait_until(lambda: set(queued(redis, queue)) - {first, second, third}, "the first line to be run again")
+        (first,) = set(queued(redis, queue)) - {first, second, third}
+        finish(redis, first, "first")
         err = process.communicate(timeout=60)[1]
         assert process.returncode == 1
         assert "1 line has no result" in err
         assert [(r["index"], r["text"]) for r in results_in(tmp_path / "out.jsonl")] == [(0, "first"), (2, "third")]
         process = start(*arguments)
-        before = {first, third}
-        wait_until(lambda: set(queued(redis, f"{client.queue_name}-low")) - before, "the job of the second line")
-        (again,) = set(queued(redis, f"{client.queue_name}-low")) - before
+        before = set(queued(redis, queue))
+        wait_until(lambda: set(queued(redis, queue)) - before, "the job of the second line")
+        (again,) = set(queued(redis, queue)) - before
         finish(redis, again, "second")
         process.communicate(timeout=60)
         assert process.returncode == 0

@@ -39,7 +39,9 @@ FIRST_LINES = 20
 ROUNDS_AGAIN = 3
 MOST_AGAIN = 1000
 
-# What RQ's own worker and its clean-up write if a worker ended while it ran the job.
+# What RQ's clean-up and its own worker write if a worker ended while it ran the job: in a sentence (rq/registry.py,
+# `StartedJobRegistry.cleanup`), or as the name of an error.
+_ABANDONED = "due to AbandonedJobError"
 _PASSING_KINDS = ("AbandonedJobError", "ShutDownImminentException", "StopRequested")
 
 
@@ -312,5 +314,6 @@ class Batch:
 def _is_passing(outcome: Outcome) -> bool:
     """Tell whether a job has ended for a reason that passes, so that its line is to be run again."""
     if isinstance(outcome, JobFailed):
-        return isinstance(outcome, JobCancelled | JobStopped) or outcome.kind in _PASSING_KINDS
+        is_abandoned = outcome.kind in _PASSING_KINDS or _ABANDONED in outcome.reason
+        return is_abandoned or isinstance(outcome, JobCancelled | JobStopped)
     return isinstance(outcome, JobNotFound)
