@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastgpt2 import __version__, settings
-from fastgpt2.commands.arguments import HELP, LETTERS, Arguments, Command, Positional, read_arguments
+from fastgpt2.commands.arguments import LETTERS, Command, Positional, options_of
 from fastgpt2.errors import BadRequest, FastGPT2Error
 from fastgpt2.setting_values import has_escape, unescape
 from fastgpt2.settings import Setting
 
 if TYPE_CHECKING:
-    import argparse
+    from _typeshed import SupportsWrite
 
 DESCRIPTION = """Generate text with GPT-2 on CPUs: a pool of worker processes serves a queue in Redis.
 
@@ -69,8 +71,8 @@ def _answer_without_command(word: str) -> int:
     if word == "--version":
         print(f"fastgpt2 {__version__}")
         return 0
-    if word in (*HELP, ""):
-        print(build_parser().format_help(), end="", file=sys.stdout if word else sys.stderr)
+    if word in ("--help", "-h", ""):
+        build_parser().print_help(sys.stdout if word else sys.stderr)
         return 0 if word else BadRequest.exit_code
     from fastgpt2.commands.suggestions import about_first_word
 
@@ -79,26 +81,90 @@ def _answer_without_command(word: str) -> int:
 
 def _run_command(name: str, words: Sequence[str]) -> int:
     """Run a command with the words that follow its name."""
-    arguments = read_arguments(name, COMMANDS, words)
-    if arguments.asks_for_help:
-        # argparse prints a command's help itself, and keeps silent of a failure to do so.
-        with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
-            build_parser([name]).parse_args([name, "--help"])
-        print(text.getvalue(), end="")
-        return 0
-    for note in _notes(COMMANDS[name], arguments):
+    command = COMMANDS[name]
+    try:
+        arguments = read_arguments(name, words)
+    except SystemExit:
+        return 0  # argparse has printed the help
+    for note in _notes(command, arguments):
         _say(f"fastgpt2 {name}: {note}")
-    return COMMANDS[name].run(resolve_values(COMMANDS[name], arguments))
+    return command.run(resolve_values(command, arguments))
 
 
-def resolve_values(command: Command, arguments: Arguments) -> Values:
+def read_arguments(name: str, words: Sequence[str]) -> argparse.Namespace:
+    """Read the words that follow the name of a command.
+
+    Returns:
+        By each setting's name, the texts that its option gives, "yes" and "no" for a flag; None if it is not given. And
+        `positional`, the argument without an option.
+
+    Raises:
+        BadRequest: an option is unknown, or lacks its value; or there are too many words, or too few.
+        SystemExit: the words ask for the command's help, which is printed.
+    """
+    command = COMMANDS[name]
+    try:
+        arguments, extras = build_parser([name]).parse_known_args([name, *words])
+    except argparse.ArgumentError as error:
+        from fastgpt2.commands.suggestions import about_argument, about_option
+
+        unknown = _unknown_option(words, command)
+        sentence = about_option(unknown, name, COMMANDS) if unknown else about_argument(error, command)
+        raise BadRequest(sentence) from None
+    for texts in vars(arguments).values():
+        if isinstance(texts, list):
+            # argparse of Python 3.11 makes [] of the value of --stop=--
+            texts[:] = ["--" if text == [] else text for text in texts]
+    if unknown := _unknown_option(words, command, arguments.positional, extras):
+        from fastgpt2.commands.suggestions import about_option
+
+        raise BadRequest(about_option(unknown, name, COMMANDS))
+    others = [word for word in (arguments.positional, *extras) if word not in (None, "--")]
+    if len(others) > (command.positional is not None):
+        from fastgpt2.commands.suggestions import about_extra_words
+
+        raise BadRequest(about_extra_words(others, words, name, command))
+    _check_positional(name, arguments.positional)
+    return arguments
+
+
+def _unknown_option(
+    words: Sequence[str], command: Command, positional: str | None = None, extras: Sequence[str] = ()
+) -> str | None:
+    """Return the first word that is meant as an option and is none of the command; None if there is none."""
+    known = options_of(command)
+    for word in words[: words.index("--")] if "--" in words else words:
+        option = word.partition("=")[0]
+        if (
+            (word in extras and word.startswith("-") and word != "-")
+            # -output, which argparse reads as -o utput, and -host as -h
+            or (f"-{option}" in known and option not in known)
+            # --nosuch="a b", which argparse takes for a text, for the space in it
+            or (word == positional and re.match("--[^ =]+=", word))
+        ):
+            return option
+    return None
+
+
+def _check_positional(name: str, word: str | None) -> None:
+    positional = COMMANDS[name].positional
+    if positional is None or positional.optional:
+        return
+    if word is None:
+        raise BadRequest(f"{positional.name.upper()} is missing: {COMMANDS[name].usage(name)}")
+    if not word and positional.name != "prompt":
+        raise BadRequest(f"{positional.name.upper()} is empty: {COMMANDS[name].usage(name)}")
+
+
+def resolve_values(command: Command, arguments: argparse.Namespace) -> Values:
     """Return the values of a command's settings, and of its argument, by their names.
 
     Raises:
         BadRequest: one of them cannot be read, or is out of bounds.
     """
     values: Values = {}
-    positional, given = command.positional, dict(arguments.texts)
+    positional = command.positional
+    given = {setting.name: texts for setting in command.settings if (texts := getattr(arguments, setting.name))}
     if positional is not None and arguments.positional is not None:
         if positional.name in given:
             raise BadRequest(f"{positional.name} is given twice, with and without --{positional.name}; leave one out")
@@ -129,16 +195,16 @@ def _unescape(text: str, source: str) -> str:
         raise BadRequest(f"{source} {reason}") from None
 
 
-def _notes(command: Command, arguments: Arguments) -> Iterator[str]:
+def _notes(command: Command, arguments: argparse.Namespace) -> Iterator[str]:
     """Yield what the writer of these words should know, and would not find out otherwise."""
     for setting in command.settings:
-        texts = arguments.texts.get(setting.name, [])
+        texts = getattr(arguments, setting.name) or []
         if setting.join is None and len(set(texts)) > 1:
             both = f"{setting.option} and {setting.no_option} are both given"
             yield f"{both if setting.is_flag else f'{setting.option} is given {len(texts)} times'}; the last one counts"
-    if settings.ESCAPE in command.settings and not settings.ESCAPE.resolve(arguments.texts.get("escape")):
+    if settings.ESCAPE in command.settings and not settings.ESCAPE.resolve(arguments.escape):
         for setting in settings.OF_TEXT:
-            given = arguments.texts.get(setting.name)
+            given = getattr(arguments, setting.name)
             texts = given or [os.environ.get(setting.variable, "")]
             if any(map(has_escape, texts)):
                 yield (
@@ -186,14 +252,25 @@ def _drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def build_parser(names: Iterable[str] | None = None) -> argparse.ArgumentParser:
-    """Return a parser for the commands with these names, by default for all: it writes the help.
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser that raises what is wrong, be it in the words or in printing the help.
 
-    It knows every option, so that programs which make completions for a shell can read it.
+    argparse's own prints the usage and ends the process, and keeps silent of a help that cannot be written.
     """
-    import argparse
 
-    parser = argparse.ArgumentParser(
+    def __init__(self, prog: str, **options: Any) -> None:
+        super().__init__(prog, exit_on_error=False, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise BadRequest(message)
+
+    def print_help(self, file: SupportsWrite[str] | None = None) -> None:
+        print(self.format_help(), end="", file=file)
+
+
+def build_parser(names: Iterable[str] | None = None) -> ArgumentParser:
+    """Return the parser for the commands with these names, by default for all."""
+    parser = ArgumentParser(
         "fastgpt2",
         description=DESCRIPTION,
         epilog=f"{HINT}\n{EPILOG}",
@@ -210,37 +287,36 @@ def build_parser(names: Iterable[str] | None = None) -> argparse.ArgumentParser:
             epilog=EPILOG,
             usage=command.usage(name),
         )
-        if command.positional is not None:
+        if command.positional is None:
+            sub.set_defaults(positional=None)
+        else:
             _add_positional(sub, command.positional)
         for setting in command.settings:
             _add_option(sub, setting)
     return parser
 
 
-def _add_positional(parser: argparse.ArgumentParser, positional: Positional) -> None:
-    # Its name here is none of a setting.
+def _add_positional(parser: ArgumentParser, positional: Positional) -> None:
     parser.add_argument(
-        "positional",
+        "positional",  # none of a setting's names
         metavar=positional.name.upper(),
         help=positional.help,
         choices=positional.choices,
-        nargs="?" if positional.optional else None,
+        # If argparse found that it is missing, it would not come to tell of unknown options, such as a wrong --help.
+        nargs="?",
     )
 
 
-def _add_option(parser: argparse.ArgumentParser, setting: Setting[Any]) -> None:
-    import argparse
-
+def _add_option(parser: ArgumentParser, setting: Setting[Any]) -> None:
     names = [setting.option, *([LETTERS[setting.name]] if setting.name in LETTERS else [])]
     if setting.is_flag:
         text = f"{setting.help} [{setting.variable}]"
-        parser.add_argument(*names, dest=setting.name, action="store_const", const="yes", help=text)
+        parser.add_argument(*names, dest=setting.name, action="append_const", const="yes", help=text)
         no = argparse.SUPPRESS  # the epilog tells of these
-        parser.add_argument(setting.no_option, dest=setting.name, action="store_const", const="no", help=no)
+        parser.add_argument(setting.no_option, dest=setting.name, action="append_const", const="no", help=no)
         return
-    text = f"{setting.help} [{setting.variable}, default: {setting.shown or setting.default}]"
-    action = "store" if setting.join is None else "append"
-    parser.add_argument(*names, action=action, dest=setting.name, metavar=setting.metavar, help=text.replace("%", "%%"))
+    text = f"{setting.help} [{setting.variable}, default: {setting.shown or setting.default}]".replace("%", "%%")
+    parser.add_argument(*names, action="append", dest=setting.name, metavar=setting.metavar, help=text)
 
 
 COMMANDS = {
@@ -292,16 +368,21 @@ COMMANDS = {
         "/v1/jobs/JOB.",
     ),
     "batch": Command(
-        "fastgpt2.commands.batch:run",
-        "Send a file of prompts through the queue, and write a line of JSON for each.",
+        "fastgpt2.commands.batch.command:run",
+        "Send a file of prompts through the queue, and write a line or a row for each.",
         settings.OF_FILE,
         Positional("file", "The file of prompts; - is standard input."),
-        "A txt file holds one prompt a line. A jsonl file holds on each line a string, or an object with a prompt and "
-        "any of the fields that a job has in Python, such as max_new_tokens, temperature or json_schema, and an id of "
-        "yours; the options give their defaults. Each line of input gives one line of output, in the same order; a "
-        "prompt that fails gives an error in its line. An output that exists is continued after its last line. To go "
-        "on with a run that broke off, however that came, give the same command again. For example: "
-        "fastgpt2 batch prompts.txt -o results.jsonl.",
+        "The format goes by the file's name, or by --format. A txt file holds one prompt a line. A jsonl file holds on "
+        "each line a string, or an object with a prompt and any of the fields that a job has in Python, such as "
+        "max_new_tokens, temperature or json_schema, and an id of yours; the options give their defaults. Of a csv, "
+        "tsv or Parquet file, and of a jsonl file with --prompt-column, one column is the prompt, and the others stand "
+        "beside the results. Lines of OpenAI's batches are answered as OpenAI does. All but Parquet may be compressed "
+        "(.gz, .zst). The output has a line or a row for each of the input, in the same order, an error for a prompt "
+        "that failed. To go on with a run that broke off, however that came, or after you have corrected some lines, "
+        "give the same command again: it runs the lines that have no result. For example: "
+        "fastgpt2 batch prompts.csv -o results.csv. With --model, the command needs no pool: it starts what it "
+        "needs and stops it, as in: fastgpt2 batch --model gpt2 prompts.txt -o results.jsonl.",
+        tells_given=True,
     ),
     "generate": Command(
         "fastgpt2.commands.prompts:generate",

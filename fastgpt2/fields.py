@@ -214,12 +214,13 @@ def text(least: int = 0, most: float = math.inf) -> Field:
     return Field({"type": "string", **bounds}, _InBounds(_TEXT, expected, expected, least, most))
 
 
-def one_of(*values: Any) -> Field:
-    """Describe a field that has one of a few values."""
-    return Field({"enum": list(values)}, partial(_check_one_of, values))
+def one_of(*values: str) -> Field:
+    """Describe a field that has one of a few values, all of them strings."""
+    schema = {"type": "string", "enum": list(values)} if len(values) > 1 else _schema_of_value(values[0])
+    return Field(schema, partial(_check_one_of, values))
 
 
-def _check_one_of(values: tuple[Any, ...], name: str, value: Any) -> Any:
+def _check_one_of(values: tuple[str, ...], name: str, value: Any) -> Any:
     kept = plain(value)
     if not any(is_same(kept, one) for one in values):
         raise refusal(name, f"one of {', '.join(values)}", value, of_type=not isinstance(kept, str))
@@ -228,7 +229,19 @@ def _check_one_of(values: tuple[Any, ...], name: str, value: Any) -> Any:
 
 def only(allowed: Any, rule: str = "") -> Field:
     """Describe a field that takes one value; the `rule` is what the message says if another comes."""
-    return Field({"enum": [allowed]}, partial(_check_only, allowed, rule or f"must be {allowed}"))
+    return Field(_schema_of_value(allowed), partial(_check_only, allowed, rule or f"must be {allowed}"))
+
+
+def _schema_of_value(value: Any) -> Schema:
+    """Return the schema of one value, by its type: generators of clients take no list of values of mixed types."""
+    match value:
+        case None:
+            return {"type": "null"}
+        case bool():
+            return {"type": "boolean", "enum": [value]}
+        case str():
+            return {"type": "string", "const": value}
+    return {"type": "number", "const": value}
 
 
 def _check_only(allowed: Any, rule: str, name: str, value: Any) -> Any:
@@ -244,7 +257,13 @@ def is_same(value: Any, other: Any) -> bool:
 
 def optional(field: Field) -> Field:
     """Describe a field that may be None as well."""
-    return Field({"anyOf": [field.schema, {"type": "null"}]}, partial(_check_optional, field.check))
+    return Field(nullable(field.schema), partial(_check_optional, field.check))
+
+
+def nullable(schema: Schema) -> Schema:
+    """Return the schema that takes null as well."""
+    null = {"type": "null"}
+    return schema if schema == null or null in schema.get("anyOf", ()) else {"anyOf": [schema, null]}
 
 
 def _check_optional(check: Callable[[str, Any], Any], name: str, value: Any) -> Any:

@@ -92,6 +92,14 @@ def word(text: str) -> str:
     return text
 
 
+def delimiter(text: str) -> str:
+    """Return the one character that a text is; a tab for TAB."""
+    character = "\t" if text.upper() in ("TAB", "\\T") else text
+    if len(character) != 1 or character in '"\r\n\0':
+        raise ValueError("is not one character that may stand between values; TAB stands for a tab")
+    return character
+
+
 def one_of(*choices: str) -> Callable[[str], str]:
     """Return a reader of one of these words, in any case."""
 

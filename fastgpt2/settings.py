@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeAlias, TypeVar
 from fastgpt2.errors import BadRequest
 from fastgpt2.setting_values import (
     biases,
+    delimiter,
     drafts,
     integer,
     log_level,
@@ -46,6 +47,8 @@ class Setting(Generic[T]):
         shown: the default as `--help` shows it, where that is not the value itself.
         join: joins the values of an option that may be given several times; None if only one counts.
         field: the request's field that the setting gives, where its name is another.
+        variable_of: what the variable is named after, where that is not the name: a variable of the name means
+            something else.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Setting(Generic[T]):
     shown: str = ""
     join: Callable[[T, T], T] | None = None
     field: str = ""
+    variable_of: str = ""
 
     @property
     def option(self) -> str:
@@ -68,7 +72,7 @@ class Setting(Generic[T]):
 
     @property
     def variable(self) -> str:
-        return "FASTGPT2_" + self.name.upper()
+        return "FASTGPT2_" + (self.variable_of or self.name).upper()
 
     @property
     def is_flag(self) -> bool:
@@ -145,6 +149,13 @@ MODEL = Setting(
     "model", "ID|PATH", str, "gpt2",
     "The model: an id on the hub such as gpt2-medium, a folder, or demo, the small model that comes with fastgpt2.",
 )
+# Not by FASTGPT2_MODEL, which may be set for a pool that the batch is to be sent to.
+OWN_MODEL: Setting[str | None] = Setting(
+    "model", "ID|PATH", str, None,
+    "Start Redis and workers with this model for this run alone, and stop them at its end: an id on the hub, a folder, "
+    "or demo, the small model that comes with fastgpt2. The options of workers, such as --weights, go with it.",
+    "none: a pool that runs already", variable_of="batch_model",
+)
 REVISION: Setting[str | None] = Setting(
     "revision", "REV", str, None, "The branch, tag or commit of the model's repository on the hub.", "main"
 )
@@ -168,6 +179,10 @@ OWN_REDIS_URL: Setting[str | None] = Setting(
 )
 QUEUE = Setting("queue", "NAME", word, "fastgpt2", "The name of the RQ queue.")
 WORKERS = Setting("workers", "N", whole_number(1, 1024), 2, "The number of worker processes.")
+OWN_WORKERS: Setting[int | None] = Setting(
+    "workers", "N", whole_number(1, 1024), None, "The number of worker processes.",
+    "as many as cores, divided by --threads; no more than --in-flight",
+)
 THREADS: Setting[int | None] = Setting(
     "threads", "N", whole_number(1, 1024), None,
     "The number of cores to use, each by a process of its own.",
@@ -263,6 +278,10 @@ MAX_QUEUE: Setting[int | None] = Setting(
 )
 PRIORITY = Setting(
     "priority", "NAME", one_of("high", "normal", "low"), "normal", "The priority in the queue: high, normal or low."
+)
+# A file of prompts has time: whoever waits for one text goes before it.
+BATCH_PRIORITY = Setting(
+    "priority", "NAME", one_of("high", "normal", "low"), "low", "The priority in the queue: high, normal or low."
 )
 MAX_NEW_TOKENS: Setting[int | None] = Setting(
     "max_new_tokens", "N", whole_number(0, 1 << 20), None, "Generate at most N tokens; N may be 0.", "20"
@@ -360,14 +379,36 @@ DEADLINE: Setting[float | None] = Setting(
 )
 STREAM = flag("stream", "Print the text as it comes.")
 OUTPUT: Setting[str | None] = Setting(
-    "output", "FILE", str, None, "The file for the results, a line of JSON each; - is standard output.", "-"
+    "output", "FILE", str, None,
+    "The file for the results, in the format that its name tells: .jsonl, .csv, .tsv, .parquet; all but the last also "
+    "with .gz or .zst. - is standard output.",
+    "-",
 )
 FORMAT = Setting(
-    "format", "NAME", one_of("auto", "txt", "jsonl"), "auto",
-    "The format of the prompts: txt (one prompt a line), jsonl, or auto, which goes by the file's name.",
+    "format", "NAME", one_of("auto", "txt", "jsonl", "ndjson", "csv", "tsv", "parquet", "openai"), "auto",
+    "The format of the input: txt (a prompt a line), jsonl, csv, tsv, parquet, openai (lines of OpenAI's batches), or "
+    "auto, which goes by the file's name, and is txt for standard input.",
+)
+OUTPUT_FORMAT = Setting(
+    "output_format", "NAME", one_of("auto", "jsonl", "csv", "tsv", "parquet"), "auto",
+    "The format of the output: jsonl, csv, tsv, parquet, or auto, which goes by the file's name, and is jsonl for "
+    "standard output.",
+)
+PROMPT_COLUMN: Setting[str | None] = Setting(
+    "prompt_column", "NAME", str, None,
+    "The column that holds the prompts, of a table or of the objects of a jsonl file. The other columns stand beside "
+    "the results in the output.",
+    "prompt, else text, or the only one of a table",
+)
+DELIMITER: Setting[str | None] = Setting(
+    "delimiter", "CHARACTER", delimiter, None,
+    "The character between two values of a csv or tsv file; TAB for a tab.",
+    "a comma in csv, a tab in tsv",
 )
 IN_FLIGHT = Setting("in_flight", "N", whole_number(1, 100_000), 256, "The most jobs to have in the queue at once.")
-RESTART = flag("restart", "Begin anew, and not after the last line of the output.")
+RESTART = flag("restart", "Begin anew, and drop the results that the output has.")
+RETRY_ERRORS = flag("retry_errors", "Run the lines again that are errors in the output.")
+KEEP_GOING = flag("keep_going", "Go on even if the first 20 lines all fail.")
 TIMINGS = flag("timings", "Print on standard error how long each part took.")
 JSON = flag("json", "Print all that is known, as JSON.")
 WAIT = flag("wait", "Wait for the result and print it.")
@@ -390,6 +431,11 @@ LOG_LEVEL = Setting(
     "log_level", "LEVEL", log_level, "INFO",
     "The least important messages to log: debug, info, warning or error.",
     "info",
+)
+OWN_LOG_LEVEL = Setting(
+    "log_level", "LEVEL", log_level, "WARNING",
+    "The least important messages of the run's own workers to show: debug, info, warning or error.",
+    "warning",
 )
 
 # fmt: on
@@ -414,6 +460,11 @@ OF_REQUEST: Settings = (
 OF_TEXT: Settings = (STOP, BAD_WORD, CHOICE)
 OF_LOAD: Settings = (*OF_MODEL, *OF_ARITHMETIC, DRAFTS)
 OF_WORKERS = (*OF_MODEL, POOL_THREADS, BLAS, WEIGHTS, DRAFTS, *OF_BATCH, WORKERS, MAX_JOBS, MAX_GROWTH)
+# Of a pool that a command starts for itself. Without the first, the others mean nothing there.
+OF_OWN_POOL: Settings = (
+    OWN_MODEL, *OF_MODEL[1:], OWN_WORKERS, POOL_THREADS, BLAS, WEIGHTS, DRAFTS, *OF_BATCH, MAX_JOBS, MAX_GROWTH,
+    OWN_LOG_LEVEL,
+)  # fmt: skip
 OF_ADDRESS = (HOST, HOST_NAME, PORT, TOKEN_FILE, INSECURE)
 OF_ANSWERS = (TIMEOUT, BODY_TIMEOUT, KEEP_ALIVE, MAX_QUEUE, SHOW_PROMPTS)
 OF_END = (DRAIN_TIMEOUT, MAX_JOBS, MAX_GROWTH, ALIVE_FILE, BURST)
@@ -429,16 +480,22 @@ OF_ENQUEUE: Settings = (
 )  # fmt: skip
 OF_FILE: Settings = (
     OUTPUT,
+    OUTPUT_FORMAT,
     FORMAT,
+    PROMPT_COLUMN,
+    DELIMITER,
     IN_FLIGHT,
     RESTART,
+    RETRY_ERRORS,
+    KEEP_GOING,
     *OF_REQUEST,
     ESCAPE,
-    PRIORITY,
+    BATCH_PRIORITY,
     DEADLINE,
     *OF_QUEUE,
     DURABILITY,
     MAX_QUEUE,
+    *OF_OWN_POOL,
 )
 
 # Variables beside those of the settings: the cache's, those that a pool sets, and one that only the compose file reads.

@@ -161,7 +161,7 @@ def enqueue(values: dict[str, Any]) -> int:
         job = client.enqueue_request(request, options, priority=values["priority"])
         if values["stream"]:
             try:
-                print_pieces(job.stream(values["timeout"]), values)
+                print_pieces(job.stream(values["timeout"], replacements=True), values)
                 if request.samples and request.seed is None:
                     print_seed(job.result(values["timeout"]), values)
             except KeyboardInterrupt:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from argparse import ArgumentError
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import pairwise
 
 from fastgpt2.commands.arguments import Command, options_of
-from fastgpt2.protocol.refusals import sentence_for
+from fastgpt2.foreign_fields import sentence_for
 
 # How alike two names must be, by difflib's ratio and without dashes: "maxtoken" and "maxnewtokens" are by 0.8.
 _LIKENESS = 0.78
@@ -123,6 +124,18 @@ _COMMANDS = {
 }
 
 
+def about_argument(error: ArgumentError, command: Command) -> str:
+    """Return the sentence for an option or an argument that argparse refuses."""
+    option = (error.argument_name or "").partition("/")[0]  # of "--n/-n"
+    own = options_of(command)
+    if option not in own:
+        return f"{error.argument_name}: {error.message}"
+    setting, stands_for = own[option]
+    if stands_for is not None:
+        return f"{option} takes no value; write {setting.option}, or {setting.no_option}"
+    return f"{option} needs a value: {option} {setting.metavar}; a value that begins with a dash is written {option}=-x"
+
+
 def about_option(word: str, name: str, commands: Mapping[str, Command]) -> str:
     """Return the sentence for an option that the command `name` does not have."""
     own = options_of(commands[name])
@@ -153,7 +166,7 @@ def about_option(word: str, name: str, commands: Mapping[str, Command]) -> str:
     if alike := _most_alike(spelled, [option for command in commands.values() for option in options_of(command)]):
         return f"{unknown}; {_having(alike, commands)} {alike}"
     as_text = ""
-    if positional is not None and positional.choices is None and not word.startswith("--"):
+    if positional is not None and positional.choices is None and not re.match("--[A-Za-z]", word):
         as_text = f". A {positional.name.upper()} that begins with a dash is put behind --"
     return f"{unknown}; `fastgpt2 {name} --help` lists the options{as_text}"
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Annotated, Any, NotRequired, Self, TypedDict
 
 from fastgpt2.engine.decoding.records import (
     Count,
@@ -335,14 +335,13 @@ def describe_result(result: Mapping[str, Any]) -> str:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(str):
     """Some text of a job: whole characters, which no stop string can take back any more.
 
-    The pieces of a job's several texts come mixed, those of one text in their order.
+    A piece is a string, for all that takes one: it equals its text, and what string methods make of it are plain
+    strings. The pieces of a job's several texts come mixed, those of one text in their order.
 
     Attributes:
-        text: the next characters.
         at: how many characters of the result's text come before it. Less than what you hold only if the job was started
             again elsewhere and came out otherwise: then cut your text there first.
         attempt: how often the job had been started when this text was generated, from 1.
@@ -354,16 +353,49 @@ class Piece:
             text is still held back. None with what comes at a text's end, which the result tells of.
     """
 
-    text: str
+    __slots__ = ("at", "attempt", "choice_index", "logprobs", "token_at", "usage")
+
     at: int
     attempt: int
-    logprobs: tuple[TokenLogprob, ...] = ()
-    token_at: int = 0
-    choice_index: int = 0
-    usage: Usage | None = None
+    logprobs: tuple[TokenLogprob, ...]
+    token_at: int
+    choice_index: int
+    usage: Usage | None
 
-    def __str__(self) -> str:
-        return self.text
+    def __new__(
+        cls,
+        text: str,
+        at: int,
+        attempt: int,
+        logprobs: tuple[TokenLogprob, ...] = (),
+        token_at: int = 0,
+        choice_index: int = 0,
+        usage: Usage | None = None,
+    ) -> Self:
+        """Make a piece of the next characters, and of where they belong."""
+        piece = super().__new__(cls, text)
+        piece.at, piece.attempt, piece.choice_index = at, attempt, choice_index
+        piece.logprobs, piece.token_at, piece.usage = logprobs, token_at, usage
+        return piece
+
+    @property
+    def text(self) -> str:
+        """Return the characters as a plain string."""
+        return str(self)
+
+    def __repr__(self) -> str:
+        shown = [repr(str(self)), f"at={self.at}", f"attempt={self.attempt}"]
+        if self.logprobs or self.token_at:
+            shown += [f"logprobs={self.logprobs!r}", f"token_at={self.token_at}"]
+        if self.choice_index:
+            shown.append(f"choice_index={self.choice_index}")
+        if self.usage is not None:
+            shown.append(f"usage={self.usage!r}")
+        return f"Piece({', '.join(shown)})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        where = self.at, self.attempt, self.logprobs, self.token_at, self.choice_index, self.usage
+        return type(self), (str(self), *where)
 
 
 def piece_to_entry(piece: Piece) -> Entry:

@@ -13,8 +13,7 @@ import pytest
 from support.running import StartWorker, run
 
 from fastgpt2 import Client, Engine, settings
-from fastgpt2.cli import COMMANDS, resolve_values
-from fastgpt2.commands.arguments import read_arguments
+from fastgpt2.cli import COMMANDS, read_arguments, resolve_values
 from fastgpt2.commands.batch import LineReader
 from fastgpt2.commands.prompts import build_request, note_idle_options, note_unprinted
 from fastgpt2.engine.decoding.records import GenerationRequest, GenerationResult
@@ -37,7 +36,7 @@ SEED_TOLD = re.compile(r"seed (\d+): the same command with --seed \1 gives (this
 
 def request_of(*options: str) -> GenerationRequest:
     """Return the request that `fastgpt2 generate` makes of these options."""
-    arguments = read_arguments("generate", COMMANDS, [*options, PROMPT])
+    arguments = read_arguments("generate", [*options, PROMPT])
     return build_request(resolve_values(COMMANDS["generate"], arguments))
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from fastgpt2 import settings
-from fastgpt2.cli import COMMANDS, main, resolve_values
+from fastgpt2.cli import COMMANDS, main, read_arguments, resolve_values
 from fastgpt2.commands import suggestions
-from fastgpt2.commands.arguments import options_of, read_arguments
+from fastgpt2.commands.arguments import options_of
 from fastgpt2.errors import BadRequest
 from fastgpt2.settings import Setting
 
@@ -23,7 +23,7 @@ ENOUGH = {"batch": ["f"], "cancel": ["j"], "enqueue": ["a"], "generate": ["a"], 
 
 
 def values_of(name: str, *words: str) -> dict[str, Any]:
-    return resolve_values(COMMANDS[name], read_arguments(name, COMMANDS, words))
+    return resolve_values(COMMANDS[name], read_arguments(name, words))
 
 
 def take(name: str, setting: Setting[Any], text: str) -> str:
@@ -91,18 +91,23 @@ class TestValues:
     @pytest.mark.parametrize(
         ("words", "option", "value"),
         [
-            (["--stop", "-x", "a"], "stop", ("-x",)),
-            (["--stop", "---", "a"], "stop", ("---",)),
+            (["--stop=-x", "a"], "stop", ("-x",)),
+            (["--stop=---", "a"], "stop", ("---",)),
+            (["--stop=--", "a", "--stop=-- -"], "stop", ("--", "-- -")),
             (["--stop=--json", "a"], "stop", ("--json",)),
+            (["--stop", "- x", "a"], "stop", ("- x",)),
             (["--stop=", "a"], "stop", None),
             (["--logit-bias", "1=-1", "a"], "logit_bias", {1: -1.0}),
             (["--seed", "-3", "a"], "seed", -3),
             (["-n3", "a"], "n", 3),
             (["-n", "3", "a"], "n", 3),
             (["a", "--n=3"], "n", 3),
-            (["---"], "prompt", "---"),
+            (["--", "---"], "prompt", "---"),
+            (["--", "--"], "prompt", "--"),
+            (["--", "--a=b c"], "prompt", "--a=b c"),
+            (["a", "--"], "prompt", "a"),
             (["-5 degrees"], "prompt", "-5 degrees"),
-            (["-n is a letter"], "prompt", "-n is a letter"),
+            (["--", "-n is a letter"], "prompt", "-n is a letter"),
             (["-5"], "prompt", "-5"),
             (["-"], "prompt", "-"),
             (["- one\n- two"], "prompt", "- one\n- two"),
@@ -145,9 +150,17 @@ class TestWords:
             ("generate -frob", "unknown option -frob; `fastgpt2 generate --help` lists the options. A PROMPT that b"),
             ("generate --json=1 a", "--json takes no value; write --json, or --no-json"),
             ("generate --do-sample true a", "--do-sample takes no value such as 'true'; write --do-sample, or --no-"),
-            ("generate a --temperature", "--temperature needs a value: --temperature T"),
-            ("generate --stop --json a", "--stop needs a value: --stop TEXT; --json behind it counts as an option. "),
-            ("generate --stop -- a", "--stop needs a value: --stop TEXT; -- behind it counts as an option. As a val"),
+            ("generate a --temperature", "--temperature needs a value: --temperature T; a value that begins with a"),
+            ("generate --stop --json a", "--stop needs a value: --stop TEXT; a value that begins with a dash is wri"),
+            ("generate --stop -x a", "--stop needs a value: --stop TEXT; a value that begins with a dash is written -"),
+            ("generate --stop -- a", "--stop needs a value: --stop TEXT; a value that begins with a dash is written -"),
+            ("generate a -n", "--n needs a value: --n N; a value that begins with a dash is written --n=-x"),
+            ("batch f -output=x", "unknown option -output; did you mean --output?"),
+            ("generate ---", "unknown option ---; `fastgpt2 generate --help` lists the options. A PROMPT that begins "),
+            ("generate -one\ntwo", "unknown option '-one\\ntwo'; `fastgpt2 generate --help` lists the options. A PROM"),
+            ("up -host h", "unknown option -host; did you mean --host?"),
+            ("status -- --json", "'--json' is one word too many: fastgpt2 status [OPTIONS]"),
+            ("result j -", "'-' is one word too many: fastgpt2 result [OPTIONS] JOB"),
             ("generate", "PROMPT is missing: fastgpt2 generate [OPTIONS] PROMPT"),
             ("result --json", "JOB is missing: fastgpt2 result [OPTIONS] JOB"),
             ("generate My name is", "'name' is one word too many: fastgpt2 generate [OPTIONS] PROMPT. Put quotes ar"),
@@ -160,12 +173,16 @@ class TestWords:
             ("generate --top 1 a", "unknown option --top; did you mean --top-k or --top-p?"),
             ("pack ", "--model is empty; leave it out for the default"),
             ("result ", "JOB is empty: fastgpt2 result [OPTIONS] JOB"),
-            ("cache lst", "ACTION: 'lst' is not one of list, prune"),
+            ("cache lst", "ACTION: invalid choice: 'lst' (choose from"),
             ("pack a --model b", "model is given twice, with and without --model; leave one out"),
         ],
     )  # fmt: skip
     def test_each_wrong_word_alone_is_named(self, words: str, sentence: str) -> None:
         assert said(*words.split(" ")).startswith(sentence)
+
+    @pytest.mark.parametrize("words", [["--stop-sequence=a b"], ["--stop-sequence=a b", "a"]])
+    def test_an_unknown_option_whose_value_has_a_space_is_no_prompt(self, words: list[str]) -> None:
+        assert said("generate", *words) == "unknown option --stop-sequence; did you mean --stop?"
 
     def test_a_letter_that_is_missing_is_no_matter(self) -> None:
         for name, command in COMMANDS.items():

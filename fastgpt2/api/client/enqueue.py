@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeAlias
 
@@ -14,7 +14,7 @@ from rq.serializers import JSONSerializer
 from rq.utils import now
 
 from fastgpt2.api.client.flow import Command, Flow, Pipeline
-from fastgpt2.engine.decoding.records import GenerationRequest, RequestFields, list_stops, random_seed
+from fastgpt2.engine.decoding.records import GenerationRequest, RequestFields, list_stops, random_seed, split_prompt
 from fastgpt2.errors import BadRequest, IdempotencyMismatch, PromptTooLong, QueueFull
 from fastgpt2.fields import check_fields, whole
 from fastgpt2.foreign_fields import is_neutral, take_known
@@ -51,8 +51,9 @@ LOST_TRIES = 5
 # RQ's job wants a connection, and is asked nothing here that would use it.
 _NO_CONNECTION: Any = object()
 
-# What a caller may give as a prompt: a text, its token ids, or a request that has been made.
-PromptLike: TypeAlias = str | list[int] | GenerationRequest
+# What a program may give as a prompt: a text, its token ids, a mapping of the prompt and other fields of its job, or a
+# request that has been made.
+PromptLike: TypeAlias = str | Iterable[int] | Mapping[str, Any] | GenerationRequest
 
 _PLAN_FIELDS = ("priority", "job_timeout", "result_ttl")
 _OPTION_FIELDS = ("timeout", "stream", "stream_usage")
@@ -98,7 +99,7 @@ class JobPlan:
         refuse_unstreamable(self.request, self.options)
 
 
-def plan_job(prompt: PromptLike, fields: Mapping[str, Any]) -> JobPlan:
+def plan_job(prompt: str | Iterable[int] | GenerationRequest, fields: Mapping[str, Any]) -> JobPlan:
     """Return the plan of one job, from its prompt and its `JobFields`.
 
     Raises:
@@ -116,14 +117,28 @@ def plan_job(prompt: PromptLike, fields: Mapping[str, Any]) -> JobPlan:
     return JobPlan(prompt, JobOptions(**take_known(others, _OPTION_FIELDS)), **plan_fields)
 
 
-def plan_each(prompts: Iterable[PromptLike], fields: Mapping[str, Any]) -> Iterator[JobPlan | BadRequest]:
-    """Yield a plan for each prompt, or what is wrong with it. What is wrong with the fields is wrong with each."""
-    fields = list_stops(fields)
-    for prompt in prompts:
-        try:
-            yield plan_job(prompt, fields)
-        except BadRequest as error:
-            yield error
+def plan_prompt(prompt: PromptLike, fields: Mapping[str, Any]) -> JobPlan:
+    """Return the plan of one job as a program gives it; see `plan_job`.
+
+    The prompt may stand in a mapping, beside fields that count before the others.
+    """
+    if isinstance(prompt, Mapping):
+        return plan_job(*split_prompt(prompt, fields))
+    return plan_job(prompt, fields)
+
+
+def plan_numbered(number: int, prompt: PromptLike, fields: Mapping[str, Any], call: str) -> JobPlan | BadRequest:
+    """Return the plan of one prompt of many, or what is wrong with it. What is wrong with the fields is so with each.
+
+    Args:
+        number: the prompt's, from 0.
+        call: what the caller called, such as "map".
+    """
+    try:
+        return plan_prompt(prompt, fields)
+    except BadRequest as error:
+        error.name_prompt(number, prompt, call)
+        return error
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +225,7 @@ class SentJob:
 
     Attributes:
         own_id: the id under which this job is enqueued.
+        prompt: the job's prompt, by which an error tells of it.
         id: the id of the job that is waited for: that of an earlier request's, if one with the same idempotency key had
             enqueued it.
         sent_at: when the job was sent, on the monotonic clock.
@@ -222,6 +238,7 @@ class SentJob:
     def __init__(self, job_id: str, command: Command, plan: JobPlan, history: str | None) -> None:
         self.own_id = self.id = job_id
         self.command = command
+        self.prompt = plan.request.prompt
         self.sent_at = time.monotonic()
         self.result_ttl = plan.result_ttl
         self.history = history

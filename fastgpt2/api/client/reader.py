@@ -22,7 +22,7 @@ from fastgpt2.api.client.flow import Command, Entries, Flow, Pipeline
 from fastgpt2.api.client.outcome import Outcome, read_outcome, read_partial, return_value
 from fastgpt2.api.client.recovery import Recovery
 from fastgpt2.engine.decoding.records import GenerationResult, TokenLogprob, Usage
-from fastgpt2.errors import FastGPT2Error, JobCancelled, JobNotFound
+from fastgpt2.errors import FastGPT2Error, JobCancelled, JobNotFound, TextReplaced
 from fastgpt2.protocol.keys import cancellations_key, job_key, queues_of, results_key, stream_key
 from fastgpt2.protocol.messages import Piece, entry_to_piece, result_from_json
 from fastgpt2.protocol.untrusted import is_of_entry, whole
@@ -119,6 +119,25 @@ def _count_held(held: Sequence[object], at: int, new: Sequence[object]) -> int:
     while same < min(len(new), len(held) - at) and held[at + same] == new[same]:
         same += 1
     return same
+
+
+class AppendOnlyTexts:
+    """Texts for a reader who cannot take anything back: they may only grow."""
+
+    def __init__(self) -> None:
+        self._lengths: dict[int, int] = {}
+
+    def add(self, number: int, piece: Piece) -> None:
+        """Take in a piece of the text with this number.
+
+        Raises:
+            TextReplaced: the piece replaces some of the text.
+        """
+        if piece.at < self._lengths.get(number, 0):
+            raise TextReplaced(
+                "the job was started again by another worker, whose text differs from what has been given: ask again"
+            )
+        self._lengths[number] = piece.at + len(piece)
 
 
 class Stage(Enum):

@@ -149,6 +149,15 @@ class CompletionRequest(TextOptions):
             )
 
     @property
+    def wanted_model(self) -> str | None:
+        """Return the name of the model that is asked for; None for any.
+
+        huggingface.js, which is told an endpoint's address and no model, sends the address as the model.
+        """
+        is_address = self.model is not None and self.model.startswith(("http://", "https://"))
+        return None if is_address else self.model
+
+    @property
     def prompt_logprobs(self) -> int | None:
         """Return how many likeliest tokens are asked for at each of the prompt's tokens."""
         return self.logprobs if self.echo else None

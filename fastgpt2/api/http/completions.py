@@ -17,12 +17,12 @@ from starlette.responses import Response
 
 from fastgpt2 import __version__
 from fastgpt2.api.client.outcome import unwrap
+from fastgpt2.api.client.reader import AppendOnlyTexts
 from fastgpt2.api.http.completion_request import Completion, parse_completion, translate_error
 from fastgpt2.api.http.requests import read_object
 from fastgpt2.api.http.responses import (
     JSON,
     KEEP_ALIVE,
-    AppendOnlyTexts,
     EventStream,
     ModelUnknown,
     error_object,
@@ -123,8 +123,10 @@ class Completions:
         """Answer `GET /v1/models/{model}`."""
         name = request.path_params["model"]
         served = await self._models.read()
+        if name not in served and f"/{name}" in served:
+            name = f"/{name}"  # a folder, whose first slash was one too many in the path of the request
         if name not in served:
-            raise _unknown(name, served)
+            raise unknown_model(name, served)
         return JSON(_model_body(name, served[name]))
 
     async def create(self, request: Request) -> Response:
@@ -132,9 +134,9 @@ class Completions:
         completion = parse_completion(await read_object(request, self._service.bounds.body_timeout, EXAMPLE))
         served = await self._models.read()
         # Without a worker nobody knows the models: the job waits for a worker.
-        model = completion.request.model
+        model = completion.request.wanted_model
         if model is not None and served and model not in served:
-            raise _unknown(model, served)
+            raise unknown_model(model, served)
         if completion.request.stream:
             return EventStream(
                 self._events(request, completion), lambda error: event(error_object(error, openai=True)) + DONE
@@ -144,13 +146,7 @@ class Completions:
                 results = await waiting.results()
         except FastGPT2Error as error:
             raise translate_error(error, completion.request) from None
-        choices = [
-            _last_choice(index, text, text.text, _logprobs_of(text, result, completion))
-            for number, result in enumerate(results)
-            for index, text in _texts(number, result, completion)
-        ]
-        answer: CompletionBody = {**_envelope(waiting, results[0].model), "choices": choices, "usage": _usage(results)}
-        return JSON(answer, headers=_headers(waiting))
+        return JSON(completion_object(waiting.jobs[0].id, completion, results), headers=_headers(waiting))
 
     @asynccontextmanager
     async def _events(
@@ -159,8 +155,8 @@ class Completions:
         try:
             async with self._service.submit(request, completion.plans, completion.asked) as waiting:
                 served = await self._models.read()
-                model = completion.request.model or next(iter(served), "")
-                yield _headers(waiting), _chunks(waiting, completion, _envelope(waiting, model))
+                model = completion.request.wanted_model or next(iter(served), "")
+                yield _headers(waiting), _chunks(waiting, completion, _envelope(waiting.jobs[0].id, model))
         except FastGPT2Error as error:
             raise translate_error(error, completion.request) from None
 
@@ -202,7 +198,8 @@ def _chunk(envelope: CompletionBody, choice: Choice, usage: Usage | None) -> Com
     return chunk
 
 
-def _unknown(name: str, served: Iterable[str]) -> ModelUnknown:
+def unknown_model(name: str, served: Iterable[str]) -> ModelUnknown:
+    """Return the error for a model that no worker serves."""
     return ModelUnknown(f"no worker serves the model {name[:200]!r}; served are: {', '.join(sorted(served)) or 'none'}")
 
 
@@ -215,9 +212,19 @@ def _headers(waiting: PendingJobs) -> dict[str, str]:
     return {"x-job-id": waiting.jobs[0].id} if len(waiting.jobs) == 1 else {}
 
 
-def _envelope(waiting: PendingJobs, model: str) -> CompletionBody:
+def completion_object(job_id: str, completion: Completion, results: Sequence[GenerationResult]) -> CompletionBody:
+    """Return the answer to a request that does not stream, from the results of its jobs, the first with this id."""
+    choices = [
+        _last_choice(index, text, text.text, _logprobs_of(text, result, completion))
+        for number, result in enumerate(results)
+        for index, text in _texts(number, result, completion)
+    ]
+    return {**_envelope(job_id, results[0].model), "choices": choices, "usage": _usage(results)}
+
+
+def _envelope(job_id: str, model: str) -> CompletionBody:
     return {
-        "id": f"cmpl-{waiting.jobs[0].id}",
+        "id": f"cmpl-{job_id}",
         "object": "text_completion",
         "created": int(time.time()),
         "model": model,

@@ -15,10 +15,11 @@ from starlette.responses import Response
 
 from fastgpt2.api.client.enqueue import JobPlan, plan_job
 from fastgpt2.api.client.outcome import unwrap
+from fastgpt2.api.client.reader import AppendOnlyTexts
 from fastgpt2.api.http.field_names import rename_fields
 from fastgpt2.api.http.guides import GRAMMAR, OUR_GUIDES, Guide, find_guide, name_as_given
 from fastgpt2.api.http.requests import read_object
-from fastgpt2.api.http.responses import JSON, KEEP_ALIVE, AppendOnlyTexts, EventStream, error_object, event
+from fastgpt2.api.http.responses import JSON, KEEP_ALIVE, EventStream, error_object, event
 from fastgpt2.api.http.service import PendingJobs, Service
 from fastgpt2.engine.decoding.options import ChoiceIndex, Seed, Share, Temperature, Texts, TopK
 from fastgpt2.engine.decoding.records import Count, GenerationResult, KeptTokens, Logprobs, TokenLogprob, mean_logprob

@@ -170,7 +170,10 @@ _FORMAT_PARTS = {"type": _FORMAT_TYPE, "json_schema": Field(_object(_NAMED_PARTS
 _GRAMMAR_TYPE = one_of("json", "json_schema", "regex")
 _GRAMMAR_PARTS = {
     "type": _GRAMMAR_TYPE,
-    "value": Field({"anyOf": [{"type": "object"}, {"type": "string", "minLength": 1}]}, _check_schema_or_text),
+    "value": Field(
+        {"anyOf": [{"type": "object", "additionalProperties": True}, {"type": "string", "minLength": 1}]},
+        _check_schema_or_text,
+    ),
 }
 
 STRUCTURED_OUTPUTS = Field(_object(_STRUCTURED_PARTS), _check_structured_outputs)

@@ -40,7 +40,7 @@ _PART = "[0-9]{1,10}:[0-9]{1,9}"
 _STATUSES = (*(status.value for status in JobStatus), "expired")
 
 
-class OpenAIError(TypedDict):
+class ErrorObject(TypedDict):
     message: str
     type: str
     param: str | None
@@ -51,7 +51,7 @@ class EndEvent(TypedDict):
     """The end of a job: its result, or its error and what there is of a result. Both are null before the end."""
 
     result: Annotated[dict[str, Any], ResultObject, "Of a job that was cut short, what there is of it."] | None
-    error: OpenAIError | None
+    error: ErrorObject | None
 
 
 class JobBody(EndEvent):

@@ -186,7 +186,8 @@ _BAD_WORDS_SCHEMA = {"type": "array", "items": {"anyOf": _WORD_SCHEMAS}, "maxIte
 _CHOICE_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_CHOICE_CHARACTERS}
 _CHOICES_SCHEMA = {"type": "array", "items": _CHOICE_SCHEMA, "minItems": 1, "maxItems": MAX_GUIDED_CHOICES}
 _REGEX_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_REGEX_CHARACTERS}
-_JSON_SCHEMA_SCHEMA = {"anyOf": [{"type": "object"}, {"type": "boolean"}, {"type": "string"}]}
+_ANY_OBJECT = {"type": "object", "additionalProperties": True}
+_JSON_SCHEMA_SCHEMA = {"anyOf": [_ANY_OBJECT, {"type": "boolean"}, {"type": "string"}]}
 
 Temperature = Annotated[float, real(0.0, MAX_TEMPERATURE)]
 TopK = Annotated[int, whole(-1, MAX_TOKEN_ID)]

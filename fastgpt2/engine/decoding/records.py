@@ -250,6 +250,21 @@ class RequestFields(TypedDict, total=False):
     json_schema: Mapping[str, Any] | bool | str | None
 
 
+def split_prompt(given: Mapping[str, Any], fields: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the prompt of a mapping that holds one beside other fields, and these fields together with others.
+
+    Args:
+        fields: what holds where the mapping has no such field, or null.
+
+    Raises:
+        BadRequest: it holds no prompt.
+    """
+    if "prompt" not in given:
+        raise BadRequest("prompt is missing in a mapping of a prompt and its fields")
+    own = {name: value for name, value in given.items() if name != "prompt" and value is not None}
+    return given["prompt"], {**fields, **own}
+
+
 def list_stops(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the fields of a request with a set or an iterator of stops, which one look uses up, as a tuple."""
     stop = fields.get("stop")
