@@ -316,3 +316,7 @@ def test_variables_that_are_no_settings_are_told(
     monkeypatch.setenv("FASTGPT2_SUPERVISOR_PID", "1")
     assert main(["status"]) == 0
     assert capsys.readouterr().err == "", "a pool has said it for its processes"
+
+
+def test_a_value_may_be_the_letter_of_an_option() -> None:
+    assert values_of("batch", "n", "-o", "o")["output"] == "o"
