@@ -23,9 +23,8 @@ from fastgpt2 import Engine
 from fastgpt2.engine.loading import load_network
 from fastgpt2.engine.machine import processes_for
 from fastgpt2.engine.model.config import read_config
-from fastgpt2.engine.network import step as step_module
 from fastgpt2.engine.network.gpt2 import GPT2
-from fastgpt2.engine.network.step import Barrier, Segment, Step, control_spec, most_numbers
+from fastgpt2.engine.network.step import Segment, Step, most_numbers
 
 FOLDER = GOLDEN / "checkpoints" / "odd_heads"
 
@@ -102,41 +101,6 @@ def test_a_step_survives_its_description() -> None:
     assert len(numbers) == most_numbers(4, 2)
     assert step.rows == 4
     assert step.rows_with_logits() == [3]
-
-
-class Clock:
-    """A clock that another process of the team stops: it comes to the barrier `late` seconds after this one sleeps."""
-
-    def __init__(self, other: Barrier) -> None:
-        self._other, self._now, self.late = other, 0.0, 0.0
-
-    def monotonic(self) -> float:
-        return self._now
-
-    def sleep(self, _seconds: float) -> None:
-        self._now += self.late
-        self._other._numbers[self._other._own_arrivals] += 1
-
-
-def test_who_waits_for_those_without_a_core_looks_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    control = np.zeros(*control_spec(2, 4))
-    ours, other = (Barrier(control, rank, 2, lambda: None) for rank in range(2))
-    clock = Clock(other)
-    monkeypatch.setattr(step_module, "time", clock)
-
-    def looks(count: int, late: float) -> list[int]:
-        clock.late, found = late, []
-        for _ in range(count):
-            ours.wait()
-            found.append(ours._looks)
-        return found
-
-    assert looks(2, 0.0002) == [5000, 5000]
-    assert looks(8, 0.004) == [2500, 1250, 625, 312, 156, 78, 50, 50]
-    assert looks(8, 0.0002) == [100, 200, 400, 800, 1600, 3200, 5000, 5000]
-    # Who is there already changes nothing.
-    clock.sleep(0)
-    assert looks(1, 0.004) == [5000]
 
 
 def test_all_take_part(network: GPT2) -> None:

@@ -31,13 +31,8 @@ STRIDE = 16
 STEP = 0  # the number of the step begun last; at multiples of STRIDE follow the arrivals, then who has joined
 
 # Processes that have a core each come to the barrier within microseconds; this many looks take a few hundred.
-_MOST_LOOKS = 5000
+_LOOKS_BEFORE_SLEEP = 5000
 _NAP_SECONDS = 50e-6
-
-# Who comes later than this had no core. Where that happens once, it happens at most barriers, and looking takes a core
-# from those that are waited for. So each such wait halves the looks of the next, and each shorter one doubles them.
-_LATE_SECONDS = 1e-3
-_LEAST_LOOKS = 50
 
 # How often to check whether the process that is waited for still lives.
 _CHECK_SECONDS = 0.05
@@ -127,7 +122,6 @@ class Barrier:
         self._description = STRIDE * (2 * size + 1)
         self._check, self._rank = check, rank
         self._arrivals = self._step = 0
-        self._looks = _MOST_LOOKS
         self.arrived_at = 0.0
 
     def join(self) -> None:
@@ -169,7 +163,7 @@ class Barrier:
             looks = 0
             while numbers[other] < arrivals:
                 looks += 1
-                if looks > self._looks:
+                if looks > _LOOKS_BEFORE_SLEEP:
                     self._wait_asleep(other)
 
     def _wait_asleep(self, other: int) -> None:
@@ -181,5 +175,3 @@ class Barrier:
             if now - checked_at > _CHECK_SECONDS:
                 self._check()
                 checked_at = now
-        is_late = time.monotonic() - self.arrived_at > _LATE_SECONDS
-        self._looks = max(self._looks // 2, _LEAST_LOOKS) if is_late else min(self._looks * 2, _MOST_LOOKS)
