@@ -138,7 +138,7 @@ def _unknown_option(
         if (
             (word in extras and word.startswith("-") and word != "-")
             # -output, which argparse reads as -o utput, and -host as -h
-            or (f"-{option}" in known and option not in known)
+            or (word.startswith("-") and f"-{option}" in known and option not in known)
             # --nosuch="a b", which argparse takes for a text, for the space in it
             or (word == positional and re.match("--[^ =]+=", word))
         ):
