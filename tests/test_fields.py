@@ -85,6 +85,9 @@ class ArrowScalar:
     def as_py(self) -> Any:
         return self._value
 
+    def __repr__(self) -> str:
+        return f"<{self._value!r}>"
+
 
 class ArrowArray:
     """A column as pyarrow has it: its items are pyarrow's too."""

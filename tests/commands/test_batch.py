@@ -26,7 +26,7 @@ from support.forgetful import ForgetfulRedis, finish_all, wait_for_queue
 from support.running import GOLDEN, StartWorker, wait_until
 
 from fastgpt2 import Client
-from fastgpt2.commands.batch import MAX_LINE_BYTES, LineReader
+from fastgpt2.commands.batch.lines import MAX_LINE_BYTES, LineReader
 from fastgpt2.errors import BadRequest
 from fastgpt2.system.redis_server import RedisServer
 

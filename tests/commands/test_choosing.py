@@ -14,7 +14,7 @@ from support.running import StartWorker, run
 
 from fastgpt2 import Client, Engine, settings
 from fastgpt2.cli import COMMANDS, read_arguments, resolve_values
-from fastgpt2.commands.batch import LineReader
+from fastgpt2.commands.batch.lines import LineReader
 from fastgpt2.commands.prompts import build_request, note_idle_options, note_unprinted
 from fastgpt2.engine.decoding.records import GenerationRequest, GenerationResult
 from fastgpt2.errors import BadRequest

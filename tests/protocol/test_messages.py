@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fastgpt2.api.client.enqueue import JobFields
-from fastgpt2.commands.batch import _LINE_FIELDS
+from fastgpt2.commands.batch.lines import _LINE_FIELDS
 from fastgpt2.engine.decoding.records import (
     Drafting,
     GenerationRequest,

@@ -3,7 +3,3 @@
 It reads the input line by line, sends each line's job, and notes each result at once, so that a run which was broken
 off goes on with what is missing. `command` is where to begin reading.
 """
-
-from fastgpt2.commands.batch.lines import _LINE_FIELDS, MAX_LINE_BYTES, Line, LineReader
-
-__all__ = ["MAX_LINE_BYTES", "_LINE_FIELDS", "Line", "LineReader"]
