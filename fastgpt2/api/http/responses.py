@@ -246,7 +246,8 @@ async def handle_unknown_route(request: Request, error: Exception) -> Response:
 def _hint(request: Request, error: HTTPException) -> str:
     """Return what a refusal of a path or a method adds: what there is instead; empty if nothing is alike."""
     if error.status_code == 405:
-        return f"; this route takes {(error.headers or {}).get('Allow', '')}"
+        methods = (error.headers or {}).get("Allow", "").split(", ")
+        return f"; this route takes {', '.join(sorted(methods))}"
     known = [route.path for route in request.app.routes if isinstance(route, Route) and "{" not in route.path]
     from difflib import get_close_matches
 
