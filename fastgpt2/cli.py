@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from fastgpt2 import __version__, settings
 from fastgpt2.commands.arguments import LETTERS, Command, Positional, options_of
 from fastgpt2.errors import BadRequest, FastGPT2Error
+from fastgpt2.setting import Setting
 from fastgpt2.setting_values import has_escape, unescape
-from fastgpt2.settings import Setting
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite

@@ -83,7 +83,17 @@ def test_blas_is_held_to_one_thread_whoever_imported_numpy(first: str) -> None:
 
 # Which rooms each room imports, late imports included, imports for annotations left out. Imports run down: a room
 # stands above those that it uses. What `COMMON` has is there for all, and uses no room.
-COMMON = {"errors", "fields", "foreign_fields", "prompt_lists", "settings", "setting_values", "process", "__version__"}
+COMMON = {
+    "errors",
+    "fields",
+    "foreign_fields",
+    "prompt_lists",
+    "setting",
+    "settings",
+    "setting_values",
+    "process",
+    "__version__",
+}
 RECORDS = "engine.decoding.records"
 OPTIONS = "engine.decoding.options"
 ROOMS: dict[str, set[str]] = {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import Any
 
-from fastgpt2.settings import Setting
+from fastgpt2.setting import Setting
 
 # Options that have a letter as well.
 LETTERS = {"output": "-o", "n": "-n"}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fastgpt2.engine.decoding.records import GenerationRequest, GenerationResult
     from fastgpt2.engine.decoding.sequence import Sequence, TokenizedPrompt
     from fastgpt2.protocol.messages import Piece
-    from fastgpt2.settings import Setting
+    from fastgpt2.setting import Setting
 
 # The most texts of one prompt that `generate` decodes together: about as many as pay. Further ones follow.
 MOST_TOGETHER = 16

@@ -18,8 +18,8 @@ from fastgpt2.commands.batch.lines import LineReader
 from fastgpt2.commands.prompts import build_request, note_idle_options, note_unprinted
 from fastgpt2.engine.decoding.records import GenerationRequest, GenerationResult
 from fastgpt2.errors import BadRequest
+from fastgpt2.setting import Setting
 from fastgpt2.setting_values import MAX_SCHEMA_FILE
-from fastgpt2.settings import Setting
 from fastgpt2.system.redis_server import RedisServer
 
 PROMPT = "My name is"

@@ -21,6 +21,7 @@ from fastgpt2.commands.arguments import Command
 from fastgpt2.engine.decoding.lookup import MOST_DRAFTS
 from fastgpt2.engine.loading import BLAS_CHOICES, DRAFTS_CHOICES, WEIGHTS_CHOICES
 from fastgpt2.errors import BadRequest
+from fastgpt2.setting import Setting
 from fastgpt2.system.redis_server import RedisServer
 from fastgpt2.system.up import System
 
@@ -259,7 +260,7 @@ class TestSettings:
         ],
     )
     def test_a_bad_variable_is_named(
-        self, monkeypatch: pytest.MonkeyPatch, setting: settings.Setting[Any], text: str, message: str
+        self, monkeypatch: pytest.MonkeyPatch, setting: Setting[Any], text: str, message: str
     ) -> None:
         monkeypatch.setenv(setting.variable, text)
         with pytest.raises(BadRequest, match=re.escape(message)):

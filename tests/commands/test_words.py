@@ -12,7 +12,7 @@ from fastgpt2.cli import COMMANDS, main, read_arguments, resolve_values
 from fastgpt2.commands import suggestions
 from fastgpt2.commands.arguments import options_of
 from fastgpt2.errors import BadRequest
-from fastgpt2.settings import Setting
+from fastgpt2.setting import Setting
 
 SETTINGS = {(setting.name, setting): name for name, command in COMMANDS.items() for setting in command.settings}
 VALUED = [(name, setting) for (_, setting), name in SETTINGS.items() if not setting.is_flag]
