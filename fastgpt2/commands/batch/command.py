@@ -23,7 +23,7 @@ from fastgpt2.api.client.outcome import Outcome
 from fastgpt2.api.client.session import Session
 from fastgpt2.commands.batch.formats import Format, output_format
 from fastgpt2.commands.batch.lines import Line, mark_of_options
-from fastgpt2.commands.batch.output import FileOutput, Reader, StreamOutput
+from fastgpt2.commands.batch.output import FileOutput, Reader, StreamOutput, is_device
 from fastgpt2.commands.batch.records import LINE_RECORDS, Record, RecordForm
 from fastgpt2.commands.batch.report import Report, one_line
 from fastgpt2.commands.batch.source import Source, peeked, read_ahead
@@ -105,9 +105,8 @@ def _job_fields(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _open_output(target: Path | None, kind: Format, mark: str, restart: bool) -> FileOutput | StreamOutput:
-    is_stream = target is None or (target.exists() and not target.is_file() and not target.is_dir())
     form = _record_form(kind)
-    if is_stream and not kind.is_table and not kind.compression:
+    if (target is None or is_device(target)) and not kind.is_table and not kind.compression:
         return StreamOutput(target, form)
     return FileOutput(target, kind, form, mark, restart)
 
