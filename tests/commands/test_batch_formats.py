@@ -307,6 +307,8 @@ REFUSED: list[tuple[str, bytes, list[str], str]] = [
     ("in.csv", b"a,a\n1,2\n", [], "two columns are named 'a'; rename one of them"),
     ("in.csv", b"a;prompt\n1;2\n", [], "if another character stands between columns, give it with --delimiter ';'"),
     ("in.csv", b'prompt\na\n"b\nc\n', [], "line 3: a quote begins a value that does not end; close it"),
+    ("in.csv", b"prompt,a\rb,1\rc,2\r", [], "in.csv has lines that end with CR alone; let them end with LF: tr"),
+    ("in.txt", b"a\rb\r", [], "in.txt has lines that end with CR alone"),
     ("in.txt", b"a\n", ["--prompt-column", "a"], "--prompt-column does not go with txt, only with csv, tsv, parquet"),
     ("in.jsonl", b'"a"\n', ["--delimiter", ";"], "--delimiter does not go with jsonl, only with csv, tsv"),
     ("in.txt", b"a\n", ["-o", "out.xml"], "out.xml: '.xml', the ending of its name, tells no format"),
