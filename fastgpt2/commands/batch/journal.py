@@ -13,7 +13,7 @@ import os
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import BinaryIO
 
@@ -164,6 +164,17 @@ class Journal:
         )
 
     def _is_there(self, digest: int) -> bool:
+    def has_all(self, lines: Iterable[Line], with_errors: bool) -> bool:
+        """Tell whether the records are those of all these lines, in their order, so that no line is to be run.
+
+        Args:
+            with_errors: an error is a record, too.
+        """
+        if any(self._failed) and not with_errors:
+            return False
+        pairs = zip_longest((int(line.digest, 16) for line in lines), self._digests)
+        return all(digest == known for digest, known in pairs)
+
         if self._first is None:
             if self._at < len(self._digests) and self._digests[self._at] == digest:
                 return not self._failed[self._at]
