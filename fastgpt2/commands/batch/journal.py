@@ -47,7 +47,8 @@ def open_locked(path: Path, restart: bool) -> BinaryIO:
     except BlockingIOError:
         raise FastGPT2Error(f"{path} is being written by another run; wait for it, or name another file") from None
     except OSError as reason:
-        raise FastGPT2Error(f"{path}: cannot be written ({reason.strerror})") from None
+        hint = "" if path.parent.exists() else f"; make the folder {path.parent} first"
+        raise FastGPT2Error(f"{path}: cannot be written ({reason.strerror}){hint}") from None
     return file
 
 
@@ -163,7 +164,6 @@ class Journal:
             "file with -o"
         )
 
-    def _is_there(self, digest: int) -> bool:
     def has_all(self, lines: Iterable[Line], with_errors: bool) -> bool:
         """Tell whether the records are those of all these lines, in their order, so that no line is to be run.
 
@@ -175,6 +175,7 @@ class Journal:
         pairs = zip_longest((int(line.digest, 16) for line in lines), self._digests)
         return all(digest == known for digest, known in pairs)
 
+    def _is_there(self, digest: int) -> bool:
         if self._first is None:
             if self._at < len(self._digests) and self._digests[self._at] == digest:
                 return not self._failed[self._at]
