@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -186,6 +188,36 @@ def test_compressed(tmp_path: Path, pool_batch: Batch, texts: list[str], compres
     assert (status, "1 line in out.csv" in err, "1 of them from before" in err) == (0, True, True)
 
 
+@pytest.mark.parametrize("compression", ["", ".gz"])
+def test_a_pipe_gets_a_table_at_the_end_and_stays_a_pipe(
+    tmp_path: Path, pool_batch: Batch, texts: list[str], compression: str
+) -> None:
+    write_csv(tmp_path / "in.csv", [["prompt"], *([prompt] for prompt in PROMPTS)])
+    pipe = tmp_path / f"out.csv{compression}"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        status, out, err = pool_batch("in.csv", "-o", pipe.name)
+        written = os.read(reader, 1 << 16)
+    finally:
+        os.close(reader)
+    assert (status, out) == (0, "")
+    assert err.startswith(f"4 lines in {pipe.name}: 4 results, 16 tokens in ")
+    table = (gzip.decompress(written) if compression else written).decode()
+    assert [row["text"] for row in csv.DictReader(io.StringIO(table, newline=""))] == texts
+    assert pipe.is_fifo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.csv", pipe.name]
+
+
+def test_a_device_that_is_full(tmp_path: Path, pool_batch: Batch) -> None:
+    write_csv(tmp_path / "in.csv", [["prompt"], PROMPTS[:1]])
+    status, _, err = pool_batch("in.csv", "-o", "/dev/full", "--output-format", "csv")
+    assert (status, err.splitlines()[-1]) == (
+        1, "fastgpt2 batch: /dev/full: cannot be written (No space left on device)"
+    )  # fmt: skip
+    assert not list(Path("/dev").glob("full.*"))
+
+
 def request(custom_id: str, url: str = "/v1/completions", **body: Any) -> dict[str, Any]:
     return {"custom_id": custom_id, "method": "POST", "url": url, "body": body}
 
@@ -275,6 +307,8 @@ REFUSED: list[tuple[str, bytes, list[str], str]] = [
     ("in.csv", b"a,a\n1,2\n", [], "two columns are named 'a'; rename one of them"),
     ("in.csv", b"a;prompt\n1;2\n", [], "if another character stands between columns, give it with --delimiter ';'"),
     ("in.csv", b'prompt\na\n"b\nc\n', [], "line 3: a quote begins a value that does not end; close it"),
+    ("in.csv", b"prompt,a\rb,1\rc,2\r", [], "in.csv has lines that end with CR alone; let them end with LF: tr"),
+    ("in.txt", b"a\rb\r", [], "in.txt has lines that end with CR alone"),
     ("in.txt", b"a\n", ["--prompt-column", "a"], "--prompt-column does not go with txt, only with csv, tsv, parquet"),
     ("in.jsonl", b'"a"\n', ["--delimiter", ";"], "--delimiter does not go with jsonl, only with csv, tsv"),
     ("in.txt", b"a\n", ["-o", "out.xml"], "out.xml: '.xml', the ending of its name, tells no format"),

@@ -77,6 +77,15 @@ def test_lines_are_known_by_their_content(batch: Batch, prompts: list[str], kept
     assert OUT.read_bytes() == content
 
 
+@pytest.mark.parametrize("options", [["--model", "there/is/none"], ["--redis-url", "redis://127.0.0.1:1/0"]])
+def test_a_run_that_has_nothing_to_do_needs_no_pool(batch: Batch, options: list[str]) -> None:
+    before = OUT.read_bytes()
+    for more in ([], ["--retry-errors"]):
+        status, _, err = batch("in.txt", "-o", "out.jsonl", *options, *more)
+        assert (status, err.splitlines()[0].partition(":")[0]) == (0, "5 lines in out.jsonl (5 of them from before)")
+    assert OUT.read_bytes() == before
+
+
 def test_an_output_of_an_earlier_release_is_continued(batch: Batch) -> None:
     """Its lines had the same digest, and no mark of the options."""
     results = read_results()
@@ -109,6 +118,9 @@ class TestErrors:
         status, _, err = batch("in.txt", "-o", "out.jsonl")
         assert (status, OUT.read_bytes()) == (1, before)
         assert "1 of 5 lines are errors: 1 JobTimedOut; --retry-errors tries them again" in err
+        assert batch("in.txt", "-o", "out.jsonl", "--model", "there/is/none", "--retry-errors")[0] == 3, (
+            "a pool is needed"
+        )
         status, _, err = batch("in.txt", "-o", "out.jsonl", "--retry-errors")
         assert (status, "(4 of them from before)" in err) == (0, True)
         results = read_results()

@@ -23,7 +23,7 @@ from fastgpt2.api.client.outcome import Outcome
 from fastgpt2.api.client.session import Session
 from fastgpt2.commands.batch.formats import Format, output_format
 from fastgpt2.commands.batch.lines import Line, mark_of_options
-from fastgpt2.commands.batch.output import FileOutput, Reader, StreamOutput
+from fastgpt2.commands.batch.output import FileOutput, Reader, StreamOutput, is_device
 from fastgpt2.commands.batch.records import LINE_RECORDS, Record, RecordForm
 from fastgpt2.commands.batch.report import Report, one_line
 from fastgpt2.commands.batch.source import Source, peeked, read_ahead
@@ -75,13 +75,19 @@ def run(values: dict[str, Any]) -> int:
         with closing(_open_output(target, kind, mark, values["restart"])) as output:
             lines = _lines(source, reader, output)
             total = source.total(reader)
+            is_done = _is_done(source, reader, output, total, values["retry_errors"])
+            if is_done:  # a pool of the run's own would be started for nothing
+                pool = RunningPool(values["redis_url"])
             try:
                 with (
                     pool,
                     closing(Report(total, sys.stderr.isatty())) as report,
                     closing(Batch(pool, values, reader, output, report, mark)) as batch,
                 ):
-                    batch.run(lines)
+                    if is_done:
+                        batch.keep_all(lines)
+                    else:
+                        batch.run(lines)
                     notes = output.finish(reader)
             except KeyboardInterrupt:
                 print(f"\ninterrupted: {output.where}", file=sys.stderr)
@@ -105,9 +111,8 @@ def _job_fields(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _open_output(target: Path | None, kind: Format, mark: str, restart: bool) -> FileOutput | StreamOutput:
-    is_stream = target is None or (target.exists() and not target.is_file() and not target.is_dir())
     form = _record_form(kind)
-    if is_stream and not kind.is_table and not kind.compression:
+    if (target is None or is_device(target)) and not kind.is_table and not kind.compression:
         return StreamOutput(target, form)
     return FileOutput(target, kind, form, mark, restart)
 
@@ -136,6 +141,17 @@ def _lines(source: Source, reader: Reader, output: FileOutput | StreamOutput) ->
     first = peeked(lines)
     output.journal.check(first)
     return read_ahead(chain(first, lines))
+
+
+def _is_done(
+    source: Source, reader: Reader, output: FileOutput | StreamOutput, total: int | None, retries_errors: bool
+) -> bool:
+    """Tell whether no line is to be run, so that no pool is needed; False if that is not plain."""
+    journal = output.journal
+    if journal is None or not source.is_file or total not in (None, journal.count):
+        return False
+    with closing(source.lines(reader)) as lines:
+        return journal.has_all(lines, with_errors=not retries_errors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +220,15 @@ class Batch:
         for pending in self._again:
             self._leave(pending)
         self._write_first_errors()
+
+    def keep_all(self, lines: Iterator[Line | None]) -> None:
+        """Take the records that all lines have, without the pool; see `_is_done`.
+
+        Raises:
+            FastGPT2Error: a line has none.
+        """
+        if any(self._missing(lines)):
+            raise FastGPT2Error("the input has changed since it was read; run the same command again")
 
     def _look_at_pool(self) -> None:
         if self._form is not LINE_RECORDS:

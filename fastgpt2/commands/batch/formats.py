@@ -204,6 +204,8 @@ def _refuse_other_kinds(name: str, head: bytes, form: Format) -> None:
         if head[1::2].count(b"\0") > half // 2 or head[::2].count(b"\0") > half // 2:
             raise BadRequest(f"{name} is UTF-16; make it UTF-8: iconv -f UTF-16LE -t UTF-8")
         raise BadRequest(f"{name} holds zero bytes, so that it is no {form.name}; give its format with --format")
+    if b"\r" in head.rstrip(b"\r") and b"\n" not in head:
+        raise BadRequest(f"{name} has lines that end with CR alone; let them end with LF: tr '\\r' '\\n' < FILE")
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if form.name in ("jsonl", "openai") and start.startswith(b"["):
         raise BadRequest(f"{name} begins with a JSON array; write an object a line: jq -c '.[]' FILE > FILE.jsonl")

@@ -13,7 +13,7 @@ import os
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import BinaryIO
 
@@ -47,7 +47,8 @@ def open_locked(path: Path, restart: bool) -> BinaryIO:
     except BlockingIOError:
         raise FastGPT2Error(f"{path} is being written by another run; wait for it, or name another file") from None
     except OSError as reason:
-        raise FastGPT2Error(f"{path}: cannot be written ({reason.strerror})") from None
+        hint = "" if path.parent.exists() else f"; make the folder {path.parent} first"
+        raise FastGPT2Error(f"{path}: cannot be written ({reason.strerror}){hint}") from None
     return file
 
 
@@ -162,6 +163,17 @@ class Journal:
             f"{self._name} {what}, so that all lines would be run again; begin anew with --restart, or name another "
             "file with -o"
         )
+
+    def has_all(self, lines: Iterable[Line], with_errors: bool) -> bool:
+        """Tell whether the records are those of all these lines, in their order, so that no line is to be run.
+
+        Args:
+            with_errors: an error is a record, too.
+        """
+        if any(self._failed) and not with_errors:
+            return False
+        pairs = zip_longest((int(line.digest, 16) for line in lines), self._digests)
+        return all(digest == known for digest, known in pairs)
 
     def _is_there(self, digest: int) -> bool:
         if self._first is None:

@@ -38,6 +38,11 @@ JOURNAL_ENDING = ".partial.jsonl"
 REMOVED_ENDING = ".removed.jsonl"
 
 
+def is_device(path: Path | None) -> bool:
+    """Tell whether this is a pipe or a device: what is written there cannot be read again, nor be replaced."""
+    return path is not None and path.exists() and not path.is_file() and not path.is_dir()
+
+
 class Reader(Protocol):
     """What turns the input into lines.
 
@@ -108,7 +113,9 @@ class StreamOutput:
 
 
 class FileOutput:
-    """A file, which is continued if it holds results; or a table on standard output, which is written at the end.
+    """A file, which is continued if it holds results; or a table that a pipe or standard output gets at the end.
+
+    So does a device. What is compressed goes there at the end, too.
 
     Args:
         path: None for standard output.
@@ -129,10 +136,11 @@ class FileOutput:
     def __init__(self, path: Path | None, kind: Format, form: RecordForm, mark: str, restart: bool) -> None:
         self.name = "standard output" if path is None else str(path)
         self.form = form
-        self.is_continued = path is not None
         self._kind = kind
+        self._device = path if is_device(path) else None
         # What a link leads to is written, and not the link.
-        self._path = None if path is None else Path(os.path.realpath(path))
+        self._path = None if path is None or self._device else Path(os.path.realpath(path))
+        self.is_continued = self._path is not None
         self._beside: Path | None = None
         self._is_untouched = False
         if self._path is None:
@@ -184,6 +192,12 @@ class FileOutput:
             FastGPT2Error: that cannot be done; nothing is lost.
         """
         notes = self._put_aside()
+        if self._device is not None:
+            try:
+                write_file(self._device, self._kind, self.journal, reader)
+            except OSError as reason:
+                raise FastGPT2Error(f"{self.name}: cannot be written ({reason.strerror})") from None
+            return notes
         if self._path is None:
             write_stream(sys.stdout.buffer, self._kind, self.journal, reader)
             return notes

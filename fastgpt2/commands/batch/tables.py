@@ -158,6 +158,9 @@ class CSVReader:
             except csv.Error as reason:
                 if "unexpected end" in str(reason) or "field limit" in str(reason):
                     raise FastGPT2Error(f"line {number}: a quote begins a value that does not end; close it") from None
+                if "new-line character" in str(reason):
+                    yield number, BadRequest("a value holds a CR, a line end; such a value must stand in quotes")
+                    continue
                 yield number, BadRequest(f"the row is malformed ({reason}); a quote within quotes is written twice")
             else:
                 if values:
