@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from fastgpt2.errors import BadRequest
-from fastgpt2.fields import is_same, plain
+from fastgpt2.fields import is_listed, is_same, plain
 
 SHOWN_CHARACTERS = 100
 
@@ -224,12 +224,18 @@ def find_unknown(given: Mapping[str, Any], known: Collection[str]) -> str | None
 
 
 def _is_left_out(name: str, value: Any) -> bool:
-    return value is None or (name in _LEFT_OUT_IF_EMPTY and any(is_same(value, empty) for empty in _EMPTY))
+    return value is None or (name in _LEFT_OUT_IF_EMPTY and any(is_same(_own(value), empty) for empty in _EMPTY))
+
+
+def _own(value: Any) -> Any:
+    """Return a value as Python's own, and what holds nothing, a tuple or an array, as the empty list."""
+    found = plain(value)
+    return [] if is_listed(found) and not len(found) else found
 
 
 def is_neutral(name: str, given: Mapping[str, Any]) -> bool:
     """Tell whether a field of a request asks for nothing that is not done in any case."""
-    value = plain(given[name])
+    value = _own(given[name])
     if value is None or any(_stands_for(one, value) for one in _NEUTRAL_VALUES.get(name, ())):
         return True
     if name in _SHAPED_BY:
