@@ -204,6 +204,7 @@ JSON_OF_NO_TYPE = {"type": "json", "value": {"type": "x"}}
         ({"inputs": "a", "parameters": {"top_n_tokens": 99}}, "top_n_tokens must be between 0 and 20, not 99"),
         ({"inputs": "a", "more": 1}, "unknown field 'more'"),
         ({"inputs": "a", "max_new_tokens": 3}, "unknown field 'max_new_tokens' beside inputs; it goes into parameters"),
+        ({"inputs": "a", "parameters": {"stream": True}}, "unknown field 'stream' in parameters; /generate_stream"),
         ({"inputs": "a", "details": True}, "unknown field 'details' beside inputs; it goes into parameters"),
     ],
 )

@@ -39,7 +39,7 @@ _FIELDS = ("inputs", "parameters", "stream")
 # The fields of a job that are not to be had here, and what to do instead.
 MISPLACED = {
     "prompt": "; the prompt goes into inputs",
-    "stream": "",
+    "stream": "; /generate_stream gives a stream, and POST / does with stream beside inputs",
     "stream_usage": "",
     "n": "; the best of several texts is given: ask for best_of, or have all of them from /v1/completions",
 }
