@@ -36,7 +36,7 @@ _NEUTRAL: tuple[tuple[tuple[Any, ...], tuple[str, ...]], ...] = (
         "renormalize_logits",
         "parallel_tool_calls", "cache_prompt", "use_cache", "spaces_between_special_tokens", "include_reasoning",
         "return_text_in_logprobs", "disable_compile", "low_memory", "separate_reasoning", "stream_reasoning",
-        "return_mm_kwargs",
+        "return_mm_kwargs", "disable_fallback",
         # Whether a template stands around the prompt: there is none.
         "raw",
     )),
@@ -106,7 +106,7 @@ for _values, _names in _NEUTRAL:
 
 # Fields that some ways in know and check, and others do not know: what is empty asks for nothing in any of them.
 _LEFT_OUT_IF_EMPTY = frozenset(
-    {"adapter_id", "grammar", "guided_grammar", "guided_whitespace_pattern", "structural_tag"}
+    {"adapter_id", "grammar", "guided_grammar", "guided_whitespace_pattern", "structural_tag", "whitespace_pattern"}
 )
 
 # Objects that ask for nothing if each of their parts asks for nothing.

@@ -72,10 +72,9 @@ def _check_prompts(name: str, value: Any) -> list[str | list[int]]:
 def _check_stream_options(name: str, value: Any) -> dict[str, bool]:
     if not isinstance(value, dict):
         raise BadRequest(f'{name} must be an object, {{"include_usage": true}}, not {described(value)}')
-    for key in value:
-        if key not in _STREAM_FLAGS:
-            raise BadRequest(f"{name} has an unknown part {key[:100]!r}; known are {', '.join(_STREAM_FLAGS)}")
-    return {key: flag().check(f"{name}.{key}", part) for key, part in value.items() if part is not None}
+    if (unknown := find_unknown(value, _STREAM_FLAGS)) is not None:
+        raise BadRequest(f"{name} has an unknown part {unknown[:100]!r}; known are {', '.join(_STREAM_FLAGS)}")
+    return {key: flag().check(f"{name}.{key}", part) for key, part in take_known(value, _STREAM_FLAGS).items()}
 
 
 _TEXT = {"type": "string"}
