@@ -12,12 +12,14 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from fastgpt2.errors import BadRequest
-from fastgpt2.fields import is_same, plain
+from fastgpt2.fields import is_listed, is_same, plain
 
 SHOWN_CHARACTERS = 100
 
 # How alike two names must be, by difflib's ratio: "max_tokens" and "max_new_tokens" are by 0.83.
 _LIKENESS = 0.8
+
+_EMPTY: tuple[Any, ...] = ("", [], {})
 
 # The values of fields that ask for nothing. A type stands for all its values: a name for somebody's log, or what makes
 # no difference to a text. Null asks for nothing in any field. A field may stand in several rows.
@@ -33,11 +35,16 @@ _NEUTRAL: tuple[tuple[tuple[Any, ...], tuple[str, ...]], ...] = (
         # It adds the same number to all scores, which changes no draw.
         "renormalize_logits",
         "parallel_tool_calls", "cache_prompt", "use_cache", "spaces_between_special_tokens", "include_reasoning",
-        "return_text_in_logprobs", "disable_compile", "low_memory",
+        "return_text_in_logprobs", "disable_compile", "low_memory", "separate_reasoning", "stream_reasoning",
+        "return_mm_kwargs", "disable_fallback",
+        # Whether a template stands around the prompt: there is none.
+        "raw",
     )),
     # There is no padding that would stand in a text.
     ((int,), ("pad_token_id", "keep_alive")),
-    ((True,), ("skip_special_tokens", "add_special_tokens", "add_bos_token", "detokenize", "return_text", "raw")),
+    # Guesses make a text quicker, and no other.
+    ((int, float), ("speculative.n_max", "speculative.n_min", "speculative.p_min")),
+    ((True,), ("skip_special_tokens", "add_special_tokens", "add_bos_token", "detokenize", "return_text")),
     ((False,), (
         "stream", "echo", "use_beam_search", "early_stopping", "watermark", "watermarking", "do_sample", "ignore_eos",
         "include_stop_str_in_output", "no_stop_trim", "return_full_text", "details", "decoder_input_details",
@@ -47,7 +54,7 @@ _NEUTRAL: tuple[tuple[tuple[Any, ...], tuple[str, ...]], ...] = (
         "output_hidden_states", "output_scores", "output_logits", "flat_logprobs", "post_sampling_probs",
         "timings_per_token", "remove_invalid_values", "token_healing", "is_assistant", "temperature_last",
         "dynamic_temperature", "ban_eos_token", "auto_max_new_tokens", "think", "truncation", "guided_json_object",
-        "skip_reading_prefix_cache",
+        "skip_reading_prefix_cache", "return_weight_versions",
     )),
     ((0,), (
         "presence_penalty", "frequency_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_tokens",
@@ -65,10 +72,10 @@ _NEUTRAL: tuple[tuple[tuple[Any, ...], tuple[str, ...]], ...] = (
     )),
     # llama.cpp's and SGLang's "all", "none" or "no limit".
     ((-1,), (
-        "top_k", "top_n_sigma", "repeat_last_n", "id_slot", "slot_id", "logprob_start_len", "thinking_token_budget",
-        "t_max_prompt_ms", "t_max_predict_ms",
+        "top_k", "top_n_sigma", "repeat_last_n", "n_keep", "num_keep", "id_slot", "slot_id", "logprob_start_len",
+        "thinking_token_budget", "t_max_prompt_ms", "t_max_predict_ms",
     )),
-    (("", [], {}), (
+    (_EMPTY, (
         "suffix", "prefix", "stop", "stop_sequence", "stop_sequences", "stop_strings", "stop_regex", "bad_words",
         "bad_words_ids", "banned_strings", "custom_token_bans", "suppress_tokens", "begin_suppress_tokens",
         "force_words_ids", "logit_bias", "sequence_bias", "logits_processor", "logits_processors", "negative_prompt",
@@ -78,7 +85,7 @@ _NEUTRAL: tuple[tuple[tuple[Any, ...], tuple[str, ...]], ...] = (
         "response_fields", "stream_options", "options", "model_kwargs", "generate_kwargs", "chat_template_kwargs",
         "mm_processor_kwargs", "extra_body", "extra_headers", "extra_query", "extra_args", "vllm_xargs", "nvext",
         "kv_transfer_params", "ec_transfer_params", "session_params", "custom_params", "provider", "models",
-        "transforms", "plugins", "stop_token_ids",
+        "transforms", "plugins", "stop_token_ids", "guided_whitespace_pattern", "adapter_id",
     )),
     (("auto", "default"), ("service_tier",)),
     (("none", "auto"), ("tool_choice", "function_call")),
@@ -87,6 +94,7 @@ _NEUTRAL: tuple[tuple[tuple[Any, ...], tuple[str, ...]], ...] = (
     (("medium",), ("verbosity",)),
     (("in_memory", "in-memory"), ("prompt_cache_retention",)),
     (("left",), ("truncation_side",)),
+    (("tensors", "none"), ("mm_payload",)),
     (("normal",), ("priority",)),
     (("error",), ("context_length_exceeded_behavior",)),
     (({"type": "text"},), ("response_format",)),
@@ -95,6 +103,11 @@ _NEUTRAL_VALUES: dict[str, list[Any]] = {}
 for _values, _names in _NEUTRAL:
     for _name in _names:
         _NEUTRAL_VALUES.setdefault(_name, []).extend(_values)
+
+# Fields that some ways in know and check, and others do not know: what is empty asks for nothing in any of them.
+_LEFT_OUT_IF_EMPTY = frozenset(
+    {"adapter_id", "grammar", "guided_grammar", "guided_whitespace_pattern", "structural_tag", "whitespace_pattern"}
+)
 
 # Objects that ask for nothing if each of their parts asks for nothing.
 _NEUTRAL_PARTS: dict[str, dict[str, type]] = {
@@ -190,27 +203,39 @@ _OTHER_NAMES = {
     "top_n_tokens": "logprobs",
 }
 
+# Fields of a job that have another name in OpenAI's API and vLLM's, and so in /v1/completions.
+OPENAI_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
+
 
 def take_known(given: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
     """Return the fields of a request that are known and ask for something; null stands for a default.
 
     Raises:
-        BadRequest: as `refuse_unknown`.
+        BadRequest: a field is not known and asks for something; see `sentence_for`.
     """
-    refuse_unknown(given, known)
-    return {name: value for name, value in given.items() if name in known and value is not None}
+    if (unknown := find_unknown(given, known)) is not None:
+        raise BadRequest(sentence_for(unknown, known))
+    return {name: value for name, value in given.items() if name in known and not _is_left_out(name, value)}
 
 
-def refuse_unknown(given: Mapping[str, Any], known: Collection[str]) -> None:
-    """Raise BadRequest if a field is not known and asks for something; see `sentence_for`."""
-    for name in given:
-        if name not in known and not is_neutral(name, given):
-            raise BadRequest(sentence_for(name, known))
+def find_unknown(given: Mapping[str, Any], known: Collection[str]) -> str | None:
+    """Return the first field of a request that is not known and asks for something; None if there is none."""
+    return next((name for name in given if name not in known and not is_neutral(name, given)), None)
+
+
+def _is_left_out(name: str, value: Any) -> bool:
+    return value is None or (name in _LEFT_OUT_IF_EMPTY and any(is_same(_own(value), empty) for empty in _EMPTY))
+
+
+def _own(value: Any) -> Any:
+    """Return a value as Python's own, and what holds nothing, a tuple or an array, as the empty list."""
+    found = plain(value)
+    return [] if is_listed(found) and not len(found) else found
 
 
 def is_neutral(name: str, given: Mapping[str, Any]) -> bool:
     """Tell whether a field of a request asks for nothing that is not done in any case."""
-    value = plain(given[name])
+    value = _own(given[name])
     if value is None or any(_stands_for(one, value) for one in _NEUTRAL_VALUES.get(name, ())):
         return True
     if name in _SHAPED_BY:
@@ -237,7 +262,8 @@ def sentence_for(name: object, known: Collection[str]) -> str:
     shown = str(name)[:SHOWN_CHARACTERS]
     if shown in _REASONS:
         return f"{shown} is refused: {_REASONS[shown]}"
-    if (other := _OTHER_NAMES.get(shown)) in known:
+    other = _OTHER_NAMES.get(shown, "")
+    if (other := other if other in known else OPENAI_NAMES.get(other, "")) in known:
         return f"unknown field {shown!r}; {other} may be meant; known are {', '.join(known)}"
     if shown in _NEUTRAL_VALUES:
         values = dict.fromkeys(map(_in_words, _NEUTRAL_VALUES[shown]))
@@ -249,14 +275,14 @@ def sentence_for(name: object, known: Collection[str]) -> str:
     return f"unknown field {shown!r}{hint}; known are {', '.join(known)}"
 
 
-_WORDS_FOR_TYPES = {str: "a string", int: "a whole number", bool: "true or false", dict: "an object"}
+_WORDS_FOR_TYPES = {str: "a string", int: "a whole number", float: "a number", bool: "true or false", dict: "an object"}
 
 
 def _in_words(value: Any) -> str:
     """Return a neutral value for a message, as JSON has it."""
     if isinstance(value, type):
         return _WORDS_FOR_TYPES[value]
-    if value in ("", [], {}):
+    if value in _EMPTY:
         return "empty"
     import json
 

@@ -83,6 +83,14 @@ def test_another_apis_name_is_explained_only_where_the_field_is_known() -> None:
     assert sentence_for("n_predict", ("inputs",)) == "unknown field 'n_predict'; known are inputs"
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"), [("n_predict", "max_tokens"), ("max_length", "max_tokens"), ("min_length", "min_tokens")]
+)
+def test_completions_name_what_is_meant_as_openai_does(name: str, meant: str) -> None:
+    with pytest.raises(BadRequest, match=f"unknown field '{name}'; {meant} may be meant"):
+        parse_completion({"prompt": "a", name: 5})
+
+
 def test_of_a_name_of_any_length_only_its_beginning_is_compared() -> None:
     said = sentence_for("temperature" * 10_000_000, KNOWN)
     assert len(said) < SHOWN_CHARACTERS + 1000
@@ -107,7 +115,8 @@ VLLM: dict[str, Any] = {
     "ec_transfer_params": None, "logprob_token_ids": None, "cache_salt": None, "repetition_detection": None,
     "thinking_token_budget": -1, "stream_interval": 1, "watermarking": False, "logits_processors": [],
     "mm_processor_kwargs": None, "routed_experts_prompt_start": 0, "repetition_penalty": 1.0, "top_k": -1, "min_p": 0.0,
-    "flat_logprobs": False, "extra_args": {},
+    "flat_logprobs": False, "extra_args": {}, "return_weight_versions": False, "mm_payload": "tensors",
+    "return_mm_kwargs": False,
 }  # fmt: skip
 SGLANG: dict[str, Any] = {
     "return_hidden_states": False, "return_routed_experts": False, "return_cached_tokens_details": False,
@@ -115,6 +124,7 @@ SGLANG: dict[str, Any] = {
     "custom_params": {}, "custom_logit_processor": None, "custom_labels": {"a": "b"}, "bootstrap_host": None,
     "routed_dp_rank": None, "data_parallel_rank": None, "extra_key": None, "return_logprob": False,
     "logprob_start_len": -1, "top_logprobs_num": 0, "images_config": None,
+    "separate_reasoning": True, "stream_reasoning": True,
 }  # fmt: skip
 TRANSFORMERS: dict[str, Any] = {
     "num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "diversity_penalty": 0.0, "penalty_alpha": 0,
@@ -140,6 +150,7 @@ LLAMA_CPP: dict[str, Any] = {
     "dry_multiplier": 0.0, "dry_base": 1.75, "dry_allowed_length": 2, "dry_penalty_last_n": -1,
     "dry_sequence_breakers": ["\\n", ":"], "samplers": [], "timings_per_token": False, "return_tokens": False,
     "post_sampling_probs": False, "response_fields": [], "t_max_predict_ms": 0, "lora": [], "image_data": [],
+    "speculative.n_max": 16, "speculative.n_min": 0, "speculative.p_min": 0.75,
 }  # fmt: skip
 OTHERS: dict[str, Any] = {
     "keep_alive": "5m", "raw": True, "think": False, "images": [], "format": "", "system": "", "template": "",
@@ -149,6 +160,14 @@ OTHERS: dict[str, Any] = {
     "add_bos_token": True, "truncation_length": 0, "negative_prompt": "", "unheard_of": None,
 }  # fmt: skip
 NEUTRAL = {**OPENAI, **VLLM, **SGLANG, **TRANSFORMERS, **TGI, **LLAMA_CPP, **OTHERS}
+
+# Further values that ask for nothing, of fields that stand above or are known in some places only.
+ALSO_NEUTRAL: list[dict[str, Any]] = [
+    {"grammar": ""}, {"grammar": {}}, {"guided_grammar": ""}, {"structural_tag": ""}, {"guided_whitespace_pattern": ""},
+    {"adapter_id": ""}, {"raw": False}, {"n_keep": -1}, {"num_keep": -1}, {"mm_payload": "none"},
+    {"service_tier": "default"}, {"thinking_token_budget": 0}, {"priority": "normal"}, {"priority": 0.0},
+    {"stream_options": {"include_usage": False}}, {"keep_alive": 300},
+]  # fmt: skip
 
 # What asks for something that is not done; a few pairs need each other.
 REFUSED: list[dict[str, Any]] = [
@@ -186,6 +205,8 @@ def test_what_asks_for_nothing_is_taken(way: str) -> None:
     for name, value in NEUTRAL.items():
         assert name in KNOWN or read({name: value}) == plain, name
     read(NEUTRAL)
+    for fields in (*ALSO_NEUTRAL, {"tools": ()}, {"logits_processors": np.array([])}):
+        assert read(fields) == plain, fields
 
 
 @pytest.mark.parametrize("way", WAYS_IN)

@@ -102,7 +102,10 @@ def _unpickle(data: bytes, most_opcodes: int) -> Any:
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(data), 1):
             if opcode.name not in _PLAIN_OPCODES:
-                raise ValueError(f"a pickle of more than plain values (it has the opcode {opcode.name})")
+                raise ValueError(
+                    f"a pickle of more than plain values (it has the opcode {opcode.name}): plain are Python's own "
+                    "numbers, strings, lists and dicts"
+                )
             if count > most_opcodes:
                 raise ValueError(f"a pickle of more than {most_opcodes} opcodes")
             if opcode.name == "LONG_BINPUT" and (argument is None or argument > count):

@@ -53,6 +53,8 @@ def test_nothing_is_drawn_unasked_and_null_is_a_default() -> None:
         ({"regex": "a+"}, "regex", "a+"),
         ({"guided_regex": "a+"}, "regex", "a+"),
         ({"structured_outputs": {"regex": "a+", "disable_any_whitespace": False}}, "regex", "a+"),
+        ({"structured_outputs": {"regex": "a+", "disable_fallback": False, "_backend": None}}, "regex", "a+"),
+        ({"structured_outputs": {"regex": "a+", "grammar": "", "whitespace_pattern": ""}}, "regex", "a+"),
         ({"json_schema": SCHEMA}, "json_schema", SCHEMA),
         ({"guided_json": SCHEMA}, "json_schema", SCHEMA),
         ({"guided_json": json.dumps(SCHEMA)}, "json_schema", SCHEMA),

@@ -203,6 +203,9 @@ JSON_OF_NO_TYPE = {"type": "json", "value": {"type": "x"}}
         ({"inputs": "a", "parameters": {"details": 1}}, "details must be true or false"),
         ({"inputs": "a", "parameters": {"top_n_tokens": 99}}, "top_n_tokens must be between 0 and 20, not 99"),
         ({"inputs": "a", "more": 1}, "unknown field 'more'"),
+        ({"inputs": "a", "max_new_tokens": 3}, "unknown field 'max_new_tokens' beside inputs; it goes into parameters"),
+        ({"inputs": "a", "parameters": {"stream": True}}, "unknown field 'stream' in parameters; /generate_stream"),
+        ({"inputs": "a", "details": True}, "unknown field 'details' beside inputs; it goes into parameters"),
     ],
 )
 def test_what_cannot_be_done_is_refused(system: System, path: str, body: Any, message: str) -> None:
@@ -210,6 +213,19 @@ def test_what_cannot_be_done_is_refused(system: System, path: str, body: Any, me
     assert got.status_code == 400
     assert message in got.json()["error"]
     assert got.json()["error_type"] == "validation"
+
+
+def test_a_stream_is_asked_of_the_routes_that_give_one(system: System) -> None:
+    got = post(system, "/generate", {"inputs": "a", "stream": True})
+    assert (got.status_code, got.json()["error_type"]) == (400, "validation")
+    assert "ask /generate_stream" in got.json()["error"]
+    parameters = {"max_new_tokens": 2}
+    for stream in (None, False, True):
+        asked = {"inputs": "a", "parameters": parameters, "stream": stream}
+        assert len(events(post(system, "/generate_stream", asked))) == 2
+    for stream in (None, False):
+        asked = {"inputs": "a", "parameters": parameters, "stream": stream}
+        assert post(system, "/generate", asked).json().keys() == {"generated_text"}
 
 
 def test_a_worker_refuses_before_the_stream_begins(system: System) -> None:

@@ -27,7 +27,7 @@ from fastgpt2.engine.decoding.records import (
 )
 from fastgpt2.errors import BadRequest, FastGPT2Error
 from fastgpt2.fields import Field, check_fields, described, fields_of, flag, only, optional, refusal, text
-from fastgpt2.foreign_fields import SHOWN_CHARACTERS, is_neutral, sentence_for
+from fastgpt2.foreign_fields import OPENAI_NAMES, SHOWN_CHARACTERS, find_unknown, sentence_for, take_known
 from fastgpt2.protocol.keys import PriorityField
 
 # OpenAI's own.
@@ -40,9 +40,6 @@ MAX_TEXTS_OF_A_REQUEST = 1024
 
 # An hour is enough: the answer goes out at once.
 RESULT_TTL_SECONDS = 3600
-
-# Our fields by the names that this API has for them.
-_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
 
 # Other APIs' fields that say which form a text is to have.
 _THEIR_GUIDES = (
@@ -75,10 +72,9 @@ def _check_prompts(name: str, value: Any) -> list[str | list[int]]:
 def _check_stream_options(name: str, value: Any) -> dict[str, bool]:
     if not isinstance(value, dict):
         raise BadRequest(f'{name} must be an object, {{"include_usage": true}}, not {described(value)}')
-    for key in value:
-        if key not in _STREAM_FLAGS:
-            raise BadRequest(f"{name} has an unknown part {key[:100]!r}; known are {', '.join(_STREAM_FLAGS)}")
-    return {key: flag().check(f"{name}.{key}", part) for key, part in value.items() if part is not None}
+    if (unknown := find_unknown(value, _STREAM_FLAGS)) is not None:
+        raise BadRequest(f"{name} has an unknown part {unknown[:100]!r}; known are {', '.join(_STREAM_FLAGS)}")
+    return {key: flag().check(f"{name}.{key}", part) for key, part in take_known(value, _STREAM_FLAGS).items()}
 
 
 _TEXT = {"type": "string"}
@@ -193,7 +189,7 @@ class CompletionRequest(TextOptions):
         # The log probabilities of a prompt come with the result only, and they must come first.
         streams = self.stream and self.prompt_logprobs is None
         fields = {
-            **{name: getattr(self, _NAMES.get(name, name)) for name in known},
+            **{name: getattr(self, OPENAI_NAMES.get(name, name)) for name in known},
             **self.guide()[1],
             "stream": streams,
             "stream_usage": streams and self.continues_usage,
@@ -224,10 +220,9 @@ def parse_completion(body: Mapping[str, Any]) -> Completion:
         BadRequest: a field is unknown, of a wrong type, out of bounds, or asks for what there is not.
     """
     known = fields_of(CompletionRequest)
-    for name in body:
-        if name not in known and not is_neutral(name, body):
-            raise BadField(name[:SHOWN_CHARACTERS], sentence_for(name, sorted(known)))
-    given = {name: value for name, value in body.items() if name in known and value is not None}
+    if (unknown := find_unknown(body, known)) is not None:
+        raise BadField(unknown[:SHOWN_CHARACTERS], sentence_for(unknown, sorted(known)))
+    given = take_known(body, known)
     try:
         request = CompletionRequest(**given)
         return Completion(request, request.plans(), sorted(given.items(), key=lambda pair: pair[0]))
@@ -243,7 +238,7 @@ def translate_error(error: FastGPT2Error, request: CompletionRequest | None = No
     """
     if not isinstance(error, BadRequest):
         return error
-    renamed = rename_fields(error, _NAMES)
+    renamed = rename_fields(error, OPENAI_NAMES)
     if type(renamed) is not BadRequest:
         return renamed
     message = str(renamed) if request is None else guides.name_as_given(str(renamed), *request.guide())

@@ -25,7 +25,7 @@ from fastgpt2.engine.decoding.options import ChoiceIndex, Seed, Share, Temperatu
 from fastgpt2.engine.decoding.records import Count, GenerationResult, KeptTokens, Logprobs, TokenLogprob, mean_logprob
 from fastgpt2.errors import BadRequest
 from fastgpt2.fields import check_fields, fields_of, flag, only, refusal
-from fastgpt2.foreign_fields import is_neutral, take_known
+from fastgpt2.foreign_fields import find_unknown, is_neutral, take_known
 from fastgpt2.protocol.messages import Piece, TokenObject, logprobs_to_json
 
 EXAMPLE = '{"inputs": "a prompt"}'
@@ -34,10 +34,12 @@ RESULT_TTL_SECONDS = 3600
 # By this name alone, workers of earlier releases tell that a token is special.
 END_OF_TEXT = "<|endoftext|>"
 
+_FIELDS = ("inputs", "parameters", "stream")
+
 # The fields of a job that are not to be had here, and what to do instead.
 MISPLACED = {
     "prompt": "; the prompt goes into inputs",
-    "stream": "",
+    "stream": "; /generate_stream gives a stream, and POST / does with stream beside inputs",
     "stream_usage": "",
     "n": "; the best of several texts is given: ask for best_of, or have all of them from /v1/completions",
 }
@@ -223,13 +225,19 @@ def _parse(body: Mapping[str, Any], listed: bool, stream: bool) -> Generation:
     Raises:
         BadRequest: a field is unknown, of a wrong type, out of bounds, or asks for what there is not.
     """
-    given = take_known(body, ("inputs", "parameters", "stream") if listed or stream else ("inputs", "parameters"))
+    misplaced = find_unknown(body, _FIELDS)
+    if misplaced in PARAMETERS:
+        raise BadRequest(f"unknown field {misplaced!r} beside inputs; it goes into parameters")
+    given = take_known(body, _FIELDS)
     parameters = given.get("parameters", {})
     if not isinstance(parameters, dict):
         raise refusal("parameters", "an object", parameters, of_type=True)
     if "inputs" not in body:
         raise BadRequest(f"inputs is missing: send {EXAMPLE}")
-    stream = flag().check("stream", given.get("stream", False)) or stream
+    if flag().check("stream", given.get("stream", False)) and not stream:
+        if not listed:
+            raise BadRequest("stream is true, and this route gives no stream: ask /generate_stream, or leave it out")
+        stream = True
     for name, hint in MISPLACED.items():
         if name in parameters and not is_neutral(name, parameters):
             raise BadRequest(f"unknown field {name!r} in parameters{hint}")

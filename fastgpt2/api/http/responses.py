@@ -157,6 +157,9 @@ _OF_ROUTING = {
 # are by 0.89.
 _LIKENESS = 0.8
 
+# The ends of paths at which other APIs chat, and which are not like that of the route that continues a text here.
+_CHATS = ("/responses", "/messages", "/chat")
+
 # Characters that end a line where Python splits one, and which JSON may hold as they are. httpx, and so
 # huggingface_hub, splits streams by them, and would take one event for two.
 _LINE_ENDS = {character: f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"}
@@ -248,6 +251,8 @@ def _hint(request: Request, error: HTTPException) -> str:
     if error.status_code == 405:
         methods = (error.headers or {}).get("Allow", "").split(", ")
         return f"; this route takes {', '.join(sorted(methods))}"
+    if request.url.path.endswith(_CHATS):
+        return "; /v1/completions may be meant"
     known = [route.path for route in request.app.routes if isinstance(route, Route) and "{" not in route.path]
     from difflib import get_close_matches
 
