@@ -125,10 +125,19 @@ def test_so_is_what_is_wrong_for_every_prompt(call: Callable[..., Any]) -> None:
         ({"num_beams": 4}, "num_beams is refused"),
         ({"max_new_tokens": -1}, "max_new_tokens must be"),
         ({"session": 1}, "unknown field 'session'"),
+        ({"inflight": 8}, "unknown field 'inflight'; in_flight may be meant; known are .*, priority, .*, progress$"),
     ):
         with pytest.raises(BadRequest, match=words) as caught:
             call(["a"], **fields)
         assert caught.value.index is None
+
+
+def test_a_misspelt_field_of_the_job_is_named() -> None:
+    wrong: Any = {"priorty": "low"}
+    for prompt in ("a", {"prompt": "a", **wrong}, GenerationRequest("a")):
+        fields = {} if isinstance(prompt, dict) else wrong
+        with pytest.raises(BadRequest, match="unknown field 'priorty'; priority may be meant; known are max_new_tok"):
+            Client(NOWHERE).enqueue(prompt, **fields)
 
 
 def test_only_the_client_for_asyncio_reads_asynchronously() -> None:
