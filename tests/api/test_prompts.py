@@ -230,6 +230,13 @@ class TestErrors:
         for error in asyncio.run(read())[1:]:
             self.assert_named(error, "map")
 
+    def test_a_text_that_is_missing_at_the_beginning_is_an_error_of_its_own(self, client: Client) -> None:
+        """A column of pandas has NaN there, which is a number."""
+        column: Any = np.array([float("nan"), "a"], object)
+        error = next(client.map(column, return_exceptions=True))
+        assert isinstance(error, BadRequest)
+        assert (error.index, str(error)) == (0, "prompt must be a string or a list of token ids, not nan")
+
     def test_prompts_that_break_off(self, client: Client, redis_server: Any) -> None:
         """What an asynchronous iterable raises comes out, and it is read no further when the run ends."""
         given: list[str] = []
