@@ -187,17 +187,21 @@ def test_prompts_of_every_kind(client: Client, start_worker: StartWorker, redis_
 class TestErrors:
     PROMPTS: tuple[Any, ...] = (
         "a", {"prompt": "Bad " * 20, "num_beams": 2}, "the " * 600, {"max_new_tokens": 3}, [1, "x"], 2.5,
-        {"prompt": "b", 3: 4}, GenerationRequest("c", 500), [1] * 600,
+        {"prompt": "b", 3: 4}, GenerationRequest("c", 500), [1] * 600, Table(prompt=Table()), (1, Table()),
+        float("nan"),
     )  # fmt: skip
     NOTES = (
         (1, BadRequest, f"'{('Bad ' * 20)[:60]}...'"),
         (2, PromptTooLong, f"'{('the ' * 600)[:60]}...'"),
-        (3, BadRequest, "None"),
+        (3, BadRequest, "a mapping of 'max_new_tokens'"),
         (4, BadRequest, "[1, 'x']"),
         (5, BadRequest, "2.5"),
         (6, BadRequest, "'b'"),
         (7, JobTimedOut, "'c'"),
         (8, PromptTooLong, f"[{', '.join('1' * 12)}, ...]"),
+        (9, BadRequest, "of the type Table"),
+        (10, BadRequest, "[1, of the type Table]"),
+        (11, BadRequest, "nan"),
     )
 
     def assert_named(self, error: Any, call: str) -> None:
@@ -212,7 +216,7 @@ class TestErrors:
         fields: Any = {"return_exceptions": True, "timeout": 0.001}
         found = list(client.map(self.PROMPTS, **fields))[1:]
         later = sorted(client.as_completed(self.PROMPTS, **fields), key=lambda end: end[0])[1:]
-        assert [error.index for error in found if isinstance(error, FastGPT2Error)] == list(range(1, 9))
+        assert [error.index for error in found if isinstance(error, FastGPT2Error)] == list(range(1, 12))
         for error in found:
             self.assert_named(error, "map")
         for number, error in later:
