@@ -6,6 +6,7 @@ A message names the thing, the limit and the remedy, so that it can be shown to 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import islice
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,9 +16,10 @@ if TYPE_CHECKING:
     from fastgpt2.engine.decoding.records import GenerationResult
 
 
-# How much of a prompt a note shows: characters of a text, or token ids.
+# How much of a prompt a note shows: characters of a text, token ids, or names of fields if it has no prompt.
 SHOWN_CHARACTERS = 60
 SHOWN_TOKEN_IDS = 12
+SHOWN_FIELDS = 5
 
 
 class FastGPT2Error(Exception):
@@ -53,13 +55,26 @@ def _made(kind: type[FastGPT2Error], args: tuple[Any, ...]) -> FastGPT2Error:
 
 def _beginning(prompt: object) -> str:
     """Return the beginning of a prompt: a text or token ids, alone or in the mapping or request that was given."""
-    prompt = prompt.get("prompt") if isinstance(prompt, Mapping) else getattr(prompt, "prompt", prompt)
-    if isinstance(prompt, str):
-        return repr(str(prompt[:SHOWN_CHARACTERS]) + ("..." if len(prompt) > SHOWN_CHARACTERS else ""))
+    if isinstance(prompt, Mapping):
+        if "prompt" not in prompt:
+            names = [_shown(name) for name in islice(prompt, SHOWN_FIELDS)]
+            return f"a mapping of {', '.join(names) or 'nothing'}{', ...' if len(prompt) > SHOWN_FIELDS else ''}"
+        prompt = prompt["prompt"]
+    elif isinstance(inner := getattr(prompt, "prompt", None), str | list | tuple):
+        prompt = inner
     if isinstance(prompt, list | tuple):
-        shown = [repr(token_id)[:SHOWN_CHARACTERS] for token_id in prompt[:SHOWN_TOKEN_IDS]]
+        shown = [_shown(token_id) for token_id in prompt[:SHOWN_TOKEN_IDS]]
         return f"[{', '.join(shown)}{', ...' if len(prompt) > SHOWN_TOKEN_IDS else ''}]"
-    return repr(prompt) if isinstance(prompt, int | float | None) else f"of the type {type(prompt).__name__}"
+    return _shown(prompt)
+
+
+def _shown(value: object) -> str:
+    """Return a text's beginning or a number as it is written; of all else, whose `repr` may be long, the type."""
+    if isinstance(value, str):
+        return repr(str(value[:SHOWN_CHARACTERS]) + ("..." if len(value) > SHOWN_CHARACTERS else ""))
+    if isinstance(value, int | float | None):
+        return repr(value)[:SHOWN_CHARACTERS]
+    return f"of the type {type(value).__name__}"
 
 
 class BadRequest(FastGPT2Error, ValueError):

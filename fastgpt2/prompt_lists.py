@@ -46,7 +46,8 @@ def is_token_ids(value: Any) -> bool:
     """Tell whether this is a list of numbers, or what another library has for one, as one prompt's token ids are."""
     if isinstance(value, type) or not is_listed(value):
         return False
-    return isinstance(plain(next(iter(value), None)), int | float)
+    first = plain(next(iter(value), None))
+    return isinstance(first, int | float) and first == first  # pandas' columns have NaN where a text is missing
 
 
 def _remedy(prompts: Any) -> str | None:

@@ -90,6 +90,22 @@ def test_many_wait_in_one_loop(use: Use, start_worker: StartWorker) -> None:
     use(body)
 
 
+def test_one_event_loop_after_the_other(redis_server: RedisServer, queue_name: str, start_worker: StartWorker) -> None:
+    """A program may keep its client, and call `asyncio.run` again and again."""
+    start_worker()
+    other = AsyncClient(redis_server.url, queue_name)
+
+    async def body() -> list[str]:
+        job = await other.enqueue("a", max_new_tokens=1)
+        return [(await job.result(30)).text, *[one.text async for one in other.map(["a", "a"], max_new_tokens=1)]]
+
+    first = asyncio.run(body())
+    assert len(set(first)) == 1
+    for _ in range(2):
+        assert asyncio.run(body()) == first
+    asyncio.run(other.aclose())
+
+
 def test_refusals_and_errors(use: Use, redis_server: RedisServer, queue_name: str) -> None:
     async def body(client: AsyncClient) -> None:
         with pytest.raises(BadRequest, match="max_new_tokens must be"):

@@ -125,10 +125,19 @@ def test_so_is_what_is_wrong_for_every_prompt(call: Callable[..., Any]) -> None:
         ({"num_beams": 4}, "num_beams is refused"),
         ({"max_new_tokens": -1}, "max_new_tokens must be"),
         ({"session": 1}, "unknown field 'session'"),
+        ({"inflight": 8}, "unknown field 'inflight'; in_flight may be meant; known are .*, priority, .*, progress$"),
     ):
         with pytest.raises(BadRequest, match=words) as caught:
             call(["a"], **fields)
         assert caught.value.index is None
+
+
+def test_a_misspelt_field_of_the_job_is_named() -> None:
+    wrong: Any = {"priorty": "low"}
+    for prompt in ("a", {"prompt": "a", **wrong}, GenerationRequest("a")):
+        fields = {} if isinstance(prompt, dict) else wrong
+        with pytest.raises(BadRequest, match="unknown field 'priorty'; priority may be meant; known are max_new_tok"):
+            Client(NOWHERE).enqueue(prompt, **fields)
 
 
 def test_only_the_client_for_asyncio_reads_asynchronously() -> None:
@@ -178,17 +187,21 @@ def test_prompts_of_every_kind(client: Client, start_worker: StartWorker, redis_
 class TestErrors:
     PROMPTS: tuple[Any, ...] = (
         "a", {"prompt": "Bad " * 20, "num_beams": 2}, "the " * 600, {"max_new_tokens": 3}, [1, "x"], 2.5,
-        {"prompt": "b", 3: 4}, GenerationRequest("c", 500), [1] * 600,
+        {"prompt": "b", 3: 4}, GenerationRequest("c", 500), [1] * 600, Table(prompt=Table()), (1, Table()),
+        float("nan"),
     )  # fmt: skip
     NOTES = (
         (1, BadRequest, f"'{('Bad ' * 20)[:60]}...'"),
         (2, PromptTooLong, f"'{('the ' * 600)[:60]}...'"),
-        (3, BadRequest, "None"),
+        (3, BadRequest, "a mapping of 'max_new_tokens'"),
         (4, BadRequest, "[1, 'x']"),
         (5, BadRequest, "2.5"),
         (6, BadRequest, "'b'"),
         (7, JobTimedOut, "'c'"),
         (8, PromptTooLong, f"[{', '.join('1' * 12)}, ...]"),
+        (9, BadRequest, "of the type Table"),
+        (10, BadRequest, "[1, of the type Table]"),
+        (11, BadRequest, "nan"),
     )
 
     def assert_named(self, error: Any, call: str) -> None:
@@ -203,7 +216,7 @@ class TestErrors:
         fields: Any = {"return_exceptions": True, "timeout": 0.001}
         found = list(client.map(self.PROMPTS, **fields))[1:]
         later = sorted(client.as_completed(self.PROMPTS, **fields), key=lambda end: end[0])[1:]
-        assert [error.index for error in found if isinstance(error, FastGPT2Error)] == list(range(1, 9))
+        assert [error.index for error in found if isinstance(error, FastGPT2Error)] == list(range(1, 12))
         for error in found:
             self.assert_named(error, "map")
         for number, error in later:
@@ -220,6 +233,13 @@ class TestErrors:
 
         for error in asyncio.run(read())[1:]:
             self.assert_named(error, "map")
+
+    def test_a_text_that_is_missing_at_the_beginning_is_an_error_of_its_own(self, client: Client) -> None:
+        """A column of pandas has NaN there, which is a number."""
+        column: Any = np.array([float("nan"), "a"], object)
+        error = next(client.map(column, return_exceptions=True))
+        assert isinstance(error, BadRequest)
+        assert (error.index, str(error)) == (0, "prompt must be a string or a list of token ids, not nan")
 
     def test_prompts_that_break_off(self, client: Client, redis_server: Any) -> None:
         """What an asynchronous iterable raises comes out, and it is read no further when the run ends."""

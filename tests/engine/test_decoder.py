@@ -319,7 +319,7 @@ def test_prompts_of_every_kind(engine: Engine) -> None:
         (["a", 2.5], 1, "prompt must be a string or a list of token ids", "2.5"),
         (["a", "the " * 600], 1, "over the model's 512 positions", repr(f"{('the ' * 600)[:60]}...")),
         ([{"prompt": "a", "foo": 1}], 0, "unknown field 'foo'", "'a'"),
-        (["a", {"foo": 1}], 1, "prompt is missing in a mapping", "None"),
+        (["a", {"foo": 1}], 1, "prompt is missing in a mapping", "a mapping of 'foo'"),
         ([GenerationRequest("a")], 0, "max_new_tokens is given beside a request that has been made", "'a'"),
     ],
 )

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class AsyncClient:
-    """A queue of generation jobs, for one event loop; see `Client`.
+    """A queue of generation jobs, for one event loop at a time; see `Client`.
 
     If the connection has died meanwhile, a command is sent once more: scripts make sure that no job comes in twice.
     """

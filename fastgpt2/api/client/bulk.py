@@ -33,6 +33,7 @@ from fastgpt2.api.client.session import Session, cancel_command
 from fastgpt2.engine.decoding.records import GenerationResult, list_stops
 from fastgpt2.errors import BadRequest, FastGPT2Error, NotDurable
 from fastgpt2.fields import refusal
+from fastgpt2.foreign_fields import refuse_unknown
 from fastgpt2.prompt_lists import iterate_prompts
 from fastgpt2.protocol.keys import job_key, results_key
 
@@ -324,6 +325,7 @@ def plan_bulk(
     """
     check_in_flight(in_flight)
     of_all = list_stops({"result_ttl": BULK_RESULT_TTL_SECONDS, **fields})
+    refuse_unknown(of_all, BulkFields.__annotations__)
     plan_job("", of_all)
     plan = partial(_plan_item, of_all, call)
     items: Iterator[Item]

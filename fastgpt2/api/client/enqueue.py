@@ -17,7 +17,7 @@ from fastgpt2.api.client.flow import Command, Flow, Pipeline
 from fastgpt2.engine.decoding.records import GenerationRequest, RequestFields, list_stops, random_seed, split_prompt
 from fastgpt2.errors import BadRequest, IdempotencyMismatch, PromptTooLong, QueueFull
 from fastgpt2.fields import check_fields, whole
-from fastgpt2.foreign_fields import is_neutral, take_known
+from fastgpt2.foreign_fields import is_neutral, refuse_unknown, take_known
 from fastgpt2.protocol.keys import (
     QUEUES_KEY,
     Priority,
@@ -106,6 +106,7 @@ def plan_job(prompt: str | Iterable[int] | GenerationRequest, fields: Mapping[st
         BadRequest: a field is unknown, ill-typed or out of bounds, or given beside a request that has been made.
     """
     fields = list_stops(fields)
+    refuse_unknown(fields, JobFields.__annotations__)
     plan_fields = {name: fields[name] for name in _PLAN_FIELDS if name in fields}
     others = {name: value for name, value in fields.items() if name not in _PLAN_FIELDS}
     if not isinstance(prompt, GenerationRequest):

@@ -20,6 +20,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
@@ -221,16 +222,27 @@ class Driver:
 
 
 class AsyncDriver:
-    """See `Driver`. The asyncio redis library makes its connections inside the running loop, when needed."""
+    """See `Driver`. For one event loop at a time: connections are made inside the running loop, and end with it."""
 
     def __init__(self, redis_url: str) -> None:
         self.redis_url = redis_url
         self._connections = OwnConnections(connect_async, redis_url)
+        # The loop in which these were first used.
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks = set[asyncio.Task[Any]]()
 
     @property
     def connection(self) -> AsyncRedis:
+        if self._loop is None or self._loop.is_closed():
+            self._take_loop()
         return self._connections.get()
+
+    def _take_loop(self) -> None:
+        """Make connections for the running loop if there were some of a loop that is closed."""
+        if self._loop is not None:
+            self._connections = OwnConnections(connect_async, self.redis_url)
+        with suppress(RuntimeError):  # asked for outside of any loop
+            self._loop = asyncio.get_running_loop()
 
     async def run(self, flow: Flow[T]) -> T:
         """See `Driver.run`."""
