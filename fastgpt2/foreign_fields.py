@@ -211,11 +211,16 @@ def take_known(given: Mapping[str, Any], known: Collection[str]) -> dict[str, An
     """Return the fields of a request that are known and ask for something; null stands for a default.
 
     Raises:
-        BadRequest: a field is not known and asks for something; see `sentence_for`.
+        BadRequest: as `refuse_unknown`.
     """
+    refuse_unknown(given, known)
+    return {name: value for name, value in given.items() if name in known and not _is_left_out(name, value)}
+
+
+def refuse_unknown(given: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raise BadRequest if a field of a request is not known and asks for something; see `sentence_for`."""
     if (unknown := find_unknown(given, known)) is not None:
         raise BadRequest(sentence_for(unknown, known))
-    return {name: value for name, value in given.items() if name in known and not _is_left_out(name, value)}
 
 
 def find_unknown(given: Mapping[str, Any], known: Collection[str]) -> str | None:
