@@ -19,6 +19,7 @@ from support.running import RunningEndpoint, StartEndpoint, StartWorker, wait_un
 from support.turns import Turns, take_turns
 
 from fastgpt2 import Client, Engine, settings
+from fastgpt2.engine.network import step
 from fastgpt2.protocol.connection import connect
 from fastgpt2.protocol.keys import leases_key
 from fastgpt2.system.redis_server import RedisServer
@@ -40,6 +41,18 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith(("FASTGPT2_", "HF_")):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _short_looks() -> Iterator[None]:
+    """Let engines of several processes wait asleep for each other after a few looks.
+
+    Tests run side by side, more of them than there are cores: the other process often has none, and looking for it
+    takes a core from who has work. Helpers, and workers in processes of their own, look as long as ever.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "_LOOKS_BEFORE_SLEEP", 200)
+        yield
 
 
 # The files that take longest begin first: one that began last would run while the other cores have nothing left to do.
