@@ -16,7 +16,6 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, ClassVar
 
-import openai.types
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -224,6 +223,8 @@ def request(custom_id: str, url: str = "/v1/completions", **body: Any) -> dict[s
 
 class TestOpenAI:
     def test_lines_in_and_out(self, tmp_path: Path, pool_batch: Batch, texts: list[str]) -> None:
+        from openai.types import Completion  # here, as it takes long to import
+
         lines = [
             request("one", model="demo", prompt=PROMPTS[0], max_tokens=4),
             request("many", model="demo", prompt=PROMPTS[:2], n=2, temperature=0.5, max_tokens=3),
@@ -249,7 +250,7 @@ class TestOpenAI:
             response = result["response"]
             assert (result["error"], response["status_code"], response["request_id"][:4]) == (None, 200, "req_")
             bodies.append(response["body"])
-        one, many = (openai.types.Completion.model_validate(body, strict=True) for body in bodies[:2])
+        one, many = (Completion.model_validate(body, strict=True) for body in bodies[:2])
         (ids,) = bodies[2]["choices"]
         assert (one.choices[0].text, one.model, one.object) == (texts[0], "demo", "text_completion")
         assert [choice.index for choice in many.choices] == [0, 1, 2, 3]
