@@ -6,15 +6,19 @@ import argparse
 import contextlib
 import io
 import os
+import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from pkgutil import resolve_name
-from typing import Any, NoReturn
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastgpt2 import __version__, settings
+from fastgpt2.commands.arguments import LETTERS, Command, Positional, options_of
 from fastgpt2.errors import BadRequest, FastGPT2Error
-from fastgpt2.settings import Setting
+from fastgpt2.setting import Setting
+from fastgpt2.setting_values import has_escape, unescape
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 DESCRIPTION = """Generate text with GPT-2 on CPUs: a pool of worker processes serves a queue in Redis.
 
@@ -23,49 +27,13 @@ DESCRIPTION = """Generate text with GPT-2 on CPUs: a pool of worker processes se
   fastgpt2 up --model demo                       start Redis, workers and the HTTP endpoint; then, in another terminal:
   fastgpt2 enqueue --wait "My name is"           continue a prompt by the queue"""
 
+HINT = "`fastgpt2 COMMAND --help` lists the options of a command."
 EPILOG = (
     "Each option can also be set by the environment variable in its brackets; for an option without a value, the\n"
-    "variable is yes or no. An option wins over its variable, and a variable over the default."
+    "variable is yes or no, and --no-OPTION says no. An option wins over its variable, and a variable over the default."
 )
 
 Values = dict[str, Any]
-
-# Options that have a letter as well.
-_LETTERS = {"output": "-o", "n": "-n"}
-
-
-@dataclass(frozen=True, slots=True)
-class Positional:
-    """The argument that has no option.
-
-    Attributes:
-        optional: it may be left out. Its value is then that of the setting of the same name, or None if there is none.
-    """
-
-    name: str
-    help: str
-    optional: bool = False
-    choices: tuple[str, ...] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Command:
-    """One subcommand.
-
-    Attributes:
-        runs: the function that runs it, as "module:function".
-        details: more sentences for its own `--help`.
-    """
-
-    runs: str
-    help: str
-    settings: tuple[Setting[Any], ...]
-    positional: Positional | None = None
-    details: str = ""
-
-    def run(self, values: Values) -> int:
-        function: Callable[[Values], int] = resolve_name(self.runs)
-        return function(values)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,18 +43,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0; 1 for a failure, 2 for wrong usage, 3 for a model that cannot be used, 4 for a Redis that
         cannot be used, 130 after Ctrl-C, 141 if the reader of the output has gone.
     """
-    given = sys.argv[1:] if argv is None else argv
-    # To make the options of all commands takes a while; those of the one that is asked for are enough.
-    parser = build_parser([given[0]] if given and given[0] in COMMANDS else COMMANDS)
+    words = sys.argv[1:] if argv is None else argv
+    name = words[0] if words else ""
     _prepare_streams()
-    options = parser.parse_args(argv)
-    command = COMMANDS[options.command]
+    who = f"fastgpt2 {name}" if name in COMMANDS else "fastgpt2"
     try:
-        status = command.run(_values(command, options))
+        status = _run_command(name, words[1:]) if name in COMMANDS else _answer_without_command(name)
         sys.stdout.flush()
         return status
     except FastGPT2Error as error:
-        print(f"fastgpt2 {options.command}: {error}", file=sys.stderr)
+        _say(f"{who}: {error}")
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -96,22 +62,161 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except OSError as error:
         _drop_output()
-        print(f"fastgpt2 {options.command}: {error.filename or 'standard output'}: {error.strerror}", file=sys.stderr)
+        _say(f"{who}: {error.filename or 'standard output'}: {error.strerror}")
         return 1
 
 
-def _values(command: Command, options: argparse.Namespace) -> Values:
-    given = {setting.name: getattr(options, setting.name) for setting in command.settings}
+def _answer_without_command(word: str) -> int:
+    """Print the version, or the help; a first word that is missing, or no command, is wrong usage."""
+    if word == "--version":
+        print(f"fastgpt2 {__version__}")
+        return 0
+    if word in ("--help", "-h", ""):
+        build_parser().print_help(sys.stdout if word else sys.stderr)
+        return 0 if word else BadRequest.exit_code
+    from fastgpt2.commands.suggestions import about_first_word
+
+    raise BadRequest(about_first_word(word, COMMANDS))
+
+
+def _run_command(name: str, words: Sequence[str]) -> int:
+    """Run a command with the words that follow its name."""
+    command = COMMANDS[name]
+    try:
+        arguments = read_arguments(name, words)
+    except SystemExit:
+        return 0  # argparse has printed the help
+    for note in _notes(command, arguments):
+        _say(f"fastgpt2 {name}: {note}")
+    return command.run(resolve_values(command, arguments))
+
+
+def read_arguments(name: str, words: Sequence[str]) -> argparse.Namespace:
+    """Read the words that follow the name of a command.
+
+    Returns:
+        By each setting's name, the texts that its option gives, "yes" and "no" for a flag; None if it is not given. And
+        `positional`, the argument without an option.
+
+    Raises:
+        BadRequest: an option is unknown, or lacks its value; or there are too many words, or too few.
+        SystemExit: the words ask for the command's help, which is printed.
+    """
+    command = COMMANDS[name]
+    try:
+        arguments, extras = build_parser([name]).parse_known_args([name, *words])
+    except argparse.ArgumentError as error:
+        from fastgpt2.commands.suggestions import about_argument, about_option
+
+        unknown = _unknown_option(words, command)
+        sentence = about_option(unknown, name, COMMANDS) if unknown else about_argument(error, command)
+        raise BadRequest(sentence) from None
+    for texts in vars(arguments).values():
+        if isinstance(texts, list):
+            # argparse of Python 3.11 makes [] of the value of --stop=--
+            texts[:] = ["--" if text == [] else text for text in texts]
+    if unknown := _unknown_option(words, command, arguments.positional, extras):
+        from fastgpt2.commands.suggestions import about_option
+
+        raise BadRequest(about_option(unknown, name, COMMANDS))
+    others = [word for word in (arguments.positional, *extras) if word not in (None, "--")]
+    if len(others) > (command.positional is not None):
+        from fastgpt2.commands.suggestions import about_extra_words
+
+        raise BadRequest(about_extra_words(others, words, name, command))
+    _check_positional(name, arguments.positional)
+    return arguments
+
+
+def _unknown_option(
+    words: Sequence[str], command: Command, positional: str | None = None, extras: Sequence[str] = ()
+) -> str | None:
+    """Return the first word that is meant as an option and is none of the command; None if there is none."""
+    known = options_of(command)
+    for word in words[: words.index("--")] if "--" in words else words:
+        option = word.partition("=")[0]
+        if (
+            (word in extras and word.startswith("-") and word != "-")
+            # -output, which argparse reads as -o utput, and -host as -h
+            or (word.startswith("-") and f"-{option}" in known and option not in known)
+            # --nosuch="a b", which argparse takes for a text, for the space in it
+            or (word == positional and re.match("--[^ =]+=", word))
+        ):
+            return option
+    return None
+
+
+def _check_positional(name: str, word: str | None) -> None:
+    positional = COMMANDS[name].positional
+    if positional is None or positional.optional:
+        return
+    if word is None:
+        raise BadRequest(f"{positional.name.upper()} is missing: {COMMANDS[name].usage(name)}")
+    if not word and positional.name != "prompt":
+        raise BadRequest(f"{positional.name.upper()} is empty: {COMMANDS[name].usage(name)}")
+
+
+def resolve_values(command: Command, arguments: argparse.Namespace) -> Values:
+    """Return the values of a command's settings, and of its argument, by their names.
+
+    Raises:
+        BadRequest: one of them cannot be read, or is out of bounds.
+    """
+    values: Values = {}
     positional = command.positional
-    if positional is not None and positional.name in given:
-        if None not in (options.positional, given[positional.name]):
+    given = {setting.name: texts for setting in command.settings if (texts := getattr(arguments, setting.name))}
+    if positional is not None and arguments.positional is not None:
+        if positional.name in given:
             raise BadRequest(f"{positional.name} is given twice, with and without --{positional.name}; leave one out")
-        if options.positional is not None:
-            given[positional.name] = options.positional
-    values: Values = {setting.name: setting.resolve(given[setting.name]) for setting in command.settings}
+        given[positional.name] = [arguments.positional]
+    reads_escapes = settings.ESCAPE in command.settings and settings.ESCAPE.resolve(given.get("escape"))
+    for setting in command.settings:
+        value, source = setting.resolve(given.get(setting.name)), setting.source(given.get(setting.name))
+        if setting in settings.OF_REQUEST and value != setting.default:
+            if reads_escapes and setting in settings.OF_TEXT:
+                value = tuple(_unescape(text, source) for text in value)
+            from fastgpt2.commands.prompts import check_field
+
+            check_field(setting, value, source)
+        values[setting.name] = value
     if positional is not None:
-        values.setdefault(positional.name, options.positional)
+        values.setdefault(positional.name, arguments.positional)
+        if reads_escapes and positional.name == "prompt":
+            values["prompt"] = _unescape(values["prompt"], "PROMPT")
+    if command.tells_given:
+        values["given"] = frozenset(given)
     return values
+
+
+def _unescape(text: str, source: str) -> str:
+    try:
+        return unescape(text)
+    except ValueError as reason:
+        raise BadRequest(f"{source} {reason}") from None
+
+
+def _notes(command: Command, arguments: argparse.Namespace) -> Iterator[str]:
+    """Yield what the writer of these words should know, and would not find out otherwise."""
+    for setting in command.settings:
+        texts = getattr(arguments, setting.name) or []
+        if setting.join is None and len(set(texts)) > 1:
+            both = f"{setting.option} and {setting.no_option} are both given"
+            yield f"{both if setting.is_flag else f'{setting.option} is given {len(texts)} times'}; the last one counts"
+    if settings.ESCAPE in command.settings and not settings.ESCAPE.resolve(arguments.escape):
+        for setting in settings.OF_TEXT:
+            given = getattr(arguments, setting.name)
+            texts = given or [os.environ.get(setting.variable, "")]
+            if any(map(has_escape, texts)):
+                yield (
+                    f"{setting.source(given)} holds a backslash and a letter, and is taken as it stands; "
+                    r"with --escape, \n is a line end and \t a tab; bash writes a line end as $'\n'"
+                )
+    # A pool has said it for its processes.
+    unknown = [] if os.environ.get("FASTGPT2_SUPERVISOR_PID") else settings.unknown_variables()
+    if unknown:
+        from fastgpt2.commands.suggestions import about_variable
+
+        yield from filter(None, (about_variable(variable, settings.variables()) for variable in unknown))
 
 
 def run() -> NoReturn:
@@ -136,53 +241,82 @@ def _prepare_streams() -> None:
             stream.reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")
 
 
+def _say(text: str) -> None:
+    """Print a line on standard error; if it cannot be written, there is nobody to tell."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr)
+
+
 def _drop_output() -> None:
     """Keep the interpreter from flushing its buffer into a stream that has just failed."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def build_parser(names: Iterable[str] | None = None) -> argparse.ArgumentParser:
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser that raises what is wrong, be it in the words or in printing the help.
+
+    argparse's own prints the usage and ends the process, and keeps silent of a help that cannot be written.
+    """
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        super().__init__(prog, exit_on_error=False, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise BadRequest(message)
+
+    def print_help(self, file: SupportsWrite[str] | None = None) -> None:
+        print(self.format_help(), end="", file=file)
+
+
+def build_parser(names: Iterable[str] | None = None) -> ArgumentParser:
     """Return the parser for the commands with these names, by default for all."""
-    parser = argparse.ArgumentParser(
-        "fastgpt2", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = ArgumentParser(
+        "fastgpt2",
+        description=DESCRIPTION,
+        epilog=f"{HINT}\n{EPILOG}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"fastgpt2 {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS if names is None else names:
         command = COMMANDS[name]
-        description = f"{command.help} {command.details}"
-        sub = subparsers.add_parser(name, help=command.help, description=description, epilog=EPILOG, allow_abbrev=False)
-        if command.positional is not None:
+        sub = subparsers.add_parser(
+            name,
+            help=command.help,
+            description=f"{command.help} {command.details}",
+            epilog=EPILOG,
+            usage=command.usage(name),
+        )
+        if command.positional is None:
+            sub.set_defaults(positional=None)
+        else:
             _add_positional(sub, command.positional)
         for setting in command.settings:
             _add_option(sub, setting)
     return parser
 
 
-def _add_positional(parser: argparse.ArgumentParser, positional: Positional) -> None:
-    # It has a name of its own, as an option of the same name would be lost where this argument is left out.
+def _add_positional(parser: ArgumentParser, positional: Positional) -> None:
     parser.add_argument(
-        "positional",
+        "positional",  # none of a setting's names
         metavar=positional.name.upper(),
         help=positional.help,
         choices=positional.choices,
-        nargs="?" if positional.optional else None,
+        # If argparse found that it is missing, it would not come to tell of unknown options, such as a wrong --help.
+        nargs="?",
     )
 
 
-def _add_option(parser: argparse.ArgumentParser, setting: Setting[Any]) -> None:
+def _add_option(parser: ArgumentParser, setting: Setting[Any]) -> None:
+    names = [setting.option, *([LETTERS[setting.name]] if setting.name in LETTERS else [])]
     if setting.is_flag:
-        group = parser.add_mutually_exclusive_group()
         text = f"{setting.help} [{setting.variable}]"
-        group.add_argument(setting.option, dest=setting.name, action="store_const", const="yes", help=text)
-        no = setting.option.replace("--", "--no-", 1)
-        group.add_argument(no, dest=setting.name, action="store_const", const="no", help=argparse.SUPPRESS)
+        parser.add_argument(*names, dest=setting.name, action="append_const", const="yes", help=text)
+        no = argparse.SUPPRESS  # the epilog tells of these
+        parser.add_argument(setting.no_option, dest=setting.name, action="append_const", const="no", help=no)
         return
-    default = setting.shown or str(setting.default)
-    text = f"{setting.help} [{setting.variable}, default: {default}]"
-    names = [setting.option, *([_LETTERS[setting.name]] if setting.name in _LETTERS else [])]
-    action = "append" if setting.repeated else "store"
-    parser.add_argument(*names, action=action, dest=setting.name, metavar=setting.metavar, help=text.replace("%", "%%"))
+    text = f"{setting.help} [{setting.variable}, default: {setting.shown or setting.default}]".replace("%", "%%")
+    parser.add_argument(*names, action="append", dest=setting.name, metavar=setting.metavar, help=text)
 
 
 COMMANDS = {
@@ -234,21 +368,26 @@ COMMANDS = {
         "/v1/jobs/JOB.",
     ),
     "batch": Command(
-        "fastgpt2.commands.batch:run",
-        "Send a file of prompts through the queue, and write a line of JSON for each.",
+        "fastgpt2.commands.batch.command:run",
+        "Send a file of prompts through the queue, and write a line or a row for each.",
         settings.OF_FILE,
         Positional("file", "The file of prompts; - is standard input."),
-        "A txt file holds one prompt a line. A jsonl file holds on each line a string, or an object with a prompt and "
-        "any of the fields that a job has in Python, such as max_new_tokens, temperature or json_schema, and an id of "
-        "yours; the options give their defaults. Each line of input gives one line of output, in the same order; a "
-        "prompt that fails gives an error in its line. An output that exists is continued after its last line. To go "
-        "on with a run that broke off, however that came, give the same command again. For example: "
-        "fastgpt2 batch prompts.txt -o results.jsonl.",
+        "The format goes by the file's name, or by --format. A txt file holds one prompt a line. A jsonl file holds on "
+        "each line a string, or an object with a prompt and any of the fields that a job has in Python, such as "
+        "max_new_tokens, temperature or json_schema, and an id of yours; the options give their defaults. Of a csv, "
+        "tsv or Parquet file, and of a jsonl file with --prompt-column, one column is the prompt, and the others stand "
+        "beside the results. Lines of OpenAI's batches are answered as OpenAI does. All but Parquet may be compressed "
+        "(.gz, .zst). The output has a line or a row for each of the input, in the same order, an error for a prompt "
+        "that failed. To go on with a run that broke off, however that came, or after you have corrected some lines, "
+        "give the same command again: it runs the lines that have no result. For example: "
+        "fastgpt2 batch prompts.csv -o results.csv. With --model, the command needs no pool: it starts what it "
+        "needs and stops it, as in: fastgpt2 batch --model gpt2 prompts.txt -o results.jsonl.",
+        tells_given=True,
     ),
     "generate": Command(
         "fastgpt2.commands.prompts:generate",
         "Load a model and continue a prompt, without a queue.",
-        (*settings.OF_LOAD, *settings.OF_REQUEST, settings.TIMINGS, settings.JSON),
+        (*settings.OF_LOAD, *settings.OF_REQUEST, settings.ESCAPE, settings.TIMINGS, settings.JSON),
         Positional("prompt", "The text to continue."),
         details='For example: fastgpt2 generate --model demo --max-new-tokens 40 "Once upon a time".',
     ),

@@ -5,19 +5,76 @@ A message names the thing, the limit and the remedy, so that it can be shown to 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import islice
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Any
 
     from fastgpt2.engine.decoding.records import GenerationResult
 
 
+# How much of a prompt a note shows: characters of a text, token ids, or names of fields if it has no prompt.
+SHOWN_CHARACTERS = 60
+SHOWN_TOKEN_IDS = 12
+SHOWN_FIELDS = 5
+
+
 class FastGPT2Error(Exception):
-    """The base of all errors that fastgpt2 raises on purpose; raised itself where no subclass fits."""
+    """The base of all errors that fastgpt2 raises on purpose; raised itself where no subclass fits.
+
+    Attributes:
+        index: which prompt it is about, counted from 0, if several were given at once; otherwise None.
+    """
 
     http_status = 500
     exit_code = 1
+    index: int | None = None
+
+    def name_prompt(self, index: int, prompt: object, call: str) -> None:
+        """Tell which prompt this error is about: by `index`, and by a note that a traceback shows.
+
+        Args:
+            prompt: as the caller gave it.
+            call: what the caller called, such as "map".
+        """
+        self.index = index
+        self.add_note(f"prompt number {index} (counted from 0) of {call}: {_beginning(prompt)}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let other processes have the error as it is: by itself, Python would make it anew of its message alone."""
+        return _made, (type(self), self.args), self.__dict__
+
+
+def _made(kind: type[FastGPT2Error], args: tuple[Any, ...]) -> FastGPT2Error:
+    """Return an error without its attributes, for `FastGPT2Error.__reduce__`."""
+    return kind.__new__(kind, *args)
+
+
+def _beginning(prompt: object) -> str:
+    """Return the beginning of a prompt: a text or token ids, alone or in the mapping or request that was given."""
+    if isinstance(prompt, Mapping):
+        if "prompt" not in prompt:
+            names = [_shown(name) for name in islice(prompt, SHOWN_FIELDS)]
+            return f"a mapping of {', '.join(names) or 'nothing'}{', ...' if len(prompt) > SHOWN_FIELDS else ''}"
+        prompt = prompt["prompt"]
+    elif isinstance(inner := getattr(prompt, "prompt", None), str | list | tuple):
+        prompt = inner
+    if isinstance(prompt, list | tuple):
+        shown = [_shown(token_id) for token_id in prompt[:SHOWN_TOKEN_IDS]]
+        return f"[{', '.join(shown)}{', ...' if len(prompt) > SHOWN_TOKEN_IDS else ''}]"
+    return _shown(prompt)
+
+
+def _shown(value: object) -> str:
+    """Return a text's beginning or a number as it is written; of all else, whose `repr` may be long, the type."""
+    if isinstance(value, str):
+        return repr(str(value[:SHOWN_CHARACTERS]) + ("..." if len(value) > SHOWN_CHARACTERS else ""))
+    if isinstance(value, int | float | None):
+        return repr(value)[:SHOWN_CHARACTERS]
+    return f"of the type {type(value).__name__}"
 
 
 class BadRequest(FastGPT2Error, ValueError):
@@ -177,6 +234,13 @@ class PoisonJob(JobFailed):
     how = "was given up as poison"
 
 
+class TextReplaced(FastGPT2Error):
+    """Raised if a job was started again by another worker, whose text differs from what a reader has been given.
+
+    Whoever only appends what comes could not take that back.
+    """
+
+
 class QueueFull(FastGPT2Error):
     """Raised if as many jobs wait as may; nothing was enqueued.
 
@@ -200,9 +264,13 @@ class ServiceBusy(FastGPT2Error):
 
 
 class Unauthorized(FastGPT2Error):
-    """Raised if the endpoint asks for a token that the request does not have."""
+    """Raised if the endpoint asks for a token, and the request bears another one."""
 
     http_status = 401
+
+
+class TokenMissing(Unauthorized):
+    """Raised if the endpoint asks for a token, and the request bears none that can be read."""
 
 
 class ForbiddenOrigin(FastGPT2Error):

@@ -76,9 +76,9 @@ class _OneLine(logging.Formatter):
         return text.translate(_CONTROLS)
 
 
-def set_up_logging(level: str) -> None:
-    """Log to standard error: this package from `level` on, the libraries' warnings with it."""
-    handler = logging.StreamHandler(sys.stderr)
+def set_up_logging(level: str, handler: logging.Handler | None = None) -> None:
+    """Log to standard error, or by a handler: this package from `level` on, the libraries' warnings with it."""
+    handler = handler or logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("fastgpt2").setLevel(level)

@@ -6,11 +6,20 @@ its form only: its bounds are in the request's own fields.
 
 from __future__ import annotations
 
+import math
 import re
+import sys
 from collections.abc import Callable
 
 # Room for indentation: of the schema itself, a request takes less.
 MAX_SCHEMA_FILE = 1 << 20
+
+# Eleven days.
+MAX_SECONDS = 1_000_000
+
+# What a backslash and the character behind it stand for, as in JSON and in C.
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", '"': '"', "'": "'"}
+_ESCAPE = re.compile(r"\\(u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8}|.|$)", re.DOTALL)
 
 
 def integer(text: str) -> int:
@@ -44,8 +53,10 @@ def seconds(text: str) -> float:
         value = float(text)
     except ValueError:
         raise ValueError("is not a number of seconds") from None
-    if not 0 < value <= 1e6:
-        raise ValueError("is not between 0 and 1000000 seconds")
+    if math.isnan(value):
+        raise ValueError("is not a number of seconds")
+    if not 0 < value <= MAX_SECONDS:
+        raise ValueError(f"is out of bounds: more than 0 and at most {MAX_SECONDS} seconds")
     return value
 
 
@@ -81,6 +92,14 @@ def word(text: str) -> str:
     return text
 
 
+def delimiter(text: str) -> str:
+    """Return the one character that a text is; a tab for TAB."""
+    character = "\t" if text.upper() in ("TAB", "\\T") else text
+    if len(character) != 1 or character in '"\r\n\0':
+        raise ValueError("is not one character that may stand between values; TAB stands for a tab")
+    return character
+
+
 def one_of(*choices: str) -> Callable[[str], str]:
     """Return a reader of one of these words, in any case."""
 
@@ -111,6 +130,28 @@ def token_ids(text: str) -> tuple[int, ...]:
 def one_text(text: str) -> tuple[str, ...]:
     """Return the text as one of those that an option gives which may be repeated."""
     return (text,)
+
+
+def unescape(text: str) -> str:
+    """Return a text with the characters that its escapes stand for: a line end for \\n, for example."""
+    return _ESCAPE.sub(_character, text)
+
+
+def _character(escape: re.Match[str]) -> str:
+    written = escape[1]
+    if written in _ESCAPES:
+        return _ESCAPES[written]
+    if len(written) > 1 and int(written[1:], 16) <= sys.maxunicode:
+        return chr(int(written[1:], 16))
+    raise ValueError(
+        f"holds {escape[0]}, which is no escape; there are "
+        r"\\ (a backslash), \n, \t, \r, \", \', \uHHHH and \UHHHHHHHH"
+    )
+
+
+def has_escape(text: str) -> bool:
+    """Tell whether a text holds a backslash and an n, t or r, as one who means a line end or a tab may write it."""
+    return re.search(r"\\[ntr]", text) is not None
 
 
 def biases(text: str) -> dict[int, float]:

@@ -1,21 +1,15 @@
-"""All settings, each once: its option, its environment variable, its default and how its text is read.
-
-An option wins over the environment, and that over the default. The setting `max_new_tokens` has the option
-`--max-new-tokens` and the variable `FASTGPT2_MAX_NEW_TOKENS`.
-"""
+"""All settings of the programs, each once, and which of them each program has."""
 
 from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import reduce
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any
 
-from fastgpt2.errors import BadRequest
+from fastgpt2.setting import Setting, Settings, choosing, duration, flag, texts
 from fastgpt2.setting_values import (
     biases,
+    delimiter,
     drafts,
     integer,
     log_level,
@@ -32,97 +26,19 @@ from fastgpt2.setting_values import (
     yes_or_no,
 )
 
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Setting(Generic[T]):
-    """One setting.
-
-    Attributes:
-        parse: reads the value from a text; raises ValueError with the rest of a sentence that begins with the text.
-        shown: the default as `--help` shows it, where that is not the value itself.
-        repeated: the option may be given several times; its values, which are tuples, are joined.
-        field: the request's field that the setting gives, where its name is another.
-    """
-
-    name: str
-    metavar: str
-    parse: Callable[[str], T]
-    default: T
-    help: str
-    shown: str = ""
-    repeated: bool = False
-    field: str = ""
-
-    @property
-    def option(self) -> str:
-        return "--" + self.name.replace("_", "-")
-
-    @property
-    def variable(self) -> str:
-        return "FASTGPT2_" + self.name.upper()
-
-    @property
-    def is_flag(self) -> bool:
-        # One without a default can be left open, and given as no by --no-NAME.
-        return self.parse is yes_or_no
-
-    def resolve(self, given: str | list[str] | None = None) -> T:
-        """Return the value of the option if it is `given`, else that of the environment, else the default.
-
-        Raises:
-            BadRequest: the text cannot be read; the message names the option or the variable.
-        """
-        if given is not None:
-            texts = [given] if isinstance(given, str) else given
-            return reduce(operator.add, [self._read(text, self.option) for text in texts])
-        # A compose file passes on a variable that is not set as an empty one.
-        text = os.environ.get(self.variable)
-        return self._read(text, self.variable) if text else self.default
-
-    def _read(self, text: str, source: str) -> T:
-        if text == "":
-            raise BadRequest(f"{source} is empty; leave it out for the default")
-        try:
-            return self.parse(text)
-        except ValueError as reason:
-            # A secret (the Redis URL) gets into no message: it is read by `str`, which never fails, and checked where
-            # it is used.
-            raise BadRequest(f"{source}: {text!r} {reason}") from None
-
-
-Settings: TypeAlias = tuple[Setting[Any], ...]
-
-
-def flag(name: str, purpose: str) -> Setting[bool]:
-    """Return a setting that is yes or no, and no by default."""
-    return Setting(name, "", yes_or_no, False, purpose)
-
-
-def choosing(
-    name: str, metavar: str, parse: Callable[[str], T], purpose: str, shown: str = "the model's own, or none"
-) -> Setting[T | None]:
-    """Return a setting of how tokens are chosen. Its bounds are those of the request's field of the same name."""
-    return Setting(name, metavar, parse, None, purpose, shown)
-
-
-def texts(name: str, purpose: str, field: str = "") -> Setting[tuple[str, ...]]:
-    """Return a setting whose option gives one text, and may be given several times."""
-    return Setting(name, "TEXT", one_text, (), purpose, "none", repeated=True, field=field)
-
-
-def duration(name: str, default: float, purpose: str) -> Setting[float]:
-    """Return a setting in seconds."""
-    return Setting(name, "SECONDS", seconds, default, purpose, f"{default:g} seconds")
-
-
 # For each setting: its name, what `--help` calls the value, its reader, its default; then the help, and the default as
 # the help shows it where that is not the value itself.
 # fmt: off
 MODEL = Setting(
     "model", "ID|PATH", str, "gpt2",
     "The model: an id on the hub such as gpt2-medium, a folder, or demo, the small model that comes with fastgpt2.",
+)
+# Not by FASTGPT2_MODEL, which may be set for a pool that the batch is to be sent to.
+OWN_MODEL: Setting[str | None] = Setting(
+    "model", "ID|PATH", str, None,
+    "Start Redis and workers with this model for this run alone, and stop them at its end: an id on the hub, a folder, "
+    "or demo, the small model that comes with fastgpt2. The options of workers, such as --weights, go with it.",
+    "none: a pool that runs already", variable_of="batch_model",
 )
 REVISION: Setting[str | None] = Setting(
     "revision", "REV", str, None, "The branch, tag or commit of the model's repository on the hub.", "main"
@@ -147,6 +63,10 @@ OWN_REDIS_URL: Setting[str | None] = Setting(
 )
 QUEUE = Setting("queue", "NAME", word, "fastgpt2", "The name of the RQ queue.")
 WORKERS = Setting("workers", "N", whole_number(1, 1024), 2, "The number of worker processes.")
+OWN_WORKERS: Setting[int | None] = Setting(
+    "workers", "N", whole_number(1, 1024), None, "The number of worker processes.",
+    "as many as cores, divided by --threads; no more than --in-flight",
+)
 THREADS: Setting[int | None] = Setting(
     "threads", "N", whole_number(1, 1024), None,
     "The number of cores to use, each by a process of its own.",
@@ -243,14 +163,29 @@ MAX_QUEUE: Setting[int | None] = Setting(
 PRIORITY = Setting(
     "priority", "NAME", one_of("high", "normal", "low"), "normal", "The priority in the queue: high, normal or low."
 )
+# A file of prompts has time: whoever waits for one text goes before it.
+BATCH_PRIORITY = Setting(
+    "priority", "NAME", one_of("high", "normal", "low"), "low", "The priority in the queue: high, normal or low."
+)
 MAX_NEW_TOKENS: Setting[int | None] = Setting(
     "max_new_tokens", "N", whole_number(0, 1 << 20), None, "Generate at most N tokens; N may be 0.", "20"
 )
 STOP = texts("stop", "End the generated text before it contains TEXT; may be given several times.")
+ESCAPE = flag(
+    "escape",
+    r"Read escapes in PROMPT, --stop, --bad-word and --choice: \n for a line end, \t for a tab, \\ for a backslash. "
+    "Texts in a file are taken as they are.",
+)
 IGNORE_EOS = flag("ignore_eos", "Go on after the end-of-text token.")
 STOP_TOKEN_IDS: Setting[tuple[int, ...]] = Setting(
     "stop_token_ids", "IDS", token_ids, (),
-    "End the generated text at any of these tokens, which it leaves out: token ids with commas between them.",
+    "End the generated text at any of these tokens, which it leaves out: token ids with commas between them; may be "
+    "given several times.",
+    "none", join=operator.add,
+)
+TRUNCATE_PROMPT_TOKENS: Setting[int | None] = Setting(
+    "truncate_prompt_tokens", "N", whole_number(-1, 1 << 17), None,
+    "Read only the last N tokens of a longer prompt; -1 for as many as leave room for the new tokens.",
     "none",
 )
 MIN_NEW_TOKENS = Setting(
@@ -259,10 +194,10 @@ MIN_NEW_TOKENS = Setting(
 )
 LOGPROBS: Setting[int | None] = Setting(
     "logprobs", "N", whole_number(0, 20), None,
-    "In a JSON result, give each token's log probability, and those of the N likeliest tokens in its place.",
+    "Give each token's log probability, and those of the N likeliest tokens in its place, in results that are JSON.",
     "none",
 )
-ECHO = flag("echo", "In a JSON result, let the text begin with the prompt.")
+ECHO = flag("echo", "Let the text begin with the prompt, in results that are JSON.")
 DO_SAMPLE: Setting[bool | None] = Setting(
     "do_sample", "", yes_or_no, None,
     "Draw tokens at random, at the model's own temperature, or 1, if there is no --temperature. --no-do-sample takes "
@@ -303,14 +238,18 @@ FREQUENCY_PENALTY = choosing(
 )
 LOGIT_BIAS = choosing(
     "logit_bias", "BIASES", biases,
-    "Add these to the scores of tokens: token ids with their biases, such as 198=-100,464=2.5, or a JSON object.",
+    "Add these to the scores of tokens: token ids with their biases, such as 198=-100,464=2.5, or a JSON object; may "
+    "be given several times.",
+    join=operator.or_,
 )
 BAD_WORD: Setting[tuple[str, ...] | None] = Setting(
     "bad_word", "TEXT", one_text, None, "Never generate TEXT; may be given several times.", "the model's own, or none",
-    repeated=True, field="bad_words",
+    join=operator.add, field="bad_words",
 )
 SUPPRESS_TOKENS = choosing(
-    "suppress_tokens", "IDS", token_ids, "Never generate these tokens: token ids with commas between them."
+    "suppress_tokens", "IDS", token_ids,
+    "Never generate these tokens: token ids with commas between them; may be given several times.",
+    join=operator.add,
 )
 CHOICE = texts("choice", "The generated text is one of these; given once for each of them.", "choices")
 REGEX = choosing("regex", "PATTERN", str, "The generated text matches this regular expression as a whole.", "none")
@@ -324,14 +263,36 @@ DEADLINE: Setting[float | None] = Setting(
 )
 STREAM = flag("stream", "Print the text as it comes.")
 OUTPUT: Setting[str | None] = Setting(
-    "output", "FILE", str, None, "The file for the results, a line of JSON each; - is standard output.", "-"
+    "output", "FILE", str, None,
+    "The file for the results, in the format that its name tells: .jsonl, .csv, .tsv, .parquet; all but the last also "
+    "with .gz or .zst. - is standard output.",
+    "-",
 )
 FORMAT = Setting(
-    "format", "NAME", one_of("auto", "txt", "jsonl"), "auto",
-    "The format of the prompts: txt (one prompt a line), jsonl, or auto, which goes by the file's name.",
+    "format", "NAME", one_of("auto", "txt", "jsonl", "ndjson", "csv", "tsv", "parquet", "openai"), "auto",
+    "The format of the input: txt (a prompt a line), jsonl, csv, tsv, parquet, openai (lines of OpenAI's batches), or "
+    "auto, which goes by the file's name, and is txt for standard input.",
+)
+OUTPUT_FORMAT = Setting(
+    "output_format", "NAME", one_of("auto", "jsonl", "csv", "tsv", "parquet"), "auto",
+    "The format of the output: jsonl, csv, tsv, parquet, or auto, which goes by the file's name, and is jsonl for "
+    "standard output.",
+)
+PROMPT_COLUMN: Setting[str | None] = Setting(
+    "prompt_column", "NAME", str, None,
+    "The column that holds the prompts, of a table or of the objects of a jsonl file. The other columns stand beside "
+    "the results in the output.",
+    "prompt, else text, or the only one of a table",
+)
+DELIMITER: Setting[str | None] = Setting(
+    "delimiter", "CHARACTER", delimiter, None,
+    "The character between two values of a csv or tsv file; TAB for a tab.",
+    "a comma in csv, a tab in tsv",
 )
 IN_FLIGHT = Setting("in_flight", "N", whole_number(1, 100_000), 256, "The most jobs to have in the queue at once.")
-RESTART = flag("restart", "Begin anew, and not after the last line of the output.")
+RESTART = flag("restart", "Begin anew, and drop the results that the output has.")
+RETRY_ERRORS = flag("retry_errors", "Run the lines again that are errors in the output.")
+KEEP_GOING = flag("keep_going", "Go on even if the first 20 lines all fail.")
 TIMINGS = flag("timings", "Print on standard error how long each part took.")
 JSON = flag("json", "Print all that is known, as JSON.")
 WAIT = flag("wait", "Wait for the result and print it.")
@@ -355,6 +316,11 @@ LOG_LEVEL = Setting(
     "The least important messages to log: debug, info, warning or error.",
     "info",
 )
+OWN_LOG_LEVEL = Setting(
+    "log_level", "LEVEL", log_level, "WARNING",
+    "The least important messages of the run's own workers to show: debug, info, warning or error.",
+    "warning",
+)
 
 # fmt: on
 
@@ -371,10 +337,18 @@ OF_SCORES = (
 OF_FORM = (CHOICE, REGEX, JSON_SCHEMA)
 # Each gives a field of a `GenerationRequest`, and has its default.
 OF_REQUEST: Settings = (
-    MAX_NEW_TOKENS, STOP, STOP_TOKEN_IDS, IGNORE_EOS, MIN_NEW_TOKENS, LOGPROBS, ECHO, *OF_DRAW, *OF_SCORES, *OF_FORM,
+    MAX_NEW_TOKENS, STOP, STOP_TOKEN_IDS, IGNORE_EOS, MIN_NEW_TOKENS, TRUNCATE_PROMPT_TOKENS, LOGPROBS, ECHO,
+    *OF_DRAW, *OF_SCORES, *OF_FORM,
 )  # fmt: skip
+# Those that give texts, in which `ESCAPE` counts.
+OF_TEXT: Settings = (STOP, BAD_WORD, CHOICE)
 OF_LOAD: Settings = (*OF_MODEL, *OF_ARITHMETIC, DRAFTS)
 OF_WORKERS = (*OF_MODEL, POOL_THREADS, BLAS, WEIGHTS, DRAFTS, *OF_BATCH, WORKERS, MAX_JOBS, MAX_GROWTH)
+# Of a pool that a command starts for itself. Without the first, the others mean nothing there.
+OF_OWN_POOL: Settings = (
+    OWN_MODEL, *OF_MODEL[1:], OWN_WORKERS, POOL_THREADS, BLAS, WEIGHTS, DRAFTS, *OF_BATCH, MAX_JOBS, MAX_GROWTH,
+    OWN_LOG_LEVEL,
+)  # fmt: skip
 OF_ADDRESS = (HOST, HOST_NAME, PORT, TOKEN_FILE, INSECURE)
 OF_ANSWERS = (TIMEOUT, BODY_TIMEOUT, KEEP_ALIVE, MAX_QUEUE, SHOW_PROMPTS)
 OF_END = (DRAIN_TIMEOUT, MAX_JOBS, MAX_GROWTH, ALIVE_FILE, BURST)
@@ -385,19 +359,46 @@ OF_UP = (*OF_WORKERS, OWN_REDIS_URL, QUEUE, DURABILITY, *OF_ADDRESS, *OF_REDIS, 
 OF_WORKER: Settings = (*OF_LOAD, *OF_BATCH, *OF_QUEUE, DURABILITY, NAME, *OF_END, *OF_LOG)
 OF_POOL = (*OF_WORKERS, *OF_QUEUE, DURABILITY, DRAIN_TIMEOUT, ALIVE_FILE, *OF_LOG)
 OF_ENDPOINT = (*OF_QUEUE, DURABILITY, *OF_ADDRESS, *OF_ANSWERS, LOG_LEVEL)
-OF_ENQUEUE: Settings = (*OF_REQUEST, PRIORITY, DEADLINE, *OF_QUEUE, DURABILITY, MAX_QUEUE, WAIT, STREAM, TIMEOUT, JSON)
+OF_ENQUEUE: Settings = (
+    *OF_REQUEST, ESCAPE, PRIORITY, DEADLINE, *OF_QUEUE, DURABILITY, MAX_QUEUE, WAIT, STREAM, TIMEOUT, JSON,
+)  # fmt: skip
 OF_FILE: Settings = (
     OUTPUT,
+    OUTPUT_FORMAT,
     FORMAT,
+    PROMPT_COLUMN,
+    DELIMITER,
     IN_FLIGHT,
     RESTART,
+    RETRY_ERRORS,
+    KEEP_GOING,
     *OF_REQUEST,
-    PRIORITY,
+    ESCAPE,
+    BATCH_PRIORITY,
     DEADLINE,
     *OF_QUEUE,
     DURABILITY,
     MAX_QUEUE,
+    *OF_OWN_POOL,
 )
+
+# Variables beside those of the settings: the cache's, those that a pool sets, and one that only the compose file reads.
+_OTHER_VARIABLES = ("CACHE", "POOL_WORKERS", "RESTARTS", "SUPERVISOR_PID", "IMAGE")
+
+# Kubernetes sets variables such as FASTGPT2_API_SERVICE_HOST for a service that is called fastgpt2-api.
+_OF_A_SERVICE = ("_SERVICE_", "_TCP")
+
+
+def variables() -> list[str]:
+    """Return the variables of all settings."""
+    return [value.variable for value in globals().values() if isinstance(value, Setting)]
+
+
+def unknown_variables() -> list[str]:
+    """Return the environment's variables whose names begin as the settings' do, and that are none."""
+    given = [name for name, value in os.environ.items() if value and name.startswith("FASTGPT2_")]
+    known = {*variables(), *(f"FASTGPT2_{name}" for name in _OTHER_VARIABLES)} if given else set()
+    return [name for name in given if name not in known and not any(part in name for part in _OF_A_SERVICE)]
 
 
 def of_system(**given: str) -> dict[str, Any]:

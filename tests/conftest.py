@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from support.running import RunningEndpoint, StartEndpoint, StartWorker, wait_un
 from support.turns import Turns, take_turns
 
 from fastgpt2 import Client, Engine, settings
+from fastgpt2.engine.network import step
 from fastgpt2.protocol.connection import connect
 from fastgpt2.protocol.keys import leases_key
 from fastgpt2.system.redis_server import RedisServer
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
 # Hundreds of processes are started. One that compiles the package anew starts 0.1 s later.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
+# Next to nothing is garbage of what collecting the tests makes. Looking for it takes a third of that time.
+gc.disable()
+
 
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,6 +41,18 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith(("FASTGPT2_", "HF_")):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _short_looks() -> Iterator[None]:
+    """Let engines of several processes wait asleep for each other after a few looks.
+
+    Tests run side by side, more of them than there are cores: the other process often has none, and looking for it
+    takes a core from who has work. Helpers, and workers in processes of their own, look as long as ever.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "_LOOKS_BEFORE_SLEEP", 200)
+        yield
 
 
 # The files that take longest begin first: one that began last would run while the other cores have nothing left to do.
@@ -72,6 +89,14 @@ LONG_FILES = (
     "test_up.py",
     "test_batch.py",
 )
+
+
+def pytest_collection_finish() -> None:
+    """Look for garbage from here on, but not among what stands until the end: the tests and all that was imported."""
+    gc.freeze()
+    gc.enable()
+
+
 PROCESS_FIXTURES = frozenset({"redis_server", "redis", "start_worker", "start_endpoint", "system"})
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import httpx2 as httpx
 import pytest
-from openai.types import CompletionUsage
 from playwright.sync_api import expect
 from redis import Redis
 from support.browser import Tabs, chromium
@@ -114,6 +113,8 @@ def test_all_the_way(
     start_endpoint: StartEndpoint,
     tmp_path: Path,
 ) -> None:
+    from openai.types import CompletionUsage
+
     start_worker(FASTGPT2_DRAFTS="4", FASTGPT2_NAME=f"w-{queue_name}")
     asked: Any = {"max_new_tokens": NEW, "ignore_eos": True}
     expected: list[Drafting] = []

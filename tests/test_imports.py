@@ -83,7 +83,17 @@ def test_blas_is_held_to_one_thread_whoever_imported_numpy(first: str) -> None:
 
 # Which rooms each room imports, late imports included, imports for annotations left out. Imports run down: a room
 # stands above those that it uses. What `COMMON` has is there for all, and uses no room.
-COMMON = {"errors", "fields", "settings", "setting_values", "process", "__version__"}
+COMMON = {
+    "errors",
+    "fields",
+    "foreign_fields",
+    "prompt_lists",
+    "setting",
+    "settings",
+    "setting_values",
+    "process",
+    "__version__",
+}
 RECORDS = "engine.decoding.records"
 OPTIONS = "engine.decoding.options"
 ROOMS: dict[str, set[str]] = {
@@ -109,9 +119,9 @@ ROOMS: dict[str, set[str]] = {
     "api.pool": {"protocol"},
     "api.page": set(),
     "api.http": {"api.client", "api.pool", "api.page", "protocol", RECORDS, OPTIONS},
-    "system": {"api.http", "worker", "protocol", "engine.model"},
+    "system": {"api.http", "worker", "protocol", "engine.model", "engine.machine"},
     "bench": {"engine"},
-    "commands": {"api", "worker", "protocol", "engine"},
+    "commands": {"api", "system", "worker", "protocol", "engine"},
     "cli": {"commands", "system", "bench"},
 }
 # What only some rooms may have to do with.

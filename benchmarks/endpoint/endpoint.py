@@ -40,7 +40,7 @@ OVERHEAD_TARGET_MS, START_TARGET_MS, STREAMS_TARGET = 3.0, 500.0, 500
 # Tokens of each prompt.
 PROMPT = 8
 STARTS = 5
-QUICK = {"streams": [1, 20], "tokens": 8, "requests": 20}
+QUICK = {"streams": [1, 4], "tokens": 4, "requests": 4}
 
 
 def main() -> None:

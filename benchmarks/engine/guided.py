@@ -111,7 +111,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "json_schema": {"json_schema": {"type": "array", "items": _PERSON, "minItems": 200}},
     "any JSON": {"json_schema": {"type": "array", "minItems": 1000}},
 }
-QUICK = {"batch": 2, "steps": 2, "context": 8, "seconds": 1, "some": 2}
+QUICK = {"batch": 2, "steps": 2, "context": 8, "seconds": 1, "some": 1}
 
 
 def main() -> None:

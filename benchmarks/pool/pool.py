@@ -60,7 +60,7 @@ PROMPT = 64
 LONE_JOBS = 3
 # Rounds of lone jobs for each of the other rounds: a lone job takes little time.
 LONE_ROUNDS = 3
-QUICK = {"jobs": [1, 4], "jobs_alike": 2, "stock_jobs": 1, "tokens": 8, "single_jobs": 10}
+QUICK = {"jobs": [1, 2], "jobs_alike": 1, "stock_jobs": 1, "tokens": 4, "single_jobs": 4}
 
 
 def main() -> None:

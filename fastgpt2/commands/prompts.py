@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fastgpt2.engine.decoding.records import GenerationRequest, GenerationResult
     from fastgpt2.engine.decoding.sequence import Sequence, TokenizedPrompt
     from fastgpt2.protocol.messages import Piece
+    from fastgpt2.setting import Setting
 
 # The most texts of one prompt that `generate` decodes together: about as many as pay. Further ones follow.
 MOST_TOGETHER = 16
@@ -32,6 +33,7 @@ def generate(values: dict[str, Any]) -> int:
 
     started = perf_counter()
     request = build_request(values)
+    note_unprinted(values)
     hold_to_one_thread()
     engine = Engine.load(
         values["model"],
@@ -153,12 +155,13 @@ def enqueue(values: dict[str, Any]) -> int:
     request = build_request(values)
     if values["stream"] and request.texts > 1:
         raise BadRequest(f"--stream prints one text as it comes, not {request.texts}; print them at the end by --wait")
+    note_unprinted(values)
     options = JobOptions(timeout=values["deadline"], stream=values["stream"])
     with Client(values["redis_url"], values["queue"], values["max_queue"], values["durability"]) as client:
         job = client.enqueue_request(request, options, priority=values["priority"])
         if values["stream"]:
             try:
-                print_pieces(job.stream(values["timeout"]), values)
+                print_pieces(job.stream(values["timeout"], replacements=True), values)
                 if request.samples and request.seed is None:
                     print_seed(job.result(values["timeout"]), values)
             except KeyboardInterrupt:
@@ -198,6 +201,18 @@ def request_fields(values: dict[str, Any]) -> dict[str, Any]:
     return {setting.field or setting.name: values[setting.name] for setting in settings.OF_REQUEST}
 
 
+def check_field(setting: Setting[Any], value: Any, source: str) -> None:
+    """Check a value as the field of a request that it gives; the message names its source, which a person has written.
+
+    Raises:
+        BadRequest: the value is out of bounds.
+    """
+    from fastgpt2.engine.decoding.records import GenerationRequest
+    from fastgpt2.fields import fields_of
+
+    fields_of(GenerationRequest)[setting.field or setting.name].check(source, value)
+
+
 def build_request(values: dict[str, Any]) -> GenerationRequest:
     """Return the request that the options give, and say on standard error which of them do nothing.
 
@@ -227,6 +242,15 @@ def note_idle_options(request: GenerationRequest) -> None:
             "are taken",
             file=sys.stderr,
         )
+
+
+def note_unprinted(values: dict[str, Any]) -> None:
+    """Say on standard error if something is asked for that is not printed: log probabilities, or a result as JSON."""
+    waits = values.get("wait", True) or values.get("stream")
+    if values["json"] and not waits:
+        print("--json: without --wait, the job's id alone is printed", file=sys.stderr)
+    if values["logprobs"] is not None and not values["json"] and waits:
+        print("--logprobs: log probabilities are printed with --json alone", file=sys.stderr)
 
 
 def print_result(result: GenerationResult, values: dict[str, Any]) -> None:

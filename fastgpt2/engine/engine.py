@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Unpack, overload
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeAlias, Unpack, overload
 
-from fastgpt2.engine.decoding.records import GenerationRequest, GenerationResult, RequestFields, combine
+from fastgpt2.engine.decoding.records import (
+    GenerationRequest,
+    GenerationResult,
+    RequestFields,
+    combine,
+    list_stops,
+    split_prompt,
+)
 from fastgpt2.engine.loading import LoadedModel, LoadOptions, load_decoder
 from fastgpt2.errors import BadRequest
+from fastgpt2.fields import fields_of, plain
+from fastgpt2.foreign_fields import take_known
+from fastgpt2.prompt_lists import is_token_ids, iterate_prompts
 
 if TYPE_CHECKING:
     from fastgpt2.engine.decoding.sequence import Sequence
@@ -17,7 +28,13 @@ if TYPE_CHECKING:
     from fastgpt2.engine.text.tokenizer import Tokenizer
 
 DEFAULT_MODEL = "gpt2"
-Prompts = list[str] | list[list[int]] | tuple[str, ...]
+Prompt: TypeAlias = str | list[int] | Mapping[str, Any] | GenerationRequest
+# Not any iterable, as a string would be one too.
+Prompts: TypeAlias = (
+    list[str] | list[list[int]] | list[dict[str, Any]] | list[GenerationRequest] | tuple[Prompt, ...] | Iterator[Prompt]
+)
+
+_OPTIONS = tuple(name for name in fields_of(GenerationRequest) if name != "prompt")
 
 
 class Engine:
@@ -111,49 +128,55 @@ class Engine:
     def generate(self, prompts: Prompts, **options: Unpack[RequestFields]) -> list[GenerationResult]: ...
 
     @overload
-    def generate(self, prompts: str | list[int], **options: Unpack[RequestFields]) -> GenerationResult: ...
+    def generate(self, prompts: Prompt, **options: Unpack[RequestFields]) -> GenerationResult: ...
 
     def generate(
-        self, prompts: str | list[int] | Prompts, **options: Unpack[RequestFields]
+        self, prompts: Prompt | Prompts, **options: Unpack[RequestFields]
     ) -> GenerationResult | list[GenerationResult]:
         """Continue a prompt, or several at once.
 
         Args:
-            prompts: a text or a list of token ids; or a list of texts, or of lists of token ids.
+            prompts: a text, a list of token ids, a mapping of a `prompt` and options of its own, which count before
+                those given here, or a GenerationRequest; or a list or another iterable of such. Arrays of numpy and
+                columns of pandas are lists too; an array with two dimensions is a list of prompts.
             options: those of `RequestFields`; see `GenerationRequest`.
 
         Returns:
             One result for one prompt, a list in the order of the prompts for several.
 
         Raises:
-            BadRequest: an option or a prompt cannot be served; nothing has been generated then.
+            BadRequest: an option or a prompt cannot be served; nothing has been generated then. Of several prompts,
+                the error has the number of its prompt as `index`.
         """
-        if not isinstance(prompts, str | list | tuple):
-            kind = type(prompts).__name__
-            raise BadRequest(f"prompts must be a string, a list of token ids or a list of such, not {kind}")
-        stop = options.get("stop", ())
-        if not isinstance(stop, str | list | tuple) and isinstance(stop, Iterable):
-            options["stop"] = tuple(stop)
-        alone = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
-        # The request checks each prompt and each option.
-        given: list[Any] = [prompts] if alone else list(prompts)
-        fields: dict[str, Any] = {**options}
-        results = self.run([GenerationRequest(prompt, **fields) for prompt in given])
-        return results[0] if alone else results
+        given, is_alone = _prompts_in(prompts)
+        fields = list_stops(take_known(options, _OPTIONS))
+        requests = []
+        for number, prompt in enumerate(given):
+            with _naming(number, prompt, None if is_alone else "generate"):
+                requests.append(_request(prompt, fields))
+        results = self.run(requests, call=None if is_alone else "generate")
+        return results[0] if is_alone else results
 
     def run(
-        self, requests: Iterable[GenerationRequest], between_steps: Callable[[], None] | None = None
+        self,
+        requests: Iterable[GenerationRequest],
+        between_steps: Callable[[], None] | None = None,
+        call: str | None = "run",
     ) -> list[GenerationResult]:
         """Decode requests side by side, as many as there is room for, and return their results in order.
 
         Args:
             between_steps: called after every step; what it raises ends the run, and the sequences in it are dropped.
+            call: what the caller called, by which an error's note tells of its prompt; None for no note.
 
         Raises:
             PromptTooLong: a prompt leaves no room for its tokens; nothing has been generated then.
             BadRequest: a request is wrong otherwise. A grammar may show only in mid-text that it is too large.
         """
-        prompts = [self.decoder.prepare(request) for request in requests]
+        prompts = []
+        for number, request in enumerate(requests):
+            with _naming(number, request, call):
+                prompts.append(self.decoder.prepare(request))
         waiting = deque((number, text) for number, prompt in enumerate(prompts) for text in range(prompt.request.texts))
         running: dict[tuple[int, int], Sequence] = {}
         results: dict[tuple[int, int], GenerationResult] = {}
@@ -170,7 +193,8 @@ class Engine:
                 for key in [key for key, sequence in running.items() if sequence.finished]:
                     sequence = running.pop(key)
                     if sequence.error is not None:
-                        raise sequence.error
+                        with _naming(key[0], prompts[key[0]].request, call):
+                            raise sequence.error
                     results[key] = sequence.result(self.model)
         finally:
             for sequence in running.values():
@@ -185,3 +209,37 @@ class Engine:
         self.decoder.model.wait_until_ready()
         self.run([GenerationRequest("", max_new_tokens=1)])
         self.decoder.drafter.warm_up()
+
+
+@contextmanager
+def _naming(number: int, prompt: object, call: str | None) -> Iterator[None]:
+    """Have an error tell which of several prompts it is about; see `FastGPT2Error.name_prompt`."""
+    try:
+        yield
+    except BadRequest as error:
+        if call is not None:
+            error.name_prompt(number, prompt, call)
+        raise
+
+
+def _request(prompt: Any, fields: Mapping[str, Any]) -> GenerationRequest:
+    """Return the request for a prompt, which checks each field."""
+    if isinstance(prompt, GenerationRequest):
+        if fields:
+            name = next(iter(fields))
+            raise BadRequest(f"{name} is given beside a request that has been made; put it in there")
+        return prompt
+    if isinstance(prompt, Mapping):
+        prompt, given = split_prompt(prompt, fields)
+        fields = list_stops(take_known(given, _OPTIONS))
+    return GenerationRequest(prompt, **fields)
+
+
+def _prompts_in(value: Any) -> tuple[list[Any], bool]:
+    """Return the prompts that a caller gives, and whether it is one that stands alone."""
+    is_mapping = isinstance(value, Mapping) and "prompt" in value
+    if is_mapping or isinstance(value, GenerationRequest) or isinstance(plain(value), str) or is_token_ids(value):
+        return [value], True
+    if getattr(value, "ndim", 0) == 2 and hasattr(value, "dtype"):
+        return list(value), False
+    return list(iterate_prompts(value, "a string, a list of token ids or a list of such")), False

@@ -20,6 +20,7 @@ from fastgpt2.engine.model.config import GPT2Config, read_config
 from fastgpt2.engine.model.generation_config import GenerationConfig, read_generation_config
 from fastgpt2.engine.model.hub import find_folders
 from fastgpt2.errors import BadRequest
+from fastgpt2.fields import whole
 
 if TYPE_CHECKING:
     from fastgpt2.engine.decoding.decoder import Decoder
@@ -52,6 +53,9 @@ class LoadOptions:
     generation_config: str = "auto"
 
     def __post_init__(self) -> None:
+        for name in ("threads", "max_batch", "kv_memory", "prefix_memory"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, whole().check(name, value))
         if self.max_batch is not None and self.max_batch < 1:
             raise BadRequest(f"max_batch must be 1 or more, not {self.max_batch}")
         for name, choices in (

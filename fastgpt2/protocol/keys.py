@@ -7,12 +7,22 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Any, Literal, get_args
+
+from fastgpt2.fields import Field, is_same, one_of, plain, whole
 
 # --- Queues: one RQ queue for each priority ---
 
 Priority = Literal["high", "normal", "low"]
 PRIORITIES: tuple[Priority, ...] = get_args(Priority)
+
+
+def _check_priority(name: str, value: Any) -> Any:
+    # vLLM's priorities are whole numbers, of which 0 is the default.
+    return "normal" if is_same(plain(value), 0) else one_of(*PRIORITIES).check(name, value)
+
+
+PriorityField = Annotated[Priority, Field({"anyOf": [one_of(*PRIORITIES).schema, whole(0, 0).schema]}, _check_priority)]
 
 
 def queue_of(name: str, priority: Priority) -> str:

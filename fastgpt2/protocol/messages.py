@@ -8,9 +8,10 @@ stays the authority; the stream's last entry says only that the result is there.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Annotated, Any, NotRequired, TypedDict
+from functools import cache
+from typing import Annotated, Any, NotRequired, Self, TypedDict
 
 from fastgpt2.engine.decoding.records import (
     Count,
@@ -24,8 +25,8 @@ from fastgpt2.engine.decoding.records import (
     Usage,
 )
 from fastgpt2.errors import BadRequest, FastGPT2Error
-from fastgpt2.fields import check_fields, fields_of, number
-from fastgpt2.protocol.refusals import sentence_for
+from fastgpt2.fields import Field, check_fields, fields_of, number
+from fastgpt2.foreign_fields import take_known
 
 # The one function that a queue may name.
 TASK = "fastgpt2.worker.tasks.generate"
@@ -51,6 +52,7 @@ class JobOptions:
         timeout: seconds from being enqueued within which the job must be done; waiting counts. RQ's own `job_timeout`
             counts from the start. A job whose time is up fails, and its metadata keep what was generated.
         stream: publish the text as it comes, as pieces in a Redis stream.
+        stream_usage: each of these pieces tells how many tokens there are so far.
 
     Raises:
         BadRequest: a field has a wrong type or is out of bounds.
@@ -58,6 +60,7 @@ class JobOptions:
 
     timeout: Annotated[float, number(0, MAX_TIMEOUT_SECONDS, "seconds")] | None = None
     stream: bool = False
+    stream_usage: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -73,26 +76,24 @@ def parse_job(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Generatio
         raise BadRequest("the job's arguments are not a list and a mapping")
     if len(args) > 1:
         raise BadRequest(f"{len(args)} positional arguments; only the prompt may be given so, name the others")
-    given = dict(kwargs)
+    given = take_known(kwargs, _job_fields())
     if args:
-        if "prompt" in given:
+        if "prompt" in kwargs:
             raise BadRequest("prompt is given twice, by position and by name")
         given["prompt"] = args[0]
-    if "prompt" not in given:
+    elif "prompt" in kwargs:
+        given["prompt"] = kwargs["prompt"]
+    else:
         raise BadRequest("prompt is missing")
-    of_job = fields_of(JobOptions)
-    refuse_unknown(given, (*fields_of(GenerationRequest), *of_job))
-    options = {name: given.pop(name) for name in of_job if name in given}
+    options = {name: given.pop(name) for name in fields_of(JobOptions) if name in given}
     request, of_worker = GenerationRequest(**given), JobOptions(**options)
     refuse_unstreamable(request, of_worker)
     return request, of_worker
 
 
-def refuse_unknown(given: Mapping[str, Any], known: Collection[str]) -> None:
-    """Raise BadRequest if a field is not known; the message says what can be asked instead, or may be meant."""
-    for name in given:
-        if name not in known:
-            raise BadRequest(sentence_for(name, known))
+@cache
+def _job_fields() -> dict[str, Field]:
+    return {**fields_of(GenerationRequest), **fields_of(JobOptions)}
 
 
 def refuse_unstreamable(request: GenerationRequest, options: JobOptions) -> None:
@@ -334,14 +335,13 @@ def describe_result(result: Mapping[str, Any]) -> str:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(str):
     """Some text of a job: whole characters, which no stop string can take back any more.
 
-    The pieces of a job's several texts come mixed, those of one text in their order.
+    A piece is a string, for all that takes one: it equals its text, and what string methods make of it are plain
+    strings. The pieces of a job's several texts come mixed, those of one text in their order.
 
     Attributes:
-        text: the next characters.
         at: how many characters of the result's text come before it. Less than what you hold only if the job was started
             again elsewhere and came out otherwise: then cut your text there first.
         attempt: how often the job had been started when this text was generated, from 1.
@@ -349,17 +349,53 @@ class Piece:
         token_at: how many of the result's `logprobs` come before these. Less than what you hold in the same case as
             `at`.
         choice_index: the index of the text, if the job has several: what comes before is counted within that text.
+        usage: of a job with `stream_usage`, the tokens of its prompt and of this text so far, among them those whose
+            text is still held back. None with what comes at a text's end, which the result tells of.
     """
 
-    text: str
+    __slots__ = ("at", "attempt", "choice_index", "logprobs", "token_at", "usage")
+
     at: int
     attempt: int
-    logprobs: tuple[TokenLogprob, ...] = ()
-    token_at: int = 0
-    choice_index: int = 0
+    logprobs: tuple[TokenLogprob, ...]
+    token_at: int
+    choice_index: int
+    usage: Usage | None
 
-    def __str__(self) -> str:
-        return self.text
+    def __new__(
+        cls,
+        text: str,
+        at: int,
+        attempt: int,
+        logprobs: tuple[TokenLogprob, ...] = (),
+        token_at: int = 0,
+        choice_index: int = 0,
+        usage: Usage | None = None,
+    ) -> Self:
+        """Make a piece of the next characters, and of where they belong."""
+        piece = super().__new__(cls, text)
+        piece.at, piece.attempt, piece.choice_index = at, attempt, choice_index
+        piece.logprobs, piece.token_at, piece.usage = logprobs, token_at, usage
+        return piece
+
+    @property
+    def text(self) -> str:
+        """Return the characters as a plain string."""
+        return str(self)
+
+    def __repr__(self) -> str:
+        shown = [repr(str(self)), f"at={self.at}", f"attempt={self.attempt}"]
+        if self.logprobs or self.token_at:
+            shown += [f"logprobs={self.logprobs!r}", f"token_at={self.token_at}"]
+        if self.choice_index:
+            shown.append(f"choice_index={self.choice_index}")
+        if self.usage is not None:
+            shown.append(f"usage={self.usage!r}")
+        return f"Piece({', '.join(shown)})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        where = self.at, self.attempt, self.logprobs, self.token_at, self.choice_index, self.usage
+        return type(self), (str(self), *where)
 
 
 def piece_to_entry(piece: Piece) -> Entry:
@@ -369,6 +405,8 @@ def piece_to_entry(piece: Piece) -> Entry:
         entry.update(token_at=piece.token_at, logprobs=json.dumps(logprobs_to_json(piece.logprobs)))
     if piece.choice_index:
         entry["choice_index"] = piece.choice_index
+    if piece.usage is not None:
+        entry.update(asdict(piece.usage))
     return entry
 
 
@@ -387,9 +425,12 @@ def entry_to_piece(entry: Mapping[bytes, bytes]) -> Piece | None:
         return None
     text, at, attempt = entry[b"text"].decode("utf-8"), _count(entry[b"at"]), int(entry[b"attempt"])
     index = _count(entry.get(b"choice_index", b"0"))
+    usage = None
+    if b"prompt_tokens" in entry:
+        usage = Usage(*(_count(entry[name]) for name in (b"prompt_tokens", b"completion_tokens", b"cached_tokens")))
     if b"logprobs" not in entry:
-        return Piece(text, at, attempt, choice_index=index)
-    return Piece(text, at, attempt, _logprobs(entry[b"logprobs"]), _count(entry[b"token_at"]), index)
+        return Piece(text, at, attempt, choice_index=index, usage=usage)
+    return Piece(text, at, attempt, _logprobs(entry[b"logprobs"]), _count(entry[b"token_at"]), index, usage)
 
 
 def _count(data: bytes) -> int:

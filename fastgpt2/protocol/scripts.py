@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from redis.exceptions import NoPermissionError, NoScriptError
+
 from fastgpt2.protocol import keys as names
 
 if TYPE_CHECKING:
@@ -109,8 +111,6 @@ def to_repeat(commands: Sequence[Sequence[Any]], replies: Sequence[Any]) -> dict
 
 def is_unknown(reply: Any) -> bool:
     """Tell whether a script was not run because Redis does not know its digest, or lets this user send texts only."""
-    from redis.exceptions import NoPermissionError, NoScriptError
-
     return isinstance(reply, NoScriptError) or (isinstance(reply, NoPermissionError) and "evalsha" in str(reply))
 
 

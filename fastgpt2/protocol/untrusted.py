@@ -25,6 +25,10 @@ from fastgpt2.fields import why_no_json
 MAX_PAYLOAD_BYTES = 8 * MAX_PROMPT_BYTES
 MAX_PICKLE_OPCODES = 1 << 18
 
+# A result may be larger: what Redis keeps as one value, and about 240 opcodes a token that names the 20 likeliest ones.
+MAX_RESULT_BYTES = 512 << 20
+MAX_RESULT_OPCODES = 1 << 20
+
 # The most that a number may be, so that sums of many stay exact enough and finite.
 MOST = 2.0**63
 MAX_TEXT_CHARACTERS = 200
@@ -66,16 +70,19 @@ def is_pickle(data: bytes) -> bool:
     return data[:1] == pickle.PROTO
 
 
-def read(data: bytes) -> Any:
+def read(data: bytes, most_bytes: int = MAX_PAYLOAD_BYTES, most_opcodes: int = MAX_PICKLE_OPCODES) -> Any:
     """Return the value of a JSON text, or of a pickle that holds plain values only.
+
+    Args:
+        most_bytes, most_opcodes: the limits, for the data and for a pickle's operations.
 
     Raises:
         ValueError: the data are neither, too large, or nested too deeply.
     """
-    if len(data) > MAX_PAYLOAD_BYTES:
-        raise ValueError(f"{len(data)} bytes; the limit is {MAX_PAYLOAD_BYTES}")
+    if len(data) > most_bytes:
+        raise ValueError(f"{len(data)} bytes; the limit is {most_bytes}")
     try:
-        return _unpickle(data) if is_pickle(data) else json.loads(data.decode("utf-8"))
+        return _unpickle(data, most_opcodes) if is_pickle(data) else json.loads(data.decode("utf-8"))
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except ValueError as reason:
@@ -90,14 +97,17 @@ class _PlainUnpickler(pickle.Unpickler):
         raise ValueError("a pickle that refers to something outside")
 
 
-def _unpickle(data: bytes) -> Any:
+def _unpickle(data: bytes, most_opcodes: int) -> Any:
     """Unpickle after a look at every opcode: the unpickler allocates whatever index or length a pickle states."""
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(data), 1):
             if opcode.name not in _PLAIN_OPCODES:
-                raise ValueError(f"a pickle of more than plain values (it has the opcode {opcode.name})")
-            if count > MAX_PICKLE_OPCODES:
-                raise ValueError(f"a pickle of more than {MAX_PICKLE_OPCODES} opcodes")
+                raise ValueError(
+                    f"a pickle of more than plain values (it has the opcode {opcode.name}): plain are Python's own "
+                    "numbers, strings, lists and dicts"
+                )
+            if count > most_opcodes:
+                raise ValueError(f"a pickle of more than {most_opcodes} opcodes")
             if opcode.name == "LONG_BINPUT" and (argument is None or argument > count):
                 raise ValueError("a pickle that numbers what it does not hold")
         return _PlainUnpickler(io.BytesIO(data)).load()

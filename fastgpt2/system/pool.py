@@ -47,6 +47,7 @@ class Child:
         stops_first: it is told to stop before the others, which still serve it meanwhile.
         ends_soon: it has been told to end of itself (`--max-jobs`), so that ending soon is no sign of a fault.
         is_worker: the jobs that it has when it ends are to be taken back.
+        output: the descriptor that it writes to, instead of this process's standard output and error.
         identity: the name of the process that runs, or ran last: a worker is told to go by it.
         restarts: how often a process was started in the first one's place.
         last_end: how the last process ended: one of `keys.RESTARTS`.
@@ -59,6 +60,7 @@ class Child:
     stops_first: bool = False
     ends_soon: bool = False
     is_worker: bool = False
+    output: int | None = None
     identity: str = ""
     restarts: int = 0
     last_end: str = ENDED
@@ -80,6 +82,8 @@ class Child:
                 self.command,
                 env={**os.environ, **self.environment, **own},
                 stdin=subprocess.DEVNULL,
+                stdout=self.output,
+                stderr=self.output,
                 start_new_session=True,
                 preexec_fn=set_up_child,
             )
@@ -111,13 +115,14 @@ class Pool:
     """A pool supervises children: `start`, then `check(now)` again and again, then `stop`.
 
     Attributes:
-        reap: called with the identity of each worker whose process has ended, in whatever way.
+        reap: called with the identity of each worker whose process has ended, in whatever way, and whether it died:
+            only then it may have left jobs behind without a word.
         count_restart: called when a worker is started in the place of another, with the way in which that one ended.
     """
 
     def __init__(self, children: Sequence[Child]) -> None:
         self.children = list(children)
-        self.reap: Callable[[str], None] = lambda _identity: None
+        self.reap: Callable[[str, bool], None] = lambda _identity, _died: None
         self.count_restart: Callable[[str], None] = lambda _how: None
 
     def start(self) -> None:
@@ -149,7 +154,7 @@ class Pool:
                     continue
                 child.process = None
                 if child.is_worker:
-                    self.reap(child.identity)
+                    self.reap(child.identity, _died(status))
                 orderly = _is_orderly_end(child, status, now)
                 child.last_end = ENDED if orderly else DIED
                 if not orderly:
@@ -171,7 +176,7 @@ class Pool:
             self._signal_and_wait(self.children, signum, seconds)
         for child in self.children:
             if child.is_worker and child.process is not None and child.wait(0):
-                self.reap(child.identity)
+                self.reap(child.identity, _died(child.process.returncode))
 
     def _signal_and_wait(self, children: Sequence[Child], signum: int, seconds: float) -> None:
         alive = [child for child in children if not child.wait(0)]
@@ -181,6 +186,11 @@ class Pool:
         while alive and time.monotonic() < deadline and not stop_signal_came():
             alive[0].wait(0.05)
             alive = [child for child in alive if not child.wait(0)]
+
+
+def _died(status: int) -> bool:
+    """Tell whether a worker ended without a word. Only one that still loads ends by SIGTERM: the others handle it."""
+    return status not in (0, -signal.SIGTERM, *FATAL_EXIT_CODES)
 
 
 def _is_orderly_end(child: Child, status: int, now: float) -> bool:

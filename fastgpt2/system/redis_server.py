@@ -1,8 +1,9 @@
-"""The embedded Redis of `fastgpt2 up`: a real redis-server or valkey-server, on loopback, while the pool runs."""
+"""The embedded Redis of a pool: a real redis-server or valkey-server, on loopback or a socket, while the pool runs."""
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import platform
 import shutil
@@ -12,13 +13,21 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Self
+from urllib.parse import quote
 
 from fastgpt2.errors import FastGPT2Error, QueueUnavailable, RedisServerMissing
 from fastgpt2.process import set_up_child, stop_signals_held
 from fastgpt2.protocol.connection import connect, redis_errors
+from fastgpt2.system.pool import HEALTHY_SECONDS
+
+log = logging.getLogger("fastgpt2.pool")
 
 SERVER_NAMES = ("redis-server", "valkey-server")
 START_SECONDS = 10.0
+MAX_DEATHS = 5
+
+# The path of a socket has 103 bytes or more, by the system. In a longer temporary folder there is no room for one.
+MAX_FOLDER_BYTES = 60
 
 # Nothing here needs these, and through them whoever reaches the port could write files or load code.
 _DISABLED_COMMANDS = ("CONFIG", "DEBUG", "MODULE", "REPLICAOF", "SLAVEOF")
@@ -53,17 +62,29 @@ class RedisServer:
         port: the wanted port; another free one is taken when it is in use, or when it is 0.
         folder: where to keep the append-only file; without one, the file is in a temporary folder, until `stop`. It
             survives the process, which may be killed and started again.
+        is_private: listen on no port, but on a socket in the folder. A temporary folder is the user's alone, so that
+            nobody else can connect.
     """
 
-    def __init__(self, port: int = 0, folder: Path | None = None) -> None:
-        self.port = port if port and _is_free(port) else _free_port()
-        self._temporary = tempfile.TemporaryDirectory(prefix="fastgpt2-redis-") if folder is None else None
-        self.folder = folder or Path(self._temporary.name if self._temporary else "")
+    def __init__(self, port: int = 0, folder: Path | None = None, is_private: bool = False) -> None:
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        if folder is None:
+            parent = "/tmp" if is_private and len(os.fsencode(tempfile.gettempdir())) > MAX_FOLDER_BYTES else None
+            self._temporary = tempfile.TemporaryDirectory(prefix="fastgpt2-redis-", dir=parent)
+            folder = Path(self._temporary.name)
+        self.folder = folder
+        self.socket = self.folder / "redis.sock" if is_private else None
+        self.port = 0 if is_private else port if port and _is_free(port) else _free_port()
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def url(self) -> str:
-        return f"redis://127.0.0.1:{self.port}/0"
+        return f"redis://127.0.0.1:{self.port}/0" if self.socket is None else f"unix://{quote(str(self.socket))}"
+
+    @property
+    def is_temporary(self) -> bool:
+        """Tell whether the data is gone when the server is stopped."""
+        return self._temporary is not None
 
     def start(self) -> Self:
         """Start the server and wait until it answers.
@@ -100,6 +121,7 @@ class RedisServer:
         return [
             *("--port", str(self.port)),
             *("--bind", "127.0.0.1"),
+            *(() if self.socket is None else ("--unixsocket", str(self.socket), "--unixsocketperm", "700")),
             *("--save", ""),
             *("--maxmemory-policy", "noeviction"),
             *("--appendonly", "yes"),
@@ -123,7 +145,8 @@ class RedisServer:
             time.sleep(0.01)
         tail = (self.folder / "redis.log").read_text("utf-8", errors="replace").splitlines()[-3:]
         self.stop()
-        raise QueueUnavailable(f"{binary} did not start on port {self.port}: {' / '.join(tail) or 'no output'}")
+        where = f"port {self.port}" if self.socket is None else str(self.socket)
+        raise QueueUnavailable(f"{binary} did not start on {where}: {' / '.join(tail) or 'no output'}")
 
     def poll(self) -> int | None:
         """Return the exit status of a server that has ended; None while it runs."""
@@ -147,6 +170,32 @@ class RedisServer:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+class RedisKeeper:
+    """Keeps an embedded Redis running: one that ends is started again, on the data that it kept."""
+
+    def __init__(self, server: RedisServer) -> None:
+        self._server = server
+        self._started_at = time.monotonic()
+        self._deaths = 0
+
+    def check(self, now: float) -> None:
+        """Start the server again if it has ended; workers and clients wait for it.
+
+        Raises:
+            QueueUnavailable: it has ended too often too soon.
+        """
+        status = self._server.poll()
+        if status is None:
+            return
+        self._deaths = 1 if now - self._started_at > HEALTHY_SECONDS else self._deaths + 1
+        if self._deaths > MAX_DEATHS:
+            times = f"{self._deaths} times in a row, now with status {status}"
+            raise QueueUnavailable(f"the embedded Redis has ended {times}; giving up")
+        log.warning("the embedded Redis has ended with status %s; starting it again", status)
+        self._server.start()
+        self._started_at = time.monotonic()
 
 
 def _is_free(port: int) -> bool:

@@ -23,9 +23,9 @@ from fastgpt2.engine.model.hub import find_folders
 from fastgpt2.errors import FastGPT2Error, QueueUnavailable
 from fastgpt2.process import on_stop_signals, raise_open_file_limit, set_up_logging, stop_signals_held
 from fastgpt2.protocol.connection import UP_STARTS_ONE, connect, redis_errors, without_password
-from fastgpt2.protocol.keys import workers_key
-from fastgpt2.system.pool import HEALTHY_SECONDS, Child, Pool
-from fastgpt2.system.redis_server import RedisServer
+from fastgpt2.protocol.keys import queue_key, queues_of, workers_key
+from fastgpt2.system.pool import Child, Pool
+from fastgpt2.system.redis_server import RedisKeeper, RedisServer
 from fastgpt2.system.welcome import named_by, welcome
 
 log = logging.getLogger("fastgpt2.pool")
@@ -41,7 +41,6 @@ STOP_MARGIN_SECONDS = 5.0
 
 # How long the jobs of workers that did not end well may take to be put back, once everything else is stopped.
 REAP_SECONDS = 5.0
-MAX_REDIS_DEATHS = 5
 
 # By environment, not by argument: an argument list can be read by every user of the machine. -P: else a file of the
 # current folder could stand in for a module of the same name.
@@ -70,8 +69,7 @@ class System:
         self.http_url = ""
         self.pool = Pool([])
         self.ready = False
-        self._redis_started_at = 0.0
-        self._redis_deaths = 0
+        self._keeper: RedisKeeper | None = None
         self.stopping = threading.Event()
         self._stack = ExitStack()
 
@@ -104,16 +102,8 @@ class System:
         Raises:
             FastGPT2Error: a process cannot be kept alive, or the embedded Redis has ended too often.
         """
-        status = None if self.redis is None else self.redis.poll()
-        if self.redis is not None and status is not None:
-            self._redis_deaths = 1 if now - self._redis_started_at > HEALTHY_SECONDS else self._redis_deaths + 1
-            if self._redis_deaths > MAX_REDIS_DEATHS:
-                times = f"{self._redis_deaths} times in a row, now with status {status}"
-                raise QueueUnavailable(f"the embedded Redis has ended {times}; giving up")
-            log.warning("the embedded Redis has ended with status %s; starting it again", status)
-            # On the data that it kept: workers and clients wait for it.
-            self.redis.start()
-            self._redis_started_at = time.monotonic()
+        if self._keeper is not None:
+            self._keeper.check(now)
         self.pool.check(now)
 
     def _start_redis(self) -> None:
@@ -124,8 +114,22 @@ class System:
         self.redis = RedisServer(self.values["redis_port"], Path(folder).expanduser().absolute() if folder else None)
         self._stack.callback(self.redis.stop)
         self.redis.start()
-        self._redis_started_at = time.monotonic()
+        self._keeper = RedisKeeper(self.redis)
         self.redis_url = self.redis.url
+        if self.redis.is_temporary:
+            self._stack.callback(self._warn_of_losses)
+
+    def _warn_of_losses(self) -> None:
+        """Say which jobs nobody will run any more, as their Redis ends with its data."""
+        connection = connect(self.redis_url)
+        try:
+            with closing(connection), redis_errors(self.redis_url):
+                count = sum(connection.llen(queue_key(name)) for name in queues_of(self.values["queue"]))
+        except QueueUnavailable:
+            return
+        if count:
+            message = "%d jobs that had not been finished are gone with the embedded Redis; --redis-dir DIR keeps such"
+            log.warning(message, count)
 
     def _check_redis(self) -> None:
         from fastgpt2.protocol.server_check import check_server
@@ -232,13 +236,13 @@ def child_environment(values: dict[str, Any], redis_url: str) -> dict[str, str]:
     }
 
 
-def worker_children(values: dict[str, Any], redis_url: str) -> list[Child]:
+def worker_children(values: dict[str, Any], redis_url: str, output: int | None = None) -> list[Child]:
     """Return the workers of a pool, not started yet, with the settings in `values` and their queue in this Redis."""
     # Workers have no use for the endpoint's token.
     environment = {**child_environment(values, redis_url), "FASTGPT2_TOKEN": "", "FASTGPT2_TOKEN_FILE": ""}
     ends_soon = values["max_jobs"] is not None
     return [
-        Child(f"worker {n + 1}", [*COMMAND, "worker"], environment, ends_soon=ends_soon, is_worker=True)
+        Child(f"worker {n + 1}", [*COMMAND, "worker"], environment, ends_soon=ends_soon, is_worker=True, output=output)
         for n in range(values["workers"])
     ]
 
@@ -282,8 +286,9 @@ def run_pool(values: dict[str, Any]) -> int:
     find_folders(values["model"], values["revision"], values["tokenizer"])
     stopping = threading.Event()
     on_stop_signals(lambda _signum, _frame: stopping.set())
+    workers = "1 worker" if values["workers"] == 1 else f"{values['workers']} workers"
     print(
-        f"fastgpt2 pool: model {values['model']}, {values['workers']} workers, queue {values['queue']}, "
+        f"fastgpt2 pool: model {values['model']}, {workers}, queue {values['queue']}, "
         f"Redis {without_password(redis_url)}; Ctrl-C stops it.",
         flush=True,
     )

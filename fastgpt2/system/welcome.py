@@ -24,9 +24,10 @@ def welcome(values: dict[str, Any], http_url: str, redis_url: str, embedded: boo
         embedded: whether the Redis is this program's own.
     """
     address = _name_to_ask(values, http_url)
+    workers = "1 worker" if values["workers"] == 1 else f"{values['workers']} workers"
     return "\n".join(
         [
-            f"fastgpt2 is ready: model {values['model']}, {values['workers']} workers, queue {values['queue']}",
+            f"fastgpt2 is ready: model {values['model']}, {workers}, queue {values['queue']}",
             f"  endpoint  {address}/ in a browser, {address}/v1 for OpenAI's clients",
             f"  Redis     {_where_redis_is(redis_url, embedded)}",
             f"  try       {_enqueue_line(values, redis_url)}",

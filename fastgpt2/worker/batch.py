@@ -44,28 +44,34 @@ class TextPosition:
     characters: int = 0
     logprobs: int = 0
 
-    def next_piece(self, sequence: Sequence, attempt: int) -> Piece | None:
+    def next_piece(self, sequence: Sequence, attempt: int, tells_usage: bool) -> Piece | None:
         """Return what may be sent next; None if there is no further text that is sure to stay."""
         end = sequence.settled
         if end <= self.characters:
             return None
         text, at, index = sequence.text[self.characters : end], self.characters, sequence.choice_index
+        usage = sequence.usage if tells_usage else None
         if not sequence.logprobs:
-            return Piece(text, at, attempt, choice_index=index)
+            return Piece(text, at, attempt, choice_index=index, usage=usage)
         unsent = sequence.logprobs[self.logprobs :]
         told = tuple(takewhile(lambda one: one.text_offset < end, unsent))
-        return Piece(text, at, attempt, told, self.logprobs, index)
+        return Piece(text, at, attempt, told, self.logprobs, index, usage)
 
 
 class StreamPosition:
-    """The part of a job's stream that was sent, of each of its texts."""
+    """The part of a job's stream that was sent, of each of its texts.
 
-    def __init__(self) -> None:
+    Args:
+        tells_usage: each piece tells how many tokens there are.
+    """
+
+    def __init__(self, tells_usage: bool) -> None:
+        self._tells_usage = tells_usage
         self._positions: defaultdict[int, TextPosition] = defaultdict(TextPosition)
 
     def next_pieces(self, sequences: Iterable[Sequence], attempt: int) -> list[Piece]:
         """Return what may be sent next of each text of which there is something."""
-        found = (self._positions[each.choice_index].next_piece(each, attempt) for each in sequences)
+        found = (self._positions[each.choice_index].next_piece(each, attempt, self._tells_usage) for each in sequences)
         return [piece for piece in found if piece is not None]
 
     def advance(self, piece: Piece) -> None:
@@ -122,8 +128,8 @@ class ActiveJob:
     model: str
     deadline: float
     deadline_reason: str
+    position: StreamPosition
     sequences: list[Sequence] = field(default_factory=list)
-    position: StreamPosition = field(default_factory=StreamPosition)
     muted: bool = False
 
     @classmethod
@@ -140,7 +146,8 @@ class ActiveJob:
                     f"took longer than the {options.timeout:g} s that it was given from being enqueued (timeout), "
                     f"{attempt.waited_seconds:.1f} s of them in the queue"
                 )
-        return cls(attempt.id, attempt, prompt, options, model, deadline, reason)
+        position = StreamPosition(options.stream_usage)
+        return cls(attempt.id, attempt, prompt, options, model, deadline, reason, position)
 
     @property
     def request(self) -> GenerationRequest:

@@ -20,6 +20,9 @@ UNFORESEEN_SECONDS = 30.0
 LAST_TRIES = 3
 STOPPING_SECONDS = 0.2
 
+# How often the log says that Redis is still away: it is tried several times in this time.
+SAY_SECONDS = 10.0
+
 
 class Faults:
     """The faults since the last exchange that went well.
@@ -39,6 +42,7 @@ class Faults:
         self._name, self._redis_url = worker_name, redis_url
         self.count = 0
         self._not_before = 0.0
+        self._said_at = -math.inf
         # Since when it is not an absent Redis that fails; since when it is not Redis at all.
         self._hopeless_since = self._unforeseen_since = math.inf
         self._last: Exception | None = None
@@ -67,11 +71,12 @@ class Faults:
         """Note that an exchange went well."""
         self.count = 0
         self._not_before = 0.0
+        self._said_at = -math.inf
         self._hopeless_since = self._unforeseen_since = math.inf
         self._last = None
 
     def note(self, reason: Exception, stopping: bool) -> None:
-        """Note that an exchange has failed, say so in the log, and set the time of the next one."""
+        """Note that an exchange has failed, say so in the log now and then, and set the time of the next one."""
         now = time.monotonic()
         self.count += 1
         self._last = reason
@@ -83,7 +88,9 @@ class Faults:
         self._not_before = now + seconds
         if is_of_service(reason):
             self._unforeseen_since = math.inf
-            log.warning("%s: Redis cannot be used (%s); trying again in %.1f s", self._name, reason, seconds)
+            if now - self._said_at >= SAY_SECONDS:
+                self._said_at = now
+                log.warning("%s: Redis cannot be used (%s); trying again in %.1f s", self._name, reason, seconds)
         elif not self.is_unforeseen:
             self._unforeseen_since = now
             log.error("%s: unforeseen; going on", self._name, exc_info=reason)

@@ -96,7 +96,7 @@ class Listener:
                     return
                 if self._failure is None:
                     unforeseen = not isinstance(reason, RedisError | OSError)
-                    log.warning("%s: no commands are heard (%s)", self._name, reason, exc_info=unforeseen)
+                    log.warning("%s: RQ's commands are not heard for now (%s)", self._name, reason, exc_info=unforeseen)
                 self._failure = reason
                 self._ending.wait(RETRY_SECONDS)
 

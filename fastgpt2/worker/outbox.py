@@ -37,6 +37,8 @@ class Outbox:
         self._confirmation = confirmation
         self._name = worker_name
         self._unwritten: deque[tuple[ActiveJob, End]] = deque()
+        # The ids of the jobs of which the log says already that their ends wait for Redis.
+        self._told: set[str] = set()
         self.written = 0
 
     def __len__(self) -> int:
@@ -95,7 +97,8 @@ class Outbox:
         try:
             given = self._ledger.give_back([job.attempt for job in jobs], crashed)
         except RedisError as reason:
-            log.error("%s: %d jobs could not be given back (%s)", self._name, len(jobs), reason)
+            message = "%s: %d jobs could not be given back (%s); whoever serves the queue next finds them"
+            log.error(message, self._name, len(jobs), reason)
             return
         log.info("%s: %d jobs given back to the queue", self._name, len(given))
         returned = [job for job in jobs if job.id in given]
@@ -124,17 +127,24 @@ class Outbox:
                 if not isinstance(reason, RedisError):
                     log.exception("%s: the end of job %s cannot be written", self._name, job.id)
                 elif not is_of_entry(reason):
-                    for other, _ in self._unwritten:
-                        log.warning("%s: the end of job %s cannot be written yet", self._name, other.id)
+                    self._tell_of_waiting()
                     raise
                 self._ledger.fail_malformed(job.attempt.queue, job.id, reason)  # which also counts the job
                 kind = EndKind.LOST
             self._unwritten.popleft()
+            self._told.discard(job.id)
             self.written += 1
             self._metrics.count_end(replace(end, kind=kind), job)
             if kind == end.kind and kind != EndKind.LOST:
                 self._confirmation.hold(job.attempt, bound(self._ledger.write, end))
         self._confirmation.settle()
+
+    def _tell_of_waiting(self) -> None:
+        """Say in the log which ends wait for Redis, each once: they are tried again several times a second."""
+        for job, _ in self._unwritten:
+            if job.id not in self._told:
+                self._told.add(job.id)
+                log.warning("%s: the end of job %s cannot be written yet", self._name, job.id)
 
     def _log_failure(self, job_id: str, error: Exception) -> None:
         """Write one line into the log, without the prompt; with a traceback only for a defect."""

@@ -107,7 +107,7 @@ class Reaper:
             if leased == "":
                 self._connection.zrem(self._leases_key, worker_name)
         recovery = Recovery(put_back, poison, ended, int(reply[4]))
-        if recovery:
+        if put_back or poison:
             given_up = f", {len(poison)} given up: {', '.join(poison)}" if poison else ""
             message = "worker %s is dead: %d of its jobs put back to the front of the queue%s"
             log.warning(message, worker_name, len(put_back), given_up[:2000])
@@ -192,13 +192,19 @@ class BackgroundReaper:
         self._reaper = Reaper(self._connection, queue)
         self._tasks: thread_queue.SimpleQueue[Callable[[], bool] | None] = thread_queue.SimpleQueue()
         self._ending = threading.Event()
+        # The dead workers of which the log says already that Redis is away.
+        self._told: set[str] = set()
         self._thread = threading.Thread(target=self._run, name="reaper", daemon=True)
         with stop_signals_held():  # they are the main thread's, which may hold them back
             self._thread.start()
 
-    def reap(self, worker_name: str) -> None:
-        """Take back the jobs of a worker whose process has ended, soon, in the thread."""
-        self._tasks.put(bound(self._try_reap, worker_name))
+    def reap(self, worker_name: str, died: bool = True) -> None:
+        """Take back the jobs of a worker whose process has ended, soon, in the thread.
+
+        Args:
+            died: the process did not end in order. One that did has said itself which jobs it leaves behind, if any.
+        """
+        self._tasks.put(bound(self._try_reap, worker_name, died))
 
     def count_restart(self, reason: str) -> None:
         """Count a restart, soon, in the thread; `reason` is one of `keys.RESTARTS`."""
@@ -220,13 +226,16 @@ class BackgroundReaper:
 
     # The tasks: each returns whether it is done, and is else tried again.
 
-    def _try_reap(self, name: str) -> bool:
+    def _try_reap(self, name: str, died: bool) -> bool:
         try:
             recovery = self._reaper.reap(name)
             if recovery is not None:
                 self._note_recovery(name, bool(recovery), recovery.finished)
         except (RedisError, FastGPT2Error) as reason:
-            log.warning("the jobs of the dead worker %s cannot be taken back yet (%s)", name, reason)
+            if died and name not in self._told:
+                self._told.add(name)
+                message = "the jobs that worker %s may have had when it died are put back when Redis can be used (%s)"
+                log.warning(message, name, reason)
             return False
         except Exception:
             log.exception("the jobs of the dead worker %s cannot be taken back", name)

@@ -160,7 +160,7 @@ class RQWorker(BaseWorker):
                 break
             except RedisError as reason:
                 if time.monotonic() > deadline:
-                    log.warning("%s: could not sign off (%s)", self.name, reason)
+                    log.warning("%s: could not sign off (%s); its entry in Redis expires", self.name, reason)
                     break
                 time.sleep(0.1)
         log.info("%s has stopped", self.name)

@@ -74,7 +74,7 @@ class _StockRun:
         if options.timeout is not None:
             self._deadline = time.monotonic() + options.timeout - self.waited_seconds
         self._attempt = job.connection.hincrby(job.key, ATTEMPTS_FIELD, 1)
-        self._position = StreamPosition()
+        self._position = StreamPosition(options.stream_usage)
 
     def follow_step(self, prompt: TokenizedPrompt, sequences: list[Sequence]) -> None:
         """Stream what is new after a step.

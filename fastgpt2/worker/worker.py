@@ -191,8 +191,7 @@ class GenerationWorker(RQWorker):
                 return True
             self.confirmation.wait(IDLE_SECONDS)
         if self._faults.count and self._should_give_up():
-            lost = "the ends of %d jobs could not be written, and %d claimed ones not be put back"
-            log.error(f"%s: {lost}; others will find them", self.name, len(self.outbox), len(self._claimed))
+            log.error("%s: %s", self.name, self._describe_rest())
             return True
         self._end_overdue()
         for job in self.batch.admit():
@@ -419,6 +418,19 @@ class GenerationWorker(RQWorker):
         """Tell whether a worker that is to stop has tried for long enough to tell Redis, or is hurried."""
         hurried = (self.stop_at_once or self._faults.is_last_try_over) and not len(self.batch)
         return self.stopping.is_set() and (hurried or time.monotonic() > self._drain_until + LAST_TRIES_SECONDS)
+
+    def _describe_rest(self) -> str:
+        """Return what a worker that gives Redis up has not got rid of: only what there is."""
+        parts = []
+        if len(self.outbox):
+            parts.append(f"the ends of {len(self.outbox)} jobs could not be written")
+        if self._claimed:
+            parts.append(f"{len(self._claimed)} jobs that were claimed could not be put back")
+        if parts:
+            parts.append("whoever serves the queue next finds them")
+        if len(self.confirmation):
+            parts.append(f"{len(self.confirmation)} jobs are written, and nobody has confirmed that they last")
+        return "; ".join(parts)
 
     def _reason_to_recycle(self) -> str | None:
         if self.recycling is None:

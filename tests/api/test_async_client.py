@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from redis import Redis
+from starlette.responses import StreamingResponse
 from support.running import GOLDEN, StartWorker, wait_until
 
 from fastgpt2 import AsyncClient, Client, GenerationRequest, GenerationResult
@@ -87,6 +88,22 @@ def test_many_wait_in_one_loop(use: Use, start_worker: StartWorker) -> None:
         assert [list(result.token_ids) for result in results] == [entry["ids"][:8] for entry in ENTRIES]
 
     use(body)
+
+
+def test_one_event_loop_after_the_other(redis_server: RedisServer, queue_name: str, start_worker: StartWorker) -> None:
+    """A program may keep its client, and call `asyncio.run` again and again."""
+    start_worker()
+    other = AsyncClient(redis_server.url, queue_name)
+
+    async def body() -> list[str]:
+        job = await other.enqueue("a", max_new_tokens=1)
+        return [(await job.result(30)).text, *[one.text async for one in other.map(["a", "a"], max_new_tokens=1)]]
+
+    first = asyncio.run(body())
+    assert len(set(first)) == 1
+    for _ in range(2):
+        assert asyncio.run(body()) == first
+    asyncio.run(other.aclose())
 
 
 def test_refusals_and_errors(use: Use, redis_server: RedisServer, queue_name: str) -> None:
@@ -247,6 +264,32 @@ def test_a_cancelled_task_cancels_what_is_in_flight(use: Use, client: Client, re
 
     use(body)
     assert redis.zcard(f"rq:canceled:{client.queue_name}") == 5
+
+
+def test_who_leaves_a_web_page_cancels_its_job(use: Use, client: Client) -> None:
+    """Below a web server, what has been cancelled is cancelled again at each `await`."""
+    jobs = []
+
+    async def body(other: AsyncClient) -> None:
+        async def pieces() -> AsyncIterator[str]:
+            async with await other.stream("a") as stream:
+                jobs.append(stream.job.id)
+                async for piece in stream:
+                    yield piece
+
+        async def leave() -> dict[str, str]:
+            while not (await other.connection.info("clients"))["blocked_clients"]:
+                await asyncio.sleep(0.01)
+            return {"type": "http.disconnect"}
+
+        async def send(_: object) -> None:
+            pass
+
+        response = StreamingResponse(pieces())
+        await response({"type": "http", "asgi": {"spec_version": "2.3"}}, leave, send)
+
+    use(body)
+    assert [client.status(job) for job in jobs] == ["canceled"]
 
 
 def test_a_cancellation_that_the_redis_library_loses(use: Use, monkeypatch: pytest.MonkeyPatch) -> None:

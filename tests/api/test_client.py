@@ -422,7 +422,7 @@ def test_unknown_and_expired_jobs(client: Client, redis: Redis) -> None:
         ({"temperature": -1}, "temperature must be between 0 and 100, not -1"),
         ({"best_of": 3, "stream": True}, "stream is refused beside a best_of of 3 and an n of 1"),
         ({"max_tokens": 5}, "unknown field 'max_tokens'"),
-        ({"stop": 5}, "stop must be a string or a list of strings, not int"),
+        ({"stop": 5}, "stop must be a string or a list of strings, not 5"),
     ],
 )
 def test_bad_options_are_refused_at_enqueue(client: Client, redis: Redis, options: Any, message: str) -> None:

@@ -178,28 +178,28 @@ class TestReading:
         reader = JobReader("x", streamed=True)
         add(reader, Piece("abc", 0, 1), Piece("xyz", 0, 1, choice_index=1), Piece("abcd", 0, 2))
         add(reader, Piece("xY", 0, 2, choice_index=1), Piece("e", 4, 2))
-        assert list(reader.pieces()) == [
-            Piece("abc", 0, 1),
-            Piece("xyz", 0, 1, choice_index=1),
-            Piece("d", 3, 2),
-            Piece("Y", 1, 2, choice_index=1),
-            Piece("e", 4, 2),
+        assert list(map(repr, reader.pieces())) == [
+            repr(Piece("abc", 0, 1)),
+            repr(Piece("xyz", 0, 1, choice_index=1)),
+            repr(Piece("d", 3, 2)),
+            repr(Piece("Y", 1, 2, choice_index=1)),
+            repr(Piece("e", 4, 2)),
         ]
 
     def test_an_earlier_attempt_is_not_listened_to_about_a_text_that_is_new(self) -> None:
         """A worker that was thought dead goes on writing."""
         reader = JobReader("x", streamed=True)
         add(reader, Piece("abc", 0, 2), Piece("zzz", 0, 1, choice_index=1))
-        assert list(reader.pieces()) == [Piece("abc", 0, 2)]
+        assert repr(list(reader.pieces())) == repr([Piece("abc", 0, 2)])
 
     def test_the_result_completes_each_text(self) -> None:
         reader = JobReader("x", streamed=True)
         add(reader, Piece("abc", 0, 1), Piece("xy", 0, 1, choice_index=1))
         reader.end(result_of("ab", "xyz", "new"))
-        assert list(reader.pieces())[2:] == [
-            Piece("", 2, 1),
-            Piece("z", 2, 1, choice_index=1),
-            Piece("new", 0, 1, choice_index=2),
+        assert list(map(repr, reader.pieces()))[2:] == [
+            repr(Piece("", 2, 1)),
+            repr(Piece("z", 2, 1, choice_index=1)),
+            repr(Piece("new", 0, 1, choice_index=2)),
         ]
 
     @pytest.mark.parametrize("seed", range(30))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from itertools import count
@@ -230,3 +232,34 @@ def test_progress(client: Client, start_worker: StartWorker, capsys: pytest.Capt
     assert "tokens/s" in shown
     list(client.map(PROMPTS[:2], max_new_tokens=4))
     assert capsys.readouterr().err == ""
+
+
+# A program that believes that it runs in a notebook, in an environment without ipywidgets.
+NOTEBOOK = """
+import sys, types
+class ZMQInteractiveShell: pass
+sys.modules["ipykernel.zmqshell"] = types.ModuleType("ipykernel.zmqshell")
+sys.modules["IPython"] = shell = types.ModuleType("IPython")
+shell.get_ipython = ZMQInteractiveShell
+sys.modules["ipywidgets"] = None
+from fastgpt2.api.client.bulk import ProgressBar
+from fastgpt2.errors import FastGPT2Error
+bar = ProgressBar(1, shown=True).start()
+bar.add(FastGPT2Error())
+bar.close()
+"""
+
+
+def test_a_notebook_without_widgets_shows_the_bar_and_no_warning() -> None:
+    done = subprocess.run([sys.executable, "-c", NOTEBOOK], capture_output=True, text=True, timeout=60, check=True)
+    assert "1/1" in done.stderr
+    assert "ipywidgets" not in done.stderr
+
+
+def test_nothing_is_shown_or_sent_before_the_first_result_is_asked_for(
+    client: Client, redis: Redis, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = client.map(["a", "b"], progress=True)
+    assert capsys.readouterr().err == ""
+    assert waiting(redis, client) == []
+    results.close()

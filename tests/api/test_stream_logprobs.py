@@ -64,10 +64,10 @@ class TestAssembly:
 
     def test_what_was_sent_twice_is_given_once(self) -> None:
         assembly = Assembly()
-        assert assembly.add(Piece("ab", 0, 1, (self.A,))) == Piece("ab", 0, 1, (self.A,), 0)
-        assert assembly.add(Piece("cd", 2, 1, (self.B,), 1)) == Piece("cd", 2, 1, (self.B,), 1)
+        assert repr(assembly.add(Piece("ab", 0, 1, (self.A,)))) == repr(Piece("ab", 0, 1, (self.A,), 0))
+        assert repr(assembly.add(Piece("cd", 2, 1, (self.B,), 1))) == repr(Piece("cd", 2, 1, (self.B,), 1))
         assert assembly.add(Piece("abc", 0, 2, (self.A, self.B))) is None
-        assert assembly.add(Piece("def", 3, 2, (self.C,), 2)) == Piece("ef", 4, 2, (self.C,), 2)
+        assert repr(assembly.add(Piece("def", 3, 2, (self.C,), 2))) == repr(Piece("ef", 4, 2, (self.C,), 2))
         assert assembly.complete("abcdef", (self.A, self.B, self.C)) is None
 
     def test_the_same_tokens_from_another_machine(self) -> None:
@@ -75,14 +75,14 @@ class TestAssembly:
         assembly = Assembly()
         assembly.add(Piece("abcd", 0, 1, (self.A, self.B)))
         others = told(("ab", 0), ("cd", 2), ("ef", 4), logprob=-1.0000001)
-        assert assembly.add(Piece("abcdef", 0, 2, others)) == Piece("ef", 4, 2, others[2:], 2)
+        assert repr(assembly.add(Piece("abcdef", 0, 2, others))) == repr(Piece("ef", 4, 2, others[2:], 2))
         assert assembly.complete("abcdef", (self.A, self.B, self.C)) is None
 
     def test_other_tokens_are_given_where_they_begin_to_differ(self) -> None:
         assembly = Assembly()
         assembly.add(Piece("abcdef", 0, 1, (self.A, self.B, self.C)))
         (other,) = told(("cX", 2), first_id=1000)
-        assert assembly.add(Piece("abcX", 0, 2, (self.A, other))) == Piece("X", 3, 2, (other,), 1)
+        assert repr(assembly.add(Piece("abcX", 0, 2, (self.A, other)))) == repr(Piece("X", 3, 2, (other,), 1))
         assert assembly.complete("abcX", (self.A, other)) is None
 
     def test_other_tokens_within_the_same_text(self) -> None:
@@ -90,8 +90,8 @@ class TestAssembly:
         assembly = Assembly()
         assembly.add(Piece("abcdef", 0, 1, (self.A, self.B, self.C)))
         (other,) = told(("cX", 2), first_id=1000)
-        assert assembly.add(Piece("abc", 0, 2, (self.A, other))) == Piece("", 6, 2, (other,), 1)
-        assert assembly.add(Piece("X", 3, 2, (), 2)) == Piece("X", 3, 2, (), 2)
+        assert repr(assembly.add(Piece("abc", 0, 2, (self.A, other)))) == repr(Piece("", 6, 2, (other,), 1))
+        assert repr(assembly.add(Piece("X", 3, 2, (), 2))) == repr(Piece("X", 3, 2, (), 2))
         assert assembly.complete("abcX", (self.A, other)) is None
 
     def test_a_gap_is_left_to_the_result(self) -> None:
@@ -99,19 +99,21 @@ class TestAssembly:
         assembly.add(Piece("ab", 0, 1, (self.A,)))
         assert assembly.add(Piece("ef", 4, 1, (self.C,), 2)) is None
         whole = (self.A, self.B, self.C, *told(("!", 6)))
-        assert assembly.complete("abcdef", whole) == Piece("cdef", 2, 1, (self.B, self.C), 1), "the last was cut off"
+        assert repr(assembly.complete("abcdef", whole)) == repr(Piece("cdef", 2, 1, (self.B, self.C), 1)), (
+            "the last was cut off"
+        )
         assert assembly.complete("abcdef", whole) is None
 
     def test_a_gap_among_the_tokens_alone(self) -> None:
         assembly = Assembly()
-        assert assembly.add(Piece("ab", 0, 1)) == Piece("ab", 0, 1)
-        assert assembly.add(Piece("cd", 2, 1, (self.B,), 1)) == Piece("cd", 2, 1)
-        assert assembly.complete("abcd", (self.A, self.B)) == Piece("", 4, 1, (self.A, self.B), 0)
+        assert repr(assembly.add(Piece("ab", 0, 1))) == repr(Piece("ab", 0, 1))
+        assert repr(assembly.add(Piece("cd", 2, 1, (self.B,), 1))) == repr(Piece("cd", 2, 1))
+        assert repr(assembly.complete("abcd", (self.A, self.B))) == repr(Piece("", 4, 1, (self.A, self.B), 0))
 
     def test_the_result_has_the_last_word(self) -> None:
         assembly = Assembly()
         assembly.add(Piece("abcd", 0, 1, (self.A, self.B)))
-        assert assembly.complete("ab", (self.A, self.B)) == Piece("", 2, 1, (), 1)
+        assert repr(assembly.complete("ab", (self.A, self.B))) == repr(Piece("", 2, 1, (), 1))
 
     @pytest.mark.parametrize("seed", range(50))
     def test_any_losses_and_repetitions(self, seed: int) -> None:
@@ -287,7 +289,7 @@ def test_what_are_no_log_probabilities(logprobs: bytes) -> None:
 @pytest.mark.parametrize(("field", "value"), [(b"token_at", b"-1"), (b"token_at", b"x"), (b"at", b"-1")])
 def test_numbers_of_what_comes_before(field: bytes, value: bytes) -> None:
     fields = {b"attempt": b"1", b"at": b"0", b"text": b"a", b"token_at": b"0", b"logprobs": b"[]"}
-    assert entry_to_piece(fields) == Piece("a", 0, 1)
+    assert repr(entry_to_piece(fields)) == repr(Piece("a", 0, 1))
     with pytest.raises(ValueError, match=r"is no number of what comes before|invalid literal"):
         entry_to_piece({**fields, field: value})
 
@@ -299,7 +301,7 @@ def test_the_largest_entry_that_a_job_can_make_in_one_piece_fits() -> None:
     entry = piece_to_entry(Piece("a" * 255, 0, 1, tokens))
     assert len(entry["logprobs"]) < MAX_LOGPROBS_BYTES
     read = entry_to_piece({name.encode(): str(value).encode() for name, value in entry.items()})
-    assert read == Piece("a" * 255, 0, 1, tokens)
+    assert repr(read) == repr(Piece("a" * 255, 0, 1, tokens))
 
 
 def test_strange_entries_are_passed_over(client: Client, redis: Redis, start_worker: StartWorker) -> None:

@@ -200,7 +200,7 @@ class Streamer(QueueCaller):
             self.wait_for(client, entry, self._read)
 
     def _read(self, job: Job, timeout: float) -> GenerationResult:
-        stream = job.stream(timeout=timeout)
+        stream = job.stream(timeout=timeout, replacements=True)
         text = ""
         for piece in stream:
             text = text[: piece.at] + piece.text

@@ -189,7 +189,7 @@ class Submission:
         try:
             with Client(self._url, QUEUE) as client:
                 client.status(job.id)  # so that it waits for a Redis that goes away later
-                for piece in client.job(job.id).stream(timeout=300):
+                for piece in client.job(job.id).stream(timeout=300, replacements=True):
                     texts[piece.choice_index] = texts[piece.choice_index][: piece.at] + piece.text
             job.read = texts
         except JobFailed:

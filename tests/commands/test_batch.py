@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import fcntl
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,12 +21,12 @@ import pytest
 from redis import Redis
 from rq.job import Job as RQJob
 from rq.serializers import JSONSerializer
-from support.finishing import finish
+from support.finishing import abandon, finish, queued
 from support.forgetful import ForgetfulRedis, finish_all, wait_for_queue
 from support.running import GOLDEN, StartWorker, wait_until
 
 from fastgpt2 import Client
-from fastgpt2.commands.batch import MAX_LINE_BYTES, LineReader
+from fastgpt2.commands.batch.lines import MAX_LINE_BYTES, LineReader
 from fastgpt2.errors import BadRequest
 from fastgpt2.system.redis_server import RedisServer
 
@@ -86,7 +88,10 @@ def test_a_prompt_a_line(tmp_path: Path, start_worker: StartWorker, batch: Any) 
     start_worker()
     write_prompts(tmp_path / "in.txt")
     status, out, err = batch("in.txt", "-o", "out.jsonl", "--max-new-tokens", "100", "--ignore-eos")
-    assert (status, out, err) == (0, "", "")
+    assert (status, out) == (0, "")
+    assert re.fullmatch(
+        rf"{len(LINES)} lines in out.jsonl: {len(LINES)} results, {100 * len(LINES)} tokens in .+\n", err
+    )
     results = results_in(tmp_path / "out.jsonl")
     assert [result["text"] for result in results] == [entry["text"] for entry in LINES]
     assert [result["index"] for result in results] == list(range(len(LINES)))
@@ -111,7 +116,9 @@ def test_an_object_a_line(tmp_path: Path, start_worker: StartWorker, batch: Any)
     ]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))  # and no end to the last line
     status, _, err = batch("in.jsonl", "-o", "out.jsonl", *FEW)
-    assert (status, err) == (1, "1 of 5 lines are errors\n")
+    assert status == 1
+    assert "line 5: job " in err.splitlines()[0]
+    assert "1 of 5 lines are errors: 1 JobTimedOut; --retry-errors tries them again" in err
     results = results_in(tmp_path / "out.jsonl")
     assert [result.get("id") for result in results] == [None, "seven", 3, None, "late"]
     assert "id" not in results[0]
@@ -151,7 +158,10 @@ def test_bad_lines_are_errors_in_their_places(tmp_path: Path, start_worker: Star
         + b"\n"
     )
     status, _, err = batch("in.jsonl", "-o", "out.jsonl", *FEW)
-    assert (status, err) == (1, "13 of 15 lines are errors\n")
+    assert status == 1
+    assert err.startswith("the first error, line 2: the line is not JSON")
+    assert "13 of 15 lines are errors: 12 BadRequest, 1 PromptTooLong" in err
+    assert err.count("\n") == 3
     results = results_in(tmp_path / "out.jsonl")
     assert [result["index"] for result in results] == list(range(15))
     assert [n for n, result in enumerate(results) if "text" in result] == [0, 14]
@@ -168,7 +178,7 @@ def test_bad_lines_are_errors_in_their_places(tmp_path: Path, start_worker: Star
         9: "the line is not UTF-8 (byte 1)",
         10: "ask for at most 511",
         11: "prompt must be a string or a list of token ids",
-        12: "unknown field 'priority'",
+        12: 'priority must be 0 or "normal", or left out',
         13: f"the line has {MAX_LINE_BYTES + 2} bytes; the limit is {MAX_LINE_BYTES}",
     }.items():
         assert message in errors[number]
@@ -205,7 +215,7 @@ class TestPipes:
     def test_standard_input_and_output(self, start_worker: StartWorker, batch: Any) -> None:
         start_worker()
         status, out, err = batch("-", *FEW, stdin="My name is\n\n")
-        assert (status, err) == (0, "")
+        assert (status, err.count("\n")) == (0, 1)
         assert [json.loads(line)["text"] for line in out.splitlines()] == [text_of("My name is"), text_of("")]
         status, out, _ = batch("-", "--format", "jsonl", *FEW, stdin='{"prompt": "My name is"}\n')
         assert json.loads(out)["text"] == text_of("My name is")
@@ -232,7 +242,7 @@ class TestPipes:
         process.stdout.readline()
         process.stdout.close()
         assert process.wait(60) == 141
-        assert redis.llen(f"rq:queue:{client.queue_name}") == 0
+        assert redis.llen(f"rq:queue:{client.queue_name}-low") == 0
 
 
 class TestBrokenOff:
@@ -259,6 +269,29 @@ class TestBrokenOff:
         assert batch("in.txt", "-o", "out.jsonl", *FEW)[0] == 0, "nothing is left to do"
         assert results_in(out) == results
 
+    def test_a_table_whose_run_is_killed(
+        self, tmp_path: Path, start_worker: StartWorker, start: Start, batch: Any
+    ) -> None:
+        """Its results stand beside the output until all are there."""
+        start_worker()
+        rows = [["id", "prompt"], *([str(n), entry["prompt"]] for n, entry in enumerate(LINES))]
+        with (tmp_path / "in.csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(rows)
+        process = start("in.csv", "-o", "out.csv", "--in-flight", "8", *FEW)
+        wait_until(partial(has_lines, tmp_path / "out.csv.partial.jsonl", 10), "some results")
+        process.kill()
+        process.communicate()
+        assert not (tmp_path / "out.csv").exists()
+        status, _, err = batch("in.csv", "-o", "out.csv", *FEW)
+        kept = re.search(r"\((\d+) of them from before\)", err)
+        assert kept is not None
+        assert (status, int(kept[1]) >= 10) == (0, True)
+        with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:
+            written = list(csv.DictReader(file))
+        assert [[row["id"], row["prompt"]] for row in written] == rows[1:]
+        assert all(entry["text"].startswith(row["text"]) for entry, row in zip(LINES, written, strict=True))
+        assert not (tmp_path / "out.csv.partial.jsonl").exists()
+
     def test_an_incomplete_line_is_cut(self, tmp_path: Path, start_worker: StartWorker, batch: Any) -> None:
         start_worker()
         write_prompts(tmp_path / "in.txt", LINES[:6])
@@ -280,20 +313,22 @@ class TestBrokenOff:
         assert batch("in.txt", "-o", "out.jsonl", *FEW)[0] == 0
         before = (tmp_path / "out.jsonl").read_text()
         write_prompts(tmp_path / "shorter.txt", LINES[:2])
-        write_prompts(tmp_path / "other.txt", [LINES[0], LINES[2], LINES[1]])
+        write_prompts(tmp_path / "other.txt", LINES[5:8])
         (tmp_path / "notes.txt").write_text("my notes\n")
-        for line, arguments in (
-            (1, ["in.txt", "-o", "out.jsonl", "--max-new-tokens", "5", "--ignore-eos"]),
-            (3, ["shorter.txt", "-o", "out.jsonl", *FEW]),
-            (2, ["other.txt", "-o", "out.jsonl", *FEW]),
-            (1, ["in.txt", "-o", "notes.txt", *FEW]),
+        (tmp_path / "unended.txt").write_text("my notes")
+        for message, arguments in (
+            ("results of other options", ["in.txt", "-o", "out.jsonl", "--max-new-tokens", "5", "--ignore-eos"]),
+            ("results of another input or of other options", ["other.txt", "-o", "out.jsonl", *FEW]),
+            ("something else than results, in line 1", ["in.txt", "-o", "notes.txt", *FEW]),
+            ("something else than results, in line 1", ["in.txt", "-o", "unended.txt", *FEW]),
         ):
             status, _, err = batch(*arguments)
             assert status == 2
-            assert f"holds results of another input or of other options, from line {line} on" in err
+            assert f"{arguments[2]} holds {message}" in err
             assert "--restart, or name another file with -o" in err
         assert (tmp_path / "out.jsonl").read_text() == before
         assert (tmp_path / "notes.txt").read_text() == "my notes\n"
+        assert (tmp_path / "unended.txt").read_text() == "my notes"
         # Options that do not change the results may differ.
         assert batch("in.txt", "-o", "out.jsonl", *FEW, "--priority", "low", "--deadline", "50")[0] == 0
         assert (tmp_path / "out.jsonl").read_text() == before
@@ -305,20 +340,20 @@ class TestBrokenOff:
         start_worker()
         drawn = ["--temperature", "0.9", "-n", "2", *FEW]
         write_prompts(tmp_path / "in.txt", LINES[:4] * 2)
-        assert batch("in.txt", "-o", "out.jsonl", *drawn) == (0, "", "")
+        assert batch("in.txt", "-o", "out.jsonl", *drawn)[:2] == (0, "")
         first = results_in(tmp_path / "out.jsonl")
         assert len({result["seed"] for result in first}) == 8
         assert {result["alternatives"][0]["choice_index"] for result in first} == {1}
         assert not any("token_ids" in text for result in first for text in (result, *result["alternatives"]))
         whole = (tmp_path / "out.jsonl").read_text().splitlines(keepends=True)
         (tmp_path / "out.jsonl").write_text("".join(whole[:5]) + whole[5][:20])
-        assert batch("in.txt", "-o", "out.jsonl", *drawn) == (0, "", "")
+        assert batch("in.txt", "-o", "out.jsonl", *drawn)[:2] == (0, "")
         assert (tmp_path / "out.jsonl").read_text().startswith("".join(whole[:5]))
         assert len(results_in(tmp_path / "out.jsonl")) == 8
         # With its seed, a line's text comes again.
         lines = [{"prompt": LINES[n % 4]["prompt"], "seed": result["seed"]} for n, result in enumerate(first)]
         (tmp_path / "again.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        assert batch("again.jsonl", "-o", "again-out.jsonl", *drawn) == (0, "", "")
+        assert batch("again.jsonl", "-o", "again-out.jsonl", *drawn)[:2] == (0, "")
         texts = [(one["text"], one["alternatives"][0]["text"]) for one in results_in(tmp_path / "again-out.jsonl")]
         assert texts == [(one["text"], one["alternatives"][0]["text"]) for one in first]
 
@@ -327,7 +362,8 @@ class TestBrokenOff:
         (tmp_path / "in.jsonl").write_text('"a"\n{\n"b"\n')
         for _ in range(2):
             status, _, err = batch("in.jsonl", "-o", "out.jsonl", *FEW)
-            assert (status, err) == (1, "1 of 3 lines are errors\n")
+            assert status == 1
+            assert "1 of 3 lines are errors: 1 BadRequest" in err
 
     @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
     def test_told_to_end(
@@ -351,7 +387,7 @@ class TestBrokenOff:
         done = len(results_in(out))
         assert f"interrupted: out.jsonl holds {done} results; the same command goes on from there" in err
         assert "Traceback" not in err
-        assert redis.llen(f"rq:queue:{client.queue_name}") == 0, "what was in flight has been cancelled"
+        assert redis.llen(f"rq:queue:{client.queue_name}-low") == 0, "what was in flight has been cancelled"
         wait_until(lambda: not redis.zcard(f"rq:wip:{client.queue_name}"), "the worker to have let go")
         write_prompts(tmp_path / "in.txt", (LINES * 20)[: done + 3])
         assert batch("in.txt", "-o", "out.jsonl", *FEW)[0] == 0
@@ -363,7 +399,7 @@ class TestLostJobs:
 
     @pytest.fixture
     def begin(self, server: ForgetfulRedis, start: Start) -> Start:
-        return partial(start, "in.txt", "-o", "out.jsonl", "--redis-url", server.url, *FEW)
+        return partial(start, "in.txt", "-o", "out.jsonl", "--redis-url", server.url, "--priority", "normal", *FEW)
 
     def test_they_are_enqueued_again(
         self, tmp_path: Path, client: Client, server: ForgetfulRedis, begin: Start
@@ -377,7 +413,7 @@ class TestLostJobs:
         server.restart()
         assert set(wait_for_queue(server, client.queue_name, 19)) == set(ids[1:])
         finish_all(server, client.queue_name)
-        assert process.communicate(timeout=60)[1].count("\n") == 1, "that no worker listens"
+        assert process.communicate(timeout=60)[1].count("\n") == 2, "that no worker listens, and the summary"
         assert process.returncode == 0
         texts = [result["text"] for result in results_in(tmp_path / "out.jsonl")]
         assert texts == ["first", *(f"text of {job_id}" for job_id in ids[1:])]
@@ -400,6 +436,38 @@ class TestLostJobs:
         finish_all(server, client.queue_name)
         process.communicate(timeout=60)
         assert (process.returncode, len(results_in(tmp_path / "out.jsonl"))) == (0, 3)
+
+
+class TestPassingEnds:
+    """Ends that say nothing of the line are not written."""
+
+    def test_a_job_that_was_abandoned_is_run_again_and_one_that_was_cancelled_by_the_next_run(
+        self, tmp_path: Path, client: Client, redis: Redis, start: Start
+    ) -> None:
+        write_prompts(tmp_path / "in.txt", LINES[:3])
+        arguments = ["in.txt", "-o", "out.jsonl", *FEW]
+        process = start(*arguments)
+        wait_until(lambda: len(queued(redis, f"{client.queue_name}-low")) == 3, "the jobs")
+        first, second, third = queued(redis, f"{client.queue_name}-low")
+        abandon(redis, first)
+        client.cancel(second)
+        finish(redis, third, "third")
+        queue = f"{client.queue_name}-low"
+        wait_until(lambda: set(queued(redis, queue)) - {first, second, third}, "the first line to be run again")
+        (first,) = set(queued(redis, queue)) - {first, second, third}
+        finish(redis, first, "first")
+        err = process.communicate(timeout=60)[1]
+        assert process.returncode == 1
+        assert "1 line has no result" in err
+        assert [(r["index"], r["text"]) for r in results_in(tmp_path / "out.jsonl")] == [(0, "first"), (2, "third")]
+        process = start(*arguments)
+        before = set(queued(redis, queue))
+        wait_until(lambda: set(queued(redis, queue)) - before, "the job of the second line")
+        (again,) = set(queued(redis, queue)) - before
+        finish(redis, again, "second")
+        process.communicate(timeout=60)
+        assert process.returncode == 0
+        assert [r["text"] for r in results_in(tmp_path / "out.jsonl")] == ["first", "second", "third"]
 
 
 class TestFiles:
@@ -432,7 +500,7 @@ class TestFiles:
             (["in.txt", "-o", "in.txt"], 2, "in.txt is both input and output; name another file with -o"),
             (["in.txt", "-o", "o", "--min-new-tokens", "9", "--max-new-tokens", "3"], 2, "min_new_tokens must be"),
             (["in.txt", "--in-flight", "0"], 2, "--in-flight: '0' is not between 1 and"),
-            (["in.txt", "--format", "csv"], 2, "--format: 'csv' is not one of auto, txt, jsonl"),
+            (["in.txt", "--format", "xml"], 2, "--format: 'xml' is not one of auto, txt, jsonl"),
         ):
             got, _, err = batch(*arguments)
             assert (got, message in err) == (status, True), err
@@ -446,7 +514,7 @@ def test_without_a_worker_it_says_so_and_waits(tmp_path: Path, start_worker: Sta
     assert process.stderr is not None
     assert "no worker listens on the queue" in process.stderr.readline()
     start_worker()
-    assert process.communicate(timeout=60)[1] == ""
+    assert process.communicate(timeout=60)[1].startswith("3 lines in out.jsonl: 3 results, 12 tokens in ")
     assert process.returncode == 0
     assert len(results_in(tmp_path / "out.jsonl")) == 3
 

@@ -13,13 +13,13 @@ import pytest
 from support.running import StartWorker, run
 
 from fastgpt2 import Client, Engine, settings
-from fastgpt2.cli import build_parser
-from fastgpt2.commands.batch import LineReader
-from fastgpt2.commands.prompts import build_request, note_idle_options
+from fastgpt2.cli import COMMANDS, read_arguments, resolve_values
+from fastgpt2.commands.batch.lines import LineReader
+from fastgpt2.commands.prompts import build_request, note_idle_options, note_unprinted
 from fastgpt2.engine.decoding.records import GenerationRequest, GenerationResult
 from fastgpt2.errors import BadRequest
+from fastgpt2.setting import Setting
 from fastgpt2.setting_values import MAX_SCHEMA_FILE
-from fastgpt2.settings import Setting
 from fastgpt2.system.redis_server import RedisServer
 
 PROMPT = "My name is"
@@ -36,9 +36,8 @@ SEED_TOLD = re.compile(r"seed (\d+): the same command with --seed \1 gives (this
 
 def request_of(*options: str) -> GenerationRequest:
     """Return the request that `fastgpt2 generate` makes of these options."""
-    given = build_parser(["generate"]).parse_args(["generate", *options, PROMPT])
-    values = {setting.name: setting.resolve(getattr(given, setting.name)) for setting in settings.OF_REQUEST}
-    return build_request({**values, "prompt": PROMPT})
+    arguments = read_arguments("generate", [*options, PROMPT])
+    return build_request(resolve_values(COMMANDS["generate"], arguments))
 
 
 @pytest.fixture(scope="module")
@@ -107,23 +106,23 @@ class TestOptions:
         ("options", "message"),
         [
             (["--temperature", "hot"], "--temperature: 'hot' is not a number"),
-            (["--temperature", "101"], "temperature must be between 0 and 100, not 101.0"),
-            (["--temperature", "nan"], "temperature must be between 0 and 100, not nan"),
-            (["--top-p", "1.5"], "top_p must be between 0 and 1, not 1.5"),
+            (["--temperature", "101"], "--temperature must be between 0 and 100, not 101.0"),
+            (["--temperature", "nan"], "--temperature must be between 0 and 100, not nan"),
+            (["--top-p", "1.5"], "--top-p must be between 0 and 1, not 1.5"),
             (["--top-k", "2.5"], "--top-k: '2.5' is not a whole number"),
-            (["--n", "0"], "n must be between 1 and 128, not 0"),
+            (["--n", "0"], "--n must be between 1 and 128, not 0"),
             (["-n", "3", "--best-of", "2"], "best_of is 2 and n is 3"),
-            (["--seed", str(1 << 64)], "seed must be between"),
-            (["--repetition-penalty", "0"], "repetition_penalty must be between 0.01 and 100, not 0.0"),
-            (["--presence-penalty", "3"], "presence_penalty must be between -2 and 2, not 3.0"),
+            (["--seed", str(1 << 64)], "--seed must be between"),
+            (["--repetition-penalty", "0"], "--repetition-penalty must be between 0.01 and 100, not 0.0"),
+            (["--presence-penalty", "3"], "--presence-penalty must be between -2 and 2, not 3.0"),
             (["--logit-bias", "198"], "--logit-bias: '198' is neither a list such as 198=-100,464=2.5 nor a JSON"),
             (["--logit-bias", "198=much"], "--logit-bias: '198=much' is neither a list such as"),
             (["--logit-bias", "{198}"], "--logit-bias: '{198}' is not a JSON object"),
-            (["--logit-bias", "198=101"], "logit_bias of token 198 must be between -100 and 100"),
+            (["--logit-bias", "198=101"], "--logit-bias of token 198 must be between -100 and 100"),
             (["--bad-word", ""], "--bad-word is empty; leave it out for the default"),
             (["--suppress-tokens", "a"], "--suppress-tokens: 'a' is not a list of token ids with commas between them"),
             (["--choice", "a", "--regex", "b"], "choices and regex are both given; a text is guided by one"),
-            (["--json-schema", "{"], "json_schema is no JSON schema (Expecting"),
+            (["--json-schema", "{"], "--json-schema is no JSON schema (Expecting"),
         ],
     )  # fmt: skip
     def test_mistakes_get_a_sentence(self, options: list[str], message: str) -> None:
@@ -146,6 +145,24 @@ class TestOptions:
         self, capsys: pytest.CaptureFixture[str], request_: GenerationRequest, told: str
     ) -> None:
         note_idle_options(request_)
+        out, err = capsys.readouterr()
+        assert (out, err[: len(told)], bool(err)) == ("", told, bool(told))
+
+    @pytest.mark.parametrize(
+        ("values", "told"),
+        [
+            ({"json": False, "logprobs": None}, ""),
+            ({"json": True, "logprobs": 2}, ""),
+            ({"json": False, "logprobs": 0}, "--logprobs: log probabilities are printed with --json alone\n"),
+            ({"json": False, "logprobs": 2, "wait": False, "stream": False}, ""),
+            ({"json": True, "logprobs": 2, "wait": False, "stream": False}, "--json: without --wait, the job's id "),
+            ({"json": True, "logprobs": None, "wait": True, "stream": False}, ""),
+        ],
+    )  # fmt: skip
+    def test_what_is_not_printed_is_named(
+        self, capsys: pytest.CaptureFixture[str], values: dict[str, Any], told: str
+    ) -> None:
+        note_unprinted(values)
         out, err = capsys.readouterr()
         assert (out, err[: len(told)], bool(err)) == ("", told, bool(told))
 

@@ -16,10 +16,12 @@ import pytest
 from support.running import GOLDEN, StartWorker, run, wait_until
 
 from fastgpt2 import Client, settings
-from fastgpt2.cli import COMMANDS, Command, build_parser
+from fastgpt2.cli import COMMANDS, build_parser
+from fastgpt2.commands.arguments import Command
 from fastgpt2.engine.decoding.lookup import MOST_DRAFTS
 from fastgpt2.engine.loading import BLAS_CHOICES, DRAFTS_CHOICES, WEIGHTS_CHOICES
 from fastgpt2.errors import BadRequest
+from fastgpt2.setting import Setting
 from fastgpt2.system.redis_server import RedisServer
 from fastgpt2.system.up import System
 
@@ -75,12 +77,12 @@ class TestGenerate:
             (["--model", str(Path(__file__).parent), "a"], 3, "holds no config.json"),
             (["--model", "no such model", "a"], 3, "no such folder, nor a hub id"),
             (["--stop-token-ids", "1,x", "a"], 2, "'1,x' is not a list of token ids with commas between them"),
-            (["--stop-token-ids", "4000000000", "a"], 2, "stop_token_ids holds 4000000000, which is no token id"),
+            (["--stop-token-ids", "4000000000", "a"], 2, "--stop-token-ids holds 4000000000, which is no token id"),
             (["--min-new-tokens", "9", "--max-new-tokens", "3", "a"], 2, "min_new_tokens must be between 0 and 3"),
             (["--logprobs", "21", "a"], 2, "--logprobs: '21' is not between 0 and 20"),
-            (["--num-beams", "4", "a"], 2, "unrecognized arguments: --num-beams"),
+            (["--num-beams", "4", "a"], 2, "unknown option --num-beams: no beams are searched here"),
             (["--model", "", "a"], 2, "--model is empty"),
-            ([], 2, "the following arguments are required: PROMPT"),
+            ([], 2, "PROMPT is missing: fastgpt2 generate [OPTIONS] PROMPT"),
         ],
     )
     def test_mistakes_get_a_sentence(self, arguments: list[str], code: int, message: str) -> None:
@@ -239,7 +241,7 @@ class TestSettings:
             (settings.WORKERS, "two", "FASTGPT2_WORKERS: 'two' is not a whole number"),
             (settings.PORT, "70000", "FASTGPT2_PORT: '70000' is not between 0 and 65535"),
             (settings.TIMEOUT, "soon", "FASTGPT2_TIMEOUT: 'soon' is not a number of seconds"),
-            (settings.TIMEOUT, "nan", "FASTGPT2_TIMEOUT: 'nan' is not between 0 and"),
+            (settings.TIMEOUT, "nan", "FASTGPT2_TIMEOUT: 'nan' is not a number of seconds"),
             (settings.JSON, "maybe", "FASTGPT2_JSON: 'maybe' is neither yes nor no"),
             (settings.QUEUE, "two words", "FASTGPT2_QUEUE: 'two words' must be one word"),
             (settings.BLAS, "atlas", "FASTGPT2_BLAS: 'atlas' is not one of auto, openblas, mkl"),
@@ -258,7 +260,7 @@ class TestSettings:
         ],
     )
     def test_a_bad_variable_is_named(
-        self, monkeypatch: pytest.MonkeyPatch, setting: settings.Setting[Any], text: str, message: str
+        self, monkeypatch: pytest.MonkeyPatch, setting: Setting[Any], text: str, message: str
     ) -> None:
         monkeypatch.setenv(setting.variable, text)
         with pytest.raises(BadRequest, match=re.escape(message)):
@@ -329,7 +331,7 @@ class TestSettings:
     def test_top_level(self) -> None:
         assert run("--version").stdout == f"fastgpt2 {__import__('fastgpt2').__version__}\n"
         assert run().returncode == 2
-        assert "invalid choice: 'nonsense'" in run("nonsense").stderr
+        assert "unknown command 'nonsense'" in run("nonsense").stderr
         for name in COMMANDS:
             assert f"    {name} " in run("--help").stdout
 
@@ -347,6 +349,17 @@ def test_a_full_disk_behind_standard_output(monkeypatch: pytest.MonkeyPatch) -> 
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert done.stderr == "fastgpt2 generate: standard output: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [("generate --help >/dev/full", 1), ("--version >/dev/full", 1), ("--help >&-", 0), ("cache -h >&-", 0),
+     ("generate --nosuch 2>/dev/full", 2), ("nosuch 2>&-", 2), ("generate --stop 2>&- >&-", 2)],
+)  # fmt: skip
+def test_streams_that_take_nothing(words: str, code: int) -> None:
+    script = f"{sys.executable} -m fastgpt2 {words}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, "Traceback" in done.stderr) == (code, "", False)
 
 
 def test_a_closed_standard_output() -> None:

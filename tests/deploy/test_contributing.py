@@ -14,6 +14,7 @@ from test_imports import ROOMS
 
 from fastgpt2 import settings
 from fastgpt2.api.client.enqueue import JobFields
+from fastgpt2.setting import Setting
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -89,7 +90,7 @@ def test_the_readme_is_short() -> None:
 
 def test_every_setting_stands_in_the_table_of_settings() -> None:
     listed = re.findall(r"^\| `(FASTGPT2_\w+)` \|", (DOCS / "settings.md").read_text("utf-8"), re.MULTILINE)
-    defined = {value.variable for value in vars(settings).values() if isinstance(value, settings.Setting)}
+    defined = {value.variable for value in vars(settings).values() if isinstance(value, Setting)}
     assert sorted(listed) == sorted({*defined, "FASTGPT2_CACHE"})
 
 

@@ -17,6 +17,7 @@ from support.compose import ROOT
 from support.running import StartWorker
 
 from fastgpt2 import Client, settings
+from fastgpt2.setting import Setting
 
 
 def test_every_variable_is_documented_and_passed_on() -> None:
@@ -33,7 +34,7 @@ def test_every_variable_is_documented_and_passed_on() -> None:
         assert documented[name] == default, name
     for name, default in re.findall(r"^ARG (\w+)=(.*)$", (ROOT / "Dockerfile").read_text("utf-8"), re.M):
         assert documented[name] == default, name
-    known = {setting.variable: setting for setting in vars(settings).values() if isinstance(setting, settings.Setting)}
+    known = {setting.variable: setting for setting in vars(settings).values() if isinstance(setting, Setting)}
     for name in used:
         if name.startswith("FASTGPT2_") and name != "FASTGPT2_IMAGE":
             assert name in known

@@ -28,6 +28,7 @@ from fastgpt2.api.pool.prometheus import render_metrics
 from fastgpt2.cli import COMMANDS
 from fastgpt2.protocol.connection import connect
 from fastgpt2.protocol.keys import queues_of
+from fastgpt2.setting import Setting
 from fastgpt2.setting_values import size
 from fastgpt2.system.redis_server import RedisServer, find_server
 
@@ -172,9 +173,7 @@ def test_selectors_and_ports_mean_the_pods_that_are_there() -> None:
 
 
 def test_variables_are_settings_of_the_command_and_can_be_read() -> None:
-    known: Object = {
-        setting.variable: setting for setting in vars(settings).values() if isinstance(setting, settings.Setting)
-    }
+    known: Object = {setting.variable: setting for setting in vars(settings).values() if isinstance(setting, Setting)}
     commands = set()
     for pod in (PODS["fastgpt2-worker"], PODS["fastgpt2-api"]):
         assert pod["spec"]["enableServiceLinks"] is False, "FASTGPT2_REDIS_PORT would be tcp://..."

@@ -16,7 +16,7 @@ from support.models import with_end_of_text
 from support.running import GOLDEN
 
 from fastgpt2 import Engine
-from fastgpt2.engine.decoding.records import GenerationRequest
+from fastgpt2.engine.decoding.records import GenerationRequest, GenerationResult
 from fastgpt2.engine.kernels import mkl
 from fastgpt2.engine.model.hub import DEMO_FOLDER
 from fastgpt2.errors import BadRequest, CheckpointError, PromptTooLong
@@ -99,13 +99,12 @@ def test_stop_strings_cut_the_text_wherever_they_begin(engine: Engine) -> None:
     """A substring of a continuation stops it at its first occurrence, across tokens or within one."""
     entry = golden["continuations"][1]
     text = entry["text"][:60]
-    for begin in range(0, 40, 3):
-        for length in (1, 2, 5, 12):
-            stop = text[begin : begin + length]
-            result = engine.generate(entry["prompt"], max_new_tokens=100, stop=stop, ignore_eos=True)
-            assert result.finish_reason == "stop"
-            assert result.text == entry["text"][: entry["text"].index(stop)]
-            assert list(result.token_ids) == entry["ids"][: len(result.token_ids)]
+    stops = [text[begin : begin + length] for begin in range(0, 40, 3) for length in (1, 2, 5, 12)]
+    results = engine.run([GenerationRequest(entry["prompt"], 100, (stop,), ignore_eos=True) for stop in stops])
+    for stop, result in zip(stops, results, strict=True):
+        assert result.finish_reason == "stop"
+        assert result.text == entry["text"][: entry["text"].index(stop)]
+        assert list(result.token_ids) == entry["ids"][: len(result.token_ids)]
 
 
 def test_the_earliest_of_several_stop_strings_counts(engine: Engine) -> None:
@@ -263,14 +262,14 @@ def test_prompts_of_the_wrong_type(engine: Engine, prompts: Any) -> None:
     ("options", "message"),
     [
         ({"max_new_tokens": -1}, "max_new_tokens must be between 0 and"),
-        ({"max_new_tokens": "3"}, "max_new_tokens must be a whole number, not str"),
-        ({"max_new_tokens": True}, "max_new_tokens must be a whole number, not bool"),
-        ({"stop": ""}, "a stop string must have 1 to 256 characters, not 0"),
+        ({"max_new_tokens": "3"}, 'max_new_tokens must be a whole number, not the string "3"'),
+        ({"max_new_tokens": True}, "max_new_tokens must be a whole number, not true"),
+        ({"stop": [""]}, "a stop string must have 1 to 256 characters, not 0"),
         ({"stop": ["x"] * 17}, "stop holds 17 strings; the limit is 16"),
-        ({"stop": [1]}, "stop must hold strings, not int"),
-        ({"stop": 5}, "stop must be a string or a list of strings, not int"),
-        ({"stop": None}, "stop must be a string or a list of strings, not null"),
-        ({"ignore_eos": 1}, "ignore_eos must be true or false, not int"),
+        ({"stop": [1]}, "stop must hold strings, not 1"),
+        ({"stop": 5}, "stop must be a string or a list of strings, not 5"),
+        ({"stop": [None]}, "stop must hold strings, not null"),
+        ({"ignore_eos": 1}, "ignore_eos must be true or false, not 1"),
     ],
 )
 def test_bad_options_are_named(engine: Engine, options: dict[str, Any], message: str) -> None:
@@ -291,3 +290,46 @@ def test_bad_options_are_named(engine: Engine, options: dict[str, Any], message:
 def test_bad_prompts_are_refused(prompt: Any, message: str) -> None:
     with pytest.raises(BadRequest, match=message):
         GenerationRequest(prompt)
+
+
+def test_prompts_of_every_kind(engine: Engine) -> None:
+    """One prompt alone gives one result, all that holds several a list; a mapping's fields count before the call's."""
+    one: list[Any] = ["a", [66], (66,), np.array([66]), {"prompt": "a"}, {"prompt": [66], "max_new_tokens": 2}]
+    several: list[Any] = [one, tuple(one), iter(one), np.array(["a", "b"]), np.array([[1, 2], [3, 4]]), []]
+    for prompt in one:
+        result = engine.generate(prompt, max_new_tokens=2, ignore_eos=True)
+        assert isinstance(result, GenerationResult)
+        assert len(result.token_ids) == 2
+    for prompts in several:
+        results = engine.generate(prompts, max_new_tokens=2, ignore_eos=True)
+        assert isinstance(results, list)
+        assert [len(result.token_ids) for result in results] == [2] * len(results)
+    rows: list[dict[str, Any]] = [
+        {"prompt": "a", "max_new_tokens": 1},
+        {"prompt": "a", "max_new_tokens": None},
+        {"prompt": "a", "stop": "?"},
+    ]
+    assert [len(each.token_ids) for each in engine.generate(rows, max_new_tokens=3, ignore_eos=True)] == [1, 3, 3]
+    assert len(engine.generate(GenerationRequest("a", 2, ignore_eos=True)).token_ids) == 2
+
+
+@pytest.mark.parametrize(
+    ("prompts", "index", "words", "shown"),
+    [
+        (["a", 2.5], 1, "prompt must be a string or a list of token ids", "2.5"),
+        (["a", "the " * 600], 1, "over the model's 512 positions", repr(f"{('the ' * 600)[:60]}...")),
+        ([{"prompt": "a", "foo": 1}], 0, "unknown field 'foo'", "'a'"),
+        (["a", {"foo": 1}], 1, "prompt is missing in a mapping", "a mapping of 'foo'"),
+        ([GenerationRequest("a")], 0, "max_new_tokens is given beside a request that has been made", "'a'"),
+    ],
+)
+def test_an_error_says_which_of_several_prompts_it_is_about(
+    engine: Engine, prompts: Any, index: int, words: str, shown: str
+) -> None:
+    with pytest.raises(BadRequest, match=words) as caught:
+        engine.generate(prompts, max_new_tokens=2)
+    assert caught.value.index == index
+    assert caught.value.__notes__ == [f"prompt number {index} (counted from 0) of generate: {shown}"]
+    with pytest.raises(BadRequest) as caught:
+        engine.generate("the " * 600)
+    assert caught.value.index is None

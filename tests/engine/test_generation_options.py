@@ -281,9 +281,9 @@ def test_guesses_stop_at_a_stop_token() -> None:
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        (5, "stop_token_ids must be a list of token ids, not int"),
-        ("5", "stop_token_ids must be a list of token ids, not str"),
-        ([5, True], "stop_token_ids, a list, must hold token ids, not bool"),
+        (5, "stop_token_ids must be a list of token ids, not 5"),
+        ("5", 'stop_token_ids must be a list of token ids, not the string "5"'),
+        ([5, True], "stop_token_ids, a list, must hold token ids, not true"),
         ([-1], "stop_token_ids holds -1, which is no token id"),
         ([5] * 65, "stop_token_ids holds 65 token ids; the limit is 64"),
         ([7, 2048], "stop_token_ids holds token id 2048, and the model's vocabulary has 2048: give ids from 0 to 2047"),
@@ -365,9 +365,9 @@ def test_a_token_id_that_the_model_does_not_have(engine: Engine) -> None:
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ([5, "a"], "prompt, a list, must hold token ids, not str"),
-        ([5, True], "prompt, a list, must hold token ids, not bool"),
-        ([[5, 1.5]], "prompt, a list, must hold token ids, not float"),
+        ([5, "a"], 'prompt, a list, must hold token ids, not the string "a"'),
+        ([5, True], "prompt, a list, must hold token ids, not true"),
+        ([[5, 1.5]], "prompt, a list, must hold token ids, not 1.5"),
         ([5, -1], "prompt holds -1, which is no token id"),
         ([1 << 31], "prompt holds 2147483648, which is no token id"),
         ([[5] * (1 << 17) + [5]], "prompt has 131073 tokens; the limit is 131072"),
@@ -384,10 +384,10 @@ def test_bad_token_ids_are_named(engine: Engine, prompt: Any, message: str) -> N
     ("options", "message"),
     [
         ({"min_new_tokens": -1}, "min_new_tokens must be between 0 and"),
-        ({"min_new_tokens": None}, "min_new_tokens must be a whole number, not null"),
+        ({"min_new_tokens": 1.5}, "min_new_tokens must be a whole number, not 1.5"),
         ({"logprobs": 21}, "logprobs must be between 0 and 20, not 21"),
-        ({"logprobs": True}, "logprobs must be a whole number, not bool"),
-        ({"echo": 1}, "echo must be true or false, not int"),
+        ({"logprobs": True}, "logprobs must be a whole number, not true"),
+        ({"echo": 1}, "echo must be true or false, not 1"),
     ],
 )
 def test_bad_options_are_named(engine: Engine, options: dict[str, Any], message: str) -> None:

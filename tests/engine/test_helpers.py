@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+import json
 import os
 import signal
 import subprocess
@@ -252,3 +254,17 @@ def test_the_engine_gives_the_same_whatever_the_number_of_processes() -> None:
         assert engine.decoder.model.ready
         texts.append([result.token_ids for result in engine.generate(prompts, max_new_tokens=40)])
     assert texts[0] == texts[1]
+
+
+def test_a_helper_whose_parent_has_gone_at_once_says_nothing() -> None:
+    order = {
+        "config": dataclasses.asdict(read_config(FOLDER)),
+        "shape": {"n_slots": 1, "max_rows": 1, "size": 2},
+        "sets": [{"weights": "/proc/0/fd/3", "product": "openblas", "exact_chunks": False}],
+        "state": "/proc/0/fd/4",
+        "parent": os.getpid(),
+        "rank": 1,
+    }
+    command = [sys.executable, "-m", "fastgpt2.engine.network.helpers"]
+    done = subprocess.run(command, input=f"{json.dumps(order)}\n\0", capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, ""), "its standard input ends with its parent"

@@ -6,8 +6,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from support.fake_hub import WAIT_SECONDS, BreakOff, FakeHub, Refuse, Request
+from support.forks import Forks, Run
 
 from fastgpt2.engine.model.hub import DEMO_FOLDER, find_folders, find_model
 from fastgpt2.errors import ConfigError, ModelNotFound, TokenizerError
@@ -24,6 +23,10 @@ pytestmark = pytest.mark.processes
 CHECKPOINTS = Path(__file__).parent.parent / "golden" / "checkpoints"
 NO_SUCH_COMMIT = "0123456789abcdef" * 2 + "01234567"
 PROCESSES = 4
+
+# What takes longest to load of what huggingface_hub loads, in its newer and its older versions. Not tqdm, which looks
+# at the environment then, and neither huggingface_hub itself.
+NEEDED_BY_THE_CLIENT = ("httpx2", "httpx", "requests", "filelock", "yaml", "zipfile")
 
 # Left to itself the client goes on asking for 23 seconds where connections are refused.
 SOON_SECONDS = 18.0
@@ -82,15 +85,20 @@ class Outcome:
         return {path.name: path.read_bytes() for path in self.folder.iterdir()}
 
 
+def inherited() -> dict[str, str]:
+    names = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG")
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
 class Caller:
     """Calls `find_folders` with nothing of this process's environment but what Python needs, in an empty folder."""
 
-    def __init__(self, folder: Path, endpoint: str) -> None:
+    def __init__(self, forks: Forks, folder: Path, endpoint: str) -> None:
+        self.forks = forks
         self.folder = folder
         self.cache = folder / "hf" / "hub"
-        inherited = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG")
         self.environment = {
-            **{name: os.environ[name] for name in inherited if name in os.environ},
+            **inherited(),
             "HOME": str(folder / "home"),
             "HF_HOME": str(folder / "hf"),
             "HF_ENDPOINT": endpoint,
@@ -99,18 +107,10 @@ class Caller:
         }
         (folder / "work").mkdir()
 
-    def python(self, code: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-c", code, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=self.folder / "work",
-            env={**self.environment, **environment},
-        )
+    def python(self, code: str, *arguments: str, **environment: str) -> Run:
+        return self.forks.start(code, arguments, self.folder / "work", {**self.environment, **environment})
 
-    def start(self, model: str, revision: str = "", tokenizer: str = "", **environment: str) -> subprocess.Popen[str]:
+    def start(self, model: str, revision: str = "", tokenizer: str = "", **environment: str) -> Run:
         return self.python(CALL, model, revision, tokenizer, **environment)
 
     def call(self, model: str, revision: str = "", tokenizer: str = "", **environment: str) -> Outcome:
@@ -128,10 +128,10 @@ class Caller:
         return snapshot
 
 
-def result_of(process: subprocess.Popen[str], deadline: float = WAIT_SECONDS) -> Outcome:
+def result_of(process: Run, deadline: float = WAIT_SECONDS) -> Outcome:
     try:
         stdout, stderr = process.communicate(timeout=deadline)
-    except subprocess.TimeoutExpired:
+    except TimeoutError:
         process.kill()
         process.communicate()
         raise
@@ -152,9 +152,15 @@ def hub() -> Iterator[FakeHub]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    with Forks(NEEDED_BY_THE_CLIENT, inherited()) as running:
+        yield running
+
+
 @pytest.fixture
-def caller(tmp_path: Path, hub: FakeHub) -> Caller:
-    return Caller(tmp_path, hub.url)
+def caller(forks: Forks, tmp_path: Path, hub: FakeHub) -> Caller:
+    return Caller(forks, tmp_path, hub.url)
 
 
 # What is downloaded

@@ -212,7 +212,7 @@ def test_values_that_are_not_finite(tmp_path: Any) -> None:
     [
         (-1, "prompt_logprobs must be between 0 and 20, not -1"),
         (21, "prompt_logprobs must be between 0 and 20, not 21"),
-        (True, "prompt_logprobs must be a whole number, not bool"),
+        (True, "prompt_logprobs must be a whole number, not true"),
     ],
 )
 def test_bad_values_are_named(value: Any, message: str) -> None:

@@ -34,7 +34,10 @@ def ask(port: int, path: str, *headers: tuple[str, bytes], method: str = "GET", 
     answer = connection.getresponse()
     text = answer.read().decode()
     if answer.status == 401:
-        assert answer.headers["www-authenticate"] == "Bearer"
+        # RFC 6750, 3.1: a wrong token is an error, and that there is none is not.
+        is_wrong = "the token is not the one" in text
+        assert answer.headers["www-authenticate"].startswith("Bearer")
+        assert ('error="invalid_token"' in answer.headers["www-authenticate"]) is is_wrong
     connection.close()
     return answer.status, text
 
@@ -57,28 +60,44 @@ def test_with_a_token_everything_but_the_probes_asks_for_it(
     assert status == 503
     assert json.loads(text)["error"].startswith("no worker that has loaded its model lives on this queue: ")
     assert ask(port, "/ready", method="HEAD") == (503, "")
-    wrong: list[tuple[tuple[str, bytes], ...]] = [
-        (),
-        (bearer("wrong"),),
-        (bearer(TOKEN[:-1]),),
-        (bearer(TOKEN + "x"),),
-        (bearer(""),),
-        (bearer(TOKEN), bearer(TOKEN)),
-        (("Authorization", b"Basic " + TOKEN.encode()),),
-        (("Authorization", TOKEN.encode()),),
-        (("Authorization", b"Bearer \xff\xfe"),),
-        (("X-Authorization", b"Bearer " + TOKEN.encode()),),
+    none, other = "asks for a token: send the header", "the token is not the one of this endpoint: send the one of its"
+    scheme, several = "does not begin with Bearer: send", "has 2 Authorization headers; leave one"
+    wrong: list[tuple[tuple[tuple[str, bytes], ...], str]] = [
+        ((), none),
+        ((("X-Authorization", b"Bearer " + TOKEN.encode()),), none),
+        ((bearer(""),), "no token follows Bearer"),
+        ((bearer(TOKEN), bearer(TOKEN)), several),
+        ((bearer("wrong"), bearer(TOKEN)), several),
+        ((("Authorization", b"Basic " + TOKEN.encode()),), scheme),
+        ((("Authorization", b"Basic wrong"),), scheme),
+        ((("Authorization", TOKEN.encode()),), scheme),
+        ((("Authorization", b""),), scheme),
+        ((("Authorization", b"Bearer" + TOKEN.encode()),), scheme),
+        ((bearer("wrong"),), other),
+        ((bearer(TOKEN[:-1]),), other),
+        ((bearer(TOKEN + "x"),), other),
+        ((bearer(TOKEN.upper()),), other),
+        ((bearer(f"{TOKEN} x"),), other),
+        ((("Authorization", b"Bearer \xff\xfe"),), other),
     ]
-    for headers in wrong:
+    for headers, sentence in wrong:
         for method, path in (
             *(("GET", path) for path in ("/status", "/nothing")),
             *(("POST", path) for path in POSTED),
         ):
             status, text = ask(port, path, *headers, method=method, body=b"{")
-            assert (status, json.loads(text)["error_type"]) == (401, "Unauthorized"), (headers, method, path)
+            code = "invalid_api_key" if sentence == other else "missing_api_key"
+            assert (status, json.loads(text)["error_type"]) == (401, code), (headers, method, path)
+            assert sentence in json.loads(text)["error"]
             assert TOKEN not in text
+        assert json.loads(ask(port, "/v1/models", *headers)[1])["error"]["code"] == code
     assert ask(port, "/status", bearer(TOKEN))[0] == 200
-    assert ask(port, "/status", ("Authorization", b"bearer  " + TOKEN.encode()))[0] == 200
+    for written in (b"bearer  %s", b"BEARER %s", b"  Bearer %s  ", b"Bearer %s\t"):
+        assert ask(port, "/status", ("Authorization", written % TOKEN.encode()))[0] == 200, written
+    for path in ("/info", "/status/", "//status", "/v1/models/", "//v1//jobs/"):
+        assert ask(port, path, bearer(TOKEN))[0] == (503 if path == "/info" else 200), path
+        assert ask(port, path)[0] == 401, path
+    assert [ask(port, path)[0] for path in ("//", "/health/", "//health")] == [200, 200, 200]
     assert ask(port, "/", bearer(TOKEN), method="POST", body=b"{")[0] == 400
     assert ask(port, "/nothing", bearer(TOKEN))[0] == 404
     assert ask(port, "/status", bearer(TOKEN), ("Host", b"elsewhere.example"))[0] == 200
@@ -120,7 +139,7 @@ def test_without_a_token_only_requests_to_this_machine_by_name_are_served(start_
         "",
     ):
         status, text = ask(port, "/status", ("Host", host.encode()))
-        assert (status, json.loads(text)["error_type"]) == (403, "ForbiddenOrigin"), host
+        assert (status, json.loads(text)["error_type"]) == (403, "forbidden_origin"), host
         assert ask(port, "/health", ("Host", host.encode()))[0] == 200, "a probe comes by the address of its pod"
         assert ask(port, "/ready", ("Host", host.encode()))[0] == 503, "no worker, but no refusal"
     assert ask(port, "/status", ("Host", b"localhost"), ("Host", b"evil.example"))[0] == 400

@@ -7,16 +7,17 @@ import json
 import math
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx2 as httpx
-import openai
 import pytest
-from openai import AsyncOpenAI, OpenAI
 from support.running import GOLDEN, hang_up, wait_until
 
 from fastgpt2 import Client, Engine
 from fastgpt2.system.up import System
+
+if TYPE_CHECKING:  # late: every process of a run collects this file, and most never need the second that it takes
+    from openai import AsyncOpenAI, OpenAI
 
 ENTRIES: list[dict[str, Any]] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"]
 # As the golden file has it: end-of-text tokens are gone past.
@@ -30,6 +31,8 @@ def url(system: System) -> str:
 
 @pytest.fixture(scope="module")
 def ai(url: str) -> Iterator[OpenAI]:
+    from openai import OpenAI
+
     with OpenAI(base_url=url, api_key="none", max_retries=0, http_client=httpx.Client(trust_env=False)) as client:
         yield client
 
@@ -119,6 +122,8 @@ def test_the_asynchronous_client_and_many_at_once(url: str, engine: Engine) -> N
         return "".join([c.choices[0].text async for c in await client.completions.create(stream=True, **asked)])
 
     async def ask_all() -> list[str]:
+        from openai import AsyncOpenAI
+
         http = httpx.AsyncClient(trust_env=False, limits=httpx.Limits(max_connections=None))
         async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0, http_client=http) as client:
             return await asyncio.gather(*(ask(client, entry, n % 2 == 0) for n, entry in enumerate(ENTRIES)))
@@ -219,6 +224,8 @@ def test_scoring_a_text(ai: OpenAI, engine: Engine) -> None:
 
 
 def test_models(ai: OpenAI) -> None:
+    import openai
+
     (model,) = ai.models.list().data
     assert (model.id, model.object, model.owned_by) == ("demo", "model", "fastgpt2")
     assert ai.models.retrieve("demo").created == model.created > 1_700_000_000
@@ -232,6 +239,79 @@ def test_models(ai: OpenAI) -> None:
         ) as caught:
             ask()
         assert caught.value.code == "model_not_found"
+
+
+@pytest.mark.parametrize("options", [{}, {"n": 2, "temperature": 0.9, "seed": 5}, {"echo": True, "logprobs": 0}])
+def test_each_event_of_a_stream_can_tell_the_usage(ai: OpenAI, options: Any) -> None:
+    """As vLLM does: the tokens of the event's own text so far, and those of its prompt."""
+    asked: Any = {"model": "demo", "prompt": ["My name is", "It"], "max_tokens": 9, "extra_body": GO_ON, **options}
+    every: Any = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, last = ai.completions.create(stream=True, stream_options=every, **asked)
+    whole = ai.completions.create(**asked)
+    assert last.choices == []
+    assert last.usage is not None
+    assert whole.usage is not None
+    assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (
+        whole.usage.prompt_tokens,
+        whole.usage.completion_tokens,
+    )
+    counts: dict[int, list[tuple[int, int]]] = {}
+    for chunk in chunks:
+        assert chunk.usage is not None
+        assert chunk.usage.total_tokens == chunk.usage.prompt_tokens + chunk.usage.completion_tokens
+        counts.setdefault(chunk.choices[0].index, []).append((chunk.usage.prompt_tokens, chunk.usage.completion_tokens))
+    assert counts.keys() == {choice.index for choice in whole.choices}
+    texts = options.get("n", 1)
+    for index, found in counts.items():
+        (prompt_tokens,) = {one for one, _ in found}
+        assert prompt_tokens == (3 if index < texts else 1)
+        generated = [one for _, one in found]
+        assert generated == sorted(generated)
+        assert generated[-1] == 9
+        assert "logprobs" in options or generated[0] < 9
+
+
+def test_the_usage_so_far_comes_with_that_of_the_end_only(ai: OpenAI) -> None:
+    asked: Any = {"model": "demo", "prompt": "My name is", "max_tokens": 3, "stream": True}
+    several: list[Any] = [
+        {"continuous_usage_stats": True},
+        {"include_usage": False, "continuous_usage_stats": True},
+        {},
+    ]
+    for options in several:
+        chunks = list(ai.completions.create(**asked, stream_options=options))
+        assert [chunk.usage for chunk in chunks] == [None] * len(chunks)
+        assert chunks[-1].choices
+    at_the_end: Any = {"include_usage": True, "include_obfuscation": None}
+    *chunks, last = ai.completions.create(**asked, stream_options=at_the_end)
+    assert [chunk.usage for chunk in chunks] == [None] * len(chunks)
+    assert last.usage is not None
+    # Without a stream, flags that are false ask for nothing.
+    assert ai.completions.create(model="demo", prompt="a", max_tokens=1, extra_body={"stream_options": {}}).choices
+
+
+def test_a_prompt_is_truncated_as_by_vllm(ai: OpenAI, engine: Engine) -> None:
+    import openai
+
+    prompt = "my words " * 600
+    ids = engine.tokenizer.encode(prompt)
+    for most, kept in ((9, ids[-9:]), (-1, ids[-508:])):
+        got = ai.completions.create(
+            model="demo",
+            prompt=prompt,
+            max_tokens=4,
+            echo=True,
+            logprobs=0,
+            extra_body={"truncate_prompt_tokens": most},
+        )
+        expected = engine.generate(kept, max_new_tokens=4, echo=True)
+        assert got.choices[0].text == expected.text
+        assert got.choices[0].logprobs is not None
+        assert len(got.choices[0].logprobs.tokens or ()) == len(kept) + 4
+        assert got.usage is not None
+        assert got.usage.prompt_tokens == len(kept)
+    with pytest.raises(openai.BadRequestError, match="truncate_prompt_tokens must be -1, for as many as fit, or betw"):
+        ai.completions.create(model="demo", prompt=prompt, extra_body={"truncate_prompt_tokens": 0})
 
 
 NEUTRAL = {
@@ -252,8 +332,8 @@ def test_what_makes_no_difference_is_taken(ai: OpenAI, engine: Engine) -> None:
     ("fields", "param", "message"),
     [
         ({"temperature": -0.7}, "temperature", "temperature must be between 0 and 100, not -0.7"),
-        ({"temperature": True}, "temperature", "temperature must be a number, not bool"),
-        ({"temperature": "0"}, "temperature", "temperature must be a number, not str"),
+        ({"temperature": True}, "temperature", "temperature must be a number, not true"),
+        ({"temperature": "0"}, "temperature", 'temperature must be a number, not the string "0"'),
         ({"n": 0}, "n", "n must be between 1 and 128, not 0"),
         ({"n": 3, "best_of": 2}, "best_of", "best_of is 2 and n is 3"),
         (
@@ -283,19 +363,23 @@ def test_what_makes_no_difference_is_taken(ai: OpenAI, engine: Engine) -> None:
         ({"logprobs": 21}, "logprobs", "logprobs must be between 0 and 20, not 21"),
         ({"stop": ["x"] * 17}, "stop", "stop holds 17 strings; the limit is 16"),
         ({"stop": 3}, "stop", "stop must be a string or a list of strings"),
-        ({"stop": ""}, None, "a stop string must have 1 to 256 characters"),
-        ({"stop_token_ids": 5}, "stop_token_ids", "stop_token_ids must be a list of token ids, not int"),
+        ({"stop": [""]}, None, "a stop string must have 1 to 256 characters"),
+        ({"stop_token_ids": 5}, "stop_token_ids", "stop_token_ids must be a list of token ids, not 5"),
         ({"stop_token_ids": [5] * 65}, "stop_token_ids", "stop_token_ids holds 65 token ids; the limit is 64"),
         ({"stop_token_ids": [9999]}, "stop_token_ids", "stop_token_ids holds token id 9999, and the model's voc"),
         ({"stream": "yes"}, "stream", "stream must be true or false"),
-        ({"stream_options": {}}, "stream_options", "stream_options goes with stream: true"),
-        ({"stream": True, "stream_options": {"x": 1}}, "stream_options", "stream_options must be an object"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "stream_options goes with stream: true"),
+        (
+            {"stream": True, "stream_options": {"x": 1}},
+            "stream_options",
+            "stream_options has an unknown part 'x'; known are",
+        ),
         ({"echo": 1}, "echo", "echo must be true or false"),
         ({"prompt": {}}, "prompt", "prompt must be a string, a list of strings"),
         ({"prompt": []}, "prompt", "prompt is an empty list"),
         ({"prompt": ["a", [1]]}, "prompt", "prompt, a list, must hold prompts of one kind"),
         ({"prompt": ["a"] * 257}, "prompt", "prompt holds 257 prompts; the limit is 256 a request"),
-        ({"prompt": [1.5]}, "prompt", "prompt, a list, must hold token ids, not float"),
+        ({"prompt": [1.5]}, "prompt", "prompt, a list, must hold token ids, not 1.5"),
         ({"prompt": [99999999]}, "prompt", "prompt holds token id 99999999, and the model's vocabulary has"),
         ({"prompt": "a\ud800"}, "prompt", "lone surrogate"),
         ({"model": 3}, "model", "model must be a string"),
@@ -320,6 +404,8 @@ def test_what_cannot_be_honoured_is_refused(
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_prompt_that_is_too_long(ai: OpenAI, stream: bool) -> None:
+    import openai
+
     # The first the endpoint can tell by its bytes, the second only the worker, by its tokens.
     for prompt, max_tokens in (("the " * 700, 16), ("the " * 300, 400)):
         with pytest.raises(openai.BadRequestError, match="512 positions") as caught:

@@ -12,6 +12,7 @@ import time
 import uuid
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import httpx2 as httpx
 import pytest
@@ -154,7 +155,7 @@ def test_a_full_queue(start_endpoint: StartEndpoint, client: Client) -> None:
         answer = post(endpoint, path, body)
         assert error_of(answer) == (429, "queue_full")
         assert answer.headers["retry-after"] == "1"
-    assert post(endpoint, "/generate", {"inputs": "a"}).json()["error_type"] == "QueueFull"
+    assert post(endpoint, "/generate", {"inputs": "a"}).json()["error_type"] == "overloaded"
     jobs[0].cancel()
     # If only one of two prompts has room, neither is enqueued.
     assert post(endpoint, "/v1/completions", {"prompt": ["a", "b"]}).status_code == 429
@@ -352,3 +353,47 @@ def test_what_is_refused_is_told_which_methods_are_not(system: System) -> None:
 
 def test_a_browser_gets_the_page_and_a_program_ok(system: System) -> None:
     assert httpx.get(f"{system.http_url}/", trust_env=False).text == "Ok"
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/jobs", "/health", "/ready", "/status", "/metrics", "/info", "/"])
+def test_slashes_too_many_change_nothing(system: System, path: str) -> None:
+    with httpx.Client(base_url=system.http_url, trust_env=False, timeout=60) as web:
+        for method in ("GET", "HEAD", "OPTIONS"):
+            plain = web.request(method, path)
+            assert plain.status_code == (405 if method == "OPTIONS" else 200)
+            for spelling in (f"{path}/", f"/{path}", f"/{path}//", path.replace("/v1/", "/v1//")):
+                answer = web.request(method, f"{system.http_url}{spelling}?limit=1")
+                assert (answer.status_code, answer.headers.get("allow")) == (
+                    plain.status_code, plain.headers.get("allow"),
+                ), spelling  # fmt: skip
+                assert answer.headers["content-type"] == plain.headers["content-type"]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions/", "/v1//completions", "//v1/completions//"])
+def test_a_body_is_not_lost_on_the_way(system: System, path: str) -> None:
+    body = {"prompt": "My name", "max_tokens": 5, "ignore_eos": True}
+    plain = httpx.post(f"{system.http_url}/v1/completions", json=body, trust_env=False, timeout=60)
+    answer = httpx.post(f"{system.http_url}{path}", json=body, trust_env=False, timeout=60)
+    assert answer.status_code == 200
+    assert answer.json()["choices"] == plain.json()["choices"]
+    generated = httpx.post(f"{system.http_url}/generate/", json={"inputs": "a"}, trust_env=False, timeout=60)
+    assert generated.status_code == 200
+    assert httpx.post(f"{system.http_url}{path}", content=b"{", trust_env=False).json()["error"]["param"] is None
+
+
+def test_a_slash_that_is_part_of_a_name_stays(system: System) -> None:
+    for name, status in (("demo", 200), ("demo%2F", 404), ("%2Fsrv%2Fdemo", 404), ("some%2F%2Fdemo", 404)):
+        answer = httpx.get(f"{system.http_url}/v1/models/{name}/", trust_env=False)
+        assert answer.status_code == status
+        if status == 404:
+            assert f"'{unquote(name)}'" in answer.json()["error"]["message"]
+
+
+def test_a_folder_is_a_model_by_its_path(redis_server: RedisServer, client: Client) -> None:
+    worker = f"rq:worker:{client.queue_name}"
+    client.connection.sadd(f"rq:workers:{client.queue_name}", worker)
+    client.connection.hset(worker, mapping={"model": "/srv/models/mine", "birth": "2026-01-01T00:00:00Z"})
+    app = create_app(redis_server.url, client.queue_name, service.Bounds(), lambda: False)
+    with TestClient(app, base_url="http://localhost") as web:
+        for path in ("%2Fsrv%2Fmodels%2Fmine", "/srv/models/mine", "/srv//models/mine/"):
+            assert web.get(f"/v1/models/{path}").json()["id"] == "/srv/models/mine"

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+import re
+from typing import TYPE_CHECKING, Any
 
 import httpx2 as httpx
 import pytest
-from huggingface_hub import InferenceClient
 from support.running import GOLDEN
 
 from fastgpt2 import Engine, TokenLogprob
 from fastgpt2.api.http.generate import _details
 from fastgpt2.engine.decoding.records import GenerationResult, Timings, Usage
 from fastgpt2.system.up import System
+
+if TYPE_CHECKING:  # late: every process of a run collects this file, and most never need the half second that it takes
+    from huggingface_hub import InferenceClient
 
 ENTRIES: list[dict[str, Any]] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"]
 ENTRY = ENTRIES[0]
@@ -23,6 +26,8 @@ ENTRY = ENTRIES[0]
 def hf(system: System, monkeypatch: pytest.MonkeyPatch) -> InferenceClient:
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
+    from huggingface_hub import InferenceClient
+
     return InferenceClient(model=system.http_url, timeout=60)
 
 
@@ -189,7 +194,7 @@ JSON_OF_NO_TYPE = {"type": "json", "value": {"type": "x"}}
         ({"inputs": "a", "parameters": {"repetition_penalty": 0}}, "repetition_penalty must be between 0.01 and 100"),
         ({"inputs": "a", "parameters": {"n": 2}}, "unknown field 'n' in parameters; the best of several texts is giv"),
         ({"inputs": "a", "parameters": {"watermark": True}}, "watermark must be false or left out: texts get no wate"),
-        ({"inputs": "a", "parameters": {"truncate": 5}}, "truncate must be left out: the endpoint counts no tokens"),
+        ({"inputs": "a", "parameters": {"truncate": 0}}, "truncate must be -1, for as many as fit, or between 1 and"),
         ({"inputs": "a", "parameters": {"adapter_id": "x"}}, "adapter_id must be left out: there are no adapters"),
         ({"inputs": "a", "parameters": {"grammar": {"type": "regex"}}}, "grammar must have a type and a value"),
         ({"inputs": "a", "parameters": {"grammar": REGEX, "choices": ["a"]}}, "grammar and choices are both given; a"),
@@ -198,16 +203,83 @@ JSON_OF_NO_TYPE = {"type": "json", "value": {"type": "x"}}
         ({"inputs": "a", "parameters": {"details": 1}}, "details must be true or false"),
         ({"inputs": "a", "parameters": {"top_n_tokens": 99}}, "top_n_tokens must be between 0 and 20, not 99"),
         ({"inputs": "a", "more": 1}, "unknown field 'more'"),
+        ({"inputs": "a", "max_new_tokens": 3}, "unknown field 'max_new_tokens' beside inputs; it goes into parameters"),
+        ({"inputs": "a", "parameters": {"stream": True}}, "unknown field 'stream' in parameters; /generate_stream"),
+        ({"inputs": "a", "details": True}, "unknown field 'details' beside inputs; it goes into parameters"),
     ],
 )
 def test_what_cannot_be_done_is_refused(system: System, path: str, body: Any, message: str) -> None:
     got = post(system, path, body)
     assert got.status_code == 400
     assert message in got.json()["error"]
-    assert got.json()["error_type"] == "BadRequest"
+    assert got.json()["error_type"] == "validation"
+
+
+def test_a_stream_is_asked_of_the_routes_that_give_one(system: System) -> None:
+    got = post(system, "/generate", {"inputs": "a", "stream": True})
+    assert (got.status_code, got.json()["error_type"]) == (400, "validation")
+    assert "ask /generate_stream" in got.json()["error"]
+    parameters = {"max_new_tokens": 2}
+    for stream in (None, False, True):
+        asked = {"inputs": "a", "parameters": parameters, "stream": stream}
+        assert len(events(post(system, "/generate_stream", asked))) == 2
+    for stream in (None, False):
+        asked = {"inputs": "a", "parameters": parameters, "stream": stream}
+        assert post(system, "/generate", asked).json().keys() == {"generated_text"}
 
 
 def test_a_worker_refuses_before_the_stream_begins(system: System) -> None:
     body = {"inputs": "the " * 300, "parameters": {"max_new_tokens": 400}}
     got = post(system, "/generate_stream", body)
-    assert (got.status_code, got.json()["error_type"]) == (400, "PromptTooLong")
+    assert (got.status_code, got.json()["error_type"]) == (400, "validation")
+
+
+LONG = "my words " * 600
+
+
+@pytest.mark.parametrize("path", ["/", "/generate", "/generate_stream"])
+def test_errors_name_the_parameters_of_this_api(system: System, path: str) -> None:
+    cases: list[tuple[Any, str]] = [
+        ({"inputs": None}, "inputs must be a string or a list of token ids, not null"),
+        ({"inputs": "x" * ((1 << 20) + 1)}, "inputs has 1048577 bytes; the limit is 1048576: shorten it"),
+        ({"inputs": [1, "prompt"]}, 'inputs, a list, must hold token ids, not the string "prompt"'),
+        ({"inputs": [9999]}, "inputs holds token id 9999, and the model's vocabulary has 2048"),
+        # The worker's words.
+        ({"inputs": LONG}, "over the model's 512 positions, one of which a new token needs: shorten inputs by"),
+        ({"inputs": [5] * 600}, "inputs has 600 tokens, over the model's 512 positions"),
+        ({"inputs": "a", "parameters": {"max_new_tokens": 600}}, "512 positions inputs needs 1 or more"),
+        ({"inputs": "a", "parameters": {"max_new_tokens": "5"}}, 'must be a whole number, not the string "5"'),
+        ({"inputs": "a", "parameters": {"truncate": 4.5}}, "truncate must be a whole number, not 4.5"),
+        ({"inputs": "a", "parameters": {"truncate": 4, "truncate_prompt_tokens": 5}}, "truncate and truncate"),
+        ({"inputs": LONG, "parameters": {"truncate": 513}}, "inputs tokens 513, over the model's 512 positions"),
+        ({"inputs": "a", "parameters": {"temprature": 1}}, "temperature may be meant; known are do_sample, tem"),
+        ({"inputs": "a", "parameters": {"stop": ["prompt"] * 17}}, "stop holds 17 strings; the limit is 16"),
+        ({"inputs": "a", "parameters": {"typical": "prompt"}}, "typical_p may be meant"),
+    ]  # fmt: skip
+    for body, said in cases:
+        got = post(system, path, body)
+        assert got.status_code == 400, body
+        assert said in got.json()["error"]
+        assert not re.search(r"(?<!\")\bprompt\b", got.json()["error"])
+
+
+def test_inputs_that_are_truncated(system: System, engine: Engine) -> None:
+    ids = engine.tokenizer.encode(LONG)
+    expected = engine.generate(ids[-9:], max_new_tokens=4)
+    parameters = {"max_new_tokens": 4, "truncate": 9.0, "details": True, "decoder_input_details": True}
+    got = post(system, "/generate", {"inputs": LONG, "parameters": parameters}).json()
+    assert got["generated_text"] == expected.text
+    assert [token["id"] for token in got["details"]["prefill"]] == ids[-9:]
+    assert (
+        events(post(system, "/generate_stream", {"inputs": LONG, "parameters": parameters}))[-1]["details"][
+            "input_length"
+        ]
+        == 9
+    )
+    (whole,) = post(system, "/", {"inputs": LONG, "parameters": {"max_new_tokens": 4, "truncate": 9}}).json()
+    assert whole["generated_text"] == LONG + expected.text
+
+
+def test_the_hubs_client_truncates(hf: InferenceClient, engine: Engine) -> None:
+    expected = engine.generate(engine.tokenizer.encode(LONG)[-9:], max_new_tokens=4).text
+    assert hf.text_generation(LONG, max_new_tokens=4, truncate=9, return_full_text=False) == expected

@@ -57,7 +57,7 @@ def test_what_somebody_deleted(server: ForgetfulRedis, queue_name: str, start_en
         (job_id,) = wait_for_queue(server, queue_name, 1)
         RQJob.fetch(job_id, connection=connection, serializer=JSONSerializer).delete()
         assert plain.result(60).status_code == 503
-        assert plain.result().json()["error_type"] == "JobLost"
+        assert plain.result().json()["error_type"] == "incomplete_generation"
         created = post(f"{url}/v1/jobs", {"prompt": "a"}).json()["id"]
         shown = in_thread(lambda: httpx.get(f"{url}/v1/jobs/{created}?wait=50", timeout=60, trust_env=False))
         wait_for_queue(server, queue_name, [created])

@@ -16,9 +16,8 @@ from fastgpt2.api.http.openapi import document
 from fastgpt2.api.http.service import Bounds
 from fastgpt2.system.up import System
 
-# What a schema cannot say: how many tokens a text has, and that a number must not read 7.0; that an idempotency key
-# belongs to one request. So what is refused although the schema allows it is no failure. What is accepted although it
-# does not, is.
+# What a schema cannot say: how many tokens a text has, and that an idempotency key belongs to one request. So what is
+# refused although the schema allows it is no failure. What is accepted although it does not, is.
 EXCLUDED = "positive_data_acceptance"
 # A job may fail, and may be given no time.
 CONFIGURATION = """
@@ -57,5 +56,5 @@ def test_schemathesis_finds_no_fault(start_endpoint: StartEndpoint, start_worker
         timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
-    assert "Tested: 16" in done.stdout
+    assert "Tested: 17" in done.stdout
     assert "Traceback" not in endpoint.log.read_text()

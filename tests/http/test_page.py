@@ -392,10 +392,13 @@ class TestToken:
         expect(field).to_be_focused()
         expect(field).to_have_attribute("type", "password")
         expect(page.locator("#prompt")).to_be_hidden()
+        expect(field).to_have_attribute("aria-invalid", "false")
         expect_no_violations(page)
         page.keyboard.type("wrong-horse-battery-staple")
         page.keyboard.press("Enter")
         expect(page.locator("#token-note")).to_have_text("That token was refused.")
+        expect(field).to_have_attribute("aria-invalid", "true")
+        expect_no_violations(page)
         expect(field).to_have_value("")
         page.keyboard.type(TOKEN)
         page.keyboard.press("Enter")
@@ -473,6 +476,17 @@ class TestLook:
                 page.keyboard.press("ArrowRight")
                 expect(table).not_to_have_js_property("scrollLeft", 0)
         expect_no_violations(page)
+
+    def test_labels_stand_above_their_own_controls(self, system: System, tabs: Tabs) -> None:
+        page = tabs.open(system.http_url)
+        expect_workers(page)
+        for width in (320, 700, 961, 1024, 1250, 1280, 1600):
+            page.set_viewport_size({"width": width, "height": 700})
+            for group in page.locator("#choosing > span").all():
+                label, control = (group.locator(part).bounding_box() for part in ("label", "input"))
+                assert label is not None
+                assert control is not None
+                assert label["x"] + label["width"] <= control["x"] + control["width"] + 2, f"at {width} pixels"
 
     def test_nothing_moves_for_who_asks_for_that(self, system: System, tabs: Tabs) -> None:
         page = tabs.open(system.http_url, reduced_motion="reduce")

@@ -6,20 +6,24 @@ import asyncio
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
 import pytest
+from huggingface_hub import InferenceClient
 from redis import Redis
 from rq.suspension import suspend
 from support.redis_process import OpenRedis
 from support.running import RunningEndpoint, StartEndpoint, wait_until
 
+import fastgpt2
+from fastgpt2.api.http.openapi import document
 from fastgpt2.api.pool.status import check_readiness
 from fastgpt2.protocol.connection import connect, connect_async
 from fastgpt2.protocol.keys import HEARD_FIELD, LEASE_SECONDS, SILENT_SECONDS, leases_key
+from fastgpt2.system.up import System
 
 pytestmark = pytest.mark.processes
 
@@ -121,3 +125,58 @@ def test_a_strange_key_is_no_obstacle(own_redis: tuple[str, Redis], queue_name: 
     for bucket in range(now - now % 10 - 20, now + 40, 10):
         connection.set(f"fastgpt2:recent:{queue_name}:{bucket}", "x", ex=60)
     assert obstacle(url, queue_name) is None
+
+
+def test_info_tells_of_the_workers_that_serve(start_endpoint: StartEndpoint, redis: Redis, queue_name: str) -> None:
+    endpoint = start_endpoint()
+    hub = InferenceClient(provider="hf-inference")
+    answer = httpx.get(f"{endpoint.url}/info", trust_env=False)
+    assert (answer.status_code, answer.json()["error_type"]) == (503, "healthcheck")
+    assert answer.json()["error"].startswith("no worker that has loaded its model lives on this queue")
+    told = [("a", "gpt2", 1024, 8, 0), ("b", "gpt2", 1024, 4, 0), ("c", "demo", 512, 2, 0), ("d", "demo", 512, 2, 60)]
+    told.append(("e", "demo", 512, 2, 60))
+    for name, model, n_positions, max_batch, heard_seconds_ago in told:
+        pretend_worker(redis, queue_name, name, heard_seconds_ago)
+        redis.sadd(f"rq:workers:{queue_name}", f"rq:worker:{name}")
+        fields: dict[Any, Any] = {
+            "model": model,
+            "n_positions": n_positions,
+            "max_batch": max_batch,
+            "weights": "int8",
+            "state": "idle",
+        }
+        redis.hset(f"rq:worker:{name}", mapping=fields)
+    wait_until(lambda: ready(endpoint) == (200, ""), "the endpoint to be ready")
+    wait_until(lambda: httpx.get(f"{endpoint.url}/info", trust_env=False).status_code == 200, "the workers to be read")
+    info = hub.get_endpoint_info(model=endpoint.url)
+    # Of five workers three serve "demo", and two of these hang.
+    assert (info["model_id"], info["model_dtype"], info["max_batch_size"]) == ("gpt2", "int8", 4)
+    assert (info["max_total_tokens"], info["max_input_tokens"], info["max_input_length"]) == (1024, 1023, 1023)
+    schema = document()["components"]["schemas"]["Info"]
+    assert info.keys() == set(schema["required"]) == schema["properties"].keys()
+    for name in ("a", "b", "c", "d", "e"):
+        redis.delete(f"rq:worker:{name}")
+
+
+def test_info_of_a_real_worker(system: System) -> None:
+    info = InferenceClient(provider="hf-inference").get_endpoint_info(model=f"{system.http_url}/")
+    # What text-generation-inference 3 tells, by its OpenAPI document; all but the last four are never null there.
+    expected = {
+        "model_id", "max_concurrent_requests", "max_best_of", "max_stop_sequences", "max_input_tokens",
+        "max_total_tokens", "validation_workers", "max_client_batch_size", "router", "version",
+        "model_sha", "model_pipeline_tag", "sha", "docker_label",
+    }  # fmt: skip
+    assert expected <= info.keys()
+    assert (info["model_id"], info["version"], info["model_dtype"]) == ("demo", fastgpt2.__version__, "float32")
+    # The limits are those that hold.
+    with httpx.Client(base_url=system.http_url, trust_env=False, timeout=60) as web:
+        of_size: dict[str, Callable[[int], dict[str, Any]]] = {
+            "max_total_tokens": lambda n: {"prompt": [5], "max_tokens": n - 1, "ignore_eos": True},
+            "max_input_tokens": lambda n: {"prompt": [5] * n, "max_tokens": 1},
+            "max_best_of": lambda n: {"prompt": "a", "best_of": n, "temperature": 1, "max_tokens": 1},
+            "max_stop_sequences": lambda n: {"prompt": "a", "stop": ["~"] * n, "max_tokens": 1},
+            "max_client_batch_size": lambda n: {"prompt": ["a"] * n, "max_tokens": 1},
+        }
+        for name, values in of_size.items():
+            at, beyond = (web.post("/v1/completions", json=values(info[name] + more)) for more in (0, 1))
+            assert (at.status_code, beyond.status_code) == (200, 400), name

@@ -5,12 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx2 as httpx
-import openai
 import pytest
-from openai import OpenAI
 from redis import Redis
 from rq.job import Job, JobStatus
 from rq.results import Result
@@ -22,13 +20,18 @@ from fastgpt2 import Client, errors
 from fastgpt2.api.http.responses import respond
 from fastgpt2.errors import FastGPT2Error, JobLost, RedisAccessDenied
 
+if TYPE_CHECKING:  # late: every process of a run collects this file, and most never need the second that it takes
+    import openai
+
 OPENAI_ROUTE = "/v1/completions"
 # There are no workers here, hence no models.
 ANY_MODEL = {"model": None}
 
 
-def open_ai(endpoint: RunningEndpoint) -> OpenAI:
-    return OpenAI(base_url=f"{endpoint.url}/v1", api_key="x", http_client=httpx.Client(trust_env=False))
+def open_ai(endpoint: RunningEndpoint) -> openai.OpenAI:
+    import openai
+
+    return openai.OpenAI(base_url=f"{endpoint.url}/v1", api_key="x", http_client=httpx.Client(trust_env=False))
 
 
 @pytest.fixture
@@ -76,6 +79,8 @@ REASONS = {
 def test_stock_openai_clients_repeat_no_job_that_has_ended(
     start_endpoint: StartEndpoint, client: Client, redis: Redis, fail: Callable[..., None]
 ) -> None:
+    import openai
+
     endpoint = start_endpoint()
     with open_ai(endpoint) as ai:
         assert ai.max_retries == 2
@@ -113,6 +118,8 @@ def test_all_routes_say_so(
 
 def test_time_that_is_up_is_not_given_thrice(start_endpoint: StartEndpoint) -> None:
     """The job was cancelled. Where the pool is too slow for what is asked, more of the same makes it slower."""
+    import openai
+
     endpoint = start_endpoint("--timeout", "0.2")
     with open_ai(endpoint) as ai, pytest.raises(openai.APIStatusError) as caught:
         ai.completions.create(model="", prompt="a", extra_body=ANY_MODEL)
@@ -122,6 +129,8 @@ def test_time_that_is_up_is_not_given_thrice(start_endpoint: StartEndpoint) -> N
 
 
 def test_what_passes_is_tried_again(start_endpoint: StartEndpoint, client: Client) -> None:
+    import openai
+
     endpoint = start_endpoint("--max-queue", "1")
     waiting = client.enqueue("a")
     with open_ai(endpoint) as ai, pytest.raises(openai.RateLimitError):

@@ -8,17 +8,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx2 as httpx
 import pytest
-from huggingface_hub import InferenceClient
-from openai import OpenAI
 
 from fastgpt2 import Engine
 from fastgpt2.api.http.generate import ChoiceParameters
 from fastgpt2.engine.decoding.records import GenerationResult, mean_logprob
 from fastgpt2.system.up import System
+
+if TYPE_CHECKING:  # late: every process of a run collects this file, and most never need the second that it takes
+    from huggingface_hub import InferenceClient
+    from openai import OpenAI
 
 PROMPT = "It was a dark night"
 # The client asks `POST /`, whose texts begin with the prompt otherwise.
@@ -34,6 +36,8 @@ PERSON = {
 
 @pytest.fixture
 def ai(system: System) -> Iterator[OpenAI]:
+    from openai import OpenAI
+
     http = httpx.Client(trust_env=False)
     with OpenAI(base_url=f"{system.http_url}/v1", api_key="none", max_retries=0, http_client=http) as client:
         yield client
@@ -43,6 +47,8 @@ def ai(system: System) -> Iterator[OpenAI]:
 def hf(system: System, monkeypatch: pytest.MonkeyPatch) -> InferenceClient:
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
+    from huggingface_hub import InferenceClient
+
     return InferenceClient(model=system.http_url, timeout=60)
 
 
@@ -278,6 +284,13 @@ class TestHub:
         ({}, False),
         ({"do_sample": False}, False),
         ({"temperature": 1.0}, False),
+        ({"temperature": 1.0, "do_sample": False}, False),
+        ({"temperature": 1, "do_sample": False, "top_k": 0, "top_p": 1, "typical_p": 1.0}, False),
+        ({"temperature": 1.0, "do_sample": False, "top_k": -1}, False),
+        ({"temperature": 0.0, "do_sample": False, "top_p": 0}, False),
+        ({"temperature": 0, "top_k": 1, "top_p": 0.0, "typical_p": 0.5}, False),
+        ({"temperature": 1.0, "do_sample": False, "top_p": 0.9}, True),
+        ({"temperature": 1.0, "do_sample": True, "top_k": -1}, True),
         ({"temperature": 0, "do_sample": True}, False),
         ({"temperature": 0, "top_p": 0.5}, False),
         ({"top_k": 0, "top_p": 1.0, "typical_p": 1}, False),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fastgpt2.api.client.enqueue import JobFields
-from fastgpt2.commands.batch import _LINE_FIELDS
+from fastgpt2.commands.batch.lines import _LINE_FIELDS
 from fastgpt2.engine.decoding.records import (
     Drafting,
     GenerationRequest,
@@ -177,10 +177,28 @@ def test_a_piece_says_which_text_it_belongs_to() -> None:
     told = (TokenLogprob(5, "a", -0.5),)
     for piece in (Piece("a", 3, 1, choice_index=2), Piece("a", 0, 2, told, 4, choice_index=7), Piece("a", 3, 1)):
         entry = {name.encode(): str(value).encode() for name, value in piece_to_entry(piece).items()}
-        assert entry_to_piece(entry) == piece
+        assert repr(entry_to_piece(entry)) == repr(piece)
         for index in (b"-1", b"x", b"1.0", b""):
             with pytest.raises(ValueError, match=r"is no number of what comes before|invalid literal"):
                 entry_to_piece({**entry, b"choice_index": index})
+
+
+def test_a_piece_can_tell_the_tokens_so_far() -> None:
+    piece = Piece("a", 3, 1, choice_index=2, usage=Usage(7, 5, 2))
+    entry = {name.encode(): str(value).encode() for name, value in piece_to_entry(piece).items()}
+    assert set(entry) == {
+        b"attempt",
+        b"at",
+        b"text",
+        b"choice_index",
+        b"prompt_tokens",
+        b"completion_tokens",
+        b"cached_tokens",
+    }
+    assert entry_to_piece(entry) == piece
+    for damaged in ({b"prompt_tokens": b"-1"}, {b"completion_tokens": b"x"}, {b"cached_tokens": b""}):
+        with pytest.raises(ValueError, match=r"is no number of what comes before|invalid literal"):
+            entry_to_piece({**entry, **damaged})
 
 
 def test_what_the_last_release_wrote_is_read() -> None:
@@ -353,7 +371,7 @@ def test_the_prompt_may_come_first() -> None:
         (["a"], {"temprature": 3}, "unknown field 'temprature'; temperature may be meant; known are prompt"),
         (["a"], {"x": 3}, "unknown field 'x'; known are prompt, max_new_tokens"),
         (["a"], {"num_beams": 4}, "num_beams is refused: no beams are searched here; ask for several texts by n"),
-        (["a"], {"temperature": "hot"}, "temperature must be a number, not str"),
+        (["a"], {"temperature": "hot"}, 'temperature must be a number, not the string "hot"'),
         (["a"], {"top_p": 1.7}, "top_p must be between 0 and 1, not 1.7"),
         (["a"], {"logit_bias": {"x": 1}}, "logit_bias holds 'x', which is no token id"),
         (["a"], {"n": 0}, "n must be between 1 and 128, not 0"),
@@ -361,15 +379,15 @@ def test_the_prompt_may_come_first() -> None:
         (["a"], {"bad_words": [""]}, "bad_words must hold words of 1 to 256 characters, not of 0"),
         (["a"], {"choices": [""]}, "choices must hold strings of 1 to 1024 characters, not of 0"),
         (["a"], {"n": 2, "best_of": 3, "stream": True}, "stream is refused beside a best_of of 3 and an n of 2: which"),
-        (["a"], {"max_new_tokens": 1.5}, "max_new_tokens must be a whole number, not float"),
-        ([{"a": 1}], {}, "prompt must be a string or a list of token ids, not dict"),
-        (["a"], {"timeout": "5"}, "timeout must be a number of seconds, not str"),
-        (["a"], {"timeout": True}, "timeout must be a number of seconds, not bool"),
+        (["a"], {"max_new_tokens": 1.5}, "max_new_tokens must be a whole number, not 1.5"),
+        ([{"a": 1}], {}, "prompt must be a string or a list of token ids, not an object"),
+        (["a"], {"timeout": "5"}, 'timeout must be a number of seconds, not the string "5"'),
+        (["a"], {"timeout": True}, "timeout must be a number of seconds, not true"),
         (["a"], {"timeout": 0}, "timeout must be more than 0 and at most 100000000 seconds"),
         (["a"], {"timeout": -1.5}, "timeout must be more than 0"),
         (["a"], {"timeout": math.nan}, "timeout must be more than 0"),
         (["a"], {"timeout": math.inf}, "timeout must be more than 0"),
-        (["a"], {"stream": 1}, "stream must be true or false, not int"),
+        (["a"], {"stream": 1}, "stream must be true or false, not 1"),
         ("ab", {}, "not a list and a mapping"),
         ([], [], "not a list and a mapping"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import zlib
 from typing import Any
 
 from redis import Redis
@@ -21,6 +22,16 @@ def finish(redis: Redis, job_id: str, text: str) -> None:
     with redis.pipeline() as pipeline:
         pipeline.hset(job_key(job_id), mapping={"status": "finished"})
         pipeline.xadd(results_key(job_id), {"type": "1", "return_value": value})
+        pipeline.execute()
+
+
+def abandon(redis: Redis, job_id: str) -> None:
+    """Write what RQ's clean-up writes of a job whose worker has ended while it ran the job."""
+    text = "Moved to FailedJobRegistry, due to AbandonedJobError, at 2026-01-02 03:04:05"
+    reason = base64.b64encode(zlib.compress(text.encode())).decode()
+    with redis.pipeline() as pipeline:
+        pipeline.hset(job_key(job_id), mapping={"status": "failed"})
+        pipeline.xadd(results_key(job_id), {"type": "2", "exc_string": reason})
         pipeline.execute()
 
 

@@ -18,6 +18,7 @@ import pytest
 from redis import Redis
 from rq import Queue, Worker
 from rq.command import send_shutdown_command
+from support.redis_process import OpenRedis
 from support.running import has_ended, wait_until
 
 from fastgpt2 import Client
@@ -423,6 +424,36 @@ def test_a_pool_waits_for_its_redis(start_pool: StartPool, queue_name: str) -> N
         assert client.enqueue("My name is", max_new_tokens=3).result(timeout=30).text
         process.terminate()
         assert process.wait(60) == 0
+
+
+def test_a_stop_without_redis_warns_of_no_jobs_that_were_never_taken(start_pool: StartPool, queue_name: str) -> None:
+    """One pool is idle and the other has a job, of which its worker tells: what is in hand, and nothing else."""
+    with OpenRedis() as server:
+        connection = connect(server.url)
+        idle, idle_log = start_pool("--workers", "2", FASTGPT2_REDIS_URL=server.url)
+        busy, busy_log = start_pool("--workers", "1", FASTGPT2_REDIS_URL=server.url, FASTGPT2_QUEUE="busy")
+        wait_for_workers(connection, queue_name, 2)
+        wait_for_workers(connection, "busy", 1)
+        with Client(server.url, "busy") as client:
+            job = client.enqueue("My name is", max_new_tokens=500, ignore_eos=True, n=100, temperature=1.0)
+            wait_until(lambda: job.status() == "started", "the job to start")
+        connection.close()
+        os.kill(server.pid, signal.SIGKILL)
+        wait_until(lambda: "Redis cannot be used" in busy_log.read_text(), "the worker to miss Redis")
+        for process in (idle, busy):
+            process.terminate()
+        wait_until(lambda: "a second signal gives them back" in busy_log.read_text(), "the worker to be told")
+        busy.terminate()
+        assert (idle.wait(60), busy.wait(60)) == (0, 0)
+    text = idle_log.read_text()
+    assert text.count("could not sign off") == 2
+    assert not re.search(r"\b(WARNING|ERROR) .*\bjobs?\b", text), text
+    text = busy_log.read_text()
+    (line,) = [line for line in text.splitlines() if " ERROR " in line]
+    assert "1 jobs could not be given back" in line
+    assert "whoever serves the queue next finds them" in line
+    assert not re.search(r"\b0 (claimed|jobs)", text)
+    assert text.count("Redis cannot be used") <= 3, "not each time that it is tried"
 
 
 def test_a_redis_that_says_no_ends_it_at_once(start_pool: StartPool) -> None:

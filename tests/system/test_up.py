@@ -124,6 +124,21 @@ def test_a_second_signal_hurries_the_stop(start_up: StartUp, tmp_path: Path) -> 
         assert {client.job(job.id).status() for job in jobs} == {"queued"}
 
 
+def test_jobs_that_end_with_the_embedded_redis_are_told(start_up: StartUp) -> None:
+    """What a hurried worker gives back to a queue that ends with its Redis, and what waited there."""
+    process, log = start_up("--workers", "1", "--max-batch", "1")
+    redis_url, _ = ready(process, log)
+    with Client(redis_url) as client:
+        job = client.enqueue("My name is", max_new_tokens=500, ignore_eos=True, n=100, temperature=1.0)
+        wait_until(lambda: job.status() == "started", "the job to start")
+        client.enqueue("My name is", priority="low")
+    process.terminate()
+    wait_until(lambda: "a second signal gives them back" in log.read_text(), "the worker to be told")
+    process.terminate()
+    assert process.wait(60) == 0
+    assert "2 jobs that had not been finished are gone with the embedded Redis; --redis-dir" in log.read_text()
+
+
 def test_files_of_the_current_folder_are_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "rq.py").write_text("raise SystemExit('a stranger')")
     monkeypatch.chdir(tmp_path)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, suppress
-from typing import TYPE_CHECKING, Literal, Self, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 
-from fastgpt2.api.client.bulk import BulkFields, plan_bulk, run_bulk_async
+from fastgpt2.api.client.bulk import BulkFields, BulkRun, ManyPrompts, ProgressBar, plan_bulk, run_bulk_async
 from fastgpt2.api.client.enqueue import (
     DEFAULT_JOB_TIMEOUT_SECONDS,
     DEFAULT_RESULT_TTL_SECONDS,
@@ -15,11 +15,11 @@ from fastgpt2.api.client.enqueue import (
     JobPlan,
     PromptLike,
     SentJob,
-    plan_job,
+    plan_prompt,
 )
 from fastgpt2.api.client.flow import AsyncDriver
 from fastgpt2.api.client.outcome import Outcome, unwrap
-from fastgpt2.api.client.reader import JobReader, ReadLoop
+from fastgpt2.api.client.reader import AppendOnlyTexts, JobReader, ReadLoop
 from fastgpt2.api.client.session import Session
 from fastgpt2.engine.decoding.records import GenerationRequest, GenerationResult
 from fastgpt2.errors import FastGPT2Error
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class AsyncClient:
-    """A queue of generation jobs, for one event loop; see `Client`.
+    """A queue of generation jobs, for one event loop at a time; see `Client`.
 
     If the connection has died meanwhile, a command is sent once more: scripts make sure that no job comes in twice.
     """
@@ -46,11 +46,18 @@ class AsyncClient:
         self._session = Session(redis_url, queue, max_queue, durability)
         self.redis_url, self.queue_name = self._session.redis_url, self._session.queue
         self._driver = AsyncDriver(self.redis_url)
-        self.connection: Redis = self._driver.connection
 
-    async def enqueue(self, prompt: str | list[int], **fields: Unpack[JobFields]) -> AsyncJob:
+    @property
+    def connection(self) -> Redis:
+        """See `Client.connection`."""
+        return self._driver.connection
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._session.arguments
+
+    async def enqueue(self, prompt: PromptLike, **fields: Unpack[JobFields]) -> AsyncJob:
         """See `Client.enqueue`."""
-        return await self._enqueue(plan_job(prompt, fields))
+        return await self._enqueue(plan_prompt(prompt, fields))
 
     async def enqueue_request(
         self,
@@ -66,11 +73,11 @@ class AsyncClient:
 
     async def _enqueue(self, plan: JobPlan) -> AsyncJob:
         (sent,) = await self._driver.run(self._session.send_all([plan]))
-        return AsyncJob(sent.id, self._session, self._driver, sent)
+        return AsyncJob(sent.id, self, sent)
 
     def job(self, job_id: str) -> AsyncJob:
         """See `Client.job`."""
-        return AsyncJob(job_id, self._session, self._driver)
+        return AsyncJob(job_id, self)
 
     async def status(self, job_id: str) -> str:
         """See `Job.status`."""
@@ -89,48 +96,59 @@ class AsyncClient:
         return await self._driver.run(self._session.workers())
 
     async def stream(
-        self, prompt: PromptLike | AsyncJob, *, read_timeout: float | None = None, **fields: Unpack[JobFields]
+        self,
+        prompt: PromptLike | AsyncJob,
+        *,
+        read_timeout: float | None = None,
+        replacements: bool = False,
+        **fields: Unpack[JobFields],
     ) -> AsyncTextStream:
         """See `Client.stream`. To leave the loop early does not cancel the job here: use `async with`, or `aclose`."""
         if isinstance(prompt, AsyncJob):
-            return prompt.stream(read_timeout)
-        job = await self._enqueue(plan_job(prompt, {**fields, "stream": True}))
-        return AsyncTextStream(job, read_timeout, cancels=True)
+            return prompt.stream(read_timeout, replacements)
+        job = await self._enqueue(plan_prompt(prompt, {**fields, "stream": True}))
+        return AsyncTextStream(job, read_timeout, cancels=True, replacements=replacements)
 
     @overload
     def map(
-        self, prompts: Iterable[PromptLike], *, return_exceptions: Literal[False] = ..., **fields: Unpack[BulkFields]
+        self, prompts: ManyPrompts, *, return_exceptions: Literal[False] = ..., **fields: Unpack[BulkFields]
     ) -> AsyncGenerator[GenerationResult, None]: ...
 
     @overload
     def map(
-        self, prompts: Iterable[PromptLike], *, return_exceptions: bool, **fields: Unpack[BulkFields]
+        self, prompts: ManyPrompts, *, return_exceptions: bool, **fields: Unpack[BulkFields]
     ) -> AsyncGenerator[Outcome, None]: ...
 
-    async def map(
-        self, prompts: Iterable[PromptLike], *, return_exceptions: bool = False, **fields: Unpack[BulkFields]
+    def map(
+        self, prompts: ManyPrompts, *, return_exceptions: bool = False, **fields: Unpack[BulkFields]
     ) -> AsyncGenerator[Outcome, None]:
-        """See `Client.map`. To end the generator early for certain, put it into `contextlib.aclosing`."""
-        bulk, bar = plan_bulk(self._session, prompts, ordered=True, **fields)
-        async with aclosing(run_bulk_async(self._driver, bulk, bar)) as ends:
-            async for _, outcome in ends:
-                yield outcome if return_exceptions else unwrap(outcome)
+        """See `Client.map`. The prompts may come asynchronously; then some are read ahead, at most 16.
+
+        To end the generator early for certain, put it into `contextlib.aclosing`.
+        """
+        bulk, bar = plan_bulk(self._session, prompts, "map", True, **fields)
+        return _without_numbers(self._run(bulk, bar, return_exceptions))
 
     @overload
     def as_completed(
-        self, prompts: Iterable[PromptLike], *, return_exceptions: Literal[False] = ..., **fields: Unpack[BulkFields]
+        self, prompts: ManyPrompts, *, return_exceptions: Literal[False] = ..., **fields: Unpack[BulkFields]
     ) -> AsyncGenerator[tuple[int, GenerationResult], None]: ...
 
     @overload
     def as_completed(
-        self, prompts: Iterable[PromptLike], *, return_exceptions: bool, **fields: Unpack[BulkFields]
+        self, prompts: ManyPrompts, *, return_exceptions: bool, **fields: Unpack[BulkFields]
     ) -> AsyncGenerator[tuple[int, Outcome], None]: ...
 
-    async def as_completed(
-        self, prompts: Iterable[PromptLike], *, return_exceptions: bool = False, **fields: Unpack[BulkFields]
+    def as_completed(
+        self, prompts: ManyPrompts, *, return_exceptions: bool = False, **fields: Unpack[BulkFields]
     ) -> AsyncGenerator[tuple[int, Outcome], None]:
         """See `Client.as_completed`, and `map`."""
-        bulk, bar = plan_bulk(self._session, prompts, ordered=False, **fields)
+        bulk, bar = plan_bulk(self._session, prompts, "as_completed", True, **fields)
+        return self._run(bulk, bar, return_exceptions)
+
+    async def _run(
+        self, bulk: BulkRun, bar: ProgressBar, return_exceptions: bool
+    ) -> AsyncGenerator[tuple[int, Outcome], None]:
         async with aclosing(run_bulk_async(self._driver, bulk, bar)) as ends:
             async for number, outcome in ends:
                 yield number, outcome if return_exceptions else unwrap(outcome)
@@ -145,14 +163,23 @@ class AsyncClient:
         await self.aclose()
 
 
+async def _without_numbers(ends: AsyncGenerator[tuple[int, Outcome], None]) -> AsyncGenerator[Outcome, None]:
+    async with aclosing(ends):
+        async for _, outcome in ends:
+            yield outcome
+
+
 class AsyncJob:
     """A handle on one job; see `Job`."""
 
-    def __init__(self, job_id: str, session: Session, driver: AsyncDriver, sent: SentJob | None = None) -> None:
+    def __init__(self, job_id: str, client: AsyncClient, sent: SentJob | None = None) -> None:
         self.id = job_id
         self._sent = sent
-        self._session = session
-        self._driver = driver
+        self._client = client
+        self._session, self._driver = client._session, client._driver
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return AsyncClient.job, (self._client, self.id)
 
     async def status(self) -> str:
         """See `Job.status`."""
@@ -166,11 +193,11 @@ class AsyncJob:
         """See `Job.cancel`."""
         if self._sent is not None:
             self._sent.is_wanted = False
-        return await self._driver.run(self._session.cancel(self.id))
+        return await self._driver.run_whole(self._session.cancel(self.id))
 
-    def stream(self, timeout: float | None = None) -> AsyncTextStream:
+    def stream(self, timeout: float | None = None, replacements: bool = False) -> AsyncTextStream:
         """See `Job.stream`."""
-        return AsyncTextStream(self, timeout, cancels=False)
+        return AsyncTextStream(self, timeout, cancels=False, replacements=replacements)
 
     def __repr__(self) -> str:
         return f"AsyncJob({self.id!r})"
@@ -179,11 +206,12 @@ class AsyncJob:
 class AsyncTextStream(AsyncIterator[Piece]):
     """The text of a job as it comes; see `TextStream`."""
 
-    def __init__(self, job: AsyncJob, timeout: float | None, cancels: bool) -> None:
+    def __init__(self, job: AsyncJob, timeout: float | None, cancels: bool, replacements: bool) -> None:
         self.job = job
         self._session, self._driver = job._session, job._driver
         self._reader = JobReader(job.id, streamed=True, sent=job._sent)
         self._loop = ReadLoop(self._session.recovery, timeout)
+        self._appended = None if replacements else AppendOnlyTexts()
         self._ended = False
         self._cancels = cancels
 
@@ -198,6 +226,8 @@ class AsyncTextStream(AsyncIterator[Piece]):
         piece = await self._driver.run(self._session.next_piece(self._reader, self._loop))
         if piece is None:
             raise StopAsyncIteration
+        if self._appended is not None:
+            self._appended.add(piece.choice_index, piece)
         self._ended = False
         return piece
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 import time
+import warnings
 from collections import deque
-from collections.abc import AsyncGenerator, Generator, Iterable, Sized
+from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable, Iterator, Mapping, Sized
 from contextlib import closing, suppress
 from enum import Enum
-from itertools import islice
-from typing import Any, TypeAlias, Unpack
+from functools import partial
+from itertools import islice, starmap
+from typing import Any, Self, TypeAlias, Unpack
 
 from fastgpt2.api.client.enqueue import (
     JobFields,
@@ -17,16 +21,21 @@ from fastgpt2.api.client.enqueue import (
     PromptLike,
     SentJob,
     enqueue_command,
-    plan_each,
+    plan_job,
+    plan_numbered,
     read_enqueue_reply,
 )
-from fastgpt2.api.client.flow import RECONNECT_SECONDS, AsyncDriver, Driver, Flow, Pause, Pipeline
+from fastgpt2.api.client.flow import RECONNECT_SECONDS, AsyncDriver, Command, Driver, Flow, Pause, Pipeline
 from fastgpt2.api.client.outcome import Outcome
+from fastgpt2.api.client.prompt_feed import PromptFeed
 from fastgpt2.api.client.reader import JobReader, ReadLoop
 from fastgpt2.api.client.session import Session, cancel_command
-from fastgpt2.engine.decoding.records import GenerationResult
+from fastgpt2.engine.decoding.records import GenerationResult, list_stops
 from fastgpt2.errors import BadRequest, FastGPT2Error, NotDurable
 from fastgpt2.fields import refusal
+from fastgpt2.foreign_fields import refuse_unknown
+from fastgpt2.prompt_lists import iterate_prompts
+from fastgpt2.protocol.keys import job_key, results_key
 
 DEFAULT_IN_FLIGHT = 64
 MAX_IN_FLIGHT = 1_000_000
@@ -55,6 +64,12 @@ class _Input(Enum):
     EXHAUSTED = "exhausted"
 
 
+def check_in_flight(in_flight: int) -> None:
+    """Raise BadRequest if this is no number of jobs that may be in the queue at once."""
+    if not isinstance(in_flight, int) or isinstance(in_flight, bool) or not 1 <= in_flight <= MAX_IN_FLIGHT:
+        raise refusal("in_flight", f"a whole number from 1 to {MAX_IN_FLIGHT}", in_flight)
+
+
 class BulkRun:
     """The jobs of one `map`, from their plans to their ends.
 
@@ -62,19 +77,30 @@ class BulkRun:
         items: read as there is room for them. An error takes the place of its job's outcome.
         in_flight: at most this many jobs are in the queue at once; if `ordered`, results that wait here for an earlier
             one count too.
+        call: what the caller called, by which an error's note tells of its prompt.
+        forgets: delete each job once its end is here: nobody else can ask for it, and a long run must not fill Redis.
 
     Raises:
         BadRequest: `in_flight` is out of bounds.
     """
 
-    def __init__(self, session: Session, items: Iterable[Item], in_flight: int, ordered: bool) -> None:
-        if not isinstance(in_flight, int) or isinstance(in_flight, bool) or not 1 <= in_flight <= MAX_IN_FLIGHT:
-            raise refusal("in_flight", f"a whole number from 1 to {MAX_IN_FLIGHT}", in_flight)
+    def __init__(
+        self,
+        session: Session,
+        items: Iterable[Item],
+        in_flight: int,
+        ordered: bool,
+        call: str = "map",
+        forgets: bool = False,
+    ) -> None:
+        check_in_flight(in_flight)
         self._session = session
+        self._call = call
         self._items = iter(items)
         self._input = _Input.READY
         self._in_flight = in_flight
         self._ordered = ordered
+        self._forgets = forgets
         # How many items were read, and how many outcomes were given to the caller.
         self._read = self._given = 0
         # What a full queue refused; it is sent before anything more is read.
@@ -119,6 +145,11 @@ class BulkRun:
             yield Pipeline(tuple(cancel_command(reader.id, self._session.queue) for reader in some.values()))
             for number in some:
                 del self._readers[number]
+
+    async def stop_reading(self) -> None:
+        """Read no more of prompts that come asynchronously."""
+        if isinstance(self._items, PromptFeed):
+            await self._items.aclose()
 
     def _fill(self) -> Flow[None]:
         """Send what there is room for."""
@@ -176,6 +207,7 @@ class BulkRun:
             try:
                 session.limits.check(plan.request)
             except BadRequest as error:
+                error.name_prompt(number, plan.request.prompt, self._call)
                 self._outcomes[number] = error
                 continue
             job_id, command = enqueue_command(plan, session.queue, session.max_queue)
@@ -243,10 +275,16 @@ class BulkRun:
         if self._input is _Input.SLOW:
             longest = min(longest, POLL_SECONDS)
         yield from self._loop.turn(watched.values(), longest)
+        ended = []
         for number, reader in watched.items():
             if reader.outcome is not None:
                 del self._readers[number]
+                if isinstance(reader.outcome, FastGPT2Error) and reader.sent is not None:
+                    reader.outcome.name_prompt(number, reader.sent.prompt, self._call)
                 self._outcomes[number] = reader.outcome
+                ended += [job_key(reader.id), results_key(reader.id)]
+        if ended and self._forgets:
+            yield from self._session.retries.ask(Command("unlink", tuple(ended)))
 
 
 class BulkFields(JobFields, total=False):
@@ -262,18 +300,47 @@ class BulkFields(JobFields, total=False):
     progress: bool
 
 
+# What `map` and `as_completed` of the asyncio client take beside what can be iterated at once.
+ManyPrompts: TypeAlias = Iterable[PromptLike] | AsyncIterable[PromptLike]
+
+
 def plan_bulk(
     session: Session,
-    prompts: Iterable[PromptLike],
-    ordered: bool,
+    prompts: ManyPrompts,
+    call: str,
+    is_async: bool,
+    /,
     in_flight: int = DEFAULT_IN_FLIGHT,
     progress: bool = False,
     **fields: Unpack[JobFields],
 ) -> tuple[BulkRun, ProgressBar]:
-    """Return the run for some prompts, and its bar. Results are kept for an hour, unless the fields say otherwise."""
-    plans = plan_each(prompts, {"result_ttl": BULK_RESULT_TTL_SECONDS, **fields})
-    bulk = BulkRun(session, plans, in_flight, ordered)
-    return bulk, ProgressBar(len(prompts) if isinstance(prompts, Sized) else None, progress)
+    """Return the run for some prompts, and its bar. Results are kept for an hour, unless the fields say otherwise.
+
+    Args:
+        call: "map" for ends in the order of the prompts, "as_completed" for ends as they come.
+        is_async: the client is one for asyncio, which can read an asynchronous iterable.
+
+    Raises:
+        BadRequest: these are no prompts, `in_flight` is out of bounds, or a field is wrong for every prompt.
+    """
+    check_in_flight(in_flight)
+    of_all = list_stops({"result_ttl": BULK_RESULT_TTL_SECONDS, **fields})
+    refuse_unknown(of_all, BulkFields.__annotations__)
+    plan_job("", of_all)
+    plan = partial(_plan_item, of_all, call)
+    items: Iterator[Item]
+    if is_async and isinstance(prompts, AsyncIterable):
+        items = PromptFeed(prompts, plan, min(in_flight, SENT_AT_ONCE))
+    else:
+        items = starmap(plan, enumerate(iterate_prompts(prompts)))
+    bulk = BulkRun(session, items, in_flight, ordered=call == "map", call=call)
+    # To count a column of Dask means to compute it.
+    total = len(prompts) if progress and isinstance(prompts, Sized) else None
+    return bulk, ProgressBar(total, progress)
+
+
+def _plan_item(fields: Mapping[str, Any], call: str, number: int, prompt: PromptLike) -> Item:
+    return plan_numbered(number, prompt, fields, call)
 
 
 def run_bulk(driver: Driver, bulk: BulkRun, bar: ProgressBar) -> Generator[tuple[int, Outcome], None, None]:
@@ -283,14 +350,17 @@ def run_bulk(driver: Driver, bulk: BulkRun, bar: ProgressBar) -> Generator[tuple
         QueueUnavailable: Redis stays away.
         NotDurable: Redis does not become as durable as was asked for.
     """
+    process = os.getpid()
     try:
-        with closing(bar):
+        with closing(bar.start()):
             while (end := driver.run(bulk.next())) is not None:
                 bar.add(end[1])
                 yield end
     except BaseException:
-        with suppress(FastGPT2Error):
-            driver.run(bulk.cancel())
+        if os.getpid() == process:  # a forked child leaves its parent's jobs alone
+            # At the interpreter's end, some of what is needed is gone already, but what is sent counts.
+            with suppress(Exception if sys.is_finalizing() else FastGPT2Error):
+                driver.run(bulk.cancel())
         raise
 
 
@@ -299,18 +369,22 @@ async def run_bulk_async(
 ) -> AsyncGenerator[tuple[int, Outcome], None]:
     """See `run_bulk`."""
     try:
-        with closing(bar):
+        with closing(bar.start()):
             while (end := await driver.run(bulk.next())) is not None:
                 bar.add(end[1])
                 yield end
     except BaseException:
         with suppress(FastGPT2Error):
-            await driver.run(bulk.cancel())
+            await driver.run_whole(bulk.cancel())
         raise
+    finally:
+        await bulk.stop_reading()
 
 
 class ProgressBar:
-    """A bar on standard error: how many jobs have ended, and tokens a second. tqdm is imported for the first bar.
+    """A bar that tells how many jobs have ended, and tokens a second. tqdm is imported for the first bar.
+
+    It stands on standard error, or in the notebook where the program runs.
 
     Args:
         total: how many jobs there are; None if that is not known, then the bar foretells no end.
@@ -319,13 +393,17 @@ class ProgressBar:
     """
 
     def __init__(self, total: int | None, shown: bool, done: int = 0) -> None:
+        self._total, self._shown, self._done = total, shown, done
         self._bar: Any = None
         self._tokens = 0
         self._started = time.monotonic()
-        if shown:
-            from tqdm import tqdm
 
-            self._bar = tqdm(total=total, initial=done, unit="job", dynamic_ncols=True)
+    def start(self) -> Self:
+        """Show the bar, and count the time from now on."""
+        self._started = time.monotonic()
+        if self._shown:
+            self._bar = _import_tqdm()(total=self._total, initial=self._done, unit="job", dynamic_ncols=True)
+        return self
 
     def add(self, outcome: Outcome) -> None:
         """Count one more job that has ended."""
@@ -340,3 +418,17 @@ class ProgressBar:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def _import_tqdm() -> Any:
+    """Return the bar that fits where the program runs.
+
+    In a notebook without ipywidgets that is the bar of a terminal, which a notebook shows too. tqdm warns of it as it
+    is imported, which would stand above the bar.
+    """
+    from tqdm import TqdmWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TqdmWarning)
+        from tqdm.auto import tqdm
+    return tqdm

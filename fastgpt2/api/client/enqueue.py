@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeAlias
 
@@ -14,12 +14,14 @@ from rq.serializers import JSONSerializer
 from rq.utils import now
 
 from fastgpt2.api.client.flow import Command, Flow, Pipeline
-from fastgpt2.engine.decoding.records import GenerationRequest, RequestFields, random_seed
+from fastgpt2.engine.decoding.records import GenerationRequest, RequestFields, list_stops, random_seed, split_prompt
 from fastgpt2.errors import BadRequest, IdempotencyMismatch, PromptTooLong, QueueFull
 from fastgpt2.fields import check_fields, whole
+from fastgpt2.foreign_fields import is_neutral, refuse_unknown, take_known
 from fastgpt2.protocol.keys import (
     QUEUES_KEY,
     Priority,
+    PriorityField,
     once_key,
     queue_key,
     queue_of,
@@ -49,11 +51,12 @@ LOST_TRIES = 5
 # RQ's job wants a connection, and is asked nothing here that would use it.
 _NO_CONNECTION: Any = object()
 
-# What a caller may give as a prompt: a text, its token ids, or a request that has been made.
-PromptLike: TypeAlias = str | list[int] | GenerationRequest
+# What a program may give as a prompt: a text, its token ids, a mapping of the prompt and other fields of its job, or a
+# request that has been made.
+PromptLike: TypeAlias = str | Iterable[int] | Mapping[str, Any] | GenerationRequest
 
-_OPTION_FIELDS = ("timeout", "stream")
 _PLAN_FIELDS = ("priority", "job_timeout", "result_ttl")
+_OPTION_FIELDS = ("timeout", "stream", "stream_usage")
 
 
 class JobFields(RequestFields, total=False):
@@ -62,6 +65,7 @@ class JobFields(RequestFields, total=False):
     Attributes:
         timeout: seconds from being enqueued within which the job must be done.
         stream: publish the text as it comes, for `Job.stream`.
+        stream_usage: its pieces tell how many tokens there are so far.
         priority: "high", "normal", the default, or "low"; the more urgent are taken first, and none waits for ever.
         job_timeout: seconds that a worker may spend on the job, from its start; default 600.
         result_ttl: seconds for which the job's end can be read; default a day.
@@ -69,6 +73,7 @@ class JobFields(RequestFields, total=False):
 
     timeout: float | None
     stream: bool
+    stream_usage: bool
     priority: Priority
     job_timeout: int
     result_ttl: int
@@ -85,7 +90,7 @@ class JobPlan:
 
     request: GenerationRequest
     options: JobOptions = NO_OPTIONS
-    priority: Priority = "normal"
+    priority: PriorityField = "normal"
     job_timeout: Seconds = DEFAULT_JOB_TIMEOUT_SECONDS
     result_ttl: Seconds = DEFAULT_RESULT_TTL_SECONDS
 
@@ -94,40 +99,47 @@ class JobPlan:
         refuse_unstreamable(self.request, self.options)
 
 
-def plan_job(prompt: PromptLike, fields: Mapping[str, Any]) -> JobPlan:
+def plan_job(prompt: str | Iterable[int] | GenerationRequest, fields: Mapping[str, Any]) -> JobPlan:
     """Return the plan of one job, from its prompt and its `JobFields`.
 
     Raises:
         BadRequest: a field is unknown, ill-typed or out of bounds, or given beside a request that has been made.
     """
-    fields = _with_stops_listed(fields)
+    fields = list_stops(fields)
+    refuse_unknown(fields, JobFields.__annotations__)
     plan_fields = {name: fields[name] for name in _PLAN_FIELDS if name in fields}
     others = {name: value for name, value in fields.items() if name not in _PLAN_FIELDS}
     if not isinstance(prompt, GenerationRequest):
         request, options = parse_job([prompt], others)
         return JobPlan(request, options, **plan_fields)
     for name in others:
-        if name not in _OPTION_FIELDS:
+        if name not in _OPTION_FIELDS and not is_neutral(name, others):
             raise BadRequest(f"{name[:100]} is given beside a request that has been made; put it in there")
-    return JobPlan(prompt, JobOptions(**others), **plan_fields)
+    return JobPlan(prompt, JobOptions(**take_known(others, _OPTION_FIELDS)), **plan_fields)
 
 
-def plan_each(prompts: Iterable[PromptLike], fields: Mapping[str, Any]) -> Iterator[JobPlan | BadRequest]:
-    """Yield a plan for each prompt, or what is wrong with it. What is wrong with the fields is wrong with each."""
-    fields = _with_stops_listed(fields)
-    for prompt in prompts:
-        try:
-            yield plan_job(prompt, fields)
-        except BadRequest as error:
-            yield error
+def plan_prompt(prompt: PromptLike, fields: Mapping[str, Any]) -> JobPlan:
+    """Return the plan of one job as a program gives it; see `plan_job`.
+
+    The prompt may stand in a mapping, beside fields that count before the others.
+    """
+    if isinstance(prompt, Mapping):
+        return plan_job(*split_prompt(prompt, fields))
+    return plan_job(prompt, fields)
 
 
-def _with_stops_listed(fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the fields with an iterator of stops as a tuple: the first look at it would use it up."""
-    stop = fields.get("stop")
-    if isinstance(stop, str | bytes | list | tuple | Mapping) or not isinstance(stop, Iterable):
-        return fields
-    return {**fields, "stop": tuple(stop)}
+def plan_numbered(number: int, prompt: PromptLike, fields: Mapping[str, Any], call: str) -> JobPlan | BadRequest:
+    """Return the plan of one prompt of many, or what is wrong with it. What is wrong with the fields is so with each.
+
+    Args:
+        number: the prompt's, from 0.
+        call: what the caller called, such as "map".
+    """
+    try:
+        return plan_prompt(prompt, fields)
+    except BadRequest as error:
+        error.name_prompt(number, prompt, call)
+        return error
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +226,7 @@ class SentJob:
 
     Attributes:
         own_id: the id under which this job is enqueued.
+        prompt: the job's prompt, by which an error tells of it.
         id: the id of the job that is waited for: that of an earlier request's, if one with the same idempotency key had
             enqueued it.
         sent_at: when the job was sent, on the monotonic clock.
@@ -226,6 +239,7 @@ class SentJob:
     def __init__(self, job_id: str, command: Command, plan: JobPlan, history: str | None) -> None:
         self.own_id = self.id = job_id
         self.command = command
+        self.prompt = plan.request.prompt
         self.sent_at = time.monotonic()
         self.result_ttl = plan.result_ttl
         self.history = history
@@ -280,6 +294,9 @@ class ModelLimits:
         else:
             tokens = max(1, len(request.prompt))
             has, needs = f"{tokens} tokens", str(tokens)
+        most = request.most_prompt_tokens(n_positions)
+        if most is not None and tokens > most:
+            tokens, has, needs = most, f"{most} tokens that are kept", str(most)
         if tokens + request.least_room > n_positions:
             raise PromptTooLong(f"the prompt has {has}, over {request.describe_positions(n_positions)}: shorten it")
         room = n_positions - tokens

@@ -17,16 +17,27 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
+
+from redis.exceptions import ConnectionError as NoConnection
+from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as NoReply
 
 from fastgpt2.errors import RedisUnfit
 from fastgpt2.protocol.connection import ANSWER_BY, connect, connect_async, in_words
 from fastgpt2.protocol.scripts import execute, is_unknown, to_repeat, with_text
 
+if TYPE_CHECKING:
+    from redis import Redis
+    from redis.asyncio import Redis as AsyncRedis
+
 T = TypeVar("T")
+C = TypeVar("C")
 
 # How long after a deadline a reply may still come: Redis itself counts the time for which a read waits.
 GRACE_SECONDS = 0.5
@@ -112,23 +123,51 @@ class Retries:
 
 
 def _means_away(error: Exception) -> bool:
-    from redis.exceptions import ConnectionError as NoConnection
-    from redis.exceptions import TimeoutError as NoReply
-
     # To the library, a Redis that loads its data is a ConnectionError, but so is one that wants a password.
     return isinstance(error, NoConnection | NoReply | OSError) and not isinstance(in_words("", error), RedisUnfit)
 
 
+class OwnConnections(Generic[C]):
+    """The connections of one process. After a fork, the child makes connections of its own.
+
+    A fork copies sockets: two processes would write to one, and read each other's replies.
+
+    Args:
+        make: makes a pool of connections; nothing is sent by that.
+    """
+
+    def __init__(self, make: Callable[[str], C], redis_url: str) -> None:
+        self._make, self._redis_url = make, redis_url
+        self._pool, self._process = make(redis_url), os.getpid()
+        # The parent's pools. The child keeps them: to close them here would disturb the parent's event loop.
+        self._inherited: list[C] = []
+
+    def get(self) -> C:
+        """Return this process's pool of connections."""
+        if self._process != os.getpid():
+            self._inherited.append(self._pool)
+            self._pool, self._process = self._make(self._redis_url), os.getpid()
+        return self._pool
+
+
 class Driver:
-    """Runs flows over connections of the blocking redis library; safe for several threads.
+    """Runs flows over connections of the blocking redis library; safe for several threads, and after a fork.
+
+    Args:
+        between_steps: called before each step, every few seconds at least; what it raises ends the flow.
 
     Raises:
         BadRequest: not a Redis URL.
     """
 
-    def __init__(self, redis_url: str) -> None:
+    def __init__(self, redis_url: str, between_steps: Callable[[], None] | None = None) -> None:
         self.redis_url = redis_url
-        self.connection = connect(redis_url)
+        self._between_steps = between_steps
+        self._connections = OwnConnections(connect, redis_url)
+
+    @property
+    def connection(self) -> Redis:
+        return self._connections.get()
 
     def run(self, flow: Flow[T]) -> T:
         """Run a flow and return its result.
@@ -146,6 +185,8 @@ class Driver:
                 result: T = end.value
                 return result
             reply, error = None, None
+            if self._between_steps is not None:
+                self._between_steps()
             try:
                 reply = self._take(step)
             except Exception as reason:
@@ -181,11 +222,27 @@ class Driver:
 
 
 class AsyncDriver:
-    """See `Driver`. The asyncio redis library makes its connections inside the running loop, when needed."""
+    """See `Driver`. For one event loop at a time: connections are made inside the running loop, and end with it."""
 
     def __init__(self, redis_url: str) -> None:
         self.redis_url = redis_url
-        self.connection = connect_async(redis_url)
+        self._connections = OwnConnections(connect_async, redis_url)
+        # The loop in which these were first used.
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._tasks = set[asyncio.Task[Any]]()
+
+    @property
+    def connection(self) -> AsyncRedis:
+        if self._loop is None or self._loop.is_closed():
+            self._take_loop()
+        return self._connections.get()
+
+    def _take_loop(self) -> None:
+        """Make connections for the running loop if there were some of a loop that is closed."""
+        if self._loop is not None:
+            self._connections = OwnConnections(connect_async, self.redis_url)
+        with suppress(RuntimeError):  # asked for outside of any loop
+            self._loop = asyncio.get_running_loop()
 
     async def run(self, flow: Flow[T]) -> T:
         """See `Driver.run`."""
@@ -207,11 +264,19 @@ class AsyncDriver:
                     # that comes as the sending ends.
                     raise asyncio.CancelledError
             except TimeoutError:
-                from redis.exceptions import TimeoutError as NoReply
-
                 error = NoReply("Timeout: no answer")
             except Exception as reason:
                 error = reason
+
+    async def run_whole(self, flow: Flow[T]) -> T:
+        """Run a flow to its end, even if the caller is cancelled meanwhile.
+
+        A caller may be one that is cancelled at each `await`: so anyio ends what a web server's client has left.
+        """
+        task = asyncio.create_task(self.run(flow))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return await asyncio.shield(task)
 
     async def _take(self, step: Step) -> Any:
         if isinstance(step, Pause):
@@ -247,6 +312,8 @@ class AsyncDriver:
             return _without_errors(replies)
 
     async def aclose(self) -> None:
+        if self._tasks:
+            await asyncio.wait(self._tasks)
         await self.connection.aclose()
 
 
@@ -260,8 +327,6 @@ def _advance(flow: Flow[Any], reply: Any, error: Exception | None, redis_url: st
     try:
         return flow.send(reply) if error is None else flow.throw(error)
     except Exception as escaped:
-        from redis.exceptions import RedisError
-
         if escaped is error and isinstance(error, RedisError | OSError):
             raise in_words(redis_url, error) from None
         raise

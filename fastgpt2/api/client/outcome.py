@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 import re
 import zlib
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from fastgpt2.engine.decoding.records import GenerationResult
 from fastgpt2.errors import BadRequest, FastGPT2Error, JobFailed, JobNotFound, JobTimedOut
 from fastgpt2.protocol.keys import PARTIAL_META
 from fastgpt2.protocol.messages import result_from_json
+from fastgpt2.protocol.untrusted import MAX_RESULT_BYTES, MAX_RESULT_OPCODES, read
 
 MAX_REASON_BYTES = 1 << 20
 
@@ -74,11 +74,20 @@ def read_outcome(job_id: str, status: bytes | None, meta: bytes | None, entries:
 
 
 def return_value(fields: Mapping[bytes, bytes]) -> Any:
-    """Return what the job returned, from the entry of a success."""
+    """Return what the job returned, from the entry of a success.
+
+    A worker writes it as the job came: as JSON, or as a pickle of plain values, for callers that use RQ's default.
+
+    Raises:
+        FastGPT2Error: it is neither.
+    """
     try:
-        return json.loads(base64.b64decode(fields[b"return_value"]))
-    except (KeyError, ValueError, RecursionError) as reason:
-        raise FastGPT2Error(f"the result is not JSON ({reason}); the worker must use the JSON serializer") from None
+        return read(base64.b64decode(fields[b"return_value"]), MAX_RESULT_BYTES, MAX_RESULT_OPCODES)
+    except (KeyError, ValueError) as reason:
+        raise FastGPT2Error(
+            f"the result is neither JSON nor a pickle of plain values ({reason}): enqueue with "
+            "serializer=rq.serializers.JSONSerializer, for a worker of fastgpt2"
+        ) from None
 
 
 def _exception_text(fields: Mapping[bytes, bytes]) -> str:
@@ -92,8 +101,8 @@ def _exception_text(fields: Mapping[bytes, bytes]) -> str:
 def read_partial(meta: bytes | None) -> GenerationResult | None:
     """Return what had been generated, if the worker wrote it into the job's metadata."""
     try:
-        return result_from_json(json.loads(meta or b"{}")[PARTIAL_META])
-    except (FastGPT2Error, KeyError, TypeError, ValueError, RecursionError):
+        return result_from_json(read(meta or b"{}", MAX_RESULT_BYTES, MAX_RESULT_OPCODES)[PARTIAL_META])
+    except (FastGPT2Error, KeyError, TypeError, ValueError):
         return None
 
 

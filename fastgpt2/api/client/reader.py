@@ -21,8 +21,8 @@ from fastgpt2.api.client.enqueue import SentJob
 from fastgpt2.api.client.flow import Command, Entries, Flow, Pipeline
 from fastgpt2.api.client.outcome import Outcome, read_outcome, read_partial, return_value
 from fastgpt2.api.client.recovery import Recovery
-from fastgpt2.engine.decoding.records import GenerationResult, TokenLogprob
-from fastgpt2.errors import FastGPT2Error, JobCancelled, JobNotFound
+from fastgpt2.engine.decoding.records import GenerationResult, TokenLogprob, Usage
+from fastgpt2.errors import FastGPT2Error, JobCancelled, JobNotFound, TextReplaced
 from fastgpt2.protocol.keys import cancellations_key, job_key, queues_of, results_key, stream_key
 from fastgpt2.protocol.messages import Piece, entry_to_piece, result_from_json
 from fastgpt2.protocol.untrusted import is_of_entry, whole
@@ -83,7 +83,7 @@ class Assembly:
         logprobs, token_at = piece.logprobs[known:], piece.token_at + known
         if not logprobs or token_at > len(self._tokens):
             logprobs, token_at = (), len(self._tokens)
-        return self._put(text, at, logprobs, token_at) if text or logprobs else None
+        return self._put(text, at, logprobs, token_at, piece.usage) if text or logprobs else None
 
     def begin_again(self) -> None:
         """Listen to the first attempt: the job was lost, and starts as if it had never been."""
@@ -101,10 +101,12 @@ class Assembly:
         same, known = _count_held(self.text, 0, text), _count_held(self._tokens, 0, tokens)
         return self._put(text[same:], same, inside[known:], known)
 
-    def _put(self, text: str, at: int, logprobs: tuple[TokenLogprob, ...], token_at: int) -> Piece:
+    def _put(
+        self, text: str, at: int, logprobs: tuple[TokenLogprob, ...], token_at: int, usage: Usage | None = None
+    ) -> Piece:
         self.text = self.text[:at] + text
         self._tokens[token_at:] = _tokens(logprobs)
-        return Piece(text, at, self.attempt, logprobs, token_at, self._choice_index)
+        return Piece(text, at, self.attempt, logprobs, token_at, self._choice_index, usage)
 
 
 def _tokens(logprobs: Sequence[TokenLogprob]) -> list[Token]:
@@ -117,6 +119,25 @@ def _count_held(held: Sequence[object], at: int, new: Sequence[object]) -> int:
     while same < min(len(new), len(held) - at) and held[at + same] == new[same]:
         same += 1
     return same
+
+
+class AppendOnlyTexts:
+    """Texts for a reader who cannot take anything back: they may only grow."""
+
+    def __init__(self) -> None:
+        self._lengths: dict[int, int] = {}
+
+    def add(self, number: int, piece: Piece) -> None:
+        """Take in a piece of the text with this number.
+
+        Raises:
+            TextReplaced: the piece replaces some of the text.
+        """
+        if piece.at < self._lengths.get(number, 0):
+            raise TextReplaced(
+                "the job was started again by another worker, whose text differs from what has been given: ask again"
+            )
+        self._lengths[number] = piece.at + len(piece)
 
 
 class Stage(Enum):

@@ -61,6 +61,11 @@ class Session:
         self.recovery = Recovery(self.retries, self.queue)
         self.limits = ModelLimits()
 
+    @property
+    def arguments(self) -> tuple[str, str, int | None, str]:
+        """Return what makes the same client in another process."""
+        return self.redis_url, self.queue, self.max_queue, self.durability.how
+
     def enqueue_all(self, plans: Sequence[JobPlan], keys: Sequence[IdempotencyKey] | None = None) -> Flow[list[str]]:
         """Enqueue several jobs, and return their ids; see `send_all`."""
         return [job.id for job in (yield from self.send_all(plans, keys))]

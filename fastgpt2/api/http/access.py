@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastgpt2 import settings
-from fastgpt2.errors import BadRequest, FastGPT2Error, ForbiddenOrigin, Unauthorized
+from fastgpt2.errors import BadRequest, FastGPT2Error, ForbiddenOrigin, TokenMissing, Unauthorized
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -101,7 +101,7 @@ class Access:
         self, app: ASGIApp, token: str | None, local: str | None, refuse: Callable[[FastGPT2Error, Scope], ASGIApp]
     ) -> None:
         self._app = app
-        self._expected = None if token is None else f"Bearer {token}".encode("ascii")
+        self._token = None if token is None else token.encode("ascii")
         self._own_names = None if local is None else {local.lower(), "localhost", socket.gethostname().lower()}
         self._refuse = refuse
 
@@ -113,10 +113,8 @@ class Access:
     def _find_objection(self, scope: Scope) -> FastGPT2Error | None:
         if (scope["method"], scope["path"]) in OPEN_ROUTES:
             return None
-        if self._expected is not None:
-            if _bears_token(scope, self._expected):
-                return None
-            return Unauthorized("this endpoint asks for a token: send the header Authorization: Bearer TOKEN")
+        if self._token is not None:
+            return _find_fault(scope, self._token)
         host = _single_header(scope, b"host").decode("latin-1")
         if self._own_names is not None and not _is_host_of(host, self._own_names):
             return ForbiddenOrigin(
@@ -126,15 +124,39 @@ class Access:
         return None
 
 
-def _bears_token(scope: Scope, expected: bytes) -> bool:
-    scheme, _, token = _single_header(scope, b"authorization").partition(b" ")
-    # The scheme is case-insensitive (RFC 9110, 11.1). The whole token is compared, however early a difference comes.
-    return hmac.compare_digest(scheme.capitalize() + b" " + token.strip(), expected)
+def _find_fault(scope: Scope, expected: bytes) -> Unauthorized | None:
+    """Return what is wrong with a request's token; None if it is the expected one.
+
+    Of what was sent nothing is quoted. Every wrong token is told the same, after the same time: whoever guesses learns
+    nothing from how near a guess came.
+    """
+    send = "send the header Authorization: Bearer TOKEN"
+    values = _header_values(scope, b"authorization")
+    if not values:
+        return TokenMissing(f"this endpoint asks for a token: {send}")
+    if len(values) > 1:
+        return TokenMissing(f"the request has {len(values)} Authorization headers; leave one: {send}")
+    scheme, _, token = values[0].strip().partition(b" ")
+    # The scheme is case-insensitive (RFC 9110, 11.1).
+    if scheme.lower() != b"bearer":
+        return TokenMissing(f"the Authorization header does not begin with Bearer: {send}")
+    if not token:
+        return TokenMissing(f"no token follows Bearer in the Authorization header: {send}")
+    # The whole token is compared, however early a difference comes.
+    if not hmac.compare_digest(token.strip(), expected):
+        return Unauthorized(
+            "the token is not the one of this endpoint: send the one of its FASTGPT2_TOKEN or --token-file"
+        )
+    return None
+
+
+def _header_values(scope: Any, name: bytes) -> list[bytes]:
+    return [value for key, value in scope["headers"] if key == name]
 
 
 def _single_header(scope: Any, name: bytes) -> bytes:
     """Return the value of a header; nothing if the request has none of that name, or more than one."""
-    values: list[bytes] = [value for key, value in scope["headers"] if key == name]
+    values = _header_values(scope, name)
     return values[0] if len(values) == 1 else b""
 
 

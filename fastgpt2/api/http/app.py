@@ -17,7 +17,7 @@ from fastgpt2.api.http.access import Access
 from fastgpt2.api.http.completions import Completions
 from fastgpt2.api.http.generate import Generate
 from fastgpt2.api.http.jobs import Jobs
-from fastgpt2.api.http.middleware import Crowd, LingeringClose, RequestLog
+from fastgpt2.api.http.middleware import Crowd, LingeringClose, PlainPath, RequestLog
 from fastgpt2.api.http.monitoring import Monitoring
 from fastgpt2.api.http.openapi import show_document
 from fastgpt2.api.http.responses import handle_error, handle_unforeseen, handle_unknown_route, respond
@@ -67,15 +67,17 @@ def create_app(
         "/v1/jobs": {"GET": monitoring.jobs, "POST": jobs.create},
         "/v1/jobs/{job_id}": {"GET": jobs.show, "DELETE": jobs.cancel},
         "/v1/jobs/{job_id}/stream": {"GET": jobs.follow},
+        "/info": {"GET": monitoring.info},
         "/health": {"GET": monitoring.health},
         "/ready": {"GET": monitoring.ready},
         "/status": {"GET": monitoring.status},
         "/metrics": {"GET": monitoring.metrics},
         "/openapi.json": {"GET": show_document},
     }
-    return Starlette(
+    app = Starlette(
         routes=[_route(path, handlers) for path, handlers in routes.items()],
         middleware=[
+            Middleware(PlainPath),
             Middleware(LingeringClose),
             Middleware(Crowd, most=most_connections - most_connections // 8, refuse=respond),
             Middleware(RequestLog),
@@ -88,6 +90,8 @@ def create_app(
         },
         lifespan=lifespan,
     )
+    app.router.redirect_slashes = False  # `PlainPath` leaves nothing to redirect
+    return app
 
 
 def _route(path: str, handlers: Mapping[str, Handler]) -> Route:

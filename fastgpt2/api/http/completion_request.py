@@ -12,21 +12,23 @@ from typing import Annotated, Any
 
 from fastgpt2.api.client.enqueue import JobPlan, plan_job
 from fastgpt2.api.http import guides
+from fastgpt2.api.http.field_names import rename_fields
 from fastgpt2.api.http.guides import Guide
 from fastgpt2.api.http.responses import BadField
 from fastgpt2.engine.decoding.options import Seed, Temperature, TextOptions, Texts
 from fastgpt2.engine.decoding.records import (
     TOKEN_IDS_SCHEMA,
     GenerationRequest,
+    KeptTokens,
     Logprobs,
     NewTokens,
     StopStrings,
     StopTokenIds,
 )
-from fastgpt2.errors import BadRequest, FastGPT2Error, PromptTooLong
-from fastgpt2.fields import Field, check_fields, fields_of, flag, only, refusal, text
-from fastgpt2.protocol.keys import Priority
-from fastgpt2.protocol.refusals import SHOWN_CHARACTERS, sentence_for
+from fastgpt2.errors import BadRequest, FastGPT2Error
+from fastgpt2.fields import Field, check_fields, described, fields_of, flag, only, optional, refusal, text
+from fastgpt2.foreign_fields import OPENAI_NAMES, SHOWN_CHARACTERS, find_unknown, sentence_for, take_known
+from fastgpt2.protocol.keys import PriorityField
 
 # OpenAI's own.
 DEFAULT_MAX_TOKENS = 16
@@ -38,9 +40,6 @@ MAX_TEXTS_OF_A_REQUEST = 1024
 
 # An hour is enough: the answer goes out at once.
 RESULT_TTL_SECONDS = 3600
-
-# Our fields by the names that this API has for them.
-_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
 
 # Other APIs' fields that say which form a text is to have.
 _THEIR_GUIDES = (
@@ -71,9 +70,11 @@ def _check_prompts(name: str, value: Any) -> list[str | list[int]]:
 
 
 def _check_stream_options(name: str, value: Any) -> dict[str, bool]:
-    if not isinstance(value, dict) or not value.keys() <= _STREAM_FLAGS.keys():
-        raise BadRequest(f'{name} must be an object: {{"include_usage": true}}')
-    return {key: flag().check(f"{name}.{key}", part) for key, part in value.items()}
+    if not isinstance(value, dict):
+        raise BadRequest(f'{name} must be an object, {{"include_usage": true}}, not {described(value)}')
+    if (unknown := find_unknown(value, _STREAM_FLAGS)) is not None:
+        raise BadRequest(f"{name} has an unknown part {unknown[:100]!r}; known are {', '.join(_STREAM_FLAGS)}")
+    return {key: flag().check(f"{name}.{key}", part) for key, part in take_known(value, _STREAM_FLAGS).items()}
 
 
 _TEXT = {"type": "string"}
@@ -81,7 +82,9 @@ _SEVERAL = {"type": "array", "minItems": 1, "maxItems": MAX_PROMPTS}
 _IDS = {**TOKEN_IDS_SCHEMA, "minItems": 1}
 _PROMPT_KINDS = [_TEXT, {**_SEVERAL, "items": _TEXT}, _IDS, {**_SEVERAL, "items": TOKEN_IDS_SCHEMA}]
 # There is nothing to obfuscate.
-_STREAM_FLAGS = dict.fromkeys(("include_usage", "include_obfuscation"), flag().schema)
+_STREAM_FLAGS = dict.fromkeys(
+    ("include_usage", "continuous_usage_stats", "include_obfuscation"), optional(flag()).schema
+)
 
 _PROMPTS = Field({"anyOf": _PROMPT_KINDS}, _check_prompts)
 _STREAM_OPTIONS = Field(
@@ -116,6 +119,7 @@ class CompletionRequest(TextOptions):
     ignore_eos: bool = False
     min_tokens: NewTokens = 0
     stop_token_ids: StopTokenIds = ()
+    truncate_prompt_tokens: Annotated[KeptTokens, "-1 keeps as many as fit."] | None = None
     structured_outputs: Annotated[Guide, guides.STRUCTURED_OUTPUTS, _GUIDE] | None = None
     guided_choice: Annotated[Guide, guides.GUIDED_CHOICE, _GUIDE] | None = None
     guided_regex: Annotated[Guide, guides.GUIDED_REGEX, _GUIDE] | None = None
@@ -128,11 +132,11 @@ class CompletionRequest(TextOptions):
     use_beam_search: Annotated[bool, only(False, _NO_BEAMS.format("false"))] = False
     length_penalty: Annotated[float, only(1, _NO_BEAMS.format("1"))] = 1
 
-    priority: Priority = "normal"
+    priority: PriorityField = "normal"
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.stream_options is not None and not self.stream:
+        if any((self.stream_options or {}).values()) and not self.stream:
             raise BadRequest("stream_options goes with stream: true")
         if len(self.prompt) * self.texts > MAX_TEXTS_OF_A_REQUEST:
             raise BadRequest(
@@ -141,9 +145,28 @@ class CompletionRequest(TextOptions):
             )
 
     @property
+    def wanted_model(self) -> str | None:
+        """Return the name of the model that is asked for; None for any.
+
+        huggingface.js, which is told an endpoint's address and no model, sends the address as the model.
+        """
+        is_address = self.model is not None and self.model.startswith(("http://", "https://"))
+        return None if is_address else self.model
+
+    @property
     def prompt_logprobs(self) -> int | None:
         """Return how many likeliest tokens are asked for at each of the prompt's tokens."""
         return self.logprobs if self.echo else None
+
+    @property
+    def includes_usage(self) -> bool:
+        """Tell whether a stream ends with the counts of tokens."""
+        return (self.stream_options or {}).get("include_usage", False)
+
+    @property
+    def continues_usage(self) -> bool:
+        """Tell whether each event of a stream has the counts so far; as in vLLM, only where its end has them too."""
+        return self.includes_usage and (self.stream_options or {}).get("continuous_usage_stats", False)
 
     def guide(self) -> tuple[str, Guide]:
         """Return the field that says which form the text has, by whichever name, and the fields of a job it comes to.
@@ -163,11 +186,13 @@ class CompletionRequest(TextOptions):
             BadRequest: a prompt, or what is asked of it, cannot be; the message has the names of a job's fields.
         """
         known = fields_of(GenerationRequest).keys() - {"prompt", *guides.OUR_GUIDES}
+        # The log probabilities of a prompt come with the result only, and they must come first.
+        streams = self.stream and self.prompt_logprobs is None
         fields = {
-            **{name: getattr(self, _NAMES.get(name, name)) for name in known},
+            **{name: getattr(self, OPENAI_NAMES.get(name, name)) for name in known},
             **self.guide()[1],
-            # The log probabilities of a prompt come with the result only, and they must come first.
-            "stream": self.stream and self.prompt_logprobs is None,
+            "stream": streams,
+            "stream_usage": streams and self.continues_usage,
             "result_ttl": RESULT_TTL_SECONDS,
             "priority": self.priority,
         }
@@ -194,11 +219,10 @@ def parse_completion(body: Mapping[str, Any]) -> Completion:
     Raises:
         BadRequest: a field is unknown, of a wrong type, out of bounds, or asks for what there is not.
     """
-    given = {name: value for name, value in body.items() if value is not None}
     known = fields_of(CompletionRequest)
-    for name in given:
-        if name not in known:
-            raise BadField(name[:SHOWN_CHARACTERS], sentence_for(name, sorted(known)))
+    if (unknown := find_unknown(body, known)) is not None:
+        raise BadField(unknown[:SHOWN_CHARACTERS], sentence_for(unknown, sorted(known)))
+    given = take_known(body, known)
     try:
         request = CompletionRequest(**given)
         return Completion(request, request.plans(), sorted(given.items(), key=lambda pair: pair[0]))
@@ -212,12 +236,11 @@ def translate_error(error: FastGPT2Error, request: CompletionRequest | None = No
     Args:
         request: has the name by which a form was asked for that cannot be.
     """
-    message = re.sub("|".join(_NAMES), lambda match: _NAMES[match[0]], str(error))
-    if request is not None:
-        message = guides.name_as_given(message, *request.guide())
-    if type(error) is PromptTooLong:
-        return PromptTooLong(message)
-    if type(error) is not BadRequest:
+    if not isinstance(error, BadRequest):
         return error
+    renamed = rename_fields(error, OPENAI_NAMES)
+    if type(renamed) is not BadRequest:
+        return renamed
+    message = str(renamed) if request is None else guides.name_as_given(str(renamed), *request.guide())
     word = re.split(r"\W", message, maxsplit=1)[0]
     return BadField(word, message) if word in fields_of(CompletionRequest) else BadRequest(message)

@@ -17,12 +17,12 @@ from starlette.responses import Response
 
 from fastgpt2 import __version__
 from fastgpt2.api.client.outcome import unwrap
+from fastgpt2.api.client.reader import AppendOnlyTexts
 from fastgpt2.api.http.completion_request import Completion, parse_completion, translate_error
 from fastgpt2.api.http.requests import read_object
 from fastgpt2.api.http.responses import (
     JSON,
     KEEP_ALIVE,
-    AppendOnlyTexts,
     EventStream,
     ModelUnknown,
     error_object,
@@ -30,7 +30,7 @@ from fastgpt2.api.http.responses import (
 )
 from fastgpt2.api.http.service import Models, PendingJobs, Service
 from fastgpt2.engine.decoding.options import ChoiceIndex, Seed
-from fastgpt2.engine.decoding.records import Count, GenerationResult, StopReason, TokenLogprob
+from fastgpt2.engine.decoding.records import Count, GenerationResult, StopReason, TokenLogprob, Usage
 from fastgpt2.errors import FastGPT2Error
 from fastgpt2.fields import one_of
 from fastgpt2.protocol.messages import Piece
@@ -85,7 +85,7 @@ class CompletionUsage(TypedDict):
     completion_tokens: Count
     total_tokens: Count
     prompt_tokens_details: CachedTokens
-    completion_tokens_details: PredictedTokens
+    completion_tokens_details: NotRequired[PredictedTokens]
 
 
 class CompletionBody(TypedDict):
@@ -123,8 +123,10 @@ class Completions:
         """Answer `GET /v1/models/{model}`."""
         name = request.path_params["model"]
         served = await self._models.read()
+        if name not in served and f"/{name}" in served:
+            name = f"/{name}"  # a folder, whose first slash was one too many in the path of the request
         if name not in served:
-            raise _unknown(name, served)
+            raise unknown_model(name, served)
         return JSON(_model_body(name, served[name]))
 
     async def create(self, request: Request) -> Response:
@@ -132,9 +134,9 @@ class Completions:
         completion = parse_completion(await read_object(request, self._service.bounds.body_timeout, EXAMPLE))
         served = await self._models.read()
         # Without a worker nobody knows the models: the job waits for a worker.
-        model = completion.request.model
+        model = completion.request.wanted_model
         if model is not None and served and model not in served:
-            raise _unknown(model, served)
+            raise unknown_model(model, served)
         if completion.request.stream:
             return EventStream(
                 self._events(request, completion), lambda error: event(error_object(error, openai=True)) + DONE
@@ -144,13 +146,7 @@ class Completions:
                 results = await waiting.results()
         except FastGPT2Error as error:
             raise translate_error(error, completion.request) from None
-        choices = [
-            _last_choice(index, text, text.text, _logprobs_of(text, result, completion))
-            for number, result in enumerate(results)
-            for index, text in _texts(number, result, completion)
-        ]
-        answer: CompletionBody = {**_envelope(waiting, results[0].model), "choices": choices, "usage": _usage(results)}
-        return JSON(answer, headers=_headers(waiting))
+        return JSON(completion_object(waiting.jobs[0].id, completion, results), headers=_headers(waiting))
 
     @asynccontextmanager
     async def _events(
@@ -159,16 +155,16 @@ class Completions:
         try:
             async with self._service.submit(request, completion.plans, completion.asked) as waiting:
                 served = await self._models.read()
-                model = completion.request.model or next(iter(served), "")
-                yield _headers(waiting), _chunks(waiting, completion, _envelope(waiting, model))
+                model = completion.request.wanted_model or next(iter(served), "")
+                yield _headers(waiting), _chunks(waiting, completion, _envelope(waiting.jobs[0].id, model))
         except FastGPT2Error as error:
             raise translate_error(error, completion.request) from None
 
 
 async def _chunks(waiting: PendingJobs, completion: Completion, envelope: CompletionBody) -> AsyncIterator[bytes]:
     results, appended = [], AppendOnlyTexts()
-    include_usage = (completion.request.stream_options or {}).get("include_usage", False)
-    if include_usage:
+    request = completion.request
+    if request.includes_usage:
         envelope["usage"] = None
     async for item in waiting.events():
         if item is None:
@@ -176,25 +172,34 @@ async def _chunks(waiting: PendingJobs, completion: Completion, envelope: Comple
             continue
         number, what = item
         if isinstance(what, Piece):
-            request = completion.request
             index = number * request.n + what.choice_index - request.choice_index
             appended.add(index, what)
             logprobs = _logprobs(what.logprobs) if request.logprobs is not None else None
-            yield event({**envelope, "choices": [_choice(index, what.text, None, logprobs)]})
+            yield event(_chunk(envelope, _choice(index, what.text, None, logprobs), what.usage))
             continue
         result = unwrap(what)
         results.append(result)
         for index, text in _texts(number, result, completion):
+            usage = text.usage if request.continues_usage else None
             if not completion.plans[number].options.stream:
                 choice = _choice(index, text.text, None, _logprobs_of(text, result, completion))
-                yield event({**envelope, "choices": [choice]})
-            yield event({**envelope, "choices": [_last_choice(index, text, "", None)]})
-    if include_usage:
+                yield event(_chunk(envelope, choice, usage))
+            yield event(_chunk(envelope, _last_choice(index, text, "", None), usage))
+    if request.includes_usage:
         yield event({**envelope, "choices": [], "usage": _usage(results)})
     yield DONE
 
 
-def _unknown(name: str, served: Iterable[str]) -> ModelUnknown:
+def _chunk(envelope: CompletionBody, choice: Choice, usage: Usage | None) -> CompletionBody:
+    """Return an event with a piece of a text, and, if they are asked for, the counts of this text and its prompt."""
+    chunk: CompletionBody = {**envelope, "choices": [choice]}
+    if usage is not None:
+        chunk["usage"] = _counts(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
+    return chunk
+
+
+def unknown_model(name: str, served: Iterable[str]) -> ModelUnknown:
+    """Return the error for a model that no worker serves."""
     return ModelUnknown(f"no worker serves the model {name[:200]!r}; served are: {', '.join(sorted(served)) or 'none'}")
 
 
@@ -207,9 +212,19 @@ def _headers(waiting: PendingJobs) -> dict[str, str]:
     return {"x-job-id": waiting.jobs[0].id} if len(waiting.jobs) == 1 else {}
 
 
-def _envelope(waiting: PendingJobs, model: str) -> CompletionBody:
+def completion_object(job_id: str, completion: Completion, results: Sequence[GenerationResult]) -> CompletionBody:
+    """Return the answer to a request that does not stream, from the results of its jobs, the first with this id."""
+    choices = [
+        _last_choice(index, text, text.text, _logprobs_of(text, result, completion))
+        for number, result in enumerate(results)
+        for index, text in _texts(number, result, completion)
+    ]
+    return {**_envelope(job_id, results[0].model), "choices": choices, "usage": _usage(results)}
+
+
+def _envelope(job_id: str, model: str) -> CompletionBody:
     return {
-        "id": f"cmpl-{waiting.jobs[0].id}",
+        "id": f"cmpl-{job_id}",
         "object": "text_completion",
         "created": int(time.time()),
         "model": model,
@@ -278,10 +293,17 @@ def _usage(results: Sequence[GenerationResult]) -> CompletionUsage:
     rejected = sum(text.drafting.drafted for text in texts) - accepted
     prompt_tokens = sum(result.usage.prompt_tokens for result in results)
     completion_tokens = sum(text.usage.completion_tokens for text in texts)
+    cached_tokens = sum(result.usage.cached_tokens for result in results)
+    return {
+        **_counts(prompt_tokens, completion_tokens, cached_tokens),
+        "completion_tokens_details": {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": rejected},
+    }
+
+
+def _counts(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> CompletionUsage:
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": sum(result.usage.cached_tokens for result in results)},
-        "completion_tokens_details": {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": rejected},
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }

@@ -15,15 +15,18 @@ from starlette.responses import Response
 
 from fastgpt2.api.client.enqueue import JobPlan, plan_job
 from fastgpt2.api.client.outcome import unwrap
+from fastgpt2.api.client.reader import AppendOnlyTexts
+from fastgpt2.api.http.field_names import rename_fields
 from fastgpt2.api.http.guides import GRAMMAR, OUR_GUIDES, Guide, find_guide, name_as_given
 from fastgpt2.api.http.requests import read_object
-from fastgpt2.api.http.responses import JSON, KEEP_ALIVE, AppendOnlyTexts, EventStream, error_object, event
+from fastgpt2.api.http.responses import JSON, KEEP_ALIVE, EventStream, error_object, event
 from fastgpt2.api.http.service import PendingJobs, Service
 from fastgpt2.engine.decoding.options import ChoiceIndex, Seed, Share, Temperature, Texts, TopK
-from fastgpt2.engine.decoding.records import Count, GenerationResult, Logprobs, TokenLogprob, mean_logprob
+from fastgpt2.engine.decoding.records import Count, GenerationResult, KeptTokens, Logprobs, TokenLogprob, mean_logprob
 from fastgpt2.errors import BadRequest
-from fastgpt2.fields import check_fields, fields_of, flag, only
-from fastgpt2.protocol.messages import Piece, TokenObject, logprobs_to_json, refuse_unknown
+from fastgpt2.fields import check_fields, fields_of, flag, only, refusal
+from fastgpt2.foreign_fields import find_unknown, is_neutral, take_known
+from fastgpt2.protocol.messages import Piece, TokenObject, logprobs_to_json
 
 EXAMPLE = '{"inputs": "a prompt"}'
 RESULT_TTL_SECONDS = 3600
@@ -31,10 +34,13 @@ RESULT_TTL_SECONDS = 3600
 # By this name alone, workers of earlier releases tell that a token is special.
 END_OF_TEXT = "<|endoftext|>"
 
+_FIELDS = ("inputs", "parameters", "stream")
+
 # The fields of a job that are not to be had here, and what to do instead.
 MISPLACED = {
     "prompt": "; the prompt goes into inputs",
-    "stream": "",
+    "stream": "; /generate_stream gives a stream, and POST / does with stream beside inputs",
+    "stream_usage": "",
     "n": "; the best of several texts is given: ask for best_of, or have all of them from /v1/completions",
 }
 
@@ -42,7 +48,6 @@ MISPLACED = {
 _SHAPES = ("temperature", "top_k", "top_p", "typical_p")
 _NO_WATERMARK = "must be false or left out: texts get no watermark"
 _NO_ADAPTER = "must be left out: there are no adapters; an endpoint serves whole models"
-_NO_TRUNCATION = "must be left out: the endpoint counts no tokens; shorten the prompt, or send the token ids to read"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +57,7 @@ class ChoiceParameters:
     Args:
         do_sample: draw tokens. False, its default, forbids nothing: whatever shapes a draw asks for one.
         temperature: of a draw. 1 asks for none, and 0 for the likeliest tokens.
+        truncate: of longer inputs, read this many tokens, the last ones.
         best_of: draw this many texts, and give the likeliest. Not in a stream.
         grammar: the form that the text has.
 
@@ -68,7 +74,7 @@ class ChoiceParameters:
     grammar: Annotated[Guide, GRAMMAR] | None = None
     watermark: Annotated[bool, only(False, _NO_WATERMARK)] | None = None
     adapter_id: Annotated[None, only(None, _NO_ADAPTER)] = None
-    truncate: Annotated[None, only(None, _NO_TRUNCATION)] = None
+    truncate: KeptTokens | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -92,6 +98,8 @@ class ChoiceParameters:
             BadRequest: the best of several texts is asked for where there is no best.
         """
         fields: dict[str, Any] = dict(self.grammar or {})
+        if self.truncate is not None:
+            fields["truncate_prompt_tokens"] = self.truncate
         if self.samples:
             fields.update(do_sample=True, **{name: getattr(self, name) for name in _SHAPES})
         if self.best_of is not None and self.best_of > 1:
@@ -126,6 +134,15 @@ class AnswerParameters:
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+
+# The parameters, by this API's names and by those of a job.
+PARAMETERS = tuple(
+    name
+    for message in (ChoiceParameters, AnswerParameters, JobPlan)
+    for name in fields_of(message)
+    if name not in MISPLACED
+)
 
 
 class TokenBody(TypedDict):
@@ -183,6 +200,7 @@ class Generation:
         details: the answer tells of each token; with `prefill`, of those of the prompt too.
         listed: the answer is a list of one, as the original's.
         grammar: what the field of this name has come to.
+        names: what fields of the job are called here, where that is otherwise.
     """
 
     plan: JobPlan
@@ -192,6 +210,7 @@ class Generation:
     stream: bool
     listed: bool
     grammar: Guide
+    names: Mapping[str, str]
 
     def text(self, result: GenerationResult) -> str:
         """Return the text of the answer."""
@@ -206,33 +225,55 @@ def _parse(body: Mapping[str, Any], listed: bool, stream: bool) -> Generation:
     Raises:
         BadRequest: a field is unknown, of a wrong type, out of bounds, or asks for what there is not.
     """
-    refuse_unknown(body, ("inputs", "parameters", "stream") if listed else ("inputs", "parameters"))
-    parameters = {} if body.get("parameters") is None else body["parameters"]
+    misplaced = find_unknown(body, _FIELDS)
+    if misplaced in PARAMETERS:
+        raise BadRequest(f"unknown field {misplaced!r} beside inputs; it goes into parameters")
+    given = take_known(body, _FIELDS)
+    parameters = given.get("parameters", {})
     if not isinstance(parameters, dict):
-        raise BadRequest("parameters must be an object")
+        raise refusal("parameters", "an object", parameters, of_type=True)
     if "inputs" not in body:
         raise BadRequest(f"inputs is missing: send {EXAMPLE}")
-    stream = stream or flag().check("stream", body.get("stream", False))
-    fields = {name: value for name, value in parameters.items() if value is not None}
+    if flag().check("stream", given.get("stream", False)) and not stream:
+        if not listed:
+            raise BadRequest("stream is true, and this route gives no stream: ask /generate_stream, or leave it out")
+        stream = True
+    for name, hint in MISPLACED.items():
+        if name in parameters and not is_neutral(name, parameters):
+            raise BadRequest(f"unknown field {name!r} in parameters{hint}")
+    fields = take_known(parameters, PARAMETERS)
     answer = AnswerParameters(**{name: fields.pop(name) for name in fields_of(AnswerParameters) if name in fields})
     choice = ChoiceParameters(**{name: fields.pop(name) for name in fields_of(ChoiceParameters) if name in fields})
-    for name, hint in MISPLACED.items():
-        if name in fields:
-            raise BadRequest(f"unknown field {name!r} in parameters{hint}")
+    if choice.truncate is not None and "truncate_prompt_tokens" in fields:
+        raise BadRequest("truncate and truncate_prompt_tokens are both given; they are the same: leave one out")
     find_guide({"grammar": choice.grammar, **{name: {name: fields[name]} for name in OUR_GUIDES if name in fields}})
     fields.update(choice.fields(answer.details, stream))
     if answer.details or stream or answer.top_n_tokens is not None:
         fields.setdefault("logprobs", answer.top_n_tokens or 0)
     if answer.decoder_input_details:
         fields["prompt_logprobs"] = 0
-    plan = plan_job(body["inputs"], {"result_ttl": RESULT_TTL_SECONDS, **fields, "stream": stream})
+    names = _names_for(answer, choice, parameters)
+    try:
+        plan = plan_job(body["inputs"], {"result_ttl": RESULT_TTL_SECONDS, **fields, "stream": stream})
+    except BadRequest as error:
+        raise rename_fields(error, names) from None
     full_text = listed if answer.return_full_text is None else answer.return_full_text
     if full_text and not stream and not isinstance(plan.request.prompt, str):
         # Only the worker can tell what token ids read as.
         plan = replace(plan, request=replace(plan.request, echo=True))
     return Generation(
-        plan, full_text, answer.details, answer.decoder_input_details, stream, listed, choice.grammar or {}
+        plan, full_text, answer.details, answer.decoder_input_details, stream, listed, choice.grammar or {}, names
     )
+
+
+def _names_for(answer: AnswerParameters, choice: ChoiceParameters, given: Mapping[str, Any]) -> dict[str, str]:
+    """Return what fields of the job are called here: by the names of the parameters that have come to them."""
+    names = {"prompt": "inputs"}
+    if choice.truncate is not None:
+        names["truncate_prompt_tokens"] = "truncate"
+    if answer.top_n_tokens is not None and given.get("logprobs") is None:
+        names["logprobs"] = "top_n_tokens"
+    return names
 
 
 class Generate:
@@ -277,14 +318,15 @@ class Generate:
 
     @asynccontextmanager
     async def _submit(self, request: Request, asked: Generation) -> AsyncIterator[PendingJobs]:
-        """Enqueue the job and wait for it within the context, whose errors have this API's name for a form."""
+        """Enqueue the job and wait for it within the context, whose errors have this API's names."""
         try:
             async with self._service.submit(request, [asked.plan], asked.plan) as waiting:
                 yield waiting
         except BadRequest as error:
-            if type(error) is not BadRequest:
-                raise
-            raise BadRequest(name_as_given(str(error), "grammar", asked.grammar)) from None
+            renamed = rename_fields(error, asked.names)
+            if type(renamed) is BadRequest:
+                renamed = BadRequest(name_as_given(str(renamed), "grammar", asked.grammar))
+            raise renamed from None
 
 
 async def _token_events(waiting: PendingJobs, asked: Generation) -> AsyncIterator[bytes]:

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 from fastgpt2.engine.decoding.options import GuidedChoices, JSONSchema, Regex
 from fastgpt2.errors import BadRequest
 from fastgpt2.fields import Field, Schema, field_of, flag, one_of, only, refusal, text
+from fastgpt2.foreign_fields import find_unknown, take_known
 
 # At most one of a job's `choices`, `regex` and `json_schema`, with its value.
 Guide: TypeAlias = dict[str, Any]
@@ -80,17 +81,16 @@ def _object(parts: Mapping[str, Field], required: tuple[str, ...] = ()) -> Schem
 
 
 def _parts(name: str, value: Any, known: Mapping[str, Field]) -> dict[str, Any]:
-    """Return the parts of an object that are not null.
+    """Return the parts of an object that ask for something; see `take_known`.
 
     Raises:
-        BadRequest: it is no object, or has a part that is not known.
+        BadRequest: it is no object, or a part is not known and asks for something.
     """
     if not isinstance(value, dict):
         raise refusal(name, "an object", value, of_type=True)
-    for part in value:
-        if part not in known:
-            raise BadRequest(f"{name} has an unknown part {part[:100]!r}; known are {', '.join(known)}")
-    return {part: inner for part, inner in value.items() if inner is not None}
+    if (unknown := find_unknown(value, known)) is not None:
+        raise BadRequest(f"{name} has an unknown part {unknown[:100]!r}; known are {', '.join(known)}")
+    return take_known(value, known)
 
 
 def _check_structured_outputs(name: str, value: Any) -> Guide:
@@ -170,7 +170,10 @@ _FORMAT_PARTS = {"type": _FORMAT_TYPE, "json_schema": Field(_object(_NAMED_PARTS
 _GRAMMAR_TYPE = one_of("json", "json_schema", "regex")
 _GRAMMAR_PARTS = {
     "type": _GRAMMAR_TYPE,
-    "value": Field({"anyOf": [{"type": "object"}, {"type": "string", "minLength": 1}]}, _check_schema_or_text),
+    "value": Field(
+        {"anyOf": [{"type": "object", "additionalProperties": True}, {"type": "string", "minLength": 1}]},
+        _check_schema_or_text,
+    ),
 }
 
 STRUCTURED_OUTPUTS = Field(_object(_STRUCTURED_PARTS), _check_structured_outputs)

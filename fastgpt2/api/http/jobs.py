@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 from urllib.parse import quote
 
@@ -19,12 +20,13 @@ from fastgpt2.api.http.requests import read_object
 from fastgpt2.api.http.responses import JSON, KEEP_ALIVE, EventStream, error_object, event
 from fastgpt2.api.http.service import PendingJobs, Service, read_idempotency_keys
 from fastgpt2.engine.decoding.options import MAX_TEXTS, ChoiceIndex
-from fastgpt2.engine.decoding.records import Count
+from fastgpt2.engine.decoding.records import Count, Usage
 from fastgpt2.errors import BadRequest, FastGPT2Error, JobFailed, JobNotFound
 from fastgpt2.fields import fields_of, one_of, refusal
+from fastgpt2.foreign_fields import take_known
 from fastgpt2.protocol.connection import redis_errors
 from fastgpt2.protocol.keys import ATTEMPTS_FIELD, job_key, queues_of
-from fastgpt2.protocol.messages import Piece, ResultObject, refuse_unknown, result_to_json
+from fastgpt2.protocol.messages import Piece, ResultObject, result_to_json
 from fastgpt2.protocol.untrusted import epoch_seconds, is_of_entry, text, whole
 
 EXAMPLE = '{"prompt": "Once upon a time", "max_new_tokens": 20}'
@@ -38,7 +40,7 @@ _PART = "[0-9]{1,10}:[0-9]{1,9}"
 _STATUSES = (*(status.value for status in JobStatus), "expired")
 
 
-class OpenAIError(TypedDict):
+class ErrorObject(TypedDict):
     message: str
     type: str
     param: str | None
@@ -49,7 +51,7 @@ class EndEvent(TypedDict):
     """The end of a job: its result, or its error and what there is of a result. Both are null before the end."""
 
     result: Annotated[dict[str, Any], ResultObject, "Of a job that was cut short, what there is of it."] | None
-    error: OpenAIError | None
+    error: ErrorObject | None
 
 
 class JobBody(EndEvent):
@@ -72,6 +74,7 @@ class TextEvent(TypedDict):
     text: str
     at: Count
     choice_index: NotRequired[Annotated[ChoiceIndex, "The index of the text, if it is not 0."]]
+    usage: NotRequired[Annotated[dict[str, Any], Usage, "With `stream_usage`: the tokens of this text so far."]]
 
 
 class Progress:
@@ -119,10 +122,10 @@ class Jobs:
     async def create(self, request: Request) -> Response:
         """Answer `POST /v1/jobs`: with 202, and where to ask for the job."""
         body = await read_object(request, self._service.bounds.body_timeout, EXAMPLE)
-        refuse_unknown(body, fields_of(JobPlan))
         if "prompt" not in body:
             raise BadRequest(f"prompt is missing: send {EXAMPLE}")
-        fields = {name: value for name, value in body.items() if name != "prompt" and value is not None}
+        fields = take_known(body, fields_of(JobPlan))
+        fields.pop("prompt", None)
         plan = plan_job(body["prompt"], fields)
         keys = read_idempotency_keys(request, 1, plan, prefix="job ")
         (job_id,) = await self._service.driver.run(self._service.session.enqueue_all([plan], keys))
@@ -221,6 +224,8 @@ async def _text_events(waiting: PendingJobs, known: Progress) -> AsyncIterator[b
                 body: TextEvent = {"text": new, "at": start}
                 if what.choice_index:
                     body["choice_index"] = what.choice_index
+                if what.usage is not None:
+                    body["usage"] = asdict(what.usage)
                 yield event(body, event_id=str(progress))
         else:
             yield event(_end(unwrap(what)), "end")

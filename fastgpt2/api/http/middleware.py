@@ -1,4 +1,4 @@
-"""The ASGI middleware around all routes: how many requests at once, their log, answers to clients that still send.
+"""The ASGI middleware around all routes: plain paths, requests at once, their log, answers to clients that still send.
 
 An answer may come before its request has been read. If the server then closes while data is still coming, the system
 resets the connection, and most clients never see the answer (RFC 9112, 9.6). `LingeringClose` prevents that.
@@ -13,6 +13,7 @@ import time
 import uuid
 from contextlib import suppress
 from typing import TYPE_CHECKING
+from urllib.parse import unquote
 
 from fastgpt2.api.http.access import OPEN_ROUTES
 from fastgpt2.errors import FastGPT2Error, ServiceBusy
@@ -31,11 +32,32 @@ LINGER_SECONDS = 5.0
 # A request with one of these headers has a body.
 _BODY_HEADERS = (b"content-length", b"transfer-encoding")
 
+_SLASHES = re.compile(rb"//+")
+
 REQUEST_ID = b"x-request-id"
 JOB_ID = b"x-job-id"
 
 # These are asked for so often that lines of their success would fill the log.
-_QUIET_PATHS = frozenset({"/", "/health", "/ready", "/metrics", "/status", "/v1/jobs"})
+_QUIET_PATHS = frozenset({"/", "/health", "/ready", "/metrics", "/status", "/info", "/v1/jobs"})
+
+
+class PlainPath:
+    """Middleware that passes over slashes too many in a path: `/v1//models/` is `/v1/models`.
+
+    Clients put a path behind a base that ends with a slash, or does not. They are not redirected, as many follow no
+    redirection, or lose the body on the way. A slash that is written `%2F` is part of a name, and stays.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path: bytes = scope.get("raw_path", b"") if scope["type"] == "http" else b""
+        if path.startswith(b"/"):
+            plain = _SLASHES.sub(b"/", path).rstrip(b"/") or b"/"
+            if plain != path:
+                scope = {**scope, "raw_path": plain, "path": unquote(plain.decode("ascii"))}
+        await self._app(scope, receive, send)
 
 
 class LingeringClose:

@@ -6,20 +6,26 @@ import asyncio
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypedDict, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
+from fastgpt2 import __version__
+from fastgpt2.api.http.completion_request import MAX_PROMPTS
 from fastgpt2.api.http.jobs import DEFAULT_LISTED, MAX_LISTED
-from fastgpt2.api.http.responses import JSON
-from fastgpt2.api.http.service import Service
+from fastgpt2.api.http.responses import JSON, NotReady
+from fastgpt2.api.http.service import MAX_WAITING, Service
 from fastgpt2.api.pool.job_list import list_jobs
 from fastgpt2.api.pool.status import check_readiness, read_status, record_depth
-from fastgpt2.errors import FastGPT2Error, QueueUnavailable
+from fastgpt2.engine.decoding.options import MAX_TEXTS
+from fastgpt2.engine.decoding.records import MAX_STOP_STRINGS, Count
+from fastgpt2.errors import QueueUnavailable
 from fastgpt2.fields import refusal
 from fastgpt2.protocol.connection import redis_errors
+from fastgpt2.protocol.keys import SILENT
 
 log = logging.getLogger("fastgpt2.http")
 
@@ -30,10 +36,30 @@ DEPTH_SECONDS = 10.0
 T = TypeVar("T")
 
 
-class NotReady(FastGPT2Error):
-    """Raised if no worker can take a job now, or if the endpoint is being stopped."""
+class InfoBody(TypedDict):
+    """The model and the limits, by the names that text-generation-inference 1 to 3 has had for them.
 
-    http_status = 503
+    Where workers serve several models, these are those of the model that most of them serve.
+    """
+
+    model_id: str
+    model_sha: Annotated[str | None, "Workers do not tell their revision: null."]
+    model_dtype: Annotated[str | None, "The form of the stored weights, as `float32` or `int8`."]
+    model_device_type: Literal["cpu"]
+    model_pipeline_tag: Literal["text-generation"]
+    max_concurrent_requests: Annotated[Count, "How many jobs this endpoint waits for at once."]
+    max_best_of: Count
+    max_stop_sequences: Count
+    max_input_length: Annotated[Count, "The older name of `max_input_tokens`."]
+    max_input_tokens: Annotated[Count, "The most tokens that a prompt may have if a token is to follow."]
+    max_total_tokens: Annotated[Count, "The most tokens that a prompt and its continuation may have together."]
+    max_batch_size: Annotated[Count, "How many texts a worker decodes together."]
+    max_client_batch_size: Annotated[Count, "How many prompts one request to `/v1/completions` may have."]
+    validation_workers: Annotated[Count, "The processes of this endpoint that check requests."]
+    router: Literal["fastgpt2"]
+    version: str
+    sha: str | None
+    docker_label: str | None
 
 
 class FreshValue(Generic[T]):
@@ -91,12 +117,24 @@ class Monitoring:
         Raises:
             NotReady
         """
+        await self._require_ready()
+        return JSON({"status": "ready"})
+
+    async def _require_ready(self) -> None:
         if self._service.stopping():
             raise NotReady("the endpoint is being stopped")
         obstacle = await self._obstacle.get()
         if obstacle is not None:
             raise NotReady(obstacle)
-        return JSON({"status": "ready"})
+
+    async def info(self, _request: Request) -> Response:
+        """Answer `GET /info`, as text-generation-inference does.
+
+        Raises:
+            NotReady
+        """
+        await self._require_ready()
+        return JSON(_describe_model((await self._status.get())["workers"]))
 
     async def _find_obstacle(self) -> str | None:
         try:
@@ -136,6 +174,41 @@ class Monitoring:
             except Exception:
                 log.exception("an unforeseen error while the queue's depth was recorded; going on")
             await asyncio.sleep(DEPTH_SECONDS)
+
+
+def _describe_model(workers: list[dict[str, Any]]) -> InfoBody:
+    """Return what is true for all workers, of those in `read_status`, that serve the most served model.
+
+    Raises:
+        NotReady: no worker tells of its model.
+    """
+    telling = [one for one in workers if one["state"] != SILENT and one["model"] and one["n_positions"]]
+    if not telling:
+        raise NotReady("no worker tells of its model yet: ask again in a second")
+    model = min(Counter(worker["model"] for worker in telling).items(), key=lambda pair: (-pair[1], pair[0]))[0]
+    serving = [worker for worker in telling if worker["model"] == model]
+    n_positions = min(worker["n_positions"] for worker in serving)
+    weights = {worker["weights"] for worker in serving}
+    return {
+        "model_id": model,
+        "model_sha": None,
+        "model_dtype": weights.pop() if len(weights) == 1 else None,
+        "model_device_type": "cpu",
+        "model_pipeline_tag": "text-generation",
+        "max_concurrent_requests": MAX_WAITING,
+        "max_best_of": MAX_TEXTS,
+        "max_stop_sequences": MAX_STOP_STRINGS,
+        "max_input_length": n_positions - 1,
+        "max_input_tokens": n_positions - 1,
+        "max_total_tokens": n_positions,
+        "max_batch_size": min(worker["max_batch"] for worker in serving),
+        "max_client_batch_size": MAX_PROMPTS,
+        "validation_workers": 1,
+        "router": "fastgpt2",
+        "version": __version__,
+        "sha": None,
+        "docker_label": None,
+    }
 
 
 def _parse_flag(request: Request, name: str) -> bool:

@@ -22,16 +22,24 @@ from fastgpt2.api.http.jobs import (
     MAX_LISTED,
     MAX_WAIT_SECONDS,
     EndEvent,
+    ErrorObject,
     JobBody,
-    OpenAIError,
     Progress,
     TextEvent,
 )
+from fastgpt2.api.http.monitoring import InfoBody
 from fastgpt2.api.http.responses import JSON, OPENAI_PREFIX
-from fastgpt2.api.http.schemas import body_schema, nullable, object_schema, schema_of
+from fastgpt2.api.http.schemas import (
+    body_schema,
+    object_schema,
+    record_schemas,
+    reference,
+    schema_of,
+    with_named_objects,
+)
 from fastgpt2.api.pool.job_list import REALS, TEXTS, WHOLES
 from fastgpt2.engine.decoding.records import Count, Prompt
-from fastgpt2.fields import Schema
+from fastgpt2.fields import Schema, nullable
 
 Object = dict[str, Any]
 
@@ -45,7 +53,7 @@ statuses from 500 on, or a 409, that the same request would meet again has `x-sh
 
 _STATUSES = {
     400: "The request is malformed, or asks for what cannot be done.",
-    401: "No token, or a wrong one.",
+    401: "No token, or a wrong one; `WWW-Authenticate` has `invalid_token` then.",
     403: "A page of another site asked; or, without a token, by a name that is not this machine's.",
     404: "There is no such thing.",
     408: "The head or the body did not come in time.",
@@ -59,6 +67,9 @@ _STATUSES = {
     503: "Redis cannot be used or lost the job, too much waits already, or the endpoint is being stopped.",
     504: "Out of time; the job is cancelled.",
 }
+_WORDS = (
+    "`validation`, `overloaded`, `generation` or `incomplete_generation`; another word where none of these is true."
+)
 _ANY = (401, 403, 500)
 _REDIS = (503,)
 _BODY = (400, 408, 413, 415)
@@ -68,6 +79,10 @@ _PATH_PARAMETERS: dict[str, Object] = {
     "{model}": {"type": "string", "minLength": 1},
     "{job_id}": {"type": "string", "pattern": "^[^/]+$"},
 }
+
+_ANSWERS = (
+    GeneratedBody, TokenEvent, CompletionBody, ModelBody, JobBody, TextEvent, EndEvent, InfoBody, ErrorObject,
+)  # fmt: skip
 
 # A job in the list of the jobs that run and of the latest that have ended.
 _LISTED_JOB: Object = {
@@ -129,31 +144,30 @@ def document() -> Object:
 
 
 def _schemas() -> dict[str, Schema]:
-    prompt, flag, generated = schema_of(Prompt), schema_of(bool), schema_of(GeneratedBody)
+    prompt, flag = schema_of(Prompt), schema_of(bool)
     parameters = body_schema(JobPlan, AnswerParameters, ChoiceParameters, required=(), without=MISPLACED)
-    generate = {"inputs": prompt, "parameters": nullable(parameters)}
-    listed_job = object_schema(_LISTED_JOB, ("id", "status"))
-    list_head, queue = {"object": Literal["list"]}, object_schema({"name": str, "depth": Count})
-    status = {"version": str, "queue": queue, "jobs": dict[str, Count], "workers": list[dict[str, Any]]}
-    return {
-        "OriginalRequest": object_schema({**generate, "stream": flag}, ("inputs",), closed=True),
+    generate = {"inputs": prompt, "parameters": nullable(reference("GenerateParameters"))}
+    list_head = {"object": Literal["list"]}
+    status = {"version": str, "queue": reference("QueueState"), "jobs": dict[str, Count]}
+    bodies = {
+        "GenerateParameters": parameters,
+        "OriginalRequest": object_schema({**generate, "stream": nullable(flag)}, ("inputs",), closed=True),
         "GenerateRequest": object_schema(generate, ("inputs",), closed=True),
-        "Generated": generated,
-        "GeneratedList": {"type": "array", "items": generated, "minItems": 1, "maxItems": 1},
-        "TokenEvent": schema_of(TokenEvent),
         "CompletionRequest": body_schema(CompletionRequest, required=()),
-        "Completion": schema_of(CompletionBody),
-        "Model": schema_of(ModelBody),
-        "ModelList": object_schema({**list_head, "data": list[ModelBody]}),
         "JobRequest": body_schema(JobPlan, required=("prompt",)),
-        "Job": schema_of(JobBody),
-        "JobList": object_schema({**list_head, "data": {"type": "array", "items": listed_job}}),
-        "TextEvent": schema_of(TextEvent),
-        "EndEvent": schema_of(EndEvent),
+    }
+    return {
+        **with_named_objects(bodies),
+        **record_schemas(*_ANSWERS),
+        "GeneratedList": {"type": "array", "items": reference("Generated"), "minItems": 1, "maxItems": 1},
+        "ModelList": object_schema({**list_head, "data": list[ModelBody]}),
+        "ListedJob": object_schema(_LISTED_JOB, ("id", "status")),
+        "JobList": object_schema({**list_head, "data": {"type": "array", "items": reference("ListedJob")}}),
         "State": object_schema({"status": str}),
-        "Status": object_schema(status),
-        "Error": object_schema({"error": str, "error_type": str}),
-        "OpenAIError": object_schema({"error": OpenAIError}),
+        "QueueState": object_schema({"name": str, "depth": Count}),
+        "Status": object_schema({**status, "workers": list[dict[str, Any]]}),
+        "Error": object_schema({"error": str, "error_type": Annotated[str, _WORDS]}),
+        "OpenAIError": object_schema({"error": ErrorObject}),
     }
 
 
@@ -232,8 +246,10 @@ def _operating() -> dict[str, _Operation]:
     history = _parameter("history", {"type": "boolean", "default": False}, "query")
     reporting = "What the pool is doing; with `history`, and did in the last minutes"
     metrics = {**_text("text/plain"), **_text("application/openmetrics-text")}
-    described = {"application/json": {"schema": {"type": "object"}}}
+    telling = "The served model and its limits, as text-generation-inference tells them"
+    described = {"application/json": {"schema": {"type": "object", "additionalProperties": True}}}
     return {
+        "GET /info": _Operation("info", telling, _json("Info"), _REDIS),
         "GET /health": _Operation("health", "This process is alive", _json("State")),
         "GET /ready": _Operation("ready", "A job that is sent now would be run", _json("State"), _REDIS),
         "GET /status": _Operation("status", reporting, _json("Status"), (400, *_REDIS), parameter=history),
@@ -243,27 +259,25 @@ def _operating() -> dict[str, _Operation]:
 
 
 def _json(schema: str) -> Object:
-    return {"application/json": {"schema": _reference(schema)}}
+    return {"application/json": {"schema": reference(schema)}}
 
 
 def _events(*schemas: str) -> Object:
-    """Return the content of a stream of events, whose fields are spelt as OpenAPI 3.2 does for each item.
+    """Return the content of a stream of events: a text as a whole, and what each event in it holds.
 
-    An event's data is JSON, but for the last of OpenAI's, `[DONE]`.
+    The text is for generators of clients, which know of no events. The fields of an event are spelt as OpenAPI 3.2 does
+    for each item. An event's data is JSON, but for the last of OpenAI's, `[DONE]`.
     """
     data: Object = {
         "type": "string",
         "contentMediaType": "application/json",
-        "contentSchema": {"anyOf": [_reference(schema) for schema in (*schemas, "OpenAIError", "Error")]},
+        "contentSchema": {"anyOf": [reference(schema) for schema in (*schemas, "OpenAIError", "Error")]},
     }
     if "Completion" in schemas:
-        data = {"anyOf": [{"const": "[DONE]"}, data]}
+        data = {"anyOf": [{"type": "string", "const": "[DONE]"}, data]}
     fields = {"data": data, "event": {"type": "string"}, "id": {"type": "string"}}
-    return {"text/event-stream": {"schema": {"type": "object", "properties": fields}}}
-
-
-def _reference(schema: str) -> Object:
-    return {"$ref": f"#/components/schemas/{schema}"}
+    each = {"type": "object", "properties": fields}
+    return {"text/event-stream": {"schema": {"anyOf": [{"type": "string"}, each]}}}
 
 
 def _text(kind: str) -> Object:

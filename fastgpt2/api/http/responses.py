@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from fastgpt2.api.http.requests import ClientGone
@@ -22,21 +24,31 @@ from fastgpt2.errors import (
     BadRequest,
     FastGPT2Error,
     ForbiddenOrigin,
+    IdempotencyMismatch,
+    JobCancelled,
     JobFailed,
     JobLost,
     JobNotFound,
+    JobStopped,
+    JobTimedOut,
     ModelError,
+    NotDurable,
+    PoisonJob,
     PromptTooLong,
     QueueFull,
     QueueUnavailable,
+    RedisAccessDenied,
     RedisUnfit,
+    RequestTooLarge,
+    RequestTooSlow,
     ResultTimeout,
     ServiceBusy,
     ServiceStopping,
+    TextReplaced,
+    TokenMissing,
     Unauthorized,
     UnsupportedEncoding,
 )
-from fastgpt2.protocol.messages import Piece
 
 log = logging.getLogger("fastgpt2.http")
 
@@ -50,11 +62,15 @@ RETRY_AFTER_SECONDS = 1
 _FINAL = (JobFailed, ModelError, ResultTimeout, RedisUnfit)
 _NO_RETRY = {"x-should-retry": "false"}
 
+# RFC 6750, 3: a request without a token is told no error.
+_TOKEN_REFUSED = 'Bearer error="invalid_token", error_description="the token is not the one of this endpoint"'
+
 # The routes that begin so are OpenAI's, or speak in their manner.
 OPENAI_PREFIX = "/v1/"
 
-# A comment, which clients pass over.
-KEEP_ALIVE = b": waiting\n\n"
+# An empty line, which ends no event, and which readers of every kind pass over. Of comments, which the format has for
+# this, some know nothing: SGLang's benchmark takes each line that is not empty for JSON.
+KEEP_ALIVE = b"\n"
 
 
 class BadField(BadRequest):
@@ -75,6 +91,80 @@ class ModelUnknown(BadRequest):
     http_status = 404
 
 
+class NotReady(FastGPT2Error):
+    """Raised if no worker can take a job now, or if the endpoint is being stopped."""
+
+    http_status = 503
+
+
+class Kind(NamedTuple):
+    """What the two APIs call a kind of error.
+
+    Attributes:
+        type: of OpenAI's error objects, by which its clients and LiteLLM tell kinds apart.
+        code: of the same; None where OpenAI gives none either.
+        word: text-generation-inference's `error_type`, by which its client and huggingface_hub choose a class. It has
+            "validation" for a wrong request, "overloaded" for one that can be made again later, "generation" for a
+            failure, "incomplete_generation" for a text that was begun and is not whole, and "healthcheck". Where none
+            of these is true, it is the code.
+    """
+
+    type: str
+    code: str | None
+    word: str
+
+
+# A class that is not here has the kind of its base.
+KINDS: dict[type[FastGPT2Error], Kind] = {
+    FastGPT2Error: Kind("server_error", "internal_error", "generation"),
+    BadRequest: Kind("invalid_request_error", None, "validation"),
+    PromptTooLong: Kind("invalid_request_error", "context_length_exceeded", "validation"),
+    ModelUnknown: Kind("invalid_request_error", "model_not_found", "validation"),
+    RequestTooLarge: Kind("invalid_request_error", "request_too_large", "validation"),
+    UnsupportedEncoding: Kind("invalid_request_error", "unsupported_encoding", "validation"),
+    RequestTooSlow: Kind("invalid_request_error", "request_too_slow", "validation"),
+    IdempotencyMismatch: Kind("invalid_request_error", "idempotency_mismatch", "validation"),
+    Unauthorized: Kind("authentication_error", "invalid_api_key", "invalid_api_key"),
+    TokenMissing: Kind("authentication_error", "missing_api_key", "missing_api_key"),
+    ForbiddenOrigin: Kind("permission_error", "forbidden_origin", "forbidden_origin"),
+    JobNotFound: Kind("invalid_request_error", "job_not_found", "job_not_found"),
+    JobLost: Kind("server_error", "job_lost", "incomplete_generation"),
+    JobFailed: Kind("server_error", "job_failed", "generation"),
+    JobCancelled: Kind("server_error", "job_cancelled", "incomplete_generation"),
+    JobStopped: Kind("server_error", "job_stopped", "incomplete_generation"),
+    JobTimedOut: Kind("server_error", "job_timed_out", "incomplete_generation"),
+    PoisonJob: Kind("server_error", "poison_job", "generation"),
+    ModelError: Kind("server_error", "model_error", "generation"),
+    QueueFull: Kind("rate_limit_error", "queue_full", "overloaded"),
+    QueueUnavailable: Kind("server_error", "queue_unavailable", "overloaded"),
+    NotDurable: Kind("server_error", "not_durable", "overloaded"),
+    RedisUnfit: Kind("server_error", "redis_unfit", "generation"),
+    RedisAccessDenied: Kind("server_error", "redis_access_denied", "generation"),
+    ResultTimeout: Kind("server_error", "result_timeout", "incomplete_generation"),
+    ServiceBusy: Kind("server_error", "service_busy", "overloaded"),
+    ServiceStopping: Kind("server_error", "service_stopping", "incomplete_generation"),
+    TextReplaced: Kind("server_error", "text_replaced", "incomplete_generation"),
+    NotReady: Kind("server_error", "not_ready", "healthcheck"),
+}
+
+# What Starlette refuses itself, by the status; OpenAI has the same codes.
+_OF_ROUTING = {
+    404: Kind("invalid_request_error", "unknown_url", "unknown_url"),
+    405: Kind("invalid_request_error", "method_not_supported", "method_not_supported"),
+}
+
+# How alike the path of a route must be to be what was meant, by difflib's ratio: "/completions" and "/v1/completions"
+# are by 0.89.
+_LIKENESS = 0.8
+
+# The ends of paths at which other APIs chat, and which are not like that of the route that continues a text here.
+_CHATS = ("/responses", "/messages", "/chat")
+
+# Characters that end a line where Python splits one, and which JSON may hold as they are. httpx, and so
+# huggingface_hub, splits streams by them, and would take one event for two.
+_LINE_ENDS = {character: f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"}
+
+
 class JSON(Response):
     """An answer of compact JSON in UTF-8."""
 
@@ -85,8 +175,13 @@ class JSON(Response):
 
 
 def encode_json(value: Any) -> bytes:
-    """Return a value as JSON in UTF-8; all that is not ASCII is escaped if the value holds a lone surrogate."""
+    """Return a value as one line of JSON in UTF-8.
+
+    What ends a line is escaped, and all that is not ASCII if the value holds a lone surrogate.
+    """
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character, escaped in _LINE_ENDS.items():
+        text = text.replace(character, escaped)
     try:
         return text.encode()
     except UnicodeEncodeError:
@@ -94,43 +189,30 @@ def encode_json(value: Any) -> bytes:
 
 
 def error_object(error: FastGPT2Error, openai: bool) -> dict[str, Any]:
-    """Return the body that tells of an error, as OpenAI's API has it or as the original's routes do."""
-    kind, code = _kind_and_code(error)
-    return _error_body(openai, str(error), type(error).__name__, kind, getattr(error, "param", None), code)
+    """Return the body that tells of an error, as OpenAI's API has it or as text-generation-inference has it."""
+    message = _begin_as_openai(str(error)) if isinstance(error, PromptTooLong) else str(error)
+    return _error_body(openai, message, kind_of(error), getattr(error, "param", None))
 
 
-def _error_body(
-    openai: bool, message: str, name: str, kind: str, param: str | None = None, code: str | None = None
-) -> dict[str, Any]:
+def _begin_as_openai(message: str) -> str:
+    """Return the sentence on a prompt that is too long, begun as OpenAI's.
+
+    LiteLLM, LangChain, CrewAI and others know by this beginning that a prompt must be cut, whatever the code says.
+    Workers of earlier releases write sentences too, so the limit is taken from the sentence.
+    """
+    limit = re.search(r"model's (\d+) positions", message)
+    return f"This model's maximum context length is {f'{limit[1]} tokens' if limit else 'exceeded'}: {message}"
+
+
+def kind_of(error: FastGPT2Error) -> Kind:
+    """Return what an error is called."""
+    return next(KINDS[base] for base in type(error).__mro__ if base in KINDS)
+
+
+def _error_body(openai: bool, message: str, kind: Kind, param: str | None = None) -> dict[str, Any]:
     if openai:
-        return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-    return {"error": message, "error_type": name}
-
-
-def _kind_and_code(error: FastGPT2Error) -> tuple[str, str | None]:
-    name = _snake_case(type(error).__name__)
-    match error:
-        case Unauthorized():
-            return "authentication_error", "invalid_api_key"
-        case PromptTooLong():
-            return "invalid_request_error", "context_length_exceeded"
-        case ModelUnknown():
-            return "invalid_request_error", "model_not_found"
-        case QueueFull():
-            return "rate_limit_error", name
-        case JobLost():
-            return "server_error", name
-        case JobNotFound():
-            return "invalid_request_error", name
-        case ForbiddenOrigin():
-            return "permission_error", name
-        case BadRequest():
-            return "invalid_request_error", None if type(error) in (BadRequest, BadField) else name
-    return "server_error", name
-
-
-def _snake_case(name: str) -> str:
-    return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")
+        return {"error": {"message": message, "type": kind.type, "param": param, "code": kind.code}}
+    return {"error": message, "error_type": kind.word}
 
 
 def respond(error: FastGPT2Error, scope: Scope) -> Response:
@@ -141,7 +223,7 @@ def respond(error: FastGPT2Error, scope: Scope) -> Response:
     elif isinstance(error, _PASSING):
         headers["retry-after"] = str(RETRY_AFTER_SECONDS)
     elif isinstance(error, Unauthorized):
-        headers["www-authenticate"] = "Bearer"
+        headers["www-authenticate"] = "Bearer" if isinstance(error, TokenMissing) else _TOKEN_REFUSED
     elif isinstance(error, UnsupportedEncoding):
         headers["accept-encoding"] = "identity"
     return JSON(error_object(error, scope["path"].startswith(OPENAI_PREFIX)), error.http_status, headers)
@@ -158,10 +240,24 @@ async def handle_error(request: Request, error: Exception) -> Response:
 async def handle_unknown_route(request: Request, error: Exception) -> Response:
     """Answer a request for a route or a method that does not exist, for Starlette."""
     assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path[:200]}: {error.detail}"
-    openai = request.url.path.startswith(OPENAI_PREFIX)
-    body = _error_body(openai, message, "HTTPException", "invalid_request_error")
+    path = request.url.path
+    message = f"{request.method} {path[:200]}: {error.detail}{_hint(request, error)}"
+    body = _error_body(path.startswith(OPENAI_PREFIX), message, _OF_ROUTING.get(error.status_code, KINDS[BadRequest]))
     return JSON(body, error.status_code, error.headers)
+
+
+def _hint(request: Request, error: HTTPException) -> str:
+    """Return what a refusal of a path or a method adds: what there is instead; empty if nothing is alike."""
+    if error.status_code == 405:
+        methods = (error.headers or {}).get("Allow", "").split(", ")
+        return f"; this route takes {', '.join(sorted(methods))}"
+    if request.url.path.endswith(_CHATS):
+        return "; /v1/completions may be meant"
+    known = [route.path for route in request.app.routes if isinstance(route, Route) and "{" not in route.path]
+    from difflib import get_close_matches
+
+    alike = get_close_matches(request.url.path[:200], known, n=1, cutoff=_LIKENESS)
+    return f"; {alike[0]} may be meant" if alike else "; /openapi.json tells which routes there are"
 
 
 async def handle_unforeseen(request: Request, error: Exception) -> Response:
@@ -169,32 +265,13 @@ async def handle_unforeseen(request: Request, error: Exception) -> Response:
     log.error("%s %s failed", request.method, request.url.path, exc_info=error)
     message = "an unforeseen error; the endpoint's log has the details"
     openai = request.url.path.startswith(OPENAI_PREFIX)
-    return JSON(_error_body(openai, message, "InternalError", "server_error"), 500, _NO_RETRY)
+    return JSON(_error_body(openai, message, KINDS[FastGPT2Error]), 500, _NO_RETRY)
 
 
 def event(data: Any, name: str = "", event_id: str = "") -> bytes:
     """Return one event. Its data is JSON, which has no line ends."""
     head = (f"event: {name}\n" if name else "") + (f"id: {event_id}\n" if event_id else "")
     return b"%sdata: %s\n\n" % (head.encode(), encode_json(data))
-
-
-class AppendOnlyTexts:
-    """The texts of a stream whose format has no way to take anything back: they may only grow."""
-
-    def __init__(self) -> None:
-        self._lengths: dict[int, int] = {}
-
-    def add(self, number: int, piece: Piece) -> None:
-        """Take in a piece of the text with this number.
-
-        Raises:
-            FastGPT2Error: the piece replaces some of the text.
-        """
-        if piece.at < self._lengths.get(number, 0):
-            raise FastGPT2Error(
-                "the job was started again by another worker, whose text differs from what was sent: ask again"
-            )
-        self._lengths[number] = piece.at + len(piece.text)
 
 
 class EventStream(Response):

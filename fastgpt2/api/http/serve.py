@@ -109,7 +109,9 @@ def bind(host: str, port: int) -> socket.socket:
         remedy = "choose another --host or --port"
         if ":" in host and getattr(reason, "errno", None) in _NO_SUCH_FAMILY:
             remedy = "if this machine has no IPv6, listen on --host 0.0.0.0 or 127.0.0.1"
-        raise BadRequest(f"cannot listen on {host} port {port} ({reason}); {remedy}") from None
+        # Python says the address again behind the system's words.
+        why = (getattr(reason, "strerror", None) or str(reason)).partition(" (while")[0]
+        raise BadRequest(f"cannot listen on {host} port {port} ({why}); {remedy}") from None
     # Connections inherit the option. asyncio sets it only on sockets that name TCP as their protocol, which this one
     # does not. Without it the second part of an answer waits 40 ms for the client to acknowledge the first.
     bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

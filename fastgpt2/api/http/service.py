@@ -23,7 +23,7 @@ from fastgpt2.engine.decoding.records import GenerationResult
 from fastgpt2.errors import (
     BadRequest,
     FastGPT2Error,
-    JobLost,
+    JobNotFound,
     NotDurable,
     ResultTimeout,
     ServiceBusy,
@@ -306,11 +306,11 @@ class PendingJobs:
         """Wait until all jobs have ended, or time is up.
 
         Raises:
-            JobLost: one of them is gone without an end.
+            JobNotFound: one of them is gone: it has expired, or, a JobLost, it never ended.
         """
         with suppress(ResultTimeout):
             async for event in self.events():
-                if event is not None and isinstance(event[1], JobLost):
+                if event is not None and isinstance(event[1], JobNotFound):
                     raise event[1]
 
 

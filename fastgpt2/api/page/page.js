@@ -104,6 +104,7 @@ function lock() {
   showState("locked", "Locked", "");
   setText(byId("as-of"), "");
   setText(byId("token-note"), tried ? "That token was refused." : "It is kept in this tab until you close it.");
+  byId("token").ariaInvalid = String(tried);
   byId("token-form").hidden = false;
   byId("token").value = "";
   byId("token").focus();

@@ -42,7 +42,7 @@ _WORKER_FIELDS = (
     "state", "birth", "last_heartbeat", "hostname", "pid", "model", "computes_by", "fastgpt2_version", "max_batch",
     "kv_bytes", "kv_bytes_limit", "tokens", "steps", "step_seconds", "successful_job_count", "failed_job_count",
     "total_working_time", "tokens_per_second", "batch_mean", "private_bytes", "shared_bytes", "threads", "blas",
-    "restarts", "prefix_bytes", "prefix_bytes_limit", "weights", "drafts", "notes", HEARD_FIELD,
+    "restarts", "prefix_bytes", "prefix_bytes_limit", "weights", "drafts", "n_positions", "notes", HEARD_FIELD,
 )  # fmt: skip
 
 # Keys that come from Redis are bytes, which need not be text.

@@ -101,6 +101,7 @@ def _describe_worker(entry: WorkerEntry, now: float) -> dict[str, Any]:
         "pid": whole(fields.get("pid")),
         **{name: text(fields.get(name)) or None for name in ("model", "computes_by", "blas", "weights", "drafts")},
         "notes": _read_notes(fields.get("notes")),
+        "n_positions": whole(fields.get("n_positions")),
         "threads": whole(fields.get("threads")),
         "version": text(fields.get("fastgpt2_version")) or None,
         "restarts": whole(fields.get("restarts")),

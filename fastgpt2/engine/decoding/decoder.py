@@ -99,31 +99,29 @@ class Decoder:
             BadRequest: the prompt cannot be encoded, or the model lacks a token of it or of an option.
             PromptTooLong: prompt and continuation exceed the model's positions.
         """
-        ids = self._tokenize(request)
+        request, ids = self._tokenize(request)
         self._check_ids("stop_token_ids", request.stop_token_ids)
         self._check_ids("suppress_tokens", request.suppress_tokens or ())
         self._check_ids("logit_bias", request.logit_bias or ())
         max_new_tokens = request.room(len(ids), self.model.config.n_positions)
         request = request.with_seed(random_seed()).with_defaults(self.generation.options)
-        return TokenizedPrompt(
-            request,
-            ids,
-            max_new_tokens,
-            self._offsets(request, ids),
-            self._bad_words(request),
-            self.grammars.compile(request, ids) if request.guided else None,
-        )
+        offsets, bad_words = self._offsets(request, ids), self._bad_words(request)
+        grammar = self.grammars.compile(request, ids) if request.guided else None
+        return TokenizedPrompt(request, ids, max_new_tokens, offsets, bad_words, grammar)
 
-    def _tokenize(self, request: GenerationRequest) -> list[int]:
+    def _tokenize(self, request: GenerationRequest) -> tuple[GenerationRequest, list[int]]:
+        """Return a request, and the tokens of its prompt. If not all are kept, those that are become the prompt."""
+        most = request.most_prompt_tokens(self.model.config.n_positions)
         if isinstance(request.prompt, str):
-            ids = self.tokenizer.encode(request.prompt)
+            ids, is_cut = self.tokenizer.encode_last(request.prompt, most)
             self._check_text(ids)
         else:
-            ids = list(request.prompt)
+            ids = list(request.prompt if most is None else request.prompt[-most:])
+            is_cut = len(ids) < len(request.prompt)
             self._check_ids("prompt", ids)
-        if not ids:
-            ids = [self.generation.start_token_id]
-        return ids
+        if is_cut:
+            request = replace(request, prompt=tuple(ids))
+        return request, ids or [self.generation.start_token_id]
 
     def _check_text(self, ids: Iterable[int]) -> None:
         """Raise BadRequest if the tokenizer has read a prompt as a token that the model does not have."""

@@ -6,13 +6,14 @@ The names are those of transformers' `GenerationConfig` where there is one, else
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, TypeAlias
 
 from fastgpt2.errors import BadRequest
-from fastgpt2.fields import Field, real, refusal, shown, type_name, whole, why_no_json
+from fastgpt2.fields import Field, described, is_listed, items_of, plain, real, refusal, shown, whole, why_no_json
 
 # Far beyond any vocabulary. The decoder refuses an id that its own model does not have.
 MAX_TOKEN_ID = (1 << 31) - 1
@@ -41,14 +42,24 @@ MAX_SCHEMA_CHARACTERS = 1 << 16
 BadWord: TypeAlias = str | tuple[int, ...]
 
 
-def check_token_ids(name: str, ids: tuple[Any, ...]) -> tuple[int, ...]:
-    """Check that all of a list are token ids."""
-    for token_id in ids:
-        if not isinstance(token_id, int) or isinstance(token_id, bool):
-            raise BadRequest(f"{name}, a list, must hold token ids, not {type_name(token_id)}")
-        if not 0 <= token_id <= MAX_TOKEN_ID:
-            raise BadRequest(f"{name} holds {shown(token_id)}, which is no token id")
-    return ids
+def check_token_ids(name: str, ids: Any) -> tuple[int, ...]:
+    """Return the items of a list, all of which must be token ids. The list's length is bounded by the caller."""
+    checked = tuple(items_of(ids))
+    if not set(map(type, checked)) <= {int}:
+        checked = tuple([_token_id(name, token_id) for token_id in checked])
+    if checked and not (min(checked) >= 0 and max(checked) <= MAX_TOKEN_ID):
+        wrong = next(token_id for token_id in checked if not 0 <= token_id <= MAX_TOKEN_ID)
+        raise BadRequest(f"{name} holds {shown(wrong)}, which is no token id")
+    return checked
+
+
+def _token_id(name: str, value: Any) -> int:
+    found = plain(value)
+    if type(found) is float and found.is_integer():
+        return int(found)
+    if type(found) is not int:
+        raise BadRequest(f"{name}, a list, must hold token ids, not {described(value)}")
+    return found
 
 
 def token_ids_field(most: int) -> Field:
@@ -58,11 +69,11 @@ def token_ids_field(most: int) -> Field:
 
 
 def _check_list_of_ids(most: int, name: str, ids: Any) -> tuple[int, ...]:
-    if not isinstance(ids, list | tuple):
+    if not is_listed(ids):
         raise refusal(name, "a list of token ids", ids, of_type=True)
     if len(ids) > most:
         raise BadRequest(f"{name} holds {len(ids)} token ids; the limit is {most}")
-    return check_token_ids(name, tuple(ids))
+    return check_token_ids(name, ids)
 
 
 def _check_logit_bias(name: str, bias: Any) -> dict[int, float]:
@@ -73,48 +84,60 @@ def _check_logit_bias(name: str, bias: Any) -> dict[int, float]:
         raise BadRequest(f"{name} holds {len(bias)} token ids; the limit is {MAX_BIASED_TOKENS}")
     checked = {}
     for key, value in bias.items():
-        is_id = isinstance(key, int) or (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= 10)
-        if not is_id or isinstance(key, bool) or not 0 <= int(key) <= MAX_TOKEN_ID:
+        token_id = _id_of_key(plain(key))
+        if token_id is None or not 0 <= token_id <= MAX_TOKEN_ID:
             raise BadRequest(f"{name} holds {shown(key)}, which is no token id")
-        checked[int(key)] = float(_BIAS.check(f"{name} of token {int(key)}", value))
+        checked[token_id] = float(_BIAS.check(f"{name} of token {token_id}", value))
     return checked
 
 
+def _id_of_key(key: Any) -> int | None:
+    """Return the whole number that a key is, as a number or a string; None if it is none."""
+    if isinstance(key, str):
+        return int(float(key)) if re.fullmatch(_ID_OF_KEY, key) else None
+    if type(key) is float and key.is_integer():
+        return int(key)
+    return key if type(key) is int else None
+
+
 def _check_bad_words(name: str, words: Any) -> tuple[BadWord, ...]:
-    if not isinstance(words, list | tuple):
+    if not is_listed(words):
         raise refusal(name, "a list of strings or of lists of token ids", words, of_type=True)
     if len(words) > MAX_BAD_WORDS:
         raise BadRequest(f"{name} holds {len(words)} words; the limit is {MAX_BAD_WORDS}")
     checked: list[BadWord] = []
-    for word in words:
-        if not isinstance(word, str | list | tuple):
-            raise BadRequest(f"{name} must hold strings or lists of token ids, not {type_name(word)}")
+    for given in items_of(words):
+        word = plain(given)
+        if not isinstance(word, str) and not is_listed(word):
+            raise BadRequest(f"{name} must hold strings or lists of token ids, not {described(word)}")
         kind = "characters" if isinstance(word, str) else "tokens"
         if not 1 <= len(word) <= MAX_BAD_WORD_LENGTH:
             raise BadRequest(f"{name} must hold words of 1 to {MAX_BAD_WORD_LENGTH} {kind}, not of {len(word)}")
-        checked.append(_in_unicode(name, word) if isinstance(word, str) else check_token_ids(name, tuple(word)))
+        checked.append(_in_unicode(name, word) if isinstance(word, str) else check_token_ids(name, word))
     return tuple(checked)
 
 
 def _check_choices(name: str, choices: Any) -> tuple[str, ...]:
-    if not isinstance(choices, list | tuple):
+    if not is_listed(choices):
         raise refusal(name, "a list of strings", choices, of_type=True)
     if len(choices) > MAX_GUIDED_CHOICES:
         raise BadRequest(f"{name} holds {len(choices)} strings; the limit is {MAX_GUIDED_CHOICES}")
-    if not choices:
+    if not len(choices):
         raise BadRequest(f"{name} is an empty list: give a string, or leave {name} out")
-    for choice in choices:
+    checked = tuple(map(plain, items_of(choices)))
+    for choice in checked:
         if not isinstance(choice, str):
-            raise BadRequest(f"{name} must hold strings, not {type_name(choice)}")
+            raise BadRequest(f"{name} must hold strings, not {described(choice)}")
         if not 1 <= len(choice) <= MAX_CHOICE_CHARACTERS:
             raise BadRequest(
                 f"{name} must hold strings of 1 to {MAX_CHOICE_CHARACTERS} characters, not of {len(choice)}"
             )
         _in_unicode(name, choice)
-    return tuple(choices)
+    return checked
 
 
-def _check_regex(name: str, regex: Any) -> str:
+def _check_regex(name: str, value: Any) -> str:
+    regex = plain(value)
     if not isinstance(regex, str):
         raise refusal(name, "a string", regex, of_type=True)
     if not 1 <= len(regex) <= MAX_REGEX_CHARACTERS:
@@ -125,7 +148,7 @@ def _check_regex(name: str, regex: Any) -> str:
 def _check_json_schema(name: str, schema: Any) -> str:
     """Return a JSON schema, an object, true or false, or the JSON text of one, as JSON text."""
     try:
-        value = json.loads(schema) if isinstance(schema, str) else schema
+        value = json.loads(schema) if isinstance(schema, str) else plain(schema)
         written = json.dumps(value, allow_nan=False)
     except (ValueError, TypeError, RecursionError) as reason:
         raise BadRequest(
@@ -146,10 +169,12 @@ def _in_unicode(name: str, text: str) -> str:
     return text
 
 
+# As strings, the keys of JSON's objects too may read 7.0 where 7 is meant.
+_ID_OF_KEY = r"[0-9]{1,10}(\.0{1,10})?"
 _BIAS = real(-MAX_BIAS, MAX_BIAS)
 _LOGIT_BIAS_SCHEMA = {
     "type": "object",
-    "propertyNames": {"pattern": "^[0-9]{1,10}$"},
+    "propertyNames": {"pattern": f"^{_ID_OF_KEY}$"},
     "additionalProperties": _BIAS.schema,
     "maxProperties": MAX_BIASED_TOKENS,
 }
@@ -161,7 +186,8 @@ _BAD_WORDS_SCHEMA = {"type": "array", "items": {"anyOf": _WORD_SCHEMAS}, "maxIte
 _CHOICE_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_CHOICE_CHARACTERS}
 _CHOICES_SCHEMA = {"type": "array", "items": _CHOICE_SCHEMA, "minItems": 1, "maxItems": MAX_GUIDED_CHOICES}
 _REGEX_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_REGEX_CHARACTERS}
-_JSON_SCHEMA_SCHEMA = {"anyOf": [{"type": "object"}, {"type": "boolean"}, {"type": "string"}]}
+_ANY_OBJECT = {"type": "object", "additionalProperties": True}
+_JSON_SCHEMA_SCHEMA = {"anyOf": [_ANY_OBJECT, {"type": "boolean"}, {"type": "string"}]}
 
 Temperature = Annotated[float, real(0.0, MAX_TEMPERATURE)]
 TopK = Annotated[int, whole(-1, MAX_TOKEN_ID)]

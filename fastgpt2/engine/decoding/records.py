@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypedDict
 
 from fastgpt2.engine.decoding.options import TextOptions, check_token_ids, token_ids_field
 from fastgpt2.errors import BadRequest, PromptTooLong
-from fastgpt2.fields import Field, check_fields, refusal, type_name, whole
+from fastgpt2.fields import Field, check_fields, described, is_listed, items_of, plain, refusal, whole
 
 FinishReason = Literal["stop", "length", "cancelled", "timeout"]
 DEFAULT_MAX_NEW_TOKENS = 20
@@ -36,47 +36,61 @@ def random_seed() -> int:
 
 
 def _check_prompt(name: str, prompt: Any) -> str | tuple[int, ...]:
-    if isinstance(prompt, list | tuple):
+    if is_listed(prompt):
         if len(prompt) > MAX_PROMPT_TOKENS:
             raise PromptTooLong(f"{name} has {len(prompt)} tokens; the limit is {MAX_PROMPT_TOKENS}: shorten it")
-        return check_token_ids(name, tuple(prompt))
-    if not isinstance(prompt, str):
+        return check_token_ids(name, prompt)
+    text = plain(prompt)
+    if not isinstance(text, str):
         raise refusal(name, "a string or a list of token ids", prompt, of_type=True)
     try:
-        size = len(prompt.encode("utf-8"))
+        size = len(text.encode("utf-8"))
     except UnicodeEncodeError as error:
-        character = f"lone surrogate U+{ord(prompt[error.start]):04X} at character {error.start}"
+        character = f"lone surrogate U+{ord(text[error.start]):04X} at character {error.start}"
         raise BadRequest(f"{name} is not valid Unicode: {character}") from None
     if size > MAX_PROMPT_BYTES:
         raise PromptTooLong(f"{name} has {size} bytes; the limit is {MAX_PROMPT_BYTES}: shorten it")
-    return prompt
+    return text
 
 
 def _check_stop(name: str, stop: Any) -> tuple[str, ...]:
-    # JSON has no tuples, and one stop string is commonly given bare.
-    strings = (stop,) if isinstance(stop, str) else stop
-    if not isinstance(strings, list | tuple):
+    # One stop string is commonly given bare, and an empty one for none.
+    given = plain(stop)
+    if isinstance(given, str):
+        given = (given,) if given else ()
+    if not is_listed(given):
         raise refusal(name, "a string or a list of strings", stop, of_type=True)
-    if len(strings) > MAX_STOP_STRINGS:
-        raise BadRequest(f"{name} holds {len(strings)} strings; the limit is {MAX_STOP_STRINGS}")
+    if len(given) > MAX_STOP_STRINGS:
+        raise BadRequest(f"{name} holds {len(given)} strings; the limit is {MAX_STOP_STRINGS}")
+    strings = tuple(map(plain, items_of(given)))
     for text in strings:
         if not isinstance(text, str):
-            raise BadRequest(f"{name} must hold strings, not {type_name(text)}")
+            raise BadRequest(f"{name} must hold strings, not {described(text)}")
         if not 1 <= len(text) <= MAX_STOP_CHARACTERS:
             raise BadRequest(f"a {name} string must have 1 to {MAX_STOP_CHARACTERS} characters, not {len(text)}")
-    return tuple(strings)
+    return strings
 
 
+def _check_kept_tokens(name: str, value: Any) -> Any:
+    kept = _KEPT_TOKENS.check(name, value)
+    if not kept:
+        raise refusal(name, f"-1, for as many as fit, or between 1 and {MAX_PROMPT_TOKENS}", kept)
+    return kept
+
+
+_KEPT_TOKENS = whole(-1, MAX_PROMPT_TOKENS)
 TOKEN_IDS_SCHEMA = token_ids_field(MAX_PROMPT_TOKENS).schema
-_STOP_STRING_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARACTERS}
+_BARE_STOP_SCHEMA = {"type": "string", "maxLength": MAX_STOP_CHARACTERS}
+_STOP_STRING_SCHEMA = {**_BARE_STOP_SCHEMA, "minLength": 1}
 _STOP_STRINGS_SCHEMA = {"type": "array", "items": _STOP_STRING_SCHEMA, "maxItems": MAX_STOP_STRINGS}
 
 Prompt = Annotated[str | tuple[int, ...], Field({"anyOf": [{"type": "string"}, TOKEN_IDS_SCHEMA]}, _check_prompt)]
-StopStrings = Annotated[tuple[str, ...], Field({"anyOf": [_STOP_STRING_SCHEMA, _STOP_STRINGS_SCHEMA]}, _check_stop)]
+StopStrings = Annotated[tuple[str, ...], Field({"anyOf": [_BARE_STOP_SCHEMA, _STOP_STRINGS_SCHEMA]}, _check_stop)]
 StopTokenIds = Annotated[tuple[int, ...], token_ids_field(MAX_STOP_TOKEN_IDS)]
 StopReason = Annotated[int | str, "The stop token, by its id, or the stop string that ended the text."]
 Count = Annotated[int, whole(0)]
 NewTokens = Annotated[int, whole(0, MAX_NEW_TOKENS)]
+KeptTokens = Annotated[int, Field({**_KEPT_TOKENS.schema, "not": {"const": 0}}, _check_kept_tokens)]
 Logprobs = Annotated[int, whole(0, MAX_LOGPROBS)]
 
 
@@ -99,6 +113,9 @@ class GenerationRequest(TextOptions):
         prompt_logprobs: give the same for each of the prompt's tokens, given those before it.
         echo: the result's text begins with the prompt.
         stop_token_ids: generation ends with the first of these tokens, also with `ignore_eos`; the text leaves it out.
+        truncate_prompt_tokens: of a longer prompt, read this many tokens, the last ones; -1 for as many as leave room
+            for the new tokens. What the tokenizer puts before or behind every text stays, and counts. The result is
+            that of a prompt of the tokens that were kept.
 
     Raises:
         BadRequest: a field has a wrong type or is out of bounds; the message names the field and the bound.
@@ -113,6 +130,7 @@ class GenerationRequest(TextOptions):
     prompt_logprobs: Logprobs | None = None
     echo: bool = False
     stop_token_ids: StopTokenIds = ()
+    truncate_prompt_tokens: KeptTokens | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -149,6 +167,18 @@ class GenerationRequest(TextOptions):
             object.__setattr__(request, name, value)
         return request
 
+    def most_prompt_tokens(self, n_positions: int) -> int | None:
+        """Return how many tokens of a longer prompt are read; None for all. The model has `n_positions`."""
+        if self.truncate_prompt_tokens != -1:
+            return self.truncate_prompt_tokens
+        new_tokens = self.default_new_tokens if self.max_new_tokens is None else self.max_new_tokens
+        return max(1, n_positions - new_tokens)
+
+    @property
+    def default_new_tokens(self) -> int:
+        """Return the most tokens to generate where the request names none and the positions allow them."""
+        return max(DEFAULT_MAX_NEW_TOKENS, self.min_new_tokens)
+
     @property
     def least_room(self) -> int:
         """Return how many positions the prompt must leave: 1 for a new token, 0 if no token is to be generated."""
@@ -183,7 +213,7 @@ class GenerationRequest(TextOptions):
             )
         if self.max_new_tokens is not None:
             return self.max_new_tokens
-        return min(max(DEFAULT_MAX_NEW_TOKENS, self.min_new_tokens), left)
+        return min(self.default_new_tokens, left)
 
 
 class RequestFields(TypedDict, total=False):
@@ -197,6 +227,7 @@ class RequestFields(TypedDict, total=False):
     prompt_logprobs: int | None
     echo: bool
     stop_token_ids: Sequence[int]
+    truncate_prompt_tokens: int | None
     do_sample: bool | None
     temperature: float | None
     top_k: int | None
@@ -217,6 +248,29 @@ class RequestFields(TypedDict, total=False):
     choices: Sequence[str]
     regex: str | None
     json_schema: Mapping[str, Any] | bool | str | None
+
+
+def split_prompt(given: Mapping[str, Any], fields: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the prompt of a mapping that holds one beside other fields, and these fields together with others.
+
+    Args:
+        fields: what holds where the mapping has no such field, or null.
+
+    Raises:
+        BadRequest: it holds no prompt.
+    """
+    if "prompt" not in given:
+        raise BadRequest("prompt is missing in a mapping of a prompt and its fields")
+    own = {name: value for name, value in given.items() if name != "prompt" and value is not None}
+    return given["prompt"], {**fields, **own}
+
+
+def list_stops(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the fields of a request with a set or an iterator of stops, which one look uses up, as a tuple."""
+    stop = fields.get("stop")
+    if isinstance(stop, set | frozenset) or (isinstance(stop, Iterable) and not hasattr(stop, "__len__")):
+        return {**fields, "stop": tuple(stop)}
+    return fields
 
 
 @dataclass(frozen=True, slots=True)

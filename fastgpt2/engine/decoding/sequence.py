@@ -128,6 +128,11 @@ class Sequence:
         return len(self.prompt_ids)
 
     @property
+    def usage(self) -> Usage:
+        """Return the counts of the tokens so far."""
+        return Usage(self.prompt_tokens, len(self.token_ids), self.cached_tokens)
+
+    @property
     def finished(self) -> bool:
         return self.status == "finished"
 
@@ -184,7 +189,7 @@ class Sequence:
             text=self.text if self.finish_reason else self.text + self.detokenizer.pending,
             token_ids=tuple(self.token_ids),
             finish_reason=finish_reason,
-            usage=Usage(self.prompt_tokens, len(self.token_ids), self.cached_tokens),
+            usage=self.usage,
             timings=Timings(
                 queue_seconds=0.0,
                 prefill_seconds=first_token_at - self.admitted_at,

@@ -142,7 +142,8 @@ def pack(folder: Path, config: GPT2Config, model: str, layout: Layout, must_keep
         log.warning("the packed weights are not kept: %s. Until then %s", reason, _describe_memory(config, layout))
     except OSError as reason:
         if must_keep:
-            raise ModelError(f"the packed weights cannot be kept ({reason}); set FASTGPT2_CACHE to a folder") from None
+            where = f"{reason.filename}: {reason.strerror}" if reason.filename else str(reason)
+            raise ModelError(f"the packed weights cannot be kept ({where}); set FASTGPT2_CACHE to a folder") from None
         if is_large(config):
             log.warning(
                 "the packed weights cannot be kept (%s); %s. Set FASTGPT2_CACHE to a folder that can be written",

@@ -131,10 +131,10 @@ def main() -> None:
     config = GPT2Config(**order["config"])
     sets = []
     for described in order["sets"]:
-        packed = open_packed(os.open(described["weights"], os.O_RDONLY))
+        packed = open_packed(_open_shared(described["weights"], os.O_RDONLY))
         kernel = Kernel(make_product(described["product"]), None, described["exact_chunks"])
         sets.append(WeightSet(packed, view_weights(packed.tensors, config), kernel))
-    arena = Arena(state_specs(config, sets, shape), fd=os.open(order["state"], os.O_RDWR))
+    arena = Arena(state_specs(config, sets, shape), fd=_open_shared(order["state"], os.O_RDWR))
     share = order["rank"], shape.size
     barrier = Barrier(arena["control"], *share, check)
     shards = make_shards(config, sets, KVCache(config, shape.n_slots, arena), arena, share, barrier.wait)
@@ -155,6 +155,19 @@ def _first_line() -> bytes:
             sys.exit(0)
         line += byte
     return bytes(line)
+
+
+def _open_shared(path: str, flags: int) -> int:
+    """Open what the parent shares with its helpers. End if that is gone since the parent is, soon after its start."""
+    try:
+        return os.open(path, flags)
+    except OSError:
+        poll = select.poll()
+        poll.register(sys.stdin, select.POLLIN)
+        while poll.poll(_CHECK_PARENT_MS):
+            if not os.read(sys.stdin.fileno(), 4096):
+                sys.exit(0)
+        raise
 
 
 def _await_step(barrier: Barrier, check: Callable[[], None]) -> bool:

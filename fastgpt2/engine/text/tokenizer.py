@@ -173,6 +173,26 @@ class Tokenizer:
         """
         return list(self._encode(text).ids)
 
+    def encode_last(self, text: str, most: int | None) -> tuple[list[int], bool]:
+        """Return the last token ids of a text, at most `most` if that is a number, and whether there were more.
+
+        Those that the tokenizer puts around every text stay, and count: transformers' tokenizers truncate at the left
+        side in this way.
+
+        Raises:
+            BadRequest: as `encode` does.
+        """
+        encoding = self._encode(text)
+        ids: list[int] = list(encoding.ids)
+        if most is None or len(ids) <= most:
+            return ids, False
+        dropped = len(ids) - most
+        mask = encoding.special_tokens_mask  # 1 for the tokens around a text, 0 for its own
+        if mask.count(0) < dropped:
+            return ids[-most:], True
+        begin = mask.index(0)
+        return ids[:begin] + ids[begin + dropped :], True
+
     def encode_part(self, text: str) -> list[int]:
         """Return the token ids of a part of a text, without the tokens that the tokenizer puts around a whole one.
 
