@@ -94,6 +94,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         for batch in started:
             batch.process.kill()
             batch.process.wait()
+            print(batch.log.read_text())  # shown if the test fails
 
 
 @pytest.mark.processes
