@@ -12,6 +12,7 @@ import re
 import resource
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -24,6 +25,9 @@ log = logging.getLogger("fastgpt2")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1
 
+# How long a waiter may take to see that a flag was set.
+NAP_SECONDS = 0.02
+
 # A line of the log is no longer, and control characters in it are shown as \x0a: they might forge a line of their own.
 MAX_LOG_CHARACTERS = 4000
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(9), *range(10, 32), *range(127, 160))}
@@ -35,6 +39,30 @@ def on_stop_signals(handler: Callable[[int, FrameType | None], None]) -> None:
     for signum in STOP_SIGNALS:
         if signum != signal.SIGHUP or signal.getsignal(signum) is not signal.SIG_IGN:
             signal.signal(signum, handler)
+
+
+class StopFlag:
+    """A flag that a signal handler may set, as often as it likes.
+
+    An Event of threading takes a lock to be set. A signal that comes while its own thread holds that lock, as a second
+    SIGTERM does right after the first, would wait for it for ever.
+    """
+
+    def __init__(self) -> None:
+        self._is_set = False
+
+    def set(self) -> None:
+        self._is_set = True
+
+    def is_set(self) -> bool:
+        return self._is_set
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until the flag is set, for at most this long; return whether it is."""
+        deadline = time.monotonic() + seconds
+        while not self._is_set and (left := deadline - time.monotonic()) > 0:
+            time.sleep(min(left, NAP_SECONDS))
+        return self._is_set
 
 
 @contextmanager

@@ -9,7 +9,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -21,7 +20,7 @@ from fastgpt2.api.http.access import read_token, refuse_exposure
 from fastgpt2.api.http.serve import bind, url_of
 from fastgpt2.engine.model.hub import find_folders
 from fastgpt2.errors import FastGPT2Error, QueueUnavailable
-from fastgpt2.process import on_stop_signals, raise_open_file_limit, set_up_logging, stop_signals_held
+from fastgpt2.process import StopFlag, on_stop_signals, raise_open_file_limit, set_up_logging, stop_signals_held
 from fastgpt2.protocol.connection import UP_STARTS_ONE, connect, redis_errors, without_password
 from fastgpt2.protocol.keys import queue_key, queues_of, workers_key
 from fastgpt2.system.pool import Child, Pool
@@ -70,7 +69,7 @@ class System:
         self.pool = Pool([])
         self.ready = False
         self._keeper: RedisKeeper | None = None
-        self.stopping = threading.Event()
+        self.stopping = StopFlag()
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -212,7 +211,7 @@ def running_pool(children: Sequence[Child], values: dict[str, Any], redis_url: s
             reaper.close(REAP_SECONDS)
 
 
-def supervise(check: Callable[[float], None], stopping: threading.Event) -> None:
+def supervise(check: Callable[[float], None], stopping: StopFlag) -> None:
     """Call `check` with the time again and again until `stopping` is set; then say that everything stops.
 
     Raises:
@@ -284,7 +283,7 @@ def run_pool(values: dict[str, Any]) -> int:
 
     refuse_unfit(redis_url, "worker", values["queue"])
     find_folders(values["model"], values["revision"], values["tokenizer"])
-    stopping = threading.Event()
+    stopping = StopFlag()
     on_stop_signals(lambda _signum, _frame: stopping.set())
     workers = "1 worker" if values["workers"] == 1 else f"{values['workers']} workers"
     print(

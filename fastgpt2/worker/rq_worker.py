@@ -6,7 +6,6 @@ import logging
 import os
 import queue as thread_queue
 import socket
-import threading
 import time
 import uuid
 from collections.abc import Iterable
@@ -21,6 +20,7 @@ from rq.utils import now as utc_now
 from rq.worker import BaseWorker, WorkerStatus
 
 from fastgpt2.errors import RedisUnfit
+from fastgpt2.process import StopFlag
 from fastgpt2.protocol.connection import address_of, in_words
 from fastgpt2.protocol.keys import queues_of
 from fastgpt2.protocol.server_check import try_rights
@@ -72,7 +72,7 @@ class RQWorker(BaseWorker):
     ) -> None:
         self.supervisor_pid = supervisor_pid
         self._pool_name = queue
-        self.stopping = threading.Event()
+        self.stopping = StopFlag()
         self.stop_at_once = False
         self._stop_commands: thread_queue.SimpleQueue[str] = thread_queue.SimpleQueue()
         self._last_heartbeat = 0.0
