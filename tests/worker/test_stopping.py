@@ -118,14 +118,14 @@ def test_a_worker_that_waits_for_a_name_can_be_stopped(
 def test_signals_may_come_while_a_signal_is_handled() -> None:
     """A flag whose setting takes a lock would wait for itself, for ever."""
     code = (
-        "import os, signal, threading; from fastgpt2.process import StopFlag, on_stop_signals\n"
-        "flag, sent = StopFlag(), StopFlag()\n"
+        "import os, signal; from fastgpt2.process import StopFlag, on_stop_signals\n"
+        "flag, parent = StopFlag(), os.getpid()\n"
         "on_stop_signals(lambda *_: flag.set())\n"
-        "def send():\n"
-        "    for _ in range(20000): os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    sent.set()\n"
-        "threading.Thread(target=send).start()\n"
-        "while not sent.wait(0.001): flag.set()\n"
+        "child = os.fork()\n"
+        "if not child:\n"
+        "    for _ in range(50000): os.kill(parent, signal.SIGTERM)\n"
+        "    os._exit(0)\n"
+        "while os.waitpid(child, os.WNOHANG) == (0, 0): flag.set()\n"
         "assert flag.wait(0)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
