@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -64,8 +65,32 @@ class TooLong:
         return BadRequest(f"the line has {self.size} bytes; the limit is {MAX_LINE_BYTES}")
 
 
-class LineReader:
-    """Turns lines into jobs.
+class RawLineReader(ABC):
+    """Turns each line of a file into a job."""
+
+    # No columns of the input are known before its lines are read.
+    columns: list[str] | None = None
+    is_joined = False
+
+    def read(self, file: BinaryIO) -> Iterator[Line]:
+        """Yield the lines of a file; no more than one is held at a time."""
+        for number, raw in enumerate(raw_lines(file), 1):
+            if isinstance(raw, TooLong):
+                yield Line(self._too_long(raw.error), raw.digest, number=number)
+            else:
+                yield self._line(raw, number)
+
+    @abstractmethod
+    def _line(self, raw: bytes, number: int) -> Line:
+        """Return the job that a line asks for, or what is wrong with the line."""
+
+    def _too_long(self, error: BadRequest) -> BadRequest:
+        """Return the error for a line that is too long, in the form that the output has for it."""
+        return error
+
+
+class LineReader(RawLineReader):
+    """Turns prompts, or lines of JSON, into jobs.
 
     Args:
         is_json: the lines are JSON, not prompts.
@@ -76,20 +101,11 @@ class LineReader:
         BadRequest: a field is out of bounds.
     """
 
-    # No columns of the input are known before its lines are read.
-    columns: list[str] | None = None
-    is_joined = False
-
     def __init__(self, is_json: bool, fields: dict[str, Any], with_prompt: bool = False) -> None:
         plan_job("", fields)
         self._is_json = is_json
         self._fields = fields
         self._with_prompt = with_prompt
-
-    def read(self, file: BinaryIO) -> Iterator[Line]:
-        """Yield the lines of a file; no more than one is held at a time."""
-        for number, raw in enumerate(raw_lines(file), 1):
-            yield Line(raw.error, raw.digest, number=number) if isinstance(raw, TooLong) else self._line(raw, number)
 
     def _line(self, raw: bytes, number: int) -> Line:
         row: dict[str, Any] = {}

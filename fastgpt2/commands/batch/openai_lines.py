@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, BinaryIO
+from typing import Any
 
 from fastgpt2.api.client.flow import Command, Flow, Pipeline
 from fastgpt2.api.client.outcome import Outcome, unwrap
 from fastgpt2.api.http.completion_request import Completion, parse_completion, translate_error
 from fastgpt2.api.http.completions import completion_object, unknown_model
 from fastgpt2.api.http.responses import BadField, error_object
-from fastgpt2.commands.batch.lines import Line, TooLong, decode_line, digest_of, parse_json, raw_lines
+from fastgpt2.commands.batch.lines import Line, RawLineReader, decode_line, digest_of, parse_json
 from fastgpt2.commands.batch.records import Origin, Record, read_name
 from fastgpt2.errors import BadRequest, FastGPT2Error
 from fastgpt2.protocol.keys import Priority, workers_key
@@ -43,7 +43,7 @@ class NoRequest(BadRequest):
         self.code = code
 
 
-class OpenAILineReader:
+class OpenAILineReader(RawLineReader):
     """Turns OpenAI's lines into jobs.
 
     Args:
@@ -55,22 +55,11 @@ class OpenAILineReader:
         served: the models that the pool serves; empty while nobody knows them.
     """
 
-    columns: list[str] | None = None
-    is_joined = False
-
     def __init__(self, options: Mapping[str, Any], priority: Priority, timeout: float | None) -> None:
         self._defaults = {_NAMES.get(name, name): value for name, value in options.items()}
         self._priority = priority
         self._timeout = timeout
         self.served: Collection[str] = ()
-
-    def read(self, file: BinaryIO) -> Iterator[Line]:
-        """Yield the lines of a file; no more than one is held at a time."""
-        for number, raw in enumerate(raw_lines(file), 1):
-            if isinstance(raw, TooLong):
-                yield Line(NoRequest("line_too_long", str(raw.error)), raw.digest, number=number)
-            else:
-                yield self._line(raw, number)
 
     def _line(self, raw: bytes, number: int) -> Line:
         row: dict[str, Any] = {"custom_id": None}
@@ -84,6 +73,9 @@ class OpenAILineReader:
         except BadRequest as error:
             return Line(error, digest, row, number)
         return Line(completion.plans[0], digest, row, number, completion)
+
+    def _too_long(self, error: BadRequest) -> BadRequest:
+        return NoRequest("line_too_long", str(error))
 
     def _parse(self, body: dict[str, Any]) -> Completion:
         completion = parse_completion({"priority": self._priority, **body})

@@ -12,13 +12,12 @@ from fastgpt2.commands.batch.lines import (
     BYTE_ORDER_MARK,
     MAX_LINE_BYTES,
     Line,
-    TooLong,
+    RawLineReader,
     decode_line,
     digest_of,
     digest_of_plan,
     parse_json,
     plan_prompt,
-    raw_lines,
     read_line,
 )
 from fastgpt2.commands.batch.records import rename_columns
@@ -184,7 +183,7 @@ def _mended(value: str) -> str:
     return value if value.isascii() else value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-class ObjectReader:
+class ObjectReader(RawLineReader):
     """Turns lines that are JSON objects into jobs: one field is the prompt, the others are columns.
 
     Args:
@@ -192,18 +191,10 @@ class ObjectReader:
         fields: the `JobFields` of all lines.
     """
 
-    columns: list[str] | None = None
-    is_joined = False
-
     def __init__(self, column: str, fields: dict[str, Any]) -> None:
         plan_job("", fields)
         self._column = column
         self._fields = fields
-
-    def read(self, file: BinaryIO) -> Iterator[Line]:
-        """Yield the lines of a file; no more than one is held at a time."""
-        for number, raw in enumerate(raw_lines(file), 1):
-            yield Line(raw.error, raw.digest, number=number) if isinstance(raw, TooLong) else self._line(raw, number)
 
     def _line(self, raw: bytes, number: int) -> Line:
         row: Mapping[str, Any] = {}
