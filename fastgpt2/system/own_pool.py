@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import ExitStack, closing
+from contextlib import closing
 from typing import Any, Self
 
 from redis.exceptions import RedisError
@@ -17,11 +17,11 @@ from fastgpt2 import settings
 from fastgpt2.engine.machine import usable_cores
 from fastgpt2.engine.model.hub import find_folders
 from fastgpt2.errors import BadRequest, FastGPT2Error, QueueUnavailable
-from fastgpt2.process import raise_open_file_limit, set_up_logging, stop_signals_held
+from fastgpt2.process import raise_open_file_limit, set_up_logging
 from fastgpt2.protocol.connection import UP_STARTS_ONE, connect
 from fastgpt2.protocol.durability import REPLICA
 from fastgpt2.protocol.keys import workers_key
-from fastgpt2.system.pool import ChildFailed, Pool
+from fastgpt2.system.pool import ChildFailed, Pool, ProcessGroup
 from fastgpt2.system.redis_server import RedisKeeper, RedisServer
 from fastgpt2.system.up import READY_SECONDS, SUPERVISE_SECONDS, running_pool, worker_children
 from fastgpt2.system.worker_output import BesideBar, WorkerOutput, show_beside_bar
@@ -95,11 +95,11 @@ class RunningPool:
         """Do nothing: others see to it."""
 
 
-class OwnPool:
+class OwnPool(ProcessGroup):
     """Redis and workers of one run's own.
 
-    A context manager: it is entered when the first worker serves, and stops everything when it is left. `check` is to
-    be called every few seconds meanwhile, in the main thread: on Linux, children end with the thread that starts them.
+    It is entered when the first worker serves. `check` is to be called every few seconds meanwhile, in the main thread:
+    on Linux, children end with the thread that starts them.
 
     Attributes:
         redis_url: where the Redis is, once it runs.
@@ -109,40 +109,27 @@ class OwnPool:
     is_own = True
 
     def __init__(self, values: dict[str, Any]) -> None:
+        super().__init__()
         self._values = _of_workers(values)
         self.redis_url = ""
         self._keeper: RedisKeeper | None = None
         self._pool = Pool([])
         self._output: WorkerOutput | None = None
         self._check_at = 0.0
-        self._stack = ExitStack()
 
-    def __enter__(self) -> Self:
+    def _start(self) -> None:
         began = time.monotonic()
-        try:
-            set_up_logging(self._values["log_level"], BesideBar())
-            raise_open_file_limit()
-            # In the foreground, once: a download shows its progress here, and a wrong name ends it all at once.
-            find_folders(*(self._values[name] for name in ("model", "revision", "tokenizer")))
-            self._start()
-            self._wait_until_ready(began)
-        except BaseException:
-            self.stop()
-            raise
+        set_up_logging(self._values["log_level"], BesideBar())
+        raise_open_file_limit()
+        # In the foreground, once: a download shows its progress here, and a wrong name ends it all at once.
+        find_folders(*(self._values[name] for name in ("model", "revision", "tokenizer")))
+        self._start_processes()
+        self._wait_until_ready(began)
         unused = settings.REDIS_URL.variable
         hint = f"; {unused}, which is set, is not used" if os.environ.get(unused) else ""
         model, count = self._values["model"], self._values["workers"]
         workers = f"{count} worker{'s' if count > 1 else ''} of this run's own"
         show_beside_bar(f"{workers} with {model} ready after {time.monotonic() - began:.1f} s{hint}")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """Stop the workers and Redis, in this order. A stop signal meanwhile hurries it."""
-        with stop_signals_held():
-            self._stack.close()
 
     def check(self) -> None:
         """Start again whatever has ended.
@@ -164,7 +151,7 @@ class OwnPool:
         if any(child.process is None for child in self._pool.children):
             self._output.show_reasons()
 
-    def _start(self) -> None:
+    def _start_processes(self) -> None:
         server = RedisServer(is_private=True)
         self._stack.callback(server.stop)
         server.start()

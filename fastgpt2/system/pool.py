@@ -9,8 +9,11 @@ import socket
 import subprocess
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Self
 
 from fastgpt2.errors import BadRequest, FastGPT2Error, ModelError, RedisUnfit
 from fastgpt2.process import set_up_child, stop_signal_came, stop_signals_held
@@ -186,6 +189,36 @@ class Pool:
         while alive and time.monotonic() < deadline and not stop_signal_came():
             alive[0].wait(0.05)
             alive = [child for child in alive if not child.wait(0)]
+
+
+class ProcessGroup(ABC):
+    """Processes that are started together, one after the other, and stopped in the opposite order.
+
+    A context manager: it is entered when all serve, and stops what was started when it is left, or cannot be entered.
+    """
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @abstractmethod
+    def _start(self) -> None:
+        """Start everything, each with what stops it on the stack, and wait until it serves."""
+
+    def stop(self) -> None:
+        """Stop everything. A stop signal meanwhile hurries it."""
+        with stop_signals_held():
+            self._stack.close()
 
 
 def _died(status: int) -> bool:

@@ -11,10 +11,10 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
+from typing import Any
 
 from fastgpt2.api.http.access import read_token, refuse_exposure
 from fastgpt2.api.http.serve import bind, url_of
@@ -23,7 +23,7 @@ from fastgpt2.errors import FastGPT2Error, QueueUnavailable
 from fastgpt2.process import StopFlag, on_stop_signals, raise_open_file_limit, set_up_logging, stop_signals_held
 from fastgpt2.protocol.connection import UP_STARTS_ONE, connect, redis_errors, without_password
 from fastgpt2.protocol.keys import queue_key, queues_of, workers_key
-from fastgpt2.system.pool import Child, Pool
+from fastgpt2.system.pool import Child, Pool, ProcessGroup
 from fastgpt2.system.redis_server import RedisKeeper, RedisServer
 from fastgpt2.system.welcome import named_by, welcome
 
@@ -47,10 +47,8 @@ COMMAND = (sys.executable, "-P", "-m", "fastgpt2")
 STOPPING = "stopping: workers finish the jobs that they run; Ctrl-C again hurries them"
 
 
-class System:
-    """The whole system on one machine, for `fastgpt2 up`, the demo and the tests.
-
-    A context manager: it is entered when everything is ready to serve, and stops everything when it is left.
+class System(ProcessGroup):
+    """The whole system on one machine, for `fastgpt2 up`, the demo and the tests: Redis, workers and endpoint.
 
     Args:
         values: what `settings.of_system` returns.
@@ -62,6 +60,7 @@ class System:
     """
 
     def __init__(self, values: dict[str, Any]) -> None:
+        super().__init__()
         self.values = values
         self.redis: RedisServer | None = None
         self.redis_url: str = values["redis_url"] or ""
@@ -70,30 +69,16 @@ class System:
         self.ready = False
         self._keeper: RedisKeeper | None = None
         self.stopping = StopFlag()
-        self._stack = ExitStack()
 
-    def __enter__(self) -> Self:
-        try:
-            refuse_exposure(self.values["host"], read_token(self.values["token_file"]), self.values["insecure"])
-            # In the foreground, once: a download shows its progress here, and a wrong name ends it all at once.
-            find_folders(*(self.values[name] for name in ("model", "revision", "tokenizer")))
-            self._start_redis()
-            before = self._registered_workers()
-            self._start_children()
-            self._wait_until_ready(before)
-            self.ready = True
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """Stop the endpoint, the workers and Redis, in this order. A stop signal meanwhile hurries it."""
-        with stop_signals_held():
-            self._stack.close()
+    def _start(self) -> None:
+        refuse_exposure(self.values["host"], read_token(self.values["token_file"]), self.values["insecure"])
+        # In the foreground, once: a download shows its progress here, and a wrong name ends it all at once.
+        find_folders(*(self.values[name] for name in ("model", "revision", "tokenizer")))
+        self._start_redis()
+        before = self._registered_workers()
+        self._start_children()
+        self._wait_until_ready(before)
+        self.ready = True
 
     def check(self, now: float) -> None:
         """Start again whatever has ended.
