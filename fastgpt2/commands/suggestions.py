@@ -16,11 +16,16 @@ _LIKENESS = 0.78
 _SHOWN_CHARACTERS = 100
 _PREFIX = "FASTGPT2_"
 
+
+def _by_name(names_of: Mapping[str, str]) -> dict[str, str]:
+    """Return a table the other way round: for each name, what stands before it."""
+    return {name: meant for meant, names in names_of.items() for name in names.split()}
+
+
 # The options of other programs (transformers, vLLM, text-generation-inference, llama.cpp, the first GPT-2, OpenAI's
 # and Redis's tools) by the names of ours.
-_MEANT = {
-    name: option
-    for option, names in {
+_MEANT = _by_name(
+    {
         "--alive-file": "health-file liveness-file",
         "--bad-word": "bad-words bad-words-ids ban",
         "--blas": "kernel math-library",
@@ -64,14 +69,12 @@ _MEANT = {
         "--typical-p": "typical",
         "--weights": "dtype precision quantization quantize torch-dtype type",
         "--workers": "c-workers data-parallel-size dp n-workers num-procs num-workers processes replicas",
-    }.items()
-    for name in names.split()
-}
+    }
+)
 
 # What other programs have and this one does not, or has otherwise than by an option: what is said of that.
-_ELSEWHERE = {
-    name: sentence
-    for sentence, names in {
+_ELSEWHERE = _by_name(
+    {
         "models run on CPUs here; leave it out": (
             "cuda device device-map gpu gpu-layers gpu-memory-utilization gpus main-gpu n-gpu-layers ngl no-cuda "
             "tensor-split"
@@ -90,9 +93,8 @@ _ELSEWHERE = {
         "the hub's token is given by the variable HF_TOKEN": "hf-token hf-api-token",
         "a password is part of the Redis URL, which the variable FASTGPT2_REDIS_URL gives": "password redis-password",
         "`fastgpt2 --version` prints the version": "version V",
-    }.items()
-    for name in names.split()
-}
+    }
+)
 
 # Options of other programs for what is the one argument here.
 _ARGUMENTS = {
@@ -103,9 +105,8 @@ _ARGUMENTS = {
 }
 
 # Commands of other programs.
-_COMMANDS = {
-    name: command
-    for command, names in {
+_COMMANDS = _by_name(
+    {
         "up": "dev launch run-server serve server start system",
         "api": "endpoint http rest",
         "worker": "consume work",
@@ -119,9 +120,8 @@ _COMMANDS = {
         "bench": "benchmark measure perf speed",
         "pack": "convert download prepare pull quantize",
         "cache": "clean prune",
-    }.items()
-    for name in names.split()
-}
+    }
+)
 
 
 def about_argument(error: ArgumentError, command: Command) -> str:
