@@ -105,11 +105,12 @@ def _end(process: subprocess.Popen[bytes], wait_seconds: float = 0.0) -> int:
         return process.wait()
 
 
-def answer_questions(answer: Callable[[Any], Any], seconds: int) -> None:
+def answer_questions(answer: Callable[[Any], Any], seconds: int, idle_seconds: float = _IDLE_SECONDS) -> None:
     """Answer questions, as the process, until the parent ends.
 
     Args:
         seconds: the time that the process may compute for a question.
+        idle_seconds: how long it waits for the next question before it ends.
     """
     import resource
 
@@ -117,7 +118,7 @@ def answer_questions(answer: Callable[[Any], Any], seconds: int) -> None:
     # If the machine runs out of memory nevertheless, this process is the one to go.
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:  # noqa: PTH123
         file.write("1000")
-    while select.select([sys.stdin], [], [], _IDLE_SECONDS)[0]:
+    while select.select([sys.stdin], [], [], idle_seconds)[0]:
         line = sys.stdin.readline()
         if not line:
             return
