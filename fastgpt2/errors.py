@@ -88,6 +88,12 @@ class PromptTooLong(BadRequest):
     """Raised if a prompt and its continuation together need more positions than the model has."""
 
 
+class ModelUnknown(BadRequest):
+    """Raised if the request names a model that no worker serves."""
+
+    http_status = 404
+
+
 class RequestTooLarge(BadRequest):
     """Raised if the body of an HTTP request is larger than the limit."""
 

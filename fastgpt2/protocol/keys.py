@@ -6,12 +6,14 @@ A Lua script finds the constants here as `$NAME`; see `fastgpt2.protocol.scripts
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
-from fastgpt2.fields import Field, is_same, one_of, plain, whole
+from fastgpt2.errors import ModelUnknown
+from fastgpt2.fields import Field, is_same, one_of, plain, text, whole
 
-# --- Queues: one RQ queue for each priority ---
+# --- Queues: for each priority a plain RQ queue, and beside it one for the jobs of each model that jobs name ---
 
 Priority = Literal["high", "normal", "low"]
 PRIORITIES: tuple[Priority, ...] = get_args(Priority)
@@ -25,14 +27,55 @@ def _check_priority(name: str, value: Any) -> Any:
 PriorityField = Annotated[Priority, Field({"anyOf": [one_of(*PRIORITIES).schema, whole(0, 0).schema]}, _check_priority)]
 
 
-def queue_of(name: str, priority: Priority) -> str:
-    """Return the RQ queue for jobs of a priority: the one of the given name, or one beside it."""
-    return name if priority == "normal" else f"{name}-{priority}"
+# Between the name of a plain queue and that of a model. No pool's name has it.
+MODEL_MARK = "@"
+
+# The most characters of a model's name: the names stand in keys, in each job and in messages.
+MAX_MODEL_CHARACTERS = 500
+
+# The most names of one worker: it waits on three connections for each.
+MAX_MODELS_OF_WORKER = 16
+
+# The most names that a pool remembers: each has three queues, which are counted at each enqueueing with `max_queue`.
+MAX_MODELS_OF_POOL = 200
+
+_MODEL = text(1, MAX_MODEL_CHARACTERS)
 
 
-def queues_of(name: str) -> list[str]:
-    """Return the RQ queues of all priorities, in the order in which workers look at them."""
-    return [queue_of(name, priority) for priority in PRIORITIES]
+def _check_model(name: str, value: Any) -> Any:
+    kept = _MODEL.check(name, value)
+    if not kept.isprintable():  # also no text in UTF-8, if it has a lone surrogate
+        raise ModelUnknown(f"no worker serves a model {kept[:100]!r}: names of models have printable characters only")
+    return kept
+
+
+ModelName = Annotated[str, Field(_MODEL.schema, _check_model)]
+
+
+def queue_of(name: str, priority: Priority, model: str | None = None) -> str:
+    """Return the RQ queue of a pool for jobs of a priority: the plain one, or that of jobs that name a model."""
+    plain_name = name if priority == "normal" else f"{name}-{priority}"
+    return plain_name if model is None else f"{plain_name}{MODEL_MARK}{model}"
+
+
+def queues_of(name: str, models: Iterable[str] = ()) -> list[str]:
+    """Return the RQ queues of a pool: for each priority, the most urgent first, the plain one and these models' own."""
+    return [queue_of(name, priority, model) for priority in PRIORITIES for model in (None, *models)]
+
+
+def plain_queue_of(queue_name: str) -> str:
+    """Return the plain queue beside which a model's queue stands; a plain queue itself."""
+    return queue_name.partition(MODEL_MARK)[0]
+
+
+def model_of(queue_name: str) -> str | None:
+    """Return the model whose jobs an RQ queue holds; None for a plain queue."""
+    return queue_name.partition(MODEL_MARK)[2] or None
+
+
+def is_queue_of(name: str, queue_name: str) -> bool:
+    """Tell whether an RQ queue is one of a pool's, a plain one or any model's."""
+    return plain_queue_of(queue_name) in queues_of(name)
 
 
 # --- RQ's own names (rq/job.py, rq/queue.py, rq/worker/, rq/registry.py, rq/executions.py, rq/results.py) ---
@@ -181,8 +224,33 @@ MAX_CANCELLATIONS = 1000
 
 
 def cancellations_key(queue_name: str) -> str:
-    """Return the key of the Redis stream of the jobs of an RQ queue that were cancelled just now."""
-    return f"{CANCELLATIONS_PREFIX}{queue_name}"
+    """Return the key of the Redis stream of the jobs of an RQ queue that were cancelled just now.
+
+    A plain queue and all models' queues beside it share one: who waits for jobs need not know the models.
+    """
+    return f"{CANCELLATIONS_PREFIX}{plain_queue_of(queue_name)}"
+
+
+# For how long after each heartbeat a worker's names count as served, and how much longer a job that names one is taken:
+# while the last worker of a model is started again, nobody is refused.
+MODEL_SERVED_SECONDS = 15.0
+MODEL_GRACE_SECONDS = 60.0
+
+# For how long a name is remembered that no worker serves any more: its queues may hold jobs, and results of jobs.
+MODEL_REMEMBERED_SECONDS = 7 * 24 * 3600
+
+
+def models_key(name: str) -> str:
+    """Return the key of the sorted set of the models that a pool's workers serve, by the names that jobs may give.
+
+    The score of a name is the moment, by Redis's clock, in ms, until which a live worker serves it.
+    """
+    return f"fastgpt2:models:{name}"
+
+
+def model_totals_name(name: str, model: str) -> str:
+    """Return the name for `totals_key` of the totals of those of a pool's workers whose first name is this model's."""
+    return f"{name}{MODEL_MARK}{model}"
 
 
 def wake_key(name: str) -> str:

@@ -32,6 +32,7 @@ from fastgpt2.errors import (
     JobStopped,
     JobTimedOut,
     ModelError,
+    ModelUnknown,
     NotDurable,
     PoisonJob,
     PromptTooLong,
@@ -83,12 +84,6 @@ class BadField(BadRequest):
     def __init__(self, param: str, message: str) -> None:
         super().__init__(message)
         self.param = param
-
-
-class ModelUnknown(BadRequest):
-    """Raised if the request names a model that no worker serves."""
-
-    http_status = 404
 
 
 class NotReady(FastGPT2Error):
