@@ -54,14 +54,19 @@ def _made(kind: type[FastGPT2Error], args: tuple[Any, ...]) -> FastGPT2Error:
 
 
 def _beginning(prompt: object) -> str:
-    """Return the beginning of a prompt: a text or token ids, alone or in the mapping or request that was given."""
+    """Return the beginning of a prompt: a text or token ids, alone or in the mapping or request that was given.
+
+    Of a chat it is that of the last message.
+    """
+    prompt = getattr(prompt, "given", prompt)
+    messages = prompt.get("messages") if isinstance(prompt, Mapping) else prompt
+    if isinstance(messages, list | tuple) and messages and isinstance(messages[-1], Mapping):
+        return f"a chat whose last message is {_shown(messages[-1].get('content'))}"
     if isinstance(prompt, Mapping):
         if "prompt" not in prompt:
             names = [_shown(name) for name in islice(prompt, SHOWN_FIELDS)]
             return f"a mapping of {', '.join(names) or 'nothing'}{', ...' if len(prompt) > SHOWN_FIELDS else ''}"
         prompt = prompt["prompt"]
-    elif isinstance(inner := getattr(prompt, "prompt", None), str | list | tuple):
-        prompt = inner
     if isinstance(prompt, list | tuple):
         shown = [_shown(token_id) for token_id in prompt[:SHOWN_TOKEN_IDS]]
         return f"[{', '.join(shown)}{', ...' if len(prompt) > SHOWN_TOKEN_IDS else ''}]"
@@ -90,6 +95,12 @@ class PromptTooLong(BadRequest):
 
 class ModelUnknown(BadRequest):
     """Raised if the request names a model that no worker serves."""
+
+    http_status = 404
+
+
+class NoChatTemplate(BadRequest):
+    """Raised if a chat is asked for, and the model has no chat template that can be used."""
 
     http_status = 404
 

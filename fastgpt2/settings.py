@@ -53,6 +53,11 @@ GENERATION_CONFIG = Setting(
     "The generation settings to follow. auto: the model's generation_config.json, as transformers does; what is not "
     "applied of it is logged. none: only the ids in config.json that begin and end a text.",
 )
+CHAT_TEMPLATE: Setting[str | None] = Setting(
+    "chat_template", "FILE", str, None,
+    "A file with the chat template, in jinja2's language, by which chats become prompts. It takes the extra `chat`.",
+    "the one that comes with the model, if there is one",
+)
 REDIS_URL = Setting(
     "redis_url", "URL", str, "redis://127.0.0.1:6379/0",
     "The Redis to use. Other users of this machine can read options: set the variable if the URL holds a password, or "
@@ -342,12 +347,14 @@ OF_REQUEST: Settings = (
 )  # fmt: skip
 # Those that give texts, in which `ESCAPE` counts.
 OF_TEXT: Settings = (STOP, BAD_WORD, CHOICE)
-OF_LOAD: Settings = (*OF_MODEL, *OF_ARITHMETIC, DRAFTS)
-OF_WORKERS = (*OF_MODEL, POOL_THREADS, BLAS, WEIGHTS, DRAFTS, *OF_BATCH, WORKERS, MAX_JOBS, MAX_GROWTH)
+OF_LOAD: Settings = (*OF_MODEL, CHAT_TEMPLATE, *OF_ARITHMETIC, DRAFTS)
+OF_WORKERS = (
+    *OF_MODEL, CHAT_TEMPLATE, POOL_THREADS, BLAS, WEIGHTS, DRAFTS, *OF_BATCH, WORKERS, MAX_JOBS, MAX_GROWTH,
+)  # fmt: skip
 # Of a pool that a command starts for itself. Without the first, the others mean nothing there.
 OF_OWN_POOL: Settings = (
-    OWN_MODEL, *OF_MODEL[1:], OWN_WORKERS, POOL_THREADS, BLAS, WEIGHTS, DRAFTS, *OF_BATCH, MAX_JOBS, MAX_GROWTH,
-    OWN_LOG_LEVEL,
+    OWN_MODEL, *OF_MODEL[1:], CHAT_TEMPLATE, OWN_WORKERS, POOL_THREADS, BLAS, WEIGHTS, DRAFTS, *OF_BATCH, MAX_JOBS,
+    MAX_GROWTH, OWN_LOG_LEVEL,
 )  # fmt: skip
 OF_ADDRESS = (HOST, HOST_NAME, PORT, TOKEN_FILE, INSECURE)
 OF_ANSWERS = (TIMEOUT, BODY_TIMEOUT, KEEP_ALIVE, MAX_QUEUE, SHOW_PROMPTS)

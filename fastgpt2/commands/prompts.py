@@ -46,6 +46,7 @@ def generate(values: dict[str, Any]) -> int:
         drafts=values["drafts"],
         tokenizer=values["tokenizer"],
         generation_config=values["generation_config"],
+        chat_template=values["chat_template"],
     )
     prompt = engine.decoder.prepare(request)
     encoded = perf_counter()

@@ -34,6 +34,7 @@ def worker(values: dict[str, Any]) -> int:
         drafts=values["drafts"],
         tokenizer=values["tokenizer"],
         generation_config=values["generation_config"],
+        chat_template=values["chat_template"],
     )
     engine.warm_up()
     log.info("loaded %s in %.0f ms; %s", engine.model, engine.load_times.loaded * 1e3, engine.describe())

@@ -71,7 +71,7 @@ class JobOptions:
 
 
 def parse_job(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[GenerationRequest, JobOptions]:
-    """Read a job's arguments: the prompt first or by name, everything else by name.
+    """Read a job's arguments: the prompt first or by name, everything else by name, also messages in a prompt's place.
 
     Raises:
         BadRequest: a field is unknown, missing, of a wrong type or out of bounds; the message names the field.
@@ -85,10 +85,10 @@ def parse_job(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Generatio
         if "prompt" in kwargs:
             raise BadRequest("prompt is given twice, by position and by name")
         given["prompt"] = args[0]
-    elif "prompt" in kwargs:
+    elif "messages" not in given:
+        if "prompt" not in kwargs:
+            raise BadRequest("prompt is missing")
         given["prompt"] = kwargs["prompt"]
-    else:
-        raise BadRequest("prompt is missing")
     options = {name: given.pop(name) for name in fields_of(JobOptions) if name in given}
     request, of_worker = GenerationRequest(**given), JobOptions(**options)
     refuse_unstreamable(request, of_worker)
@@ -110,12 +110,12 @@ def refuse_unstreamable(request: GenerationRequest, options: JobOptions) -> None
 
 
 def job_to_kwargs(request: GenerationRequest, options: JobOptions) -> dict[str, Any]:
-    """Return the keyword arguments of the task, as JSON has them: the prompt, and what differs from the defaults."""
+    """Return the keyword arguments of the task, as JSON has them: the prompt, or a chat, and what is no default."""
     kwargs: dict[str, Any] = {}
     for record in (request, options):
         for field in fields(record):
             value = getattr(record, field.name)
-            if field.name == "prompt" or value != field.default:
+            if value != field.default or (field.name == "prompt" and request.messages is None):
                 kwargs[field.name] = _plain(value)
     return kwargs
 

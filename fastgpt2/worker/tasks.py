@@ -116,4 +116,5 @@ def _engine() -> Engine:
         drafts=settings.DRAFTS.resolve(),
         tokenizer=settings.TOKENIZER.resolve(),
         generation_config=settings.GENERATION_CONFIG.resolve(),
+        chat_template=settings.CHAT_TEMPLATE.resolve(),
     )

@@ -337,7 +337,7 @@ class GenerationWorker(RQWorker):
         try:
             request, options = attempt.rq_job.parse()
             if self.log_prompts:
-                log.info("%s: job %s: %.1000s", self.name, attempt.id, json.dumps(request.prompt))
+                log.info("%s: job %s: %.1000s", self.name, attempt.id, json.dumps(request.given))
             self._refuse_hopeless(request)
             prompt = self.engine.decoder.prepare(request)
             job = ActiveJob.begin(attempt, prompt, options, self.engine.model, time.monotonic())

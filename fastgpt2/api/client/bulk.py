@@ -207,7 +207,7 @@ class BulkRun:
             try:
                 session.limits.check(plan.request)
             except BadRequest as error:
-                error.name_prompt(number, plan.request.prompt, self._call)
+                error.name_prompt(number, plan.request.given, self._call)
                 self._outcomes[number] = error
                 continue
             job_id, command = enqueue_command(plan, session.queue, session.max_queue)

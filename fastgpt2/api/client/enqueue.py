@@ -14,6 +14,7 @@ from rq.serializers import JSONSerializer
 from rq.utils import now
 
 from fastgpt2.api.client.flow import Command, Flow, Pipeline
+from fastgpt2.engine.decoding.chat_options import is_messages
 from fastgpt2.engine.decoding.records import GenerationRequest, RequestFields, list_stops, random_seed, split_prompt
 from fastgpt2.errors import BadRequest, IdempotencyMismatch, PromptTooLong, QueueFull
 from fastgpt2.fields import check_fields, whole
@@ -51,9 +52,9 @@ LOST_TRIES = 5
 # RQ's job wants a connection, and is asked nothing here that would use it.
 _NO_CONNECTION: Any = object()
 
-# What a program may give as a prompt: a text, its token ids, a mapping of the prompt and other fields of its job, or a
-# request that has been made.
-PromptLike: TypeAlias = str | Iterable[int] | Mapping[str, Any] | GenerationRequest
+# What a program may give as a prompt: a text, its token ids, the messages of a chat, a mapping of one of these beside
+# other fields of its job, or a request that has been made.
+PromptLike: TypeAlias = str | Iterable[int] | Iterable[Mapping[str, Any]] | Mapping[str, Any] | GenerationRequest
 
 _PLAN_FIELDS = ("priority", "job_timeout", "result_ttl")
 _OPTION_FIELDS = ("timeout", "stream", "stream_usage")
@@ -99,7 +100,7 @@ class JobPlan:
         refuse_unstreamable(self.request, self.options)
 
 
-def plan_job(prompt: str | Iterable[int] | GenerationRequest, fields: Mapping[str, Any]) -> JobPlan:
+def plan_job(prompt: Any, fields: Mapping[str, Any]) -> JobPlan:
     """Return the plan of one job, from its prompt and its `JobFields`.
 
     Raises:
@@ -121,8 +122,11 @@ def plan_job(prompt: str | Iterable[int] | GenerationRequest, fields: Mapping[st
 def plan_prompt(prompt: PromptLike, fields: Mapping[str, Any]) -> JobPlan:
     """Return the plan of one job as a program gives it; see `plan_job`.
 
-    The prompt may stand in a mapping, beside fields that count before the others.
+    The prompt may stand in a mapping, beside fields that count before the others; so may the messages of a chat, which
+    may also be a list alone.
     """
+    if is_messages(prompt):
+        prompt = {"messages": prompt}
     if isinstance(prompt, Mapping):
         return plan_job(*split_prompt(prompt, fields))
     return plan_job(prompt, fields)
@@ -239,7 +243,7 @@ class SentJob:
     def __init__(self, job_id: str, command: Command, plan: JobPlan, history: str | None) -> None:
         self.own_id = self.id = job_id
         self.command = command
-        self.prompt = plan.request.prompt
+        self.prompt = plan.request.given
         self.sent_at = time.monotonic()
         self.result_ttl = plan.result_ttl
         self.history = history

@@ -122,11 +122,11 @@ class Jobs:
     async def create(self, request: Request) -> Response:
         """Answer `POST /v1/jobs`: with 202, and where to ask for the job."""
         body = await read_object(request, self._service.bounds.body_timeout, EXAMPLE)
-        if "prompt" not in body:
-            raise BadRequest(f"prompt is missing: send {EXAMPLE}")
         fields = take_known(body, fields_of(JobPlan))
-        fields.pop("prompt", None)
-        plan = plan_job(body["prompt"], fields)
+        if "prompt" not in body and "messages" not in fields:
+            raise BadRequest(f"prompt is missing: send {EXAMPLE}")
+        prompt = fields.pop("prompt", "" if "messages" in fields else None)
+        plan = plan_job(prompt, fields)
         keys = read_idempotency_keys(request, 1, plan, prefix="job ")
         (job_id,) = await self._service.driver.run(self._service.session.enqueue_all([plan], keys))
         return JSON(await self._describe(job_id), 202, {"location": f"/v1/jobs/{job_id}", "x-job-id": job_id})

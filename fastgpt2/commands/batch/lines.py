@@ -115,9 +115,9 @@ class LineReader(RawLineReader):
             line_id = _check_id(fields.pop("id", None))
             if line_id is not None:
                 row["id"] = line_id
-            prompt = fields.pop("prompt")
+            prompt = fields.pop("prompt", "")
             if self._with_prompt:
-                row["prompt"] = prompt
+                row["prompt"] = fields.get("messages") or prompt
             plan = plan_prompt(prompt, {**self._fields, **fields})
         except BadRequest as error:
             return Line(error, digest_of(raw), row, number)
@@ -163,7 +163,7 @@ def _parse(text: str) -> dict[str, Any]:
     if "custom_id" in value and "body" in value:
         raise BadRequest("the line is one of OpenAI's batches; give --format openai")
     known = take_known(value, _LINE_FIELDS)
-    if "prompt" not in known:
+    if "prompt" not in known and "messages" not in known:
         raise BadRequest("prompt is missing")
     return known
 

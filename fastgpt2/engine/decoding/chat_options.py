@@ -85,8 +85,9 @@ def _check_messages(name: str, value: Any) -> tuple[Object, ...]:
 def _check_message(name: str, value: Any) -> Object:
     """Return a message without the members that are null, as transformers does: many templates would write "None"."""
     if not isinstance(value, dict):
-        raise BadRequest(f'{name} must be an object, such as {{"role": "user", "content": "Hello"}}, not '
-                         f"{described(value)}")
+        raise BadRequest(
+            f'{name} must be an object, such as {{"role": "user", "content": "Hello"}}, not {described(value)}'
+        )
     message = {member: one for member, one in value.items() if one is not None}
     role = message.get("role")
     if not isinstance(role, str) or not 1 <= len(role) <= MAX_ROLE_CHARACTERS:

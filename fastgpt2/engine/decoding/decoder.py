@@ -29,8 +29,9 @@ from fastgpt2.engine.model.generation_config import GenerationConfig
 from fastgpt2.engine.network.gpt2 import DEFAULT_MAX_ROWS, GPT2, PREFILL_ROWS_BESIDE
 from fastgpt2.engine.network.prefixes import Prefixes
 from fastgpt2.engine.network.step import Segment
+from fastgpt2.engine.text.chat_template import ChatTemplate
 from fastgpt2.engine.text.tokenizer import Tokenizer
-from fastgpt2.errors import BadRequest, CheckpointError
+from fastgpt2.errors import BadRequest, CheckpointError, PromptTooLong
 
 if TYPE_CHECKING:
     from fastgpt2.engine.decoding.grammar import Grammars
@@ -53,6 +54,7 @@ class Decoder:
 
     Args:
         generation: which tokens begin and end a text.
+        chat_template: what makes prompts of chats.
         prefixes: where keys and values of prompts are kept for others that begin alike; None to keep none.
         drafter: what guesses tokens; None to guess none.
     """
@@ -64,8 +66,10 @@ class Decoder:
         generation: GenerationConfig,
         prefixes: Prefixes | None = None,
         drafter: Drafter | None = None,
+        chat_template: ChatTemplate | None = None,
     ) -> None:
         self.model, self.tokenizer, self.generation, self.prefixes = model, tokenizer, generation, prefixes
+        self.chat_template = chat_template or ChatTemplate({})
         self.drafter = drafter or Drafter(model)
         self._scratch = Scratch(model.config.vocab_size)
         self.running: list[Sequence] = []
@@ -78,7 +82,8 @@ class Decoder:
         return Grammars(self.tokenizer, self.model.config.vocab_size)
 
     def close(self) -> None:
-        """End what compiles grammars. The decoder still decodes."""
+        """End what compiles grammars and renders chats. The decoder still decodes."""
+        self.chat_template.close()
         if "grammars" in vars(self):
             self.grammars.close()
 
@@ -97,22 +102,31 @@ class Decoder:
 
         Raises:
             BadRequest: the prompt cannot be encoded, or the model lacks a token of it or of an option.
+            NoChatTemplate: the request has messages, and the model no chat template.
             PromptTooLong: prompt and continuation exceed the model's positions.
         """
+        asked, eos_token_ids = request, self._eos_token_ids(request)
         request, ids = self._tokenize(request)
         self._check_ids("stop_token_ids", request.stop_token_ids)
         self._check_ids("suppress_tokens", request.suppress_tokens or ())
         self._check_ids("logit_bias", request.logit_bias or ())
-        max_new_tokens = request.room(len(ids), self.model.config.n_positions)
+        max_new_tokens = asked.room(len(ids), self.model.config.n_positions)
         request = request.with_seed(random_seed()).with_defaults(self.generation.options)
-        offsets, bad_words = self._offsets(request, ids), self._bad_words(request)
+        offsets, bad_words = self._offsets(request, ids), self._bad_words(request, eos_token_ids)
         grammar = self.grammars.compile(request, ids) if request.guided else None
-        return TokenizedPrompt(request, ids, max_new_tokens, offsets, bad_words, grammar)
+        return TokenizedPrompt(request, ids, max_new_tokens, offsets, bad_words, grammar, eos_token_ids)
 
     def _tokenize(self, request: GenerationRequest) -> tuple[GenerationRequest, list[int]]:
-        """Return a request, and the tokens of its prompt. If not all are kept, those that are become the prompt."""
+        """Return a request, and the tokens of its prompt. If not all are kept, those that are become the prompt.
+
+        So do the tokens of a chat: its template has said which special tokens stand in it and around it.
+        """
         most = request.most_prompt_tokens(self.model.config.n_positions)
-        if isinstance(request.prompt, str):
+        if request.messages is not None:
+            ids = self._tokenize_chat(request)
+            ids, is_cut = ids if most is None else ids[-most:], True
+            self._check_text(ids)
+        elif isinstance(request.prompt, str):
             ids, is_cut = self.tokenizer.encode_last(request.prompt, most)
             self._check_text(ids)
         else:
@@ -120,8 +134,19 @@ class Decoder:
             is_cut = len(ids) < len(request.prompt)
             self._check_ids("prompt", ids)
         if is_cut:
-            request = replace(request, prompt=tuple(ids))
+            request = request.with_tokens(ids)
         return request, ids or [self.generation.start_token_id]
+
+    def _tokenize_chat(self, request: GenerationRequest) -> list[int]:
+        """Return the tokens of the prompt that the chat template makes of a request's messages."""
+        values = {**self.tokenizer.special_texts, **request.template_values()}
+        text = self.chat_template.render(values, request.continue_final_message)
+        least, n_positions = self.tokenizer.least_tokens(text), self.model.config.n_positions
+        if request.truncate_prompt_tokens is None and least + request.least_room > n_positions:
+            # Whoever waits for the next step would wait while it is tokenized.
+            limit = request.describe_positions(n_positions)
+            raise PromptTooLong(f"prompt tokens {least} or more, over {limit}: leave out the oldest messages")
+        return self.tokenizer.encode_part(text)
 
     def _check_text(self, ids: Iterable[int]) -> None:
         """Raise BadRequest if the tokenizer has read a prompt as a token that the model does not have."""
@@ -143,7 +168,7 @@ class Decoder:
                 f"give ids from 0 to {vocab_size - 1}"
             )
 
-    def _bad_words(self, request: GenerationRequest) -> list[tuple[int, ...]]:
+    def _bad_words(self, request: GenerationRequest, eos_token_ids: Iterable[int]) -> list[tuple[int, ...]]:
         """Return the tokens of a request's bad words.
 
         A string is banned as it stands, and behind a space, as in vLLM. The model's own end of a text is never banned
@@ -157,7 +182,7 @@ class Decoder:
             else:
                 self._check_ids("bad_words", word)
                 words[word] = None
-        ends = {(token_id,) for token_id in self.generation.eos_token_ids}
+        ends = {(token_id,) for token_id in (*self.generation.eos_token_ids, *eos_token_ids)}
         return [word for word in words if word and word not in ends]
 
     def _offsets(self, request: GenerationRequest, ids: list[int]) -> list[int]:
@@ -189,7 +214,7 @@ class Decoder:
         """
         request, given = prompt.request, prompt.request.prompt
         matcher = prompt.grammar.result().matcher() if prompt.grammar is not None else None
-        end_ids, choice_index = self._end_ids(request), request.choice_index + index
+        end_ids, choice_index = prompt.eos_token_ids.union(request.stop_token_ids), request.choice_index + index
         least = request.min_new_tokens or self.generation.least_new_tokens(len(prompt.ids))
         text, detokenizer = "", self.tokenizer.detokenizer(prompt.ids)
         if request.echo and given:
@@ -205,6 +230,7 @@ class Decoder:
             # A token is run for the sake of the next one: to generate it, or to know how likely it was.
             pending=prompt.ids if prompt.max_new_tokens else prompt.ids[: len(scored[1:])],
             detokenizer=detokenizer,
+            eos_token_ids=prompt.eos_token_ids,
             end_ids=end_ids,
             least_new_tokens=least,
             stops=self._stop_strings(request, len(text)),
@@ -233,12 +259,18 @@ class Decoder:
         self.running.append(sequence)
         return sequence
 
-    def _eos_token_ids(self, request: GenerationRequest) -> tuple[int, ...]:
-        """Return the model's own tokens that end a text, unless the request tells to pass over them."""
-        return self.generation.eos_token_ids if not request.ignore_eos else ()
+    def _eos_token_ids(self, request: GenerationRequest) -> frozenset[int]:
+        """Return the model's own tokens that end a text, unless the request tells to pass over them.
 
-    def _end_ids(self, request: GenerationRequest) -> frozenset[int]:
-        return frozenset((*self._eos_token_ids(request), *request.stop_token_ids))
+        A message of a chat also ends with the tokenizer's own end-of-text token, as from vLLM: chat models are
+        published whose other files do not name the token that their template puts behind each message.
+        """
+        if request.ignore_eos:
+            return frozenset()
+        of_tokenizer = self.tokenizer.eos_token_id
+        if request.messages is None or of_tokenizer is None or of_tokenizer >= self.model.config.vocab_size:
+            return frozenset(self.generation.eos_token_ids)
+        return frozenset((*self.generation.eos_token_ids, of_tokenizer))
 
     def _stop_strings(self, request: GenerationRequest, begin: int) -> StopStrings | None:
         return StopStrings(request.stop, self.tokenizer.special_tokens, begin) if request.stop else None
@@ -449,7 +481,7 @@ class Decoder:
             token_id = int(others.argmax())
         is_end = may_end and token_id in end_ids
         # As in transformers, the model's own end is text if it is no special token; as in vLLM, a stop token is not.
-        is_eos = is_end and token_id in self._eos_token_ids(request)
+        is_eos = is_end and token_id in sequence.eos_token_ids
         is_text = not is_end or (is_eos and not self.tokenizer.is_special(token_id))
         if not is_text:
             sequence.flush_text()

@@ -33,9 +33,7 @@ _LIMITS = "1 s of computing or 256 MB"
 # The names of the template that is taken, and of the one that is taken where there are tools.
 _DEFAULT, _WITH_TOOLS = "default", "tool_use"
 
-_REMEDY = (
-    "give prompts to continue, which POST /v1/completions takes, or start the workers with --chat-template FILE"
-)
+_REMEDY = "give prompts to continue, which POST /v1/completions takes, or start the workers with --chat-template FILE"
 
 
 class ChatTemplate:
@@ -43,7 +41,7 @@ class ChatTemplate:
 
     Attributes:
         objection: why no chat can be answered: a sentence; empty if chats can be answered.
-        note: a sentence for people if the model has a template that cannot be used.
+        notes: a sentence for people if the model has a template that cannot be used.
     """
 
     def __init__(self, sources: Mapping[str, str], where: str = "", objection: str = "") -> None:
@@ -53,8 +51,8 @@ class ChatTemplate:
             sources: the templates by their names; none, if there is an objection.
             where: the files that have them.
         """
-        self.note = objection
         self.objection = objection
+        self.notes = (objection,) if objection else ()
         self._names = frozenset(sources)
         if not sources and not objection:
             self.objection = f"the model has no chat template: {_REMEDY}"
@@ -62,7 +60,8 @@ class ChatTemplate:
             self._process = TrialProcess("fastgpt2.engine.text.template_renderer", {"sources": dict(sources)})
             problem = self._try(where)
             if problem:
-                self.note = self.objection = f"{problem}; {_REMEDY}"
+                self.objection = f"{problem}; {_REMEDY}"
+                self.notes = (self.objection,)
 
     def _try(self, where: str) -> str:
         """Return what is wrong with the templates; empty if they can be used."""
@@ -114,8 +113,8 @@ def load_chat_template(folder: Path, path: str | None = None) -> ChatTemplate:
     """
     if path is not None:
         template = ChatTemplate({_DEFAULT: _read_template(Path(path).expanduser())}, path)
-        if template.note:
-            raise ConfigError(template.note.removesuffix(f"; {_REMEDY}"))
+        if template.objection:
+            raise ConfigError(template.objection.removesuffix(f"; {_REMEDY}"))
         return template
     try:
         sources, where = _find_sources(folder)
@@ -170,9 +169,7 @@ def _read_member(path: Path) -> dict[str, str]:
     _check_count(len(templates), path)
     for text in templates.values():
         if len(text) > MAX_TEMPLATE_BYTES:
-            raise ConfigError(
-                f"{path}: chat_template has {len(text)} characters; a file of this kind has at most {MAX_TEMPLATE_BYTES}"
-            )
+            raise ConfigError(f"{path}: chat_template has {len(text)} characters; the limit is {MAX_TEMPLATE_BYTES}")
     return templates
 
 

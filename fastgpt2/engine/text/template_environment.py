@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import Extension, loopcontrols
-from jinja2.nodes import Scope
+from jinja2.nodes import Node, Scope
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
@@ -28,7 +28,7 @@ class GenerationTag(Extension):
 
     tags = {"generation"}  # noqa: RUF012 - a set of each class, as jinja2 declares it
 
-    def parse(self, parser: Parser) -> Scope:
+    def parse(self, parser: Parser) -> Node:
         line = next(parser.stream).lineno
         return Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
 
@@ -36,7 +36,8 @@ class GenerationTag(Extension):
 class PlainNamespace(Namespace):
     """A namespace without names that begin with an underscore, as those of Python's own workings do."""
 
-    def __init__(*args: Any, **named: Any) -> None:  # noqa: N805 - one of the names may be "self"
+    def __init__(*args: Any, **named: Any) -> None:
+        # One of the names may be "self".
         self, *rest = args
         given = dict(*rest, **named)
         _refuse_underscore(given)

@@ -30,11 +30,13 @@ class TrialProcess:
 
     Args:
         module: the name of the module, whose `main` calls `answer_questions`.
+
+    Attributes:
         first: a question that a new process gets before all others; None for none.
     """
 
     def __init__(self, module: str, first: Any = None) -> None:
-        self._module, self._first = module, first
+        self._module, self.first = module, first
         self._process: subprocess.Popen[bytes] | None = None
         self._stop: Any = None
 
@@ -61,8 +63,8 @@ class TrialProcess:
             self._process = self._start()
             # Not a method: with a reference to `self`, this object would live for ever.
             self._stop = weakref.finalize(self, _end, self._process)
-            if self._first is not None:
-                self._exchange(self._process, json.dumps(self._first).encode() + b"\n")
+            if self.first is not None:
+                self._exchange(self._process, json.dumps(self.first).encode() + b"\n")
         return self._exchange(self._process, line)
 
     @staticmethod
