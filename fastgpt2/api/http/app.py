@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from fastgpt2.api.http.access import Access
+from fastgpt2.api.http.chat import Chats
 from fastgpt2.api.http.completions import Completions
 from fastgpt2.api.http.generate import Generate
 from fastgpt2.api.http.jobs import Jobs
@@ -47,7 +48,8 @@ def create_app(
         BadRequest: the Redis URL cannot be used.
     """
     service = Service(redis_url, queue, bounds, stopping)
-    monitoring, completions = Monitoring(service), Completions(service, Models(service.driver, queue))
+    models = Models(service.driver, queue)
+    monitoring, completions, chats = Monitoring(service), Completions(service, models), Chats(service, models)
     generate, jobs = Generate(service), Jobs(service)
 
     @asynccontextmanager
@@ -62,6 +64,7 @@ def create_app(
         "/generate": {"POST": generate.generate},
         "/generate_stream": {"POST": generate.generate_stream},
         "/v1/completions": {"POST": completions.create},
+        "/v1/chat/completions": {"POST": chats.create},
         "/v1/models": {"GET": completions.list_models},
         "/v1/models/{model:path}": {"GET": completions.show_model},
         "/v1/jobs": {"GET": monitoring.jobs, "POST": jobs.create},

@@ -86,7 +86,7 @@ class CompletionRequest(OpenAIRequest):
         """
         # The log probabilities of a prompt come with the result only, and they must come first.
         streams = self.stream and self.prompt_logprobs is None
-        fields = self.job_fields(streams, max_new_tokens=self.max_tokens, min_new_tokens=self.min_tokens)
+        fields = self.job_fields(streams, max_new_tokens=self.max_tokens)
         return [plan_job(prompt, fields) for prompt in self.prompt]
 
 

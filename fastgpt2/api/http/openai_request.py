@@ -136,6 +136,7 @@ class OpenAIRequest(TextOptions):
         return {
             **{name: getattr(self, name) for name in alike if name != "prompt"},
             **self.guide()[1],
+            "min_new_tokens": self.min_tokens,
             "stream": streams,
             "stream_usage": streams and self.continues_usage,
             "result_ttl": RESULT_TTL_SECONDS,

@@ -14,6 +14,8 @@ from starlette.responses import Response
 
 from fastgpt2 import __version__
 from fastgpt2.api.client.enqueue import JobPlan
+from fastgpt2.api.http.chat import ChatBody, ChatChunkBody
+from fastgpt2.api.http.chat_request import ChatRequest
 from fastgpt2.api.http.completion_request import CompletionRequest
 from fastgpt2.api.http.completions import CompletionBody, ModelBody
 from fastgpt2.api.http.generate import MISPLACED, AnswerParameters, ChoiceParameters, GeneratedBody, TokenEvent
@@ -81,7 +83,8 @@ _PATH_PARAMETERS: dict[str, Object] = {
 }
 
 _ANSWERS = (
-    GeneratedBody, TokenEvent, CompletionBody, ModelBody, JobBody, TextEvent, EndEvent, InfoBody, ErrorObject,
+    GeneratedBody, TokenEvent, CompletionBody, ChatBody, ChatChunkBody, ModelBody, JobBody, TextEvent, EndEvent,
+    InfoBody, ErrorObject,
 )  # fmt: skip
 
 # A job in the list of the jobs that run and of the latest that have ended.
@@ -154,6 +157,7 @@ def _schemas() -> dict[str, Schema]:
         "OriginalRequest": object_schema({**generate, "stream": nullable(flag)}, ("inputs",), closed=True),
         "GenerateRequest": object_schema(generate, ("inputs",), closed=True),
         "CompletionRequest": body_schema(CompletionRequest, required=()),
+        "ChatRequest": body_schema(ChatRequest, required=("messages",)),
         "JobRequest": body_schema(JobPlan, required=("prompt",)),
     }
     return {
@@ -186,7 +190,9 @@ def _paths() -> Object:
 
 def _generating() -> dict[str, _Operation]:
     tokens, completion = _events("TokenEvent"), {**_json("Completion"), **_events("Completion")}
+    chat = {**_json("Chat"), **_events("ChatChunk")}
     page = {**_text("text/plain"), **_text("text/html")}
+    chatting = "Answer a chat, as OpenAI's API does, if the model has a chat template; `stream` as above"
     completing = "Continue prompts, as OpenAI's API does; with `stream`, as events that end with `[DONE]`"
     return {
         "GET /": _Operation("home", "`Ok` for a program; for a browser, a page that shows the pool", page),
@@ -214,6 +220,7 @@ def _generating() -> dict[str, _Operation]:
         "POST /v1/completions": _Operation(
             "create_completion", completing, completion, (*_RUNS, 404), "CompletionRequest"
         ),
+        "POST /v1/chat/completions": _Operation("create_chat_completion", chatting, chat, (*_RUNS, 404), "ChatRequest"),
         "GET /v1/models": _Operation("list_models", "The models that workers serve", _json("ModelList"), _REDIS),
         "GET /v1/models/{model}": _Operation("show_model", "One of them", _json("Model"), (404, *_REDIS)),
     }
@@ -273,7 +280,7 @@ def _events(*schemas: str) -> Object:
         "contentMediaType": "application/json",
         "contentSchema": {"anyOf": [reference(schema) for schema in (*schemas, "OpenAIError", "Error")]},
     }
-    if "Completion" in schemas:
+    if {"Completion", "ChatChunk"}.intersection(schemas):
         data = {"anyOf": [{"type": "string", "const": "[DONE]"}, data]}
     fields = {"data": data, "event": {"type": "string"}, "id": {"type": "string"}}
     each = {"type": "object", "properties": fields}
