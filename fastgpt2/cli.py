@@ -387,7 +387,14 @@ COMMANDS = {
     "generate": Command(
         "fastgpt2.commands.prompts:generate",
         "Load a model and continue a prompt, without a queue.",
-        (*settings.OF_LOAD, *settings.OF_REQUEST, settings.ESCAPE, settings.TIMINGS, settings.JSON),
+        (
+            *settings.OF_LOAD,
+            *settings.OF_CHAT,
+            *settings.OF_REQUEST,
+            settings.ESCAPE,
+            settings.TIMINGS,
+            settings.JSON,
+        ),
         Positional("prompt", "The text to continue."),
         details='For example: fastgpt2 generate --model demo --max-new-tokens 40 "Once upon a time".',
     ),

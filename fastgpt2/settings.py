@@ -165,6 +165,10 @@ DRAIN_TIMEOUT = duration(
 MAX_QUEUE: Setting[int | None] = Setting(
     "max_queue", "N", whole_number(1, 1 << 40), None, "Refuse new jobs while N jobs wait.", "no limit"
 )
+CHAT = flag("chat", "Take the prompt for a user's message, and print the model's answer; it takes a chat template.")
+SYSTEM: Setting[str | None] = Setting(
+    "system", "TEXT", str, None, "With --chat: a system message, before the user's.", "none"
+)
 PRIORITY = Setting(
     "priority", "NAME", one_of("high", "normal", "low"), "normal", "The priority in the queue: high, normal or low."
 )
@@ -345,6 +349,7 @@ OF_REQUEST: Settings = (
     MAX_NEW_TOKENS, STOP, STOP_TOKEN_IDS, IGNORE_EOS, MIN_NEW_TOKENS, TRUNCATE_PROMPT_TOKENS, LOGPROBS, ECHO,
     *OF_DRAW, *OF_SCORES, *OF_FORM,
 )  # fmt: skip
+OF_CHAT: Settings = (CHAT, SYSTEM)
 # Those that give texts, in which `ESCAPE` counts.
 OF_TEXT: Settings = (STOP, BAD_WORD, CHOICE)
 OF_LOAD: Settings = (*OF_MODEL, CHAT_TEMPLATE, *OF_ARITHMETIC, DRAFTS)
@@ -367,7 +372,7 @@ OF_WORKER: Settings = (*OF_LOAD, *OF_BATCH, *OF_QUEUE, DURABILITY, NAME, *OF_END
 OF_POOL = (*OF_WORKERS, *OF_QUEUE, DURABILITY, DRAIN_TIMEOUT, ALIVE_FILE, *OF_LOG)
 OF_ENDPOINT = (*OF_QUEUE, DURABILITY, *OF_ADDRESS, *OF_ANSWERS, LOG_LEVEL)
 OF_ENQUEUE: Settings = (
-    *OF_REQUEST, ESCAPE, PRIORITY, DEADLINE, *OF_QUEUE, DURABILITY, MAX_QUEUE, WAIT, STREAM, TIMEOUT, JSON,
+    *OF_CHAT, *OF_REQUEST, ESCAPE, PRIORITY, DEADLINE, *OF_QUEUE, DURABILITY, MAX_QUEUE, WAIT, STREAM, TIMEOUT, JSON,
 )  # fmt: skip
 OF_FILE: Settings = (
     OUTPUT,

@@ -222,9 +222,19 @@ def build_request(values: dict[str, Any]) -> GenerationRequest:
     """
     from fastgpt2.engine.decoding.records import GenerationRequest
 
-    request = GenerationRequest(values["prompt"], **request_fields(values))
+    if values["chat"]:
+        request = GenerationRequest(messages=_messages(values), **request_fields(values))
+    else:
+        if values["system"] is not None:
+            raise BadRequest("--system goes with --chat: a prompt that is continued has no system message")
+        request = GenerationRequest(values["prompt"], **request_fields(values))
     note_idle_options(request)
     return request
+
+
+def _messages(values: dict[str, Any]) -> tuple[dict[str, str], ...]:
+    user = {"role": "user", "content": values["prompt"]}
+    return (user,) if values["system"] is None else ({"role": "system", "content": values["system"]}, user)
 
 
 def note_idle_options(request: GenerationRequest) -> None:
@@ -294,6 +304,6 @@ def print_pieces(pieces: Iterable[Piece], values: dict[str, Any]) -> None:
 
 
 def _prompt_to_print(values: dict[str, Any]) -> str:
-    """Return the prompt of the command line; empty if there is none, or if the result's text begins with it."""
-    prompt: str = "" if values.get("echo") else values.get("prompt", "")
+    """Return the prompt of the command line; empty if there is none, if it is answered, or the text begins with it."""
+    prompt: str = "" if values.get("echo") or values.get("chat") else values.get("prompt", "")
     return prompt

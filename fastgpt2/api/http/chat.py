@@ -154,9 +154,10 @@ class Chats:
 async def _chunks(waiting: PendingJobs, chat: Chat, model: str) -> AsyncIterator[bytes]:
     """Yield the events: of each answer its role, then its pieces and its end."""
     request = chat.request
-    envelope: ChatChunkBody = {**_envelope(waiting.jobs[0].id, model), "object": "chat.completion.chunk", "choices": []}
-    if request.includes_usage:
-        envelope["usage"] = None
+    head = _envelope(waiting.jobs[0].id, model)
+    envelope: ChatChunkBody = {**head, "object": "chat.completion.chunk", "choices": [], "usage": None}
+    if not request.includes_usage:
+        del envelope["usage"]
     begun, appended = set[int](), AppendOnlyTexts()
     async for item in waiting.events():
         if item is None:
@@ -164,7 +165,7 @@ async def _chunks(waiting: PendingJobs, chat: Chat, model: str) -> AsyncIterator
             continue
         what = item[1]
         if isinstance(what, Piece):
-            index = what.choice_index - (request.choice_index)
+            index = what.choice_index - request.choice_index
             appended.add(index, what)
             for choice in _begin(index, begun, request.echoed):
                 yield event(_chunk(envelope, choice, None))

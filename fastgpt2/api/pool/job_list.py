@@ -106,7 +106,7 @@ def _parse_record(entry: bytes) -> dict[str, Any] | None:
 
 
 async def read_prompts(connection: Redis, job_ids: Sequence[str]) -> dict[str, str | list[int]]:
-    """Return the prompts of jobs by their ids: at most 200 characters of text, or at most 200 token ids.
+    """Return the prompts of jobs by their ids: at most 200 characters of text or of a chat, or at most 200 token ids.
 
     Left out are jobs that are gone, jobs whose entry cannot be read or has more than 64 KiB of arguments, and all jobs
     after the first hundred.
@@ -120,6 +120,11 @@ async def read_prompts(connection: Redis, job_ids: Sequence[str]) -> dict[str, s
     return {job_id: prompt for job_id, prompt in zip(ids, prompts, strict=True) if prompt is not None}
 
 
+def _write_chat(messages: Any) -> str:
+    """Return the messages of a chat as lines, the role of each before its content."""
+    return "\n".join(f"{message['role']}: {message.get('content')}" for message in messages)
+
+
 def _find_prompt(data: bytes) -> str | list[int] | None:
     """Return the prompt in a job's data. RQ keeps (function, instance, args, kwargs), packed by zlib or not."""
     inflater = zlib.decompressobj()
@@ -131,8 +136,8 @@ def _find_prompt(data: bytes) -> str | list[int] | None:
         plain = data
     try:
         _, _, args, kwargs = read(plain)
-        prompt = args[0] if args else kwargs["prompt"]
-    except (ValueError, TypeError, LookupError):
+        prompt = args[0] if args else _write_chat(kwargs["messages"]) if "messages" in kwargs else kwargs["prompt"]
+    except (ValueError, TypeError, LookupError, AttributeError):
         return None
     if isinstance(prompt, str):
         return prompt[:MAX_PROMPT_SHOWN]

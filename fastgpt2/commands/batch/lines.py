@@ -18,6 +18,7 @@ from fastgpt2.foreign_fields import take_known
 from fastgpt2.protocol.messages import job_to_kwargs
 
 if TYPE_CHECKING:
+    from fastgpt2.api.http.chat_request import Chat
     from fastgpt2.api.http.completion_request import Completion
 
 MAX_LINE_BYTES = 8 << 20
@@ -45,7 +46,7 @@ class Line:
     digest: str
     row: Mapping[str, Any] = field(default_factory=dict)
     number: int = 0
-    completion: Completion | None = None
+    completion: Completion | Chat | None = None
 
     @property
     def items(self) -> list[JobPlan] | list[JobPlan | BadRequest]:
