@@ -6,6 +6,7 @@
 
 The environment is that of `make_golden.py`, with jinja2. The tokenizer is GPT-2's own with the special tokens of
 `TOKENIZER_CONFIG`. For each template and chat there is the text and its ids, or `null` where transformers refuses it.
+For some there are also the tokens with which the shipped model goes on, greedily, until a token of `ENDS`.
 The templates, in `chat_templates/`, are written for this, each after a kind that is common on the hub.
 """
 
@@ -18,7 +19,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoTokenizer, GPT2LMHeadModel
 
 HERE = Path(__file__).resolve().parent
 
@@ -92,6 +94,32 @@ CHATS: dict[str, dict[str, Any]] = {
 OF_PARTS = {"parts": {"messages": PARTS, "add_generation_prompt": True}}
 
 
+# Of the shipped model: what ends an answer, by its generation_config.json, and who is asked.
+ENDS = [0, 14]
+ASKED = {"human-and-assistant": ("hello", "talk", "to be continued"), "tools-as-json": ("tools",)}
+NEW_TOKENS = 24
+
+
+def continuations() -> list[dict[str, Any]]:
+    """Return the tokens with which the shipped model goes on after some chats; two that are near a tie are none."""
+    folder = HERE.parent.parent / "fastgpt2" / "models" / "demo"
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), GPT2LMHeadModel.from_pretrained(folder)
+    found = []
+    for template, chats in ASKED.items():
+        for chat in chats:
+            ids = answer(tokenizer, TEMPLATES[template], CHATS[chat])["ids"]
+            made = model.generate(
+                torch.tensor([ids]), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=ENDS, pad_token_id=0,
+                output_logits=True, return_dict_in_generate=True,
+            )  # fmt: skip
+            for logits in made.logits:
+                first, second = logits[0].topk(2).values.tolist()
+                assert first - second > 1e-3, "a near tie: ask for another chat"
+            new = made.sequences[0][len(ids) :].tolist()
+            found.append({"template": template, "chat": chat, "ids": ids, "new": new})
+    return found
+
+
 def answer(tokenizer: Any, template: str, chat: dict[str, Any]) -> dict[str, Any] | None:
     """Return the text and the ids that transformers makes of a chat; None if it refuses the chat."""
     options = {name: value for name, value in chat.items() if name not in ("messages", "chat_template_kwargs")}
@@ -121,12 +149,18 @@ def main() -> None:
         "tokenizer_config": TOKENIZER_CONFIG,
         "special_texts": tokenizer.special_tokens_map,
         "chats": CHATS | OF_PARTS,
+        "ends": ENDS,
     }
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "chats.json"
     # A line for each case.
     head = json.dumps(golden, ensure_ascii=False, indent=1).removesuffix("\n}")
-    lines = ",\n".join(json.dumps(case, ensure_ascii=False) for case in cases)
-    path.write_text(f'{head},\n "cases": [\n{lines}\n]}}\n', "utf-8")
+    lists = {"cases": cases, "continuations": continuations()}
+    parts = [f' "{name}": [\n' + ",\n".join(map(to_json, rows)) + "\n ]" for name, rows in lists.items()]
+    path.write_text(",\n".join([head, *parts]) + "\n}\n", "utf-8")
+
+
+def to_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 if __name__ == "__main__":
