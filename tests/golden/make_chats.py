@@ -107,7 +107,9 @@ def continuations() -> list[dict[str, Any]]:
     found = []
     for template, chats in ASKED.items():
         for chat in chats:
-            ids = answer(tokenizer, TEMPLATES[template], CHATS[chat])["ids"]
+            asked = answer(tokenizer, TEMPLATES[template], CHATS[chat])
+            assert asked is not None
+            ids = asked["ids"]
             made = model.generate(
                 torch.tensor([ids]), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=ENDS, pad_token_id=0,
                 output_logits=True, return_dict_in_generate=True,

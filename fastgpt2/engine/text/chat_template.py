@@ -117,13 +117,13 @@ def load_chat_template(folder: Path, path: str | None = None) -> ChatTemplate:
             raise ConfigError(template.objection.removesuffix(f"; {_REMEDY}"))
         return template
     try:
-        sources, where = _find_sources(folder)
+        sources, where = find_sources(folder)
     except ConfigError as reason:
         return ChatTemplate({}, objection=f"{reason}; {_REMEDY}")
     return ChatTemplate(sources, str(where))
 
 
-def _find_sources(folder: Path) -> tuple[dict[str, str], Path]:
+def find_sources(folder: Path) -> tuple[dict[str, str], Path]:
     """Return the templates that a folder has, by their names, and the file or folder that has them."""
     single, several = folder / CHAT_TEMPLATE_FILE, folder / CHAT_TEMPLATE_FOLDER
     files = {_DEFAULT: single} if single.exists() else {}
