@@ -28,6 +28,7 @@ HEAVY = (
     "prometheus_client",
     "llvmlite",
     "llguidance",
+    "jinja2",
 )
 
 
@@ -96,6 +97,7 @@ COMMON = {
 }
 RECORDS = "engine.decoding.records"
 OPTIONS = "engine.decoding.options"
+CHAT_OPTIONS = "engine.decoding.chat_options"
 ROOMS: dict[str, set[str]] = {
     "engine.trust": set(),
     "engine.machine": {"engine.trust"},
@@ -115,10 +117,10 @@ ROOMS: dict[str, set[str]] = {
     "engine.engine": {"engine.loading", "engine.decoding"},
     "protocol": {RECORDS},
     "worker": {"protocol", "engine"},
-    "api.client": {"protocol", RECORDS},
+    "api.client": {"protocol", RECORDS, CHAT_OPTIONS},
     "api.pool": {"protocol"},
     "api.page": set(),
-    "api.http": {"api.client", "api.pool", "api.page", "protocol", RECORDS, OPTIONS},
+    "api.http": {"api.client", "api.pool", "api.page", "protocol", RECORDS, OPTIONS, CHAT_OPTIONS},
     "system": {"api.http", "worker", "protocol", "engine.model", "engine.machine"},
     "bench": {"engine"},
     "commands": {"api", "system", "worker", "protocol", "engine"},
@@ -130,6 +132,7 @@ FOREIGN = {
     "tokenizers": {"engine"},
     "safetensors": {"engine"},
     "llguidance": {"engine"},
+    "jinja2": {"engine"},
     "redis": {"protocol", "worker", "api", "system"},
     "rq": {"worker", "api"},
     "starlette": {"api.http"},

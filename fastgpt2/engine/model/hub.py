@@ -432,7 +432,7 @@ def _make_fetch(repo_id: str, revision: str) -> Fetch:
             raise reason.__cause__ or reason from None
         except EntryNotFoundError:
             return None
-        commit = path.parent.name  # snapshots/<commit>/<name>
+        commit = path.parents[name.count("/")].name  # snapshots/<commit>/<name>
         return path
 
     return fetch
