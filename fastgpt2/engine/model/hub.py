@@ -23,7 +23,6 @@ from fastgpt2.engine.model.config import (
     CONFIG_FILE,
     INDEX_FILE,
     NANOGPT_FILE,
-    PROCESSOR_TEMPLATE_FILE,
     SINGLE_FILE,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_EXTRAS,
@@ -294,7 +293,9 @@ def _collect_tokenizer(fetch: Fetch) -> Path | None:
     Without a `tokenizer.json` the class decides which of the others are read, so that all of them are fetched.
     """
     settings = {name: fetch(name) for name in (CONFIG_FILE, *TOKENIZER_EXTRAS)}
-    _collect_chat_templates(fetch, settings[TOKENIZER_CONFIG_FILE])
+    # Of the templates that stand in a folder beside the first, one alone is ever taken.
+    if fetch(CHAT_TEMPLATE_FILE) is not None:
+        fetch(f"{CHAT_TEMPLATE_FOLDER}/{TOOLS_TEMPLATE_FILE}")
     whole = fetch(TOKENIZER_FILE)
     if whole is not None:
         naming = filter(None, (settings[name] for name in (CONFIG_FILE, TOKENIZER_CONFIG_FILE)))
@@ -303,17 +304,6 @@ def _collect_tokenizer(fetch: Fetch) -> Path | None:
         return whole.parent
     paths = [[fetch(name) for name in names] for names in TOKENIZER_SETS]
     return next((first.parent for first, *others in paths if first is not None and all(others)), None)
-
-
-def _collect_chat_templates(fetch: Fetch, tokenizer_config: Path | None) -> None:
-    """Fetch the files that may have a chat template, unless the tokenizer's configuration has one.
-
-    Of the templates that stand in a folder beside the first, one alone is ever taken.
-    """
-    if fetch(CHAT_TEMPLATE_FILE) is not None:
-        fetch(f"{CHAT_TEMPLATE_FOLDER}/{TOOLS_TEMPLATE_FILE}")
-    elif tokenizer_config is None or "chat_template" not in read_small_json(tokenizer_config):
-        fetch(PROCESSOR_TEMPLATE_FILE)
 
 
 def _collect_weights(fetch: Fetch) -> bool:
