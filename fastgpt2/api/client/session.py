@@ -82,7 +82,7 @@ class Session:
         """
         yield from self.prepare()
         for plan in plans:
-            self.limits.check(plan.request)
+            self.limits.check(plan.request, plan.options.model)
         made = [
             enqueue_command(plan, self.queue, self.max_queue, key)
             for plan, key in zip(plans, keys or repeat(None, len(plans)), strict=True)
@@ -98,8 +98,8 @@ class Session:
             raise
         self.retries.answered = True
         outcomes = [
-            read_enqueue_reply(job_id, reply, self.queue, self.max_queue)
-            for (job_id, _), reply in zip(made, replies, strict=True)
+            read_enqueue_reply(job_id, reply, self.queue, self.max_queue, plan.options.model)
+            for (job_id, _), plan, reply in zip(made, plans, replies, strict=True)
         ]
         refusal = next((outcome for outcome in outcomes if isinstance(outcome, FastGPT2Error)), None)
         if refusal is None:
