@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
-from fastgpt2.errors import ModelUnknown
+from fastgpt2.errors import BadRequest, ModelUnknown
 from fastgpt2.fields import Field, is_same, one_of, plain, text, whole
 
 # --- Queues: for each priority a plain RQ queue, and beside it one for the jobs of each model that jobs name ---
@@ -51,6 +51,15 @@ def check_model_name(name: str, value: Any) -> Any:
 
 
 ModelName = Annotated[str, Field(_MODEL.schema, check_model_name)]
+
+
+def check_queue(name: str) -> str:
+    """Return the name of a pool's queue; raise BadRequest if no pool can have such a queue."""
+    if MODEL_MARK in name:
+        raise BadRequest(
+            f"the queue {name[:100]!r} has {MODEL_MARK} in its name, which stands before a model's name: take another"
+        )
+    return name
 
 
 def queue_of(name: str, priority: Priority, model: str | None = None) -> str:

@@ -23,7 +23,7 @@ from fastgpt2.protocol import keys
 from fastgpt2.protocol.connection import connect
 from fastgpt2.protocol.messages import STREAM_TTL_SECONDS, end_entry
 from fastgpt2.protocol.scripts import Script
-from fastgpt2.protocol.untrusted import JSONOnlySerializer, read_model_names
+from fastgpt2.protocol.untrusted import JSONOnlySerializer, check_replies, read_model_names
 from fastgpt2.worker.aftermath import complete, free_slot
 from fastgpt2.worker.fencing import IfRunning, Verdict, run_fenced
 from fastgpt2.worker.rq_job import GenerationJob, describe_error, fail_malformed
@@ -115,7 +115,10 @@ class Reaper:
 
     def _list_queues(self) -> list[Queue]:
         """Return all queues of the pool: whatever model the worker served, its jobs are in lists of one of these."""
-        models = read_model_names(self._connection.execute_command(*keys.list_models(self._queue)))  # type: ignore[no-untyped-call]
+        with self._connection.pipeline(transaction=False) as pipeline:
+            pipeline.execute_command(*keys.list_models(self._queue))  # type: ignore[no-untyped-call]
+            (found,) = check_replies(pipeline.execute(raise_on_error=False))
+        models = read_model_names(found)
         options: dict[str, Any] = {"job_class": GenerationJob, "serializer": JSONOnlySerializer}
         return [Queue(name, self._connection, **options) for name in keys.queues_of(self._queue, models)]
 

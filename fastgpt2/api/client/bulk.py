@@ -203,7 +203,8 @@ class BulkRun:
         session = self._session
         sent: dict[int, JobPlan] = {}
         jobs: list[SentJob] = []
-        for number, plan in plans:
+        for number, given in plans:
+            plan = session.limits.adapt(given)
             try:
                 session.limits.check(plan.request, plan.options.model)
             except BadRequest as error:

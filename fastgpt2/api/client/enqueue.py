@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, TypeAlias
 
 from rq.job import Job as RQJob
@@ -19,6 +19,7 @@ from fastgpt2.errors import BadRequest, IdempotencyMismatch, ModelUnknown, Promp
 from fastgpt2.fields import check_fields, whole
 from fastgpt2.foreign_fields import is_neutral, refuse_unknown, take_known
 from fastgpt2.protocol.keys import (
+    MODEL_FIELD,
     MODELS_FIELD,
     NAMED_ONLY_FIELD,
     QUEUES_KEY,
@@ -44,7 +45,7 @@ NO_OPTIONS = JobOptions()
 
 # For how long what the workers told of their models is relied on.
 MODEL_LIMITS_SECONDS = 30.0
-_LIMIT_FIELDS = ("n_positions", "longest_token_bytes", MODELS_FIELD, NAMED_ONLY_FIELD)
+_LIMIT_FIELDS = ("n_positions", "longest_token_bytes", MODEL_FIELD, MODELS_FIELD, NAMED_ONLY_FIELD)
 
 _ENQUEUE = Script(__file__, "enqueue")
 
@@ -295,6 +296,8 @@ class ModelLimits:
         self._fresh_until = 0.0
         # By the models' names; under None, of those that take jobs which name no model.
         self._limits: dict[str | None, ModelLimit] = {}
+        # The models of workers of earlier releases, which take jobs that name no model only.
+        self._unnamed: set[str] = set()
 
     def refresh(self, queue: str) -> Flow[None]:
         """Read the limits from the workers' own hashes, unless they were read just now."""
@@ -302,19 +305,31 @@ class ModelLimits:
             return
         workers = yield Command("smembers", (workers_key(queue),))
         asked = tuple(Command("hmget", (key, *_LIMIT_FIELDS)) for key in workers)
-        self._limits = {}
+        self._limits, self._unnamed = {}, set()
         for fields in (yield Pipeline(asked)) if asked else ():
             self._add(*fields)
         # Without a worker the next job asks again.
         self._fresh_until = time.monotonic() + MODEL_LIMITS_SECONDS if self._limits else 0.0
 
-    def _add(self, n_positions: Any, longest_token_bytes: Any, models: Any, named_only: Any) -> None:
-        """Add a worker, of whose fields an earlier release writes the first two."""
+    def _add(self, n_positions: Any, longest_token_bytes: Any, model: Any, models: Any, named_only: Any) -> None:
+        """Add a worker, of whose fields an earlier release writes the first three."""
         limit = ModelLimit(whole_number(n_positions) or 0, whole_number(longest_token_bytes) or 0)
         if not (limit.n_positions and limit.longest_token_bytes):
             return
         for name in (*read_model_list(models), *(() if named_only else (None,))):
             self._limits[name] = limit.including(self._limits.get(name, limit))
+        if models is None and isinstance(model, bytes):
+            self._unnamed.add(model.decode("utf-8", "replace"))
+
+    def adapt(self, plan: JobPlan) -> JobPlan:
+        """Return the plan as the live workers take it: workers of an earlier release know no jobs that name a model.
+
+        While such workers are all that serve the model, the job waits where theirs do, as it did in that release.
+        """
+        model = plan.options.model
+        if model in self._unnamed and model not in self._limits:
+            return replace(plan, options=replace(plan.options, model=None))
+        return plan
 
     def check(self, request: GenerationRequest, model: str | None = None) -> None:
         """Refuse what surely cannot fit: as no token is longer than the longest, a text has a least number of tokens.
