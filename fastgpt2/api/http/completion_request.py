@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from fastgpt2.api.client.enqueue import JobPlan, plan_job
@@ -28,12 +28,11 @@ from fastgpt2.engine.decoding.records import (
 from fastgpt2.errors import BadRequest, FastGPT2Error
 from fastgpt2.fields import Field, check_fields, described, fields_of, flag, only, optional, refusal, text
 from fastgpt2.foreign_fields import OPENAI_NAMES, SHOWN_CHARACTERS, find_unknown, sentence_for, take_known
-from fastgpt2.protocol.keys import PriorityField
+from fastgpt2.protocol.keys import MAX_MODEL_CHARACTERS, PriorityField
 
 # OpenAI's own.
 DEFAULT_MAX_TOKENS = 16
 MAX_PROMPTS = 256
-MAX_MODEL_CHARACTERS = 500
 
 # Over all prompts of a request: their texts, with log probabilities of each token, are in memory at once.
 MAX_TEXTS_OF_A_REQUEST = 1024
@@ -195,6 +194,7 @@ class CompletionRequest(TextOptions):
             "stream_usage": streams and self.continues_usage,
             "result_ttl": RESULT_TTL_SECONDS,
             "priority": self.priority,
+            "model": self.wanted_model,
         }
         return [plan_job(prompt, fields) for prompt in self.prompt]
 
@@ -211,6 +211,11 @@ class Completion:
     request: CompletionRequest
     plans: list[JobPlan]
     asked: list[tuple[str, Any]]
+
+    def without_model(self) -> Completion:
+        """Return the same with jobs that name no model."""
+        plans = [replace(plan, options=replace(plan.options, model=None)) for plan in self.plans]
+        return replace(self, plans=plans)
 
 
 def parse_completion(body: Mapping[str, Any]) -> Completion:
