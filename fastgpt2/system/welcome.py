@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from collections.abc import Sequence
@@ -37,8 +38,8 @@ def welcome(
             *([of_several] if len(models) > 1 or models[0].named_only else []),
             f"  endpoint  {address}/ in a browser, {address}/v1 for OpenAI's clients",
             f"  Redis     {_where_redis_is(redis_url, embedded)}",
-            f"  try       {_enqueue_line(values, redis_url)}",
-            f"            {_curl_line(values, address)}",
+            f"  try       {_enqueue_line(values, models[0], redis_url)}",
+            f"            {_curl_line(values, models[0], address)}",
             "Ctrl-C stops it.",
         ]
     )
@@ -80,7 +81,7 @@ def _where_redis_is(redis_url: str, embedded: bool) -> str:
     return shown
 
 
-def _enqueue_line(values: dict[str, Any], redis_url: str) -> str:
+def _enqueue_line(values: dict[str, Any], model: ServedModel, redis_url: str) -> str:
     variables = []
     variable, end = settings.REDIS_URL.variable, ""
     if not holds_secret(redis_url):
@@ -91,17 +92,21 @@ def _enqueue_line(values: dict[str, Any], redis_url: str) -> str:
         end = f"   # where {variable} is set as it is for up"
     if values["queue"] != settings.QUEUE.default:
         variables.append(f"{settings.QUEUE.variable}={shlex.quote(values['queue'])}")
-    return f"{' '.join([*variables, 'fastgpt2'])} enqueue --wait 'My name is'{end}"
+    named = f"--model {shlex.quote(model.names[0])} " if model.named_only else ""
+    return f"{' '.join([*variables, 'fastgpt2'])} enqueue --wait {named}'My name is'{end}"
 
 
-def _curl_line(values: dict[str, Any], address: str) -> str:
+def _curl_line(values: dict[str, Any], model: ServedModel, address: str) -> str:
     token = ""
     if values["token_file"]:
         file = shlex.quote(str(Path(values["token_file"]).absolute()))
         token = f' -H "Authorization: Bearer $(head -n 1 {file})"'
     elif settings.TOKEN.resolve() is not None:
         token = f' -H "Authorization: Bearer ${settings.TOKEN.variable}"'
-    return f'curl -s {shlex.quote(f"{address}/")}{token} -d \'{{"inputs": "My name is"}}\''
+    body: dict[str, Any] = {"inputs": "My name is"}
+    if model.named_only:
+        body["parameters"] = {"model": model.names[0]}
+    return f"curl -s {shlex.quote(f'{address}/')}{token} -d {shlex.quote(json.dumps(body))}"
 
 
 def _name_to_ask(values: dict[str, Any], http_url: str) -> str:

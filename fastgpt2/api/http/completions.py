@@ -27,7 +27,7 @@ from fastgpt2.api.http.responses import (
     error_object,
     event,
 )
-from fastgpt2.api.http.service import Models, PendingJobs, ServedModel, Service
+from fastgpt2.api.http.service import ModelCard, Models, PendingJobs, Service
 from fastgpt2.engine.decoding.options import ChoiceIndex, Seed
 from fastgpt2.engine.decoding.records import Count, GenerationResult, StopReason, TokenLogprob, Usage
 from fastgpt2.errors import FastGPT2Error, ModelUnknown
@@ -198,7 +198,7 @@ def _chunk(envelope: CompletionBody, choice: Choice, usage: Usage | None) -> Com
     return chunk
 
 
-def _model_body(name: str, model: ServedModel) -> ModelBody:
+def _model_body(name: str, model: ModelCard) -> ModelBody:
     return {
         "id": name,
         "object": "model",

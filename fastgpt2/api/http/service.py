@@ -318,7 +318,7 @@ class PendingJobs:
 
 
 @dataclass(frozen=True, slots=True)
-class ServedModel:
+class ModelCard:
     """A model by one of its names.
 
     Attributes:
@@ -331,7 +331,7 @@ class ServedModel:
 
 
 @dataclass(frozen=True, slots=True)
-class ServedModels:
+class PoolModels:
     """The models that live workers serve.
 
     Attributes:
@@ -342,7 +342,7 @@ class ServedModels:
             go without a name; whoever takes such jobs serves that model.
     """
 
-    by_name: dict[str, ServedModel]
+    by_name: dict[str, ModelCard]
     unnamed: str | None
     without_queue: frozenset[str]
 
@@ -353,23 +353,23 @@ class Models:
     def __init__(self, driver: AsyncDriver, queue: str) -> None:
         self._driver = driver
         self._queue = queue
-        self._known = ServedModels({}, None, frozenset())
+        self._known = PoolModels({}, None, frozenset())
         self._fresh_until = 0.0
 
-    async def read(self) -> ServedModels:
+    async def read(self) -> PoolModels:
         """Return the models, as they were read in the last seconds.
 
         Raises:
             QueueUnavailable
         """
         if time.monotonic() >= self._fresh_until:
-            self._known = await self._driver.run(read_served_models(self._queue))
+            self._known = await self._driver.run(read_pool_models(self._queue))
             # A pool without models may get its first one at any moment.
             self._fresh_until = time.monotonic() + MODELS_FRESH_SECONDS if self._known.by_name else 0.0
         return self._known
 
 
-def read_served_models(queue: str) -> Flow[ServedModels]:
+def read_pool_models(queue: str) -> Flow[PoolModels]:
     """Return the models that the workers of a pool serve."""
     keys = yield Command("smembers", (workers_key(queue),))
     asked = tuple(Command("hmget", (key, *_MODEL_FIELDS)) for key in sorted(keys)[:MAX_WORKERS])
@@ -377,7 +377,7 @@ def read_served_models(queue: str) -> Flow[ServedModels]:
     return _list_models([by_name(_MODEL_FIELDS, reply) for reply in replies])
 
 
-def _list_models(workers: Sequence[Mapping[str, Any]]) -> ServedModels:
+def _list_models(workers: Sequence[Mapping[str, Any]]) -> PoolModels:
     """Return the models of workers, of whose hashes these fields are known."""
     told: dict[str, list[Mapping[str, Any]]] = {}
     takers: Counter[str] = Counter()
@@ -389,14 +389,14 @@ def _list_models(workers: Sequence[Mapping[str, Any]]) -> ServedModels:
             takers[names[0]] += 1
     unnamed = min(takers, key=lambda name: (-takers[name], name), default=None)
     old = (name for name, serving in told.items() if not any(MODELS_FIELD in fields for fields in serving))
-    return ServedModels(
+    return PoolModels(
         {name: _describe(told[name]) for name in sorted(told, key=lambda name: (name != unnamed, name))},
         unnamed,
         frozenset(name for name in old if takers.keys() == {name}),
     )
 
 
-def _describe(workers: Sequence[Mapping[str, Any]]) -> ServedModel:
+def _describe(workers: Sequence[Mapping[str, Any]]) -> ModelCard:
     births = [int(epoch_seconds(fields.get("birth")) or 0) for fields in workers]
     positions = [told for fields in workers if (told := whole(fields.get("n_positions")))]
-    return ServedModel(max(0, min(births)), min(positions, default=None))
+    return ModelCard(max(0, min(births)), min(positions, default=None))

@@ -51,7 +51,7 @@ class OpenAILineReader(RawLineReader):
         timeout: the seconds from its enqueueing that each job may take.
 
     Attributes:
-        without_queue: see `fastgpt2.api.http.service.ServedModels`; empty while nobody knows the models.
+        without_queue: see `fastgpt2.api.http.service.PoolModels`; empty while nobody knows the models.
     """
 
     def __init__(self, options: Mapping[str, Any], priority: Priority, timeout: float | None) -> None:
