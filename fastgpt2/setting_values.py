@@ -14,6 +14,9 @@ from collections.abc import Callable
 # Room for indentation: of the schema itself, a request takes less.
 MAX_SCHEMA_FILE = 1 << 20
 
+# Of a model's name, as `protocol.keys.MAX_MODEL_CHARACTERS`.
+MAX_NAME_CHARACTERS = 500
+
 # Eleven days.
 MAX_SECONDS = 1_000_000
 
@@ -89,6 +92,24 @@ def yes_or_no(text: str) -> bool:
 def word(text: str) -> str:
     if not text or any(c.isspace() for c in text):
         raise ValueError("must be one word")
+    return text
+
+
+def served_names(text: str) -> tuple[str, ...]:
+    """Return the names of models that a text lists, each as NAME or as MODEL=NAME."""
+    names = tuple(part.strip() for part in text.split(","))
+    for name in names:
+        _, _, own = name.rpartition("=")
+        if not own or not own.isprintable() or any(c.isspace() for c in own):
+            raise ValueError("is not a list of names with commas between them; a name has no spaces")
+        if len(own) > MAX_NAME_CHARACTERS:
+            raise ValueError(f"holds a name of {len(own)} characters; the limit is {MAX_NAME_CHARACTERS}")
+    return names
+
+
+def queue(text: str) -> str:
+    if "@" in word(text):
+        raise ValueError("must be one word without @, which stands between the names of a queue and of a model")
     return text
 
 

@@ -16,8 +16,10 @@ from fastgpt2.setting_values import (
     number,
     one_of,
     one_text,
+    queue,
     schema,
     seconds,
+    served_names,
     size,
     size_or_none,
     token_ids,
@@ -33,6 +35,12 @@ MODEL = Setting(
     "model", "ID|PATH", str, "gpt2",
     "The model: an id on the hub such as gpt2-medium, a folder, or demo, the small model that comes with fastgpt2.",
 )
+MODELS: Setting[tuple[str, ...]] = Setting(
+    "model", "ID|PATH", one_text, ("gpt2",),
+    "The model: an id on the hub such as gpt2-medium, a folder, or demo, the small model that comes with fastgpt2. "
+    "Given several times, each model has --workers workers, and jobs that name no model go to the first.",
+    "gpt2", join=operator.add,
+)
 # Not by FASTGPT2_MODEL, which may be set for a pool that the batch is to be sent to.
 OWN_MODEL: Setting[str | None] = Setting(
     "model", "ID|PATH", str, None,
@@ -40,6 +48,24 @@ OWN_MODEL: Setting[str | None] = Setting(
     "or demo, the small model that comes with fastgpt2. The options of workers, such as --weights, go with it.",
     "none: a pool that runs already", variable_of="batch_model",
 )
+SERVED_MODEL_NAME: Setting[tuple[str, ...]] = Setting(
+    "served_model_name", "NAME", served_names, (),
+    "The name by which jobs ask for the model, instead of the model as it is given; of several names, given one by one "
+    "or with commas between them, the first is the one that is shown. With several models: MODEL=NAME.",
+    "the model as it is given", join=operator.add,
+)
+BATCH_MODEL_NAME: Setting[tuple[str, ...]] = Setting(
+    "served_model_name", "NAME", served_names, (),
+    "With --model: the name by which lines may ask for it, given as for fastgpt2 up. Without: the model of the running "
+    "pool that lines are for which name none.",
+    "the model as it is given; without --model, the pool's first", join=operator.add,
+    variable_of="batch_served_model_name",
+)
+JOB_MODEL: Setting[str | None] = Setting(
+    "model", "NAME", str, None, "The name of the model that the job is for, of those that the pool serves.",
+    "the pool's first", variable_of="job_model",
+)
+NAMED_ONLY = flag("named_only", "Take only jobs that name the model; those that name none are left to other workers.")
 REVISION: Setting[str | None] = Setting(
     "revision", "REV", str, None, "The branch, tag or commit of the model's repository on the hub.", "main"
 )
@@ -66,7 +92,7 @@ REDIS_URL = Setting(
 OWN_REDIS_URL: Setting[str | None] = Setting(
     "redis_url", "URL", str, None, "The Redis to use instead of an embedded one.", "an embedded Redis"
 )
-QUEUE = Setting("queue", "NAME", word, "fastgpt2", "The name of the RQ queue.")
+QUEUE = Setting("queue", "NAME", queue, "fastgpt2", "The name of the RQ queue.")
 WORKERS = Setting("workers", "N", whole_number(1, 1024), 2, "The number of worker processes.")
 OWN_WORKERS: Setting[int | None] = Setting(
     "workers", "N", whole_number(1, 1024), None, "The number of worker processes.",
@@ -335,6 +361,7 @@ OWN_LOG_LEVEL = Setting(
 
 # The settings of the commands, in the order in which `--help` shows them; first, groups that several commands share.
 OF_MODEL = (MODEL, REVISION, TOKENIZER, GENERATION_CONFIG)
+OF_NAMES = (SERVED_MODEL_NAME, NAMED_ONLY)
 OF_QUEUE = (REDIS_URL, QUEUE)
 OF_ARITHMETIC = (THREADS, BLAS, WEIGHTS)
 OF_BATCH = (MAX_BATCH, KV_MEMORY, PREFIX_MEMORY)
@@ -354,12 +381,14 @@ OF_CHAT: Settings = (CHAT, SYSTEM)
 OF_TEXT: Settings = (STOP, BAD_WORD, CHOICE)
 OF_LOAD: Settings = (*OF_MODEL, CHAT_TEMPLATE, *OF_ARITHMETIC, DRAFTS)
 OF_WORKERS = (
-    *OF_MODEL, CHAT_TEMPLATE, POOL_THREADS, BLAS, WEIGHTS, DRAFTS, *OF_BATCH, WORKERS, MAX_JOBS, MAX_GROWTH,
+    MODELS, *OF_NAMES, *OF_MODEL[1:], CHAT_TEMPLATE, POOL_THREADS, BLAS, WEIGHTS, DRAFTS, *OF_BATCH, WORKERS, MAX_JOBS,
+    MAX_GROWTH,
 )  # fmt: skip
 # Of a pool that a command starts for itself. Without the first, the others mean nothing there.
 OF_OWN_POOL: Settings = (
-    OWN_MODEL, *OF_MODEL[1:], CHAT_TEMPLATE, OWN_WORKERS, POOL_THREADS, BLAS, WEIGHTS, DRAFTS, *OF_BATCH, MAX_JOBS,
-    MAX_GROWTH, OWN_LOG_LEVEL,
+    OWN_MODEL, BATCH_MODEL_NAME, *OF_MODEL[1:], CHAT_TEMPLATE, OWN_WORKERS,
+    POOL_THREADS, BLAS, WEIGHTS, DRAFTS, *OF_BATCH, MAX_JOBS, MAX_GROWTH,
+    OWN_LOG_LEVEL,
 )  # fmt: skip
 OF_ADDRESS = (HOST, HOST_NAME, PORT, TOKEN_FILE, INSECURE)
 OF_ANSWERS = (TIMEOUT, BODY_TIMEOUT, KEEP_ALIVE, MAX_QUEUE, SHOW_PROMPTS)
@@ -368,11 +397,12 @@ OF_LOG = (LOG_PROMPTS, LOG_LEVEL)
 
 OF_REDIS = (REDIS_PORT, REDIS_DIR)
 OF_UP = (*OF_WORKERS, OWN_REDIS_URL, QUEUE, DURABILITY, *OF_ADDRESS, *OF_REDIS, DRAIN_TIMEOUT, *OF_ANSWERS, *OF_LOG)
-OF_WORKER: Settings = (*OF_LOAD, *OF_BATCH, *OF_QUEUE, DURABILITY, NAME, *OF_END, *OF_LOG)
+OF_WORKER: Settings = (MODEL, *OF_NAMES, *OF_LOAD[1:], *OF_BATCH, *OF_QUEUE, DURABILITY, NAME, *OF_END, *OF_LOG)
 OF_POOL = (*OF_WORKERS, *OF_QUEUE, DURABILITY, DRAIN_TIMEOUT, ALIVE_FILE, *OF_LOG)
 OF_ENDPOINT = (*OF_QUEUE, DURABILITY, *OF_ADDRESS, *OF_ANSWERS, LOG_LEVEL)
 OF_ENQUEUE: Settings = (
-    *OF_CHAT, *OF_REQUEST, ESCAPE, PRIORITY, DEADLINE, *OF_QUEUE, DURABILITY, MAX_QUEUE, WAIT, STREAM, TIMEOUT, JSON,
+    *OF_CHAT, *OF_REQUEST, ESCAPE, JOB_MODEL, PRIORITY, DEADLINE, *OF_QUEUE, DURABILITY, MAX_QUEUE, WAIT, STREAM,
+    TIMEOUT, JSON,
 )  # fmt: skip
 OF_FILE: Settings = (
     OUTPUT,

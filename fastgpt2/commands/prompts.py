@@ -116,6 +116,7 @@ def _status_text(status: dict[str, Any]) -> str:
         f"queue {queue['name']}: {waiting}; jobs: {jobs}",
         f"last minute: {rates['tokens_per_second']:.1f} tokens/s, {60 * rates['jobs_per_second']:.1f} jobs/min",
     ]
+    lines += _model_lines(status["by_model"])
     for worker in status["workers"]:
         count = worker["in_hand"]
         at_work = f" on {count} of up to {worker['max_batch']} jobs" if count else ""
@@ -132,6 +133,24 @@ def _status_text(status: dict[str, Any]) -> str:
     if not status["workers"]:
         lines.append("no workers; start some with `fastgpt2 up` or `fastgpt2 worker`")
     return "\n".join(lines)
+
+
+def _model_lines(by_model: dict[str, dict[str, Any]]) -> list[str]:
+    """Return a line for each name of a model; none if there is one, which workers serve: it would say nothing new."""
+    if len(by_model) < 2 and all(state["workers"] for state in by_model.values()):
+        return []
+    lines = []
+    for name, state in by_model.items():
+        count, depth, wait = state["workers"], state["depth"], state["oldest_wait_seconds"]
+        workers = "1 worker" if count == 1 else f"{count or 'no'} workers"
+        waiting = f"{depth} waiting by name" + ("" if wait is None else f", the first for {wait:.1f} s")
+        remedy = "" if count or not depth else "; a worker with --served-model-name of this name serves them"
+        done = state["totals"]
+        lines.append(
+            f"model {name}: {workers}, {waiting}, {state['in_hand']} in hand, {state['tokens_per_second']:.1f} "
+            f"tokens/s, {done['finished']} finished, {done['failed']} failed{remedy}"
+        )
+    return lines
 
 
 def _notes_by_worker(workers: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
@@ -157,7 +176,7 @@ def enqueue(values: dict[str, Any]) -> int:
     if values["stream"] and request.texts > 1:
         raise BadRequest(f"--stream prints one text as it comes, not {request.texts}; print them at the end by --wait")
     note_unprinted(values)
-    options = JobOptions(timeout=values["deadline"], stream=values["stream"])
+    options = JobOptions(timeout=values["deadline"], stream=values["stream"], model=values["model"])
     with Client(values["redis_url"], values["queue"], values["max_queue"], values["durability"]) as client:
         job = client.enqueue_request(request, options, priority=values["priority"])
         if values["stream"]:

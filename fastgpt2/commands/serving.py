@@ -13,11 +13,13 @@ def worker(values: dict[str, Any]) -> int:
     from fastgpt2.process import raise_open_file_limit, set_up_logging
     from fastgpt2.protocol.connection import connect
     from fastgpt2.protocol.server_check import refuse_unfit
+    from fastgpt2.system.served_model import read_served_models
     from fastgpt2.worker.liveness import AliveFile
     from fastgpt2.worker.recycling import Recycling
     from fastgpt2.worker.worker import GenerationWorker, log
 
     set_up_logging(values["log_level"])
+    (served,) = read_served_models(values)
     raise_open_file_limit()
     hold_to_one_thread()
     refuse_unfit(values["redis_url"], "worker", values["queue"])
@@ -50,6 +52,8 @@ def worker(values: dict[str, Any]) -> int:
         restarts=_number("FASTGPT2_RESTARTS") or 0,
         alive=AliveFile(values["alive_file"]) if values["alive_file"] else None,
         durability=values["durability"],
+        names=served.names,
+        named_only=served.named_only,
     ).work(burst=values["burst"])
     return 0
 

@@ -59,6 +59,7 @@ _MEANT = _by_name(
         "--repetition-penalty": "repeat-penalty rep-pen",
         "--restart": "force overwrite",
         "--seed": "random-seed s",
+        "--served-model-name": "a alias model-alias served-name",
         "--stop": "r reverse-prompt stop-sequence stop-sequences stop-string stop-strings stop-words stopword until",
         "--suppress-tokens": "banned-tokens ban-tokens",
         "--temperature": "temp",
@@ -207,6 +208,9 @@ def about_extra_words(others: Sequence[str], words: Sequence[str], name: str, co
             setting = options[before][0]
             return f"{before} takes no value such as {word!r}; write {setting.option}, or {setting.no_option}"
     if command.positional is None:
+        for before, _, word in zip(words, words[1:], words[2:], strict=False):
+            if before in options and options[before][0].join is not None and word in others:
+                return f"{word[:_SHOWN_CHARACTERS]!r} is one word too many: give {before} once for each value"
         return f"{others[0][:_SHOWN_CHARACTERS]!r} is one word too many: {command.usage(name)}"
     what = command.positional.name.upper()
     extra = f"{others[1][:_SHOWN_CHARACTERS]!r} is one word too many: {command.usage(name)}"

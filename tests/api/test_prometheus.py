@@ -19,7 +19,7 @@ from support.running import StartWorker, wait_until
 
 from fastgpt2 import Client
 from fastgpt2.api.pool.prometheus import render_metrics
-from fastgpt2.protocol.keys import TOTAL_FIELDS, recent_key, totals_key
+from fastgpt2.protocol.keys import TOTAL_FIELDS, model_totals_name, models_key, queue_of, recent_key, totals_key
 from fastgpt2.system.redis_server import RedisServer
 
 Read = Callable[..., tuple[str, bytes]]
@@ -115,6 +115,33 @@ def test_figures_written_by_hand(redis: Redis, client: Client, queue_name: str, 
     assert found["fastgpt2_queue_jobs", "high"] == found["fastgpt2_jobs", "queued"] == 1
     assert 0 < found["fastgpt2_queue_oldest_wait_seconds", "high"] < 60
     assert all(family.documentation for family in families(body))
+
+
+def test_figures_of_models_written_by_hand(redis: Redis, queue_name: str, read: Read) -> None:
+    """Two workers with a name in common, one of them silent; jobs that wait for a name that nobody serves."""
+    now: Any = redis.time()
+    for name, models, silent in (("a", '["big", "ours"]', 0), ("b", '["small", "ours"]', 60)):
+        fields: dict[Any, Any] = {"state": "busy", "models": models, "heard_at": now[0] - silent}
+        redis.hset(f"rq:worker:{name}-{queue_name}", mapping=fields)
+        redis.sadd(f"rq:workers:{queue_name}", f"rq:worker:{name}-{queue_name}")
+    redis.zadd(models_key(queue_name), {"big": 1000 * now[0] + 9000, "ours": 1000 * now[0] + 9000, 'a"b': 5})
+    redis.rpush(f"rq:queue:{queue_of(queue_name, 'high', 'a' + chr(34) + 'b')}", "x", "y")
+    counts: dict[Any, Any] = {"prompt_tokens": 5, "generated_tokens": 7, "ended:failed:timeout": 2}
+    redis.hset(totals_key(model_totals_name(queue_name, "big")), mapping=counts)
+    found = samples(read()[1])
+    of_model = {key[1:]: value for key, value in found.items() if key[0] == "fastgpt2_model_queue_jobs"}
+    assert of_model == {('a"b',): 2, ("big",): 0, ("ours",): 0, ("small",): 0}
+    assert found["fastgpt2_queue_jobs", "high"] == found["fastgpt2_jobs", "queued"] == 2
+    assert found["fastgpt2_model_oldest_wait_seconds", "big"] == 0
+    assert ("fastgpt2_model_oldest_wait_seconds", 'a"b') not in found, "the jobs do not say since when they wait"
+    workers = {key[1:]: value for key, value in found.items() if key[0] == "fastgpt2_model_workers" and value}
+    assert workers == {("big", "busy"): 1, ("ours", "busy"): 1, ("ours", "silent"): 1, ("small", "silent"): 1}
+    assert found["fastgpt2_model_tokens_total", "prompt", "big"] == 5
+    assert found["fastgpt2_model_tokens_total", "generated", "big"] == 7
+    assert found["fastgpt2_model_jobs_total", "big", "timeout", "failed"] == 2
+    assert openmetrics_families(read(OPENMETRICS)[1])
+    if shutil.which("promtool") is not None:
+        subprocess.run(["promtool", "check", "metrics"], input=read()[1], timeout=60, check=True)
 
 
 def test_openmetrics(redis: Redis, queue_name: str, read: Read) -> None:

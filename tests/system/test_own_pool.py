@@ -100,7 +100,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 @pytest.mark.processes
 def test_a_run_needs_no_pool_and_replaces_what_dies(start: Start) -> None:
     """Redis and the worker are killed on the way: all lines come all the same, and nothing is left."""
-    batch = start("--max-new-tokens", "60", "--in-flight", "2", lines=10)
+    batch = start("--max-new-tokens", "60", "--in-flight", "2", "--served-model-name", "mine", lines=10)
     pids = batch.wait_for_lines(2)
     assert len(pids) == 2, "Redis and a worker"
     (folder,) = batch.temporary.iterdir()
@@ -111,6 +111,7 @@ def test_a_run_needs_no_pool_and_replaces_what_dies(start: Start) -> None:
     assert len(batch.results()) == 10
     (text,) = {result["text"] for result in batch.results()}
     assert ENTRY["text"].startswith(text)
+    assert {result["model"] for result in batch.results()} == {"mine"}
     assert batch.left_behind() == []
     first, *others = batch.log.read_text().splitlines()
     assert READY in first
@@ -218,6 +219,10 @@ class TestWhichPool:
             (
                 ["--workers", "2", "--drafts", "off"],
                 "--workers, --drafts: this is for workers that the run starts itself",
+            ),
+            (
+                ["--served-model-name", "a,b"],
+                "without --model, --served-model-name is the model for lines that name none",
             ),
             (["--log-level", "info"], "--log-level: this is for workers that the run starts itself; give --model ID"),
             (["--model", "demo", "--durability", "replica"], "the Redis that --model starts has no replica"),

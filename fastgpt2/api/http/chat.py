@@ -18,7 +18,6 @@ from starlette.responses import Response
 from fastgpt2.api.client.outcome import unwrap
 from fastgpt2.api.client.reader import AppendOnlyTexts
 from fastgpt2.api.http.chat_request import EXAMPLE, Chat, parse_chat, translate_chat_error
-from fastgpt2.api.http.completions import unknown_model
 from fastgpt2.api.http.requests import read_object
 from fastgpt2.api.http.responses import JSON, KEEP_ALIVE, EventStream, error_object, event
 from fastgpt2.api.http.service import Models, PendingJobs, Service
@@ -33,7 +32,7 @@ from fastgpt2.api.http.text_answers import (
     usage_of,
 )
 from fastgpt2.engine.decoding.records import Count, GenerationResult, TokenLogprob, Usage
-from fastgpt2.errors import FastGPT2Error
+from fastgpt2.errors import FastGPT2Error, NoChatTemplate
 from fastgpt2.fields import one_of
 from fastgpt2.protocol.messages import Piece
 
@@ -122,11 +121,17 @@ class Chats:
     async def create(self, request: Request) -> Response:
         """Answer `POST /v1/chat/completions`."""
         chat = parse_chat(await read_object(request, self._service.bounds.body_timeout, EXAMPLE))
-        served = await self._models.read()
-        # Without a worker nobody knows the models: the job waits for a worker.
-        model = chat.request.wanted_model
-        if model is not None and served and model not in served:
-            raise unknown_model(model, served)
+        served, model = await self._models.read(), chat.request.wanted_model
+        # Who takes the job would say so too, but not before the jobs that wait before it have ended.
+        card = served.by_name.get(model or served.unnamed or "")
+        if card is not None and not card.chats:
+            raise NoChatTemplate(
+                f"the model {(model or served.unnamed or '')[:200]!r} has no chat template: continue prompts by POST "
+                "/v1/completions, or have its workers started with --chat-template FILE"
+            )
+        # The job carries the name to the model's queue, and is refused there if no worker serves it.
+        if model in served.without_queue:
+            chat = chat.without_model()
         if chat.request.stream:
             return EventStream(
                 self._events(request, chat), lambda error: event(error_object(error, openai=True)) + DONE
@@ -144,8 +149,7 @@ class Chats:
     ) -> AsyncIterator[tuple[Mapping[str, str], AsyncIterator[bytes]]]:
         try:
             async with self._service.submit(request, chat.plans, chat.asked) as waiting:
-                served = await self._models.read()
-                model = chat.request.wanted_model or next(iter(served), "")
+                model = chat.request.wanted_model or (await self._models.read()).unnamed or ""
                 yield job_header(waiting.jobs), _chunks(waiting, chat, model)
         except FastGPT2Error as error:
             raise translate_chat_error(error, chat.request) from None

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from fastgpt2.api.client.enqueue import JobPlan, plan_job
-from fastgpt2.api.http.openai_request import OpenAIRequest, in_order, take_fields, translate
+from fastgpt2.api.http.openai_request import OpenAIRequest, in_order, take_fields, translate, without_model
 from fastgpt2.engine.decoding.chat_options import Documents, Messages, TemplateValues, Tools
 from fastgpt2.engine.decoding.records import Logprobs, NewTokens
 from fastgpt2.errors import BadRequest, FastGPT2Error
@@ -131,6 +131,10 @@ class Chat:
     request: ChatRequest
     plans: list[JobPlan]
     asked: list[tuple[str, Any]]
+
+    def without_model(self) -> Chat:
+        """Return the same with a job that names no model."""
+        return replace(self, plans=without_model(self.plans))
 
 
 def parse_chat(body: Mapping[str, Any]) -> Chat:

@@ -8,7 +8,7 @@ client types it.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Annotated, Literal, NotRequired, TypedDict
 
@@ -26,7 +26,7 @@ from fastgpt2.api.http.responses import (
     error_object,
     event,
 )
-from fastgpt2.api.http.service import Models, PendingJobs, Service
+from fastgpt2.api.http.service import ModelCard, Models, PendingJobs, Service
 from fastgpt2.api.http.text_answers import (
     DONE,
     FINGERPRINT,
@@ -76,10 +76,13 @@ class CompletionBody(TypedDict):
 
 
 class ModelBody(TypedDict):
+    """A model by one of its names. As vLLM's, it tells how many tokens a prompt and its continuation may have."""
+
     id: str
     object: Literal["model"]
     created: Count
     owned_by: str
+    max_model_len: Count | None
 
 
 class Completions:
@@ -90,28 +93,27 @@ class Completions:
         self._models = models
 
     async def list_models(self, _request: Request) -> Response:
-        """Answer `GET /v1/models`."""
-        served = await self._models.read()
-        return JSON({"object": "list", "data": [_model_body(*pair) for pair in sorted(served.items())]})
+        """Answer `GET /v1/models`: with each name by which a request may ask for a model."""
+        served = (await self._models.read()).by_name
+        return JSON({"object": "list", "data": [_model_body(*pair) for pair in served.items()]})
 
     async def show_model(self, request: Request) -> Response:
         """Answer `GET /v1/models/{model}`."""
         name = request.path_params["model"]
-        served = await self._models.read()
+        served = (await self._models.read()).by_name
         if name not in served and f"/{name}" in served:
             name = f"/{name}"  # a folder, whose first slash was one too many in the path of the request
         if name not in served:
-            raise unknown_model(name, served)
+            raise ModelUnknown.among(name, served)
         return JSON(_model_body(name, served[name]))
 
     async def create(self, request: Request) -> Response:
         """Answer `POST /v1/completions`."""
-        completion = parse_completion(await read_object(request, self._service.bounds.body_timeout, EXAMPLE))
-        served = await self._models.read()
-        # Without a worker nobody knows the models: the job waits for a worker.
-        model = completion.request.wanted_model
-        if model is not None and served and model not in served:
-            raise unknown_model(model, served)
+        body = await read_object(request, self._service.bounds.body_timeout, EXAMPLE)
+        completion = parse_completion(body)
+        # The jobs carry the name to the model's queue, and are refused there if no worker serves it.
+        if completion.request.wanted_model in (await self._models.read()).without_queue:
+            completion = completion.without_model()
         if completion.request.stream:
             return EventStream(
                 self._events(request, completion), lambda error: event(error_object(error, openai=True)) + DONE
@@ -129,8 +131,7 @@ class Completions:
     ) -> AsyncIterator[tuple[Mapping[str, str], AsyncIterator[bytes]]]:
         try:
             async with self._service.submit(request, completion.plans, completion.asked) as waiting:
-                served = await self._models.read()
-                model = completion.request.wanted_model or next(iter(served), "")
+                model = completion.request.wanted_model or (await self._models.read()).unnamed or ""
                 yield job_header(waiting.jobs), _chunks(waiting, completion, _envelope(waiting.jobs[0].id, model))
         except FastGPT2Error as error:
             raise translate_error(error, completion.request) from None
@@ -173,13 +174,14 @@ def _chunk(envelope: CompletionBody, choice: Choice, usage: Usage | None) -> Com
     return chunk
 
 
-def unknown_model(name: str, served: Iterable[str]) -> ModelUnknown:
-    """Return the error for a model that no worker serves."""
-    return ModelUnknown(f"no worker serves the model {name[:200]!r}; served are: {', '.join(sorted(served)) or 'none'}")
-
-
-def _model_body(name: str, created: int) -> ModelBody:
-    return {"id": name, "object": "model", "created": created, "owned_by": "fastgpt2"}
+def _model_body(name: str, model: ModelCard) -> ModelBody:
+    return {
+        "id": name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "fastgpt2",
+        "max_model_len": model.n_positions,
+    }
 
 
 def completion_object(job_id: str, completion: Completion, results: Sequence[GenerationResult]) -> CompletionBody:

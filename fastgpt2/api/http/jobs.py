@@ -25,7 +25,7 @@ from fastgpt2.errors import BadRequest, FastGPT2Error, JobFailed, JobNotFound
 from fastgpt2.fields import fields_of, one_of, refusal
 from fastgpt2.foreign_fields import take_known
 from fastgpt2.protocol.connection import redis_errors
-from fastgpt2.protocol.keys import ATTEMPTS_FIELD, job_key, queues_of
+from fastgpt2.protocol.keys import ATTEMPTS_FIELD, is_queue_of, job_key
 from fastgpt2.protocol.messages import Piece, ResultObject, result_to_json
 from fastgpt2.protocol.untrusted import epoch_seconds, is_of_entry, text, whole
 
@@ -169,7 +169,7 @@ class Jobs:
         job_id: str = request.path_params["job_id"]
         with redis_errors(self._client.redis_url):
             origin = await self._origin_of(job_id)
-        if origin is None or origin.decode("utf-8", "replace") not in queues_of(self._client.queue_name):
+        if origin is None or not is_queue_of(self._client.queue_name, origin.decode("utf-8", "replace")):
             raise JobNotFound(f"no job {job_id[:100]!r}: it was never enqueued here, or its result has expired")
         return job_id
 

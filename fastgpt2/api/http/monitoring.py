@@ -39,7 +39,7 @@ T = TypeVar("T")
 class InfoBody(TypedDict):
     """The model and the limits, by the names that text-generation-inference 1 to 3 has had for them.
 
-    Where workers serve several models, these are those of the model that most of them serve.
+    Where workers serve several models, these are those of the model that has requests without a name.
     """
 
     model_id: str
@@ -177,7 +177,9 @@ class Monitoring:
 
 
 def _describe_model(workers: list[dict[str, Any]]) -> InfoBody:
-    """Return what is true for all workers, of those in `read_status`, that serve the most served model.
+    """Return what is true for all workers, of those in `read_status`, that serve the model of requests without a name.
+
+    If that is not one model, or no worker takes such requests, it is the model that most workers serve.
 
     Raises:
         NotReady: no worker tells of its model.
@@ -185,7 +187,8 @@ def _describe_model(workers: list[dict[str, Any]]) -> InfoBody:
     telling = [one for one in workers if one["state"] != SILENT and one["model"] and one["n_positions"]]
     if not telling:
         raise NotReady("no worker tells of its model yet: ask again in a second")
-    model = min(Counter(worker["model"] for worker in telling).items(), key=lambda pair: (-pair[1], pair[0]))[0]
+    takers = [worker for worker in telling if not worker["named_only"]] or telling
+    model = min(Counter(worker["model"] for worker in takers).items(), key=lambda pair: (-pair[1], pair[0]))[0]
     serving = [worker for worker in telling if worker["model"] == model]
     n_positions = min(worker["n_positions"] for worker in serving)
     weights = {worker["weights"] for worker in serving}

@@ -7,10 +7,11 @@ Sources: OpenAI's API reference, "Create completion" (the legacy one) and "Creat
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
+from fastgpt2.api.client.enqueue import JobPlan
 from fastgpt2.api.http import guides
 from fastgpt2.api.http.field_names import rename_fields
 from fastgpt2.api.http.guides import Guide
@@ -20,9 +21,7 @@ from fastgpt2.engine.decoding.records import GenerationRequest, KeptTokens, NewT
 from fastgpt2.errors import BadRequest, FastGPT2Error
 from fastgpt2.fields import Field, check_fields, described, fields_of, flag, only, optional, text
 from fastgpt2.foreign_fields import SHOWN_CHARACTERS, find_unknown, sentence_for, take_known
-from fastgpt2.protocol.keys import PriorityField
-
-MAX_MODEL_CHARACTERS = 500
+from fastgpt2.protocol.keys import MAX_MODEL_CHARACTERS, PriorityField
 
 # An hour is enough: the answer goes out at once.
 RESULT_TTL_SECONDS = 3600
@@ -141,6 +140,7 @@ class OpenAIRequest(TextOptions):
             "stream_usage": streams and self.continues_usage,
             "result_ttl": RESULT_TTL_SECONDS,
             "priority": self.priority,
+            "model": self.wanted_model,
             **own,
         }
 
@@ -154,6 +154,11 @@ def take_fields(body: Mapping[str, Any], known: Collection[str]) -> dict[str, An
     if (unknown := find_unknown(body, known)) is not None:
         raise BadField(unknown[:SHOWN_CHARACTERS], sentence_for(unknown, sorted(known)))
     return take_known(body, known)
+
+
+def without_model(plans: Sequence[JobPlan]) -> list[JobPlan]:
+    """Return the plans of the same jobs, which name no model."""
+    return [replace(plan, options=replace(plan.options, model=None)) for plan in plans]
 
 
 def in_order(given: Mapping[str, Any]) -> list[tuple[str, Any]]:

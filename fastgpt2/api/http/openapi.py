@@ -57,7 +57,7 @@ _STATUSES = {
     400: "The request is malformed, or asks for what cannot be done.",
     401: "No token, or a wrong one; `WWW-Authenticate` has `invalid_token` then.",
     403: "A page of another site asked; or, without a token, by a name that is not this machine's.",
-    404: "There is no such thing.",
+    404: "There is no such thing; or no worker serves the model that is named.",
     408: "The head or the body did not come in time.",
     409: "The job was cancelled.",
     413: "The body is too large.",
@@ -75,7 +75,7 @@ _WORDS = (
 _ANY = (401, 403, 500)
 _REDIS = (503,)
 _BODY = (400, 408, 413, 415)
-_ENQUEUES = (*_BODY, 422, 429, 503)
+_ENQUEUES = (*_BODY, 404, 422, 429, 503)
 _RUNS = (*_ENQUEUES, 409, 502, 504)
 _PATH_PARAMETERS: dict[str, Object] = {
     "{model}": {"type": "string", "minLength": 1},
@@ -217,10 +217,8 @@ def _generating() -> dict[str, _Operation]:
             _RUNS,
             "GenerateRequest",
         ),
-        "POST /v1/completions": _Operation(
-            "create_completion", completing, completion, (*_RUNS, 404), "CompletionRequest"
-        ),
-        "POST /v1/chat/completions": _Operation("create_chat_completion", chatting, chat, (*_RUNS, 404), "ChatRequest"),
+        "POST /v1/completions": _Operation("create_completion", completing, completion, _RUNS, "CompletionRequest"),
+        "POST /v1/chat/completions": _Operation("create_chat_completion", chatting, chat, _RUNS, "ChatRequest"),
         "GET /v1/models": _Operation("list_models", "The models that workers serve", _json("ModelList"), _REDIS),
         "GET /v1/models/{model}": _Operation("show_model", "One of them", _json("Model"), (404, *_REDIS)),
     }

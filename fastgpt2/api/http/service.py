@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 from starlette.requests import Request
 
@@ -19,6 +20,7 @@ from fastgpt2.api.client.outcome import Outcome, unwrap
 from fastgpt2.api.client.reader import JobReader
 from fastgpt2.api.http.requests import ClientGone
 from fastgpt2.api.http.watch import Watch
+from fastgpt2.api.pool.snapshot import read_models
 from fastgpt2.engine.decoding.records import GenerationResult
 from fastgpt2.errors import (
     BadRequest,
@@ -29,9 +31,9 @@ from fastgpt2.errors import (
     ServiceBusy,
     ServiceStopping,
 )
-from fastgpt2.protocol.keys import workers_key
+from fastgpt2.protocol.keys import CHAT_FIELD, MODEL_FIELD, MODELS_FIELD, NAMED_ONLY_FIELD, workers_key
 from fastgpt2.protocol.messages import Piece
-from fastgpt2.protocol.untrusted import epoch_seconds
+from fastgpt2.protocol.untrusted import by_name, epoch_seconds, whole
 
 log = logging.getLogger("fastgpt2.http")
 
@@ -56,6 +58,7 @@ MAX_KEY_CHARACTERS = 255
 # How long the list of models is used before it is read again, and the limit for workers that are asked for theirs.
 MODELS_FRESH_SECONDS = 5.0
 MAX_WORKERS = 1000
+_MODEL_FIELDS = (MODEL_FIELD, MODELS_FIELD, NAMED_ONLY_FIELD, CHAT_FIELD, "birth", "n_positions")
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,32 +317,89 @@ class PendingJobs:
                     raise event[1]
 
 
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """A model by one of its names.
+
+    Attributes:
+        created: since when a worker serves it, in seconds since 1970.
+        n_positions: the most tokens that a prompt and its continuation may have together; None if no worker tells.
+        chats: a worker of it has a chat template.
+    """
+
+    created: int
+    n_positions: int | None
+    chats: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PoolModels:
+    """The models that live workers serve.
+
+    Attributes:
+        by_name: under each name that a request may give, the model that has requests without a name first.
+        unnamed: the name of the model that has requests without a name, most of them if there are several such; None if
+            no worker takes such requests.
+        without_queue: names that only workers of earlier releases serve, which know no queues of models. Jobs for these
+            go without a name; whoever takes such jobs serves that model.
+    """
+
+    by_name: dict[str, ModelCard]
+    unnamed: str | None
+    without_queue: frozenset[str]
+
+
 class Models:
     """The models that live workers serve, read from the workers' own hashes in Redis."""
 
     def __init__(self, driver: AsyncDriver, queue: str) -> None:
         self._driver = driver
         self._queue = queue
-        self._known: dict[str, int] = {}
+        self._known = PoolModels({}, None, frozenset())
         self._fresh_until = 0.0
 
-    async def read(self) -> dict[str, int]:
-        """Return each model's id, and since when a worker serves it (seconds since 1970); the most served model first.
+    async def read(self) -> PoolModels:
+        """Return the models, as they were read in the last seconds.
 
         Raises:
             QueueUnavailable
         """
         if time.monotonic() >= self._fresh_until:
-            self._known = await self._driver.run(self._read())
+            self._known = await self._driver.run(read_pool_models(self._queue))
             # A pool without models may get its first one at any moment.
-            self._fresh_until = time.monotonic() + MODELS_FRESH_SECONDS if self._known else 0.0
+            self._fresh_until = time.monotonic() + MODELS_FRESH_SECONDS if self._known.by_name else 0.0
         return self._known
 
-    def _read(self) -> Flow[dict[str, int]]:
-        keys = yield Command("smembers", (workers_key(self._queue),))
-        asked = tuple(Command("hmget", (key, "model", "birth")) for key in sorted(keys)[:MAX_WORKERS])
-        births: dict[str, list[int]] = {}
-        for model, birth in (yield Pipeline(asked)) if asked else ():
-            if model:
-                births.setdefault(model.decode("utf-8", "replace"), []).append(max(0, int(epoch_seconds(birth) or 0)))
-        return {name: min(births[name]) for name in sorted(births, key=lambda name: (-len(births[name]), name))}
+
+def read_pool_models(queue: str) -> Flow[PoolModels]:
+    """Return the models that the workers of a pool serve."""
+    keys = yield Command("smembers", (workers_key(queue),))
+    asked = tuple(Command("hmget", (key, *_MODEL_FIELDS)) for key in sorted(keys)[:MAX_WORKERS])
+    replies = (yield Pipeline(asked)) if asked else ()
+    return _list_models([by_name(_MODEL_FIELDS, reply) for reply in replies])
+
+
+def _list_models(workers: Sequence[Mapping[str, Any]]) -> PoolModels:
+    """Return the models of workers, of whose hashes these fields are known."""
+    told: dict[str, list[Mapping[str, Any]]] = {}
+    takers: Counter[str] = Counter()
+    for fields in workers:
+        names = read_models(fields)
+        for name in names:
+            told.setdefault(name, []).append(fields)
+        if names and fields.get(NAMED_ONLY_FIELD) != b"1":
+            takers[names[0]] += 1
+    unnamed = min(takers, key=lambda name: (-takers[name], name), default=None)
+    old = (name for name, serving in told.items() if not any(MODELS_FIELD in fields for fields in serving))
+    return PoolModels(
+        {name: _describe(told[name]) for name in sorted(told, key=lambda name: (name != unnamed, name))},
+        unnamed,
+        frozenset(name for name in old if takers.keys() == {name}),
+    )
+
+
+def _describe(workers: Sequence[Mapping[str, Any]]) -> ModelCard:
+    births = [int(epoch_seconds(fields.get("birth")) or 0) for fields in workers]
+    positions = [told for fields in workers if (told := whole(fields.get("n_positions")))]
+    chats = any(fields.get(CHAT_FIELD) == b"1" for fields in workers)
+    return ModelCard(max(0, min(births)), min(positions, default=None), chats)

@@ -11,7 +11,7 @@ _FOLDER = Path(__file__).parent
 _STYLE = '<link rel="stylesheet" href="page.css">'
 _SCRIPT = '<script type="module" src="page.js"></script>'
 # The parts of one module. They share one scope: each uses what the parts before it declare.
-_SCRIPT_PARTS = ("words.js", "requests.js", "charts.js", "tables.js", "prompt.js", "page.js")
+_SCRIPT_PARTS = ("words.js", "requests.js", "charts.js", "tables.js", "models.js", "prompt.js", "page.js")
 
 
 def page() -> tuple[bytes, dict[str, str]]:

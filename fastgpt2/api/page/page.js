@@ -50,6 +50,7 @@ function show(status, jobs) {
   document.body.classList.remove("stale");
   showCharts(status);
   showTables(status, jobs);
+  showModels(status);
   const { workers } = status;
   const models = (status.models ?? []).join(", ");
   const waiting = `${whole(status.queue?.depth)}\u00a0waiting`;

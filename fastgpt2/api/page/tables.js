@@ -125,6 +125,7 @@ const RUNNING_SHOWN = 6; // at least, where jobs that have ended would fill the 
 const JOB_STATES = { queued: "waiting", started: "running", canceled: "cancelled" };
 
 let moment = 0; // the endpoint's clock at the last look, in seconds since 1970
+let modelsByWorker = new Map(); // empty if all workers have the same model
 
 const jobRows = new Rows(byId("jobs"), (job) => job.id, [
   { head: true, text: (job) => job.id.slice(0, 8), title: (job) => job.id, style: "id" },
@@ -140,7 +141,12 @@ const jobRows = new Rows(byId("jobs"), (job) => job.id, [
   { text: (job) => duration(job.queue_seconds), style: "number" },
   { text: (job) => duration(firstTokenOf(job)), style: "number" },
   { text: (job) => roughly(speedOf(job)), style: "number" },
-  { text: (job) => job.worker ?? UNKNOWN, title: (job) => job.worker, style: "name" },
+  {
+    text: (job) => job.worker ?? UNKNOWN,
+    note: (job) => modelsByWorker.get(job.worker),
+    title: (job) => job.worker,
+    style: "name",
+  },
   { text: (job) => (isNumber(job.ended_at) ? ago(moment - job.ended_at) : UNKNOWN), style: "number" },
   { control: makeCancelButton, showControl: showCancelButton, style: "control" },
 ]);
@@ -226,6 +232,8 @@ function showList(list, entries) {
 function showTables(status, jobs) {
   const { workers, totals } = status;
   moment = status.time ?? Date.now() / 1000;
+  modelsByWorker = new Map(workers.map((worker) => [worker.name, worker.model]));
+  if (new Set(modelsByWorker.values()).size < 2) modelsByWorker.clear();
   workerRows.show(workers);
   showList(byId("pool"), [
     ["memory", `${megabytes(total(workers, "private_bytes"))}\u00a0MB`],

@@ -26,8 +26,8 @@ MAX_ID_CHARACTERS = 256
 DIGEST_DIGITS = 16
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
-# What a line may have: the prompt and what it asks for, its time, and the caller's own name for it.
-_LINE_FIELDS = (*fields_of(GenerationRequest), "timeout", "id")
+# What a line may have: the prompt and what it asks for, of which model, its time, and the caller's own name for it.
+_LINE_FIELDS = (*fields_of(GenerationRequest), "model", "timeout", "id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +217,8 @@ def digest_of(data: bytes) -> str:
 
 def digest_of_plan(plan: JobPlan, line_id: str | int | None = None) -> str:
     """Return the digest of what a job asks for. The times and the priority do not change its result."""
-    determines = {**job_to_kwargs(plan.request, NO_OPTIONS), "id": line_id}
+    model = {} if plan.options.model is None else {"model": plan.options.model}
+    determines = {**job_to_kwargs(plan.request, NO_OPTIONS), **model, "id": line_id}
     return digest_of(json.dumps(determines, sort_keys=True).encode())
 
 

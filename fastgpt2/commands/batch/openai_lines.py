@@ -13,18 +13,17 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from fastgpt2.api.client.flow import Command, Flow, Pipeline
 from fastgpt2.api.client.outcome import Outcome, unwrap
 from fastgpt2.api.http.chat import chat_object
 from fastgpt2.api.http.chat_request import Chat, parse_chat, translate_chat_error
 from fastgpt2.api.http.completion_request import Completion, parse_completion, translate_error
-from fastgpt2.api.http.completions import completion_object, unknown_model
+from fastgpt2.api.http.completions import completion_object
 from fastgpt2.api.http.responses import BadField, error_object
 from fastgpt2.commands.batch.lines import Line, RawLineReader, decode_line, digest_of, parse_json
 from fastgpt2.commands.batch.records import Origin, Record, read_name
 from fastgpt2.engine.decoding.records import GenerationResult
 from fastgpt2.errors import BadRequest, FastGPT2Error
-from fastgpt2.protocol.keys import Priority, workers_key
+from fastgpt2.protocol.keys import Priority
 
 COMPLETIONS_URL, CHATS_URL = "/v1/completions", "/v1/chat/completions"
 _ID_PREFIX = "batch_req_"
@@ -55,14 +54,14 @@ class OpenAILineReader(RawLineReader):
         timeout: the seconds from its enqueueing that each job may take.
 
     Attributes:
-        served: the models that the pool serves; empty while nobody knows them.
+        without_queue: see `fastgpt2.api.http.service.PoolModels`; empty while nobody knows the models.
     """
 
     def __init__(self, options: Mapping[str, Any], priority: Priority, timeout: float | None) -> None:
         self._defaults = {_NAMES.get(name, name): value for name, value in options.items()}
         self._priority = priority
         self._timeout = timeout
-        self.served: Collection[str] = ()
+        self.without_queue: Collection[str] = ()
 
     def _line(self, raw: bytes, number: int) -> Line:
         row: dict[str, Any] = {"custom_id": None}
@@ -89,9 +88,8 @@ class OpenAILineReader(RawLineReader):
         completion = parse_completion(given) if url == COMPLETIONS_URL else parse_chat(given)
         if completion.request.stream:
             raise BadField("stream", "stream must be false or left out in a batch: a line has one answer")
-        model = completion.request.wanted_model
-        if model is not None and self.served and model not in self.served:
-            raise unknown_model(model, self.served)
+        if completion.request.wanted_model in self.without_queue:
+            completion = completion.without_model()
         plans = [replace(plan, options=replace(plan.options, timeout=self._timeout)) for plan in completion.plans]
         return replace(completion, plans=plans)
 
@@ -104,14 +102,6 @@ def _in_chats(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str
     if given.get("max_completion_tokens") is not None:
         own.pop("max_tokens", None)
     return own
-
-
-def served_models(queue: str) -> Flow[set[str]]:
-    """Return the models that the workers of a queue serve."""
-    keys = yield Command("smembers", (workers_key(queue),))
-    asked = tuple(Command("hget", (key, "model")) for key in sorted(keys))
-    replies = (yield Pipeline(asked)) if asked else ()
-    return {model.decode("utf-8", "replace") for model in replies if model}
 
 
 def looks_like_request(raw: bytes) -> bool:
