@@ -15,7 +15,7 @@ import pytest
 from redis import Redis
 from rq import Queue
 from rq.serializers import JSONSerializer
-from support.running import RunningEndpoint, StartEndpoint, StartWorker, wait_until
+from support.running import GOLDEN, RunningEndpoint, StartEndpoint, StartWorker, wait_until
 from support.turns import Turns, take_turns
 
 from fastgpt2 import Client, Engine, settings
@@ -254,6 +254,9 @@ def start_endpoint(redis_server: RedisServer, queue_name: str, tmp_path: Path) -
 @pytest.fixture(scope="session")
 def system() -> Iterator[System]:
     """The whole system, as `fastgpt2 up` runs it."""
-    values = settings.of_system(model="demo", workers="2", port="0", redis_port="0", log_level="warning")
+    template = str(GOLDEN / "chat_templates" / "human-and-assistant.jinja")
+    values = settings.of_system(
+        model="demo", workers="2", port="0", redis_port="0", log_level="warning", chat_template=template
+    )
     with System(values) as running:
         yield running

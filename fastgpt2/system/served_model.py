@@ -12,7 +12,7 @@ from fastgpt2.errors import BadRequest
 from fastgpt2.protocol.keys import MAX_MODELS_OF_WORKER
 
 # What says something of one model alone, and of several would not say of which.
-_OF_ONE_MODEL = (settings.REVISION, settings.TOKENIZER)
+_OF_ONE_MODEL = (settings.REVISION, settings.TOKENIZER, settings.CHAT_TEMPLATE)
 _SHOWN_CHARACTERS = 100
 
 

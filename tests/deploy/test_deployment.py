@@ -48,7 +48,7 @@ def test_images_are_built_of_pinned_versions_that_the_package_allows() -> None:
     assert not any("/" in line or "--" in line for line in lines), "names and versions, and no place to get them from"
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
     extras = project["project"]["optional-dependencies"]
-    wanted = project["project"]["dependencies"] + extras["guided"] + extras["mkl"] + extras["compact"]
+    wanted = project["project"]["dependencies"] + extras["chat"] + extras["guided"] + extras["mkl"] + extras["compact"]
     for text in (*wanted, *project["build-system"]["requires"]):
         requirement = Requirement(text)
         name = requirement.name.lower().replace("_", "-")
@@ -67,7 +67,13 @@ def test_an_image_brings_what_is_asked_for_and_nothing_else() -> None:
     for blas, mkl in (("openblas", []), ("mkl", extras["mkl"])):
         for compact, llvm in (("no", []), ("yes", extras["compact"])):
             done = requirements(blas, compact)
-            assert done.stdout.splitlines() == [*project["dependencies"], *extras["guided"], *mkl, *llvm]
+            assert done.stdout.splitlines() == [
+                *project["dependencies"],
+                *extras["chat"],
+                *extras["guided"],
+                *mkl,
+                *llvm,
+            ]
     for blas, compact, message in (
         ("atlas", "no", "BLAS=atlas: is neither openblas nor mkl"),
         ("mkl", "maybe", "COMPACT=maybe: is neither yes nor no"),

@@ -41,6 +41,7 @@ EXPECTED: dict[str, tuple[str, str | None, int, str]] = {
     "BadRequest": (WRONG, None, 400, "validation"),
     "BadField": (WRONG, None, 400, "validation"),
     "PromptTooLong": (WRONG, "context_length_exceeded", 400, "validation"),
+    "NoChatTemplate": (WRONG, "no_chat_template", 404, "validation"),
     "ModelUnknown": (WRONG, "model_not_found", 404, "validation"),
     "RequestTooLarge": (WRONG, "request_too_large", 413, "validation"),
     "UnsupportedEncoding": (WRONG, "unsupported_encoding", 415, "validation"),
@@ -233,7 +234,7 @@ def test_what_is_no_route_is_told_with_what_may_be_meant(system: System) -> None
     expected = {
         ("POST", "/completions"): "/v1/completions may be meant",
         ("POST", "/v1/v1/completions"): "/v1/completions may be meant",
-        ("POST", "/v1/chat/completions"): "/v1/completions may be meant",
+        ("GET", "/v1/chat/completions"): "this route takes POST",
         ("POST", "/v1/responses"): "/v1/completions may be meant",
         ("POST", "/v1/messages"): "/v1/completions may be meant",
         ("POST", "/api/chat"): "/v1/completions may be meant",
