@@ -36,6 +36,10 @@ from fastgpt2.errors import FastGPT2Error, NoChatTemplate
 from fastgpt2.fields import one_of
 from fastgpt2.protocol.messages import Piece
 
+# What clients of text-generation-inference send as the model, which has one model alone: huggingface_hub the first,
+# the others as that server's manual says.
+_STAND_INS = ("dummy", "tgi")
+
 FinishReasonField = Annotated[str, one_of("stop", "length")]
 
 
@@ -122,19 +126,22 @@ class Chats:
         """Answer `POST /v1/chat/completions`."""
         chat = parse_chat(await read_object(request, self._service.bounds.body_timeout, EXAMPLE))
         served, model = await self._models.read(), chat.request.wanted_model
+        if model in _STAND_INS and model not in served.by_name:
+            model = None
+        name = model or served.unnamed or ""
         # Who takes the job would say so too, but not before the jobs that wait before it have ended.
-        card = served.by_name.get(model or served.unnamed or "")
+        card = served.by_name.get(name)
         if card is not None and not card.chats:
             raise NoChatTemplate(
-                f"the model {(model or served.unnamed or '')[:200]!r} has no chat template: continue prompts by POST "
-                "/v1/completions, or have its workers started with --chat-template FILE"
+                f"the model {name[:200]!r} has no chat template: continue prompts by POST /v1/completions, or have its "
+                "workers started with --chat-template FILE"
             )
         # The job carries the name to the model's queue, and is refused there if no worker serves it.
-        if model in served.without_queue:
+        if model is None or model in served.without_queue:
             chat = chat.without_model()
         if chat.request.stream:
             return EventStream(
-                self._events(request, chat), lambda error: event(error_object(error, openai=True)) + DONE
+                self._events(request, chat, name), lambda error: event(error_object(error, openai=True)) + DONE
             )
         try:
             async with self._service.submit(request, chat.plans, chat.asked) as waiting:
@@ -145,11 +152,10 @@ class Chats:
 
     @asynccontextmanager
     async def _events(
-        self, request: Request, chat: Chat
+        self, request: Request, chat: Chat, model: str
     ) -> AsyncIterator[tuple[Mapping[str, str], AsyncIterator[bytes]]]:
         try:
             async with self._service.submit(request, chat.plans, chat.asked) as waiting:
-                model = chat.request.wanted_model or (await self._models.read()).unnamed or ""
                 yield job_header(waiting.jobs), _chunks(waiting, chat, model)
         except FastGPT2Error as error:
             raise translate_chat_error(error, chat.request) from None
