@@ -163,7 +163,7 @@ def test_keys_and_their_types_are_what_they_were(pool: dict[str, Any]) -> None:
 
 
 def test_a_worker_announces_what_it_announced_before(pool: dict[str, Any]) -> None:
-    added = {"notes", "heard_at", "fastgpt2_incarnation", "fastgpt2_pid_space", "models", "named_only"}
+    added = {"notes", "heard_at", "fastgpt2_incarnation", "fastgpt2_pid_space", "models", "named_only", "chat"}
     assert set(pool["worker"]) == set(POOL["worker"]) | added
     assert pool["worker"]["queues"].split(",") == queues_of(QUEUE, ["demo"])
     for name in ("model", "weights", "drafts", "threads", "n_positions", "longest_token_bytes", "state"):

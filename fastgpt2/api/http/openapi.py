@@ -158,7 +158,7 @@ def _schemas() -> dict[str, Schema]:
         "GenerateRequest": object_schema(generate, ("inputs",), closed=True),
         "CompletionRequest": body_schema(CompletionRequest, required=()),
         "ChatRequest": body_schema(ChatRequest, required=("messages",)),
-        "JobRequest": body_schema(JobPlan, required=("prompt",)),
+        "JobRequest": body_schema(JobPlan, required=()),
     }
     return {
         **with_named_objects(bodies),

@@ -113,7 +113,7 @@ def _check_part(name: str, part: Any) -> Object:
     if not isinstance(part, dict):
         raise refusal(name, 'an object, such as {"type": "text", "text": "Hello"}', part, of_type=True)
     kind = part.get("type")
-    if kind not in _TEXT_PARTS:
+    if not isinstance(kind, str) or kind not in _TEXT_PARTS:
         raise BadRequest(f"{name} is of the type {shown(kind)}; GPT-2 reads text alone: leave that part out")
     text = part.get(_TEXT_PARTS[kind])
     if not isinstance(text, str):
