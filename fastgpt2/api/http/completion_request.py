@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from fastgpt2.api.client.enqueue import JobPlan, plan_job
@@ -211,11 +211,6 @@ class Completion:
     request: CompletionRequest
     plans: list[JobPlan]
     asked: list[tuple[str, Any]]
-
-    def without_model(self) -> Completion:
-        """Return the same with jobs that name no model."""
-        plans = [replace(plan, options=replace(plan.options, model=None)) for plan in self.plans]
-        return replace(self, plans=plans)
 
 
 def parse_completion(body: Mapping[str, Any]) -> Completion:

@@ -338,13 +338,10 @@ class PoolModels:
         by_name: under each name that a request may give, the model that has requests without a name first.
         unnamed: the name of the model that has requests without a name, most of them if there are several such; None if
             no worker takes such requests.
-        without_queue: names that only workers of earlier releases serve, which know no queues of models. Jobs for these
-            go without a name; whoever takes such jobs serves that model.
     """
 
     by_name: dict[str, ModelCard]
     unnamed: str | None
-    without_queue: frozenset[str]
 
 
 class Models:
@@ -353,7 +350,7 @@ class Models:
     def __init__(self, driver: AsyncDriver, queue: str) -> None:
         self._driver = driver
         self._queue = queue
-        self._known = PoolModels({}, None, frozenset())
+        self._known = PoolModels({}, None)
         self._fresh_until = 0.0
 
     async def read(self) -> PoolModels:
@@ -388,12 +385,8 @@ def _list_models(workers: Sequence[Mapping[str, Any]]) -> PoolModels:
         if names and fields.get(NAMED_ONLY_FIELD) != b"1":
             takers[names[0]] += 1
     unnamed = min(takers, key=lambda name: (-takers[name], name), default=None)
-    old = (name for name, serving in told.items() if not any(MODELS_FIELD in fields for fields in serving))
-    return PoolModels(
-        {name: _describe(told[name]) for name in sorted(told, key=lambda name: (name != unnamed, name))},
-        unnamed,
-        frozenset(name for name in old if takers.keys() == {name}),
-    )
+    in_order = sorted(told, key=lambda name: (name != unnamed, name))
+    return PoolModels({name: _describe(told[name]) for name in in_order}, unnamed)
 
 
 def _describe(workers: Sequence[Mapping[str, Any]]) -> ModelCard:

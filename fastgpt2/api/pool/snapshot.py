@@ -159,7 +159,7 @@ async def read_snapshot(connection: Redis, queue: str, buckets: int = 0) -> Snap
     pipeline: Any = connection.pipeline(transaction=False)
     pipeline.time()
     pipeline.info("server")
-    pipeline.zrange(models_key(queue), 0, MAX_MODELS_OF_POOL - 1, desc=True, withscores=True)
+    pipeline.zrange(models_key(queue), -MAX_MODELS_OF_POOL, -1, withscores=True)
     pipeline.srandmember(workers_key(queue), MAX_WORKERS_SHOWN)
     pipeline.hmget(totals_key(queue), list(TOTAL_FIELDS))
     time, server, names, members, totals = check_replies(await pipeline.execute(raise_on_error=False))
