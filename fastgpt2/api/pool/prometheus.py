@@ -6,7 +6,7 @@ The figures are those that stand in Redis; Prometheus's own library writes them 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastgpt2 import __version__
@@ -16,6 +16,7 @@ from fastgpt2.protocol.untrusted import real, whole
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
+    from prometheus_client.registry import Collector
     from redis.asyncio import Redis
 
 WORKER_STATES = ("starting", "started", "suspended", "busy", "idle", keys.SILENT)
@@ -88,11 +89,14 @@ _WORKER_GAUGES = (
 )
 
 
-async def render_metrics(connection: Redis, queue: str, accept: str = "") -> tuple[str, bytes]:
+async def render_metrics(
+    connection: Redis, queue: str, accept: str = "", collectors: Sequence[Collector] = ()
+) -> tuple[str, bytes]:
     """Write the metrics of a pool in the format that Prometheus asks for.
 
     Args:
         accept: the request's header of that name. It names Prometheus's text format or OpenMetrics.
+        collectors: what else there is to tell.
 
     Returns:
         The content type, and the body.
@@ -101,7 +105,8 @@ async def render_metrics(connection: Redis, queue: str, accept: str = "") -> tup
     from prometheus_client.exposition import choose_encoder
 
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_PoolCollector(await read_snapshot(connection, queue)))
+    for collector in (_PoolCollector(await read_snapshot(connection, queue)), *collectors):
+        registry.register(collector)
     encode, content_type = choose_encoder(accept)
     return content_type, encode(registry)
 
