@@ -74,9 +74,9 @@ class Admission:
                 "running at once: send fewer in a request"
             )
         reserved = [part for one in zip(job_ids, map(_most_tokens, plans), strict=True) for part in one]
-        known = self._keys[0] if not keys else keys[0].redis_key
-        arguments = self._waiting or 0, self._per_minute or 0, int(bool(keys)), *reserved
-        reply = yield Command("execute_command", _ADMIT.command([*self._keys, known], arguments))
+        known = [] if not keys else [keys[0].redis_key]
+        arguments = *self._keys, self._waiting or 0, self._per_minute or 0, *reserved
+        reply = yield Command("execute_command", _ADMIT.command(known, arguments))
         verdict, jobs, tokens, debt = (float(one) for one in reply)
         self.room = Room(int(jobs), tokens)
         if verdict == 1:
@@ -104,7 +104,7 @@ class Admission:
     def release(self, job_ids: Sequence[str]) -> Flow[None]:
         """Give room back that was taken for jobs which were not enqueued."""
         if self.room is not None and job_ids:
-            yield Command("execute_command", _RELEASE.command(self._keys[:2], job_ids))
+            yield Command("execute_command", _RELEASE.command((), [*self._keys[:2], *job_ids]))
 
     def headers(self) -> dict[str, str]:
         """Return OpenAI's headers for the limits; empty if nothing is known.

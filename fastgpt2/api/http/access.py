@@ -90,6 +90,7 @@ class Access:
             assert self._tokens is not None
             state = scope.setdefault("state", {})
             state[TOKEN_STATE], state[TOKEN_NAME_STATE] = token, token.name
+            scope.setdefault("log_fields", {})["token"] = token.name
             send = _CountedAnswer(scope, send, token.name, self._tokens).send
         await self._app(scope, receive, send)
 
