@@ -1,5 +1,6 @@
 -- Give back the room within a token's limits that was taken for jobs which were not enqueued; see admit.lua.
 --
+-- KEYS: none, for the reason that admit.lua gives.
 -- ARGV: 1 the account; 2 the jobs that have room; 3 and on: the ids of the jobs.
 for i = 3, #ARGV do
     if redis.call("ZREM", ARGV[2], ARGV[i]) == 1 then
