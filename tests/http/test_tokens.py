@@ -400,28 +400,35 @@ def test_what_is_read_and_generated_is_counted(counted: tuple[TestClient, Token,
 
 
 def test_a_client_that_hangs_up_pays_for_what_was_generated(
-    counted: tuple[TestClient, Token, Redis], system: System, start_endpoint: StartEndpoint, tmp_path: Path
+    system: System, start_endpoint: StartEndpoint, tmp_path: Path
 ) -> None:
-    _, token, connection = counted
-    file = tmp_path / "tokens"
-    file.write_text(f"{token.name}:{ALICE}")
-    file.chmod(0o600)
+    """And under nohup, the terminal's end is none of the endpoint's: SIGHUP only has the file read again."""
+    name, file = f"t-{uuid.uuid4().hex[:8]}", tmp_path / "tokens"
+    file.write_text(f"{name}:{ALICE}")
     own = {"FASTGPT2_REDIS_URL": system.redis_url, "FASTGPT2_QUEUE": "fastgpt2", "FASTGPT2_TOKEN_FILE": str(file)}
-    endpoint = start_endpoint(**own)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        endpoint = start_endpoint(**own)
+    finally:
+        signal.signal(signal.SIGHUP, before)
     body = {"prompt": [1] * 3, "max_tokens": 480, "ignore_eos": True, "stream": True}
-    jobs = set(connection.keys("fastgpt2:stream:*"))
-    hang_up(
-        endpoint.url,
-        "/v1/completions",
-        body,
-        lambda: set(connection.keys("fastgpt2:stream:*")) - jobs,
-        **bearer(ALICE),
-    )
     key = token_totals_key("fastgpt2")
-    wait_until(lambda: connection.hget(key, f"{token.name}:generated_tokens"), "the tokens to be counted")
-    prompt, generated = connection.hmget(key, f"{token.name}:prompt_tokens", f"{token.name}:generated_tokens")
+    with Redis.from_url(system.redis_url) as connection:
+        streams = set(connection.keys("fastgpt2:stream:*"))
+        hang_up(
+            endpoint.url,
+            "/v1/completions",
+            body,
+            lambda: set(connection.keys("fastgpt2:stream:*")) - streams,
+            **bearer(ALICE),
+        )
+        wait_until(lambda: connection.hget(key, f"{name}:generated_tokens"), "the tokens to be counted")
+        prompt, generated = connection.hmget(key, f"{name}:prompt_tokens", f"{name}:generated_tokens")
     assert prompt == b"3"
     assert 1 <= int(generated or 0) <= 480
+    endpoint.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: "read again" in endpoint.log.read_text(), "the reading")
+    assert endpoint.process.poll() is None
 
 
 def test_a_minute_that_is_used_up_and_the_next_one(system: System) -> None:
@@ -503,19 +510,6 @@ def test_sighup_reads_the_tokens_again_and_the_end_of_the_terminal_still_ends(
     finally:
         process.kill()
         process.wait()
-
-
-def test_under_nohup_sighup_reads_the_tokens_again(start_endpoint: StartEndpoint, tmp_path: Path) -> None:
-    file = tmp_path / "tokens"
-    file.write_text(f"alice:{ALICE}")
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        endpoint = start_endpoint("--token-file", str(file))
-    finally:
-        signal.signal(signal.SIGHUP, before)
-    endpoint.process.send_signal(signal.SIGHUP)
-    wait_until(lambda: "read again" in endpoint.log.read_text(), "the reading")
-    assert endpoint.process.poll() is None
 
 
 @pytest.mark.processes
