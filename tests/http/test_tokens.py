@@ -99,7 +99,7 @@ def test_what_a_file_may_hold(content: str, expected: list[Token], tmp_path: Pat
         (f"alice:sha512:{'0' * 128}", "line 1: only the hash SHA-256 is known"),
         ("alice:$2y$05$abcdefghijklmnopqrstuv", "line 1: only the hash SHA-256 is known"),
         ("alice:{SSHA}abcdefghijklmnopqrstuv", "line 1: only the hash SHA-256 is known"),
-        (f"alice:{ALICE} rate=3", "line 1: behind the token may stand waiting=N and tokens_per_minute=N, no more"),
+        (f"alice:{ALICE} rate=3", "line 1: only waiting=N and tokens_per_minute=N may stand behind the token"),
         (f"alice:{ALICE} waiting=3 waiting=3", "line 1: waiting is given twice"),
         (f"alice:{ALICE} waiting=0", "line 1: waiting must be a whole number from 1 to 1000000"),
         (f"alice:{ALICE} waiting=-1", "line 1: waiting must be a whole number"),

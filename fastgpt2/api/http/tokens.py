@@ -256,7 +256,7 @@ def _parse_limits(words: Sequence[str]) -> dict[str, int]:
     for word in words:
         name, _, value = word.partition("=")
         if name not in _LIMITS:
-            raise BadRequest(f"behind the token may stand {' and '.join(f'{known}=N' for known in _LIMITS)}, no more")
+            raise BadRequest(f"only {' and '.join(f'{known}=N' for known in _LIMITS)} may stand behind the token")
         if name in limits:
             raise BadRequest(f"{name} is given twice; leave one out")
         if not re.fullmatch(r"[0-9]{1,12}", value) or not 1 <= int(value) <= _LIMITS[name]:
