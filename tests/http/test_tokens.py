@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import uuid
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -262,6 +264,12 @@ def test_so_many_jobs_of_a_token_wait_over_all_endpoints(
     metrics = limited[1].get("/metrics", headers=bearer(ALICE)).text
     assert 'fastgpt2_token_requests_total{status="429",token="alice"} 2.0' in metrics
     assert 'fastgpt2_token_tokens_total{kind="prompt",token="carol"} 0.0' in metrics
+
+
+def test_requests_that_come_at_once_share_the_room(limited: list[TestClient]) -> None:
+    with ThreadPoolExecutor(10) as threads:
+        asked = [threads.submit(enqueue, limited[number % 2], ALICE) for number in range(20)]
+    assert Counter(each.result().status_code for each in asked) == {202: 3, 429: 17}
 
 
 def test_a_request_of_several_prompts_is_let_in_as_a_whole(

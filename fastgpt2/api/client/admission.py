@@ -5,6 +5,7 @@ What was taken is given back by `admit.lua`, as it finds that jobs have ended.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ _RELEASE = Script(__file__, "release")
 
 # A text of English has about four bytes a token. How many it has, only a worker can tell.
 BYTES_PER_TOKEN = 4
+
+# What a chat that names no number of new tokens is taken to use: all of GPT-2's positions.
+CHAT_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +131,12 @@ class Admission:
 def _most_tokens(plan: JobPlan) -> int:
     """Return how many tokens a job may use: a guess for a prompt that is a text, and the most new ones of each text."""
     request = plan.request
+    messages = getattr(request, "messages", None)
+    if messages is not None:
+        # A template puts them into words. Without a number, a chat goes on as long as there is room.
+        read = len(json.dumps(messages, default=str)) // BYTES_PER_TOKEN
+        new = CHAT_TOKENS if request.max_new_tokens is None else request.max_new_tokens
+        return read + new * request.texts
     prompt = request.prompt
     read = len(prompt) if not isinstance(prompt, str) else -(-len(prompt.encode()) // BYTES_PER_TOKEN)
     new = request.default_new_tokens if request.max_new_tokens is None else request.max_new_tokens
