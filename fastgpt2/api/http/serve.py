@@ -31,8 +31,8 @@ def serve(values: dict[str, Any]) -> None:
     """
     import uvicorn
 
-    from fastgpt2.api.http.access import is_loopback, read_token, refuse_exposure
-    from fastgpt2.api.http.app import create_app
+    from fastgpt2.api.http.access import is_loopback, names_to_serve, read_token, refuse_exposure
+    from fastgpt2.api.http.app import Web, create_app
     from fastgpt2.api.http.connections import ACCEPTED_AT_ONCE, BoundedServer, Connection, limit_connections
     from fastgpt2.api.http.service import Bounds, log
     from fastgpt2.process import raise_open_file_limit, set_up_logging
@@ -42,7 +42,12 @@ def serve(values: dict[str, Any]) -> None:
     token = read_token(values["token_file"])
     refuse_exposure(values["host"], token, values["insecure"])
     refuse_unfit(values["redis_url"], "endpoint", values["queue"])
-    own_name = values["host"] if is_loopback(values["host"]) else values["host_name"]
+    web = Web(
+        names_to_serve(values["host"], values["host_name"], values["public_url"]),
+        values["allow_origin"],
+        values["public_url"],
+        values["trusted_proxy"],
+    )
     open_files = raise_open_file_limit()
     most = limit_connections(MAX_CONNECTIONS, open_files)
     app = create_app(
@@ -57,7 +62,7 @@ def serve(values: dict[str, Any]) -> None:
         ),
         lambda: server.should_exit,
         token,
-        own_name,
+        web,
         most,
     )
     server = BoundedServer(
@@ -68,6 +73,7 @@ def serve(values: dict[str, Any]) -> None:
             timeout_graceful_shutdown=SHUTDOWN_SECONDS,
             timeout_keep_alive=values["keep_alive"],
             server_header=False,
+            proxy_headers=False,  # `TrustedProxies` reads them, and believes nobody who is not named
             # Whatever else is installed: this loop, whose way to accept is known, and this parser, which bounds heads.
             # And no web sockets: the endpoint has none, and they would pass by `Access`.
             loop="asyncio",
@@ -87,6 +93,8 @@ def serve(values: dict[str, Any]) -> None:
         log.info("it listens on %s port %d", *bound.getsockname()[:2])
     if token is None and not is_loopback(values["host"]):
         log.warning("everybody who can reach %s may use this endpoint (--insecure)", values["host"])
+    if token is None and "*" in values["allow_origin"]:
+        log.warning("every web page that a browser on this machine opens may use this endpoint (--allow-origin *)")
     # A signal stops the server also before uvicorn listens for signals itself. And when uvicorn is done, it raises the
     # signal that stopped it once more: a clean stop would otherwise look like a death.
     for signum in (signal.SIGINT, signal.SIGTERM):
