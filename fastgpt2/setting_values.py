@@ -153,13 +153,11 @@ def networks(text: str) -> tuple[str, ...]:
     """Return the addresses and networks that a text holds, with commas or spaces between them."""
     from ipaddress import ip_network
 
-    found = []
-    for part in re.split(r"[\s,]+", text.strip(" \t\n,")):
-        try:
-            found.append(str(ip_network(part)))
-        except ValueError as reason:
-            raise ValueError(f"is no address or network, such as 127.0.0.1 or 10.0.0.0/8: {reason}") from None
-    return tuple(found)
+    parts = re.split(r"[\s,]+", text.strip(" \t\n,"))
+    try:
+        return tuple(str(ip_network(part, strict=False)) for part in parts)
+    except ValueError:
+        raise ValueError("is no address or network, such as 127.0.0.1 or 10.0.0.0/8, and no list of these") from None
 
 
 def delimiter(text: str) -> str:
