@@ -23,6 +23,7 @@ from fastgpt2.protocol.keys import (
     MODELS_FIELD,
     NAMED_ONLY_FIELD,
     QUEUES_KEY,
+    TOKEN_FIELD,
     Priority,
     PriorityField,
     models_key,
@@ -182,9 +183,12 @@ def _digest(text: str) -> str:
 
 
 def enqueue_command(
-    plan: JobPlan, queue: str, max_queue: int | None, key: IdempotencyKey | None = None
+    plan: JobPlan, queue: str, max_queue: int | None, key: IdempotencyKey | None = None, token: str | None = None
 ) -> tuple[str, Command]:
     """Return a new job's id and the command that enqueues the job; see `enqueue.lua` and `read_enqueue_reply`.
+
+    Args:
+        token: the name of the endpoint's token by which it is enqueued.
 
     It writes the fields that `rq.Queue.enqueue` writes (rq/queue.py: create_job, _prepare_for_queue, _persist_job).
 
@@ -209,6 +213,7 @@ def enqueue_command(
     )
     job.enqueued_at = now()
     fields = [part for pair in job.to_dict().items() if pair[1] is not None for part in pair]
+    fields += [] if token is None else [TOKEN_FIELD, token]
     counted = [queue_key(other) for other in queues_of(queue)]
     keys = [job.key, queue_key(name), QUEUES_KEY, *counted, job.key if key is None else key.redis_key]
     asked = "" if key is None else key.asked
