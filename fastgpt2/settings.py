@@ -92,7 +92,7 @@ OWN_REDIS_URL: Setting[str | None] = Setting(
     "redis_url", "URL", str, None, "The Redis to use instead of an embedded one.", "an embedded Redis"
 )
 QUEUE = Setting("queue", "NAME", queue, "fastgpt2", "The name of the RQ queue.")
-WORKERS = Setting("workers", "N", whole_number(1, 1024), 2, "The number of worker processes.")
+WORKERS = Setting("workers", "N", whole_number(1, 1024), 2, "The number of worker processes, for each --model.")
 OWN_WORKERS: Setting[int | None] = Setting(
     "workers", "N", whole_number(1, 1024), None, "The number of worker processes.",
     "as many as cores, divided by --threads; no more than --in-flight",
