@@ -92,6 +92,12 @@ def word(text: str) -> str:
     return text
 
 
+def queue(text: str) -> str:
+    if "@" in word(text):
+        raise ValueError("must be one word without @, which stands between the names of a queue and of a model")
+    return text
+
+
 def host_name(text: str) -> str:
     """Return the name of a host, without a scheme, a port or a path."""
     if "/" in text or re.fullmatch(r"[^:]*:\d*", text):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection
 from typing import Any
 
@@ -13,6 +14,7 @@ from fastgpt2.api.http.access import names_to_serve
 from fastgpt2.api.http.app import Web, create_app
 from fastgpt2.api.http.reference import Reference
 from fastgpt2.api.http.service import Bounds
+from fastgpt2.api.http.tokens import Token, Tokens
 from fastgpt2.errors import BadRequest
 from fastgpt2.setting import Setting
 
@@ -25,7 +27,8 @@ def ask_app(
     token: str | None = None, most: int = 4000, client: str = "127.0.0.1", at: str = "http://localhost", **web: Any
 ) -> TestClient:
     """Return a client of an endpoint whose Redis nobody asks."""
-    app = create_app("redis://127.0.0.1:1", "q", Bounds(), lambda: False, token, Web(**web), most)
+    tokens = None if token is None else Tokens([Token(hashlib.sha256(token.encode()).digest())])
+    app = create_app("redis://127.0.0.1:1", "q", Bounds(), lambda: False, tokens, Web(**web), most)
     return TestClient(app, base_url=at, client=(client, 1), raise_server_exceptions=False, follow_redirects=False)
 
 

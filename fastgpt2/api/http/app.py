@@ -28,6 +28,7 @@ from fastgpt2.api.http.proxies import PublicPath, TrustedProxies
 from fastgpt2.api.http.reference import Reference
 from fastgpt2.api.http.responses import handle_error, handle_unforeseen, respond
 from fastgpt2.api.http.service import Bounds, Models, Service
+from fastgpt2.api.http.tokens import Tokens
 from fastgpt2.errors import FastGPT2Error
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -67,7 +68,7 @@ def create_app(
     queue: str,
     bounds: Bounds,
     stopping: Callable[[], bool],
-    token: str | None = None,
+    tokens: Tokens | None = None,
     web: Web = Web(),
     most_connections: int = 4000,
 ) -> Starlette:
@@ -75,7 +76,7 @@ def create_app(
 
     Args:
         bounds, stopping: see `Service`.
-        token: see `Access`.
+        tokens: see `Access`.
         web: by which names and from which pages the endpoint may be asked.
         most_connections: how many the server holds. An eighth of them is for probes, and for requests that are refused.
 
@@ -83,7 +84,7 @@ def create_app(
         BadRequest: the Redis URL cannot be used.
     """
     service = Service(redis_url, queue, bounds, stopping)
-    monitoring, completions = Monitoring(service), Completions(service, Models(service.driver, queue))
+    monitoring, completions = Monitoring(service, tokens), Completions(service, Models(service.driver, queue))
     generate, jobs = Generate(service), Jobs(service)
     reference = Reference(web.public_url)
     public = urlsplit(web.public_url or "")
@@ -92,9 +93,12 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         async with service.run():
-            history = asyncio.create_task(monitoring.keep_history())
+            tasks = [asyncio.create_task(monitoring.keep_history())]
+            if tokens is not None:
+                tasks.append(asyncio.create_task(tokens.keep_fresh()))
             yield
-            history.cancel()
+            for task in tasks:
+                task.cancel()
 
     routes: dict[str, dict[str, Handler]] = {
         "/": {"GET": monitoring.home, "POST": generate.original},
@@ -125,8 +129,8 @@ def create_app(
             Middleware(LingeringClose),
             Middleware(Crowd, most=most_connections - most_connections // 8, refuse=respond),
             Middleware(RequestLog),
-            Middleware(OriginCheck, origins=origins, asks_token=token is not None, refuse=respond),
-            Middleware(Access, token=token, names=web.names, refuse=respond),
+            Middleware(OriginCheck, origins=origins, asks_token=tokens is not None, refuse=respond),
+            Middleware(Access, tokens=tokens, names=web.names, refuse=respond),
         ],
         exception_handlers={
             FastGPT2Error: handle_error,
