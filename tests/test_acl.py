@@ -29,7 +29,7 @@ from fastgpt2 import Client
 from fastgpt2.api.pool.job_list import read_latest, read_prompts
 from fastgpt2.api.pool.prometheus import render_metrics
 from fastgpt2.api.pool.status import check_readiness, read_status, record_depth
-from fastgpt2.errors import JobCancelled, QueueFull, RedisAccessDenied
+from fastgpt2.errors import JobCancelled, ModelUnknown, QueueFull, RedisAccessDenied
 from fastgpt2.protocol.connection import connect
 
 ENTRIES: list[dict[str, Any]] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"]
@@ -122,6 +122,11 @@ def test_a_client_and_a_worker_can_do_their_part(server: GuardedRedis, admin: Re
         for priority in ("high", "normal", "low"):
             job = client.enqueue(entry["prompt"], max_new_tokens=5, ignore_eos=True, priority=priority)
             assert list(job.result(timeout=20).token_ids) == entry["ids"][:5]
+        with Client(server.url_of("client"), max_queue=100) as bounded:
+            named = bounded.enqueue(entry["prompt"], max_new_tokens=5, ignore_eos=True, model="demo")
+            assert list(named.result(timeout=20).token_ids) == entry["ids"][:5]
+            with pytest.raises(ModelUnknown):
+                bounded.enqueue(entry["prompt"], model="other")
         with client.stream(entry["prompt"], max_new_tokens=20, ignore_eos=True) as stream:
             text = "".join(piece.text for piece in stream)
         assert stream.result is not None
@@ -138,11 +143,13 @@ def test_a_client_and_a_worker_can_do_their_part(server: GuardedRedis, admin: Re
     rq = Queue("fastgpt2", connection=admin, serializer=JSONSerializer)
     first = rq.enqueue(TASK, entry["prompt"], max_new_tokens=5)
     after = rq.enqueue(TASK, entry["prompt"], max_new_tokens=5, depends_on=first)
+    strayed = rq.enqueue(TASK, entry["prompt"], max_new_tokens=5, model="nobody's")
     failing = rq.enqueue(TASK, entry["prompt"], num_beams=4)
     limited = [rq.enqueue(TASK, "Once", max_new_tokens=2, rate_limit=RateLimit("limit", 1)) for _ in range(2)]
     endless = rq.enqueue(TASK, entry["prompt"], max_new_tokens=480, ignore_eos=True)
     wait_until(lambda: limited[1].get_status().value == "finished", "the job that waited for a slot to finish")
     wait_until(lambda: after.get_status().value == "finished", "the dependent job to finish")
+    wait_until(lambda: strayed.get_status().value == "failed", "the job of a model that nobody serves to fail")
     wait_until(lambda: failing.get_status().value == "failed", "the refused job to fail")
     if endless.get_status().value == "started":
         send_stop_job_command(admin, endless.id, serializer=JSONSerializer)

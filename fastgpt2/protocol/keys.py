@@ -261,6 +261,9 @@ MODEL_GRACE_SECONDS = 60.0
 # For how long a name is remembered that no worker serves any more: its queues may hold jobs, and results of jobs.
 MODEL_REMEMBERED_SECONDS = 7 * 24 * 3600
 
+# How long a pool without any worker remembers all names.
+MODELS_TTL_SECONDS = 90 * 24 * 3600
+
 
 def models_key(name: str) -> str:
     """Return the key of the sorted set of the models that a pool's workers serve, by the names that jobs may give.
