@@ -11,7 +11,10 @@ _FOLDER = Path(__file__).parent
 _STYLE = '<link rel="stylesheet" href="page.css">'
 _SCRIPT = '<script type="module" src="page.js"></script>'
 # The parts of one module. They share one scope: each uses what the parts before it declare.
-_SCRIPT_PARTS = ("words.js", "requests.js", "charts.js", "tables.js", "prompt.js", "page.js")
+_SCRIPT_PARTS = (
+    "words.js", "requests.js", "charts.js", "tables.js", "prompt.js", "job.js", "job_list.js", "views.js", "page.js",
+)  # fmt: skip
+_STYLE_PARTS = ("page.css", "jobs.css")
 
 
 def page() -> tuple[bytes, dict[str, str]]:
@@ -34,7 +37,7 @@ def page() -> tuple[bytes, dict[str, str]]:
 @cache
 def _document() -> tuple[bytes, str]:
     """Return the document and its Content-Security-Policy, which allows its own style and script by their hashes."""
-    style = _read("page.css")
+    style = "\n".join(_read(name) for name in _STYLE_PARTS)
     script = "\n".join(_read(name) for name in _SCRIPT_PARTS)
     document = _read("index.html")
     document = document.replace(_STYLE, f"<style>{style}</style>").replace(
