@@ -7,13 +7,14 @@ import base64
 import binascii
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fastgpt2.api.pool.stored import StoredJob, describe_failure, read_jobs, read_queues, shorten
 from fastgpt2.errors import BadRequest
 from fastgpt2.fields import refusal
-from fastgpt2.protocol.connection import redis_errors
+from fastgpt2.protocol.connection import connect_async, redis_errors
 from fastgpt2.protocol.keys import ATTEMPTS_FIELD, REGISTRY_PREFIXES, queue_key, registry_key
 from fastgpt2.protocol.untrusted import check_replies
 
@@ -29,6 +30,9 @@ _MAX_PROMPT = 200
 
 # A longer entry is no job's id.
 _MAX_ID_BYTES = 1000
+
+# The most jobs that are requeued at once; more take a second run.
+MAX_REQUEUED = 100_000
 
 # How many entries of one score are read to find where a page ended whose last job has left the set since.
 _MAX_SAME_SCORE = 1000
@@ -114,6 +118,31 @@ async def list_state(
     # In a thread, as it takes a while to look through a hundred pickles.
     jobs = await asyncio.to_thread(lambda: [describe(job, show_prompts) for job in found if job.status])
     return JobPage(jobs, more, total)
+
+
+async def read_failed_ids(redis_url: str, pool: str) -> tuple[list[str], int]:
+    """Return the ids of a pool's failed jobs, the latest first, at most `MAX_REQUEUED`; and how many there are.
+
+    An entry that is no text in UTF-8 is no job's id, and is left out.
+
+    Raises:
+        QueueUnavailable
+    """
+    connection = connect_async(redis_url)
+    found: list[str] = []
+    place: Place | None = None
+    try:
+        with redis_errors(redis_url):
+            queues = await read_queues(connection, pool)
+            while True:
+                places, total = await _read_registry(connection, "failed", queues, _MAX_SAME_SCORE, place)
+                for place in places:
+                    with suppress(UnicodeDecodeError):
+                        found.append(place.entry.decode("utf-8"))
+                if len(places) < _MAX_SAME_SCORE or len(found) >= MAX_REQUEUED:
+                    return found[:MAX_REQUEUED], total
+    finally:
+        await connection.aclose()
 
 
 async def _read_waiting(
