@@ -128,7 +128,7 @@ def read_arguments(name: str, words: Sequence[str]) -> argparse.Namespace:
         from fastgpt2.commands.suggestions import about_extra_words
 
         raise BadRequest(about_extra_words(others, words, name, command))
-    for word in others or [None]:
+    for word in (arguments.positional or [None]) if several else [arguments.positional]:
         _check_positional(name, word)
     return arguments
 
@@ -386,8 +386,8 @@ COMMANDS = {
         "Run jobs again: the named ones, or with --failed all that failed.",
         (settings.ALL_FAILED, *settings.OF_QUEUE, settings.DURABILITY, settings.MAX_QUEUE),
         Positional("job", "The id of a job that has ended.", optional=True, several=True),
-        "A failed job goes to the end of its queue under its own id, as `rq requeue` does. Of another that has ended, a "
-        "new job with the same request is enqueued, and its id is told; one that draws has the same seed, and so the "
+        "A failed job goes to the end of its queue under its own id, as `rq requeue` does. Of another that has ended, "
+        "a new job with the same request is enqueued, and its id is told; one that draws has the same seed, and so the "
         "same text. For example: fastgpt2 requeue --failed.",
     ),
     "batch": Command(
