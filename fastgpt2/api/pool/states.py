@@ -148,21 +148,26 @@ async def read_failed_ids(redis_url: str, pool: str) -> tuple[list[str], int]:
 async def _read_waiting(
     connection: Redis, _state: str, queues: Sequence[str], count: int, place: Place | None
 ) -> tuple[list[Place], int]:
-    """Return the places of waiting jobs, and how many wait in all."""
-    first = queues.index(place.queue) if place is not None and place.queue in queues else 0
-    starts = [0] * (len(queues) - first)
-    if place is not None and place.queue in queues:
-        starts[0] = int(min(max(place.score, 0), 2**53))
+    """Return the places of waiting jobs, and how many wait in all.
+
+    Each job is asked for by itself: an endpoint that is confined has no right to read a queue as a whole.
+    """
     pipeline: Any = connection.pipeline(transaction=False)
     for name in queues:
         pipeline.llen(queue_key(name))
-    for name, start in zip(queues[first:], starts, strict=True):
-        pipeline.lrange(queue_key(name), start, start + count - 1)
-    replies = check_replies(await pipeline.execute(raise_on_error=False))
-    found = []
-    for name, start, entries in zip(queues[first:], starts, replies[len(queues) :], strict=True):
-        found += [Place(float(start + at), name, entry) for at, entry in enumerate(entries or (), 1)]
-    return found[:count], sum(depth or 0 for depth in replies[: len(queues)])
+    depths = [depth or 0 for depth in check_replies(await pipeline.execute(raise_on_error=False))]
+    first = queues.index(place.queue) if place is not None and place.queue in queues else 0
+    start = int(min(max(place.score, 0), 2**53)) if place is not None and place.queue in queues else 0
+    wanted: list[tuple[str, int]] = []
+    for name, depth in zip(queues[first:], depths[first:], strict=True):
+        wanted += [(name, at) for at in range(start, min(depth, start + count - len(wanted)))]
+        start = 0
+    for name, at in wanted:
+        pipeline.lindex(queue_key(name), at)
+    entries = check_replies(await pipeline.execute(raise_on_error=False)) if wanted else []
+    # One that has been taken since is none.
+    found = zip(wanted, entries, strict=True)
+    return [Place(at + 1.0, name, entry) for (name, at), entry in found if entry is not None], sum(depths)
 
 
 async def _read_registry(
