@@ -5,7 +5,7 @@ A message names the thing, the limit and the remedy, so that it can be shown to 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 SHOWN_CHARACTERS = 60
 SHOWN_TOKEN_IDS = 12
 SHOWN_FIELDS = 5
+
+# How much of a model's name a message shows, and of how many models.
+SHOWN_NAME = 200
+SHOWN_NAMES = 10
 
 
 class FastGPT2Error(Exception):
@@ -92,6 +96,17 @@ class ModelUnknown(BadRequest):
     """Raised if the request names a model that no worker serves."""
 
     http_status = 404
+
+    @classmethod
+    def among(cls, model: str, served: Collection[str]) -> ModelUnknown:
+        """Return the error for a model that is not among those that workers serve."""
+        shown = ", ".join(sorted(name[:SHOWN_NAME] for name in served)[:SHOWN_NAMES])
+        more = f" and {len(served) - SHOWN_NAMES} more" if len(served) > SHOWN_NAMES else ""
+        remedy = "name one of these, or" if served else "first"
+        return cls(
+            f"no worker serves the model {model[:SHOWN_NAME]!r}; served are: {shown or 'none'}{more}; {remedy} start "
+            "a worker that serves it"
+        )
 
 
 class RequestTooLarge(BadRequest):

@@ -16,6 +16,7 @@ from fastgpt2.setting_values import (
     number,
     one_of,
     one_text,
+    queue,
     schema,
     seconds,
     size,
@@ -61,7 +62,7 @@ REDIS_URL = Setting(
 OWN_REDIS_URL: Setting[str | None] = Setting(
     "redis_url", "URL", str, None, "The Redis to use instead of an embedded one.", "an embedded Redis"
 )
-QUEUE = Setting("queue", "NAME", word, "fastgpt2", "The name of the RQ queue.")
+QUEUE = Setting("queue", "NAME", queue, "fastgpt2", "The name of the RQ queue.")
 WORKERS = Setting("workers", "N", whole_number(1, 1024), 2, "The number of worker processes.")
 OWN_WORKERS: Setting[int | None] = Setting(
     "workers", "N", whole_number(1, 1024), None, "The number of worker processes.",

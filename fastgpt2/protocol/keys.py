@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
-from fastgpt2.errors import ModelUnknown
+from fastgpt2.errors import BadRequest, ModelUnknown
 from fastgpt2.fields import Field, is_same, one_of, plain, text, whole
 
 # --- Queues: for each priority a plain RQ queue, and beside it one for the jobs of each model that jobs name ---
@@ -37,19 +37,29 @@ MAX_MODEL_CHARACTERS = 500
 MAX_MODELS_OF_WORKER = 16
 
 # The most names that a pool remembers: each has three queues, which are counted at each enqueueing with `max_queue`.
-MAX_MODELS_OF_POOL = 200
+MAX_MODELS_OF_POOL = 100
 
 _MODEL = text(1, MAX_MODEL_CHARACTERS)
 
 
-def _check_model(name: str, value: Any) -> Any:
+def check_model_name(name: str, value: Any) -> Any:
+    """Check a model's name, the value of the field `name`, as jobs and workers have it."""
     kept = _MODEL.check(name, value)
     if not kept.isprintable():  # also no text in UTF-8, if it has a lone surrogate
         raise ModelUnknown(f"no worker serves a model {kept[:100]!r}: names of models have printable characters only")
     return kept
 
 
-ModelName = Annotated[str, Field(_MODEL.schema, _check_model)]
+ModelName = Annotated[str, Field(_MODEL.schema, check_model_name)]
+
+
+def check_queue(name: str) -> str:
+    """Return the name of a pool's queue; raise BadRequest if no pool can have such a queue."""
+    if MODEL_MARK in name:
+        raise BadRequest(
+            f"the queue {name[:100]!r} has {MODEL_MARK} in its name, which stands before a model's name: take another"
+        )
+    return name
 
 
 def queue_of(name: str, priority: Priority, model: str | None = None) -> str:
@@ -101,8 +111,9 @@ EXECUTIONS_PREFIX = "rq:executions:"
 EXECUTION_PREFIX = "rq:execution:"
 
 STARTED_PREFIX = "rq:wip:"
-FAILED_PREFIX = "rq:failed:"
 CANCELED_PREFIX = "rq:canceled:"
+FINISHED_PREFIX = "rq:finished:"
+FAILED_PREFIX = "rq:failed:"
 DEFERRED_PREFIX = "rq:deferred:"
 SCHEDULED_PREFIX = "rq:scheduled:"
 # Jobs whose dependencies have finished, and which wait to be put into their queue.
@@ -110,7 +121,7 @@ READY_PREFIX = "rq:ready:"
 # The sorted sets of a queue's jobs in each state, by RQ's word for the state.
 REGISTRY_PREFIXES = {
     "started": STARTED_PREFIX,
-    "finished": "rq:finished:",
+    "finished": FINISHED_PREFIX,
     "failed": FAILED_PREFIX,
     "deferred": DEFERRED_PREFIX,
     "scheduled": SCHEDULED_PREFIX,
@@ -183,6 +194,12 @@ INCARNATION_FIELD = "fastgpt2_incarnation"
 PID_SPACE_FIELD = "fastgpt2_pid_space"
 VERSION_FIELD = "fastgpt2_version"
 
+# Fields of a worker's hash: the first name of its model; all its names, as a list in JSON; "1" if it takes no jobs but
+# those that name one of them.
+MODEL_FIELD = "model"
+MODELS_FIELD = "models"
+NAMED_ONLY_FIELD = "named_only"
+
 # What a worker's hash holds at most of the notes on its model.
 MAX_NOTES = 16
 MAX_NOTE_CHARACTERS = 400
@@ -198,12 +215,16 @@ def leases_key(name: str) -> str:
     return f"fastgpt2:leases:{name}"
 
 
+# Before a worker's name and, behind a colon, a queue's: see `claimed_key`.
+CLAIMED_PREFIX = "fastgpt2:taken:"
+
+
 def claimed_key(worker_name: str, queue_name: str) -> str:
     """Return the key of the list of the jobs of one RQ queue that a worker has claimed.
 
     A job stays in the list until its end is written.
     """
-    return f"fastgpt2:taken:{worker_name}:{queue_name}"
+    return f"{CLAIMED_PREFIX}{worker_name}:{queue_name}"
 
 
 def set_aside_key(queue_name: str) -> str:
@@ -250,6 +271,11 @@ def models_key(name: str) -> str:
     The score of a name is the moment, by Redis's clock, in ms, until which a live worker serves it.
     """
     return f"fastgpt2:models:{name}"
+
+
+def list_models(name: str) -> tuple[str | int, ...]:
+    """Return the words of the command that reads the names of `models_key`, those that are served last of all first."""
+    return "ZRANGE", models_key(name), 0, MAX_MODELS_OF_POOL - 1, "REV"
 
 
 def model_totals_name(name: str, model: str) -> str:

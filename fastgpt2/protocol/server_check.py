@@ -66,6 +66,7 @@ _COMMANDS: dict[Rights, str] = {
     ZCARD STARTED
     TYPE WORKER
     XADD WAKE * a b
+    ZRANGE MODELS 0 1
     LRANGE LATEST 0 1
     """,
     "worker": """
@@ -114,6 +115,8 @@ _COMMANDS: dict[Rights, str] = {
     ZRANGE STARTED 0 1
     ZRANGEBYSCORE STARTED 0 1
     ZREMRANGEBYSCORE STARTED 0 1
+    ZCOUNT LEASES 0 1
+    ZADD MODELS 1 x
     XADD STREAM * a b
     XTRIM RESULTS MAXLEN 1
     XREVRANGE RESULTS + - COUNT 1
@@ -266,6 +269,8 @@ def _commands(rights: Rights, queue: str) -> list[tuple[str, ...]]:
         "TOTALS": keys.totals_key(queue),
         "LATEST": keys.latest_key(queue),
         "CLAIMED": keys.claimed_key("check", queue),
+        "MODELS": keys.models_key(queue),
+        "LEASES": keys.leases_key(queue),
         "WAKE": keys.wake_key(queue),
         "LOCK": f"rq:scheduler-lock:{queue}",
         "CHANNEL": "rq:pubsub:check",

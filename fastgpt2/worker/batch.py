@@ -24,6 +24,7 @@ from fastgpt2.engine.decoding.records import (
     combine,
 )
 from fastgpt2.engine.network.gpt2 import PREFILL_ROWS_BESIDE
+from fastgpt2.errors import FastGPT2Error
 from fastgpt2.protocol.keys import SUSPECT_CRASHES
 from fastgpt2.protocol.messages import JobOptions, Piece, result_to_json
 from fastgpt2.protocol.untrusted import seconds_between
@@ -89,6 +90,7 @@ class Attempt:
         execution: RQ's record of the run; without an id until the job is started.
         began_at: when it began, on `time.monotonic`'s clock.
         number: how often the job has been started, this time included; 0 until it is started.
+        error: why the job is to be refused once it is started, if that is known before.
     """
 
     id: str
@@ -97,6 +99,7 @@ class Attempt:
     execution: Execution
     began_at: float
     number: int = 0
+    error: FastGPT2Error | None = None
 
     @property
     def waited_seconds(self) -> float:

@@ -21,7 +21,7 @@ from rq.utils import utcformat
 from fastgpt2.engine.decoding.records import RANDOM_SEED_BITS, GenerationRequest
 from fastgpt2.errors import BadRequest, FastGPT2Error, JobFailed
 from fastgpt2.protocol import untrusted
-from fastgpt2.protocol.keys import CRASHES_FIELD, job_key
+from fastgpt2.protocol.keys import CRASHES_FIELD, check_model_name, job_key
 from fastgpt2.protocol.messages import TASK, JobOptions, parse_job
 from fastgpt2.protocol.scripts import Script
 from fastgpt2.worker.entry_fields import MAX_DIGITS, check_fields
@@ -121,6 +121,16 @@ class GenerationJob(Job):
 
     def perform(self) -> Any:
         raise RuntimeError("a worker that runs many jobs performs none by itself")
+
+    @property
+    def model(self) -> str | None:
+        """The name of the model that the job is for; None if it names none, or what can be no name."""
+        try:
+            kwargs = self.kwargs
+            model = kwargs.get("model") if isinstance(kwargs, dict) else None
+            return None if model is None else str(check_model_name("model", model))
+        except (DeserializationError, BadRequest):  # `parse` says what is wrong
+            return None
 
     def parse(self) -> tuple[GenerationRequest, JobOptions]:
         """Return the validated request, with a seed if it draws.

@@ -404,7 +404,7 @@ class TestRequeue:
         unserved = fail(Queue(f"{queue.name}@nobody", connection=redis, serializer=JSONSerializer))
         status, code, message = refused(unserved.id)
         assert (status, code) == (404, "model_not_found")
-        assert "no worker serves 'nobody'" in message
+        assert "no worker serves the model 'nobody'; served are: none" in message
         damaged = client.enqueue("a")
         damaged.cancel()
         redis.hset(f"rq:job:{damaged.id}", "data", b"\xff\x00")

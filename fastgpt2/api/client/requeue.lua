@@ -3,12 +3,13 @@
 --
 -- KEYS: 1 the job's hash.
 -- ARGV: 1 the job's id; 2 the time, as RQ writes it; 3 the time in seconds since 1970; 4 how many jobs may wait, or 0 for
---       no limit; 5 the key of the pool's totals, where a refusal is counted; 6 the key of the pool's models; 7 for how
---       many ms after a model's last worker its jobs are taken; 8 and on: the plain queues of the pool.
+--       no limit; 5 the key of the pool's totals, where a refusal is counted; 6 the key of the names of models that are
+--       served; 7 and on: the plain queues of the pool.
 -- Returns {"requeued"}; {"limited", the key of RQ's rate limit, how many of its jobs may run}: the job waits for a slot;
---         {"missing"} if the pool has no such job; {"full", the number of waiting jobs}; {"unserved", the model};
---         {"ended", status, its queue} for one that has ended, but is not among the failed ones; {"active", status}.
+--         {"missing"} if the pool has no such job; {"full", the number of waiting jobs}; {"unserved", the model,
+--         the names that are served}; {"ended", status, its queue} for one that has ended, but is not among the failed ones; {"active", status}.
 -- include count
+-- include served_names
 local status, origin, ttl, limit, most = unpack(
     redis.call("HMGET", KEYS[1], "status", "origin", "ttl", "rate_limit_key", "rate_limit_concurrency"))
 if not status or not origin then
@@ -20,7 +21,7 @@ if mark then
     plain, model = string.sub(origin, 1, mark - 1), string.sub(origin, mark + 1)
 end
 local of_pool = false
-for i = 8, #ARGV do
+for i = 7, #ARGV do
     of_pool = of_pool or ARGV[i] == plain
 end
 if not of_pool then
@@ -33,18 +34,16 @@ local failed = "$FAILED_PREFIX" .. origin
 if not redis.call("ZSCORE", failed, ARGV[1]) then
     return {"ended", status, origin}
 end
-local now = redis.call("TIME")
-local milliseconds = now[1] * 1000 + math.floor(now[2] / 1000)
 if model then
-    local served_until = redis.call("ZSCORE", ARGV[6], model)
-    if not served_until or tonumber(served_until) + tonumber(ARGV[7]) < milliseconds then
-        return {"unserved", model}
+    local served = served_names(ARGV[6])
+    if not served[model] then
+        return {"unserved", model, unpack(served)}
     end
 end
 local room = tonumber(ARGV[4])
 if room > 0 then
-    local depth, models = 0, redis.call("ZRANGE", ARGV[6], 0, -1)
-    for i = 8, #ARGV do
+    local depth, models = 0, redis.pcall("ZRANGE", ARGV[6], 0, $MAX_MODELS_OF_POOL - 1, "REV")
+    for i = 7, #ARGV do
         depth = depth + redis.call("LLEN", "$QUEUE_PREFIX" .. ARGV[i])
         for _, other in ipairs(models) do
             depth = depth + redis.call("LLEN", "$QUEUE_PREFIX" .. ARGV[i] .. "$MODEL_MARK" .. other)

@@ -23,7 +23,6 @@ from fastgpt2.engine.decoding.records import GenerationResult
 from fastgpt2.errors import BadRequest, JobFailed, JobNotEnded, JobNotFound, ModelUnknown, QueueFull
 from fastgpt2.protocol.keys import (
     JOB_PREFIX,
-    MODEL_GRACE_SECONDS,
     PRIORITIES,
     QUEUE_PREFIX,
     RATE_LIMIT_PREFIX,
@@ -90,7 +89,7 @@ def requeue(session: Session, job_id: str) -> Flow[tuple[str, str]]:
     yield from session.durability.check()
     arguments = (
         job_id, utcformat(now()), current_timestamp(), session.max_queue or 0, totals_key(session.queue),
-        models_key(session.queue), int(1000 * MODEL_GRACE_SECONDS), *queues_of(session.queue),
+        models_key(session.queue), *queues_of(session.queue),
     )  # fmt: skip
     command = Command("execute_command", _REQUEUE.command([job_key(job_id)], arguments))
     missing = JobNotFound(f"no job {job_id[:100]!r}: it was never enqueued here, or its result has expired")
@@ -107,9 +106,7 @@ def requeue(session: Session, job_id: str) -> Flow[tuple[str, str]]:
         case "active":
             raise JobNotEnded(f"job {job_id} is {rest[0]}, so it runs anyway: wait for its end, or cancel it first")
         case "unserved":
-            raise ModelUnknown(
-                f"no worker serves {rest[0][:100]!r}, the model that job {job_id} names: start a worker with it first"
-            )
+            raise ModelUnknown.among(rest[0], rest[1:])
         case "full":
             raise QueueFull(session.queue, int(rest[0]), session.max_queue or 0)
         case "ended":

@@ -25,7 +25,7 @@ from fastgpt2.api.client.recovery import Recovery
 from fastgpt2.engine.decoding.records import GenerationResult
 from fastgpt2.errors import FastGPT2Error, JobLost, JobNotFound, RedisUnfit, ResultTimeout
 from fastgpt2.fields import refusal
-from fastgpt2.protocol.keys import job_key, queues_of, totals_key, workers_key
+from fastgpt2.protocol.keys import check_queue, job_key, model_of, models_key, queues_of, totals_key, workers_key
 from fastgpt2.protocol.messages import Piece
 from fastgpt2.protocol.scripts import Script
 
@@ -45,7 +45,7 @@ class Session:
         durability: what jobs must have reached before their enqueueing counts.
 
     Raises:
-        BadRequest: `max_queue` is no number of jobs, or there is no such durability.
+        BadRequest: `max_queue` is no number of jobs, no pool can have such a queue, or there is no such durability.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Session:
         if max_queue is not None and (not isinstance(max_queue, int) or isinstance(max_queue, bool) or max_queue < 1):
             raise refusal("max_queue", "a whole number from 1, or None for no limit", max_queue)
         self.redis_url = redis_url or settings.REDIS_URL.resolve()
-        self.queue = queue or settings.QUEUE.resolve()
+        self.queue = check_queue(queue) if queue else settings.QUEUE.resolve()
         self.max_queue = settings.MAX_QUEUE.resolve() if max_queue is None else max_queue
         self.durability = Durability(durability, self.redis_url)
         self.retries = Retries()
@@ -81,8 +81,9 @@ class Session:
             NotDurable: they are enqueued, and Redis did not confirm in time that they are as durable as asked for.
         """
         yield from self.prepare()
+        plans = [self.limits.adapt(plan) for plan in plans]
         for plan in plans:
-            self.limits.check(plan.request)
+            self.limits.check(plan.request, plan.options.model)
         made = [
             enqueue_command(plan, self.queue, self.max_queue, key)
             for plan, key in zip(plans, keys or repeat(None, len(plans)), strict=True)
@@ -98,8 +99,8 @@ class Session:
             raise
         self.retries.answered = True
         outcomes = [
-            read_enqueue_reply(job_id, reply, self.queue, self.max_queue)
-            for (job_id, _), reply in zip(made, replies, strict=True)
+            read_enqueue_reply(job_id, reply, self.queue, self.max_queue, plan.options.model)
+            for (job_id, _), plan, reply in zip(made, plans, replies, strict=True)
         ]
         refusal = next((outcome for outcome in outcomes if isinstance(outcome, FastGPT2Error)), None)
         if refusal is None:
@@ -198,13 +199,28 @@ class Session:
 
     def timeout_error(self, reader: JobReader, timeout: float | None) -> Flow[FastGPT2Error]:
         """Return what to raise when the caller waits no longer: it says where the job stands."""
-        asked = Command("hget", (job_key(reader.id), "status")), Command("scard", (workers_key(self.queue),))
-        status, workers = yield Bounded(Pipeline(asked), time.monotonic() + EXPLANATION_SECONDS)
+        asked = Command("hmget", (job_key(reader.id), "status", "origin")), Command("scard", (workers_key(self.queue),))
+        until = time.monotonic() + EXPLANATION_SECONDS
+        (status, origin), workers = yield Bounded(Pipeline(asked), until)
         if status is None and reader.is_missed(time.monotonic()):
             return JobLost(f"job {reader.id} is gone from Redis without an end; enqueue it again if it is still wanted")
         status = decode_status(reader.id, status)
         hint = "" if workers else f"; no worker listens on the queue {self.queue!r}: start `fastgpt2 up`"
+        model = model_of((origin or b"").decode("utf-8", "replace"))
+        if workers and model is not None and not (yield from self._is_served(model, until)):
+            hint = f"; no worker serves the model {model!r} any more: start one that does"
         return ResultTimeout(f"job {reader.id} is {status}, no result within {timeout:g} s{hint}")
+
+    def _is_served(self, model: str, until: float) -> Flow[bool]:
+        """Tell whether a live worker serves a model, by the clock of Redis; True if that cannot be read."""
+        from redis.exceptions import ResponseError
+
+        asked = Command("zrange", (models_key(self.queue), 0, -1, False, True)), Command("time")
+        try:
+            names, (seconds, _) = yield Bounded(Pipeline(asked), until)
+        except ResponseError:
+            return True
+        return any(name == model.encode() and score >= 1000 * seconds for name, score in names)
 
 
 def cancel_command(job_id: str, queue: str) -> Command:

@@ -12,6 +12,7 @@ from fastgpt2.errors import BadRequest, FastGPT2Error, JobStopped, JobTimedOut, 
 from fastgpt2.protocol.keys import (
     ATTEMPTS_FIELD,
     CRASHES_FIELD,
+    MAX_MODELS_OF_POOL,
     PRIORITIES,
     Priority,
     model_of,
@@ -23,7 +24,7 @@ from fastgpt2.protocol.keys import (
 from fastgpt2.protocol.messages import TASK, job_fields
 from fastgpt2.protocol.scripts import Script
 from fastgpt2.protocol.stored_jobs import Call, hide_prompt, read_call, read_failure, split_failure
-from fastgpt2.protocol.untrusted import MAX_PAYLOAD_BYTES, check_replies, epoch_seconds, text, whole
+from fastgpt2.protocol.untrusted import MAX_PAYLOAD_BYTES, check_replies, epoch_seconds, read_model_names, text, whole
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -103,9 +104,9 @@ class StoredJob:
 async def read_queues(connection: Redis, name: str) -> list[str]:
     """Return the RQ queues of a pool, with those of the models that it remembers."""
     pipeline: Any = connection.pipeline(transaction=False)
-    pipeline.zrange(models_key(name), 0, -1)
+    pipeline.zrange(models_key(name), 0, MAX_MODELS_OF_POOL - 1, desc=True)
     (models,) = check_replies(await pipeline.execute(raise_on_error=False))
-    return queues_of(name, [model.decode("utf-8", "replace") for model in models or ()])
+    return queues_of(name, read_model_names(models))
 
 
 async def read_jobs(connection: Redis, ids: Sequence[bytes], most_data: int = MAX_PAYLOAD_BYTES) -> list[StoredJob]:
