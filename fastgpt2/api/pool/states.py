@@ -185,11 +185,11 @@ async def _read_registry(
     for name, key in zip(queues, keys, strict=True):
         pipeline.zcard(key)
         if place is None:
-            pipeline.zrange(key, 0, count - 1, desc=True, withscores=True)
+            _add_from(pipeline, key, "+inf", count)
         elif name == place.queue:
             is_behind = True
             if rank is not None:
-                pipeline.zrange(key, rank + 1, rank + count, desc=True, withscores=True)
+                _add_from(pipeline, key, "+inf", count, rank + 1)
             else:
                 _add_from(pipeline, key, repr(place.score), _MAX_SAME_SCORE)
         else:
@@ -205,8 +205,9 @@ async def _read_registry(
     return [one for _, _, one in found[:count]], sum(size or 0 for size in replies[::2])
 
 
-def _add_from(pipeline: Any, key: str, score: str, count: int) -> None:
-    pipeline.zrange(key, score, "-inf", desc=True, byscore=True, offset=0, num=count, withscores=True)
+def _add_from(pipeline: Any, key: str, score: str, count: int, skipped: int = 0) -> None:
+    """Add the command that reads entries from a score down. By scores always: else the library sends ZREVRANGE."""
+    pipeline.zrange(key, score, "-inf", desc=True, byscore=True, offset=skipped, num=count, withscores=True)
 
 
 def _id_of(entry: bytes, state: str) -> bytes:

@@ -104,7 +104,8 @@ class StoredJob:
 async def read_queues(connection: Redis, name: str) -> list[str]:
     """Return the RQ queues of a pool, with those of the models that it remembers."""
     pipeline: Any = connection.pipeline(transaction=False)
-    pipeline.zrange(models_key(name), 0, MAX_MODELS_OF_POOL - 1, desc=True)
+    # By scores: else the library sends ZREVRANGE.
+    pipeline.zrange(models_key(name), "+inf", "-inf", desc=True, byscore=True, offset=0, num=MAX_MODELS_OF_POOL)
     (models,) = check_replies(await pipeline.execute(raise_on_error=False))
     return queues_of(name, read_model_names(models))
 
