@@ -56,5 +56,5 @@ def test_schemathesis_finds_no_fault(start_endpoint: StartEndpoint, start_worker
         timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
-    assert "Tested: 17" in done.stdout
+    assert "Tested: 18" in done.stdout
     assert "Traceback" not in endpoint.log.read_text()

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Annotated, Any, Literal, NotRequired, TypedDict, cast
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from redis.exceptions import ResponseError
 from rq.job import JobStatus
@@ -40,8 +40,8 @@ MAX_WAIT_SECONDS = 60.0
 
 # The index of a text, and how many of its characters were read.
 _PART = "[0-9]{1,10}:[0-9]{1,9}"
-# What a result has of each token.
-_OF_TOKENS = ("token_ids", "logprobs", "prompt_logprobs")
+# What a result has of each token, and which may come to hundreds of megabytes.
+_OF_TOKENS = ("logprobs", "prompt_logprobs")
 # RQ's, and one for a job of which nothing is left by the time that it is described.
 _STATUSES = (*(status.value for status in JobStatus), "expired")
 
@@ -158,7 +158,7 @@ class Jobs:
     async def show(self, request: Request) -> Response:
         """Answer `GET /v1/jobs/{id}`: with `?wait=SECONDS`, when the job has ended or the time is up.
 
-        With `?details=true`, for a person: it tells more of the job, and leaves token ids and log probabilities out.
+        With `?details=true`, for a person: it tells more of the job, and leaves log probabilities out.
         """
         job_id = await self._known(request)
         wait, details = _parse_wait(request), parse_flag(request, "details")
@@ -204,7 +204,8 @@ class Jobs:
         Raises:
             JobNotFound: it is not the id of a job of this pool.
         """
-        job_id: str = request.path_params["job_id"]
+        # Not the parameter of the route, in which a slash stays written as %2F: an id may have that, too.
+        job_id = unquote(request.scope["raw_path"].split(b"/")[3].decode("ascii"))
         with redis_errors(self._client.redis_url):
             origin = await self._origin_of(job_id)
         if origin is None or not is_queue_of(self._client.queue_name, origin.decode("utf-8", "replace")):
@@ -258,7 +259,7 @@ class Jobs:
 
 
 def _shorten_result(result: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return a result without what stands there for each token."""
+    """Return a result without its log probabilities."""
     if result is None:
         return None
     found = {name: value for name, value in result.items() if name not in _OF_TOKENS}
