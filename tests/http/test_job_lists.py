@@ -358,6 +358,16 @@ class TestRequeue:
         assert job.failed_job_registry.get_job_ids() == []
         assert queue.get_job_ids() == [job.id, waiting.id]
 
+    def test_what_waits_for_a_job_runs_after_it(
+        self, web: TestClient, queue: Queue, client: Client, redis: Redis, turns: Turns
+    ) -> None:
+        first = queue.enqueue(TASK, "a", max_new_tokens=1)
+        second = queue.enqueue(TASK, "b", max_new_tokens=1, depends_on=first)
+        fail_now(queue, first, "KeyError: 1")
+        assert web.post(f"/v1/jobs/{first.id}/requeue").status_code == 202
+        assert redis.ttl(first.dependents_key) == redis.ttl(second.dependencies_key) == -1
+        turns.until(lambda: client.status(second.id) == "finished", "the second one's end")
+
     def test_rq_requeue_works_as_ever(self, web: TestClient, queue: Queue, client: Client, turns: Turns) -> None:
         job = queue.enqueue(TASK, "a", max_new_tokens=2, timeout=0.000001)
         turns.until(lambda: client.status(job.id) == "failed", "its end")

@@ -57,7 +57,7 @@ end
 redis.call("ZREM", failed, ARGV[1])
 redis.call("HSET", KEYS[1], "started_at", "", "ended_at", "", "worker_name", "", "enqueued_at", ARGV[2])
 -- Failed, it was to expire. Its own limit on waiting counts from now.
-for _, key in ipairs({KEYS[1], KEYS[1] .. ":dependents", KEYS[1] .. ":dependencies"}) do
+for _, key in ipairs({KEYS[1], KEYS[1] .. ":dependents", "$JOB_PREFIX:" .. ARGV[1] .. ":dependencies"}) do
     redis.call("PERSIST", key)
     if (tonumber(ttl or 0) or 0) > 0 then
         redis.call("EXPIRE", key, ttl)
