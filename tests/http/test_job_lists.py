@@ -221,6 +221,14 @@ class TestDetails:
         assert details["request"] is None
         assert "max_new_tokens must be a whole number" in [one["message"] for one in listed]
 
+    def test_a_prompt_of_several_lines_is_hidden_as_a_whole(self, web: TestClient, queue: Queue) -> None:
+        lines = f"first line\n{SECRET}\nlast line of it"
+        job = fail(queue, f"Traceback\nValueError: no: {lines}\n", prompt=lines)
+        (listed,) = web.get("/v1/jobs", params={"state": "failed"}).json()["data"]
+        body = web.get(f"/v1/jobs/{job.id}", params={"details": "true"}).json()
+        assert listed["message"] == body["error"]["message"] == f"ValueError: no: {HIDDEN}"
+        assert body["details"]["failure"] == f"Traceback\nValueError: no: {HIDDEN}\n"
+
     def test_echo_is_not_shown_either(self, web: TestClient, client: Client, turns: Turns) -> None:
         texts = [
             client.enqueue(SECRET, echo=True, max_new_tokens=3),

@@ -101,3 +101,5 @@ class TestHiding:
             deep = [deep]
         assert hide_prompt("x", deep) == "x"
         assert hide_prompt("ab" * 30_000, "ab" * 500_000) == HIDDEN
+        nearly = "a" * 24 + "b" * 500_000
+        assert hide_prompt("a" * 240_000, nearly) == HIDDEN * 10_000

@@ -21,7 +21,7 @@ from fastgpt2.api.client.requeue import run_again
 from fastgpt2.api.http.requests import read_object
 from fastgpt2.api.http.responses import JSON, KEEP_ALIVE, EventStream, error_object, event
 from fastgpt2.api.http.service import PendingJobs, Service, read_idempotency_keys
-from fastgpt2.api.pool.stored import describe_in_full, read_jobs
+from fastgpt2.api.pool.stored import StoredJob, describe_failure, describe_in_full, read_jobs, without_prompt
 from fastgpt2.engine.decoding.options import MAX_TEXTS, ChoiceIndex
 from fastgpt2.engine.decoding.records import Count, Usage
 from fastgpt2.errors import BadRequest, FastGPT2Error, JobFailed, JobNotFound
@@ -30,7 +30,7 @@ from fastgpt2.foreign_fields import take_known
 from fastgpt2.protocol.connection import redis_errors
 from fastgpt2.protocol.keys import ATTEMPTS_FIELD, Priority, is_queue_of, job_key
 from fastgpt2.protocol.messages import Piece, ResultObject, result_to_json
-from fastgpt2.protocol.stored_jobs import HIDDEN, hide_prompt
+from fastgpt2.protocol.stored_jobs import HIDDEN
 from fastgpt2.protocol.untrusted import epoch_seconds, is_of_entry, text, whole
 
 EXAMPLE = '{"prompt": "Once upon a time", "max_new_tokens": 20}'
@@ -247,15 +247,20 @@ class Jobs:
         with redis_errors(self._client.redis_url):
             (job,) = await read_jobs(self._client.connection, [body["id"].encode("utf-8", "surrogateescape")])
         # In a thread: a prompt may have a megabyte, and a failure much text.
-        details = await asyncio.to_thread(describe_in_full, job, self._client.queue_name, show_prompts)
-        found: JobBody = {**body, "result": _shorten_result(body["result"]), "details": cast(JobDetails, details)}
-        if not show_prompts:
-            if found["error"] is not None:
-                message = await asyncio.to_thread(hide_prompt, found["error"]["message"], job.prompt)
-                found["error"] = {**found["error"], "message": message}
-            if found["result"] is not None and (details["request"] or {}).get("echo"):
-                found["result"] = _without_echo(found["result"], job.prompt)
+        return await asyncio.to_thread(_with_details, body, job, self._client.queue_name, show_prompts)
+
+
+def _with_details(body: JobBody, job: StoredJob, pool: str, show_prompts: bool) -> JobBody:
+    details = describe_in_full(job, pool, show_prompts)
+    found: JobBody = {**body, "result": _shorten_result(body["result"]), "details": cast(JobDetails, details)}
+    if show_prompts:
         return found
+    if found["error"] is not None and without_prompt(job) != job.failure:
+        _, message = describe_failure(job, show_prompts)
+        found["error"] = {**found["error"], "message": message or HIDDEN}
+    if found["result"] is not None and (details["request"] or {}).get("echo"):
+        found["result"] = _without_echo(found["result"], job.prompt)
+    return found
 
 
 def _shorten_result(result: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -115,7 +115,7 @@ async def list_state(
         more = str(entries[limit - 1]) if len(entries) > limit else None
         ids = [_id_of(place.entry, state) for place in entries[:limit] if len(place.entry) <= _MAX_ID_BYTES]
         found = await read_jobs(connection, ids, _MAX_DATA_BYTES)
-    # In a thread, as it takes a while to look through a hundred pickles.
+    # In a thread, as prompts are looked for in failures of up to a megabyte.
     jobs = await asyncio.to_thread(lambda: [describe(job, show_prompts) for job in found if job.status])
     return JobPage(jobs, more, total)
 

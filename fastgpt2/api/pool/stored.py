@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -119,26 +120,30 @@ async def read_jobs(connection: Redis, ids: Sequence[bytes], most_data: int = MA
     if not ids:
         return []
     arguments = _MAX_FIELD_BYTES, most_data, _MAX_PACKED_FAILURE_BYTES, len(_FIELDS), *_FIELDS, *ids
-    found = []
-    for job_id, values in zip(ids, await _READ_JOBS.run_async(connection, (), arguments), strict=True):
-        *fields, data, failure = values
-        known = {name: value for name, value in zip(_FIELDS, fields, strict=True) if value}
-        call = read_call(data, most_data) if data else None
-        found.append(StoredJob(job_id.decode("utf-8", "backslashreplace"), known, call, read_failure(failure)))
-    return found
+    replies = await _READ_JOBS.run_async(connection, (), arguments)
+    # In a thread, as it takes a while to look through a hundred pickles, or one of megabytes.
+    return await asyncio.to_thread(lambda: [_read_job(*pair, most_data) for pair in zip(ids, replies, strict=True)])
+
+
+def _read_job(job_id: bytes, reply: list[bytes], most_data: int) -> StoredJob:
+    *values, data, failure = reply
+    fields = {name: value for name, value in zip(_FIELDS, values, strict=True) if value}
+    call = read_call(data, most_data) if data else None
+    return StoredJob(job_id.decode("utf-8", "backslashreplace"), fields, call, read_failure(failure))
 
 
 def describe_failure(job: StoredJob, show_prompts: bool) -> tuple[str | None, str | None]:
     """Return the kind of a job's failure and its sentence, both None if it has not failed."""
     if not job.failure:
         return None, None
-    name, sentence = split_failure(job.failure)
+    # A prompt of several lines is hidden as a whole, before the last line is taken for the sentence.
+    name, sentence = split_failure(job.failure if show_prompts else without_prompt(job))
     known = _error_of_ours(name)
     kind = next((word for base, word in _KINDS if known is not None and issubclass(known, base)), "error")
     # Of another's error, such as a KeyError, the sentence alone may say nothing.
     if known is None and name and name != sentence:
         sentence = f"{name}: {sentence}"
-    return kind, shorten(sentence if show_prompts else _without_prompt(sentence, job), MAX_SENTENCE)
+    return kind, shorten(sentence, MAX_SENTENCE)
 
 
 def _error_of_ours(name: str) -> type[FastGPT2Error] | None:
@@ -146,13 +151,14 @@ def _error_of_ours(name: str) -> type[FastGPT2Error] | None:
     return found if isinstance(found, type) and issubclass(found, FastGPT2Error) else None
 
 
-def _without_prompt(failure: str, job: StoredJob) -> str:
-    """Return the text of a failure, or a part of it, without the job's prompt."""
-    if job.call is not None:
-        return hide_prompt(failure, job.prompt)
+def without_prompt(job: StoredJob) -> str:
+    """Return the text of a job's failure without its prompt."""
+    if job.call is not None or not job.failure:
+        return hide_prompt(job.failure, job.prompt)
     # The prompt cannot be read, so nobody knows where it stands. The sentences of our own errors hold none.
-    name, sentence = split_failure(job.failure)
-    return sentence if _error_of_ours(name) is not None else f"{name or 'an error'} (its text may hold the prompt)"
+    name, _ = split_failure(job.failure)
+    is_ours = _error_of_ours(name) is not None
+    return job.failure if is_ours else f"{name or 'an error'} (what it says is not shown: it may hold the prompt)"
 
 
 def describe_in_full(job: StoredJob, pool: str, show_prompts: bool) -> dict[str, Any]:
@@ -161,7 +167,7 @@ def describe_in_full(job: StoredJob, pool: str, show_prompts: bool) -> dict[str,
     Args:
         pool: the name of the pool's queue.
     """
-    failure = job.failure if show_prompts or not job.failure else _without_prompt(job.failure, job)
+    failure = job.failure if show_prompts else without_prompt(job)
     if len(failure) > MAX_FAILURE_SHOWN:
         failure = f"… {failure[-MAX_FAILURE_SHOWN:]}"
     return {
