@@ -258,7 +258,9 @@ def _jobs() -> dict[str, _Operation]:
             parameter=_parameter("limit", limit, "query"),
             further=(state, after),
         ),
-        "POST /v1/jobs": _Operation("create_job", "Enqueue a job, and leave", job, _ENQUEUES, "JobRequest", status=202),
+        "POST /v1/jobs": _Operation(
+            "create_job", "Enqueue a job, and leave", job, (*_ENQUEUES, 404), "JobRequest", status=202
+        ),
         "GET /v1/jobs/{job_id}": _Operation(
             "show_job",
             showing,
