@@ -7,7 +7,7 @@ import binascii
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,9 @@ from fastgpt2.protocol.untrusted import MAX_PAYLOAD_BYTES, read
 
 # The most bytes of the text of a failure, without its packing.
 MAX_FAILURE_BYTES = 1 << 20
+
+# The fields of a job that hold what the model reads: a prompt, or a chat.
+PROMPT_FIELDS = ("prompt", "messages", "documents", "tools", "chat_template_kwargs")
 
 # What stands in place of a prompt where prompts are not shown.
 HIDDEN = "[prompt]"
@@ -44,10 +47,14 @@ class Call:
 
     @property
     def prompt(self) -> Any:
-        """The prompt, or the messages of a chat; of any type, None if there is neither."""
-        if self.args:
-            return self.args[0]
-        return self.kwargs.get("prompt", self.kwargs.get("messages"))
+        """The prompt, or the messages of a chat, which has no prompt; of any type, None if there is neither."""
+        prompt = self.args[0] if self.args else self.kwargs.get("prompt")
+        return prompt or self.kwargs.get("messages") or prompt
+
+    @property
+    def secrets(self) -> list[Any]:
+        """All that the model reads, and that is not shown where prompts are not."""
+        return [*self.args[:1], *(self.kwargs[name] for name in PROMPT_FIELDS if name in self.kwargs)]
 
 
 def read_call(data: bytes, most_bytes: int = MAX_PAYLOAD_BYTES) -> Call | None:
@@ -100,13 +107,14 @@ def split_failure(text: str) -> tuple[str, str]:
     return found[1].rpartition(".")[2], found[2] or found[1]
 
 
-def hide_prompt(text: str, prompt: Any) -> str:
-    """Return a text without the prompt that may stand in it, whole or its beginning, quoted or not.
+def hide_prompts(text: str, prompts: Iterable[Any]) -> str:
+    """Return a text without the prompts that may stand in it, whole or their beginnings, quoted or not.
 
     Args:
-        prompt: a text, token ids, or the messages of a chat.
+        prompts: each a text, token ids, or a part of a chat.
     """
-    for secret in _texts_of(prompt):
+    secrets = [secret for prompt in prompts for secret in _texts_of(prompt)]
+    for secret in sorted(set(secrets), key=len, reverse=True):
         forms = {secret, repr(secret)[1:-1], json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]}
         for form in sorted(forms, key=len, reverse=True):
             text = _hide(text, form)

@@ -13,7 +13,7 @@ import pytest
 from fastgpt2.protocol.stored_jobs import (
     HIDDEN,
     MAX_FAILURE_BYTES,
-    hide_prompt,
+    hide_prompts,
     read_call,
     read_failure,
     split_failure,
@@ -38,10 +38,12 @@ class TestCall:
 
     def test_a_prompt_by_name_and_the_messages_of_a_chat(self) -> None:
         messages = [{"role": "user", "content": "Hi"}]
-        for kwargs, prompt in (({"prompt": "Hi"}, "Hi"), ({"messages": messages}, messages), ({}, None)):
+        chat = {"prompt": "", "messages": messages}
+        for kwargs, prompt in (({"prompt": "Hi"}, "Hi"), (chat, messages), ({}, None), ({"prompt": ""}, "")):
             call = read_call(json.dumps([TASK, None, [], kwargs]).encode())
             assert call is not None
             assert call.prompt == prompt
+            assert prompt is None or prompt in call.secrets
 
     @pytest.mark.parametrize(
         "data",
@@ -89,7 +91,7 @@ class TestHiding:
         ],
     )
     def test_a_prompt_in_a_sentence(self, prompt: Any, text: str, shown: str | None) -> None:
-        found = hide_prompt(text, prompt)
+        found = hide_prompts(text, [prompt])
         if shown is None:
             assert "secret" not in found
         else:
@@ -99,7 +101,7 @@ class TestHiding:
         deep: Any = "My secret"
         for _ in range(500):
             deep = [deep]
-        assert hide_prompt("x", deep) == "x"
-        assert hide_prompt("ab" * 30_000, "ab" * 500_000) == HIDDEN
+        assert hide_prompts("x", [deep]) == "x"
+        assert hide_prompts("ab" * 30_000, ["ab" * 500_000]) == HIDDEN
         nearly = "a" * 24 + "b" * 500_000
-        assert hide_prompt("a" * 240_000, nearly) == HIDDEN * 10_000
+        assert hide_prompts("a" * 240_000, [nearly]) == HIDDEN * 10_000

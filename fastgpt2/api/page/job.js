@@ -128,9 +128,10 @@ function moments(epochSeconds) {
   return isToday ? clock(epochSeconds) : then.toLocaleString("en-GB", { dateStyle: "short", timeStyle: "short" });
 }
 
-function showFailure({ error, details }) {
-  byId("job-failure").hidden = !error;
-  if (!error) return;
+function showFailure({ error, status, details }) {
+  const hasFailed = Boolean(error) && status !== "canceled"; // whose error says no more than its state
+  byId("job-failure").hidden = !hasFailed;
+  if (!hasFailed) return;
   setText(byId("job-error"), visible(error.message));
   const text = details?.failure ?? "";
   byId("job-traceback").hidden = !text;
@@ -172,7 +173,7 @@ function showRequest(request, showsPrompts) {
   byId("job-request").hidden = !request;
   if (!request) return;
   const { prompt, messages, ...fields } = request;
-  const asked = prompt ?? messages;
+  const asked = prompt || messages || prompt;
   const hidden = "not shown; --show-prompts of the endpoint shows it";
   showList(byId("job-fields"), [
     ["prompt", showsPrompts ? visible(written(asked ?? UNKNOWN)) : hidden],

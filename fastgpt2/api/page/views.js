@@ -17,11 +17,11 @@ function addressOfList(state, after = null) {
 
 /** Return the name of the view that a fragment names, and what it shows. What names none is the pool. */
 function readRoute(fragment) {
-  const [, id] = /^#\/?jobs\/([^?]+)$/.exec(fragment) ?? [];
-  if (id !== undefined) return { view: "job", id: decode(id) };
-  const [, query] = /^#\/?jobs\/?(?:\?(.*))?$/.exec(fragment) ?? [];
-  if (!/^#\/?jobs/.test(fragment) || /^#\/?jobs[^/?]/.test(fragment)) return { view: "pool" };
-  const parameters = new URLSearchParams(query ?? "");
+  const [path, query = ""] = fragment.replace(/^#\/?/, "").split(/\?(.*)/s);
+  const [what, id] = path.split(/\/(.*)/s);
+  if (what !== "jobs") return { view: "pool" };
+  if (id) return { view: "job", id: decode(id) };
+  const parameters = new URLSearchParams(query);
   return { view: "list", state: parameters.get("state") ?? "failed", after: parameters.get("after") };
 }
 

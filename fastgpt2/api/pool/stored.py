@@ -24,7 +24,7 @@ from fastgpt2.protocol.keys import (
 )
 from fastgpt2.protocol.messages import TASK, job_fields
 from fastgpt2.protocol.scripts import Script
-from fastgpt2.protocol.stored_jobs import Call, hide_prompt, read_call, read_failure, split_failure
+from fastgpt2.protocol.stored_jobs import PROMPT_FIELDS, Call, hide_prompts, read_call, read_failure, split_failure
 from fastgpt2.protocol.untrusted import MAX_PAYLOAD_BYTES, check_replies, epoch_seconds, read_model_names, text, whole
 
 if TYPE_CHECKING:
@@ -47,9 +47,6 @@ _FIELDS = (
     "status", "origin", "created_at", "enqueued_at", "started_at", "ended_at", "worker_name", ATTEMPTS_FIELD,
     CRASHES_FIELD, "retries_left", "timeout", "result_ttl", "dependency_ids",
 )  # fmt: skip
-
-# The fields of a request that hold its prompt.
-PROMPT_FIELDS = ("prompt", "messages")
 
 # What a list says of a failure, by the error's class; the first that fits.
 _KINDS: tuple[tuple[type[FastGPT2Error], str], ...] = (
@@ -154,7 +151,7 @@ def _error_of_ours(name: str) -> type[FastGPT2Error] | None:
 def without_prompt(job: StoredJob) -> str:
     """Return the text of a job's failure without its prompt."""
     if job.call is not None or not job.failure:
-        return hide_prompt(job.failure, job.prompt)
+        return hide_prompts(job.failure, [] if job.call is None else job.call.secrets)
     # The prompt cannot be read, so nobody knows where it stands. The sentences of our own errors hold none.
     name, _ = split_failure(job.failure)
     is_ours = _error_of_ours(name) is not None
