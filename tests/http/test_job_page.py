@@ -17,6 +17,7 @@ from support.browser import Tabs, chromium
 from support.running import StartEndpoint
 
 from fastgpt2 import Client
+from fastgpt2.protocol.keys import queues_of, registry_key
 from fastgpt2.system.up import System
 
 TASK = "fastgpt2.worker.tasks.generate"
@@ -40,12 +41,12 @@ def tabs(browser: Browser) -> Iterator[Tabs]:
     tabs.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def client(system: System) -> Iterator[Client]:
-    """A client of the system's own queue; at the end, no job of these tests is among the failed ones."""
+    """A client of the system's own queue, none of whose jobs has failed."""
     with Client(system.redis_url) as client:
+        client.connection.delete(*(registry_key("failed", name) for name in queues_of("fastgpt2")))
         yield client
-        client.connection.delete("rq:failed:fastgpt2")
 
 
 def fail(client: Client, job_id: str, text: str) -> str:
@@ -159,7 +160,6 @@ def test_failed_jobs_are_read_and_run_again(system: System, tabs: Tabs, client: 
     expect_state(page, "Finished")
     assert client.result(odd, 5).usage.completion_tokens == 5
     expect(page.locator("#job-failure")).to_be_hidden()
-    client.connection.delete("rq:failed:fastgpt2")
 
 
 def test_a_job_that_waits_for_another_is_cancelled(system: System, tabs: Tabs, client: Client) -> None:
