@@ -284,6 +284,20 @@ class QueueFull(FastGPT2Error):
         self.limit = limit
 
 
+class TokenLimitReached(FastGPT2Error):
+    """Raised if the token of a request has reached one of its limits; nothing was enqueued.
+
+    Attributes:
+        retry_after: in how many seconds it may be worth asking again.
+    """
+
+    http_status = 429
+
+    def __init__(self, message: str, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
 class ServiceBusy(FastGPT2Error):
     """Raised if the requests to the endpoint wait for as many jobs as they may; nothing was enqueued."""
 

@@ -142,7 +142,8 @@ TOKEN: Setting[str | None] = Setting(
 )
 TOKEN_FILE: Setting[str | None] = Setting(
     "token_file", "FILE", str, None,
-    "A file whose first line is the token that requests to the HTTP endpoint must have.",
+    "A file of the tokens of which requests to the HTTP endpoint must have one: lines NAME:TOKEN or NAME:sha256:HEX, "
+    "also with waiting=N and tokens_per_minute=N, or one bare token. SIGHUP has it read again.",
     "the token of FASTGPT2_TOKEN, or none",
 )
 INSECURE = flag("insecure", "Serve other machines without a token.")

@@ -240,6 +240,12 @@ def test_workers_of_an_earlier_release_get_the_jobs_of_their_model(
     assert "model" not in RQJob.fetch(job.id, redis, JSONSerializer).kwargs
     with pytest.raises(ModelUnknown):
         client.enqueue("a", model="other")
+    # Beside a worker of another model, which might take the job, it is refused rather than given to the wrong one.
+    redis.sadd(keys.workers_key(queue_name), f"{worker}er")
+    redis.hset(f"{worker}er", mapping={"model": "other", "n_positions": 512, "longest_token_bytes": 9})
+    client._session.limits._fresh_until = 0.0
+    with pytest.raises(ModelUnknown):
+        client.enqueue("a", model="demo")
 
 
 # Jobs that are put where they do not belong.
