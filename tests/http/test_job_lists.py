@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 import uuid
@@ -24,6 +25,7 @@ from support.turns import Turns
 from fastgpt2 import Client
 from fastgpt2.api.http.app import create_app
 from fastgpt2.api.http.service import Bounds
+from fastgpt2.api.http.tokens import Token, Tokens
 from fastgpt2.cli import main
 from fastgpt2.errors import JobTimedOut, PromptTooLong
 from fastgpt2.protocol.stored_jobs import HIDDEN
@@ -432,6 +434,27 @@ class TestRequeue:
         client.cancel(other_task.id)
         status, _, message = refused(other_task.id)
         assert (status, "it names the function 'os.system'" in message) == (400, True)
+
+    def test_the_limits_of_a_token(self, redis_server: RedisServer, client: Client, queue: Queue) -> None:
+        secret = "a-token-of-many-letters"
+        token = Token(hashlib.sha256(secret.encode()).digest(), "alice", waiting=1)
+        app = create_app(redis_server.url, client.queue_name, Bounds(timeout=1), lambda: False, Tokens([token]))
+        jobs, cancelled = [fail(queue), fail(queue)], client.enqueue("a")
+        cancelled.cancel()
+        headers = {"authorization": f"Bearer {secret}"}
+        with TestClient(app, base_url="http://localhost", headers=headers) as web:
+
+            def run_again(job_id: str) -> tuple[int, str | None]:
+                answer = web.post(f"/v1/jobs/{job_id}/requeue")
+                return answer.status_code, answer.headers.get("x-ratelimit-remaining-requests")
+
+            assert run_again("nosuch")[0] == 404
+            assert run_again(jobs[0].id) == (202, "0")
+            assert run_again(jobs[0].id)[0] == 409
+            assert run_again(jobs[1].id) == run_again(cancelled.id) == (429, "0")
+            client.cancel(jobs[0].id)
+            assert run_again(cancelled.id) == (202, "0")
+        assert jobs[1].failed_job_registry.get_job_ids() == [jobs[1].id], "it stays as it is"
 
     def test_a_full_queue(self, redis_server: RedisServer, client: Client, queue: Queue) -> None:
         job = fail(queue)

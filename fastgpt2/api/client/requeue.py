@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from redis.exceptions import ResponseError
+from rq.job import JobStatus
 from rq.rate_limit import ACQUIRE_AND_ENQUEUE_SCRIPT
 from rq.utils import current_timestamp, now, utcformat
 
+from fastgpt2.api.client.admission import Admission
 from fastgpt2.api.client.enqueue import (
     DEFAULT_JOB_TIMEOUT_SECONDS,
     DEFAULT_RESULT_TTL_SECONDS,
@@ -19,7 +21,7 @@ from fastgpt2.api.client.enqueue import (
 from fastgpt2.api.client.flow import Command, Flow
 from fastgpt2.api.client.outcome import Outcome
 from fastgpt2.api.client.session import Session
-from fastgpt2.engine.decoding.records import GenerationResult
+from fastgpt2.engine.decoding.records import GenerationRequest, GenerationResult
 from fastgpt2.errors import BadRequest, JobFailed, JobNotEnded, JobNotFound, ModelUnknown, QueueFull
 from fastgpt2.protocol.keys import (
     JOB_PREFIX,
@@ -40,6 +42,9 @@ from fastgpt2.protocol.untrusted import MAX_PAYLOAD_BYTES, is_of_entry, text, wh
 
 _REQUEUE = Script(__file__, "requeue")
 
+# The statuses of jobs that RQ has among the failed ones.
+_REQUEUED = (JobStatus.FAILED.value.encode(), JobStatus.STOPPED.value.encode())
+
 
 @dataclass(frozen=True, slots=True)
 class Again:
@@ -54,15 +59,19 @@ class Again:
     is_new: bool
 
 
-def run_again(session: Session, job_id: str, keys: Sequence[IdempotencyKey] | None = None) -> Flow[Again]:
+def run_again(
+    session: Session, job_id: str, keys: Sequence[IdempotencyKey] | None = None, admission: Admission | None = None
+) -> Flow[Again]:
     """Run a job again: requeue it if it is among the failed ones, else enqueue a new job with the same request.
 
     A new job that draws has the seed of the earlier one, so that its text is the same.
 
     Args:
         keys: the idempotency key of the new job, if there is to be one.
+        admission: asks first whether the limits of a token leave room.
 
     Raises:
+        TokenLimitReached: they do not.
         JobNotFound: this pool has no such job.
         JobNotEnded: it waits or runs still.
         ModelUnknown: no worker serves the model that the job names.
@@ -70,12 +79,41 @@ def run_again(session: Session, job_id: str, keys: Sequence[IdempotencyKey] | No
         BadRequest: the entry holds no request that could run again.
         NotDurable: the job is in its queue, and Redis has not confirmed in time that this will last.
     """
-    status, origin = yield from requeue(session, job_id)
-    if status == "requeued":
+    if admission is not None:
+        yield from _take_room(session, job_id, admission)
+    is_requeued = False
+    try:
+        status, origin = yield from requeue(session, job_id)
+        is_requeued = status == "requeued"
+    finally:
+        if admission is not None and not is_requeued:
+            yield from admission.release([job_id])
+    if is_requeued:
         return Again(job_id, is_new=False)
     plan = yield from _plan_again(session, job_id, status, origin)
-    (new_id,) = yield from session.enqueue_all([plan], keys)
-    return Again(new_id, is_new=True)
+    (job,) = yield from session.send_all([plan], keys, admission)
+    return Again(job.id, is_new=True)
+
+
+def _take_room(session: Session, job_id: str, admission: Admission) -> Flow[None]:
+    """Take room for a failed job within the limits of a token; for another, room is taken when a new one is enqueued.
+
+    Raises:
+        TokenLimitReached: there is none.
+    """
+    try:
+        status, origin = yield Command("hmget", (job_key(job_id), ["status", "origin"]))
+    except ResponseError as error:
+        if is_of_entry(error):
+            return  # what stands there is no job
+        raise
+    if status not in _REQUEUED:
+        return
+    try:
+        plan = yield from _plan_again(session, job_id, text(status), text(origin))
+    except BadRequest:
+        plan = JobPlan(GenerationRequest(""))  # it will fail at once
+    yield from admission.ask([job_id], [plan], None)
 
 
 def requeue(session: Session, job_id: str) -> Flow[tuple[str, str]]:
@@ -141,9 +179,10 @@ def _plan_again(session: Session, job_id: str, status: str, origin: str) -> Flow
         # A client of ours gives each job that draws a seed of its own; of another's, the result tells the seed.
         request = replace(request, seed=_seed_of((yield from session.outcome(job_id))))
     plain = plain_queue_of(origin)
-    priority = next(one for one in PRIORITIES if queue_of(session.queue, one) == plain)
+    priorities = [priority for priority in PRIORITIES if queue_of(session.queue, priority) == plain]
     # RQ's workers may keep results for ever, or give jobs no limit.
     job_timeout = _within(timeout, DEFAULT_JOB_TIMEOUT_SECONDS)
+    priority = priorities[0] if priorities else "normal"
     return JobPlan(request, options, priority, job_timeout, _within(ttl, DEFAULT_RESULT_TTL_SECONDS))
 
 

@@ -17,7 +17,6 @@ from starlette.responses import Response
 
 from fastgpt2.api.client.enqueue import JobPlan, plan_job
 from fastgpt2.api.client.outcome import Outcome, unwrap
-from fastgpt2.api.client.requeue import run_again
 from fastgpt2.api.http.requests import read_object
 from fastgpt2.api.http.responses import JSON, KEEP_ALIVE, EventStream, error_object, event
 from fastgpt2.api.http.service import PendingJobs, Service, read_idempotency_keys
@@ -188,7 +187,7 @@ class Jobs:
         """Answer `POST /v1/jobs/{id}/requeue`: with 202, and the job that runs again, or a new one in its place."""
         job_id = await self._known(request)
         keys = read_idempotency_keys(request, 1, job_id, prefix="again ")
-        again = await self._service.driver.run(run_again(self._service.session, job_id, keys))
+        again = await self._service.run_again(request, job_id, keys)
         place = {"location": f"/v1/jobs/{quote(again.job_id, safe='')}", **_headers(again.job_id)}
         return JSON(await self._describe(again.job_id), 202, place)
 
