@@ -203,7 +203,7 @@ class Service:
 
 @contextmanager
 def _admission(request: Request, queue: str) -> Iterator[Admission | None]:
-    """Yield the room within the limits of a request's token, of which the answer's headers tell; None if it has none."""
+    """Yield the room within the limits of a request's token, which the answer's headers tell; None without one."""
     token = request.scope.get("state", {}).get(TOKEN_STATE)
     if token is None:
         yield None
