@@ -417,6 +417,10 @@ class TestRequeue:
             return answer.status_code, answer.json()["error"]["code"], answer.json()["error"]["message"]
 
         assert refused("nosuch")[:2] == (404, "job_not_found")
+        failed = fail(queue)
+        answer = web.post(f"/v1/jobs/{failed.id}/requeue", headers={"origin": "http://elsewhere.example"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "forbidden_origin")
+        assert failed.failed_job_registry.get_job_ids() == [failed.id]
         other = Queue(f"{queue.name}-other", connection=redis, serializer=JSONSerializer)
         foreign = fail(other)
         assert refused(foreign.id)[:2] == (404, "job_not_found")
