@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from support.compose import ROOT
 from support.programs import find_program
+from support.redis_process import OpenRedis
 from support.turns import take_turns
 
 from fastgpt2 import Client, Engine
@@ -53,7 +54,8 @@ class Backup:
 @pytest.fixture(scope="module")
 def backup(tmp_path_factory: pytest.TempPathFactory) -> Backup:
     dump = tmp_path_factory.mktemp("backup") / "dump.rdb"
-    with RedisServer() as server, Client(server.url) as client:
+    # Redis waits five seconds otherwise: another replica may come.
+    with OpenRedis("--repl-diskless-sync-delay", "0") as server, Client(server.url) as client:
         jobs = [client.enqueue(PROMPT, priority=name, max_new_tokens=3).id for name in ("normal", "high")]
         command = [find_program("redis-cli"), "-u", server.url, "--rdb", str(dump)]
         subprocess.run(command, check=True, capture_output=True, timeout=60)
@@ -61,9 +63,15 @@ def backup(tmp_path_factory: pytest.TempPathFactory) -> Backup:
 
 
 def contents(server: RedisServer) -> dict[bytes, Any]:
-    """Return what each key holds, as Redis itself writes it."""
-    redis = connect(server.url)
-    found = {key: redis.dump(key) for key in redis.scan_iter()}
+    """Return what each key holds."""
+    redis: Any = connect(server.url)
+    read = {
+        b"hash": redis.hgetall,
+        b"list": lambda key: redis.lrange(key, 0, -1),
+        b"set": redis.smembers,
+        b"string": redis.get,
+    }
+    found = {key: read[redis.type(key)](key) for key in redis.scan_iter()}
     redis.close()
     return found
 
