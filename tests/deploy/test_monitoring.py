@@ -175,11 +175,13 @@ class Prometheus:
     def is_ready(self) -> bool:
         assert self.process.poll() is None, self.log.read_text()
         try:
-            # A rate needs two samples, of every series.
-            found = self.get("query", query='count_over_time(up{job="fastgpt2"}[1m])')["result"]
+            # While it starts, it answers that it is not ready.
+            if self._client.get("/query", params={"query": "1"}).status_code != 200:
+                return False
         except httpx.HTTPError:
             return False
-        return bool(found) and int(found[0]["value"][1]) >= 4
+        # A rate needs two samples, of every series.
+        return bool(self.query('count_over_time(up{job="fastgpt2"}[1m]) >= 4'))
 
     def query(self, expression: str) -> list[dict[str, str]]:
         """Return the labels of what an expression of the dashboard finds."""
