@@ -201,18 +201,23 @@ class Prometheus:
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
-    """A pool that has served requests with a token, of one who named the model too."""
+    """A pool whose endpoint has named tokens, and has served requests."""
     tokens = tmp_path_factory.mktemp("tokens") / "tokens"
     tokens.write_text(f"prometheus:{'p' * 32}\nweb:{'w' * 32}\n")
     values = settings.of_system(
         model="demo", workers="1", port="0", redis_port="0", log_level="warning", token_file=str(tokens)
     )
     with System(values) as running:
-        for body in ({"prompt": "My name is"}, {"prompt": "It was", "model": "demo", "max_tokens": 40}):
-            headers = {"authorization": f"Bearer {'w' * 32}"}
-            answer = httpx.post(f"{running.http_url}/v1/completions", json=body, headers=headers, trust_env=False)
-            assert answer.status_code == 200, answer.text
+        complete(running)
         yield running
+
+
+def complete(pool: System) -> None:
+    """Ask for texts, with the token of one of the pool's users; one of them names the model."""
+    for body in ({"prompt": "My name is"}, {"prompt": "It was", "model": "demo", "max_tokens": 40}):
+        headers = {"authorization": f"Bearer {'w' * 32}"}
+        answer = httpx.post(f"{pool.http_url}/v1/completions", json=body, headers=headers, trust_env=False)
+        assert answer.status_code == 200, answer.text
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +225,8 @@ def prometheus(pool: System, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     running = Prometheus(tmp_path_factory.mktemp("prometheus"), pool.http_url.removeprefix("http://"), "p" * 32)
     try:
         wait_until(running.is_ready, "Prometheus to read the endpoint a few times")
+        complete(pool)
+        wait_until(lambda: running.query("rate(fastgpt2_step_batch_size_count[1m]) > 0"), "Prometheus to see jobs run")
         yield running
     finally:
         running.stop()
