@@ -22,8 +22,8 @@ for old in appendonlydir appendonly.aof dump.rdb; do
 	[ ! -e "$folder/$old" ] || { echo "$0: $folder/$old is there already: move it away first" >&2; exit 1; }
 done
 
-# A path of a socket may have 107 bytes, so the socket has a folder of its own.
-run=$(mktemp -d /tmp/restore.XXXXXX)
+# A path of a socket has at most 107 bytes, so the socket has a folder of its own.
+run=$(mktemp -d "${TMPDIR:-/tmp}/restore.XXXXXX")
 ask() { "$cli" -s "$run/redis.sock" "$@" | tr -d '\r'; }
 # What is half done is worse than nothing: it would be taken for the data.
 give_up() { rm -rf "$folder/appendonlydir" "$folder/dump.rdb"; echo "$0: $1" >&2; exit 1; }
