@@ -173,13 +173,14 @@ class _LoggedAnswer:
         is_quiet = path in _QUIET_PATHS and self._status < 400 and method != "POST"
         log.log(
             logging.DEBUG if is_quiet else logging.INFO,
-            "%s %s %d in %.1f ms%s%s, request %s",
+            "%s %s %d in %.1f ms%s%s%s, request %s",
             method,
             ascii(path[:200])[1:-1],
             self._status,
             (time.perf_counter() - self._began) * 1e3,
             "" if self._is_whole else ", cut short",
             f", job {self._job_id}" if self._job_id else "",
+            "".join(f", {name} {value}" for name, value in self._scope.get("log_fields", {}).items()),
             self._request_id,
         )
 
