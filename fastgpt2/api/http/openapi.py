@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal
 
-from starlette.requests import Request
-from starlette.responses import Response
-
 from fastgpt2 import __version__
 from fastgpt2.api.client.enqueue import JobPlan
 from fastgpt2.api.http.completion_request import CompletionRequest
@@ -28,7 +25,7 @@ from fastgpt2.api.http.jobs import (
     TextEvent,
 )
 from fastgpt2.api.http.monitoring import InfoBody
-from fastgpt2.api.http.responses import JSON, OPENAI_PREFIX
+from fastgpt2.api.http.responses import is_openai
 from fastgpt2.api.http.schemas import (
     body_schema,
     object_schema,
@@ -47,9 +44,10 @@ _DESCRIPTION = """GPT-2 text generation on CPUs: a pool of workers behind a Redi
 always, unless a request asks for another choice, as by a temperature above 0. A text that was drawn depends on the
 request and its seed alone, and the answer tells the seed. Log probabilities are the model's own, before penalties and
 temperature. What cannot be honoured is refused by a sentence that says so. With a token set, every request but those
-of probes and of the page's frame bears it. A client that hangs up cancels the jobs of its request, `/v1/jobs` apart.
-An `Idempotency-Key` makes a request that is sent again the same one. An error that passes has `Retry-After`; one of the
-statuses from 500 on, or a 409, that the same request would meet again has `x-should-retry: false`."""
+of probes, of the page's frame and of this document bears it. A client that hangs up cancels the jobs of its request,
+`/v1/jobs` apart. An `Idempotency-Key` makes a request that is sent again the same one. An error that passes has
+`Retry-After`; one of the statuses from 500 on, or a 409, that the same request would meet again has
+`x-should-retry: false`."""
 
 _STATUSES = {
     400: "The request is malformed, or asks for what cannot be done.",
@@ -83,6 +81,14 @@ _PATH_PARAMETERS: dict[str, Object] = {
 _ANSWERS = (
     GeneratedBody, TokenEvent, CompletionBody, ModelBody, JobBody, TextEvent, EndEvent, InfoBody, ErrorObject,
 )  # fmt: skip
+
+# A body that is taken as it stands, for each kind. Without one, the page of the routes begins with an empty body.
+_EXAMPLES: dict[str, Object] = {
+    "OriginalRequest": {"inputs": "My name is", "parameters": {"max_new_tokens": 20}},
+    "GenerateRequest": {"inputs": "My name is", "parameters": {"max_new_tokens": 20, "details": True}},
+    "CompletionRequest": {"prompt": "My name is", "max_tokens": 20, "temperature": 0, "stream": False},
+    "JobRequest": {"prompt": "My name is", "max_new_tokens": 20, "stream": True},
+}
 
 # A job in the list of the jobs that run and of the latest that have ended.
 _LISTED_JOB: Object = {
@@ -121,14 +127,12 @@ class _Operation:
         operation: Object = {"operationId": self.name, "summary": self.summary, "responses": answers}
         parameter = self.parameter
         if self.body is not None:
-            operation["requestBody"] = {"required": True, "content": _json(self.body)}
+            content = _json(self.body)
+            if self.body in _EXAMPLES:
+                content["application/json"]["example"] = _EXAMPLES[self.body]
+            operation["requestBody"] = {"required": True, "content": content}
             parameter = _parameter("Idempotency-Key", {"type": "string", "minLength": 1, "maxLength": 255}, "header")
         return operation if parameter is None else {**operation, "parameters": [parameter]}
-
-
-async def show_document(_request: Request) -> Response:
-    """Answer `GET /openapi.json`."""
-    return JSON(document())
 
 
 @cache
@@ -163,6 +167,8 @@ def _schemas() -> dict[str, Schema]:
         "ModelList": object_schema({**list_head, "data": list[ModelBody]}),
         "ListedJob": object_schema(_LISTED_JOB, ("id", "status")),
         "JobList": object_schema({**list_head, "data": {"type": "array", "items": reference("ListedJob")}}),
+        "Version": object_schema({"version": str}),
+        "Api": object_schema({"object": Literal["api"], "version": str, "docs": str, "routes": list[dict[str, str]]}),
         "State": object_schema({"status": str}),
         "QueueState": object_schema({"name": str, "depth": Count}),
         "Status": object_schema({**status, "workers": list[dict[str, Any]]}),
@@ -176,7 +182,7 @@ def _paths() -> Object:
     paths: Object = {}
     for route, operation in {**_generating(), **_jobs(), **_operating()}.items():
         method, path = route.split()
-        error = "OpenAIError" if path.startswith(OPENAI_PREFIX) else "Error"
+        error = "OpenAIError" if is_openai(path) else "Error"
         paths.setdefault(path, {})[method.lower()] = operation.describe(error)
         for part in path.split("/"):
             if part in _PATH_PARAMETERS:
@@ -214,6 +220,7 @@ def _generating() -> dict[str, _Operation]:
         "POST /v1/completions": _Operation(
             "create_completion", completing, completion, (*_RUNS, 404), "CompletionRequest"
         ),
+        "GET /v1": _Operation("v1", "What there is below this path", _json("Api")),
         "GET /v1/models": _Operation("list_models", "The models that workers serve", _json("ModelList"), _REDIS),
         "GET /v1/models/{model}": _Operation("show_model", "One of them", _json("Model"), (404, *_REDIS)),
     }
@@ -254,6 +261,8 @@ def _operating() -> dict[str, _Operation]:
         "GET /ready": _Operation("ready", "A job that is sent now would be run", _json("State"), _REDIS),
         "GET /status": _Operation("status", reporting, _json("Status"), (400, *_REDIS), parameter=history),
         "GET /metrics": _Operation("metrics", "The same for Prometheus", metrics, _REDIS),
+        "GET /version": _Operation("version", "The version of the endpoint", _json("Version")),
+        "GET /docs": _Operation("docs", "This document as a page for a browser", _text("text/html")),
         "GET /openapi.json": _Operation("document", "This document", described),
     }
 
