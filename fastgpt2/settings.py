@@ -343,6 +343,15 @@ RETRY_ERRORS = flag("retry_errors", "Run the lines again that are errors in the 
 KEEP_GOING = flag("keep_going", "Go on even if the first 20 lines all fail.")
 TIMINGS = flag("timings", "Print on standard error how long each part took.")
 JSON = flag("json", "Print all that is known, as JSON.")
+FAILED = flag("failed", "List all jobs that failed, the latest first, each with its error.")
+ALL_FAILED = flag("failed", "Run all jobs again that failed, or were stopped.")
+STATE: Setting[str | None] = Setting(
+    "state", "STATE",
+    one_of("queued", "started", "finished", "failed", "deferred", "scheduled", "canceled"), None,
+    "List all jobs in this state, in RQ's words: queued, started, finished, failed, deferred, scheduled or canceled.",
+    "the jobs that run, and the latest that have ended",
+)
+LIMIT = Setting("limit", "N", whole_number(1, 100_000), 20, "List at most N jobs.")
 WAIT = flag("wait", "Wait for the result and print it.")
 VERIFY = flag("verify", "Check every byte of the packed file, and make it anew if one is wrong.")
 MEASURE = flag(
@@ -357,7 +366,7 @@ DURABILITY = Setting(
 )
 KEEP_ALIVE = duration("keep_alive", 75.0, "How long the HTTP endpoint keeps a connection open that is not used.")
 BODY_TIMEOUT = duration("body_timeout", 20.0, "How long the body of a request to the HTTP endpoint may take to come.")
-SHOW_PROMPTS = flag("show_prompts", "Show prompts in the HTTP endpoint's list of the latest jobs.")
+SHOW_PROMPTS = flag("show_prompts", "Show prompts in lists of jobs and on the page of a job.")
 LOG_PROMPTS = flag("log_prompts", "Write prompts into the workers' logs.")
 LOG_LEVEL = Setting(
     "log_level", "LEVEL", log_level, "INFO",

@@ -111,6 +111,7 @@ def create_app(
         "/v1/jobs": {"GET": monitoring.jobs, "POST": jobs.create},
         "/v1/jobs/{job_id}": {"GET": jobs.show, "DELETE": jobs.cancel},
         "/v1/jobs/{job_id}/stream": {"GET": jobs.follow},
+        "/v1/jobs/{job_id}/requeue": {"POST": jobs.requeue},
         "/info": {"GET": monitoring.info},
         "/health": {"GET": monitoring.health},
         "/ready": {"GET": monitoring.ready},

@@ -23,7 +23,7 @@ _NOT_TRIED = ("/", "/docs")
 # How the names of bounds in a schema go on behind "min" and "max", and what these bounds count.
 _BOUNDED = {"imum": "", "Length": " characters", "Items": " items"}
 
-# A bound above this only says that numbers are stored in so many bits.
+# A bound beyond this only says that numbers are stored in so many bits.
 _MOST_TOLD = 1 << 30
 
 
@@ -42,7 +42,8 @@ def _content(about: Object) -> Iterator[str]:
     ]
     schemas: Object = about["components"]["schemas"]
     info = about["info"]
-    yield f'<section id="about"><p>Version {escape(info["version"])}. {_prose(info["description"])}</p></section>'
+    yield f'<section id="about"><p>Version {escape(info["version"])}. {_prose(info["description"])}</p>'
+    yield "<p>A field or a parameter with a * is always there, or must be.</p></section>"
     yield '<nav id="routes" aria-label="Routes"><ul>'
     for method, path, operation, _ in operations:
         yield f'<li><a href="#{operation["operationId"]}">{_title(method, path)}</a></li>'
@@ -185,8 +186,7 @@ def _bounds(schema: Object) -> str:
     """Return the bounds of a number, of a text's characters or of a list's items, in words."""
     for name, unit in _BOUNDED.items():
         least, most = schema.get(f"min{name}"), schema.get(f"max{name}")
-        if most is not None and most > _MOST_TOLD:
-            most = None
+        least, most = (bound if bound is not None and abs(bound) <= _MOST_TOLD else None for bound in (least, most))
         if least is None and most is None:
             continue
         if None not in (least, most):

@@ -26,6 +26,7 @@ from fastgpt2.errors import (
     JobCancelled,
     JobFailed,
     JobLost,
+    JobNotEnded,
     JobNotFound,
     JobStopped,
     JobTimedOut,
@@ -59,7 +60,7 @@ RETRY_AFTER_SECONDS = 1
 # What the same request would meet again: its job has ended, was cancelled as its time was up, or Redis cannot serve.
 # OpenAI's clients repeat whatever has the status 408, 409, 429 or one from 500 on, unless a header tells them not to:
 # one job that kills its workers would then kill three times as many.
-_FINAL = (JobFailed, ModelError, ResultTimeout, RedisUnfit)
+_FINAL = (JobFailed, JobNotEnded, ModelError, ResultTimeout, RedisUnfit)
 _NO_RETRY = {"x-should-retry": "false"}
 
 # RFC 6750, 3: a request without a token is told no error.
@@ -122,6 +123,7 @@ KINDS: dict[type[FastGPT2Error], Kind] = {
     TokenMissing: Kind("authentication_error", "missing_api_key", "missing_api_key"),
     ForbiddenOrigin: Kind("permission_error", "forbidden_origin", "forbidden_origin"),
     JobNotFound: Kind("invalid_request_error", "job_not_found", "job_not_found"),
+    JobNotEnded: Kind("invalid_request_error", "job_not_ended", "job_not_ended"),
     JobLost: Kind("server_error", "job_lost", "incomplete_generation"),
     JobFailed: Kind("server_error", "job_failed", "generation"),
     JobCancelled: Kind("server_error", "job_cancelled", "incomplete_generation"),

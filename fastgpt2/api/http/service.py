@@ -6,8 +6,8 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -19,6 +19,7 @@ from fastgpt2.api.client.enqueue import IdempotencyKey, JobPlan, SentJob, idempo
 from fastgpt2.api.client.flow import AsyncDriver, Command, Flow, Pipeline
 from fastgpt2.api.client.outcome import Outcome, unwrap
 from fastgpt2.api.client.reader import JobReader
+from fastgpt2.api.client.requeue import Again, run_again
 from fastgpt2.api.http.access import LIMITS_STATE, TOKEN_STATE
 from fastgpt2.api.http.requests import ClientGone
 from fastgpt2.api.http.watch import Watch
@@ -163,14 +164,17 @@ class Service:
         Raises:
             What `Session.send_all` raises.
         """
-        token = request.scope.get("state", {}).get(TOKEN_STATE)
-        if token is None:
-            return await self.driver.run(self.session.send_all(plans, keys))
-        admission = Admission(self.client.queue_name, token.name, token.waiting, token.tokens_per_minute)
-        try:
+        with _admission(request, self.client.queue_name) as admission:
             return await self.driver.run(self.session.send_all(plans, keys, admission))
-        finally:
-            request.scope["state"][LIMITS_STATE] = admission.headers()
+
+    async def run_again(self, request: Request, job_id: str, keys: Sequence[IdempotencyKey] | None) -> Again:
+        """Run a job again, if the limits of the request's token leave room for it.
+
+        Raises:
+            What `fastgpt2.api.client.requeue.run_again` raises.
+        """
+        with _admission(request, self.client.queue_name) as admission:
+            return await self.driver.run(run_again(self.session, job_id, keys, admission))
 
     def attend(self, request: Request, job_id: str, streamed: bool, timeout: float | None = None) -> PendingJobs:
         """Wait within a context for a job that exists; it goes on whatever becomes of the request.
@@ -198,6 +202,20 @@ class Service:
         for job_id in job_ids:
             with suppress(FastGPT2Error):
                 await self.client.cancel(job_id)
+
+
+@contextmanager
+def _admission(request: Request, queue: str) -> Iterator[Admission | None]:
+    """Yield the room within the limits of a request's token, which the answer's headers tell; None without one."""
+    token = request.scope.get("state", {}).get(TOKEN_STATE)
+    if token is None:
+        yield None
+        return
+    admission = Admission(queue, token.name, token.waiting, token.tokens_per_minute)
+    try:
+        yield admission
+    finally:
+        request.scope["state"][LIMITS_STATE] = admission.headers()
 
 
 def read_idempotency_keys(request: Request, jobs: int, asked: object, prefix: str = "") -> list[IdempotencyKey] | None:

@@ -11,10 +11,12 @@ from pathlib import Path
 _FOLDER = Path(__file__).parent
 _STYLE = '<link rel="stylesheet" href="page.css">'
 _SCRIPT = '<script type="module" src="page.js"></script>'
-_STYLE_PARTS = ("base.css", "page.css")
+_STYLE_PARTS = ("base.css", "page.css", "jobs.css")
 # The parts of one module. They share one scope: each uses what the parts before it declare.
-_SCRIPT_PARTS = ("words.js", "requests.js", "charts.js", "tables.js", "models.js", "prompt.js", "page.js")
-
+_SCRIPT_PARTS = (
+    "words.js", "requests.js", "charts.js", "tables.js", "models.js", "prompt.js", "job.js", "job_list.js", "views.js",
+    "page.js",
+)  # fmt: skip
 _DOCS_STYLE_PARTS = ("base.css", "docs.css")
 _DOCS_SCRIPT_PARTS = ("words.js", "requests.js", "docs.js")
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fastgpt2 import __version__
 from fastgpt2.api.pool.by_model import read_model_states
+from fastgpt2.api.pool.redis_metrics import redis_metrics
 from fastgpt2.api.pool.snapshot import Snapshot, WorkerEntry, read_snapshot
 from fastgpt2.protocol import keys
 from fastgpt2.protocol.untrusted import real, whole
@@ -137,6 +138,7 @@ class _PoolCollector:
         yield from _worker_gauges(self._snapshot)
         yield from _model_gauges(self._snapshot)
         yield from _model_counters(self._snapshot)
+        yield from redis_metrics(self._snapshot.redis)
 
 
 def _queue_gauges(snapshot: Snapshot) -> Iterator[Metric]:
