@@ -217,6 +217,12 @@ class JobLost(JobNotFound):
     http_status = 503
 
 
+class JobNotEnded(FastGPT2Error):
+    """Raised if a job that is to run again waits or runs still."""
+
+    http_status = 409
+
+
 class JobFailed(FastGPT2Error):
     """Raised if the job ended without a result.
 
@@ -287,6 +293,20 @@ class QueueFull(FastGPT2Error):
         super().__init__(f"the queue {queue!r} is full: {depth} jobs wait, the limit is {limit}; try again later")
         self.depth = depth
         self.limit = limit
+
+
+class TokenLimitReached(FastGPT2Error):
+    """Raised if the token of a request has reached one of its limits; nothing was enqueued.
+
+    Attributes:
+        retry_after: in how many seconds it may be worth asking again.
+    """
+
+    http_status = 429
+
+    def __init__(self, message: str, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class ServiceBusy(FastGPT2Error):

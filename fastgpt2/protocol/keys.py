@@ -102,6 +102,9 @@ RESULTS_PREFIX = "rq:results:"
 SUSPENDED_KEY = "rq:suspended"
 # The set of the keys of all rate limits (`rq.RateLimit`).
 RATE_LIMITS_KEY = "rq:rl-keys"
+# Before the key of a rate limit: the hash of its settings; with ":allowed" or ":rate_limited" behind it, the sorted set
+# of the jobs that have a slot, or wait for one.
+RATE_LIMIT_PREFIX = "rq:rl:"
 
 # All executions of a job; one execution, by the ids of the job and of itself with a colon between.
 EXECUTIONS_PREFIX = "rq:executions:"
@@ -262,6 +265,9 @@ MODEL_GRACE_SECONDS = 60.0
 # For how long a name is remembered that no worker serves any more: its queues may hold jobs, and results of jobs.
 MODEL_REMEMBERED_SECONDS = 7 * 24 * 3600
 
+# How long a pool without any worker remembers all names.
+MODELS_TTL_SECONDS = 90 * 24 * 3600
+
 
 def models_key(name: str) -> str:
     """Return the key of the sorted set of the models that a pool's workers serve, by the names that jobs may give.
@@ -309,6 +315,47 @@ def last_report_key(worker_name: str) -> str:
 def asked_key(worker_name: str) -> str:
     """Return the key that a worker writes before it asks whether all that it wrote will last."""
     return f"fastgpt2:asked:{worker_name}"
+
+
+# --- Tokens of the endpoint: what the jobs of each have used ---
+
+# A pattern of the names that tokens may have. They stand in keys, logs and metrics.
+TOKEN_NAME = r"[A-Za-z0-9._@+-]{1,64}"
+
+# A field of a job's hash: the name of the token by which the job was enqueued.
+TOKEN_FIELD = "fastgpt2_token"
+
+# How many ends of a token's jobs are kept until the endpoint takes them into account, and for how long.
+MAX_USAGES = 100_000
+ACCOUNT_TTL_SECONDS = 7 * 24 * 3600
+
+
+def account_key(queue: str, token: str) -> str:
+    """Return the key of the hash of how far a token is within its limits; see `admit.lua`."""
+    return f"fastgpt2:account:state:{queue}:{token}"
+
+
+def account_jobs_key(queue: str, token: str) -> str:
+    """Return the key of the sorted set of a token's jobs that have not ended, each with when it was looked at."""
+    return f"fastgpt2:account:jobs:{queue}:{token}"
+
+
+def usage_key(queue: str, token: str) -> str:
+    """Return the key of the Redis stream of what a token's jobs used, an entry a job; only tokens with limits have it.
+
+    Workers write it with a job's end, and the endpoint reads it when a request comes.
+    """
+    return f"fastgpt2:account:usage:{queue}:{token}"
+
+
+def token_totals_key(queue: str) -> str:
+    """Return the key of the hash of all that the jobs of each token have used; see `token_totals_field`."""
+    return f"fastgpt2:token-totals:{queue}"
+
+
+def token_totals_field(token: str, count: str) -> str:
+    """Return the field of a token's PROMPT_TOKENS or GENERATED_TOKENS."""
+    return f"{token}:{count}"
 
 
 # --- A pool's figures: what workers count, and the endpoint reads ---

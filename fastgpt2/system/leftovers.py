@@ -25,7 +25,7 @@ def warn_of_losses(redis_url: str, queue: str) -> None:
     connection = connect(redis_url)
     try:
         with closing(connection), redis_errors(redis_url):
-            known = connection.zrange(models_key(queue), 0, MAX_MODELS_OF_POOL - 1, desc=True)
+            known = connection.zrange(models_key(queue), -MAX_MODELS_OF_POOL, -1)
             count = _count(connection, queues_of(queue, read_model_names(known)))
     except QueueUnavailable:
         return

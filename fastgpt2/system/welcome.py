@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from fastgpt2 import settings
 from fastgpt2.api.http.access import is_loopback
+from fastgpt2.api.http.tokens import read_tokens
 from fastgpt2.protocol.connection import holds_secret, without_password
 from fastgpt2.system.served_model import ServedModel
 
@@ -37,6 +38,7 @@ def welcome(
             f"fastgpt2 is ready: {describe_models(models, values['workers'])}, queue {values['queue']}",
             *([of_several] if len(models) > 1 or models[0].named_only else []),
             f"  endpoint  {address}/ in a browser, {address}/v1 for OpenAI's clients",
+            *_where_a_proxy_shows_it(values["public_url"]),
             f"  Redis     {_where_redis_is(redis_url, embedded)}",
             f"  try       {_enqueue_line(values, models[0], redis_url)}",
             f"            {_curl_line(values, models[0], address)}",
@@ -63,6 +65,10 @@ def _describe_names(model: ServedModel) -> str:
     name, *further = model.names
     more = [*([] if name == model.model else [model.model]), *(f"also {other}" for other in further)]
     return f"{name} ({', '.join(more)})" if more else name
+
+
+def _where_a_proxy_shows_it(public_url: str | None) -> list[str]:
+    return [] if public_url is None else [f"            {public_url}/ and {public_url}/v1 through the proxy"]
 
 
 def named_by(redis_url: str) -> str:
@@ -97,16 +103,20 @@ def _enqueue_line(values: dict[str, Any], model: ServedModel, redis_url: str) ->
 
 
 def _curl_line(values: dict[str, Any], model: ServedModel, address: str) -> str:
-    token = ""
+    token = end = ""
     if values["token_file"]:
         file = shlex.quote(str(Path(values["token_file"]).absolute()))
-        token = f' -H "Authorization: Bearer $(head -n 1 {file})"'
+        tokens = read_tokens(values["token_file"])
+        if tokens is not None and tokens.names:
+            token, end = ' -H "Authorization: Bearer $TOKEN"', f"   # after: TOKEN=one of those in {file}"
+        else:
+            token = f""" -H "Authorization: Bearer $(grep -m 1 '^[^#]' {file})\""""
     elif settings.TOKEN.resolve() is not None:
         token = f' -H "Authorization: Bearer ${settings.TOKEN.variable}"'
     body: dict[str, Any] = {"inputs": "My name is"}
     if model.named_only:
         body["parameters"] = {"model": model.names[0]}
-    return f"curl -s {shlex.quote(f'{address}/')}{token} -d {shlex.quote(json.dumps(body))}"
+    return f"curl -s {shlex.quote(f'{address}/')}{token} -d {shlex.quote(json.dumps(body))}{end}"
 
 
 def _name_to_ask(values: dict[str, Any], http_url: str) -> str:

@@ -192,6 +192,16 @@ class ActiveJob:
         since_first_token = time.perf_counter() - self.sequences[0].first_token_at
         return self.attempt.waited_seconds + max(0.0, since_start - since_first_token)
 
+    @property
+    def usage(self) -> Usage:
+        """The tokens that were read and generated for it, of all its texts; a prompt that was half read counts whole.
+
+        Its texts share the prompt, which is read once.
+        """
+        if not self.sequences:
+            return Usage(0, 0)
+        return Usage(len(self.prompt.ids), sum(each.usage.completion_tokens for each in self.sequences))
+
     def next_pieces(self) -> list[Piece]:
         """Return the text that may be streamed and was not yet."""
         if not self.options.stream or self.muted:
@@ -250,6 +260,7 @@ class End:
         error: of a job that failed, is retried, or was stopped.
         partial: what had been generated of a job that was stopped or is out of time, as the JSON of a result.
         last_pieces: what its stream ends with, perhaps nothing; None if it has none.
+        usage: what this attempt has used; None if it never ran.
     """
 
     attempt: Attempt
@@ -258,6 +269,7 @@ class End:
     error: Exception | None = None
     partial: dict[str, Any] | None = None
     last_pieces: list[Piece] | None = None
+    usage: Usage | None = None
 
 
 class Batch:

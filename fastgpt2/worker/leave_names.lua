@@ -15,8 +15,8 @@ for _, key in ipairs(redis.call('SMEMBERS', KEYS[2])) do
     end
 end
 local time = redis.call('TIME')
-local now = string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000))
+local lapsed = string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000) - 1)
 for i = 2, #ARGV do
-    if not served[ARGV[i]] then redis.call('ZADD', KEYS[1], 'XX', 'LT', now, ARGV[i]) end
+    if not served[ARGV[i]] then redis.call('ZADD', KEYS[1], 'XX', 'LT', lapsed, ARGV[i]) end
 end
 return 1

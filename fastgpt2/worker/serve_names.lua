@@ -50,4 +50,5 @@ end
 for i = first, #ARGV do
     redis.call('ZADD', KEYS[1], string.format('%.0f', now + $MODEL_SERVED_SECONDS * 1000), ARGV[i])
 end
+redis.call('EXPIRE', KEYS[1], $MODELS_TTL_SECONDS)
 return {1, redis.call('ZRANGE', KEYS[1], 0, $MAX_MODELS_OF_POOL - 1, 'REV')}

@@ -112,7 +112,7 @@ class GenerationWorker(RQWorker):
         self._claims = Claims(connection, self.queues, self.name, self.metrics.count_malformed)
         self._info = WorkerInfo(engine, self.batch, self.metrics, restarts, self.served.own, named_only)
         self._faults = Faults(self.name, address_of(connection))
-        self._ledger = Ledger(self, self.metrics.count_malformed)
+        self._ledger = Ledger(self, queue, self.metrics.count_malformed)
         self.confirmation = Confirmation(connection, durability, self.name, self.metrics.count_unconfirmed)
         self.outbox = Outbox(self.batch, self._ledger, self.metrics, self.confirmation, self.name)
         positions = engine.config.n_positions

@@ -97,14 +97,15 @@ def test_a_misspelt_field_is_refused() -> None:
 
 
 def test_all_files_are_in_the_base_or_to_be_chosen() -> None:
-    assert set(COMMENTED) == {"second-model.yaml", "scaling-keda.yaml", "scaling-hpa.yaml", "monitoring.yaml"}
+    optional = {"second-model.yaml", "scaling-keda.yaml", "scaling-hpa.yaml", "monitoring.yaml", "alerts.yaml"}
+    assert set(COMMENTED) == optional
     assert {*KUSTOMIZATION["resources"], *COMMENTED, "kustomization.yaml"} == set(TEXTS)
 
 
 @pytest.mark.processes
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not here")
 @pytest.mark.parametrize(
-    "chosen", [[], ["scaling-keda.yaml", "second-model.yaml"], ["scaling-hpa.yaml", "monitoring.yaml"]]
+    "chosen", [[], ["scaling-keda.yaml", "second-model.yaml"], ["scaling-hpa.yaml", "monitoring.yaml", "alerts.yaml"]]
 )
 def test_kustomize_builds_it(chosen: list[str], tmp_path: Path) -> None:
     shutil.copytree(FOLDER, tmp_path, dirs_exist_ok=True)

@@ -396,7 +396,7 @@ def test_a_model_of_an_earlier_releases_workers_is_asked_for_without_its_name(
     connection, queue = client.connection, client.queue_name
 
     def register(worker: str, **fields: str) -> None:
-        written: dict[Any, Any] = {"birth": "2026-01-01T00:00:00Z", **fields}
+        written: dict[Any, Any] = {"n_positions": 1024, "longest_token_bytes": 128, **fields}
         connection.hset(f"rq:worker:{worker}-{queue}", mapping=written)
         connection.sadd(f"rq:workers:{queue}", f"rq:worker:{worker}-{queue}")
 

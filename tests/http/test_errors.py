@@ -63,6 +63,7 @@ EXPECTED: dict[str, tuple[str, str | None, int, str]] = {
     "CheckpointError": (SERVER, "model_error", 503, "generation"),
     "TokenizerError": (SERVER, "model_error", 503, "generation"),
     "QueueFull": ("rate_limit_error", "queue_full", 429, "overloaded"),
+    "TokenLimitReached": ("rate_limit_error", "rate_limit_exceeded", 429, "overloaded"),
     "QueueUnavailable": (SERVER, "queue_unavailable", 503, "overloaded"),
     "NotDurable": (SERVER, "not_durable", 503, "overloaded"),
     "RedisUnfit": (SERVER, "redis_unfit", 503, "generation"),

@@ -240,6 +240,12 @@ def test_workers_of_an_earlier_release_get_the_jobs_of_their_model(
     assert "model" not in RQJob.fetch(job.id, redis, JSONSerializer).kwargs
     with pytest.raises(ModelUnknown):
         client.enqueue("a", model="other")
+    # Beside a worker of another model, which might take the job, it is refused rather than given to the wrong one.
+    redis.sadd(keys.workers_key(queue_name), f"{worker}er")
+    redis.hset(f"{worker}er", mapping={"model": "other", "n_positions": 512, "longest_token_bytes": 9})
+    client._session.limits._fresh_until = 0.0
+    with pytest.raises(ModelUnknown):
+        client.enqueue("a", model="demo")
 
 
 # Jobs that are put where they do not belong.
@@ -410,7 +416,7 @@ def test_a_job_in_a_models_queue_is_cancelled(
     assert waits.cancel()
     assert runs.cancel()
     assert waiting(redis, f"{queue_name}@theirs") == []
-    ours.until(lambda: not len(ours.worker.batch), "the worker to let go")
+    ours.until(ours.worker._has_no_jobs, "the worker to let go")
     for job in (waits, runs):
         with pytest.raises(JobCancelled):
             job.result(10)

@@ -24,6 +24,7 @@ from fastgpt2.protocol.keys import (
     MODELS_FIELD,
     NAMED_ONLY_FIELD,
     QUEUES_KEY,
+    TOKEN_FIELD,
     Priority,
     PriorityField,
     models_key,
@@ -186,9 +187,12 @@ def _digest(text: str) -> str:
 
 
 def enqueue_command(
-    plan: JobPlan, queue: str, max_queue: int | None, key: IdempotencyKey | None = None
+    plan: JobPlan, queue: str, max_queue: int | None, key: IdempotencyKey | None = None, token: str | None = None
 ) -> tuple[str, Command]:
     """Return a new job's id and the command that enqueues the job; see `enqueue.lua` and `read_enqueue_reply`.
+
+    Args:
+        token: the name of the endpoint's token by which it is enqueued.
 
     It writes the fields that `rq.Queue.enqueue` writes (rq/queue.py: create_job, _prepare_for_queue, _persist_job).
 
@@ -213,6 +217,7 @@ def enqueue_command(
     )
     job.enqueued_at = now()
     fields = [part for pair in job.to_dict().items() if pair[1] is not None for part in pair]
+    fields += [] if token is None else [TOKEN_FIELD, token]
     counted = [queue_key(other) for other in queues_of(queue)]
     keys = [job.key, queue_key(name), QUEUES_KEY, *counted, job.key if key is None else key.redis_key]
     asked = "" if key is None else key.asked
@@ -300,8 +305,8 @@ class ModelLimits:
         self._fresh_until = 0.0
         # By the models' names; under None, of those that take jobs which name no model.
         self._limits: dict[str | None, ModelLimit] = {}
-        # The models of workers of earlier releases, which take jobs that name no model only.
-        self._unnamed: set[str] = set()
+        # The models of the workers that take jobs which name no model. Workers of earlier releases take no others.
+        self._of_unnamed: set[str] = set()
 
     def refresh(self, queue: str) -> Flow[None]:
         """Read the limits from the workers' own hashes, unless they were read just now."""
@@ -309,7 +314,7 @@ class ModelLimits:
             return
         workers = yield Command("smembers", (workers_key(queue),))
         asked = tuple(Command("hmget", (key, *_LIMIT_FIELDS)) for key in workers)
-        self._limits, self._unnamed = {}, set()
+        self._limits, self._of_unnamed = {}, set()
         for fields in (yield Pipeline(asked)) if asked else ():
             self._add(*fields)
         # Without a worker the next job asks again.
@@ -322,16 +327,16 @@ class ModelLimits:
             return
         for name in (*read_model_list(models), *(() if named_only else (None,))):
             self._limits[name] = limit.including(self._limits.get(name, limit))
-        if models is None and isinstance(model, bytes):
-            self._unnamed.add(model.decode("utf-8", "replace"))
+        if not named_only and isinstance(model, bytes):
+            self._of_unnamed.add(model.decode("utf-8", "replace"))
 
     def adapt(self, plan: JobPlan) -> JobPlan:
         """Return the plan as the live workers take it: workers of an earlier release know no jobs that name a model.
 
-        While such workers are all that serve the model, the job waits where theirs do, as it did in that release.
+        If such workers alone serve the model, and no other model's worker could take the job from them, it names none.
         """
         model = plan.options.model
-        if model in self._unnamed and model not in self._limits:
+        if model is not None and model not in self._limits and self._of_unnamed == {model}:
             return replace(plan, options=replace(plan.options, model=None))
         return plan
 

@@ -8,6 +8,7 @@ from itertools import repeat
 from typing import Any
 
 from fastgpt2 import settings
+from fastgpt2.api.client.admission import Admission
 from fastgpt2.api.client.durability import Durability
 from fastgpt2.api.client.enqueue import (
     DEFAULT_RESULT_TTL_SECONDS,
@@ -70,14 +71,21 @@ class Session:
         """Enqueue several jobs, and return their ids; see `send_all`."""
         return [job.id for job in (yield from self.send_all(plans, keys))]
 
-    def send_all(self, plans: Sequence[JobPlan], keys: Sequence[IdempotencyKey] | None = None) -> Flow[list[SentJob]]:
+    def send_all(
+        self,
+        plans: Sequence[JobPlan],
+        keys: Sequence[IdempotencyKey] | None = None,
+        admission: Admission | None = None,
+    ) -> Flow[list[SentJob]]:
         """Enqueue several jobs, all or none.
 
         Args:
             keys: one for each plan. Where an earlier request with the same key enqueued the job, that is returned.
                 If that asked for something else, IdempotencyMismatch is raised.
+            admission: asks first whether the limits of a token leave room.
 
         Raises:
+            TokenLimitReached: they do not.
             NotDurable: they are enqueued, and Redis did not confirm in time that they are as durable as asked for.
         """
         yield from self.prepare()
@@ -85,13 +93,15 @@ class Session:
         for plan in plans:
             self.limits.check(plan.request, plan.options.model)
         made = [
-            enqueue_command(plan, self.queue, self.max_queue, key)
+            enqueue_command(plan, self.queue, self.max_queue, key, admission.token if admission else None)
             for plan, key in zip(plans, keys or repeat(None, len(plans)), strict=True)
         ]
         sent = [
             SentJob(job_id, command, plan, self.recovery.history)
             for (job_id, command), plan in zip(made, plans, strict=True)
         ]
+        if admission is not None:
+            yield from admission.ask([job_id for job_id, _ in made], plans, keys)
         try:
             replies, confirmation = yield from self.send([one.command for one in sent])
         except RedisUnfit:
@@ -103,6 +113,9 @@ class Session:
             for (job_id, _), plan, reply in zip(made, plans, replies, strict=True)
         ]
         refusal = next((outcome for outcome in outcomes if isinstance(outcome, FastGPT2Error)), None)
+        if admission is not None:
+            pairs = zip(made, outcomes, strict=True)
+            yield from admission.release([job_id for (job_id, _), outcome in pairs if refusal or outcome != job_id])
         if refusal is None:
             for one, outcome in zip(sent, outcomes, strict=True):
                 one.id = str(outcome)

@@ -137,7 +137,7 @@ class Chats:
                 "workers started with --chat-template FILE"
             )
         # The job carries the name to the model's queue, and is refused there if no worker serves it.
-        if model is None or model in served.without_queue:
+        if model is None:
             chat = chat.without_model()
         if chat.request.stream:
             return EventStream(

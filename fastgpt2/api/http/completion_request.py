@@ -6,11 +6,11 @@ Source: OpenAI's API reference, "Create completion" (the legacy one), and vLLM's
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from fastgpt2.api.client.enqueue import JobPlan, plan_job
-from fastgpt2.api.http.openai_request import OpenAIRequest, in_order, take_fields, translate, without_model
+from fastgpt2.api.http.openai_request import OpenAIRequest, in_order, take_fields, translate
 from fastgpt2.engine.decoding.records import TOKEN_IDS_SCHEMA, Logprobs, NewTokens
 from fastgpt2.errors import BadRequest, FastGPT2Error
 from fastgpt2.fields import Field, fields_of, only, refusal
@@ -102,10 +102,6 @@ class Completion:
     request: CompletionRequest
     plans: list[JobPlan]
     asked: list[tuple[str, Any]]
-
-    def without_model(self) -> Completion:
-        """Return the same with jobs that name no model."""
-        return replace(self, plans=without_model(self.plans))
 
 
 def parse_completion(body: Mapping[str, Any]) -> Completion:

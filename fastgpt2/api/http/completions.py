@@ -109,11 +109,7 @@ class Completions:
 
     async def create(self, request: Request) -> Response:
         """Answer `POST /v1/completions`."""
-        body = await read_object(request, self._service.bounds.body_timeout, EXAMPLE)
-        completion = parse_completion(body)
-        # The jobs carry the name to the model's queue, and are refused there if no worker serves it.
-        if completion.request.wanted_model in (await self._models.read()).without_queue:
-            completion = completion.without_model()
+        completion = parse_completion(await read_object(request, self._service.bounds.body_timeout, EXAMPLE))
         if completion.request.stream:
             return EventStream(
                 self._events(request, completion), lambda error: event(error_object(error, openai=True)) + DONE

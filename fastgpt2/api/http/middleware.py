@@ -33,6 +33,7 @@ LINGER_SECONDS = 5.0
 _BODY_HEADERS = (b"content-length", b"transfer-encoding")
 
 _SLASHES = re.compile(rb"//+")
+_WRITTEN_SLASH = re.compile(rb"%2[Ff]")
 
 REQUEST_ID = b"x-request-id"
 JOB_ID = b"x-job-id"
@@ -45,7 +46,8 @@ class PlainPath:
     """Middleware that passes over slashes too many in a path: `/v1//models/` is `/v1/models`.
 
     Clients put a path behind a base that ends with a slash, or does not. They are not redirected, as many follow no
-    redirection, or lose the body on the way. A slash that is written `%2F` is part of a name, and stays.
+    redirection, or lose the body on the way. A slash that is written `%2F` is part of a name, and stays. In the id of a
+    job, which is one part of a path, the path keeps it so written.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -55,8 +57,9 @@ class PlainPath:
         path: bytes = scope.get("raw_path", b"") if scope["type"] == "http" else b""
         if path.startswith(b"/"):
             plain = _SLASHES.sub(b"/", path).rstrip(b"/") or b"/"
-            if plain != path:
-                scope = {**scope, "raw_path": plain, "path": unquote(plain.decode("ascii"))}
+            read = _WRITTEN_SLASH.sub(b"%252F", plain) if plain.startswith(b"/v1/jobs/") else plain
+            if read != path:
+                scope = {**scope, "raw_path": plain, "path": unquote(read.decode("ascii"))}
         await self._app(scope, receive, send)
 
 
@@ -173,13 +176,14 @@ class _LoggedAnswer:
         is_quiet = path in _QUIET_PATHS and self._status < 400 and method != "POST"
         log.log(
             logging.DEBUG if is_quiet else logging.INFO,
-            "%s %s %d in %.1f ms%s%s, request %s",
+            "%s %s %d in %.1f ms%s%s%s, request %s",
             method,
             ascii(path[:200])[1:-1],
             self._status,
             (time.perf_counter() - self._began) * 1e3,
             "" if self._is_whole else ", cut short",
             f", job {self._job_id}" if self._job_id else "",
+            "".join(f", {name} {value}" for name, value in self._scope.get("log_fields", {}).items()),
             self._request_id,
         )
 

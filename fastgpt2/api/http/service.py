@@ -6,18 +6,21 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Self
 
 from starlette.requests import Request
 
+from fastgpt2.api.client.admission import Admission
 from fastgpt2.api.client.async_client import AsyncClient
 from fastgpt2.api.client.enqueue import IdempotencyKey, JobPlan, SentJob, idempotency_keys
 from fastgpt2.api.client.flow import AsyncDriver, Command, Flow, Pipeline
 from fastgpt2.api.client.outcome import Outcome, unwrap
 from fastgpt2.api.client.reader import JobReader
+from fastgpt2.api.client.requeue import Again, run_again
+from fastgpt2.api.http.access import LIMITS_STATE, TOKEN_STATE
 from fastgpt2.api.http.requests import ClientGone
 from fastgpt2.api.http.watch import Watch
 from fastgpt2.api.pool.snapshot import read_models
@@ -133,13 +136,13 @@ class Service:
             asked: see `idempotency_keys`.
 
         Raises:
-            BadRequest, PromptTooLong, QueueFull, QueueUnavailable, ServiceBusy, IdempotencyMismatch
+            BadRequest, PromptTooLong, QueueFull, QueueUnavailable, ServiceBusy, IdempotencyMismatch, TokenLimitReached
             NotDurable: the jobs are cancelled; with an idempotency key they go on, for the client that asks again.
         """
         self._check_room(len(plans))
         keys = read_idempotency_keys(request, len(plans), asked)
         try:
-            sent = await self.driver.run(self.session.send_all(plans, keys))
+            sent = await self.send(request, plans, keys)
         except NotDurable as error:
             if keys is None:
                 self._start_cancelling(error.job_ids)
@@ -152,6 +155,26 @@ class Service:
                 left = [job.id for job in pending.jobs if job.outcome is None]
                 if left and not self.is_closing:
                     self._start_cancelling(left)
+
+    async def send(
+        self, request: Request, plans: Sequence[JobPlan], keys: Sequence[IdempotencyKey] | None
+    ) -> list[SentJob]:
+        """Enqueue the jobs of a request, all or none, if the limits of its token leave room for them.
+
+        Raises:
+            What `Session.send_all` raises.
+        """
+        with _admission(request, self.client.queue_name) as admission:
+            return await self.driver.run(self.session.send_all(plans, keys, admission))
+
+    async def run_again(self, request: Request, job_id: str, keys: Sequence[IdempotencyKey] | None) -> Again:
+        """Run a job again, if the limits of the request's token leave room for it.
+
+        Raises:
+            What `fastgpt2.api.client.requeue.run_again` raises.
+        """
+        with _admission(request, self.client.queue_name) as admission:
+            return await self.driver.run(run_again(self.session, job_id, keys, admission))
 
     def attend(self, request: Request, job_id: str, streamed: bool, timeout: float | None = None) -> PendingJobs:
         """Wait within a context for a job that exists; it goes on whatever becomes of the request.
@@ -179,6 +202,20 @@ class Service:
         for job_id in job_ids:
             with suppress(FastGPT2Error):
                 await self.client.cancel(job_id)
+
+
+@contextmanager
+def _admission(request: Request, queue: str) -> Iterator[Admission | None]:
+    """Yield the room within the limits of a request's token, which the answer's headers tell; None without one."""
+    token = request.scope.get("state", {}).get(TOKEN_STATE)
+    if token is None:
+        yield None
+        return
+    admission = Admission(queue, token.name, token.waiting, token.tokens_per_minute)
+    try:
+        yield admission
+    finally:
+        request.scope["state"][LIMITS_STATE] = admission.headers()
 
 
 def read_idempotency_keys(request: Request, jobs: int, asked: object, prefix: str = "") -> list[IdempotencyKey] | None:
@@ -340,13 +377,10 @@ class PoolModels:
         by_name: under each name that a request may give, the model that has requests without a name first.
         unnamed: the name of the model that has requests without a name, most of them if there are several such; None if
             no worker takes such requests.
-        without_queue: names that only workers of earlier releases serve, which know no queues of models. Jobs for these
-            go without a name; whoever takes such jobs serves that model.
     """
 
     by_name: dict[str, ModelCard]
     unnamed: str | None
-    without_queue: frozenset[str]
 
 
 class Models:
@@ -355,7 +389,7 @@ class Models:
     def __init__(self, driver: AsyncDriver, queue: str) -> None:
         self._driver = driver
         self._queue = queue
-        self._known = PoolModels({}, None, frozenset())
+        self._known = PoolModels({}, None)
         self._fresh_until = 0.0
 
     async def read(self) -> PoolModels:
@@ -390,12 +424,8 @@ def _list_models(workers: Sequence[Mapping[str, Any]]) -> PoolModels:
         if names and fields.get(NAMED_ONLY_FIELD) != b"1":
             takers[names[0]] += 1
     unnamed = min(takers, key=lambda name: (-takers[name], name), default=None)
-    old = (name for name, serving in told.items() if not any(MODELS_FIELD in fields for fields in serving))
-    return PoolModels(
-        {name: _describe(told[name]) for name in sorted(told, key=lambda name: (name != unnamed, name))},
-        unnamed,
-        frozenset(name for name in old if takers.keys() == {name}),
-    )
+    in_order = sorted(told, key=lambda name: (name != unnamed, name))
+    return PoolModels({name: _describe(told[name]) for name in in_order}, unnamed)
 
 
 def _describe(workers: Sequence[Mapping[str, Any]]) -> ModelCard:

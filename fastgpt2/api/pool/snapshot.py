@@ -122,6 +122,7 @@ class Snapshot:
         totals_by_model: the same of each model whose workers have this first name.
         recent: for each bucket of ten seconds that was asked for, the latest first: the moment at which the bucket
             began, and those of `keys.RECENT_FIELDS` that there are.
+        redis: what Redis says of itself (`INFO`), field by field.
         redis_version: the version of Redis or Valkey.
     """
 
@@ -133,6 +134,7 @@ class Snapshot:
     totals: dict[str, Any]
     totals_by_model: dict[str, dict[str, Any]]
     recent: list[tuple[int, dict[str, Any]]]
+    redis: dict[str, Any]
     redis_version: str
 
     def depths(self, model: str | None = None) -> dict[str, int]:
@@ -159,11 +161,11 @@ async def read_snapshot(connection: Redis, queue: str, buckets: int = 0) -> Snap
     """
     pipeline: Any = connection.pipeline(transaction=False)
     pipeline.time()
-    pipeline.info("server")
-    pipeline.zrange(models_key(queue), 0, MAX_MODELS_OF_POOL - 1, desc=True, withscores=True)
+    pipeline.info()
+    pipeline.zrange(models_key(queue), -MAX_MODELS_OF_POOL, -1, withscores=True)
     pipeline.srandmember(workers_key(queue), MAX_WORKERS_SHOWN)
     pipeline.hmget(totals_key(queue), list(TOTAL_FIELDS))
-    time, server, names, members, totals = check_replies(await pipeline.execute(raise_on_error=False))
+    time, info, names, members, totals = check_replies(await pipeline.execute(raise_on_error=False))
     now = time[0] + time[1] / 1e6
     models = {name: max(0.0, until / 1000 - now) for name, until in _read_names(names)}
     table = await _read_queues(pipeline, queue, list(models))
@@ -192,7 +194,8 @@ async def read_snapshot(connection: Redis, queue: str, buckets: int = 0) -> Snap
         totals=by_name(TOTAL_FIELDS, totals),
         totals_by_model=table.totals,
         recent=[(start, by_name(RECENT_FIELDS, reply)) for start, reply in zip(starts, bucket_replies, strict=True)],
-        redis_version=text(server.get("valkey_version") or server.get("redis_version")),
+        redis=info,
+        redis_version=text(info.get("valkey_version") or info.get("redis_version")),
     )
 
 

@@ -249,12 +249,6 @@ class Batch:
             )
             if self._names_models:  # a job for a model that nobody serves would be refused
                 self._driver.run(_wait_for_worker(self._session))
-        if self._form is not LINE_RECORDS:
-            from fastgpt2.api.http.service import read_pool_models
-            from fastgpt2.commands.batch.openai_lines import OpenAILineReader
-
-            assert isinstance(self._reader, OpenAILineReader)
-            self._reader.without_queue = self._driver.run(read_pool_models(self._session.queue)).without_queue
 
     def _missing(self, lines: Iterator[Line | None]) -> Iterator[Pending | None]:
         """Yield the lines that are to be run; None where the input has nothing yet."""

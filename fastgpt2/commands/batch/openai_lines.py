@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -52,16 +52,12 @@ class OpenAILineReader(RawLineReader):
         options: the fields of a request that the command line gives, for bodies that do not say otherwise.
         priority: of all jobs whose bodies name none.
         timeout: the seconds from its enqueueing that each job may take.
-
-    Attributes:
-        without_queue: see `fastgpt2.api.http.service.PoolModels`; empty while nobody knows the models.
     """
 
     def __init__(self, options: Mapping[str, Any], priority: Priority, timeout: float | None) -> None:
         self._defaults = {_NAMES.get(name, name): value for name, value in options.items()}
         self._priority = priority
         self._timeout = timeout
-        self.without_queue: Collection[str] = ()
 
     def _line(self, raw: bytes, number: int) -> Line:
         row: dict[str, Any] = {"custom_id": None}
@@ -88,8 +84,6 @@ class OpenAILineReader(RawLineReader):
         completion = parse_completion(given) if url == COMPLETIONS_URL else parse_chat(given)
         if completion.request.stream:
             raise BadField("stream", "stream must be false or left out in a batch: a line has one answer")
-        if completion.request.wanted_model in self.without_queue:
-            completion = completion.without_model()
         plans = [replace(plan, options=replace(plan.options, timeout=self._timeout)) for plan in completion.plans]
         return replace(completion, plans=plans)
 
