@@ -8,7 +8,6 @@ more.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import replace
 from functools import cached_property
 from operator import attrgetter
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from fastgpt2.engine.decoding.chooser import new_chooser
 from fastgpt2.engine.decoding.drafter import Drafter
 from fastgpt2.engine.decoding.logprobs import logprob_of, token_logprob
+from fastgpt2.engine.decoding.prompt_reader import PromptReader
 from fastgpt2.engine.decoding.records import FinishReason, GenerationRequest, TokenLogprob, random_seed
 from fastgpt2.engine.decoding.sampler import Scratch
 from fastgpt2.engine.decoding.sequence import Sequence, TokenizedPrompt
@@ -31,7 +31,7 @@ from fastgpt2.engine.network.prefixes import Prefixes
 from fastgpt2.engine.network.step import Segment
 from fastgpt2.engine.text.chat_template import ChatTemplate
 from fastgpt2.engine.text.tokenizer import Tokenizer
-from fastgpt2.errors import BadRequest, CheckpointError, PromptTooLong
+from fastgpt2.errors import BadRequest, CheckpointError
 
 if TYPE_CHECKING:
     from fastgpt2.engine.decoding.grammar import Grammars
@@ -70,6 +70,7 @@ class Decoder:
     ) -> None:
         self.model, self.tokenizer, self.generation, self.prefixes = model, tokenizer, generation, prefixes
         self.chat_template = chat_template or ChatTemplate({})
+        self.prompt_reader = PromptReader(tokenizer, generation, self.chat_template, model.config)
         self.drafter = drafter or Drafter(model)
         self._scratch = Scratch(model.config.vocab_size)
         self.running: list[Sequence] = []
@@ -105,98 +106,17 @@ class Decoder:
             NoChatTemplate: the request has messages, and the model no chat template.
             PromptTooLong: prompt and continuation exceed the model's positions.
         """
-        asked, eos_token_ids = request, self._eos_token_ids(request)
-        request, ids = self._tokenize(request)
-        self._check_ids("stop_token_ids", request.stop_token_ids)
-        self._check_ids("suppress_tokens", request.suppress_tokens or ())
-        self._check_ids("logit_bias", request.logit_bias or ())
+        reader = self.prompt_reader
+        asked, eos_token_ids = request, reader.eos_token_ids(request)
+        request, ids = reader.tokenize(request)
+        reader.check_ids("stop_token_ids", request.stop_token_ids)
+        reader.check_ids("suppress_tokens", request.suppress_tokens or ())
+        reader.check_ids("logit_bias", request.logit_bias or ())
         max_new_tokens = asked.room(len(ids), self.model.config.n_positions)
         request = request.with_seed(random_seed()).with_defaults(self.generation.options)
-        offsets, bad_words = self._offsets(request, ids), self._bad_words(request, eos_token_ids)
+        offsets, bad_words = reader.offsets(request, ids), reader.bad_words(request, eos_token_ids)
         grammar = self.grammars.compile(request, ids) if request.guided else None
         return TokenizedPrompt(request, ids, max_new_tokens, offsets, bad_words, grammar, eos_token_ids)
-
-    def _tokenize(self, request: GenerationRequest) -> tuple[GenerationRequest, list[int]]:
-        """Return a request, and the tokens of its prompt. If not all are kept, those that are become the prompt.
-
-        So do the tokens of a chat: its template has said which special tokens stand in it and around it.
-        """
-        most = request.most_prompt_tokens(self.model.config.n_positions)
-        if request.messages is not None:
-            ids = self._tokenize_chat(request)
-            ids, is_cut = ids if most is None else ids[-most:], True
-            self._check_text(ids)
-        elif isinstance(request.prompt, str):
-            ids, is_cut = self.tokenizer.encode_last(request.prompt, most)
-            self._check_text(ids)
-        else:
-            ids = list(request.prompt if most is None else request.prompt[-most:])
-            is_cut = len(ids) < len(request.prompt)
-            self._check_ids("prompt", ids)
-        if is_cut:
-            request = request.with_tokens(ids)
-        return request, ids or [self.generation.start_token_id]
-
-    def _tokenize_chat(self, request: GenerationRequest) -> list[int]:
-        """Return the tokens of the prompt that the chat template makes of a request's messages."""
-        values = {**self.tokenizer.special_texts, **request.template_values()}
-        text = self.chat_template.render(values, request.continue_final_message)
-        least, n_positions = self.tokenizer.least_tokens(text), self.model.config.n_positions
-        if request.truncate_prompt_tokens is None and least + request.least_room > n_positions:
-            # Whoever waits for the next step would wait while it is tokenized.
-            limit = request.describe_positions(n_positions)
-            raise PromptTooLong(f"prompt tokens {least} or more, over {limit}: leave out the oldest messages")
-        return self.tokenizer.encode_part(text)
-
-    def _check_text(self, ids: Iterable[int]) -> None:
-        """Raise BadRequest if the tokenizer has read a prompt as a token that the model does not have."""
-        vocab_size = self.model.config.vocab_size
-        for token_id in ids:
-            if token_id >= vocab_size:
-                raise BadRequest(
-                    f"the tokenizer reads {self.tokenizer.token_text(token_id)!r} in the prompt as token {token_id}, "
-                    f"and the model's vocabulary has {vocab_size}: leave that out of the prompt"
-                )
-
-    def _check_ids(self, field: str, ids: Iterable[int]) -> None:
-        """Raise BadRequest if a field of a request holds a token id that the model does not have."""
-        vocab_size = self.model.config.vocab_size
-        largest = max(ids, default=0)
-        if largest >= vocab_size:
-            raise BadRequest(
-                f"{field} holds token id {largest}, and the model's vocabulary has {vocab_size}: "
-                f"give ids from 0 to {vocab_size - 1}"
-            )
-
-    def _bad_words(self, request: GenerationRequest, eos_token_ids: Iterable[int]) -> list[tuple[int, ...]]:
-        """Return the tokens of a request's bad words.
-
-        A string is banned as it stands, and behind a space, as in vLLM. The model's own end of a text is never banned
-        by itself, as in transformers.
-        """
-        words = dict[tuple[int, ...], None]()
-        for word in request.bad_words or ():
-            if isinstance(word, str):
-                spellings = word, f" {word.lstrip()}"
-                words.update(dict.fromkeys(tuple(self.tokenizer.encode_part(spelling)) for spelling in spellings))
-            else:
-                self._check_ids("bad_words", word)
-                words[word] = None
-        ends = {(token_id,) for token_id in (*self.generation.eos_token_ids, *eos_token_ids)}
-        return [word for word in words if word and word not in ends]
-
-    def _offsets(self, request: GenerationRequest, ids: list[int]) -> list[int]:
-        """Return where in the prompt's text its tokens begin, for `prompt_logprobs`; [] without them."""
-        if request.prompt_logprobs is None:
-            return []
-        if isinstance(request.prompt, str):
-            return self.tokenizer.offsets(request.prompt) or [0]
-        detokenizer, length, offsets = self.tokenizer.detokenizer(), 0, list[int]()
-        for token_id in ids:
-            # What was held back may have come out shorter than it was.
-            offsets.append(max([length + detokenizer.begin(token_id), *offsets[-1:]]))
-            length += len(detokenizer.push(token_id))
-        return offsets
 
     def has_room(self, prompt: TokenizedPrompt) -> bool:
         """Tell whether `admit` takes this prompt in now: there are a slot and memory for all that it can grow to."""
@@ -258,19 +178,6 @@ class Decoder:
         )
         self.running.append(sequence)
         return sequence
-
-    def _eos_token_ids(self, request: GenerationRequest) -> frozenset[int]:
-        """Return the model's own tokens that end a text, unless the request tells to pass over them.
-
-        A message of a chat also ends with the tokenizer's own end-of-text token, as from vLLM: chat models are
-        published whose other files do not name the token that their template puts behind each message.
-        """
-        if request.ignore_eos:
-            return frozenset()
-        of_tokenizer = self.tokenizer.eos_token_id
-        if request.messages is None or of_tokenizer is None or of_tokenizer >= self.model.config.vocab_size:
-            return frozenset(self.generation.eos_token_ids)
-        return frozenset((*self.generation.eos_token_ids, of_tokenizer))
 
     def _stop_strings(self, request: GenerationRequest, begin: int) -> StopStrings | None:
         return StopStrings(request.stop, self.tokenizer.special_tokens, begin) if request.stop else None
