@@ -70,7 +70,6 @@ class Decoder:
     ) -> None:
         self.model, self.tokenizer, self.generation, self.prefixes = model, tokenizer, generation, prefixes
         self.chat_template = chat_template or ChatTemplate({})
-        self.prompt_reader = PromptReader(tokenizer, generation, self.chat_template, model.config)
         self.drafter = drafter or Drafter(model)
         self._scratch = Scratch(model.config.vocab_size)
         self.running: list[Sequence] = []
@@ -106,7 +105,7 @@ class Decoder:
             NoChatTemplate: the request has messages, and the model no chat template.
             PromptTooLong: prompt and continuation exceed the model's positions.
         """
-        reader = self.prompt_reader
+        reader = PromptReader(self.tokenizer, self.generation, self.chat_template, self.model.config)
         asked, eos_token_ids = request, reader.eos_token_ids(request)
         request, ids = reader.tokenize(request)
         reader.check_ids("stop_token_ids", request.stop_token_ids)
