@@ -405,7 +405,14 @@ COMMANDS = {
     "generate": Command(
         "fastgpt2.commands.prompts:generate",
         "Load a model and continue a prompt, without a queue.",
-        (*settings.OF_LOAD, *settings.OF_REQUEST, settings.ESCAPE, settings.TIMINGS, settings.JSON, settings.LOG_FORMAT),
+        (
+            *settings.OF_LOAD,
+            *settings.OF_REQUEST,
+            settings.ESCAPE,
+            settings.TIMINGS,
+            settings.JSON,
+            settings.LOG_FORMAT,
+        ),
         Positional("prompt", "The text to continue."),
         details='For example: fastgpt2 generate --model demo --max-new-tokens 40 "Once upon a time".',
     ),

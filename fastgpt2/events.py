@@ -18,16 +18,13 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TextIO
-
-if TYPE_CHECKING:
-    from _typeshed import OptExcInfo
+from typing import Any, TextIO
 
 log = logging.getLogger("fastgpt2")
 
-# A text in an event is no longer, and of a longer traceback the end is kept, which says what happened.
-MAX_TEXT_CHARACTERS = 4000
-MAX_TRACEBACK_CHARACTERS = 16_000
+# A message is no longer, and neither is a field. Of a longer traceback the end is kept, which says what happened.
+MAX_MESSAGE_CHARACTERS = 4000
+MAX_FIELD_CHARACTERS = 16_000
 
 # A line without an end, as a program may print it, becomes an event at this length.
 MAX_LINE_CHARACTERS = 1 << 16
@@ -48,6 +45,11 @@ OF_REQUEST: ContextVar[Mapping[str, Any]] = ContextVar("OF_REQUEST", default={})
 def describe_process(**fields: Any) -> None:
     """Have these fields stand in every event of this process from now on."""
     _of_process.update(fields)
+
+
+def about(**fields: Any) -> dict[str, Any]:
+    """Return the `extra` of a call that logs: these fields stand in the event, beside the message."""
+    return {"fields": fields}
 
 
 def are_logged() -> bool:
@@ -86,7 +88,7 @@ def event_handler() -> logging.Handler:
 class EventFormatter(logging.Formatter):
     """The formatter: a record becomes one line of JSON.
 
-    A record's `fields`, given as `extra={"fields": {...}}`, stand beside the message.
+    What the call that logs gives as `extra=about(...)` stands beside the message.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -100,7 +102,7 @@ def make_event(
     message: str,
     at: float,
     fields: Mapping[str, Any] | None = None,
-    error: OptExcInfo | None = None,
+    error: tuple[Any, Any, Any] | None = None,
 ) -> str:
     """Return an event as a line of JSON, in ASCII: nothing in it ends a line, whatever the message quotes.
 
@@ -108,20 +110,23 @@ def make_event(
         at: when it happened, in seconds since 1970.
     """
     moment = datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    event: dict[str, Any] = {"time": moment, "level": level, "logger": logger, "message": _cut(message)}
+    event: dict[str, Any] = {
+        "time": moment,
+        "level": level,
+        "logger": logger,
+        "message": _cut(message, MAX_MESSAGE_CHARACTERS),
+    }
     for name, value in (*_of_process.items(), *(fields or {}).items()):
         event[name] = _plain(value)
     if error is not None and error[0] is not None:
         text = logging.Formatter().formatException(error)
         event["error"] = error[0].__name__
-        event["traceback"] = text if len(text) <= MAX_TRACEBACK_CHARACTERS else f"...{text[-MAX_TRACEBACK_CHARACTERS:]}"
+        event["traceback"] = text if len(text) <= MAX_FIELD_CHARACTERS else f"...{text[-MAX_FIELD_CHARACTERS:]}"
     return json.dumps(event)
 
 
-def _cut(text: str) -> str:
-    if len(text) <= MAX_TEXT_CHARACTERS:
-        return text
-    return f"{text[:MAX_TEXT_CHARACTERS]}... ({len(text)} characters)"
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 
 
 def _plain(value: Any) -> Any:
@@ -130,7 +135,7 @@ def _plain(value: Any) -> Any:
         return str(value)
     if value is None or isinstance(value, bool | int | float):
         return value
-    return _cut(str(value))
+    return _cut(str(value), MAX_FIELD_CHARACTERS)
 
 
 def read_event(line: str) -> dict[str, Any] | None:

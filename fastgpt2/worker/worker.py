@@ -16,6 +16,7 @@ from rq.suspension import is_suspended
 from rq.worker import WorkerStatus
 
 from fastgpt2.errors import FastGPT2Error, JobStopped, JobTimedOut, PromptTooLong
+from fastgpt2.events import about, describe_process
 from fastgpt2.process import on_stop_signals
 from fastgpt2.protocol.connection import ANSWER_BY, address_of
 from fastgpt2.protocol.untrusted import is_of_service
@@ -140,6 +141,7 @@ class GenerationWorker(RQWorker):
             if not self.sign_on():
                 return False
             self.confirmation.check()
+            describe_process(worker=self.name, model=self.engine.model)
             what = f"model {self.engine.model}, up to {self.engine.max_batch} jobs at once"
             log.info("%s is ready: %s, queues %s, process %d", self.name, what, ", ".join(self.queue_names()), self.pid)
             if self.recycling is not None:
@@ -297,7 +299,8 @@ class GenerationWorker(RQWorker):
 
     def _set_aside(self, queue: Queue, job_id: str, reason: Exception) -> None:
         """Fail a claimed job that cannot be handled, and note it among what was set aside."""
-        log.error("%s: job %s cannot be handled", self.name, shown(job_id), exc_info=reason)
+        extra = about(job_id=job_id)
+        log.error("%s: job %s cannot be handled", self.name, shown(job_id), exc_info=reason, extra=extra)
         try:
             self._ledger.fail_malformed(queue, job_id, reason)
         except Exception as other:
@@ -337,10 +340,11 @@ class GenerationWorker(RQWorker):
         try:
             request, options = attempt.rq_job.parse()
             if self.log_prompts:
-                log.info("%s: job %s: %.1000s", self.name, attempt.id, json.dumps(request.prompt))
+                prompt = json.dumps(request.prompt)
+                log.info("%s: job %s: %.1000s", self.name, attempt.id, prompt, extra=attempt.log_extra)
             self._refuse_hopeless(request)
-            prompt = self.engine.decoder.prepare(request)
-            job = ActiveJob.begin(attempt, prompt, options, self.engine.model, time.monotonic())
+            tokenized = self.engine.decoder.prepare(request)
+            job = ActiveJob.begin(attempt, tokenized, options, self.engine.model, time.monotonic())
         except BaseException as error:
             self.outbox.refuse(attempt, _of_job(error))
             return

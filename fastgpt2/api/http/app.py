@@ -20,6 +20,7 @@ from fastgpt2.api.http.jobs import Jobs
 from fastgpt2.api.http.middleware import Crowd, LingeringClose, PlainPath, RequestLog
 from fastgpt2.api.http.monitoring import Monitoring
 from fastgpt2.api.http.openapi import show_document
+from fastgpt2.api.http.request_metrics import RequestMetrics
 from fastgpt2.api.http.responses import handle_error, handle_unforeseen, handle_unknown_route, respond
 from fastgpt2.api.http.service import Bounds, Models, Service
 from fastgpt2.errors import FastGPT2Error
@@ -47,7 +48,8 @@ def create_app(
         BadRequest: the Redis URL cannot be used.
     """
     service = Service(redis_url, queue, bounds, stopping)
-    monitoring, completions = Monitoring(service), Completions(service, Models(service.driver, queue))
+    metrics = RequestMetrics()
+    monitoring, completions = Monitoring(service, metrics), Completions(service, Models(service.driver, queue))
     generate, jobs = Generate(service), Jobs(service)
 
     @asynccontextmanager
@@ -74,13 +76,15 @@ def create_app(
         "/metrics": {"GET": monitoring.metrics},
         "/openapi.json": {"GET": show_document},
     }
+    metrics.routes = [_route(path, handlers) for path, handlers in routes.items()]
     app = Starlette(
-        routes=[_route(path, handlers) for path, handlers in routes.items()],
+        routes=metrics.routes,
         middleware=[
             Middleware(PlainPath),
             Middleware(LingeringClose),
+            # Refusals too are logged and counted.
+            Middleware(RequestLog, metrics=metrics),
             Middleware(Crowd, most=most_connections - most_connections // 8, refuse=respond),
-            Middleware(RequestLog),
             Middleware(Access, token=token, local=local, refuse=respond),
         ],
         exception_handlers={
@@ -90,6 +94,7 @@ def create_app(
         },
         lifespan=lifespan,
     )
+    app.state.request_metrics = metrics
     app.router.redirect_slashes = False  # `PlainPath` leaves nothing to redirect
     return app
 

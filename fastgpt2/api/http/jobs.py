@@ -128,7 +128,8 @@ class Jobs:
         fields.pop("prompt", None)
         plan = plan_job(body["prompt"], fields)
         keys = read_idempotency_keys(request, 1, plan, prefix="job ")
-        (job_id,) = await self._service.driver.run(self._service.session.enqueue_all([plan], keys))
+        (sent,) = await self._service.send([plan], keys)
+        job_id = sent.id
         return JSON(await self._describe(job_id), 202, {"location": f"/v1/jobs/{job_id}", "x-job-id": job_id})
 
     async def show(self, request: Request) -> Response:

@@ -16,6 +16,7 @@ from starlette.responses import PlainTextResponse, Response
 from fastgpt2 import __version__
 from fastgpt2.api.http.completion_request import MAX_PROMPTS
 from fastgpt2.api.http.jobs import DEFAULT_LISTED, MAX_LISTED
+from fastgpt2.api.http.request_metrics import RequestMetrics
 from fastgpt2.api.http.responses import JSON, NotReady
 from fastgpt2.api.http.service import MAX_WAITING, Service
 from fastgpt2.api.pool.job_list import list_jobs
@@ -82,8 +83,9 @@ class FreshValue(Generic[T]):
 class Monitoring:
     """The handlers of these routes."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, request_metrics: RequestMetrics) -> None:
         self._service = service
+        self._request_metrics = request_metrics
         self._client = service.client
         self._obstacle = FreshValue(self._find_obstacle)
         self._status = FreshValue(lambda: self._ask(read_status))
@@ -151,7 +153,7 @@ class Monitoring:
         """Answer `GET /metrics`, for Prometheus."""
         from fastgpt2.api.pool.prometheus import render_metrics
 
-        kind, body = await self._ask(render_metrics, request.headers.get("accept", ""))
+        kind, body = await self._ask(render_metrics, request.headers.get("accept", ""), [self._request_metrics])
         return Response(body, headers={"content-type": kind})
 
     async def jobs(self, request: Request) -> Response:

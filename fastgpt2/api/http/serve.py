@@ -37,8 +37,10 @@ def serve(values: dict[str, Any]) -> None:
     from fastgpt2.api.http.service import Bounds, log
     from fastgpt2.process import raise_open_file_limit, set_up_logging
     from fastgpt2.protocol.server_check import refuse_unfit
+    from fastgpt2.tracing import close_tracing, set_up_tracing
 
     set_up_logging(values["log_level"])
+    set_up_tracing("fastgpt2-api", values["otlp_traces_endpoint"])
     token = read_token(values["token_file"])
     refuse_exposure(values["host"], token, values["insecure"])
     refuse_unfit(values["redis_url"], "endpoint", values["queue"])
@@ -77,6 +79,7 @@ def serve(values: dict[str, Any]) -> None:
             h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         ),
         most,
+        app.state.request_metrics,
         open_files,
     )
     bound = bind(values["host"], values["port"])
@@ -91,7 +94,10 @@ def serve(values: dict[str, Any]) -> None:
     # signal that stopped it once more: a clean stop would otherwise look like a death.
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, server.handle_exit)
-    server.run(sockets=[bound])
+    try:
+        server.run(sockets=[bound])
+    finally:
+        close_tracing()
     log.info("endpoint has stopped")
 
 

@@ -32,6 +32,7 @@ from fastgpt2.errors import (
 from fastgpt2.protocol.keys import workers_key
 from fastgpt2.protocol.messages import Piece
 from fastgpt2.protocol.untrusted import epoch_seconds
+from fastgpt2.tracing import span
 
 log = logging.getLogger("fastgpt2.http")
 
@@ -136,7 +137,7 @@ class Service:
         self._check_room(len(plans))
         keys = read_idempotency_keys(request, len(plans), asked)
         try:
-            sent = await self.driver.run(self.session.send_all(plans, keys))
+            sent = await self.send(plans, keys)
         except NotDurable as error:
             if keys is None:
                 self._start_cancelling(error.job_ids)
@@ -149,6 +150,16 @@ class Service:
                 left = [job.id for job in pending.jobs if job.outcome is None]
                 if left and not self.is_closing:
                     self._start_cancelling(left)
+
+    async def send(self, plans: Sequence[JobPlan], keys: Sequence[IdempotencyKey] | None) -> list[SentJob]:
+        """Enqueue jobs, all or none, as `Session.send_all` does; where requests are traced, with a span of its own."""
+        queue = self.session.queue
+        told = {"messaging.system": "rq", "messaging.operation.type": "send", "messaging.destination.name": queue}
+        with span("enqueue", {**told, "messaging.batch.message_count": len(plans)}) as begun:
+            sent = await self.driver.run(self.session.send_all(plans, keys))
+            if begun is not None:
+                begun.set_attribute("messaging.message.id", sent[0].id)
+        return sent
 
     def attend(self, request: Request, job_id: str, streamed: bool, timeout: float | None = None) -> PendingJobs:
         """Wait within a context for a job that exists; it goes on whatever becomes of the request.

@@ -6,8 +6,8 @@ The figures are those that stand in Redis; Prometheus's own library writes them 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fastgpt2 import __version__
 from fastgpt2.api.pool.snapshot import Snapshot, read_snapshot
@@ -88,11 +88,21 @@ _WORKER_GAUGES = (
 )
 
 
-async def render_metrics(connection: Redis, queue: str, accept: str = "") -> tuple[str, bytes]:
+class Collector(Protocol):
+    """What has metrics of its own."""
+
+    def collect(self) -> Iterable[Metric]:
+        """Yield the metrics as they are now."""
+
+
+async def render_metrics(
+    connection: Redis, queue: str, accept: str = "", collectors: Iterable[Collector] = ()
+) -> tuple[str, bytes]:
     """Write the metrics of a pool in the format that Prometheus asks for.
 
     Args:
         accept: the request's header of that name. It names Prometheus's text format or OpenMetrics.
+        collectors: what has metrics beside the pool's.
 
     Returns:
         The content type, and the body.
@@ -102,6 +112,8 @@ async def render_metrics(connection: Redis, queue: str, accept: str = "") -> tup
 
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_PoolCollector(await read_snapshot(connection, queue)))
+    for collector in collectors:
+        registry.register(collector)
     encode, content_type = choose_encoder(accept)
     return content_type, encode(registry)
 
