@@ -9,6 +9,7 @@ Workers name them in their logs, and spans of the job continue the trace. Worker
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from contextvars import ContextVar
@@ -41,7 +42,6 @@ def _word(pattern: str, expected: str) -> Field:
     return Field({"type": "string", "pattern": f"^{pattern}$"}, check)
 
 
-RequestId = Annotated[str, _word(_REQUEST_ID, "a word of 1 to 128 letters, digits and . _ : -")]
 Traceparent = Annotated[
     str, _word(_TRACEPARENT, "a W3C traceparent such as 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")
 ]
@@ -110,11 +110,17 @@ def parse_traceparent(value: object) -> str:
 def current_context(request_id: str | None, traceparent: str | None, tracestate: str | None) -> RequestContext:
     """Return the context of a job that is enqueued now: as it is given, else of this program's span, else of `HERE`."""
     here = HERE.get()
-    request_id = request_id or here.request_id
+    # Other programs call a request by any text: one that is no plain word is passed over.
+    request_id = RequestContext.read(request_id, None, None).request_id or here.request_id
     if traceparent:
         return RequestContext(request_id, traceparent, tracestate or "")
     traced = _span_of_program()
     return RequestContext(request_id, *(traced or (here.traceparent, here.tracestate)))
+
+
+def take_from_environment() -> None:
+    """Have what this program enqueues continue the trace in its environment, as OpenTelemetry passes it to programs."""
+    HERE.set(RequestContext.read(None, os.environ.get("TRACEPARENT"), os.environ.get("TRACESTATE")))
 
 
 def _span_of_program() -> tuple[str, str] | None:

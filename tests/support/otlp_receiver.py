@@ -1,4 +1,4 @@
-"""A collector of OpenTelemetry's spans: a real HTTP server that takes OTLP, and reads it by OpenTelemetry's own types."""
+"""A collector of OpenTelemetry's spans: a real HTTP server that takes OTLP and reads it by OpenTelemetry's types."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def otlp_receiver() -> Iterator[OTLPReceiver]:
     """Receive spans within the context."""
 
     class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:  # noqa: N802
+        def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["content-length"]))
             receiver.take(gzip.decompress(body) if self.headers.get("content-encoding") == "gzip" else body)
             self.send_response(200)

@@ -30,7 +30,7 @@ from fastgpt2.protocol.keys import (
     workers_key,
 )
 from fastgpt2.protocol.messages import TASK, JobOptions, job_to_kwargs, parse_job, refuse_unstreamable
-from fastgpt2.protocol.request_context import RequestId, Traceparent, Tracestate, current_context
+from fastgpt2.protocol.request_context import Traceparent, Tracestate, current_context
 from fastgpt2.protocol.scripts import Script
 
 DEFAULT_JOB_TIMEOUT_SECONDS = 600
@@ -70,7 +70,8 @@ class JobFields(RequestFields, total=False):
         priority: "high", "normal", the default, or "low"; the more urgent are taken first, and none waits for ever.
         job_timeout: seconds that a worker may spend on the job, from its start; default 600.
         result_ttl: seconds for which the job's end can be read; default a day.
-        request_id: your name for what asked for the job, which workers' logs tell.
+        request_id: your name for what asked for the job, which workers' logs tell; up to 128 letters, digits and ._:-,
+            any other text is passed over.
         traceparent, tracestate: the W3C trace context that the job's spans continue; by default that of the span that
             the program is in, if it uses OpenTelemetry.
     """
@@ -101,7 +102,7 @@ class JobPlan:
     job_timeout: Seconds = DEFAULT_JOB_TIMEOUT_SECONDS
     result_ttl: Seconds = DEFAULT_RESULT_TTL_SECONDS
     # Another request may ask for the same: these are not compared where an idempotency key is.
-    request_id: RequestId | None = field(default=None, repr=False)
+    request_id: str | None = field(default=None, repr=False)
     traceparent: Traceparent | None = field(default=None, repr=False)
     tracestate: Tracestate | None = field(default=None, repr=False)
 

@@ -25,8 +25,8 @@ MAX_ID_CHARACTERS = 256
 DIGEST_DIGITS = 16
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
-# What a line may have: the prompt and what it asks for, its time, and the caller's own name for it.
-_LINE_FIELDS = (*fields_of(GenerationRequest), "timeout", "id")
+# What a line may have: the prompt and what it asks for, its time, what asked for it, and the caller's name for it.
+_LINE_FIELDS = (*fields_of(GenerationRequest), "timeout", "request_id", "traceparent", "tracestate", "id")
 
 
 @dataclass(frozen=True, slots=True)
