@@ -66,8 +66,9 @@ def _make_exporter(name: str, endpoint: str | None) -> SpanExporter:
         )
     if endpoint is not None and urlsplit(endpoint).path in ("", "/"):
         endpoint = f"{endpoint.rstrip('/')}/v1/traces"
-    where = endpoint or _first_of(_ENDPOINTS) or "http://localhost:4318"
-    return CarefulExporter(OTLPSpanExporter(endpoint=endpoint), where)
+    where = urlsplit(endpoint or _first_of(_ENDPOINTS) or "http://localhost:4318")
+    # Without what a URL may have of a password.
+    return CarefulExporter(OTLPSpanExporter(endpoint=endpoint), where.netloc.rpartition("@")[2])
 
 
 def _first_of(variables: Iterable[str]) -> str | None:
@@ -78,7 +79,7 @@ class CarefulExporter(SpanExporter):
     """An exporter that says now and then that spans could not be sent.
 
     Args:
-        where: the collector, for the log.
+        where: the collector's host and port, for the log.
     """
 
     def __init__(self, exporter: SpanExporter, where: str) -> None:

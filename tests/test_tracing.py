@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
-from fastgpt2 import tracing
+from fastgpt2 import span_export, tracing
 from fastgpt2.errors import BadRequest
-from fastgpt2.span_export import make_provider
+from fastgpt2.span_export import CarefulExporter, make_provider
 from fastgpt2.tracing import close_tracing, set_up_tracing, tracer
 
 # Nobody listens there.
@@ -78,6 +81,38 @@ def test_without_the_packages_the_option_is_refused_and_a_variable_is_not_follow
     set_up_tracing("fastgpt2-test", None)
     assert tracer() is None
     assert "OTEL_EXPORTER_OTLP_ENDPOINT is set, and the package" in caplog.text
+
+
+def test_nobody_waits_for_a_collector_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spans beyond the queue are lost; a process that ends waits for `CLOSE_SECONDS`, and not for an answer."""
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "16")
+    monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "8")
+    # Longer than any test may take.
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "600")
+    with socket.create_server(("127.0.0.1", 0)) as nobody_accepts:
+        set_up_tracing("fastgpt2-test", f"http://127.0.0.1:{nobody_accepts.getsockname()[1]}")
+        for _ in range(200):
+            with tracing.span("a", {}):
+                pass
+        close_tracing()
+    assert tracer() is None
+
+
+class Away(SpanExporter):
+    """An exporter whose collector is away."""
+
+    def export(self, _spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        return SpanExportResult.FAILURE
+
+
+def test_lost_spans_are_told_once_in_a_while(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    exporter, lost = CarefulExporter(Away(), "collector:4318"), [TracerProvider().get_tracer("a").start_span("b")] * 3
+    for _ in range(2):
+        exporter.export(lost)  # type: ignore[arg-type]
+    assert caplog.text.count("spans cannot be sent to collector:4318, and 3 are lost so far") == 1
+    monkeypatch.setattr(span_export, "SAY_SECONDS", 0.0)
+    exporter.export(lost)  # type: ignore[arg-type]
+    assert "and 9 are lost so far" in caplog.text
 
 
 def test_the_environment_may_name_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
