@@ -16,7 +16,6 @@ if otel not in ("yes", "no"):
     sys.exit(f"--build-arg OTEL={otel}: is neither yes nor no")
 project = tomllib.loads(Path("pyproject.toml").read_text("utf-8"))["project"]
 extras = ["guided"]
-extras += [
-    name for name, wanted in (("mkl", blas == "mkl"), ("compact", compact == "yes"), ("otel", otel == "yes")) if wanted
-]
+asked = (("mkl", blas == "mkl"), ("compact", compact == "yes"), ("otel", otel == "yes"))
+extras += [name for name, wanted in asked if wanted]
 print(*project["dependencies"], *(line for name in extras for line in project["optional-dependencies"][name]), sep="\n")
