@@ -12,8 +12,8 @@ from contextlib import suppress
 from fastgpt2.events import read_event
 from fastgpt2.process import stop_signals_held
 
-# A longer line comes in parts.
-MAX_LINE_BYTES = 1 << 16
+# A longer line comes in parts. No event is longer.
+MAX_LINE_BYTES = 1 << 20
 
 # How many different lines are remembered, so that what all workers say alike is shown once.
 MOST_REMEMBERED = 1000

@@ -117,6 +117,7 @@ def test_a_request_is_followed_through_logs_metrics_and_spans(monitored: Monitor
     (event,) = [one for one in monitored.events("api") if one.get("status") and one["request_id"] == "followed-1"]
     assert (event["program"], event["method"], event["route"]) == ("api", "POST", "/v1/completions")
     assert (event["status"], event["job_id"], event["trace_id"]) == (200, job_id, trace_id(1))
+    assert event["model"] == "demo"
     assert "cut_short" not in event
     wait_until(lambda: monitored.find("worker", "finished"), "the job's line")
     (event,) = monitored.find("worker", job_id)

@@ -281,6 +281,7 @@ class PendingJobs:
                     yield number, piece
                 if job.outcome is not None:
                     del left[number]
+                    self._note_model(job.outcome)
                     yield number, job.outcome
             if not left:
                 return
@@ -291,6 +292,11 @@ class PendingJobs:
             timer = loop.call_at(quiet_until, self.signal.set)
             await self.signal.wait()
             timer.cancel()
+
+    def _note_model(self, outcome: Outcome) -> None:
+        """Have the request's line of the log tell of the model that has answered."""
+        if isinstance(outcome, GenerationResult):
+            self._request.scope["log_fields"]["model"] = outcome.model
 
     async def _check_worth_waiting(self, job: JobReader) -> None:
         """Raise if nobody waits any more, or no longer may; the job is one of those that have not ended."""
