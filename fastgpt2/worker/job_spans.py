@@ -6,6 +6,7 @@ the trace that the job's metadata name.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,14 @@ from typing import TYPE_CHECKING, Any
 from fastgpt2.tracing import tracer
 
 if TYPE_CHECKING:
+    from opentelemetry.trace import Tracer
+
     from fastgpt2.engine.decoding.sequence import Sequence
     from fastgpt2.worker.batch import ActiveJob, Attempt
 
+log = logging.getLogger("fastgpt2.worker")
+
+MAX_REASON_CHARACTERS = 1000
 _SECOND = 1_000_000_000
 
 
@@ -23,34 +29,40 @@ def record_job(attempt: Attempt, outcome: str, job: ActiveJob | None = None, err
     """Make the spans of one run of a job that has left this worker; without tracing, do nothing.
 
     Args:
-        outcome: how it left: one of `EndKind`'s names in small letters, or "given_back".
+        outcome: how it left: the name of its `EndKind` in small letters, or "given_back".
         job: None if it could not begin.
     """
     makes = tracer()
     if makes is None:
         return
+    try:
+        _make_spans(makes, attempt, outcome, job, error)
+    except Exception:  # no span is worth a job
+        log.exception("the spans of job %s cannot be made", attempt.id, extra=attempt.log_extra)
+
+
+def _make_spans(makes: Tracer, attempt: Attempt, outcome: str, job: ActiveJob | None, error: Exception | None) -> None:
     from opentelemetry import trace
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-    sequences = [] if job is None else job.sequences
     now = time.time_ns()
     started = now - int((time.monotonic() - attempt.began_at) * _SECOND)
     enqueued = started - int(attempt.waited_seconds * _SECOND)
-    parent = TraceContextTextMapPropagator().extract(attempt.rq_job.request_context.to_meta())
     whole = makes.start_span(
         "job",
-        context=parent,
+        context=TraceContextTextMapPropagator().extract(attempt.rq_job.request_context.to_meta()),
         kind=trace.SpanKind.CONSUMER,
         attributes=_attributes(attempt, outcome, job),
         start_time=enqueued,
     )
     if whole.is_recording():
         within = trace.set_span_in_context(whole)
-        for name, begin, end in (("queue", enqueued, started), *_steps(sequences, started, now)):
+        steps = _steps([] if job is None else job.sequences, started, now)
+        for name, begin, end in (("queue", enqueued, started), *steps):
             makes.start_span(name, context=within, start_time=begin).end(end)
         if error is not None:
             whole.set_attribute("error.type", type(error).__qualname__)
-            whole.set_status(trace.StatusCode.ERROR, str(error)[:1000])
+            whole.set_status(trace.StatusCode.ERROR, str(error)[:MAX_REASON_CHARACTERS])
     whole.end(now)
 
 

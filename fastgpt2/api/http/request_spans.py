@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from fastgpt2.api.http.request_metrics import METHODS
 from fastgpt2.tracing import tracer
 
 if TYPE_CHECKING:
@@ -32,14 +33,14 @@ def request_span(scope: Scope, is_quiet: bool) -> Iterator[Span | None]:
     from opentelemetry import propagate
     from opentelemetry.trace import SpanKind
 
-    method = scope["method"]
+    method = _method_of(scope)
     attributes: dict[str, Any] = {
-        "http.request.method": method,
+        "http.request.method": method or "_OTHER",
         "url.scheme": scope.get("scheme", "http"),
         "url.path": scope["path"][:MAX_PATH_CHARACTERS],
     }
     with makes.start_as_current_span(
-        method, context=propagate.extract(headers), kind=SpanKind.SERVER, attributes=attributes
+        method or "HTTP", context=propagate.extract(headers), kind=SpanKind.SERVER, attributes=attributes
     ) as span:
         yield span
 
@@ -48,10 +49,15 @@ def end_request_span(span: Span, scope: Scope, route: str, status: int, request_
     """Add to a request's span what is known at the end of its answer."""
     from opentelemetry.trace import StatusCode
 
-    span.update_name(f"{scope['method']} {route}")
+    span.update_name(f"{_method_of(scope) or 'HTTP'} {route}")
     span.set_attributes({"http.route": route, "http.response.status_code": status, "fastgpt2.request_id": request_id})
     if status >= 500:
         span.set_status(StatusCode.ERROR)
+
+
+def _method_of(scope: Scope) -> str | None:
+    """Return the request's method; None for one that nobody knows, which names no span."""
+    return scope["method"] if scope["method"] in METHODS else None
 
 
 def trace_id_of(span: Span) -> str:
