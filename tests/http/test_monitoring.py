@@ -114,7 +114,8 @@ def test_a_request_is_followed_through_logs_metrics_and_spans(monitored: Monitor
     answer = monitored.http.post("/v1/completions", json=body, headers=headers)
     assert answer.status_code == 200
     job_id = answer.headers["x-job-id"]
-    (event,) = [one for one in monitored.events("api") if one.get("status") and one["request_id"] == "followed-1"]
+    wait_until(lambda: monitored.find("api", "request followed-1"), "the request's line")
+    (event,) = monitored.find("api", "request followed-1")
     assert (event["program"], event["method"], event["route"]) == ("api", "POST", "/v1/completions")
     assert (event["status"], event["job_id"], event["trace_id"]) == (200, job_id, trace_id(1))
     assert event["model"] == "demo"
