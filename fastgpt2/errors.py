@@ -5,7 +5,7 @@ A message names the thing, the limit and the remedy, so that it can be shown to 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 SHOWN_CHARACTERS = 60
 SHOWN_TOKEN_IDS = 12
 SHOWN_FIELDS = 5
+
+# How much of a model's name a message shows, and of how many models.
+SHOWN_NAME = 200
+SHOWN_NAMES = 10
 
 
 class FastGPT2Error(Exception):
@@ -86,6 +90,23 @@ class BadRequest(FastGPT2Error, ValueError):
 
 class PromptTooLong(BadRequest):
     """Raised if a prompt and its continuation together need more positions than the model has."""
+
+
+class ModelUnknown(BadRequest):
+    """Raised if the request names a model that no worker serves."""
+
+    http_status = 404
+
+    @classmethod
+    def among(cls, model: str, served: Collection[str]) -> ModelUnknown:
+        """Return the error for a model that is not among those that workers serve."""
+        shown = ", ".join(sorted(name[:SHOWN_NAME] for name in served)[:SHOWN_NAMES])
+        more = f" and {len(served) - SHOWN_NAMES} more" if len(served) > SHOWN_NAMES else ""
+        remedy = "name one of these, or" if served else "first"
+        return cls(
+            f"no worker serves the model {model[:SHOWN_NAME]!r}; served are: {shown or 'none'}{more}; {remedy} start "
+            "a worker that serves it"
+        )
 
 
 class RequestTooLarge(BadRequest):
@@ -255,6 +276,20 @@ class QueueFull(FastGPT2Error):
         super().__init__(f"the queue {queue!r} is full: {depth} jobs wait, the limit is {limit}; try again later")
         self.depth = depth
         self.limit = limit
+
+
+class TokenLimitReached(FastGPT2Error):
+    """Raised if the token of a request has reached one of its limits; nothing was enqueued.
+
+    Attributes:
+        retry_after: in how many seconds it may be worth asking again.
+    """
+
+    http_status = 429
+
+    def __init__(self, message: str, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class ServiceBusy(FastGPT2Error):

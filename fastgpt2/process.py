@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import os
 import re
 import resource
@@ -41,6 +42,46 @@ def on_stop_signals(handler: Callable[[int, FrameType | None], None]) -> None:
     for signum in STOP_SIGNALS:
         if signum != signal.SIGHUP or signal.getsignal(signum) is not signal.SIG_IGN:
             signal.signal(signum, handler)
+
+
+def has_terminal() -> bool:
+    """Tell whether this process can be reached from a terminal: it was started in one that is still open."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
+
+class HangUp:
+    """The two meanings of SIGHUP: the terminal was closed, or somebody asks to read files again.
+
+    It is the former if there was a terminal when this was made, and is none now, or within `_LATER_SECONDS`: some
+    shells send the signal to their jobs first, and end then. A program that nohup started never stops by it.
+
+    Attributes:
+        asks: set when the signal came and the terminal is not known to be closed; whoever reads the files clears it.
+    """
+
+    _LATER_SECONDS = 5.0
+
+    def __init__(self) -> None:
+        self._had_terminal = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN and has_terminal()
+        self._came_at = -math.inf
+        self.asks = False
+
+    def listen(self) -> None:
+        """Take the signal from now on, in place of its end of this process."""
+        signal.signal(signal.SIGHUP, self._take)
+
+    def _take(self, _signum: int, _frame: FrameType | None) -> None:
+        self._came_at = time.monotonic()
+        self.asks = True
+
+    def is_stop(self) -> bool:
+        """Tell whether the signal has come as the terminal was closed."""
+        recently = time.monotonic() - self._came_at < self._LATER_SECONDS
+        return recently and self._had_terminal and not has_terminal()
 
 
 class StopFlag:
@@ -85,12 +126,16 @@ def stop_signal_came() -> bool:
     return bool(pending)
 
 
-def set_up_child() -> None:
+def set_up_child(ignores_hang_up: bool = False) -> None:
     """Take stop signals again, and on Linux be sent SIGTERM when the parent dies; call it between fork and exec.
+
+    With `ignores_hang_up`, SIGHUP does nothing to the child until it takes it itself.
 
     prctl(2) sees to the latter, in whatever way the parent dies. Elsewhere only workers notice, by looking for their
     supervisor.
     """
+    if ignores_hang_up:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     if _libc is not None:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

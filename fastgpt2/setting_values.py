@@ -99,6 +99,12 @@ def word(text: str) -> str:
     return text
 
 
+def queue(text: str) -> str:
+    if "@" in word(text):
+        raise ValueError("must be one word without @, which stands between the names of a queue and of a model")
+    return text
+
+
 def delimiter(text: str) -> str:
     """Return the one character that a text is; a tab for TAB."""
     character = "\t" if text.upper() in ("TAB", "\\T") else text

@@ -16,6 +16,7 @@ from fastgpt2.setting_values import (
     number,
     one_of,
     one_text,
+    queue,
     schema,
     seconds,
     size,
@@ -62,7 +63,7 @@ REDIS_URL = Setting(
 OWN_REDIS_URL: Setting[str | None] = Setting(
     "redis_url", "URL", str, None, "The Redis to use instead of an embedded one.", "an embedded Redis"
 )
-QUEUE = Setting("queue", "NAME", word, "fastgpt2", "The name of the RQ queue.")
+QUEUE = Setting("queue", "NAME", queue, "fastgpt2", "The name of the RQ queue.")
 WORKERS = Setting("workers", "N", whole_number(1, 1024), 2, "The number of worker processes.")
 OWN_WORKERS: Setting[int | None] = Setting(
     "workers", "N", whole_number(1, 1024), None, "The number of worker processes.",
@@ -142,7 +143,8 @@ TOKEN: Setting[str | None] = Setting(
 )
 TOKEN_FILE: Setting[str | None] = Setting(
     "token_file", "FILE", str, None,
-    "A file whose first line is the token that requests to the HTTP endpoint must have.",
+    "A file of the tokens of which requests to the HTTP endpoint must have one: lines NAME:TOKEN or NAME:sha256:HEX, "
+    "also with waiting=N and tokens_per_minute=N, or one bare token. SIGHUP has it read again.",
     "the token of FASTGPT2_TOKEN, or none",
 )
 INSECURE = flag("insecure", "Serve other machines without a token.")

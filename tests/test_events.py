@@ -78,6 +78,7 @@ def test_an_event_tells_of_its_process_its_request_and_itself(read: Events) -> N
         "two\nlines", "a\r\nb", "\u2028\u2029\x85\x0b\x0c\x1c", "\x00\x1b[31m", "\ud800 alone", "é 漢 \U0001f600",
         '"}\n{"time": "", "level": "", "message": ""}',
     ],
+    ids=("line ends", "carriage return", "other ends", "controls", "surrogate", "letters", "event"),
 )  # fmt: skip
 def test_a_message_is_one_line_whatever_it_quotes(read: Events, text: str) -> None:
     log.warning("%s", text, extra=events.about(job_id=text))

@@ -27,6 +27,7 @@ from fastgpt2.engine.decoding.records import (
 from fastgpt2.errors import BadRequest, FastGPT2Error
 from fastgpt2.fields import Field, check_fields, fields_of, number
 from fastgpt2.foreign_fields import take_known
+from fastgpt2.protocol.keys import ModelName
 
 # The one function that a queue may name.
 TASK = "fastgpt2.worker.tasks.generate"
@@ -53,14 +54,17 @@ class JobOptions:
             counts from the start. A job whose time is up fails, and its metadata keep what was generated.
         stream: publish the text as it comes, as pieces in a Redis stream.
         stream_usage: each of these pieces tells how many tokens there are so far.
+        model: the name of the model that the job is for; without it, the pool's first model has the job.
 
     Raises:
         BadRequest: a field has a wrong type or is out of bounds.
+        ModelUnknown: no model can have such a name.
     """
 
     timeout: Annotated[float, number(0, MAX_TIMEOUT_SECONDS, "seconds")] | None = None
     stream: bool = False
     stream_usage: bool = False
+    model: ModelName | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)

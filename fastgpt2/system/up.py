@@ -16,12 +16,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from fastgpt2.api.http.access import read_token, refuse_exposure
+from fastgpt2.api.http.access import refuse_exposure
 from fastgpt2.api.http.serve import bind, url_of
+from fastgpt2.api.http.tokens import read_tokens
 from fastgpt2.engine.model.hub import find_folders
 from fastgpt2.errors import FastGPT2Error, QueueUnavailable
 from fastgpt2.events import about, are_logged
-from fastgpt2.process import StopFlag, on_stop_signals, raise_open_file_limit, set_up_logging, stop_signals_held
+from fastgpt2.process import HangUp, StopFlag, on_stop_signals, raise_open_file_limit, set_up_logging, stop_signals_held
 from fastgpt2.protocol.connection import UP_STARTS_ONE, connect, redis_errors, without_password
 from fastgpt2.protocol.keys import queue_key, queues_of, workers_key
 from fastgpt2.system.pool import Child, Pool, ProcessGroup
@@ -58,6 +59,7 @@ class System(ProcessGroup):
         redis: the embedded Redis; None if the values name a running one.
         ready: whether everything is ready to serve.
         stopping: set it to end `run_system`.
+        hang_up: whether the endpoint is to read its tokens again.
     """
 
     def __init__(self, values: dict[str, Any]) -> None:
@@ -70,9 +72,11 @@ class System(ProcessGroup):
         self.ready = False
         self._keeper: RedisKeeper | None = None
         self.stopping = StopFlag()
+        self.hang_up = HangUp()
 
     def _start(self) -> None:
-        refuse_exposure(self.values["host"], read_token(self.values["token_file"]), self.values["insecure"])
+        tokens = read_tokens(self.values["token_file"])
+        refuse_exposure(self.values["host"], tokens is not None, self.values["insecure"])
         # In the foreground, once: a download shows its progress here, and a wrong name ends it all at once.
         find_folders(*(self.values[name] for name in ("model", "revision", "tokenizer")))
         self._start_redis()
@@ -87,9 +91,26 @@ class System(ProcessGroup):
         Raises:
             FastGPT2Error: a process cannot be kept alive, or the embedded Redis has ended too often.
         """
+        if self.hang_up.is_stop():
+            self.stop_soon()
+        elif self.hang_up.asks:
+            self.hang_up.asks = False
+            self._have_files_read_again()
         if self._keeper is not None:
             self._keeper.check(now)
         self.pool.check(now)
+
+    def stop_soon(self) -> None:
+        """End `run_system`; before everything is ready, by a KeyboardInterrupt."""
+        if not self.ready:
+            raise KeyboardInterrupt
+        self.stopping.set()
+
+    def _have_files_read_again(self) -> None:
+        for child in self.pool.children:
+            if child.rereads:
+                log.info("SIGHUP: %s reads its files again", child.name)
+                child.signal(signal.SIGHUP)
 
     def _start_redis(self) -> None:
         if self.redis_url:
@@ -134,7 +155,8 @@ class System(ProcessGroup):
         with bind(values["host"], values["port"]) as probe:
             self.http_url = url_of(probe)
         environment = {**child_environment(values, self.redis_url), "FASTGPT2_PORT": self.http_url.rpartition(":")[2]}
-        endpoint = Child("endpoint", [*COMMAND, "api"], environment, stops_first=True)
+        rereads = values["token_file"] is not None
+        endpoint = Child("endpoint", [*COMMAND, "api"], environment, stops_first=True, rereads=rereads)
         children = [*worker_children(values, self.redis_url), endpoint]
         self.pool = self._stack.enter_context(running_pool(children, values, self.redis_url))
 
@@ -247,6 +269,9 @@ def worker_children(values: dict[str, Any], redis_url: str, output: int | None =
 def run_system(values: dict[str, Any]) -> int:
     """Run everything until SIGINT or SIGTERM, and say where to connect.
 
+    Without a file of tokens, SIGHUP ends it too. With one, the endpoint then reads the file again; it is the end of
+    the terminal that still ends all.
+
     Raises:
         KeyboardInterrupt: a signal came before everything was ready; what was started has been stopped.
     """
@@ -255,11 +280,11 @@ def run_system(values: dict[str, Any]) -> int:
     system = System(values)
 
     def stop(_signum: int, _frame: FrameType | None) -> None:
-        if not system.ready:
-            raise KeyboardInterrupt
-        system.stopping.set()
+        system.stop_soon()
 
     on_stop_signals(stop)
+    if values["token_file"] is not None:
+        system.hang_up.listen()
     with system:
         announce(welcome(values, system.http_url, system.redis_url, system.redis is not None), system.http_url)
         supervise(system.check, system.stopping)

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from fastgpt2 import settings
 from fastgpt2.api.http.access import is_loopback
+from fastgpt2.api.http.tokens import read_tokens
 from fastgpt2.protocol.connection import holds_secret, without_password
 
 _ALL_ADDRESSES = ("0.0.0.0", "::")
@@ -68,13 +69,17 @@ def _enqueue_line(values: dict[str, Any], redis_url: str) -> str:
 
 
 def _curl_line(values: dict[str, Any], address: str) -> str:
-    token = ""
+    token = end = ""
     if values["token_file"]:
         file = shlex.quote(str(Path(values["token_file"]).absolute()))
-        token = f' -H "Authorization: Bearer $(head -n 1 {file})"'
+        tokens = read_tokens(values["token_file"])
+        if tokens is not None and tokens.names:
+            token, end = ' -H "Authorization: Bearer $TOKEN"', f"   # after: TOKEN=one of those in {file}"
+        else:
+            token = f""" -H "Authorization: Bearer $(grep -m 1 '^[^#]' {file})\""""
     elif settings.TOKEN.resolve() is not None:
         token = f' -H "Authorization: Bearer ${settings.TOKEN.variable}"'
-    return f'curl -s {shlex.quote(f"{address}/")}{token} -d \'{{"inputs": "My name is"}}\''
+    return f'curl -s {shlex.quote(f"{address}/")}{token} -d \'{{"inputs": "My name is"}}\'{end}'
 
 
 def _name_to_ask(values: dict[str, Any], http_url: str) -> str:

@@ -55,7 +55,7 @@ class Outbox:
 
     def finish(self, job: ActiveJob) -> None:
         """Note that a job came to its end."""
-        end = End(job.attempt, EndKind.FINISHED, result=job.result(), last_pieces=job.last_pieces())
+        end = End(job.attempt, EndKind.FINISHED, result=job.result(), last_pieces=job.last_pieces(), usage=job.usage)
         self._unwritten.append((job, end))
 
     def fail(self, job: ActiveJob, error: Exception) -> None:
@@ -69,13 +69,14 @@ class Outbox:
         if isinstance(error, JobStopped | JobTimedOut):
             partial = job.partial_result("timeout" if isinstance(error, JobTimedOut) else "cancelled")
         last_pieces = None if kind == EndKind.RETRIED else job.last_pieces()
-        self._unwritten.append((job, End(job.attempt, kind, error=error, partial=partial, last_pieces=last_pieces)))
+        end = End(job.attempt, kind, error=error, partial=partial, last_pieces=last_pieces, usage=job.usage)
+        self._unwritten.append((job, end))
 
     def cancel(self, job: ActiveJob, how: str = "was cancelled") -> None:
         """Note that somebody has cancelled a job, or that it is not this worker's any more."""
         self._batch.drop(job)
         log.info("%s: %s %s", self._name, job.attempt.in_words, how, extra=job.attempt.log_extra)
-        self._unwritten.append((job, End(job.attempt, EndKind.LOST)))
+        self._unwritten.append((job, End(job.attempt, EndKind.LOST, usage=job.usage)))
 
     def refuse(self, attempt: Attempt, error: Exception) -> None:
         """Fail a job that cannot even begin. This is written at once."""

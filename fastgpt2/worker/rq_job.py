@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import time
 import traceback
 import zlib
@@ -22,7 +23,7 @@ from fastgpt2.engine.decoding.records import RANDOM_SEED_BITS, GenerationRequest
 from fastgpt2.errors import BadRequest, FastGPT2Error, JobFailed
 from fastgpt2.events import about
 from fastgpt2.protocol import untrusted
-from fastgpt2.protocol.keys import CRASHES_FIELD, job_key
+from fastgpt2.protocol.keys import CRASHES_FIELD, TOKEN_FIELD, TOKEN_NAME, check_model_name, job_key
 from fastgpt2.protocol.messages import TASK, JobOptions, parse_job
 from fastgpt2.protocol.request_context import RequestContext
 from fastgpt2.protocol.scripts import Script
@@ -52,10 +53,12 @@ class GenerationJob(Job):
     Attributes:
         too_large: whether the data would inflate beyond the limit; they are not inflated then.
         crashes: how many workers have died while they ran the job.
+        token: the name of the endpoint's token by which it was enqueued; None if there was none.
     """
 
     too_large = False
     crashes = 0
+    token: str | None = None
 
     def __init__(self, job_id: str | None = None, connection: Redis | None = None, serializer: Any = None) -> None:
         super().__init__(None, connection, serializer)
@@ -96,6 +99,8 @@ class GenerationJob(Job):
             self.too_large = bool(inflater.unconsumed_tail)
         crashes = raw_data.get(CRASHES_FIELD.encode(), b"")
         self.crashes = int(crashes) if crashes.isdigit() and len(crashes) <= MAX_DIGITS else 0
+        token = raw_data.get(TOKEN_FIELD.encode(), b"").decode("utf-8", "replace")
+        self.token = token if re.fullmatch(TOKEN_NAME, token) else None
         fields = check_fields(raw_data)
         super().restore({**fields, b"data": b"{}"} if self.too_large else fields)
         if not isinstance(self.meta, dict):  # kept as it is, as RQ keeps what it cannot read
@@ -128,6 +133,16 @@ class GenerationJob(Job):
 
     def perform(self) -> Any:
         raise RuntimeError("a worker that runs many jobs performs none by itself")
+
+    @property
+    def model(self) -> str | None:
+        """The name of the model that the job is for; None if it names none, or what can be no name."""
+        try:
+            kwargs = self.kwargs
+            model = kwargs.get("model") if isinstance(kwargs, dict) else None
+            return None if model is None else str(check_model_name("model", model))
+        except (DeserializationError, BadRequest):  # `parse` says what is wrong
+            return None
 
     def parse(self) -> tuple[GenerationRequest, JobOptions]:
         """Return the validated request, with a seed if it draws.

@@ -28,7 +28,7 @@ from support.running import StartEndpoint
 from fastgpt2 import Client, errors
 from fastgpt2.api.http import app  # noqa: F401  the errors that its modules define
 from fastgpt2.api.http.requests import ClientGone
-from fastgpt2.api.http.responses import BadField, ModelUnknown, NotReady, respond
+from fastgpt2.api.http.responses import BadField, NotReady, respond
 from fastgpt2.engine.decoding.records import MAX_PROMPT_BYTES, MAX_PROMPT_TOKENS
 from fastgpt2.errors import FastGPT2Error, QueueFull
 from fastgpt2.system.up import System
@@ -62,6 +62,7 @@ EXPECTED: dict[str, tuple[str, str | None, int, str]] = {
     "CheckpointError": (SERVER, "model_error", 503, "generation"),
     "TokenizerError": (SERVER, "model_error", 503, "generation"),
     "QueueFull": ("rate_limit_error", "queue_full", 429, "overloaded"),
+    "TokenLimitReached": ("rate_limit_error", "rate_limit_exceeded", 429, "overloaded"),
     "QueueUnavailable": (SERVER, "queue_unavailable", 503, "overloaded"),
     "NotDurable": (SERVER, "not_durable", 503, "overloaded"),
     "RedisUnfit": (SERVER, "redis_unfit", 503, "generation"),
@@ -89,7 +90,7 @@ OF_WORD = {
     "generation": GenerationError,
     "incomplete_generation": IncompleteGenerationError,
 }
-OWN = (BadField, ModelUnknown, NotReady, ClientGone)
+OWN = (BadField, NotReady, ClientGone)
 KNOWN: dict[str, Any] = {
     **{name: value for name, value in vars(errors).items() if isinstance(value, type)},
     **{value.__name__: value for value in OWN},

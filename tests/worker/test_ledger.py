@@ -98,7 +98,7 @@ def test_a_stock_worker_keeps_the_deadline_and_what_it_has(queue: Queue, redis_s
 
 
 def test_what_is_left_beside_what_a_stock_worker_leaves(queue_name: str) -> None:
-    """Only the pool's figures, every key of which expires, and the mark of the worker that wrote them."""
+    """Only the pool's figures and the names of its models, which expire, and the mark of the worker that wrote them."""
     left: list[dict[str, int]] = []
     for ours in (False, True):
         with RedisServer() as server, connect(server.url) as redis:
@@ -116,6 +116,6 @@ def test_what_is_left_beside_what_a_stock_worker_leaves(queue_name: str) -> None
             left.append({re.sub(r"^rq:worker:\w+$", "rq:worker:NAME", names[key]): redis.ttl(key) for key in keys})
     theirs, of_ours = left
     more = {name: ttl for name, ttl in of_ours.items() if name not in theirs}
-    figures = ["latest:QUEUE", "recent:QUEUE:TIME", "told:w", "totals:QUEUE"]
+    figures = ["latest:QUEUE", "models:QUEUE", "recent:QUEUE:TIME", "told:w", "totals:QUEUE", "totals:QUEUE@demo"]
     assert sorted(more) == [f"fastgpt2:{name}" for name in figures]
     assert all(ttl > 0 for ttl in more.values())

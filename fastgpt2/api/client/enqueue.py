@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, TypeAlias
 
 from rq.job import Job as RQJob
@@ -15,13 +15,18 @@ from rq.utils import now
 
 from fastgpt2.api.client.flow import Command, Flow, Pipeline
 from fastgpt2.engine.decoding.records import GenerationRequest, RequestFields, list_stops, random_seed, split_prompt
-from fastgpt2.errors import BadRequest, IdempotencyMismatch, PromptTooLong, QueueFull
+from fastgpt2.errors import BadRequest, IdempotencyMismatch, ModelUnknown, PromptTooLong, QueueFull
 from fastgpt2.fields import check_fields, whole
 from fastgpt2.foreign_fields import is_neutral, refuse_unknown, take_known
 from fastgpt2.protocol.keys import (
+    MODEL_FIELD,
+    MODELS_FIELD,
+    NAMED_ONLY_FIELD,
     QUEUES_KEY,
+    TOKEN_FIELD,
     Priority,
     PriorityField,
+    models_key,
     once_key,
     queue_key,
     queue_of,
@@ -32,6 +37,8 @@ from fastgpt2.protocol.keys import (
 from fastgpt2.protocol.messages import TASK, JobOptions, job_to_kwargs, parse_job, refuse_unstreamable
 from fastgpt2.protocol.request_context import Traceparent, Tracestate, current_context
 from fastgpt2.protocol.scripts import Script
+from fastgpt2.protocol.untrusted import read_model_list, read_model_names
+from fastgpt2.protocol.untrusted import whole as whole_number
 
 DEFAULT_JOB_TIMEOUT_SECONDS = 600
 DEFAULT_RESULT_TTL_SECONDS = 24 * 3600
@@ -40,6 +47,7 @@ NO_OPTIONS = JobOptions()
 
 # For how long what the workers told of their models is relied on.
 MODEL_LIMITS_SECONDS = 30.0
+_LIMIT_FIELDS = ("n_positions", "longest_token_bytes", MODEL_FIELD, MODELS_FIELD, NAMED_ONLY_FIELD)
 
 _ENQUEUE = Script(__file__, "enqueue")
 
@@ -57,7 +65,7 @@ _NO_CONNECTION: Any = object()
 PromptLike: TypeAlias = str | Iterable[int] | Mapping[str, Any] | GenerationRequest
 
 _PLAN_FIELDS = ("priority", "job_timeout", "result_ttl", "request_id", "traceparent", "tracestate")
-_OPTION_FIELDS = ("timeout", "stream", "stream_usage")
+_OPTION_FIELDS = ("timeout", "stream", "stream_usage", "model")
 
 
 class JobFields(RequestFields, total=False):
@@ -67,6 +75,7 @@ class JobFields(RequestFields, total=False):
         timeout: seconds from being enqueued within which the job must be done.
         stream: publish the text as it comes, for `Job.stream`.
         stream_usage: its pieces tell how many tokens there are so far.
+        model: the name of the model that is to generate the text; without it, the pool's first model does.
         priority: "high", "normal", the default, or "low"; the more urgent are taken first, and none waits for ever.
         job_timeout: seconds that a worker may spend on the job, from its start; default 600.
         result_ttl: seconds for which the job's end can be read; default a day.
@@ -79,6 +88,7 @@ class JobFields(RequestFields, total=False):
     timeout: float | None
     stream: bool
     stream_usage: bool
+    model: str | None
     priority: Priority
     job_timeout: int
     result_ttl: int
@@ -185,16 +195,20 @@ def _digest(text: str) -> str:
 
 
 def enqueue_command(
-    plan: JobPlan, queue: str, max_queue: int | None, key: IdempotencyKey | None = None
+    plan: JobPlan, queue: str, max_queue: int | None, key: IdempotencyKey | None = None, token: str | None = None
 ) -> tuple[str, Command]:
     """Return a new job's id and the command that enqueues the job; see `enqueue.lua` and `read_enqueue_reply`.
+
+    Args:
+        token: the name of the endpoint's token by which it is enqueued.
 
     It writes the fields that `rq.Queue.enqueue` writes (rq/queue.py: create_job, _prepare_for_queue, _persist_job).
 
     A job that draws gets its seed here, so that each run of it draws the same. The plan has none yet: with an
     idempotency key, two plans are compared.
     """
-    name = queue_of(queue, plan.priority)
+    model = plan.options.model
+    name = queue_of(queue, plan.priority, model)
     request = plan.request.with_seed(random_seed())
     job = RQJob.create(
         TASK,
@@ -212,17 +226,25 @@ def enqueue_command(
     )
     job.enqueued_at = now()
     fields = [part for pair in job.to_dict().items() if pair[1] is not None for part in pair]
+    fields += [] if token is None else [TOKEN_FIELD, token]
     counted = [queue_key(other) for other in queues_of(queue)]
     keys = [job.key, queue_key(name), QUEUES_KEY, *counted, job.key if key is None else key.redis_key]
     asked = "" if key is None else key.asked
-    arguments = job.id, max_queue or 0, totals_key(queue), asked, plan.result_ttl, *fields
+    of_model = model or "", models_key(queue)
+    arguments = job.id, max_queue or 0, totals_key(queue), asked, plan.result_ttl, *of_model, *fields
     return job.id, Command("execute_command", _ENQUEUE.command(keys, arguments))
 
 
 def read_enqueue_reply(
-    job_id: str, reply: Any, queue: str, max_queue: int | None
-) -> str | QueueFull | IdempotencyMismatch:
-    """Return the id of the job that is there now, or why there is none, from the reply to `enqueue_command`."""
+    job_id: str, reply: Any, queue: str, max_queue: int | None, model: str | None = None
+) -> str | QueueFull | IdempotencyMismatch | ModelUnknown:
+    """Return the id of the job that is there now, or why there is none, from the reply to `enqueue_command`.
+
+    Args:
+        model: the one that the job names.
+    """
+    if isinstance(reply, list):
+        return ModelUnknown.among(model or "", read_model_names(reply))
     if isinstance(reply, int):
         return QueueFull(queue, reply, max_queue or 0) if reply else job_id
     known = reply.decode("utf-8", "replace")
@@ -260,49 +282,89 @@ class SentJob:
         self.is_wanted = True
 
     def command_again(self) -> Command:
-        """Return the command without the limit on waiting jobs: this one has been let in already.
+        """Return the command without the limit on waiting jobs, and for a model that nobody serves just now, too.
 
-        It has the same id and, if the job draws, the same seed, so that the job's text is the same.
+        This job has been let in already: what lost it may have lost the names of the models, or their workers. It has
+        the same id and, if the job draws, the same seed, so that the job's text is the same.
         """
         words = list(self.command.args)
-        words[_FIRST_KEY + words[_FIRST_KEY - 1] + 1] = 0
+        first_argument = _FIRST_KEY + words[_FIRST_KEY - 1]
+        words[first_argument + 1], words[first_argument + 5] = 0, ""
         return Command(self.command.method, tuple(words))
 
 
+@dataclass(frozen=True, slots=True)
+class ModelLimit:
+    """What a model can take: so many positions, with no token of its tokenizer longer than so many bytes."""
+
+    n_positions: int
+    longest_token_bytes: int
+
+    def including(self, other: ModelLimit) -> ModelLimit:
+        """Return what one of the two can take."""
+        return ModelLimit(
+            max(self.n_positions, other.n_positions), max(self.longest_token_bytes, other.longest_token_bytes)
+        )
+
+
 class ModelLimits:
-    """The limits of the live workers' models; of several models, the largest."""
+    """The limits of the live workers' models, by the names that jobs give; of several models of a name, the largest."""
 
     def __init__(self) -> None:
         self._fresh_until = 0.0
-        self._n_positions = 0  # 0 while no worker is known
-        self._longest_token_bytes = 1
+        # By the models' names; under None, of those that take jobs which name no model.
+        self._limits: dict[str | None, ModelLimit] = {}
+        # The models of the workers that take jobs which name no model. Workers of earlier releases take no others.
+        self._of_unnamed: set[str] = set()
 
     def refresh(self, queue: str) -> Flow[None]:
         """Read the limits from the workers' own hashes, unless they were read just now."""
         if time.monotonic() < self._fresh_until:
             return
-        names = yield Command("smembers", (workers_key(queue),))
-        asked = tuple(Command("hmget", (name, "n_positions", "longest_token_bytes")) for name in names)
-        self._n_positions, self._longest_token_bytes = 0, 1
-        for n_positions, longest_token_bytes in (yield Pipeline(asked)) if asked else ():
-            if n_positions and longest_token_bytes:
-                self._n_positions = max(self._n_positions, int(n_positions))
-                self._longest_token_bytes = max(self._longest_token_bytes, int(longest_token_bytes))
+        workers = yield Command("smembers", (workers_key(queue),))
+        asked = tuple(Command("hmget", (key, *_LIMIT_FIELDS)) for key in workers)
+        self._limits, self._of_unnamed = {}, set()
+        for fields in (yield Pipeline(asked)) if asked else ():
+            self._add(*fields)
         # Without a worker the next job asks again.
-        self._fresh_until = time.monotonic() + MODEL_LIMITS_SECONDS if self._n_positions else 0.0
+        self._fresh_until = time.monotonic() + MODEL_LIMITS_SECONDS if self._limits else 0.0
 
-    def check(self, request: GenerationRequest) -> None:
+    def _add(self, n_positions: Any, longest_token_bytes: Any, model: Any, models: Any, named_only: Any) -> None:
+        """Add a worker, of whose fields an earlier release writes the first three."""
+        limit = ModelLimit(whole_number(n_positions) or 0, whole_number(longest_token_bytes) or 0)
+        if not (limit.n_positions and limit.longest_token_bytes):
+            return
+        for name in (*read_model_list(models), *(() if named_only else (None,))):
+            self._limits[name] = limit.including(self._limits.get(name, limit))
+        if not named_only and isinstance(model, bytes):
+            self._of_unnamed.add(model.decode("utf-8", "replace"))
+
+    def adapt(self, plan: JobPlan) -> JobPlan:
+        """Return the plan as the live workers take it: workers of an earlier release know no jobs that name a model.
+
+        If such workers alone serve the model, and no other model's worker could take the job from them, it names none.
+        """
+        model = plan.options.model
+        if model is not None and model not in self._limits and self._of_unnamed == {model}:
+            return replace(plan, options=replace(plan.options, model=None))
+        return plan
+
+    def check(self, request: GenerationRequest, model: str | None = None) -> None:
         """Refuse what surely cannot fit: as no token is longer than the longest, a text has a least number of tokens.
+
+        Args:
+            model: the one that the job names.
 
         Raises:
             PromptTooLong: the message says what would fit.
         """
-        n_positions = self._n_positions
-        if not n_positions:
+        limit = self._limits.get(model)
+        if limit is None:
             return
+        n_positions = limit.n_positions
         if isinstance(request.prompt, str):
             size = len(request.prompt.encode())
-            tokens = max(1, -(-size // self._longest_token_bytes))
+            tokens = max(1, -(-size // limit.longest_token_bytes))
             has, needs = f"{size} bytes, so at least {tokens} tokens", f"{tokens} or more"
         else:
             tokens = max(1, len(request.prompt))

@@ -23,6 +23,7 @@ from fastgpt2.api.http.openapi import show_document
 from fastgpt2.api.http.request_metrics import RequestMetrics
 from fastgpt2.api.http.responses import handle_error, handle_unforeseen, handle_unknown_route, respond
 from fastgpt2.api.http.service import Bounds, Models, Service
+from fastgpt2.api.http.tokens import Tokens
 from fastgpt2.errors import FastGPT2Error
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -33,7 +34,7 @@ def create_app(
     queue: str,
     bounds: Bounds,
     stopping: Callable[[], bool],
-    token: str | None = None,
+    tokens: Tokens | None = None,
     local: str | None = "localhost",
     most_connections: int = 4000,
 ) -> Starlette:
@@ -41,7 +42,7 @@ def create_app(
 
     Args:
         bounds, stopping: see `Service`.
-        token, local: see `Access`.
+        tokens, local: see `Access`.
         most_connections: how many the server holds. An eighth of them is for probes, and for requests that are refused.
 
     Raises:
@@ -49,15 +50,19 @@ def create_app(
     """
     service = Service(redis_url, queue, bounds, stopping)
     metrics = RequestMetrics()
-    monitoring, completions = Monitoring(service, metrics), Completions(service, Models(service.driver, queue))
+    monitoring = Monitoring(service, metrics, tokens)
+    completions = Completions(service, Models(service.driver, queue))
     generate, jobs = Generate(service), Jobs(service)
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         async with service.run():
-            history = asyncio.create_task(monitoring.keep_history())
+            tasks = [asyncio.create_task(monitoring.keep_history())]
+            if tokens is not None:
+                tasks.append(asyncio.create_task(tokens.keep_fresh()))
             yield
-            history.cancel()
+            for task in tasks:
+                task.cancel()
 
     routes: dict[str, dict[str, Handler]] = {
         "/": {"GET": monitoring.home, "POST": generate.original},
@@ -85,7 +90,7 @@ def create_app(
             # Refusals too are logged and counted.
             Middleware(RequestLog, metrics=metrics),
             Middleware(Crowd, most=most_connections - most_connections // 8, refuse=respond),
-            Middleware(Access, token=token, local=local, refuse=respond),
+            Middleware(Access, tokens=tokens, local=local, refuse=respond),
         ],
         exception_handlers={
             FastGPT2Error: handle_error,

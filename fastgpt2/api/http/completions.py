@@ -24,14 +24,13 @@ from fastgpt2.api.http.responses import (
     JSON,
     KEEP_ALIVE,
     EventStream,
-    ModelUnknown,
     error_object,
     event,
 )
 from fastgpt2.api.http.service import Models, PendingJobs, Service
 from fastgpt2.engine.decoding.options import ChoiceIndex, Seed
 from fastgpt2.engine.decoding.records import Count, GenerationResult, StopReason, TokenLogprob, Usage
-from fastgpt2.errors import FastGPT2Error
+from fastgpt2.errors import FastGPT2Error, ModelUnknown
 from fastgpt2.fields import one_of
 from fastgpt2.protocol.messages import Piece
 

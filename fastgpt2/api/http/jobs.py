@@ -128,8 +128,8 @@ class Jobs:
         fields.pop("prompt", None)
         plan = plan_job(body["prompt"], fields)
         keys = read_idempotency_keys(request, 1, plan, prefix="job ")
-        (sent,) = await self._service.send([plan], keys)
-        job_id = sent.id
+        (job,) = await self._service.send(request, [plan], keys)
+        job_id = job.id
         return JSON(await self._describe(job_id), 202, {"location": f"/v1/jobs/{job_id}", "x-job-id": job_id})
 
     async def show(self, request: Request) -> Response:

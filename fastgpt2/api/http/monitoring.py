@@ -19,6 +19,7 @@ from fastgpt2.api.http.jobs import DEFAULT_LISTED, MAX_LISTED
 from fastgpt2.api.http.request_metrics import RequestMetrics
 from fastgpt2.api.http.responses import JSON, NotReady
 from fastgpt2.api.http.service import MAX_WAITING, Service
+from fastgpt2.api.http.tokens import Tokens
 from fastgpt2.api.pool.job_list import list_jobs
 from fastgpt2.api.pool.status import check_readiness, read_status, record_depth
 from fastgpt2.engine.decoding.options import MAX_TEXTS
@@ -83,10 +84,11 @@ class FreshValue(Generic[T]):
 class Monitoring:
     """The handlers of these routes."""
 
-    def __init__(self, service: Service, request_metrics: RequestMetrics) -> None:
+    def __init__(self, service: Service, request_metrics: RequestMetrics, tokens: Tokens | None = None) -> None:
         self._service = service
         self._request_metrics = request_metrics
         self._client = service.client
+        self._tokens = tokens
         self._obstacle = FreshValue(self._find_obstacle)
         self._status = FreshValue(lambda: self._ask(read_status))
         self._status_with_history = FreshValue(lambda: self._ask(read_status, True))
@@ -151,9 +153,14 @@ class Monitoring:
 
     async def metrics(self, request: Request) -> Response:
         """Answer `GET /metrics`, for Prometheus."""
-        from fastgpt2.api.pool.prometheus import render_metrics
+        from fastgpt2.api.pool.prometheus import Collector, render_metrics
+        from fastgpt2.api.pool.token_metrics import read_token_metrics
 
-        kind, body = await self._ask(render_metrics, request.headers.get("accept", ""), [self._request_metrics])
+        collectors: list[Collector] = [self._request_metrics]
+        if self._tokens is not None:
+            names, requests = self._tokens.names, self._tokens.requests
+            collectors.append(await self._ask(read_token_metrics, names, requests))
+        kind, body = await self._ask(render_metrics, request.headers.get("accept", ""), collectors)
         return Response(body, headers={"content-type": kind})
 
     async def jobs(self, request: Request) -> Response:

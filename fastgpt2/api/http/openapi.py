@@ -61,7 +61,7 @@ _STATUSES = {
     413: "The body is too large.",
     415: "The body is compressed; `Accept-Encoding` says what it may be.",
     422: "The idempotency key was used for another request.",
-    429: "The queue is full; `Retry-After` says when to try again.",
+    429: "The queue is full, or the token has reached a limit; `Retry-After` says when to try again.",
     500: "A defect; the endpoint's log has the details.",
     502: "The job failed.",
     503: "Redis cannot be used or lost the job, too much waits already, or the endpoint is being stopped.",

@@ -32,6 +32,7 @@ from fastgpt2.errors import (
     JobStopped,
     JobTimedOut,
     ModelError,
+    ModelUnknown,
     NotDurable,
     PoisonJob,
     PromptTooLong,
@@ -45,6 +46,7 @@ from fastgpt2.errors import (
     ServiceBusy,
     ServiceStopping,
     TextReplaced,
+    TokenLimitReached,
     TokenMissing,
     Unauthorized,
     UnsupportedEncoding,
@@ -63,7 +65,7 @@ _FINAL = (JobFailed, ModelError, ResultTimeout, RedisUnfit)
 _NO_RETRY = {"x-should-retry": "false"}
 
 # RFC 6750, 3: a request without a token is told no error.
-_TOKEN_REFUSED = 'Bearer error="invalid_token", error_description="the token is not the one of this endpoint"'
+_TOKEN_REFUSED = 'Bearer error="invalid_token", error_description="the token is none of this endpoint"'
 
 # The routes that begin so are OpenAI's, or speak in their manner.
 OPENAI_PREFIX = "/v1/"
@@ -83,12 +85,6 @@ class BadField(BadRequest):
     def __init__(self, param: str, message: str) -> None:
         super().__init__(message)
         self.param = param
-
-
-class ModelUnknown(BadRequest):
-    """Raised if the request names a model that no worker serves."""
-
-    http_status = 404
 
 
 class NotReady(FastGPT2Error):
@@ -137,6 +133,7 @@ KINDS: dict[type[FastGPT2Error], Kind] = {
     ModelError: Kind("server_error", "model_error", "generation"),
     QueueFull: Kind("rate_limit_error", "queue_full", "overloaded"),
     QueueUnavailable: Kind("server_error", "queue_unavailable", "overloaded"),
+    TokenLimitReached: Kind("rate_limit_error", "rate_limit_exceeded", "overloaded"),
     NotDurable: Kind("server_error", "not_durable", "overloaded"),
     RedisUnfit: Kind("server_error", "redis_unfit", "generation"),
     RedisAccessDenied: Kind("server_error", "redis_access_denied", "generation"),
@@ -220,6 +217,8 @@ def respond(error: FastGPT2Error, scope: Scope) -> Response:
     headers = {}
     if isinstance(error, _FINAL) or error.http_status == FastGPT2Error.http_status:
         headers.update(_NO_RETRY)
+    elif isinstance(error, TokenLimitReached):
+        headers["retry-after"] = str(error.retry_after)
     elif isinstance(error, _PASSING):
         headers["retry-after"] = str(RETRY_AFTER_SECONDS)
     elif isinstance(error, Unauthorized):

@@ -31,18 +31,22 @@ def serve(values: dict[str, Any]) -> None:
     """
     import uvicorn
 
-    from fastgpt2.api.http.access import is_loopback, read_token, refuse_exposure
+    from fastgpt2.api.http.access import is_loopback, refuse_exposure
     from fastgpt2.api.http.app import create_app
     from fastgpt2.api.http.connections import ACCEPTED_AT_ONCE, BoundedServer, Connection, limit_connections
     from fastgpt2.api.http.service import Bounds, log
-    from fastgpt2.process import raise_open_file_limit, set_up_logging
+    from fastgpt2.api.http.tokens import read_tokens
+    from fastgpt2.process import HangUp, raise_open_file_limit, set_up_logging
     from fastgpt2.protocol.server_check import refuse_unfit
     from fastgpt2.tracing import close_tracing, set_up_tracing
 
     set_up_logging(values["log_level"])
     set_up_tracing("fastgpt2-api", values["otlp_traces_endpoint"])
-    token = read_token(values["token_file"])
-    refuse_exposure(values["host"], token, values["insecure"])
+    hang_up = HangUp()
+    if values["token_file"] is not None:
+        hang_up.listen()  # before the file is read: no signal comes in vain
+    tokens = read_tokens(values["token_file"], hang_up)
+    refuse_exposure(values["host"], tokens is not None, values["insecure"])
     refuse_unfit(values["redis_url"], "endpoint", values["queue"])
     own_name = values["host"] if is_loopback(values["host"]) else values["host_name"]
     open_files = raise_open_file_limit()
@@ -58,7 +62,7 @@ def serve(values: dict[str, Any]) -> None:
             values["durability"],
         ),
         lambda: server.should_exit,
-        token,
+        tokens,
         own_name,
         most,
     )
@@ -88,7 +92,9 @@ def serve(values: dict[str, Any]) -> None:
     log.info("endpoint on %s", url_of(bound))
     if not is_loopback(values["host"]):
         log.info("it listens on %s port %d", *bound.getsockname()[:2])
-    if token is None and not is_loopback(values["host"]):
+    if tokens is not None and tokens.names:
+        log.info("tokens: %s", ", ".join(tokens.names))
+    if tokens is None and not is_loopback(values["host"]):
         log.warning("everybody who can reach %s may use this endpoint (--insecure)", values["host"])
     # A signal stops the server also before uvicorn listens for signals itself. And when uvicorn is done, it raises the
     # signal that stopped it once more: a clean stop would otherwise look like a death.

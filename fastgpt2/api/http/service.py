@@ -12,11 +12,13 @@ from typing import Self
 
 from starlette.requests import Request
 
+from fastgpt2.api.client.admission import Admission
 from fastgpt2.api.client.async_client import AsyncClient
 from fastgpt2.api.client.enqueue import IdempotencyKey, JobPlan, SentJob, idempotency_keys
 from fastgpt2.api.client.flow import AsyncDriver, Command, Flow, Pipeline
 from fastgpt2.api.client.outcome import Outcome, unwrap
 from fastgpt2.api.client.reader import JobReader
+from fastgpt2.api.http.access import LIMITS_STATE, TOKEN_STATE
 from fastgpt2.api.http.requests import ClientGone
 from fastgpt2.api.http.watch import Watch
 from fastgpt2.engine.decoding.records import GenerationResult
@@ -131,13 +133,13 @@ class Service:
             asked: see `idempotency_keys`.
 
         Raises:
-            BadRequest, PromptTooLong, QueueFull, QueueUnavailable, ServiceBusy, IdempotencyMismatch
+            BadRequest, PromptTooLong, QueueFull, QueueUnavailable, ServiceBusy, IdempotencyMismatch, TokenLimitReached
             NotDurable: the jobs are cancelled; with an idempotency key they go on, for the client that asks again.
         """
         self._check_room(len(plans))
         keys = read_idempotency_keys(request, len(plans), asked)
         try:
-            sent = await self.send(plans, keys)
+            sent = await self.send(request, plans, keys)
         except NotDurable as error:
             if keys is None:
                 self._start_cancelling(error.job_ids)
@@ -151,15 +153,39 @@ class Service:
                 if left and not self.is_closing:
                     self._start_cancelling(left)
 
-    async def send(self, plans: Sequence[JobPlan], keys: Sequence[IdempotencyKey] | None) -> list[SentJob]:
-        """Enqueue jobs, all or none, as `Session.send_all` does; where requests are traced, with a span of its own."""
-        queue = self.session.queue
-        told = {"messaging.system": "rq", "messaging.operation.type": "send", "messaging.destination.name": queue}
-        with span("enqueue", {**told, "messaging.batch.message_count": len(plans)}) as begun:
-            sent = await self.driver.run(self.session.send_all(plans, keys))
+    async def send(
+        self, request: Request, plans: Sequence[JobPlan], keys: Sequence[IdempotencyKey] | None
+    ) -> list[SentJob]:
+        """Enqueue the jobs of a request, all or none, if the limits of its token leave room for them.
+
+        Where requests are traced, this is a span of its own, which the jobs' spans continue.
+
+        Raises:
+            What `Session.send_all` raises.
+        """
+        told = {
+            "messaging.system": "rq",
+            "messaging.operation.type": "send",
+            "messaging.destination.name": self.session.queue,
+            "messaging.batch.message_count": len(plans),
+        }
+        with span("enqueue", told) as begun:
+            sent = await self._send_within_limits(request, plans, keys)
             if begun is not None:
                 begun.set_attribute("messaging.message.id", sent[0].id)
         return sent
+
+    async def _send_within_limits(
+        self, request: Request, plans: Sequence[JobPlan], keys: Sequence[IdempotencyKey] | None
+    ) -> list[SentJob]:
+        token = request.scope.get("state", {}).get(TOKEN_STATE)
+        if token is None:
+            return await self.driver.run(self.session.send_all(plans, keys))
+        admission = Admission(self.client.queue_name, token.name, token.waiting, token.tokens_per_minute)
+        try:
+            return await self.driver.run(self.session.send_all(plans, keys, admission))
+        finally:
+            request.scope["state"][LIMITS_STATE] = admission.headers()
 
     def attend(self, request: Request, job_id: str, streamed: bool, timeout: float | None = None) -> PendingJobs:
         """Wait within a context for a job that exists; it goes on whatever becomes of the request.
