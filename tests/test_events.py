@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from support.running import run
 
-from fastgpt2 import events
+from fastgpt2 import events, settings
+from fastgpt2.cli import COMMANDS
 from fastgpt2.process import set_up_logging
 
 log = logging.getLogger("fastgpt2.test")
@@ -160,6 +161,10 @@ def test_warnings_and_errors_that_nobody_catches(read: Events) -> None:
     Unruly()
     (event,) = read()
     assert "in the end" in event["traceback"]
+
+
+def test_every_command_takes_the_format() -> None:
+    assert [name for name, command in COMMANDS.items() if settings.LOG_FORMAT not in command.settings] == []
 
 
 @pytest.mark.processes
