@@ -206,6 +206,12 @@ class JobLost(JobNotFound):
     http_status = 503
 
 
+class JobNotEnded(FastGPT2Error):
+    """Raised if a job that is to run again waits or runs still."""
+
+    http_status = 409
+
+
 class JobFailed(FastGPT2Error):
     """Raised if the job ended without a result.
 

@@ -11,11 +11,15 @@ from fastgpt2.setting_values import (
     biases,
     delimiter,
     drafts,
+    host_name,
     integer,
     log_level,
+    networks,
     number,
     one_of,
     one_text,
+    origins,
+    public_url,
     queue,
     schema,
     seconds,
@@ -131,10 +135,10 @@ HOST = Setting(
     "host", "ADDRESS", str, "127.0.0.1", "The address that the HTTP endpoint listens on; 0.0.0.0 for all of them."
 )
 HOST_NAME: Setting[str | None] = Setting(
-    "host_name", "NAME", word, None,
-    "Without a token, serve only requests that are made to this name or to localhost, whatever address the endpoint "
-    "listens on.",
-    "the address itself if only this machine can reach it, any name otherwise",
+    "host_name", "NAME", host_name, None,
+    "Without a token, serve only requests that are made to this name or to this machine's own, whatever address the "
+    "endpoint listens on.",
+    "this machine's own names if only this machine can reach the address, any name otherwise",
 )
 PORT = Setting("port", "PORT", whole_number(0, 65535), 8000, "The port of the HTTP endpoint; 0 takes a free one.")
 # A variable only, as every user of the machine can read options.
@@ -148,6 +152,23 @@ TOKEN_FILE: Setting[str | None] = Setting(
     "the token of FASTGPT2_TOKEN, or none",
 )
 INSECURE = flag("insecure", "Serve other machines without a token.")
+ALLOW_ORIGIN: Setting[tuple[str, ...]] = Setting(
+    "allow_origin", "ORIGIN", origins, (),
+    "Let web pages of this origin, such as https://app.example.com, use the HTTP endpoint (CORS); may be given several "
+    "times. * stands for the pages of everybody.",
+    "the endpoint's own page alone", join=operator.add,
+)
+PUBLIC_URL: Setting[str | None] = Setting(
+    "public_url", "URL", public_url, None,
+    "Where a proxy makes the HTTP endpoint reachable, such as https://pool.example.com or https://example.com/gpt2.",
+    "none",
+)
+TRUSTED_PROXY: Setting[tuple[str, ...]] = Setting(
+    "trusted_proxy", "ADDRESS", networks, (),
+    "Believe this proxy, or those of a network such as 10.0.0.0/8, which name was asked for, by the header "
+    "X-Forwarded-Host or Forwarded; may be given several times.",
+    "nobody", join=operator.add,
+)
 REDIS_PORT = Setting(
     "redis_port", "PORT", whole_number(0, 65535), 6379,
     "The port of the embedded Redis; a free one is taken if this one is in use.",
@@ -298,6 +319,15 @@ RETRY_ERRORS = flag("retry_errors", "Run the lines again that are errors in the 
 KEEP_GOING = flag("keep_going", "Go on even if the first 20 lines all fail.")
 TIMINGS = flag("timings", "Print on standard error how long each part took.")
 JSON = flag("json", "Print all that is known, as JSON.")
+FAILED = flag("failed", "List all jobs that failed, the latest first, each with its error.")
+ALL_FAILED = flag("failed", "Run all jobs again that failed, or were stopped.")
+STATE: Setting[str | None] = Setting(
+    "state", "STATE",
+    one_of("queued", "started", "finished", "failed", "deferred", "scheduled", "canceled"), None,
+    "List all jobs in this state, in RQ's words: queued, started, finished, failed, deferred, scheduled or canceled.",
+    "the jobs that run, and the latest that have ended",
+)
+LIMIT = Setting("limit", "N", whole_number(1, 100_000), 20, "List at most N jobs.")
 WAIT = flag("wait", "Wait for the result and print it.")
 VERIFY = flag("verify", "Check every byte of the packed file, and make it anew if one is wrong.")
 MEASURE = flag(
@@ -312,7 +342,7 @@ DURABILITY = Setting(
 )
 KEEP_ALIVE = duration("keep_alive", 75.0, "How long the HTTP endpoint keeps a connection open that is not used.")
 BODY_TIMEOUT = duration("body_timeout", 20.0, "How long the body of a request to the HTTP endpoint may take to come.")
-SHOW_PROMPTS = flag("show_prompts", "Show prompts in the HTTP endpoint's list of the latest jobs.")
+SHOW_PROMPTS = flag("show_prompts", "Show prompts in lists of jobs and on the page of a job.")
 LOG_PROMPTS = flag("log_prompts", "Write prompts into the workers' logs.")
 LOG_LEVEL = Setting(
     "log_level", "LEVEL", log_level, "INFO",
@@ -362,7 +392,7 @@ OF_OWN_POOL: Settings = (
     OWN_MODEL, *OF_MODEL[1:], OWN_WORKERS, POOL_THREADS, BLAS, WEIGHTS, DRAFTS, *OF_BATCH, MAX_JOBS, MAX_GROWTH,
     OWN_LOG_LEVEL,
 )  # fmt: skip
-OF_ADDRESS = (HOST, HOST_NAME, PORT, TOKEN_FILE, INSECURE)
+OF_ADDRESS = (HOST, HOST_NAME, PORT, TOKEN_FILE, INSECURE, ALLOW_ORIGIN, PUBLIC_URL, TRUSTED_PROXY)
 OF_ANSWERS = (TIMEOUT, BODY_TIMEOUT, KEEP_ALIVE, MAX_QUEUE, SHOW_PROMPTS)
 OF_END = (DRAIN_TIMEOUT, MAX_JOBS, MAX_GROWTH, ALIVE_FILE, BURST)
 OF_LOG = (LOG_PROMPTS, LOG_LEVEL, LOG_FORMAT, OTLP_TRACES_ENDPOINT)

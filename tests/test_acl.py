@@ -28,6 +28,7 @@ from support.running import GOLDEN, wait_until
 from fastgpt2 import Client
 from fastgpt2.api.pool.job_list import read_latest, read_prompts
 from fastgpt2.api.pool.prometheus import render_metrics
+from fastgpt2.api.pool.states import STATES
 from fastgpt2.api.pool.status import check_readiness, read_status, record_depth
 from fastgpt2.errors import JobCancelled, ModelUnknown, QueueFull, RedisAccessDenied
 from fastgpt2.protocol.connection import connect
@@ -100,6 +101,10 @@ def suspended(admin: Redis) -> Iterator[None]:
     admin.delete("rq:suspended")
 
 
+def admin_queue(admin: Redis) -> Queue:
+    return Queue("fastgpt2", connection=admin, serializer=JSONSerializer)
+
+
 def denials(admin: Redis) -> list[str]:
     entries: Any = admin.acl_log()
     # What the library says of itself from Redis 7.2 on may be denied: it goes on.
@@ -140,7 +145,7 @@ def test_a_client_and_a_worker_can_do_their_part(server: GuardedRedis, admin: Re
         with pytest.raises(JobCancelled):
             long.result(timeout=20)
     # What RQ's own users do, whose rights are their own affair; the worker's part of it is what is looked at.
-    rq = Queue("fastgpt2", connection=admin, serializer=JSONSerializer)
+    rq = admin_queue(admin)
     first = rq.enqueue(TASK, entry["prompt"], max_new_tokens=5)
     after = rq.enqueue(TASK, entry["prompt"], max_new_tokens=5, depends_on=first)
     strayed = rq.enqueue(TASK, entry["prompt"], max_new_tokens=5, model="nobody's")
@@ -202,7 +207,15 @@ def test_the_endpoint_and_a_monitor_can_do_their_part(
         job_url = f"{url}/v1/jobs/{json.loads(answer.read())['id']}"
     with opener.open(urllib.request.Request(job_url, method="DELETE"), timeout=20) as answer:
         assert json.loads(answer.read())["status"] == "canceled"
-    for path in ("/ready", "/metrics", "/status?history=true", "/v1/models", "/v1/jobs"):
+    failing = admin_queue(admin).enqueue(TASK, ENTRIES[0]["prompt"], num_beams=4, rate_limit=RateLimit("again", 1))
+    wait_until(lambda: failing.get_status().value == "failed", "the refused job to fail")
+    for again in (job_url, f"{url}/v1/jobs/{failing.id}"):
+        with opener.open(urllib.request.Request(f"{again}/requeue", method="POST"), timeout=20) as answer:
+            assert answer.status == 202
+    wait_until(lambda: failing.get_status().value == "failed", "the refused job to fail again")
+    lists = [f"/v1/jobs?state={state}&limit=1" for state in STATES]
+    details = f"/v1/jobs/{failing.id}?details=true"
+    for path in ("/ready", "/metrics", "/status?history=true", "/v1/models", "/v1/jobs", details, *lists):
         with opener.open(f"{url}{path}", timeout=20) as answer:
             assert answer.status == 200
 

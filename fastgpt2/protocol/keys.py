@@ -102,6 +102,9 @@ RESULTS_PREFIX = "rq:results:"
 SUSPENDED_KEY = "rq:suspended"
 # The set of the keys of all rate limits (`rq.RateLimit`).
 RATE_LIMITS_KEY = "rq:rl-keys"
+# Before the key of a rate limit: the hash of its settings; with ":allowed" or ":rate_limited" behind it, the sorted set
+# of the jobs that have a slot, or wait for one.
+RATE_LIMIT_PREFIX = "rq:rl:"
 
 # All executions of a job; one execution, by the ids of the job and of itself with a colon between.
 EXECUTIONS_PREFIX = "rq:executions:"

@@ -80,7 +80,7 @@ def parse_job(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Generatio
         raise BadRequest("the job's arguments are not a list and a mapping")
     if len(args) > 1:
         raise BadRequest(f"{len(args)} positional arguments; only the prompt may be given so, name the others")
-    given = take_known(kwargs, _job_fields())
+    given = take_known(kwargs, job_fields())
     if args:
         if "prompt" in kwargs:
             raise BadRequest("prompt is given twice, by position and by name")
@@ -96,7 +96,8 @@ def parse_job(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Generatio
 
 
 @cache
-def _job_fields() -> dict[str, Field]:
+def job_fields() -> dict[str, Field]:
+    """Return the fields that a job's arguments may have, by their names."""
     return {**fields_of(GenerationRequest), **fields_of(JobOptions)}
 
 

@@ -245,7 +245,7 @@ def announce(text: str, http_url: str = "") -> None:
 def child_environment(values: dict[str, Any], redis_url: str) -> dict[str, str]:
     """Return what a child is told beside its command: every setting by its variable, empty if it is not set."""
     return {
-        **{f"FASTGPT2_{name.upper()}": "" if value is None else str(value) for name, value in values.items()},
+        **{f"FASTGPT2_{name.upper()}": _as_text(value) for name, value in values.items()},
         "FASTGPT2_REDIS_URL": redis_url,
         "FASTGPT2_POOL_WORKERS": str(values["workers"]),
         "FASTGPT2_SUPERVISOR_PID": str(os.getpid()),
@@ -253,6 +253,13 @@ def child_environment(values: dict[str, Any], redis_url: str) -> dict[str, str]:
         "FASTGPT2_NAME": "",  # each start of a worker has a name of its own
         "FASTGPT2_BURST": "",
     }
+
+
+def _as_text(value: Any) -> str:
+    """Return the text of which a setting reads this value again; empty if it is not set."""
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return "" if value is None else str(value)
 
 
 def worker_children(values: dict[str, Any], redis_url: str, output: int | None = None) -> list[Child]:

@@ -30,12 +30,17 @@ def welcome(values: dict[str, Any], http_url: str, redis_url: str, embedded: boo
         [
             f"fastgpt2 is ready: model {values['model']}, {workers}, queue {values['queue']}",
             f"  endpoint  {address}/ in a browser, {address}/v1 for OpenAI's clients",
+            *_where_a_proxy_shows_it(values["public_url"]),
             f"  Redis     {_where_redis_is(redis_url, embedded)}",
             f"  try       {_enqueue_line(values, redis_url)}",
             f"            {_curl_line(values, address)}",
             "Ctrl-C stops it.",
         ]
     )
+
+
+def _where_a_proxy_shows_it(public_url: str | None) -> list[str]:
+    return [] if public_url is None else [f"            {public_url}/ and {public_url}/v1 through the proxy"]
 
 
 def named_by(redis_url: str) -> str:

@@ -164,9 +164,9 @@ class Claims:
         """
         if found := self.claim(1):
             return found
-        if not self._waiting:
-            numbered = enumerate(self._queues)
-            self._waiting = [_Waiting(self._connection, queue, at, self._worker_name) for at, queue in numbered]
+        while len(self._waiting) < len(self._queues):
+            at = len(self._waiting)
+            self._waiting.append(_Waiting(self._connection, self._queues[at], at, self._worker_name))
         now = time.monotonic()
         waitings = [each for each in self._waiting if self._unfit.get(each.queue.name, 0.0) <= now]
         try:

@@ -95,13 +95,13 @@ def test_a_misspelt_field_is_refused() -> None:
 
 
 def test_all_files_are_in_the_base_or_to_be_chosen() -> None:
-    assert set(COMMENTED) == {"scaling-keda.yaml", "scaling-hpa.yaml", "monitoring.yaml"}
+    assert set(COMMENTED) == {"scaling-keda.yaml", "scaling-hpa.yaml", "monitoring.yaml", "alerts.yaml"}
     assert {*KUSTOMIZATION["resources"], *COMMENTED, "kustomization.yaml"} == set(TEXTS)
 
 
 @pytest.mark.processes
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not here")
-@pytest.mark.parametrize("chosen", [[], ["scaling-keda.yaml"], ["scaling-hpa.yaml", "monitoring.yaml"]])
+@pytest.mark.parametrize("chosen", [[], ["scaling-keda.yaml"], ["scaling-hpa.yaml", "monitoring.yaml", "alerts.yaml"]])
 def test_kustomize_builds_it(chosen: list[str], tmp_path: Path) -> None:
     shutil.copytree(FOLDER, tmp_path, dirs_exist_ok=True)
     text = TEXTS["kustomization.yaml"].replace("newTag: latest", "newTag: 1.2.3")

@@ -501,7 +501,7 @@ def test_sighup_reads_the_tokens_again_and_the_end_of_the_terminal_still_ends(
         begun = "fastgpt2 is ready" if command == "up" else "endpoint on"
         wait_until(lambda: begun in log.read_text(), "the endpoint to listen")
         os.kill(process.pid, signal.SIGHUP)
-        wait_until(lambda: "read again, 1 tokens" in log.read_text(), "the first reading")
+        wait_until(lambda: "read again, 1 token" in log.read_text(), "the first reading")
         (tmp_path / "new").write_text(f"bob:{BOB}\ncarol:{hashed('c' * 16)} waiting=3")
         (tmp_path / "new").chmod(0o600)
         (tmp_path / "new").replace(file)

@@ -248,7 +248,7 @@ def test_settings_reach_the_children_by_their_variables(monkeypatch: pytest.Monk
 
     given = settings.of_system(
         workers="3", max_batch="7", kv_memory="2GiB", max_jobs="5", max_growth="64MiB", max_queue="9",
-        drain_timeout="7", prefix_memory="off",
+        drain_timeout="7", prefix_memory="off", allow_origin="http://a,http://b",
     )  # fmt: skip
     for name, text in child_environment(given, "redis://there/1").items():
         monkeypatch.setenv(name, text)
@@ -259,6 +259,8 @@ def test_settings_reach_the_children_by_their_variables(monkeypatch: pytest.Monk
     assert settings.MAX_GROWTH.resolve() == 64 << 20
     assert (settings.MAX_BATCH.resolve(), settings.MAX_JOBS.resolve(), settings.MAX_QUEUE.resolve()) == (7, 5, 9)
     assert settings.DRAIN_TIMEOUT.resolve() == 7
+    assert settings.ALLOW_ORIGIN.resolve() == ("http://a", "http://b")
+    assert settings.TRUSTED_PROXY.resolve() == ()
     assert settings.REDIS_URL.resolve() == "redis://there/1"
     assert os.environ["FASTGPT2_POOL_WORKERS"] == "3"
 

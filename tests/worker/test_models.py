@@ -416,7 +416,7 @@ def test_a_job_in_a_models_queue_is_cancelled(
     assert waits.cancel()
     assert runs.cancel()
     assert waiting(redis, f"{queue_name}@theirs") == []
-    ours.until(lambda: not len(ours.worker.batch), "the worker to let go")
+    ours.until(ours.worker._has_no_jobs, "the worker to let go")
     for job in (waits, runs):
         with pytest.raises(JobCancelled):
             job.result(10)

@@ -6,11 +6,12 @@ import ipaddress
 import re
 import socket
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from fastgpt2.errors import BadRequest, FastGPT2Error, ForbiddenOrigin, TokenMissing, Unauthorized
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -22,8 +23,10 @@ TOKEN_STATE = "token"
 TOKEN_NAME_STATE = "token_name"
 LIMITS_STATE = "token_limits"
 
-# Probes have no token. These routes only tell that this process answers, and whether the pool serves.
-OPEN_ROUTES = frozenset((method, path) for method in ("GET", "HEAD") for path in ("/", "/health", "/ready"))
+# Probes have no token, and neither has a browser that is led to a page. These routes tell that this process answers and
+# whether the pool serves, and what every endpoint of this version tells: its page's frame, and which routes it has.
+_OPEN_PATHS = ("/", "/health", "/ready", "/docs", "/openapi.json")
+OPEN_ROUTES = frozenset((method, path) for method in ("GET", "HEAD") for path in _OPEN_PATHS)
 
 
 def is_loopback(host: str) -> bool:
@@ -48,6 +51,19 @@ def _is_loopback_address(text: str) -> bool:
     return bool((mapped or address).is_loopback)
 
 
+def names_to_serve(host: str, host_name: str | None, public_url: str | None) -> list[str] | None:
+    """Return the names by which the endpoint may be asked without a token; None if any name will do.
+
+    Args:
+        host: where it listens.
+    """
+    listens_here_only = is_loopback(host)
+    if host_name is None and not listens_here_only:
+        return None
+    public = urlsplit(public_url or "").hostname
+    return [name for name in (host if listens_here_only else None, host_name, public) if name is not None]
+
+
 def refuse_exposure(host: str, has_tokens: bool, insecure: bool) -> None:
     """Raise BadRequest if everybody who reaches the machine could use the endpoint, unless `insecure` allows it."""
     if not has_tokens and not insecure and not is_loopback(host):
@@ -63,18 +79,23 @@ class Access:
     Args:
         tokens: every request must bear one of them, except those for the page's frame and those of probes. None if
             there are none.
-        local: where there is no token, the name or address by which this machine is asked; None if any name will do.
-            Only requests to this name, or to another of this machine's names, are then served. Otherwise a web page
-            could have its own name lead here (DNS rebinding), and would pass for the endpoint's own page.
+        names: where there is no token, the names and addresses by which this machine is asked; None if any name will
+            do. Only requests to these names, or to another of this machine's names, are then served. Otherwise a web
+            page could have its own name lead here (DNS rebinding), and would pass for the endpoint's own page.
         refuse: makes the response for an error.
     """
 
     def __init__(
-        self, app: ASGIApp, tokens: Tokens | None, local: str | None, refuse: Callable[[FastGPT2Error, Scope], ASGIApp]
+        self,
+        app: ASGIApp,
+        tokens: Tokens | None,
+        names: Collection[str] | None,
+        refuse: Callable[[FastGPT2Error, Scope], ASGIApp],
     ) -> None:
         self._app = app
         self._tokens = tokens
-        self._own_names = None if local is None else {local.lower(), "localhost", socket.gethostname().lower()}
+        own_names = ("localhost", socket.gethostname())
+        self._own_names = None if names is None else {name.lower() for name in (*names, *own_names)}
         self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -23,7 +23,7 @@ from uvicorn.server import ServerState
 
 from fastgpt2.api.http.parser import Parser
 from fastgpt2.api.http.request_metrics import RequestMetrics
-from fastgpt2.api.http.responses import OPENAI_PREFIX, error_object
+from fastgpt2.api.http.responses import error_object, is_openai
 from fastgpt2.errors import BadRequest, FastGPT2Error, RequestTooSlow
 
 if TYPE_CHECKING:
@@ -225,8 +225,8 @@ class Connection(H11Protocol):
         if not self._has_request or not self.cycle.response_started:
             if not self._has_request:
                 self.server_state.metrics.count_refusal(status)
-            is_openai = self.conn.target.startswith(OPENAI_PREFIX.encode())
-            self.transport.write(_answer(status, json.dumps(error_object(error, is_openai)).encode()))
+            openai = is_openai(self.conn.target.partition(b"?")[0].decode("latin-1"))
+            self.transport.write(_answer(status, json.dumps(error_object(error, openai)).encode()))
         self.flow.resume_reading()
         self.transport.write_eof()
         self.loop.call_later(LINGER_SECONDS, self.transport.abort)

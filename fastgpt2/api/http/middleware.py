@@ -39,6 +39,7 @@ LINGER_SECONDS = 5.0
 _BODY_HEADERS = (b"content-length", b"transfer-encoding")
 
 _SLASHES = re.compile(rb"//+")
+_WRITTEN_SLASH = re.compile(rb"%2[Ff]")
 
 REQUEST_ID = b"x-request-id"
 _TRACE_HEADERS = (b"traceparent", b"tracestate")
@@ -52,7 +53,8 @@ class PlainPath:
     """Middleware that passes over slashes too many in a path: `/v1//models/` is `/v1/models`.
 
     Clients put a path behind a base that ends with a slash, or does not. They are not redirected, as many follow no
-    redirection, or lose the body on the way. A slash that is written `%2F` is part of a name, and stays.
+    redirection, or lose the body on the way. A slash that is written `%2F` is part of a name, and stays. In the id of a
+    job, which is one part of a path, the path keeps it so written.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -62,8 +64,9 @@ class PlainPath:
         path: bytes = scope.get("raw_path", b"") if scope["type"] == "http" else b""
         if path.startswith(b"/"):
             plain = _SLASHES.sub(b"/", path).rstrip(b"/") or b"/"
-            if plain != path:
-                scope = {**scope, "raw_path": plain, "path": unquote(plain.decode("ascii"))}
+            read = _WRITTEN_SLASH.sub(b"%252F", plain) if plain.startswith(b"/v1/jobs/") else plain
+            if read != path:
+                scope = {**scope, "raw_path": plain, "path": unquote(read.decode("ascii"))}
         await self._app(scope, receive, send)
 
 

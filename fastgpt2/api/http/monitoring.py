@@ -15,16 +15,17 @@ from starlette.responses import PlainTextResponse, Response
 
 from fastgpt2 import __version__
 from fastgpt2.api.http.completion_request import MAX_PROMPTS
-from fastgpt2.api.http.jobs import DEFAULT_LISTED, MAX_LISTED
+from fastgpt2.api.http.jobs import DEFAULT_LISTED, MAX_LISTED, parse_flag
 from fastgpt2.api.http.request_metrics import RequestMetrics
 from fastgpt2.api.http.responses import JSON, NotReady
 from fastgpt2.api.http.service import MAX_WAITING, Service
 from fastgpt2.api.http.tokens import Tokens
 from fastgpt2.api.pool.job_list import list_jobs
+from fastgpt2.api.pool.states import list_state
 from fastgpt2.api.pool.status import check_readiness, read_status, record_depth
 from fastgpt2.engine.decoding.options import MAX_TEXTS
 from fastgpt2.engine.decoding.records import MAX_STOP_STRINGS, Count
-from fastgpt2.errors import QueueUnavailable
+from fastgpt2.errors import BadRequest, QueueUnavailable
 from fastgpt2.fields import refusal
 from fastgpt2.protocol.connection import redis_errors
 from fastgpt2.protocol.keys import SILENT
@@ -148,7 +149,7 @@ class Monitoring:
 
     async def status(self, request: Request) -> Response:
         """Answer `GET /status`: the state of the pool, with `?history=true` also that of the last 15 minutes."""
-        history = _parse_flag(request, "history")
+        history = parse_flag(request, "history")
         return JSON(await (self._status_with_history if history else self._status).get())
 
     async def metrics(self, request: Request) -> Response:
@@ -164,11 +165,28 @@ class Monitoring:
         return Response(body, headers={"content-type": kind})
 
     async def jobs(self, request: Request) -> Response:
-        """Answer `GET /v1/jobs?limit=20`: the jobs that workers have claimed, and the latest that have ended."""
+        """Answer `GET /v1/jobs?limit=20`: the jobs that workers have claimed, and the latest that have ended.
+
+        With `?state=failed` or another of RQ's states, all jobs in that state, a page at a time.
+        """
         limit = _parse_limit(request)
+        state, after = request.query_params.get("state"), request.query_params.get("after")
+        if state is not None:
+            return JSON(await self._list_state(state, limit, after))
+        if after is not None:
+            raise BadRequest("after is given without a state; name one, as in ?state=failed")
         status = await self._status.get()
         jobs = await list_jobs(self._client, status["workers"], limit, self._service.bounds.show_prompts)
         return JSON({"object": "list", "data": jobs})
+
+    async def _list_state(self, state: str, limit: int, after: str | None) -> dict[str, Any]:
+        client = self._client
+        show_prompts = self._service.bounds.show_prompts
+        page = await list_state(
+            client.connection, client.redis_url, client.queue_name, state, limit, after, show_prompts
+        )
+        more = {"has_more": page.next is not None, "next": page.next, "total": page.total}
+        return {"object": "list", "data": page.jobs, **more}
 
     async def keep_history(self) -> None:
         """Record the queue's depth every ten seconds, until cancelled.
@@ -218,13 +236,6 @@ def _describe_model(workers: list[dict[str, Any]]) -> InfoBody:
         "sha": None,
         "docker_label": None,
     }
-
-
-def _parse_flag(request: Request, name: str) -> bool:
-    text = request.query_params.get(name, "false").lower()
-    if text not in ("true", "false", "1", "0"):
-        raise refusal(name, "true or false", text)
-    return text in ("true", "1")
 
 
 def _parse_limit(request: Request) -> int:

@@ -31,8 +31,8 @@ def serve(values: dict[str, Any]) -> None:
     """
     import uvicorn
 
-    from fastgpt2.api.http.access import is_loopback, refuse_exposure
-    from fastgpt2.api.http.app import create_app
+    from fastgpt2.api.http.access import is_loopback, names_to_serve, refuse_exposure
+    from fastgpt2.api.http.app import Web, create_app
     from fastgpt2.api.http.connections import ACCEPTED_AT_ONCE, BoundedServer, Connection, limit_connections
     from fastgpt2.api.http.service import Bounds, log
     from fastgpt2.api.http.tokens import read_tokens
@@ -48,7 +48,12 @@ def serve(values: dict[str, Any]) -> None:
     tokens = read_tokens(values["token_file"], hang_up)
     refuse_exposure(values["host"], tokens is not None, values["insecure"])
     refuse_unfit(values["redis_url"], "endpoint", values["queue"])
-    own_name = values["host"] if is_loopback(values["host"]) else values["host_name"]
+    web = Web(
+        names_to_serve(values["host"], values["host_name"], values["public_url"]),
+        values["allow_origin"],
+        values["public_url"],
+        values["trusted_proxy"],
+    )
     open_files = raise_open_file_limit()
     most = limit_connections(MAX_CONNECTIONS, open_files)
     app = create_app(
@@ -63,7 +68,7 @@ def serve(values: dict[str, Any]) -> None:
         ),
         lambda: server.should_exit,
         tokens,
-        own_name,
+        web,
         most,
     )
     server = BoundedServer(
@@ -74,6 +79,7 @@ def serve(values: dict[str, Any]) -> None:
             timeout_graceful_shutdown=SHUTDOWN_SECONDS,
             timeout_keep_alive=values["keep_alive"],
             server_header=False,
+            proxy_headers=False,  # `TrustedProxies` reads them, and believes nobody who is not named
             # Whatever else is installed: this loop, whose way to accept is known, and this parser, which bounds heads.
             # And no web sockets: the endpoint has none, and they would pass by `Access`.
             loop="asyncio",
@@ -96,6 +102,8 @@ def serve(values: dict[str, Any]) -> None:
         log.info("tokens: %s", ", ".join(tokens.names))
     if tokens is None and not is_loopback(values["host"]):
         log.warning("everybody who can reach %s may use this endpoint (--insecure)", values["host"])
+    if tokens is None and "*" in values["allow_origin"]:
+        log.warning("every web page that a browser on this machine opens may use this endpoint (--allow-origin *)")
     # A signal stops the server also before uvicorn listens for signals itself. And when uvicorn is done, it raises the
     # signal that stopped it once more: a clean stop would otherwise look like a death.
     for signum in (signal.SIGINT, signal.SIGTERM):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from starlette.requests import Request
 
@@ -18,6 +18,7 @@ from fastgpt2.api.client.enqueue import IdempotencyKey, JobPlan, SentJob, idempo
 from fastgpt2.api.client.flow import AsyncDriver, Command, Flow, Pipeline
 from fastgpt2.api.client.outcome import Outcome, unwrap
 from fastgpt2.api.client.reader import JobReader
+from fastgpt2.api.client.requeue import Again, run_again
 from fastgpt2.api.http.access import LIMITS_STATE, TOKEN_STATE
 from fastgpt2.api.http.requests import ClientGone
 from fastgpt2.api.http.watch import Watch
@@ -35,6 +36,9 @@ from fastgpt2.protocol.keys import workers_key
 from fastgpt2.protocol.messages import Piece
 from fastgpt2.protocol.untrusted import epoch_seconds
 from fastgpt2.tracing import span
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
 
 log = logging.getLogger("fastgpt2.http")
 
@@ -163,29 +167,30 @@ class Service:
         Raises:
             What `Session.send_all` raises.
         """
+        with self._enqueue_span(len(plans)) as begun, _admission(request, self.client.queue_name) as admission:
+            sent = await self.driver.run(self.session.send_all(plans, keys, admission))
+            if begun is not None:
+                begun.set_attribute("messaging.message.id", sent[0].id)
+            return sent
+
+    def _enqueue_span(self, count: int) -> AbstractContextManager[Span | None]:
+        """Return the context whose span is that of the enqueueing of a number of jobs."""
         told = {
             "messaging.system": "rq",
             "messaging.operation.type": "send",
             "messaging.destination.name": self.session.queue,
-            "messaging.batch.message_count": len(plans),
+            "messaging.batch.message_count": count,
         }
-        with span("enqueue", told) as begun:
-            sent = await self._send_within_limits(request, plans, keys)
-            if begun is not None:
-                begun.set_attribute("messaging.message.id", sent[0].id)
-        return sent
+        return span("enqueue", told)
 
-    async def _send_within_limits(
-        self, request: Request, plans: Sequence[JobPlan], keys: Sequence[IdempotencyKey] | None
-    ) -> list[SentJob]:
-        token = request.scope.get("state", {}).get(TOKEN_STATE)
-        if token is None:
-            return await self.driver.run(self.session.send_all(plans, keys))
-        admission = Admission(self.client.queue_name, token.name, token.waiting, token.tokens_per_minute)
-        try:
-            return await self.driver.run(self.session.send_all(plans, keys, admission))
-        finally:
-            request.scope["state"][LIMITS_STATE] = admission.headers()
+    async def run_again(self, request: Request, job_id: str, keys: Sequence[IdempotencyKey] | None) -> Again:
+        """Run a job again, if the limits of the request's token leave room for it.
+
+        Raises:
+            What `fastgpt2.api.client.requeue.run_again` raises.
+        """
+        with self._enqueue_span(1), _admission(request, self.client.queue_name) as admission:
+            return await self.driver.run(run_again(self.session, job_id, keys, admission))
 
     def attend(self, request: Request, job_id: str, streamed: bool, timeout: float | None = None) -> PendingJobs:
         """Wait within a context for a job that exists; it goes on whatever becomes of the request.
@@ -213,6 +218,20 @@ class Service:
         for job_id in job_ids:
             with suppress(FastGPT2Error):
                 await self.client.cancel(job_id)
+
+
+@contextmanager
+def _admission(request: Request, queue: str) -> Iterator[Admission | None]:
+    """Yield the room within the limits of a request's token, which the answer's headers tell; None without one."""
+    token = request.scope.get("state", {}).get(TOKEN_STATE)
+    if token is None:
+        yield None
+        return
+    admission = Admission(queue, token.name, token.waiting, token.tokens_per_minute)
+    try:
+        yield admission
+    finally:
+        request.scope["state"][LIMITS_STATE] = admission.headers()
 
 
 def read_idempotency_keys(request: Request, jobs: int, asked: object, prefix: str = "") -> list[IdempotencyKey] | None:

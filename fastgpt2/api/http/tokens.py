@@ -130,7 +130,8 @@ class Tokens:
             *(f"gone: {name}" for name in sorted(before - after)),
         ]
         self._listed = tuple(listed)
-        log.info("--token-file %s: read again, %d tokens%s", self.file, len(listed), "".join(f", {x}" for x in changed))
+        told = ", ".join([f"{len(listed)} token{'' if len(listed) == 1 else 's'}", *changed])
+        log.info("--token-file %s: read again, %s", self.file, told)
 
 
 def read_tokens(file: str | None, hang_up: HangUp | None = None) -> Tokens | None:

@@ -16,7 +16,7 @@ async function look() {
   if (isLooking || document.hidden || !byId("token-form").hidden) return;
   isLooking = true;
   try {
-    const found = await readPool();
+    const [found] = await Promise.all([readPool(), lookAtView()]);
     if (found) show(...found);
   } finally {
     isLooking = false;
@@ -119,7 +119,7 @@ byId("token-form").addEventListener("submit", (event) => {
   showState("waiting", "Connecting", "");
   period = PERIOD;
   look().then(() => {
-    if (byId("token-form").hidden) byId("prompt").focus();
+    if (byId("token-form").hidden) (document.body.dataset.view === "pool" ? byId("prompt") : titleOfView()).focus();
   });
 });
 

@@ -127,7 +127,7 @@ const JOB_STATES = { queued: "waiting", started: "running", canceled: "cancelled
 let moment = 0; // the endpoint's clock at the last look, in seconds since 1970
 
 const jobRows = new Rows(byId("jobs"), (job) => job.id, [
-  { head: true, text: (job) => job.id.slice(0, 8), title: (job) => job.id, style: "id" },
+  { head: true, control: makeJobLink, text: shortId, title: (job) => job.id, style: "id" },
   {
     text: (job) => JOB_STATES[job.status] ?? job.status ?? UNKNOWN,
     kind: (job) => job.status,
@@ -187,6 +187,16 @@ function chooseJobs(jobs) {
 
 function isActive(job) {
   return job.status === "queued" || job.status === "started";
+}
+
+function shortId({ id }) {
+  return visible(id.slice(0, 8));
+}
+
+function makeJobLink(id) {
+  const link = makeElement("a");
+  link.href = addressOfJob(id);
+  return link;
 }
 
 function makeCancelButton(id) {

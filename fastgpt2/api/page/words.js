@@ -64,6 +64,14 @@ function join(...parts) {
   return parts.filter(Boolean).join(" · ");
 }
 
+// Characters that a screen does not show, or that turn the direction of what follows.
+const UNSEEN = /[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]/g;
+
+/** Return a text from outside with the characters that nobody would see as their escapes. */
+function visible(text) {
+  return text.replace(UNSEEN, (character) => `\\u${character.codePointAt(0).toString(16).padStart(4, "0")}`);
+}
+
 function byId(id) {
   return document.getElementById(id);
 }

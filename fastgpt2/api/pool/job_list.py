@@ -79,14 +79,18 @@ async def read_latest(connection: Redis, queue: str, limit: int) -> list[dict[st
         For each job `id`, `status` (RQ's), `finish_reason` or `error` (its kind), `prompt_tokens`, `cached_tokens`,
         `completion_tokens`, `steps`, `drafted`, `accepted` (as `Drafting` has them), `queue_seconds`,
         `prefill_seconds`, `decode_seconds`, `ended_at` (seconds since 1970), `worker`. A field that is not known is
-        None. An entry that is not a worker's record is left out.
+        None. An entry that is not a worker's record is left out; of a job that was run again, all but its latest end.
     """
     if limit < 1:
         return []
     pipeline = connection.pipeline(transaction=False)
-    pipeline.lrange(latest_key(queue), 0, min(limit, MAX_LATEST) - 1)
+    pipeline.lrange(latest_key(queue), 0, MAX_LATEST - 1)
     (entries,) = check_replies(await pipeline.execute(raise_on_error=False))
-    return [record for entry in entries or () if (record := _parse_record(entry)) is not None]
+    found: dict[str, dict[str, Any]] = {}
+    for entry in entries or ():
+        if len(found) < limit and (record := _parse_record(entry)) is not None:
+            found.setdefault(record["id"], record)
+    return list(found.values())
 
 
 def _parse_record(entry: bytes) -> dict[str, Any] | None:

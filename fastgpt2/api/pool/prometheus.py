@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fastgpt2 import __version__
+from fastgpt2.api.pool.redis_metrics import redis_metrics
 from fastgpt2.api.pool.snapshot import Snapshot, read_snapshot
 from fastgpt2.protocol import keys
 from fastgpt2.protocol.untrusted import real, whole
@@ -133,6 +134,7 @@ class _PoolCollector:
         for histogram, name, meaning in _HISTOGRAMS:
             yield _histogram(histogram, name, meaning, self._snapshot.totals)
         yield from _worker_gauges(self._snapshot)
+        yield from redis_metrics(self._snapshot.redis)
 
 
 def _queue_gauges(snapshot: Snapshot) -> Iterator[Metric]:

@@ -82,6 +82,7 @@ class Snapshot:
         totals: those of `keys.TOTAL_FIELDS` that there are, as they stand in Redis.
         recent: for each bucket of ten seconds that was asked for, the latest first: the moment at which the bucket
             began, and those of `keys.RECENT_FIELDS` that there are.
+        redis: what Redis says of itself (`INFO`), field by field.
         redis_version: the version of Redis or Valkey.
     """
 
@@ -92,6 +93,7 @@ class Snapshot:
     workers: list[WorkerEntry]
     totals: dict[str, Any]
     recent: list[tuple[int, dict[str, Any]]]
+    redis: dict[str, Any]
     redis_version: str
 
 
@@ -111,10 +113,10 @@ async def read_snapshot(connection: Redis, queue: str, buckets: int = 0) -> Snap
         for name in queues:
             pipeline.zcard(registry_key(state, name))
     pipeline.time()
-    pipeline.info("server")
+    pipeline.info()
     pipeline.srandmember(workers_key(queue), MAX_WORKERS_SHOWN)
     pipeline.hmget(totals_key(queue), list(TOTAL_FIELDS))
-    *counts, time, server, members, totals = check_replies(await pipeline.execute(raise_on_error=False))
+    *counts, time, info, members, totals = check_replies(await pipeline.execute(raise_on_error=False))
     rows = [counts[at : at + len(queues)] for at in range(0, len(counts), len(queues))]
     depths, heads, registries = list(map(_count, rows[0])), rows[1], rows[2:]
     now = time[0] + time[1] / 1e6
@@ -145,7 +147,8 @@ async def read_snapshot(connection: Redis, queue: str, buckets: int = 0) -> Snap
         workers=[entry for each in entries if (entry := _read_worker(*each, now)) is not None],
         totals=by_name(TOTAL_FIELDS, totals),
         recent=[(start, by_name(RECENT_FIELDS, reply)) for start, reply in zip(starts, bucket_replies, strict=True)],
-        redis_version=text(server.get("valkey_version") or server.get("redis_version")),
+        redis=info,
+        redis_version=text(info.get("valkey_version") or info.get("redis_version")),
     )
 
 
