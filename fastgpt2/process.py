@@ -20,6 +20,8 @@ from functools import cache
 from pathlib import Path
 from types import FrameType
 
+from fastgpt2.events import EventFormatter, are_logged, event_handler
+
 log = logging.getLogger("fastgpt2")
 
 # SIGHUP: the terminal was closed.
@@ -150,9 +152,16 @@ class _OneLine(logging.Formatter):
 
 
 def set_up_logging(level: str, handler: logging.Handler | None = None) -> None:
-    """Log to standard error, or by a handler: this package from `level` on, the libraries' warnings with it."""
-    handler = handler or logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s"))
+    """Log to standard error, or by a handler: this package from `level` on, the libraries' warnings with it.
+
+    Lines are text, or events where `events.log_events` was called.
+    """
+    if are_logged():
+        handler = handler or event_handler()
+        handler.setFormatter(EventFormatter())
+    else:
+        handler = handler or logging.StreamHandler(sys.stderr)
+        handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("fastgpt2").setLevel(level)
     # Has a handler of its own: its warnings would come twice.

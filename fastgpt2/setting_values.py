@@ -82,6 +82,13 @@ def size_or_none(text: str) -> int:
     return 0 if text.strip().lower() in ("0", "off") else size(text)
 
 
+def web_url(text: str) -> str:
+    """Return the URL of something that is spoken to by HTTP."""
+    if re.fullmatch(r"https?://[^\s/?#]+(/\S*)?", text, re.IGNORECASE) is None:
+        raise ValueError("is not a URL like http://127.0.0.1:4318/v1/traces")
+    return text
+
+
 def yes_or_no(text: str) -> bool:
     yes, no = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
     if text.lower() not in (*yes, *no):

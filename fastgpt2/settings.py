@@ -27,6 +27,7 @@ from fastgpt2.setting_values import (
     size,
     size_or_none,
     token_ids,
+    web_url,
     whole_number,
     word,
     yes_or_no,
@@ -382,6 +383,16 @@ LOG_LEVEL = Setting(
     "The least important messages to log: debug, info, warning or error.",
     "info",
 )
+LOG_FORMAT = Setting(
+    "log_format", "NAME", one_of("text", "json"), "text",
+    "The form of the log, and of all else on standard error: text, or json, which is one JSON event a line.",
+)
+OTLP_TRACES_ENDPOINT: Setting[str | None] = Setting(
+    "otlp_traces_endpoint", "URL", web_url, None,
+    "Where to send OpenTelemetry's spans by OTLP over HTTP, such as http://127.0.0.1:4318/v1/traces. The standard "
+    "variables OTEL_... say the rest, and also this.",
+    "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT, or no tracing",
+)
 OWN_LOG_LEVEL = Setting(
     "log_level", "LEVEL", log_level, "WARNING",
     "The least important messages of the run's own workers to show: debug, info, warning or error.",
@@ -424,16 +435,16 @@ OF_OWN_POOL: Settings = (
 OF_ADDRESS = (HOST, HOST_NAME, PORT, TOKEN_FILE, INSECURE, ALLOW_ORIGIN, PUBLIC_URL, TRUSTED_PROXY)
 OF_ANSWERS = (TIMEOUT, BODY_TIMEOUT, KEEP_ALIVE, MAX_QUEUE, SHOW_PROMPTS)
 OF_END = (DRAIN_TIMEOUT, MAX_JOBS, MAX_GROWTH, ALIVE_FILE, BURST)
-OF_LOG = (LOG_PROMPTS, LOG_LEVEL)
+OF_LOG = (LOG_PROMPTS, LOG_LEVEL, LOG_FORMAT, OTLP_TRACES_ENDPOINT)
 
 OF_REDIS = (REDIS_PORT, REDIS_DIR)
 OF_UP = (*OF_WORKERS, OWN_REDIS_URL, QUEUE, DURABILITY, *OF_ADDRESS, *OF_REDIS, DRAIN_TIMEOUT, *OF_ANSWERS, *OF_LOG)
 OF_WORKER: Settings = (MODEL, *OF_NAMES, *OF_LOAD[1:], *OF_BATCH, *OF_QUEUE, DURABILITY, NAME, *OF_END, *OF_LOG)
 OF_POOL = (*OF_WORKERS, *OF_QUEUE, DURABILITY, DRAIN_TIMEOUT, ALIVE_FILE, *OF_LOG)
-OF_ENDPOINT = (*OF_QUEUE, DURABILITY, *OF_ADDRESS, *OF_ANSWERS, LOG_LEVEL)
+OF_ENDPOINT = (*OF_QUEUE, DURABILITY, *OF_ADDRESS, *OF_ANSWERS, LOG_LEVEL, LOG_FORMAT, OTLP_TRACES_ENDPOINT)
 OF_ENQUEUE: Settings = (
     *OF_CHAT, *OF_REQUEST, ESCAPE, JOB_MODEL, PRIORITY, DEADLINE, *OF_QUEUE, DURABILITY, MAX_QUEUE, WAIT, STREAM,
-    TIMEOUT, JSON,
+    TIMEOUT, JSON, LOG_FORMAT,
 )  # fmt: skip
 OF_FILE: Settings = (
     OUTPUT,
@@ -453,6 +464,7 @@ OF_FILE: Settings = (
     DURABILITY,
     MAX_QUEUE,
     *OF_OWN_POOL,
+    LOG_FORMAT,
 )
 
 # Variables beside those of the settings: the cache's, those that a pool sets, and one that only the compose file reads.

@@ -39,7 +39,7 @@ gc.disable()
 def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """A developer's own settings must not reach into the tests."""
     for name in list(os.environ):
-        if name.startswith(("FASTGPT2_", "HF_")):
+        if name.startswith(("FASTGPT2_", "HF_", "OTEL_")):
             monkeypatch.delenv(name)
 
 

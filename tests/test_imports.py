@@ -29,6 +29,8 @@ HEAVY = (
     "llvmlite",
     "llguidance",
     "jinja2",
+    "opentelemetry",
+    "requests",  # OpenTelemetry's exporter uses it
 )
 
 
@@ -51,8 +53,9 @@ def test_importing_the_package_imports_nothing_else() -> None:
     ("code", "allowed"),
     [
         ("import fastgpt2.cli; fastgpt2.cli.build_parser()", set()),
-        ("from fastgpt2 import Client", {"redis", "rq", "asyncio"}),
-        ("import fastgpt2.api.http.app", {"redis", "rq", "asyncio", "starlette"}),
+        # redis imports OpenTelemetry, for metrics of its own, where that is installed.
+        ("from fastgpt2 import Client", {"redis", "rq", "asyncio", "opentelemetry"}),
+        ("import fastgpt2.api.http.app", {"redis", "rq", "asyncio", "opentelemetry", "starlette"}),
         ("from fastgpt2 import Engine", set()),
         ("import fastgpt2.system.up", set()),
     ],
@@ -93,6 +96,9 @@ COMMON = {
     "settings",
     "setting_values",
     "process",
+    "events",
+    "tracing",
+    "span_export",
     "__version__",
 }
 RECORDS = "engine.decoding.records"
@@ -137,7 +143,8 @@ FOREIGN = {
     "rq": {"worker", "api"},
     "starlette": {"api.http"},
     "uvicorn": {"api.http"},
-    "prometheus_client": {"api.pool"},
+    "prometheus_client": {"api.pool", "api.http"},
+    "opentelemetry": {"api.http", "worker", "span_export"},
 }
 
 

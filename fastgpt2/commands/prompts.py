@@ -169,7 +169,9 @@ def enqueue(values: dict[str, Any]) -> int:
     """
     from fastgpt2.api.client.client import Client
     from fastgpt2.protocol.messages import JobOptions
+    from fastgpt2.protocol.request_context import take_from_environment
 
+    take_from_environment()
     if values["stream"] and values["json"]:
         raise BadRequest("--stream prints text, --json a whole result; leave one out")
     request = build_request(values)

@@ -14,11 +14,13 @@ def worker(values: dict[str, Any]) -> int:
     from fastgpt2.protocol.connection import connect
     from fastgpt2.protocol.server_check import refuse_unfit
     from fastgpt2.system.served_model import read_served_models
+    from fastgpt2.tracing import close_tracing, set_up_tracing
     from fastgpt2.worker.liveness import AliveFile
     from fastgpt2.worker.recycling import Recycling
     from fastgpt2.worker.worker import GenerationWorker, log
 
     set_up_logging(values["log_level"])
+    set_up_tracing("fastgpt2-worker", values["otlp_traces_endpoint"], values["name"])
     (served,) = read_served_models(values)
     raise_open_file_limit()
     hold_to_one_thread()
@@ -40,7 +42,7 @@ def worker(values: dict[str, Any]) -> int:
     )
     engine.warm_up()
     log.info("loaded %s in %.0f ms; %s", engine.model, engine.load_times.loaded * 1e3, engine.describe())
-    GenerationWorker(
+    worker = GenerationWorker(
         engine,
         connection,
         values["queue"],
@@ -54,7 +56,11 @@ def worker(values: dict[str, Any]) -> int:
         durability=values["durability"],
         names=served.names,
         named_only=served.named_only,
-    ).work(burst=values["burst"])
+    )
+    try:
+        worker.work(burst=values["burst"])
+    finally:
+        close_tracing()
     return 0
 
 

@@ -320,6 +320,19 @@ def _drafting_from_json(result: Mapping[str, Any]) -> Drafting:
     return Drafting(**_known_fields(Drafting, result["drafting"]))
 
 
+def figures_of_result(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of an event of the log for a result: counts and times, no text; see `describe_result`."""
+    timings = {name: round(seconds, 6) for name, seconds in result["timings"].items()}
+    tokens = sum(text["usage"]["completion_tokens"] for text in (result, *result.get("alternatives", ())))
+    return {
+        "prompt_tokens": result["usage"]["prompt_tokens"],
+        "cached_tokens": result["usage"]["cached_tokens"],
+        "completion_tokens": tokens,
+        "finish_reason": result["finish_reason"],
+        **timings,
+    }
+
+
 def describe_result(result: Mapping[str, Any]) -> str:
     """Return a line of the log for a result: counts and times, and its seed, no text.
 

@@ -204,7 +204,8 @@ class OwnPool(ProcessGroup):
 def _of_workers(values: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of the workers by name."""
     own = {
-        setting.name: values[setting.name] for setting in (*settings.OF_OWN_POOL, settings.QUEUE, settings.DURABILITY)
+        setting.name: values[setting.name]
+        for setting in (*settings.OF_OWN_POOL, settings.QUEUE, settings.DURABILITY, settings.LOG_FORMAT)
     }
     if own["workers"] is None:
         # Workers of one core each generate the most in all; more than jobs at once would have nothing to do.

@@ -20,6 +20,7 @@ from fastgpt2.api.http.access import refuse_exposure
 from fastgpt2.api.http.serve import bind, url_of
 from fastgpt2.api.http.tokens import read_tokens
 from fastgpt2.errors import FastGPT2Error, QueueUnavailable
+from fastgpt2.events import about, are_logged
 from fastgpt2.process import HangUp, StopFlag, on_stop_signals, raise_open_file_limit, set_up_logging, stop_signals_held
 from fastgpt2.protocol.connection import UP_STARTS_ONE, connect, redis_errors, without_password
 from fastgpt2.protocol.keys import workers_key
@@ -222,7 +223,19 @@ def supervise(check: Callable[[float], None], stopping: StopFlag) -> None:
     """
     while not stopping.wait(SUPERVISE_SECONDS):
         check(time.monotonic())
-    print(STOPPING, flush=True)
+    announce(STOPPING)
+
+
+def announce(text: str, http_url: str = "") -> None:
+    """Tell on standard output how the processes are doing; where events are logged, by one with the first line.
+
+    Args:
+        http_url: where the endpoint answers, if there is one.
+    """
+    if are_logged():
+        log.info("%s", text.partition("\n")[0], extra=about(**({"endpoint": http_url} if http_url else {})))
+    else:
+        print(text, flush=True)
 
 
 def child_environment(values: dict[str, Any], models: Sequence[ServedModel], redis_url: str) -> dict[str, str]:
@@ -292,7 +305,8 @@ def run_system(values: dict[str, Any]) -> int:
     if values["token_file"] is not None:
         system.hang_up.listen()
     with system:
-        print(welcome(values, system.models, system.http_url, system.redis_url, system.redis is not None), flush=True)
+        text = welcome(values, system.models, system.http_url, system.redis_url, system.redis is not None)
+        announce(text, system.http_url)
         supervise(system.check, system.stopping)
     return 0
 
@@ -316,10 +330,9 @@ def run_pool(values: dict[str, Any]) -> int:
     find_files(models, values)
     stopping = StopFlag()
     on_stop_signals(lambda _signum, _frame: stopping.set())
-    print(
+    announce(
         f"fastgpt2 pool: {describe_models(models, values['workers'])}, queue {values['queue']}, "
-        f"Redis {without_password(redis_url)}; Ctrl-C stops it.",
-        flush=True,
+        f"Redis {without_password(redis_url)}; Ctrl-C stops it."
     )
     with running_pool(worker_children(values, models, redis_url), values, redis_url) as pool:
         supervise(pool.check, stopping)

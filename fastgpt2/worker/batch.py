@@ -25,6 +25,7 @@ from fastgpt2.engine.decoding.records import (
 )
 from fastgpt2.engine.network.gpt2 import PREFILL_ROWS_BESIDE
 from fastgpt2.errors import FastGPT2Error
+from fastgpt2.events import about
 from fastgpt2.protocol.keys import SUSPECT_CRASHES
 from fastgpt2.protocol.messages import JobOptions, Piece, result_to_json
 from fastgpt2.protocol.untrusted import seconds_between
@@ -105,6 +106,17 @@ class Attempt:
     def waited_seconds(self) -> float:
         """The time from being enqueued until being started, by the clocks of two machines; never below zero."""
         return seconds_between(self.rq_job.enqueued_at, self.rq_job.started_at)
+
+    @property
+    def in_words(self) -> str:
+        """Return how a line of the log calls the job."""
+        request_id = self.rq_job.request_context.request_id
+        return f"job {self.id} of request {request_id}" if request_id else f"job {self.id}"
+
+    @property
+    def log_extra(self) -> dict[str, Any]:
+        """Return what an event of the log tells of the job beside its message, as the call's `extra`."""
+        return about(job_id=self.id, **self.rq_job.request_context.log_fields)
 
     @property
     def is_suspect(self) -> bool:

@@ -24,6 +24,7 @@ from rq.utils import now as utc_now
 from rq.worker import BaseWorker, WorkerStatus
 
 from fastgpt2.engine.decoding.records import Usage
+from fastgpt2.events import about
 from fastgpt2.protocol import keys
 from fastgpt2.protocol.messages import STREAM_TTL_SECONDS, Piece, end_entry, piece_to_entry
 from fastgpt2.protocol.scripts import Script
@@ -81,7 +82,7 @@ class Ledger:
         """Fail a claimed or running job that RQ cannot fail, for the state of its entry."""
         error = fail_malformed(queue, job_id, reason, self._worker.name, self._claimed_key(queue))
         free_slot(self._connection, job_id)
-        log.warning("%s: job %s failed: %s", self._worker.name, shown(job_id), error)
+        log.warning("%s: job %s failed: %s", self._worker.name, shown(job_id), error, extra=about(job_id=job_id))
         self._malformed(job_id)
 
     def start(self, attempts: list[Attempt]) -> list[Attempt]:

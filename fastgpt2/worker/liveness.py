@@ -16,11 +16,13 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
 
 from redis.exceptions import ReadOnlyError, RedisError
 
 from fastgpt2.errors import BadRequest
+from fastgpt2.events import are_logged
 from fastgpt2.process import stop_signals_held
 from fastgpt2.protocol.keys import LEASE_SECONDS, WORKER_PREFIX, leases_key
 from fastgpt2.protocol.scripts import Script
@@ -152,7 +154,7 @@ class Lease:
         while not self._ending.wait(BEAT_SECONDS):
             if time.monotonic() - self._turned_at > STUCK_SECONDS:
                 log.critical("%s: nothing has moved for %.0f s; giving up", self._name, STUCK_SECONDS)
-                faulthandler.dump_traceback(sys.stderr)
+                _show_stacks()
                 os._exit(STUCK_EXIT_CODE)
             try:
                 self.beat()
@@ -167,6 +169,17 @@ class Lease:
                     self._connection.connection_pool.disconnect(inuse_connections=False)
             except Exception:
                 log.exception("%s: unforeseen; the lease is renewed all the same", self._name)
+
+
+def _show_stacks() -> None:
+    """Show where each thread stands, on standard error; where events are logged, as one."""
+    if not are_logged():
+        faulthandler.dump_traceback(sys.stderr)
+        return
+    with contextlib.suppress(OSError), TemporaryFile("w+") as file:
+        faulthandler.dump_traceback(file)
+        file.seek(0)
+        log.critical("where each thread stands", extra={"fields": {"traceback": file.read()}})
 
 
 def _text(value: bytes | str) -> str:

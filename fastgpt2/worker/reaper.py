@@ -18,6 +18,7 @@ from rq.utils import as_text, utcformat
 from rq.utils import now as utc_now
 
 from fastgpt2.errors import FastGPT2Error, PoisonJob
+from fastgpt2.events import about
 from fastgpt2.process import stop_signals_held
 from fastgpt2.protocol import keys
 from fastgpt2.protocol.connection import connect
@@ -172,7 +173,7 @@ class Reaper:
             self._fail_malformed(queue, job_id, reply, worker_name)
         elif verdict == Verdict.DONE:
             self.count(keys.ended_field(*keys.POISON))
-        log.error("job %s %s: %s", job_id, PoisonJob.how, error.reason)
+        log.error("job %s %s: %s", job_id, PoisonJob.how, error.reason, extra=about(job_id=job_id))
 
     def _fail_malformed(self, queue: Queue, job_id: str, reason: Exception, worker_name: str) -> None:
         fail_malformed(queue, job_id, reason, worker_name, keys.claimed_key(worker_name, queue.name))

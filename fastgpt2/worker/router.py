@@ -60,5 +60,6 @@ class Router:
         if isinstance(reply, list):
             attempt.error = ModelUnknown.among(model, read_model_names(reply))
             return False
-        log.info("%s: job %s names the model %s and goes to its queue", self._worker_name, shown(attempt.id), model)
+        told = self._worker_name, shown(attempt.id), model
+        log.info("%s: job %s names the model %s and goes to its queue", *told, extra=attempt.log_extra)
         return True

@@ -21,9 +21,11 @@ from rq.utils import utcformat
 
 from fastgpt2.engine.decoding.records import RANDOM_SEED_BITS, GenerationRequest
 from fastgpt2.errors import BadRequest, FastGPT2Error, JobFailed
+from fastgpt2.events import about
 from fastgpt2.protocol import untrusted
 from fastgpt2.protocol.keys import CRASHES_FIELD, TOKEN_FIELD, TOKEN_NAME, check_model_name, job_key
 from fastgpt2.protocol.messages import TASK, JobOptions, parse_job
+from fastgpt2.protocol.request_context import RequestContext
 from fastgpt2.protocol.scripts import Script
 from fastgpt2.worker.entry_fields import MAX_DIGITS, check_fields
 from fastgpt2.worker.set_aside import set_aside, shown, unclaim
@@ -81,7 +83,7 @@ class GenerationJob(Job):
         found: list[Job | None] = []
         for job_id, job in zip(ids, fetch(connection, ids, serializer), strict=True):
             if isinstance(job, Exception):
-                log.warning("job %s cannot be read (%s)", shown(job_id), str(job)[:200])
+                log.warning("job %s cannot be read (%s)", shown(job_id), str(job)[:200], extra=about(job_id=job_id))
             found.append(None if isinstance(job, Exception) else job)
         return found
 
@@ -111,6 +113,11 @@ class GenerationJob(Job):
         self._counters = self.retries_left, self.repeats_left, self.repeat_intervals
         if untrusted.is_pickle(self.data):
             self.serializer = untrusted.PlainPickleSerializer
+
+    @property
+    def request_context(self) -> RequestContext:
+        """The request and the trace that the job's metadata tell of."""
+        return RequestContext.from_meta(self.meta)
 
     def rewind(self) -> None:
         """Set RQ's counters of retries and repeats to what was read: RQ changes them while an end is recorded."""
@@ -212,7 +219,7 @@ def fail_malformed(queue: Queue, job_id: str, reason: BaseException, worker_name
     for reply in refused:
         if untrusted.is_of_service(reply):
             raise reply
-        log.warning("job %s cannot be failed as it should be (%s)", shown(job_id), reply)
+        log.warning("job %s cannot be failed as it should be (%s)", shown(job_id), reply, extra=about(job_id=job_id))
     if refused:
         set_aside(queue, job_id.encode(), str(error), worker_name)
     unclaim(queue.connection, claimed_key, job_id)

@@ -26,6 +26,7 @@ from rq.scripts import ACQUIRE_OR_REFRESH_LOCK_SCRIPT
 from rq.utils import as_text, current_timestamp
 from rq.worker import BaseWorker
 
+from fastgpt2.events import about
 from fastgpt2.protocol.keys import registry_key
 from fastgpt2.protocol.untrusted import is_of_service
 from fastgpt2.worker.rq_job import GenerationJob, fail_malformed, fetch
@@ -171,7 +172,9 @@ class Upkeep:
             self._connection.zrem(registry.key, job_id)
             if isinstance(job, Exception):
                 error = fail_malformed(queue, job_id, job, self._worker.name, "")
-                log.warning("%s: job %s failed: %s", self._worker.name, shown(job_id), error)
+                log.warning(
+                    "%s: job %s failed: %s", self._worker.name, shown(job_id), error, extra=about(job_id=job_id)
+                )
                 self._malformed(job_id)
         return found
 

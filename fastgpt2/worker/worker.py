@@ -17,6 +17,7 @@ from rq.suspension import is_suspended
 from rq.worker import WorkerStatus
 
 from fastgpt2.errors import FastGPT2Error, JobStopped, JobTimedOut, PromptTooLong
+from fastgpt2.events import about, describe_process
 from fastgpt2.process import on_stop_signals
 from fastgpt2.protocol.connection import ANSWER_BY, address_of
 from fastgpt2.protocol.keys import model_of
@@ -147,6 +148,7 @@ class GenerationWorker(RQWorker):
             if not self.sign_on():
                 return False
             self.confirmation.check()
+            describe_process(worker=self.name, model=self.served.first)
             what = f"model {' or '.join(self.served.own)}, up to {self.engine.max_batch} jobs at once"
             log.info("%s is ready: %s, queues %s, process %d", self.name, what, ", ".join(self.queue_names()), self.pid)
             if self.recycling is not None:
@@ -304,7 +306,8 @@ class GenerationWorker(RQWorker):
 
     def _set_aside(self, queue: Queue, job_id: str, reason: Exception) -> None:
         """Fail a claimed job that cannot be handled, and note it among what was set aside."""
-        log.error("%s: job %s cannot be handled", self.name, shown(job_id), exc_info=reason)
+        extra = about(job_id=job_id)
+        log.error("%s: job %s cannot be handled", self.name, shown(job_id), exc_info=reason, extra=extra)
         try:
             self._ledger.fail_malformed(queue, job_id, reason)
         except Exception as other:
@@ -346,11 +349,12 @@ class GenerationWorker(RQWorker):
             if attempt.error is not None:
                 raise attempt.error
             if self.log_prompts:
-                log.info("%s: job %s: %.1000s", self.name, attempt.id, json.dumps(request.given))
+                prompt = json.dumps(request.given)
+                log.info("%s: job %s: %.1000s", self.name, attempt.id, prompt, extra=attempt.log_extra)
             self._refuse_hopeless(request)
-            prompt = self.engine.decoder.prepare(request)
+            tokenized = self.engine.decoder.prepare(request)
             model = options.model or model_of(attempt.queue.name) or self.served.first
-            job = ActiveJob.begin(attempt, prompt, options, model, time.monotonic())
+            job = ActiveJob.begin(attempt, tokenized, options, model, time.monotonic())
         except BaseException as error:
             self.outbox.refuse(attempt, _of_job(error))
             return

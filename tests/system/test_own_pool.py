@@ -21,6 +21,7 @@ from fastgpt2 import cli
 from fastgpt2.engine.machine import usable_cores
 from fastgpt2.engine.model.hub import DEMO_FOLDER
 from fastgpt2.errors import FastGPT2Error
+from fastgpt2.events import make_event
 from fastgpt2.protocol.connection import connect
 from fastgpt2.system import own_pool, pool, up
 from fastgpt2.system.own_pool import OwnPool, RunningPool, pool_of_run
@@ -294,6 +295,24 @@ class TestOutput:
         assert output.reason == "no such model"
         assert capsys.readouterr().err.splitlines() == [lines[0], lines[4], lines[5]]
         output.show_reasons()
+        output.show_reasons()
+        assert capsys.readouterr().err.splitlines() == [lines[3]]
+        output.close()
+
+    def test_events_are_treated_alike(self, capsys: pytest.CaptureFixture[str]) -> None:
+        output = WorkerOutput(shows_jobs=False)
+        told = (
+            ("WARNING", "demo: num_beams is not applied"),
+            ("WARNING", "demo: num_beams is not applied"),
+            ("WARNING", "vm.worker-1.ab: job 77 of request r-1 failed: prompt tokens 600 and"),
+            ("ERROR", "fastgpt2 worker: no such model"),
+            ("INFO", "\U0001f600" * 30_000),
+        )
+        lines = [make_event(level, "fastgpt2", text, 1e9 + at, {"pid": at}) for at, (level, text) in enumerate(told)]
+        os.write(output.writer, ("\n".join(lines) + "\n").encode())
+        output.settle()
+        assert output.reason == "no such model"
+        assert capsys.readouterr().err.splitlines() == [lines[0], lines[4]]
         output.show_reasons()
         assert capsys.readouterr().err.splitlines() == [lines[3]]
         output.close()

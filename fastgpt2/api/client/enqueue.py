@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, TypeAlias
 
 from rq.job import Job as RQJob
@@ -36,6 +36,7 @@ from fastgpt2.protocol.keys import (
     workers_key,
 )
 from fastgpt2.protocol.messages import TASK, JobOptions, job_to_kwargs, parse_job, refuse_unstreamable
+from fastgpt2.protocol.request_context import Traceparent, Tracestate, current_context
 from fastgpt2.protocol.scripts import Script
 from fastgpt2.protocol.untrusted import read_model_list, read_model_names
 from fastgpt2.protocol.untrusted import whole as whole_number
@@ -64,7 +65,7 @@ _NO_CONNECTION: Any = object()
 # other fields of its job, or a request that has been made.
 PromptLike: TypeAlias = str | Iterable[int] | Iterable[Mapping[str, Any]] | Mapping[str, Any] | GenerationRequest
 
-_PLAN_FIELDS = ("priority", "job_timeout", "result_ttl")
+_PLAN_FIELDS = ("priority", "job_timeout", "result_ttl", "request_id", "traceparent", "tracestate")
 _OPTION_FIELDS = ("timeout", "stream", "stream_usage", "model")
 
 
@@ -79,6 +80,10 @@ class JobFields(RequestFields, total=False):
         priority: "high", "normal", the default, or "low"; the more urgent are taken first, and none waits for ever.
         job_timeout: seconds that a worker may spend on the job, from its start; default 600.
         result_ttl: seconds for which the job's end can be read; default a day.
+        request_id: your name for what asked for the job, which workers' logs tell; up to 128 letters, digits and ._:-,
+            any other text is passed over.
+        traceparent, tracestate: the W3C trace context that the job's spans continue; by default that of the span that
+            the program is in, if it uses OpenTelemetry.
     """
 
     timeout: float | None
@@ -88,6 +93,9 @@ class JobFields(RequestFields, total=False):
     priority: Priority
     job_timeout: int
     result_ttl: int
+    request_id: str | None
+    traceparent: str | None
+    tracestate: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +112,10 @@ class JobPlan:
     priority: PriorityField = "normal"
     job_timeout: Seconds = DEFAULT_JOB_TIMEOUT_SECONDS
     result_ttl: Seconds = DEFAULT_RESULT_TTL_SECONDS
+    # Another request may ask for the same: these are not compared where an idempotency key is.
+    request_id: str | None = field(default=None, repr=False)
+    traceparent: Traceparent | None = field(default=None, repr=False)
+    tracestate: Tracestate | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -214,6 +226,7 @@ def enqueue_command(
         description="generate",
         origin=name,
         serializer=JSONSerializer,
+        meta=current_context(plan.request_id, plan.traceparent, plan.tracestate).to_meta(),
     )
     job.enqueued_at = now()
     fields = [part for pair in job.to_dict().items() if pair[1] is not None for part in pair]

@@ -27,6 +27,7 @@ from fastgpt2.api.http.neighbours import handle_unknown_route
 from fastgpt2.api.http.origins import OriginCheck, Origins, SharedAnswers
 from fastgpt2.api.http.proxies import PublicPath, TrustedProxies
 from fastgpt2.api.http.reference import Reference
+from fastgpt2.api.http.request_metrics import RequestMetrics
 from fastgpt2.api.http.responses import handle_error, handle_unforeseen, respond
 from fastgpt2.api.http.service import Bounds, Models, Service
 from fastgpt2.api.http.tokens import Tokens
@@ -85,9 +86,9 @@ def create_app(
         BadRequest: the Redis URL cannot be used.
     """
     service = Service(redis_url, queue, bounds, stopping)
-    models = Models(service.driver, queue)
-    monitoring, completions = Monitoring(service, tokens), Completions(service, models)
-    chats = Chats(service, models)
+    metrics, models = RequestMetrics(), Models(service.driver, queue)
+    monitoring = Monitoring(service, metrics, tokens)
+    completions, chats = Completions(service, models), Chats(service, models)
     generate, jobs = Generate(service), Jobs(service)
     reference = Reference(web.public_url)
     public = urlsplit(web.public_url or "")
@@ -125,15 +126,17 @@ def create_app(
         "/docs": {"GET": reference.docs},
         "/openapi.json": {"GET": reference.document},
     }
+    metrics.routes = [_route(path, handlers) for path, handlers in routes.items()]
     app = Endpoint(
-        routes=[_route(path, handlers) for path, handlers in routes.items()],
+        routes=metrics.routes,
         middleware=[
             Middleware(TrustedProxies, trusted=web.trusted_proxy),
             Middleware(PublicPath, prefix=public.path, routes=routes.keys()),
             Middleware(PlainPath),
             Middleware(LingeringClose),
+            # Refusals too are logged and counted.
+            Middleware(RequestLog, metrics=metrics),
             Middleware(Crowd, most=most_connections - most_connections // 8, refuse=respond),
-            Middleware(RequestLog),
             Middleware(OriginCheck, origins=origins, asks_token=tokens is not None, refuse=respond),
             Middleware(Access, tokens=tokens, names=web.names, refuse=respond),
         ],
@@ -144,6 +147,7 @@ def create_app(
         },
         lifespan=lifespan,
     )
+    app.state.request_metrics = metrics
     app.origins = origins
     app.router.redirect_slashes = False  # `PlainPath` leaves nothing to redirect
     return app

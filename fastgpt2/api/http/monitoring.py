@@ -16,6 +16,7 @@ from starlette.responses import PlainTextResponse, Response
 from fastgpt2 import __version__
 from fastgpt2.api.http.completion_request import MAX_PROMPTS
 from fastgpt2.api.http.jobs import DEFAULT_LISTED, MAX_LISTED, parse_flag
+from fastgpt2.api.http.request_metrics import RequestMetrics
 from fastgpt2.api.http.responses import JSON, NotReady
 from fastgpt2.api.http.service import MAX_WAITING, Service
 from fastgpt2.api.http.tokens import Tokens
@@ -84,8 +85,9 @@ class FreshValue(Generic[T]):
 class Monitoring:
     """The handlers of these routes."""
 
-    def __init__(self, service: Service, tokens: Tokens | None = None) -> None:
+    def __init__(self, service: Service, request_metrics: RequestMetrics, tokens: Tokens | None = None) -> None:
         self._service = service
+        self._request_metrics = request_metrics
         self._client = service.client
         self._tokens = tokens
         self._obstacle = FreshValue(self._find_obstacle)
@@ -152,10 +154,10 @@ class Monitoring:
 
     async def metrics(self, request: Request) -> Response:
         """Answer `GET /metrics`, for Prometheus."""
-        from fastgpt2.api.pool.prometheus import render_metrics
+        from fastgpt2.api.pool.prometheus import Collector, render_metrics
         from fastgpt2.api.pool.token_metrics import read_token_metrics
 
-        collectors = []
+        collectors: list[Collector] = [self._request_metrics]
         if self._tokens is not None:
             names, requests = self._tokens.names, self._tokens.requests
             collectors.append(await self._ask(read_token_metrics, names, requests))

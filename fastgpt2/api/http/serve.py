@@ -38,8 +38,10 @@ def serve(values: dict[str, Any]) -> None:
     from fastgpt2.api.http.tokens import read_tokens
     from fastgpt2.process import HangUp, raise_open_file_limit, set_up_logging
     from fastgpt2.protocol.server_check import refuse_unfit
+    from fastgpt2.tracing import close_tracing, set_up_tracing
 
     set_up_logging(values["log_level"])
+    set_up_tracing("fastgpt2-api", values["otlp_traces_endpoint"])
     hang_up = HangUp()
     if values["token_file"] is not None:
         hang_up.listen()  # before the file is read: no signal comes in vain
@@ -87,6 +89,7 @@ def serve(values: dict[str, Any]) -> None:
             h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         ),
         most,
+        app.state.request_metrics,
         open_files,
     )
     bound = bind(values["host"], values["port"])
@@ -105,7 +108,10 @@ def serve(values: dict[str, Any]) -> None:
     # signal that stopped it once more: a clean stop would otherwise look like a death.
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, server.handle_exit)
-    server.run(sockets=[bound])
+    try:
+        server.run(sockets=[bound])
+    finally:
+        close_tracing()
     log.info("endpoint has stopped")
 
 

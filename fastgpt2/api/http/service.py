@@ -7,9 +7,9 @@ import logging
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from starlette.requests import Request
 
@@ -37,6 +37,10 @@ from fastgpt2.errors import (
 from fastgpt2.protocol.keys import CHAT_FIELD, MODEL_FIELD, MODELS_FIELD, NAMED_ONLY_FIELD, workers_key
 from fastgpt2.protocol.messages import Piece
 from fastgpt2.protocol.untrusted import by_name, epoch_seconds, whole
+from fastgpt2.tracing import span
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
 
 log = logging.getLogger("fastgpt2.http")
 
@@ -161,11 +165,26 @@ class Service:
     ) -> list[SentJob]:
         """Enqueue the jobs of a request, all or none, if the limits of its token leave room for them.
 
+        Where requests are traced, this is a span of its own, which the jobs' spans continue.
+
         Raises:
             What `Session.send_all` raises.
         """
-        with _admission(request, self.client.queue_name) as admission:
-            return await self.driver.run(self.session.send_all(plans, keys, admission))
+        with self._enqueue_span(len(plans)) as begun, _admission(request, self.client.queue_name) as admission:
+            sent = await self.driver.run(self.session.send_all(plans, keys, admission))
+            if begun is not None:
+                begun.set_attribute("messaging.message.id", sent[0].id)
+            return sent
+
+    def _enqueue_span(self, count: int) -> AbstractContextManager[Span | None]:
+        """Return the context whose span is that of the enqueueing of a number of jobs."""
+        told = {
+            "messaging.system": "rq",
+            "messaging.operation.type": "send",
+            "messaging.destination.name": self.session.queue,
+            "messaging.batch.message_count": count,
+        }
+        return span("enqueue", told)
 
     async def run_again(self, request: Request, job_id: str, keys: Sequence[IdempotencyKey] | None) -> Again:
         """Run a job again, if the limits of the request's token leave room for it.
@@ -173,7 +192,7 @@ class Service:
         Raises:
             What `fastgpt2.api.client.requeue.run_again` raises.
         """
-        with _admission(request, self.client.queue_name) as admission:
+        with self._enqueue_span(1), _admission(request, self.client.queue_name) as admission:
             return await self.driver.run(run_again(self.session, job_id, keys, admission))
 
     def attend(self, request: Request, job_id: str, streamed: bool, timeout: float | None = None) -> PendingJobs:
@@ -310,6 +329,7 @@ class PendingJobs:
                     yield number, piece
                 if job.outcome is not None:
                     del left[number]
+                    self._note_model(job.outcome)
                     yield number, job.outcome
             if not left:
                 return
@@ -320,6 +340,11 @@ class PendingJobs:
             timer = loop.call_at(quiet_until, self.signal.set)
             await self.signal.wait()
             timer.cancel()
+
+    def _note_model(self, outcome: Outcome) -> None:
+        """Have the request's line of the log tell of the model that has answered."""
+        if isinstance(outcome, GenerationResult):
+            self._request.scope["log_fields"]["model"] = outcome.model
 
     async def _check_worth_waiting(self, job: JobReader) -> None:
         """Raise if nobody waits any more, or no longer may; the job is one of those that have not ended."""

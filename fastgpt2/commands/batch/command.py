@@ -30,6 +30,7 @@ from fastgpt2.commands.batch.source import Source, peeked, read_ahead
 from fastgpt2.commands.prompts import note_idle_options, request_fields
 from fastgpt2.errors import BadRequest, FastGPT2Error, JobCancelled, JobFailed, JobLost, JobNotFound, JobStopped
 from fastgpt2.process import on_stop_signals
+from fastgpt2.protocol.request_context import take_from_environment
 from fastgpt2.system.own_pool import OwnPool, RunningPool, pool_of_run
 
 # How often a pool without workers is looked at.
@@ -66,6 +67,7 @@ def run(values: dict[str, Any]) -> int:
     target = None if values["output"] in (None, "-") else Path(values["output"])
     if path is not None and target is not None and target.exists() and path.exists() and path.samefile(target):
         raise BadRequest(f"{path} is both input and output; name another file with -o")
+    take_from_environment()
     pool = pool_of_run(values)
     fields = _job_fields(values, pool.model)
     plan = plan_job("", fields)

@@ -26,8 +26,10 @@ MAX_ID_CHARACTERS = 256
 DIGEST_DIGITS = 16
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
-# What a line may have: the prompt and what it asks for, of which model, its time, and the caller's own name for it.
-_LINE_FIELDS = (*fields_of(GenerationRequest), "model", "timeout", "id")
+# What a line may have: the prompt and what it asks for, of which model, its time, what asked for it, and the caller's
+# own name for it.
+_CONTEXT_FIELDS = ("request_id", "traceparent", "tracestate")
+_LINE_FIELDS = (*fields_of(GenerationRequest), "model", "timeout", *_CONTEXT_FIELDS, "id")
 
 
 @dataclass(frozen=True, slots=True)
