@@ -5,9 +5,10 @@ from __future__ import annotations
 import ipaddress
 import re
 import socket
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from fastgpt2.api.http.headers import single_value, values_of
 from fastgpt2.errors import BadRequest, FastGPT2Error, ForbiddenOrigin, TokenMissing, Unauthorized
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ class Access:
             return None
         if self._tokens is not None:
             return _find_token(scope, self._tokens)
-        host = _single_header(scope, b"host").decode("latin-1")
+        host = single_value(scope["headers"], b"host")
         if self._own_names is not None and not _is_host_of(host, self._own_names):
             raise ForbiddenOrigin(
                 f"this endpoint serves its own machine only, and {host[:100]!r} is not its name: ask 127.0.0.1 or "
@@ -161,7 +162,7 @@ def _find_token(scope: Scope, tokens: Tokens) -> Token:
         Unauthorized: it is none of these.
     """
     send = "send the header Authorization: Bearer TOKEN"
-    values = _header_values(scope, b"authorization")
+    values = values_of(scope["headers"], b"authorization")
     if not values:
         raise TokenMissing(f"this endpoint asks for a token: {send}")
     if len(values) > 1:
@@ -180,16 +181,6 @@ def _find_token(scope: Scope, tokens: Tokens) -> Token:
             else "the token is none of this endpoint's: send one of those of its --token-file"
         )
     return token
-
-
-def _header_values(scope: Any, name: bytes) -> list[bytes]:
-    return [value for key, value in scope["headers"] if key == name]
-
-
-def _single_header(scope: Any, name: bytes) -> bytes:
-    """Return the value of a header; nothing if the request has none of that name, or more than one."""
-    values = _header_values(scope, name)
-    return values[0] if len(values) == 1 else b""
 
 
 def _is_host_of(host: str, names: set[str]) -> bool:

@@ -21,12 +21,13 @@ from fastgpt2.api.http.chat import Chats
 from fastgpt2.api.http.completions import Completions
 from fastgpt2.api.http.generate import Generate
 from fastgpt2.api.http.jobs import Jobs
-from fastgpt2.api.http.middleware import Crowd, LingeringClose, PlainPath, RequestLog
+from fastgpt2.api.http.middleware import Crowd, LingeringClose, PlainPath
 from fastgpt2.api.http.monitoring import Monitoring
 from fastgpt2.api.http.neighbours import handle_unknown_route
 from fastgpt2.api.http.origins import OriginCheck, Origins, SharedAnswers
 from fastgpt2.api.http.proxies import PublicPath, TrustedProxies
 from fastgpt2.api.http.reference import Reference
+from fastgpt2.api.http.request_log import RequestLog
 from fastgpt2.api.http.request_metrics import RequestMetrics
 from fastgpt2.api.http.responses import handle_error, handle_unforeseen, respond
 from fastgpt2.api.http.service import Bounds, Models, Service

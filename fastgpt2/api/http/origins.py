@@ -7,8 +7,9 @@ could send (a preflight). It shows a page the answers of another site only if th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from fastgpt2.api.http.headers import values_of
 from fastgpt2.errors import FastGPT2Error, ForbiddenOrigin
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ class OriginCheck:
 
     def _answer(self, origin: str, scope: Scope) -> ASGIApp:
         """Return what answers a request of a page."""
-        if scope["method"] == "OPTIONS" and _headers(scope, b"access-control-request-method"):
+        if scope["method"] == "OPTIONS" and values_of(scope["headers"], b"access-control-request-method"):
             return _allow if self._origins.is_allowed(origin) else self._refuse(_objection(origin, scope), scope)
         if self._asks_token or scope["method"] in _HARMLESS_METHODS or self._origins.is_allowed(origin):
             return self._app
@@ -130,7 +131,7 @@ async def _allow(scope: Scope, _receive: Receive, send: Send) -> None:
         b"access-control-allow-headers": b"access-control-request-headers",
         b"access-control-allow-private-network": b"access-control-request-private-network",
     }
-    headers = [(name, value) for name, request in asked.items() for value in _headers(scope, request)]
+    headers = [(name, value) for name, request in asked.items() for value in values_of(scope["headers"], request)]
     headers += [
         (b"access-control-max-age", str(PREFLIGHT_SECONDS).encode()),
         (b"vary", b"Access-Control-Request-Method, Access-Control-Request-Headers"),
@@ -152,13 +153,9 @@ def origin_of(scope: Scope) -> str | None:
 
     Of several such headers, which no browser sends, comes what is no origin.
     """
-    values = _headers(scope, b"origin")
+    values = values_of(scope["headers"], b"origin")
     return ", ".join(value.decode("latin-1") for value in values) if values else None
 
 
 def _host_of(scope: Scope) -> str:
-    return b"".join(_headers(scope, b"host")).decode("latin-1")
-
-
-def _headers(scope: Any, name: bytes) -> list[bytes]:
-    return [value for key, value in scope["headers"] if key == name]
+    return b"".join(values_of(scope["headers"], b"host")).decode("latin-1")
