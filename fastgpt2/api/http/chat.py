@@ -18,9 +18,10 @@ from starlette.responses import Response
 from fastgpt2.api.client.outcome import unwrap
 from fastgpt2.api.client.reader import AppendOnlyTexts
 from fastgpt2.api.http.chat_request import EXAMPLE, Chat, parse_chat, translate_chat_error
+from fastgpt2.api.http.models import Models
 from fastgpt2.api.http.requests import read_object
 from fastgpt2.api.http.responses import JSON, KEEP_ALIVE, EventStream, error_object, event
-from fastgpt2.api.http.service import Models, PendingJobs, Service
+from fastgpt2.api.http.service import PendingJobs, Service
 from fastgpt2.api.http.text_answers import (
     DONE,
     FINGERPRINT,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import logging
 import signal
 import socket
 from typing import Any
 
 from fastgpt2.errors import BadRequest
+
+log = logging.getLogger("fastgpt2.http")
 
 # A last resort after the endpoint's own grace: uvicorn then cancels the requests that are left.
 SHUTDOWN_SECONDS = 10
@@ -34,7 +37,7 @@ def serve(values: dict[str, Any]) -> None:
     from fastgpt2.api.http.access import is_loopback, names_to_serve, refuse_exposure
     from fastgpt2.api.http.app import Web, create_app
     from fastgpt2.api.http.connections import ACCEPTED_AT_ONCE, BoundedServer, Connection, limit_connections
-    from fastgpt2.api.http.service import Bounds, log
+    from fastgpt2.api.http.service import Bounds
     from fastgpt2.api.http.tokens import read_tokens
     from fastgpt2.process import HangUp, raise_open_file_limit, set_up_logging
     from fastgpt2.protocol.server_check import refuse_unfit
