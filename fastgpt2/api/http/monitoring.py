@@ -21,7 +21,7 @@ from fastgpt2.api.http.responses import JSON, NotReady
 from fastgpt2.api.http.service import MAX_WAITING, Service
 from fastgpt2.api.http.tokens import Tokens
 from fastgpt2.api.pool.job_list import list_jobs
-from fastgpt2.api.pool.states import list_state
+from fastgpt2.api.pool.job_pages import list_state
 from fastgpt2.api.pool.status import check_readiness, read_status, record_depth
 from fastgpt2.engine.decoding.options import MAX_TEXTS
 from fastgpt2.engine.decoding.records import MAX_STOP_STRINGS, Count

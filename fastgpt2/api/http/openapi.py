@@ -38,7 +38,7 @@ from fastgpt2.api.http.schemas import (
     with_named_objects,
 )
 from fastgpt2.api.pool.job_list import REALS, TEXTS, WHOLES
-from fastgpt2.api.pool.states import STATES
+from fastgpt2.api.pool.job_pages import STATES
 from fastgpt2.engine.decoding.records import Count, Prompt
 from fastgpt2.fields import Schema, nullable
 
