@@ -18,7 +18,8 @@ from support.running import in_thread, wait_until
 from support.turns import Turns, take_turns
 
 from fastgpt2 import Client, Engine
-from fastgpt2.api.client.enqueue import ModelLimits, plan_job
+from fastgpt2.api.client.enqueue import plan_job
+from fastgpt2.api.client.model_limits import ModelLimits
 from fastgpt2.errors import BadRequest, JobCancelled, ModelUnknown, PromptTooLong, QueueFull, ResultTimeout
 from fastgpt2.protocol import keys
 from fastgpt2.protocol.keys import PRIORITIES, Priority, claimed_key, models_key, queue_key, queue_of, queues_of

@@ -131,10 +131,9 @@ class Admission:
 def _most_tokens(plan: JobPlan) -> int:
     """Return how many tokens a job may use: a guess for a prompt that is a text, and the most new ones of each text."""
     request = plan.request
-    messages = getattr(request, "messages", None)
-    if messages is not None:
+    if request.messages is not None:
         # A template puts them into words. Without a number, a chat goes on as long as there is room.
-        read = len(json.dumps(messages, default=str)) // BYTES_PER_TOKEN
+        read = len(json.dumps(request.messages)) // BYTES_PER_TOKEN
         new = CHAT_TOKENS if request.max_new_tokens is None else request.max_new_tokens
         return read + new * request.texts
     prompt = request.prompt

@@ -130,7 +130,7 @@ def requeue(session: Session, job_id: str) -> Flow[tuple[str, str]]:
         models_key(session.queue), *queues_of(session.queue),
     )  # fmt: skip
     command = Command("execute_command", _REQUEUE.command([job_key(job_id)], arguments))
-    missing = JobNotFound(f"no job {job_id[:100]!r}: it was never enqueued here, or its result has expired")
+    missing = JobNotFound.by(job_id)
     try:
         (reply,), confirmation = yield from session.send([command])
     except ResponseError as error:

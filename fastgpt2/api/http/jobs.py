@@ -209,7 +209,7 @@ class Jobs:
         with redis_errors(self._client.redis_url):
             origin = await self._origin_of(job_id)
         if origin is None or not is_queue_of(self._client.queue_name, origin.decode("utf-8", "replace")):
-            raise JobNotFound(f"no job {job_id[:100]!r}: it was never enqueued here, or its result has expired")
+            raise JobNotFound.by(job_id)
         return job_id
 
     async def _origin_of(self, job_id: str) -> bytes | None:
