@@ -26,7 +26,7 @@ class Events:
 
     def __init__(self) -> None:
         self._raw = io.StringIO()
-        self.stderr = events.EventStream(self._raw)
+        self.stderr = events.EventWriter(self._raw)
 
     def __call__(self) -> list[dict[str, Any]]:
         """Return those that were written since the last call."""

@@ -18,10 +18,9 @@ if TYPE_CHECKING:
 
     from fastgpt2.api.http.tokens import Token, Tokens
 
-# In the state of a request's scope: the token that it bears; the token's name, if it has one; and the headers that its
-# answer gets, which tell of the token's limits.
+# In the state of a request's scope: the token that it bears, if that has a name; and the headers that its answer gets,
+# which tell of the token's limits.
 TOKEN_STATE = "token"
-TOKEN_NAME_STATE = "token_name"
 LIMITS_STATE = "token_limits"
 
 # Probes have no token, and neither has a browser that is led to a page. These routes tell that this process answers and
@@ -110,8 +109,7 @@ class Access:
             return
         if token is not None and token.name is not None:
             assert self._tokens is not None
-            state = scope.setdefault("state", {})
-            state[TOKEN_STATE], state[TOKEN_NAME_STATE] = token, token.name
+            scope.setdefault("state", {})[TOKEN_STATE] = token
             scope.setdefault("log_fields", {})["token"] = token.name
             send = _CountedAnswer(scope, send, token.name, self._tokens).send
         await self._app(scope, receive, send)

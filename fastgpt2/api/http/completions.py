@@ -24,7 +24,6 @@ from fastgpt2.api.http.responses import (
     JSON,
     KEEP_ALIVE,
     EventStream,
-    error_object,
     event,
 )
 from fastgpt2.api.http.service import PendingJobs, Service
@@ -35,6 +34,7 @@ from fastgpt2.api.http.text_answers import (
     TextEnd,
     counts_of,
     end_of,
+    error_event,
     job_header,
     usage_of,
 )
@@ -87,9 +87,7 @@ class Completions:
         """Answer `POST /v1/completions`."""
         completion = parse_completion(await read_object(request, self._service.bounds.body_timeout, EXAMPLE))
         if completion.request.stream:
-            return EventStream(
-                self._events(request, completion), lambda error: event(error_object(error, openai=True)) + DONE
-            )
+            return EventStream(self._events(request, completion), error_event)
         try:
             async with self._service.submit(request, completion.plans, completion.asked) as waiting:
                 results = await waiting.results()

@@ -13,11 +13,10 @@ from fastgpt2.errors import BadRequest, FastGPT2Error, JobStopped, JobTimedOut, 
 from fastgpt2.protocol.keys import (
     ATTEMPTS_FIELD,
     CRASHES_FIELD,
-    MAX_MODELS_OF_POOL,
     PRIORITIES,
     Priority,
+    list_models,
     model_of,
-    models_key,
     plain_queue_of,
     queue_of,
     queues_of,
@@ -106,8 +105,7 @@ class StoredJob:
 async def read_queues(connection: Redis, name: str) -> list[str]:
     """Return the RQ queues of a pool, with those of the models that it remembers."""
     pipeline: Any = connection.pipeline(transaction=False)
-    # By scores: else the library sends ZREVRANGE.
-    pipeline.zrange(models_key(name), "+inf", "-inf", desc=True, byscore=True, offset=0, num=MAX_MODELS_OF_POOL)
+    pipeline.execute_command(*list_models(name))
     (models,) = check_replies(await pipeline.execute(raise_on_error=False))
     return queues_of(name, read_model_names(models))
 
