@@ -28,8 +28,8 @@ _LEAST_HIDDEN = 8
 # Messages quote the beginning of a long prompt: what begins with this many of its characters is hidden.
 _HIDDEN_FROM = 24
 
-# The prompt's text may stand in a chat's messages, and in arguments of calls within them: how deeply, and in how many of
-# its texts, it is looked for.
+# The prompt's text may stand in a chat's messages, and in arguments of calls within them: how deeply it is looked for,
+# and in how many texts.
 _MAX_DEPTH = 8
 _MAX_TEXTS = 200
 

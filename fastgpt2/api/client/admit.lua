@@ -47,6 +47,8 @@ local function look_at_jobs(most)
         if type(status) ~= "string" then
             -- One that is not there may be about to be enqueued.
             if now - tonumber(found[i + 1]) > 30000 then give_back(found[i]) end
+        elseif (status == "failed" or status == "stopped") and tonumber(found[i + 1]) > now then
+            -- It is about to be requeued, or was, and has failed anew: then its worker tells of it.
         elseif status == "finished" or status == "failed" or status == "stopped" or status == "canceled" then
             give_back(found[i])
         else
@@ -86,7 +88,11 @@ if not status or status == "canceled" then
     end
     if verdict == 0 then
         for i = 6, #ARGV, 2 do
-            redis.call("ZADD", jobs_key, stamp, ARGV[i])
+            -- One that is there already is about to be requeued. Until it is, its status is that of an end, which must not
+            -- take its room away again: as if looked at in half a minute.
+            give_back(ARGV[i])
+            local there = type(redis.pcall("HGET", "$JOB_PREFIX" .. ARGV[i], "status")) == "string"
+            redis.call("ZADD", jobs_key, there and string.format("%.0f", now + 30000) or stamp, ARGV[i])
             redis.call("HSET", account_key, "job:" .. ARGV[i], ARGV[i + 1])
             reserved = reserved + tonumber(ARGV[i + 1])
         end
