@@ -22,6 +22,7 @@ from starlette.testclient import TestClient
 from support.running import StartEndpoint, hang_up, wait_until
 
 from fastgpt2 import Client
+from fastgpt2.api.client.enqueue import idempotency_keys
 from fastgpt2.api.http.app import create_app
 from fastgpt2.api.http.service import Bounds
 from fastgpt2.api.http.tokens import Token, Tokens, read_file
@@ -299,6 +300,25 @@ def test_a_request_that_is_repeated_needs_no_room(limited: list[TestClient]) -> 
     again = limited[1].post("/v1/jobs", json={"prompt": "a"}, headers=once)
     assert (again.status_code, again.json()["id"]) == (202, job.json()["id"])
     assert code_of(limited[1].post("/v1/jobs", json={"prompt": "b"}, headers=once)) == (422, "idempotency_mismatch")
+
+
+def test_a_request_that_is_repeated_needs_room_for_what_was_cancelled(
+    limited: list[TestClient], redis: Redis, client: Client
+) -> None:
+    key, body = uuid.uuid4().hex, {"prompt": ["a", "b", "c"]}
+    once, queue = {**bearer(ALICE), "idempotency-key": key}, f"rq:queue:{client.queue_name}"
+    # Nobody waits any more, and the jobs are cancelled; but let the first have ended before.
+    assert limited[0].post("/v1/completions", json=body, headers=once).status_code == 504
+    wait_until(lambda: not redis.llen(queue), "the jobs to be cancelled")
+    first: Any = redis.hget(idempotency_keys(key, 3, body)[0].redis_key, "job")
+    redis.hset(f"rq:job:{first.decode()}", "status", "finished")
+    jobs = [enqueue(limited[1], ALICE).json()["id"] for _ in range(2)]
+    refused = limited[1].post("/v1/completions", json=body, headers=once)
+    assert (code_of(refused), redis.llen(queue)) == ((429, "rate_limit_exceeded"), 2), "there is room for one"
+    limited[0].delete(f"/v1/jobs/{jobs[0]}", headers=bearer(ALICE))
+    again = limited[1].post("/v1/completions", json=body, headers=once)
+    assert again.status_code != 429
+    assert again.headers["x-ratelimit-remaining-requests"] == "0"
 
 
 def test_room_is_given_back_if_the_queue_is_full(redis_server: RedisServer, redis: Redis, client: Client) -> None:

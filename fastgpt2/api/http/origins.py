@@ -46,12 +46,15 @@ class Origins:
         return ANY in self.allowed or origin.lower() in self.allowed
 
     def is_own(self, origin: str, host: str) -> bool:
-        """Tell whether this is the origin of the endpoint's own page; `host` is what the request calls the endpoint."""
+        """Tell whether this is the origin of the endpoint's own page; `host` is what the request calls the endpoint.
+
+        Pages of other schemes, such as `app://localhost` of a program with a browser in it, are not the endpoint's.
+        """
         origin = origin.lower()
         scheme, _, name = origin.partition("://")
-        return origin == self._public or (
-            bool(name) and name == host.lower().removesuffix(_DEFAULT_PORTS.get(scheme, ""))
-        )
+        if origin == self._public or scheme not in _DEFAULT_PORTS:
+            return origin == self._public
+        return bool(name) and name == host.lower().removesuffix(_DEFAULT_PORTS[scheme])
 
 
 class SharedAnswers:
