@@ -103,15 +103,18 @@ def word(text: str) -> str:
 
 
 def served_names(text: str) -> tuple[str, ...]:
-    """Return the names of models that a text lists, each as NAME or as MODEL=NAME."""
-    names = tuple(part.strip() for part in text.split(","))
-    for name in names:
-        _, _, own = name.rpartition("=")
+    """Return the names of models that a text lists, each as NAME or as MODEL=NAME; in MODEL=A,B both are MODEL's."""
+    names = []
+    model = ""
+    for part in text.split(","):
+        given, equals, own = part.strip().rpartition("=")
+        model = given + equals or model
         if not own or not own.isprintable() or any(c.isspace() for c in own):
             raise ValueError("is not a list of names with commas between them; a name has no spaces")
         if len(own) > MAX_NAME_CHARACTERS:
             raise ValueError(f"holds a name of {len(own)} characters; the limit is {MAX_NAME_CHARACTERS}")
-    return names
+        names.append(model + own)
+    return tuple(names)
 
 
 def queue(text: str) -> str:
