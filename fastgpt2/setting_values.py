@@ -103,15 +103,18 @@ def word(text: str) -> str:
 
 
 def served_names(text: str) -> tuple[str, ...]:
-    """Return the names of models that a text lists, each as NAME or as MODEL=NAME."""
-    names = tuple(part.strip() for part in text.split(","))
-    for name in names:
-        _, _, own = name.rpartition("=")
+    """Return the names of models that a text lists, each as NAME or as MODEL=NAME; in MODEL=A,B both are MODEL's."""
+    names = []
+    model = ""
+    for part in text.split(","):
+        given, equals, own = part.strip().rpartition("=")
+        model = given + equals or model
         if not own or not own.isprintable() or any(c.isspace() for c in own):
             raise ValueError("is not a list of names with commas between them; a name has no spaces")
         if len(own) > MAX_NAME_CHARACTERS:
             raise ValueError(f"holds a name of {len(own)} characters; the limit is {MAX_NAME_CHARACTERS}")
-    return names
+        names.append(model + own)
+    return tuple(names)
 
 
 def queue(text: str) -> str:
@@ -167,11 +170,15 @@ def _split_url(text: str) -> tuple[str, str, str]:
     try:
         url = urlsplit(text)
         host, port = url.hostname, url.port
-        if not host or url.username is not None or url.query or url.fragment or any(c in text for c in "\\\"'<>"):
+        if not host or any(c in text for c in "\\\"'<>"):
             raise ValueError
         host = host if host.isascii() else host.encode("idna").decode()
     except ValueError:
-        raise ValueError("is more or less than a scheme, a host and a port, as in http://localhost:3000") from None
+        raise ValueError("has a host or a port that cannot be; write them as in http://localhost:3000") from None
+    if url.username is not None:
+        raise ValueError("holds a user's name or a password: leave these out")
+    if url.query or url.fragment:
+        raise ValueError("holds a ? or a #: leave out what begins there")
     host = f"[{host}]" if ":" in host else host
     is_own_port = port is None or port == _DEFAULT_PORTS.get(url.scheme)
     return url.scheme, host if is_own_port else f"{host}:{port}", url.path.rstrip("/")

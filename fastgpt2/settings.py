@@ -56,7 +56,8 @@ OWN_MODEL: Setting[str | None] = Setting(
 SERVED_MODEL_NAME: Setting[tuple[str, ...]] = Setting(
     "served_model_name", "NAME", served_names, (),
     "The name by which jobs ask for the model, instead of the model as it is given; of several names, given one by one "
-    "or with commas between them, the first is the one that is shown. With several models: MODEL=NAME.",
+    "or with commas between them, the first is the one that is shown. With several models: MODEL=NAME or "
+    "MODEL=NAME,NAME.",
     "the model as it is given", join=operator.add,
 )
 BATCH_MODEL_NAME: Setting[tuple[str, ...]] = Setting(

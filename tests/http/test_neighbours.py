@@ -61,6 +61,7 @@ def test_the_routes_of_other_apis_lead_to_those_here(web: TestClient, others: st
     [
         ("/completions", "/v1/completions"),
         ("/v1/completion", "/v1/completions"),
+        ("/v1/chat/completion", "/v1/chat/completions"),
         ("/V1/Completions", "/v1/completions"),
         ("/v1/v1/completions", "/v1/completions"),
         ("/gpt2/v1/completions", "/v1/completions"),

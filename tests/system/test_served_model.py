@@ -44,8 +44,8 @@ def test_names_of_one_model_need_not_say_of_which() -> None:
 def test_the_first_of_several_models_has_the_jobs_that_name_none(name: str) -> None:
     both = ["--model", "gpt2", "--model", "demo"]
     assert served(name, *both) == [ServedModel("gpt2"), ServedModel("demo", named_only=True)]
-    first, second = served(name, *both, "--served-model-name", "demo=d,gpt2=g", "--served-model-name", "demo=e")
-    assert (first.names, second.names) == (("g",), ("d", "e"))
+    first, second = served(name, *both, "--served-model-name", "demo=d,gpt2=g,h", "--served-model-name", "demo=e")
+    assert (first.names, second.names) == (("g", "h"), ("d", "e"))
     assert all(one.named_only for one in served(name, *both, "--named-only"))
 
 

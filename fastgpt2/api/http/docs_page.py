@@ -42,7 +42,8 @@ def _content(about: Object) -> Iterator[str]:
     ]
     schemas: Object = about["components"]["schemas"]
     info = about["info"]
-    yield f'<section id="about"><p>Version {escape(info["version"])}. {_prose(info["description"])}</p>'
+    paragraphs = "</p><p>".join(_prose(info["description"]).split("\n\n"))
+    yield f'<section id="about"><p>Version {escape(info["version"])}. {paragraphs}</p>'
     yield "<p>A field or a parameter with a * is always there, or must be.</p></section>"
     yield '<nav id="routes" aria-label="Routes"><ul>'
     for method, path, operation, _ in operations:

@@ -38,7 +38,8 @@ _ANYTHING = "*"
 # By the routes here: how paths of other APIs end that do the same. A route that is not there is left out. Of several
 # rows the first one counts.
 _ENDINGS: dict[tuple[str, ...], str] = {
-    ("/v1/chat/completions", "/v1/completions"): "chat chat/completions responses messages conversation converse",
+    ("/v1/chat/completions", "/v1/completions"): "chat chat/completions chat/completion chat/complete responses "
+    "messages conversation converse",
     ("/v1/completions",): "complete completion completions completions/render infill edits",
     ("/generate", "/v1/completions"): "generate invocations predict infer inference predictions text-generation",
     ("/generate_stream", "/v1/completions"): "generate-stream stream_generate infer_stream generatestream",

@@ -44,14 +44,16 @@ from fastgpt2.fields import Schema, nullable
 
 Object = dict[str, Any]
 
-_DESCRIPTION = """GPT-2 text generation on CPUs: a pool of workers behind a Redis queue. The likeliest token is taken,
-always, unless a request asks for another choice, as by a temperature above 0. A text that was drawn depends on the
-request and its seed alone, and the answer tells the seed. Log probabilities are the model's own, before penalties and
-temperature. What cannot be honoured is refused by a sentence that says so. With a token set, every request but those
-of probes, of the page's frame and of this document bears it. A client that hangs up cancels the jobs of its request,
-`/v1/jobs` apart. An `Idempotency-Key` makes a request that is sent again the same one. An error that passes has
-`Retry-After`; one of the statuses from 500 on, or a 409, that the same request would meet again has
-`x-should-retry: false`."""
+_DESCRIPTION = """GPT-2 text generation on CPUs: a pool of workers behind a Redis queue.
+
+The likeliest token is taken, unless a request asks for another choice, for example by a temperature above 0. A text
+that was drawn depends on the request and its seed alone, and the answer tells the seed. Log probabilities are the
+model's own, before penalties and temperature. What cannot be done is refused by a sentence that says so.
+
+If the endpoint has a token, each request must bear it, except those for `/health`, `/ready`, the page's frame and this
+document. A client that hangs up cancels the jobs of its request, except those of `/v1/jobs`. A request that is sent
+again with the same `Idempotency-Key` has the same answer. An error that will pass has `Retry-After`. An error with the
+status 409, or with one from 500 on, that the same request would meet again has `x-should-retry: false`."""
 
 _STATUSES = {
     400: "The request is malformed, or asks for what cannot be done.",
@@ -214,7 +216,7 @@ def _generating() -> dict[str, _Operation]:
     tokens, completion = _events("TokenEvent"), {**_json("Completion"), **_events("Completion")}
     chat = {**_json("Chat"), **_events("ChatChunk")}
     page = {**_text("text/plain"), **_text("text/html")}
-    chatting = "Answer a chat, as OpenAI's API does, if the model has a chat template; `stream` as above"
+    chatting = "Answer a chat, as OpenAI's API does, if the model has a chat template; with `stream`, as events"
     completing = "Continue prompts, as OpenAI's API does; with `stream`, as events that end with `[DONE]`"
     return {
         "GET /": _Operation("home", "`Ok` for a program; for a browser, a page that shows the pool", page),
@@ -243,7 +245,7 @@ def _generating() -> dict[str, _Operation]:
         "POST /v1/chat/completions": _Operation("create_chat_completion", chatting, chat, _RUNS, "ChatRequest"),
         "GET /v1": _Operation("v1", "What there is below this path", _json("Api")),
         "GET /v1/models": _Operation("list_models", "The models that workers serve", _json("ModelList"), _REDIS),
-        "GET /v1/models/{model}": _Operation("show_model", "One of them", _json("Model"), (404, *_REDIS)),
+        "GET /v1/models/{model}": _Operation("show_model", "One model that is served", _json("Model"), (404, *_REDIS)),
     }
 
 

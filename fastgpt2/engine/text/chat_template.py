@@ -112,7 +112,11 @@ def load_chat_template(folder: Path, path: str | None = None) -> ChatTemplate:
         ConfigError: the file that is given cannot be read or used. What is wrong with a model's own is a note.
     """
     if path is not None:
-        template = ChatTemplate({_DEFAULT: _read_template(Path(path).expanduser())}, path)
+        try:
+            source = _read_template(Path(path).expanduser())
+        except ConfigError as reason:
+            raise ConfigError(f"the chat template {reason}") from None
+        template = ChatTemplate({_DEFAULT: source}, path)
         if template.objection:
             raise ConfigError(template.objection.removesuffix(f"; {_REMEDY}"))
         return template
