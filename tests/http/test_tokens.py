@@ -471,7 +471,9 @@ def start_in_terminal(command: str, log: Path, *options: str) -> tuple[subproces
             [
                 sys.executable,
                 "-c",
-                f"import os, sys; os.close(os.open({os.ttyname(slave)!r}, os.O_RDWR)); "
+                # Whoever runs these tests may ignore SIGHUP, as nohup does, and children inherit that.
+                "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); "
+                f"os.close(os.open({os.ttyname(slave)!r}, os.O_RDWR)); "
                 "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])",
                 "-m",
                 "fastgpt2",
