@@ -300,6 +300,8 @@ def test_with_the_profile_monitoring_prometheus_reads_the_endpoint_with_its_toke
         until(workers, "Prometheus to read the endpoint")
         rules = httpx.get(f"{url}/rules", trust_env=False).json()["data"]["groups"][0]["rules"]
         assert "Fastgpt2NoReadyWorker" in [rule["name"] for rule in rules]
+        compose("restart", "--timeout", "10", "prometheus")
+        compose("up", "--detach", "--wait", "--no-recreate", *started)
     finally:
         compose.down()
 
