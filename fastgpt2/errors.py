@@ -21,6 +21,9 @@ SHOWN_CHARACTERS = 60
 SHOWN_TOKEN_IDS = 12
 SHOWN_FIELDS = 5
 
+# How much of a job's id a message shows.
+SHOWN_ID = 100
+
 # How much of a model's name a message shows, and of how many models.
 SHOWN_NAME = 200
 SHOWN_NAMES = 10
@@ -209,6 +212,11 @@ class JobNotFound(FastGPT2Error):
     """Raised if there is no job of this id: it was never enqueued here, or its result has expired."""
 
     http_status = 404
+
+    @classmethod
+    def by(cls, job_id: str) -> JobNotFound:
+        """Return the error for an id that no job has."""
+        return cls(f"no job {job_id[:SHOWN_ID]!r}: it was never enqueued here, or its result has expired")
 
 
 class JobLost(JobNotFound):

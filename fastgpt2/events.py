@@ -54,7 +54,7 @@ def about(**fields: Any) -> dict[str, Any]:
 
 def are_logged() -> bool:
     """Tell whether this process logs events."""
-    return isinstance(sys.stderr, EventStream)
+    return isinstance(sys.stderr, EventWriter)
 
 
 def log_events(program: str) -> None:
@@ -63,13 +63,13 @@ def log_events(program: str) -> None:
     Args:
         program: the name by which events say which program wrote them.
     """
-    if isinstance(sys.stderr, EventStream):
+    if isinstance(sys.stderr, EventWriter):
         return
     os.environ[VARIABLE] = "json"
     # Progress bars are made of line ends that are none.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     describe_process(program=program, pid=os.getpid())
-    sys.stderr = EventStream(sys.stderr)
+    sys.stderr = EventWriter(sys.stderr)
     logging.basicConfig(level=logging.WARNING, handlers=[event_handler()], force=True)
     logging.captureWarnings(True)
     sys.excepthook = _log_uncaught
@@ -80,7 +80,7 @@ def log_events(program: str) -> None:
 def event_handler() -> logging.Handler:
     """Return the handler that writes events to this process's standard error."""
     stream = sys.stderr
-    handler = logging.StreamHandler(stream.raw if isinstance(stream, EventStream) else stream)
+    handler = logging.StreamHandler(stream.raw if isinstance(stream, EventWriter) else stream)
     handler.setFormatter(EventFormatter())
     return handler
 
@@ -149,7 +149,7 @@ def read_event(line: str) -> dict[str, Any] | None:
     return event if isinstance(event, dict) and all(isinstance(event.get(key), str) for key in _EVENT_KEYS) else None
 
 
-class EventStream(io.TextIOBase):
+class EventWriter(io.TextIOBase):
     """The standard error of a process that logs events: each line that is printed there becomes one.
 
     A line that is an event already, as those of a worker that was started here, is written as it is.

@@ -32,8 +32,11 @@ _PR_SET_PDEATHSIG = 1
 NAP_SECONDS = 0.02
 
 # A line of the log is no longer, and control characters in it are shown as \x0a: they might forge a line of their own.
+# So might Unicode's line ends for some readers; and what turns the direction of text shows another line than there is.
 MAX_LOG_CHARACTERS = 4000
+_UNSEEN = (0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A))
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(9), *range(10, 32), *range(127, 160))}
+_CONTROLS |= {code: f"\\u{code:04x}" for code in _UNSEEN}
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 

@@ -81,12 +81,12 @@ def close_tracing() -> None:
 
 
 @contextmanager
-def span(name: str, attributes: Mapping[str, Any], **options: Any) -> Iterator[Span | None]:
+def span(name: str, attributes: Mapping[str, Any]) -> Iterator[Span | None]:
     """Make what runs within the context a span of the current one; give None if this process sends no spans."""
     if _tracer is None:
         yield None
         return
-    with _tracer.start_as_current_span(name, attributes=dict(attributes), **options) as begun:
+    with _tracer.start_as_current_span(name, attributes=dict(attributes)) as begun:
         yield begun
 
 

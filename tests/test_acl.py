@@ -27,8 +27,8 @@ from support.running import GOLDEN, wait_until
 
 from fastgpt2 import Client
 from fastgpt2.api.pool.job_list import read_latest, read_prompts
+from fastgpt2.api.pool.job_pages import STATES
 from fastgpt2.api.pool.prometheus import render_metrics
-from fastgpt2.api.pool.states import STATES
 from fastgpt2.api.pool.status import check_readiness, read_status, record_depth
 from fastgpt2.errors import JobCancelled, ModelUnknown, QueueFull, RedisAccessDenied
 from fastgpt2.protocol.connection import connect

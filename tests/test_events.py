@@ -16,7 +16,7 @@ from support.running import run
 
 from fastgpt2 import events, settings
 from fastgpt2.cli import COMMANDS
-from fastgpt2.process import set_up_logging
+from fastgpt2.process import _OneLine, set_up_logging
 
 log = logging.getLogger("fastgpt2.test")
 
@@ -26,7 +26,7 @@ class Events:
 
     def __init__(self) -> None:
         self._raw = io.StringIO()
-        self.stderr = events.EventStream(self._raw)
+        self.stderr = events.EventWriter(self._raw)
 
     def __call__(self) -> list[dict[str, Any]]:
         """Return those that were written since the last call."""
@@ -187,3 +187,9 @@ def test_commands_log_events_from_their_first_line_on() -> None:
         assert message in found[0]["message"]
     done = run("cache", "--log-format", "xml")
     assert (done.returncode, "--log-format: 'xml' is not one of text, json" in done.stderr) == (2, True)
+
+
+def test_a_line_of_text_is_one_line_that_runs_in_one_direction() -> None:
+    record = logging.makeLogRecord({"msg": "job a\nb\x1b[31m\u2028c\u202ed\u2066e fails \N{ZERO WIDTH JOINER}é\u05d0"})
+    found = _OneLine("%(message)s").format(record)
+    assert found == "job a\\x0ab\\x1b[31m\\u2028c\\u202ed\\u2066e fails \N{ZERO WIDTH JOINER}é\u05d0"

@@ -58,7 +58,7 @@ def jobs(values: dict[str, Any]) -> int:
 async def _read(values: dict[str, Any], state: str | None) -> dict[str, Any]:
     from fastgpt2.api.client.async_client import AsyncClient
     from fastgpt2.api.pool.job_list import list_jobs
-    from fastgpt2.api.pool.states import list_state
+    from fastgpt2.api.pool.job_pages import list_state
     from fastgpt2.api.pool.status import read_status
     from fastgpt2.protocol.connection import redis_errors
 
@@ -145,7 +145,7 @@ def _requeue_named(driver: Driver, session: Session, job_ids: Iterable[str]) -> 
 
 def _requeue_failed(driver: Driver, session: Session) -> int:
     from fastgpt2.api.client.requeue import requeue as requeue_job
-    from fastgpt2.api.pool.states import read_failed_ids
+    from fastgpt2.api.pool.job_pages import read_failed_ids
 
     job_ids, total = asyncio.run(read_failed_ids(session.redis_url, session.queue))
     requeued, refusals = 0, 0

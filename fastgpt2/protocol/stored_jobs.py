@@ -28,9 +28,15 @@ _LEAST_HIDDEN = 8
 # Messages quote the beginning of a long prompt: what begins with this many of its characters is hidden.
 _HIDDEN_FROM = 24
 
-# The prompt's text may stand in a chat's messages: how deeply, and in how many of them, it is looked for.
-_MAX_DEPTH = 4
+# The prompt's text may stand in a chat's messages, and in arguments of calls within them: how deeply it is looked for,
+# and in how many texts.
+_MAX_DEPTH = 8
 _MAX_TEXTS = 200
+
+# What a chat template says is its author's own sentence, which may quote any part of any message. It is hidden as a
+# whole if it has this many characters in a row of what the model reads, or a shorter text as a word.
+_TEMPLATE_SAYS = re.compile(r"(the chat template (?:refuses these messages: |cannot render these messages \())([^\n]+)")
+_LEAST_QUOTED = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +119,30 @@ def hide_prompts(text: str, prompts: Iterable[Any]) -> str:
     Args:
         prompts: each a text, token ids, or a part of a chat.
     """
+    prompts = list(prompts)
+    text = _TEMPLATE_SAYS.sub(lambda said: said[1] + HIDDEN if _quotes(said[2], prompts) else said[0], text)
     secrets = [secret for prompt in prompts for secret in _texts_of(prompt)]
     for secret in sorted(set(secrets), key=len, reverse=True):
         forms = {secret, repr(secret)[1:-1], json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]}
         for form in sorted(forms, key=len, reverse=True):
             text = _hide(text, form)
     return text
+
+
+def _quotes(sentence: str, prompts: Iterable[Any]) -> bool:
+    """Tell whether a sentence of a chat template may hold a part of what the model reads."""
+    said = _as_said(sentence)
+    texts = {_as_said(found) for prompt in prompts for found in _strings_in(prompt, _MAX_DEPTH)} - {""}
+    short = [re.escape(one) for one in texts if len(one) < _LEAST_QUOTED]
+    if short and re.search(rf"(?<!\w)(?:{'|'.join(short)})(?!\w)", said):
+        return True
+    read = "\n".join(one for one in texts if len(one) >= _LEAST_QUOTED)
+    return any(said[at : at + _LEAST_QUOTED] in read for at in range(len(said) - _LEAST_QUOTED + 1))
+
+
+def _as_said(text: str) -> str:
+    """Return a text as the sentence of a template has it, which is one line, whatever its capitals."""
+    return " ".join(text.casefold().split())
 
 
 def _texts_of(prompt: Any) -> list[str]:

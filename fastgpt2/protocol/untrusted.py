@@ -180,7 +180,8 @@ def read_model_list(value: Any) -> list[str]:
     except (ValueError, RecursionError):
         return []
     names = found if isinstance(found, list) else []
-    return [name for name in names if isinstance(name, str) and _may_name_model(name.encode("utf-8", "replace"))]
+    # A lone surrogate is not printable, and could stand in no key.
+    return [name for name in names if isinstance(name, str) and name.isprintable() and _may_name_model(name.encode())]
 
 
 def _may_name_model(name: Any) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from fastgpt2.errors import QueueUnavailable
 from fastgpt2.protocol.connection import connect, redis_errors
-from fastgpt2.protocol.keys import MAX_MODELS_OF_POOL, PRIORITIES, models_key, queue_key, queue_of, queues_of
+from fastgpt2.protocol.keys import PRIORITIES, list_models, models_key, queue_key, queue_of, queues_of
 from fastgpt2.system.served_model import ServedModel
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def warn_of_losses(redis_url: str, queue: str) -> None:
     connection = connect(redis_url)
     try:
         with closing(connection), redis_errors(redis_url):
-            known = connection.zrange(models_key(queue), -MAX_MODELS_OF_POOL, -1)
+            known = connection.execute_command(*list_models(queue))  # type: ignore[no-untyped-call]
             count = _count(connection, queues_of(queue, read_model_names(known)))
     except QueueUnavailable:
         return

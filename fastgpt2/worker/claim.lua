@@ -1,4 +1,4 @@
--- Move jobs from the queues into this worker's lists of claimed jobs; none while workers are suspended.
+-- Move jobs from the queues into this worker's lists of claimed jobs, unless workers are suspended.
 --
 -- The queues of one priority take turns: the next job is looked for first in the queue behind the one that gave the
 -- last.
@@ -17,8 +17,9 @@
 -- ARGV[4]          of this many claims, one looks at the last priority first
 -- ARGV[5]          of this many claims, one looks at the second priority first
 -- ARGV[6...]       for each priority, which of its queues comes first, counted from 0
--- Returns          for each claimed job, the number of its queue, counted from 0, and its id
-if redis.call('EXISTS', KEYS[1]) == 1 then return {} end
+-- Returns          for each claimed job, the number of its queue, counted from 0, and its id; nil while workers are
+--                  suspended
+if redis.call('EXISTS', KEYS[1]) == 1 then return false end
 local priorities, turn, claimed, suspect = #ARGV - 5, tonumber(ARGV[2]), {}, false
 local each = (#KEYS - 1) / 2 / priorities
 local last_every, second_every = tonumber(ARGV[4]), tonumber(ARGV[5])

@@ -82,12 +82,14 @@ class Claims:
     def add_claim(self, pipeline: Pipeline, most: int, running: int) -> None:
         """Add to a pipeline the claim of at most `most` jobs, by a worker that has `running` jobs already.
 
-        `read` takes the reply, which has no jobs while workers are suspended.
+        `read` takes the reply.
         """
         _CLAIM.add(pipeline, self._keys, self._arguments(most, running))
 
-    def read(self, reply: Sequence[Any]) -> list[Claim]:
-        """Return the jobs that the reply to a claim names."""
+    def read(self, reply: Sequence[Any] | None) -> list[Claim]:
+        """Return the jobs that the reply to a claim names; none while workers are suspended."""
+        if reply is None:
+            return []
         numbers = [int(number) for number in reply[::2]]
         for number in numbers:
             self._note_turn(number)
@@ -102,9 +104,10 @@ class Claims:
     def _arguments(self, most: int, running: int) -> list[int]:
         return [most, self._turn, running, LAST_EVERY, SECOND_EVERY, *self._firsts]
 
-    def claim(self, most: int) -> list[Claim]:
-        """Claim at most `most` jobs that are there now, for a worker that has none."""
-        return self.read(_CLAIM.run(self._connection, self._keys, self._arguments(most, 0)))
+    def claim(self, most: int) -> list[Claim] | None:
+        """Claim at most `most` jobs that are there now, for a worker that has none; None if workers are suspended."""
+        reply = _CLAIM.run(self._connection, self._keys, self._arguments(most, 0))
+        return None if reply is None else self.read(reply)
 
     def list_all(self, held: Iterable[Claim]) -> list[Claim]:
         """Return all that Redis has as claimed by this worker, in the order in which it was claimed.
@@ -156,14 +159,12 @@ class Claims:
                     log.warning("%s: %d jobs cannot be put back into %s", self._worker_name, left, queue.key)
 
     def wait(self, seconds: float, most: int) -> list[Claim]:
-        """Claim a job; if there is none, wait for one. None when the time is over or `wake` was called.
+        """Wait for a job, where `claim` has found none. Return none when the time is over or `wake` was called.
 
         One BLMOVE for each queue, each on a connection of its own: to wait for several lists at once, Redis has only
         commands that take from them without leaving a trace. The connections that were not served are unblocked again,
         so that nothing is claimed later. Several may be served at the same moment: all but `most` are put back.
         """
-        if found := self.claim(1):
-            return found
         while len(self._waiting) < len(self._queues):
             at = len(self._waiting)
             self._waiting.append(_Waiting(self._connection, self._queues[at], at, self._worker_name))

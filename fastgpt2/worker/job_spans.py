@@ -62,7 +62,7 @@ def _make_spans(makes: Tracer, attempt: Attempt, outcome: str, job: ActiveJob | 
             makes.start_span(name, context=within, start_time=begin).end(end)
         if error is not None:
             whole.set_attribute("error.type", type(error).__qualname__)
-            whole.set_status(trace.StatusCode.ERROR, str(error)[:MAX_REASON_CHARACTERS])
+            whole.set_status(trace.StatusCode.ERROR, attempt.rq_job.without_prompt(error)[:MAX_REASON_CHARACTERS])
     whole.end(now)
 
 

@@ -5,7 +5,8 @@
 -- ARGV[1]          the key of the worker's own hash
 -- ARGV[2...]       the names of its model
 local served = {}
-for _, key in ipairs(redis.call('SMEMBERS', KEYS[2])) do
+-- `pcall`: what stands there and is no set, or no sorted set, keeps no worker from ending.
+for _, key in ipairs(redis.pcall('SMEMBERS', KEYS[2])) do
     local known = key ~= ARGV[1] and redis.pcall('HMGET', key, '$MODELS_FIELD', 'death') or {}
     if type(known[1]) == 'string' and not known[2] then
         local is_list, names = pcall(cjson.decode, known[1])
@@ -17,6 +18,6 @@ end
 local time = redis.call('TIME')
 local lapsed = string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000) - 1)
 for i = 2, #ARGV do
-    if not served[ARGV[i]] then redis.call('ZADD', KEYS[1], 'XX', 'LT', lapsed, ARGV[i]) end
+    if not served[ARGV[i]] then redis.pcall('ZADD', KEYS[1], 'XX', 'LT', lapsed, ARGV[i]) end
 end
 return 1

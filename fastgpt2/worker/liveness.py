@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ from redis.exceptions import ReadOnlyError, RedisError
 from fastgpt2.errors import BadRequest
 from fastgpt2.events import are_logged
 from fastgpt2.process import stop_signals_held
-from fastgpt2.protocol.keys import LEASE_SECONDS, WORKER_PREFIX, leases_key
+from fastgpt2.protocol.keys import LEASE_SECONDS, WORKER_PREFIX, leases_key, models_key
 from fastgpt2.protocol.scripts import Script
 
 if TYPE_CHECKING:
@@ -56,17 +56,26 @@ class Lease:
     Args:
         queue: the name of the pool's queue.
         dead: called, in the thread, with the name of a worker that has died and what stood in its lease.
+        models: the names of this worker's model.
 
     Attributes:
         incarnation: tells this process from others that have the worker's name before or after it.
     """
 
-    def __init__(self, connection: Redis, queue: str, worker_name: str, dead: Callable[[str, str], object]) -> None:
+    def __init__(
+        self,
+        connection: Redis,
+        queue: str,
+        worker_name: str,
+        dead: Callable[[str, str], object],
+        models: Sequence[str] = (),
+    ) -> None:
         self.incarnation = uuid.uuid4().hex
         self._connection = connection
-        self._keys = [leases_key(queue), f"{WORKER_PREFIX}{worker_name}"]
+        self._keys = [leases_key(queue), f"{WORKER_PREFIX}{worker_name}", models_key(queue)]
         self._name = worker_name
         self._dead = dead
+        self._models = models
         # For each lapsed lease what stands in it, and how often in a row just this was found.
         self._lapsed: dict[str, tuple[str, int]] = {}
         self._written = ""
@@ -126,7 +135,7 @@ class Lease:
     def beat(self) -> None:
         """Renew the lease, and look at those of the others."""
         began = time.monotonic()
-        arguments = [self._name, int(LEASE_SECONDS * 1000), self.incarnation]
+        arguments = [self._name, int(LEASE_SECONDS * 1000), self.incarnation, *self._models]
         reply = _BEAT.run(self._connection, self._keys, arguments)
         before, written, previous = _text(reply[0]), _text(reply[1]), self._written
         if not written:

@@ -163,7 +163,7 @@ class Outbox:
         """Write one line into the log, without the prompt; with a traceback only for a defect."""
         name, extra = attempt.in_words, attempt.log_extra
         if isinstance(error, FastGPT2Error):
-            reason = error.reason if isinstance(error, JobFailed) else error
+            reason = attempt.rq_job.without_prompt(error.reason if isinstance(error, JobFailed) else error)
             extra["fields"]["error"] = type(error).__name__
             log.warning("%s: %s failed: %s", self._name, name, reason, extra=extra)
         else:

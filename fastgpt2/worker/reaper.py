@@ -24,7 +24,7 @@ from fastgpt2.protocol import keys
 from fastgpt2.protocol.connection import connect
 from fastgpt2.protocol.messages import STREAM_TTL_SECONDS, end_entry
 from fastgpt2.protocol.scripts import Script
-from fastgpt2.protocol.untrusted import JSONOnlySerializer, check_replies, read_model_names
+from fastgpt2.protocol.untrusted import JSONOnlySerializer, check_replies, read_model_list, read_model_names
 from fastgpt2.worker.aftermath import complete, free_slot
 from fastgpt2.worker.fencing import IfRunning, Verdict, run_fenced
 from fastgpt2.worker.rq_job import GenerationJob, describe_error, fail_malformed
@@ -93,7 +93,7 @@ class Reaper:
         Returns:
             None if the worker has been heard of since, or somebody else was first.
         """
-        queues = self._list_queues()
+        queues = self._list_queues(worker_name)
         names, of_script = [queue.name for queue in queues], [self._leases_key]
         for queue in queues:
             of_script += (queue.key, keys.claimed_key(worker_name, queue.name))
@@ -114,12 +114,16 @@ class Reaper:
             log.warning(message, worker_name, len(put_back), given_up[:2000])
         return recovery
 
-    def _list_queues(self) -> list[Queue]:
-        """Return all queues of the pool: whatever model the worker served, its jobs are in lists of one of these."""
+    def _list_queues(self, worker_name: str) -> list[Queue]:
+        """Return all queues of the pool, those that the worker's hash tells of among them: Redis may lack its names.
+
+        Whatever model the worker served, its jobs are in lists of one of these.
+        """
         with self._connection.pipeline(transaction=False) as pipeline:
             pipeline.execute_command(*keys.list_models(self._queue))  # type: ignore[no-untyped-call]
-            (found,) = check_replies(pipeline.execute(raise_on_error=False))
-        models = read_model_names(found)
+            pipeline.hget(f"{keys.WORKER_PREFIX}{worker_name}", keys.MODELS_FIELD)
+            found, own = check_replies(pipeline.execute(raise_on_error=False))
+        models = sorted({*read_model_names(found), *read_model_list(own)[: keys.MAX_MODELS_OF_WORKER]})
         options: dict[str, Any] = {"job_class": GenerationJob, "serializer": JSONOnlySerializer}
         return [Queue(name, self._connection, **options) for name in keys.queues_of(self._queue, models)]
 

@@ -56,7 +56,7 @@ class Router:
             keys.queue_key(target),
             keys.models_key(self._queue),
         ]
-        reply = _ROUTE.run(self._connection, of_script, [attempt.id, model, target])
+        reply = _ROUTE.run(self._connection, of_script, [attempt.id, model, target, attempt.queue.name])
         if isinstance(reply, list):
             attempt.error = ModelUnknown.among(model, read_model_names(reply))
             return False

@@ -27,6 +27,7 @@ from fastgpt2.protocol.keys import CRASHES_FIELD, TOKEN_FIELD, TOKEN_NAME, check
 from fastgpt2.protocol.messages import TASK, JobOptions, parse_job
 from fastgpt2.protocol.request_context import RequestContext
 from fastgpt2.protocol.scripts import Script
+from fastgpt2.protocol.stored_jobs import Call, hide_prompts
 from fastgpt2.worker.entry_fields import MAX_DIGITS, check_fields
 from fastgpt2.worker.set_aside import set_aside, shown, unclaim
 
@@ -118,6 +119,14 @@ class GenerationJob(Job):
     def request_context(self) -> RequestContext:
         """The request and the trace that the job's metadata tell of."""
         return RequestContext.from_meta(self.meta)
+
+    def without_prompt(self, said: object) -> str:
+        """Return what an error says, without the prompt that it may quote: for logs and traces."""
+        try:
+            call = Call(self.func_name or "", list(self.args), dict(self.kwargs))
+        except (DeserializationError, TypeError, ValueError):  # `parse` says what is wrong
+            return str(said)
+        return hide_prompts(str(said), call.secrets)
 
     def rewind(self) -> None:
         """Set RQ's counters of retries and repeats to what was read: RQ changes them while an end is recorded."""

@@ -107,7 +107,7 @@ class RQWorker(BaseWorker):
         # RQ's own lines would be five a job.
         self.log.setLevel(logging.WARNING)
         reaper = Reaper(connection, queue)
-        self.lease = Lease(connection, queue, self.name, reaper.reap)
+        self.lease = Lease(connection, queue, self.name, reaper.reap, self.served.own)
         self._registration = Registration(
             connection, queue, queues, self.name, WORKER_TTL_SECONDS, self.lease, reaper.reap
         )

@@ -13,7 +13,6 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from rq import Queue
-from rq.suspension import is_suspended
 from rq.worker import WorkerStatus
 
 from fastgpt2.errors import FastGPT2Error, JobStopped, JobTimedOut, PromptTooLong
@@ -327,14 +326,18 @@ class GenerationWorker(RQWorker):
             self._begin(attempt)
 
     def _wait_for_jobs(self, burst: bool) -> list[Claim]:
-        if is_suspended(self.connection):  # with the worker, RQ would send a heartbeat each time
+        if self.get_state() != WorkerStatus.SUSPENDED:
+            self.enter(WorkerStatus.IDLE)  # first: what comes meanwhile is found without a wait
+        # One at a time, so that the queues take turns and a burst spreads over the pool.
+        found = self._claims.claim(MOST_CLAIMS if burst else 1)
+        if found is None:
             self.enter(WorkerStatus.SUSPENDED)
             if not burst:
                 self.stopping.wait(IDLE_SECONDS)
             return []
         self.enter(WorkerStatus.IDLE)
-        if burst:
-            return self._claims.claim(MOST_CLAIMS)
+        if found or burst:
+            return found
         quiet = time.monotonic() - self._worked_at > QUIET_AFTER_SECONDS
         return self._claims.wait(QUIET_SECONDS if quiet else IDLE_SECONDS, MOST_CLAIMS)
 

@@ -442,6 +442,7 @@ def test_the_prompts_of_jobs(redis: Redis, ask: Ask, client: Client, queue_name:
         client.enqueue(long).id: long[:200],
         client.enqueue(ids).id: ids[:200],
         client.enqueue("").id: "",
+        client.enqueue([{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]).id: "user: Hi",
         queue.enqueue(TASK, "by position").id: "by position",
         Queue(queue_name, connection=redis).enqueue(TASK, "pickled", max_new_tokens=3).id: "pickled",
     }

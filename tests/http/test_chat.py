@@ -16,6 +16,7 @@ from support.turns import Turns
 from fastgpt2 import Client, Engine
 from fastgpt2.api.http.chat import bytes_of
 from fastgpt2.api.http.chat_request import parse_chat
+from fastgpt2.engine.text.chat_template import ChatTemplate
 from fastgpt2.errors import BadRequest, NoChatTemplate
 from fastgpt2.protocol.keys import CHAT_FIELD, MODEL_FIELD, MODELS_FIELD, workers_key
 from fastgpt2.system.up import System
@@ -246,6 +247,23 @@ def test_a_worker_without_a_template_says_the_same(turns: Turns, client: Client)
     turns.until(lambda: job.status() == "failed", "the job to fail")
     with pytest.raises(NoChatTemplate, match=r"no chat template: continue prompts, as POST /v1/completions does"):
         job.result(10)
+
+
+def test_what_a_template_says_of_a_message_is_in_no_log(
+    turns: Turns, client: Client, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    said = "the chat template refuses these messages: what is"
+
+    def refuse(_template: ChatTemplate, values: dict[str, Any], _continues: bool) -> str:
+        raise BadRequest(f"{said} {values['messages'][0]['content'][6:]}?")
+
+    monkeypatch.setattr(ChatTemplate, "render", refuse)
+    job = client.enqueue([{"role": "user", "content": "I say my secret word"}])
+    turns.until(lambda: job.status() == "failed", "the job to fail")
+    with pytest.raises(BadRequest, match="what is my secret word"):
+        job.result(10)
+    assert "refuses these messages: [prompt]" in caplog.text
+    assert "secret" not in caplog.text
 
 
 def test_the_bytes_of_tokens() -> None:

@@ -51,6 +51,7 @@ EXPECTED: dict[str, tuple[str, str | None, int, str]] = {
     "TokenMissing": ("authentication_error", "missing_api_key", 401, "missing_api_key"),
     "ForbiddenOrigin": ("permission_error", "forbidden_origin", 403, "forbidden_origin"),
     "JobNotFound": (WRONG, "job_not_found", 404, "job_not_found"),
+    "JobNotEnded": (WRONG, "job_not_ended", 409, "job_not_ended"),
     "JobLost": (SERVER, "job_lost", 503, "incomplete_generation"),
     "JobFailed": (SERVER, "job_failed", 502, "generation"),
     "JobCancelled": (SERVER, "job_cancelled", 409, "incomplete_generation"),

@@ -7,6 +7,7 @@ import json
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from typing import Any
 from urllib.parse import quote
@@ -23,11 +24,15 @@ from support.running import in_thread
 from support.turns import Turns
 
 from fastgpt2 import Client
+from fastgpt2.api.client.admission import Admission
+from fastgpt2.api.client.enqueue import plan_job
+from fastgpt2.api.client.flow import Driver
 from fastgpt2.api.http.app import create_app
 from fastgpt2.api.http.service import Bounds
 from fastgpt2.api.http.tokens import Token, Tokens
 from fastgpt2.cli import main
-from fastgpt2.errors import JobTimedOut, PromptTooLong
+from fastgpt2.errors import JobTimedOut, PromptTooLong, TokenLimitReached
+from fastgpt2.protocol.keys import account_jobs_key, account_key
 from fastgpt2.protocol.stored_jobs import HIDDEN
 from fastgpt2.system.redis_server import RedisServer
 
@@ -459,6 +464,49 @@ class TestRequeue:
             client.cancel(jobs[0].id)
             assert run_again(cancelled.id) == (202, "0")
         assert jobs[1].failed_job_registry.get_job_ids() == [jobs[1].id], "it stays as it is"
+
+    def test_two_who_ask_at_once_have_no_more_room_than_their_token(
+        self, redis_server: RedisServer, redis: Redis, client: Client, queue: Queue
+    ) -> None:
+        secrets = {"alice": "a-token-of-many-letters", "bob": "another-of-many-letters"}
+        tokens = [Token(hashlib.sha256(secret.encode()).digest(), name, waiting=2) for name, secret in secrets.items()]
+        app = create_app(redis_server.url, client.queue_name, Bounds(timeout=1), lambda: False, Tokens(tokens))
+        jobs = [fail(queue) for _ in range(6)]
+        with TestClient(app, base_url="http://localhost") as web, ThreadPoolExecutor(12) as threads:
+
+            def run_again(job: RQJob, name: str = "alice") -> int:
+                headers = {"authorization": f"Bearer {secrets[name]}"}
+                return web.post(f"/v1/jobs/{job.id}/requeue", headers=headers).status_code
+
+            answers = list(threads.map(run_again, jobs * 2))
+            assert answers.count(202) == 2
+            assert set(answers) <= {202, 409, 429}
+            room = account_jobs_key(client.queue_name, "alice")
+            again = queue.get_job_ids()
+            assert sorted(redis.zrange(room, 0, -1)) == sorted(map(str.encode, again))
+            (left, *_) = [job for job in jobs if job.id not in again]
+            # It is bob's from now on, and no room of alice's is taken by it.
+            assert [run_again(left, name) for name in ("bob", "alice")] == [202, 409]
+            assert redis.hget(left.key, "fastgpt2_token") == b"bob"
+            assert redis.zcard(room) == 2
+
+    def test_room_for_a_job_that_is_about_to_be_requeued_stays(
+        self, redis: Redis, client: Client, queue: Queue
+    ) -> None:
+        job, plan = fail(queue), plan_job("a", {"max_new_tokens": 9})
+        driver = Driver(client.redis_url)
+
+        def ask(job_id: str) -> None:
+            driver.run(Admission(client.queue_name, "alice", 1, 1000).ask([job_id], [plan], None))
+
+        ask(job.id)
+        with pytest.raises(TokenLimitReached):
+            ask("another")
+        # Half a minute later it counts as ended, and what it had reserved is reserved once.
+        redis.zadd(account_jobs_key(client.queue_name, "alice"), {job.id: 1})
+        ask(job.id)
+        assert redis.hget(account_key(client.queue_name, "alice"), "reserved") == b"10"
+        driver.close()
 
     def test_a_full_queue(self, redis_server: RedisServer, client: Client, queue: Queue) -> None:
         job = fail(queue)

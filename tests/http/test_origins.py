@@ -135,6 +135,8 @@ class TestWhatPagesWantToHaveDone:
             ("https://pool.example.com", "127.0.0.1:8000", True),
             ("http://pool.example.com", "127.0.0.1:8000", False),
             ("https://pool.example.com:8443", "127.0.0.1:8000", False),
+            ("app://localhost:8000", "localhost:8000", False),  # a program with a browser in it
+            ("capacitor://localhost", "localhost", False),
         ],
     )
     def test_the_endpoints_own_page_is_known(self, origin: str, host: str, is_own: bool) -> None:

@@ -22,6 +22,7 @@ from starlette.testclient import TestClient
 from support.running import StartEndpoint, hang_up, wait_until
 
 from fastgpt2 import Client
+from fastgpt2.api.client.enqueue import idempotency_keys
 from fastgpt2.api.http.app import create_app
 from fastgpt2.api.http.service import Bounds
 from fastgpt2.api.http.tokens import Token, Tokens, read_file
@@ -301,6 +302,25 @@ def test_a_request_that_is_repeated_needs_no_room(limited: list[TestClient]) -> 
     assert code_of(limited[1].post("/v1/jobs", json={"prompt": "b"}, headers=once)) == (422, "idempotency_mismatch")
 
 
+def test_a_request_that_is_repeated_needs_room_for_what_was_cancelled(
+    limited: list[TestClient], redis: Redis, client: Client
+) -> None:
+    key, body = uuid.uuid4().hex, {"prompt": ["a", "b", "c"]}
+    once, queue = {**bearer(ALICE), "idempotency-key": key}, f"rq:queue:{client.queue_name}"
+    # Nobody waits any more, and the jobs are cancelled; but let the first have ended before.
+    assert limited[0].post("/v1/completions", json=body, headers=once).status_code == 504
+    wait_until(lambda: not redis.llen(queue), "the jobs to be cancelled")
+    first: Any = redis.hget(idempotency_keys(key, 3, body)[0].redis_key, "job")
+    redis.hset(f"rq:job:{first.decode()}", "status", "finished")
+    jobs = [enqueue(limited[1], ALICE).json()["id"] for _ in range(2)]
+    refused = limited[1].post("/v1/completions", json=body, headers=once)
+    assert (code_of(refused), redis.llen(queue)) == ((429, "rate_limit_exceeded"), 2), "there is room for one"
+    limited[0].delete(f"/v1/jobs/{jobs[0]}", headers=bearer(ALICE))
+    again = limited[1].post("/v1/completions", json=body, headers=once)
+    assert again.status_code != 429
+    assert again.headers["x-ratelimit-remaining-requests"] == "0"
+
+
 def test_room_is_given_back_if_the_queue_is_full(redis_server: RedisServer, redis: Redis, client: Client) -> None:
     token = Token(digest(ALICE), "alice", 5, 1000)
     bounds = Bounds(timeout=0.05, max_queue=1)
@@ -471,7 +491,9 @@ def start_in_terminal(command: str, log: Path, *options: str) -> tuple[subproces
             [
                 sys.executable,
                 "-c",
-                f"import os, sys; os.close(os.open({os.ttyname(slave)!r}, os.O_RDWR)); "
+                # Whoever runs these tests may ignore SIGHUP, as nohup does, and children inherit that.
+                "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); "
+                f"os.close(os.open({os.ttyname(slave)!r}, os.O_RDWR)); "
                 "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])",
                 "-m",
                 "fastgpt2",

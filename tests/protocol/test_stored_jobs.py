@@ -86,6 +86,7 @@ class TestHiding:
             ([464, 2068, 7586, 21831], "not [464, 2068, 7586, 21831]", f"not [{HIDDEN}]"),
             ([{"role": "user", "content": "My secret"}], "user said My secret!", f"user said {HIDDEN}!"),
             ([{"role": "user", "content": [{"type": "text", "text": "My secret"}]}], "My secret", HIDDEN),
+            ([{"tool_calls": [{"function": {"arguments": {"a": ["My secret"]}}}]}], "no My secret", f"no {HIDDEN}"),
             (None, "as it is", "as it is"),
             (7, "7 as it is", "7 as it is"),
         ],
@@ -96,6 +97,24 @@ class TestHiding:
             assert "secret" not in found
         else:
             assert found == shown
+
+    @pytest.mark.parametrize(
+        ("content", "said", "is_hidden"),
+        [
+            ("Hello. My PIN is 4711, mind it", "I never heard: my pin is 4711", True),
+            ("Dear\n  John,\nmy secret", "I refuse Dear John, my secret", True),
+            ("4711", "no 4711 here", True),
+            ("4711", "no 14711 here", False),
+            ("Which roles are there?", "Conversation roles must alternate user/assistant/user/assistant/...", False),
+            ("", "after user comes assistant", False),
+        ],
+    )
+    def test_what_a_template_says_of_a_message(self, content: str, said: str, is_hidden: bool) -> None:
+        messages = [{"role": "user", "content": "x"}] * 300 + [{"role": "user", "content": content}]
+        for head, tail in (("refuses these messages: ", ""), ("cannot render these messages (", ")")):
+            text = f"fastgpt2.errors.BadRequest: the chat template {head}{said}{tail}"
+            shown = f"fastgpt2.errors.BadRequest: the chat template {head}{HIDDEN}" if is_hidden else text
+            assert hide_prompts(text, [messages]) == shown
 
     def test_deep_and_long_ones_end(self) -> None:
         deep: Any = "My secret"

@@ -18,7 +18,8 @@ from support.running import in_thread, wait_until
 from support.turns import Turns, take_turns
 
 from fastgpt2 import Client, Engine
-from fastgpt2.api.client.enqueue import ModelLimits, plan_job
+from fastgpt2.api.client.enqueue import plan_job
+from fastgpt2.api.client.model_limits import ModelLimits
 from fastgpt2.errors import BadRequest, JobCancelled, ModelUnknown, PromptTooLong, QueueFull, ResultTimeout
 from fastgpt2.protocol import keys
 from fastgpt2.protocol.keys import PRIORITIES, Priority, claimed_key, models_key, queue_key, queue_of, queues_of
@@ -285,6 +286,36 @@ def test_a_plain_rq_job_of_a_model_that_nobody_serves_fails(
     assert not redis.exists(queue_key(f"{queue.name}@theirs"))
 
 
+@pytest.mark.parametrize("change", ["deleted", "started", "list"])
+def test_a_job_that_is_sent_on_is_neither_lost_nor_half_there(
+    ours: Turns, redis: Redis, serve: Serve, queue: Queue, change: str
+) -> None:
+    """It is deleted after it was read; or its start, to refuse it, was written and never heard of; or the list of what
+    the worker has claimed is none."""
+    job = queue.enqueue(TASK, "a", model="theirs", max_new_tokens=2)
+    worker, claimed, target = ours.worker, claimed_key(ours.worker.name, queue.name), f"{queue.name}@theirs"
+    claims = worker._claims.claim(1) or []
+    attempts = worker._ledger.read(claims)
+    match change:
+        case "deleted":
+            serve("theirs")
+            redis.delete(job.key)
+            assert worker._router.route(attempts) == []
+            assert not redis.exists(job.key, claimed, queue_key(target))
+        case "started":
+            assert worker._router.route(attempts) == attempts
+            worker._ledger.start(attempts)
+            serve("theirs")
+            assert worker._router.route(worker._ledger.read(claims)) == []
+            assert (job.get_status(), job.get_meta(), waiting(redis, target)) == ("queued", {}, [job.id])
+            assert not redis.exists(keys.registry_key("started", queue.name), f"{keys.EXECUTIONS_PREFIX}{job.id}")
+        case "list":
+            serve("theirs")
+            redis.set(claimed, "junk")
+            worker._claimed = claims
+            ours.until(lambda: waiting(redis, target) == [job.id], "the job to be sent on")
+
+
 def test_a_job_in_a_models_queue_need_not_name_it(ours: Turns, redis: Redis, queue_name: str) -> None:
     queue = Queue(f"{queue_name}@alias", connection=redis, serializer=JSONSerializer)
     job = queue.enqueue(TASK, "a", max_new_tokens=2)
@@ -311,7 +342,7 @@ def claims(redis: Redis, queue_name: str) -> Iterator[Claims]:
 def test_the_queues_of_one_priority_take_turns(claims: Claims, redis: Redis, queue_name: str) -> None:
     names = queues_of(queue_name, ["a", "b"])
     fill(redis, names, 60)
-    taken = [queue.name for _ in range(48) for queue, _ in claims.claim(2)]
+    taken = [queue.name for _ in range(48) for queue, _ in claims.claim(2) or ()]
     # 12 of 16 claims are of the first priority, 3 of the second, 1 of the last: of 96, 72, 18 and 6.
     assert [taken.count(name) for name in names] == [24, 24, 24, 6, 6, 6, 2, 2, 2]
     urgent = [name for name in taken if name in names[:3]]
@@ -320,15 +351,12 @@ def test_the_queues_of_one_priority_take_turns(claims: Claims, redis: Redis, que
 
 def test_an_empty_queue_gives_no_other_two_turns(claims: Claims, redis: Redis, queue_name: str) -> None:
     fill(redis, [queue_name, f"{queue_name}@b"], 20)
-    taken = [queue.name for queue, _ in claims.claim(20)]
+    taken = [queue.name for queue, _ in claims.claim(20) or ()]
     assert taken == [queue_name, f"{queue_name}@b"] * 10
 
 
 def test_a_worker_that_waits_takes_no_more_than_it_may(claims: Claims, redis: Redis, queue_name: str) -> None:
     names = queues_of(queue_name, ["a", "b"])
-    fill(redis, names, 1)
-    assert [queue.name for queue, _ in claims.wait(30, 4)] == [names[0]], "what is there is claimed one by one"
-    redis.delete(*map(queue_key, names))
     waits = in_thread(lambda: claims.wait(30, 4))
     wait_until(lambda: _blocked(redis, [each.client_id for each in claims._waiting]) == len(names), "all to wait")
     with redis.pipeline() as together:  # which serves all that wait at the same moment
@@ -338,7 +366,7 @@ def test_a_worker_that_waits_takes_no_more_than_it_may(claims: Claims, redis: Re
     taken = [queue.name for queue, _ in waits.result(30)]
     assert taken == names[:4]
     assert [name for name in names if waiting(redis, name)] == names[4:], "the others are put back"
-    assert [queue.name for queue, _ in claims.list_all([])] == [names[0], *taken]
+    assert [queue.name for queue, _ in claims.list_all([])] == taken
 
 
 def _blocked(redis: Redis, ids: list[int]) -> int:
@@ -349,14 +377,18 @@ def _blocked(redis: Redis, ids: list[int]) -> int:
 # Workers that die, and models that go.
 
 
+@pytest.mark.parametrize("is_known", [True, False])
 def test_the_jobs_of_a_dead_worker_are_taken_back_whatever_it_served(
-    redis: Redis, client: Client, serve: Serve, queue_name: str
+    redis: Redis, client: Client, serve: Serve, queue_name: str, is_known: bool
 ) -> None:
     serve("gone")
     job = client.enqueue("a", model="gone", priority="high")
     name = queue_of(queue_name, "high", "gone")
     redis.lmove(queue_key(name), claimed_key("dead", name), "LEFT", "RIGHT")
     lapse(redis, queue_name, "gone", 3 * 24 * 3600)
+    if not is_known:  # only the worker's own hash tells of it
+        redis.delete(models_key(queue_name))
+        redis.hset("rq:worker:dead", "models", '["gone", "\\ud800", 5]')
     recovery = Reaper(redis, queue_name).reap("dead")
     assert recovery is not None
     assert recovery.put_back == [job.id]
@@ -435,6 +467,20 @@ def test_names_lapse_when_their_last_worker_ends(
     assert redis.zcard(models_key(queue_name)) == 3, "they are remembered"
 
 
+def test_names_are_told_again_once_redis_is_back(ours: Turns, redis: Redis, queue_name: str) -> None:
+    """By the next beat, a second later at most: whoever asks for the model meanwhile is refused."""
+    ours.worker.lease.beat()
+    redis.delete(models_key(queue_name), keys.leases_key(queue_name))
+    ours.worker.lease.beat()
+    assert served_now(redis, queue_name) == {b"ours", b"alias"}
+    assert redis.ttl(models_key(queue_name)) > 0
+    for name in ("ours", "alias"):
+        lapse(redis, queue_name, name, 600)
+    redis.zadd(keys.leases_key(queue_name), {ours.worker.name: now_ms(redis) - 600_000})
+    ours.worker.lease.beat()
+    assert served_now(redis, queue_name) == {b"ours", b"alias"}
+
+
 def test_a_name_is_forgotten_once_nobody_needs_it(redis: Redis, serve: Serve, queue_name: str) -> None:
     serve("waits", "results", "idle", "recent")
     redis.rpush(queue_key(f"{queue_name}-low@waits"), "x")
@@ -474,6 +520,9 @@ def test_what_else_stands_under_the_key_of_the_names_does_no_harm(
     with Client(client.redis_url, queue_name, max_queue=5) as bounded:
         assert bounded.enqueue("a").status() == "queued"
     assert Reaper(redis, queue_name).reap("nobody") is not None
+    named = ServedNames(redis, queue_name, ["good"])
+    redis.sadd(keys.workers_key(queue_name), "x")
+    named.leave("y")
     serve("good")
     redis.zadd(models_key(queue_name), {b"\xff\n": 1e15, b"x" * 1000: 1e15})
     assert serve("good")._pool == {"good"}

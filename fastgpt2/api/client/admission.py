@@ -64,7 +64,7 @@ class Admission:
         """Take room for jobs that are about to be enqueued, for all or for none.
 
         Args:
-            keys: see `Session.send_all`. A request that was made before needs no room: its jobs have theirs.
+            keys: see `Session.send_all`. Jobs that were enqueued before need no room: they have theirs.
 
         Raises:
             TokenLimitReached: there is none now.
@@ -78,7 +78,7 @@ class Admission:
                 "running at once: send fewer in a request"
             )
         reserved = [part for one in zip(job_ids, map(_most_tokens, plans), strict=True) for part in one]
-        known = [] if not keys else [keys[0].redis_key]
+        known = [key.redis_key for key in keys or ()]
         arguments = *self._keys, self._waiting or 0, self._per_minute or 0, *reserved
         reply = yield Command("execute_command", _ADMIT.command(known, arguments))
         verdict, jobs, tokens, debt = (float(one) for one in reply)
@@ -131,10 +131,9 @@ class Admission:
 def _most_tokens(plan: JobPlan) -> int:
     """Return how many tokens a job may use: a guess for a prompt that is a text, and the most new ones of each text."""
     request = plan.request
-    messages = getattr(request, "messages", None)
-    if messages is not None:
+    if request.messages is not None:
         # A template puts them into words. Without a number, a chat goes on as long as there is room.
-        read = len(json.dumps(messages, default=str)) // BYTES_PER_TOKEN
+        read = len(json.dumps(request.messages)) // BYTES_PER_TOKEN
         new = CHAT_TOKENS if request.max_new_tokens is None else request.max_new_tokens
         return read + new * request.texts
     prompt = request.prompt

@@ -8,7 +8,7 @@
 -- Workers tell of jobs that they ran. Those that ended otherwise (cancelled in the queue, expired, deleted) are found by
 -- a look at some jobs each time, those first at which nobody has looked for longest; at many, before a refusal.
 --
--- KEYS: the hash kept of an idempotency key, if there is one. The account's are no keys: then a user of Redis would need
+-- KEYS: for each job, the hash kept of its idempotency key; none if the request has no such key. The account's are no keys: then a user of Redis would need
 --       all these rights to jobs and queues too.
 -- ARGV: 1 the account; 2 the jobs that have room, each with the moment when it was last looked at, in ms; 3 the stream of
 --       what jobs have used; 4 how many jobs may wait or run, or 0; 5 how many tokens a minute may be used, or 0; 6 and
@@ -19,7 +19,7 @@ local time = redis.call("TIME")
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local stamp = string.format("%.0f", now)
 local account_key, jobs_key, usage_key = ARGV[1], ARGV[2], ARGV[3]
-local waiting, per_minute, jobs = tonumber(ARGV[4]), tonumber(ARGV[5]), (#ARGV - 5) / 2
+local waiting, per_minute, jobs = tonumber(ARGV[4]), tonumber(ARGV[5]), 0
 local account = redis.call("HMGET", account_key, "debt", "at", "reserved")
 local debt, at, reserved = tonumber(account[1]) or 0, tonumber(account[2]) or now, tonumber(account[3]) or 0
 
@@ -47,6 +47,8 @@ local function look_at_jobs(most)
         if type(status) ~= "string" then
             -- One that is not there may be about to be enqueued.
             if now - tonumber(found[i + 1]) > 30000 then give_back(found[i]) end
+        elseif (status == "failed" or status == "stopped") and tonumber(found[i + 1]) > now then
+            -- It is about to be requeued, or was, and has failed anew: then its worker tells of it.
         elseif status == "finished" or status == "failed" or status == "stopped" or status == "canceled" then
             give_back(found[i])
         else
@@ -74,10 +76,19 @@ if redis.call("EXISTS", usage_key) == 0 then
 end
 redis.call("XTRIM", usage_key, "MAXLEN", 0)
 
-local known = KEYS[1] and redis.call("HGET", KEYS[1], "job")
-local status = known and redis.call("HGET", "$JOB_PREFIX" .. known, "status")
+-- Each by its own key: of one request, some may go on while others were cancelled, and are enqueued anew.
+local function goes_on(number)
+    local known = KEYS[number] and redis.call("HGET", KEYS[number], "job")
+    local status = known and redis.pcall("HGET", "$JOB_PREFIX" .. known, "status")
+    return type(status) == "string" and status ~= "canceled"
+end
+local new = {}
+for i = 6, #ARGV, 2 do
+    if not goes_on((i - 4) / 2) then new[#new + 1] = i end
+end
+jobs = #new
 local verdict = 0
-if not status or status == "canceled" then
+if jobs > 0 then
     look_at_jobs(20)
     verdict = objection()
     if verdict > 0 then
@@ -85,8 +96,12 @@ if not status or status == "canceled" then
         verdict = objection()
     end
     if verdict == 0 then
-        for i = 6, #ARGV, 2 do
-            redis.call("ZADD", jobs_key, stamp, ARGV[i])
+        for _, i in ipairs(new) do
+            -- One that is there already is about to be requeued. Until it is, its status is that of an end, which must not
+            -- take its room away again: as if looked at in half a minute.
+            give_back(ARGV[i])
+            local there = type(redis.pcall("HGET", "$JOB_PREFIX" .. ARGV[i], "status")) == "string"
+            redis.call("ZADD", jobs_key, there and string.format("%.0f", now + 30000) or stamp, ARGV[i])
             redis.call("HSET", account_key, "job:" .. ARGV[i], ARGV[i + 1])
             reserved = reserved + tonumber(ARGV[i + 1])
         end

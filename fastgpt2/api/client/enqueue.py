@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeAlias
 
 from rq.job import Job as RQJob
@@ -13,16 +13,13 @@ from rq.job import JobStatus
 from rq.serializers import JSONSerializer
 from rq.utils import now
 
-from fastgpt2.api.client.flow import Command, Flow, Pipeline
+from fastgpt2.api.client.flow import Command
 from fastgpt2.engine.decoding.chat_options import is_messages
 from fastgpt2.engine.decoding.records import GenerationRequest, RequestFields, list_stops, random_seed, split_prompt
-from fastgpt2.errors import BadRequest, IdempotencyMismatch, ModelUnknown, PromptTooLong, QueueFull
+from fastgpt2.errors import BadRequest, IdempotencyMismatch, ModelUnknown, QueueFull
 from fastgpt2.fields import check_fields, whole
 from fastgpt2.foreign_fields import is_neutral, refuse_unknown, take_known
 from fastgpt2.protocol.keys import (
-    MODEL_FIELD,
-    MODELS_FIELD,
-    NAMED_ONLY_FIELD,
     QUEUES_KEY,
     TOKEN_FIELD,
     Priority,
@@ -33,22 +30,16 @@ from fastgpt2.protocol.keys import (
     queue_of,
     queues_of,
     totals_key,
-    workers_key,
 )
 from fastgpt2.protocol.messages import TASK, JobOptions, job_to_kwargs, parse_job, refuse_unstreamable
 from fastgpt2.protocol.request_context import Traceparent, Tracestate, current_context
 from fastgpt2.protocol.scripts import Script
-from fastgpt2.protocol.untrusted import read_model_list, read_model_names
-from fastgpt2.protocol.untrusted import whole as whole_number
+from fastgpt2.protocol.untrusted import read_model_names
 
 DEFAULT_JOB_TIMEOUT_SECONDS = 600
 DEFAULT_RESULT_TTL_SECONDS = 24 * 3600
 Seconds = Annotated[int, whole(1, 10**8, "seconds")]
 NO_OPTIONS = JobOptions()
-
-# For how long what the workers told of their models is relied on.
-MODEL_LIMITS_SECONDS = 30.0
-_LIMIT_FIELDS = ("n_positions", "longest_token_bytes", MODEL_FIELD, MODELS_FIELD, NAMED_ONLY_FIELD)
 
 _ENQUEUE = Script(__file__, "enqueue")
 
@@ -295,93 +286,3 @@ class SentJob:
         first_argument = _FIRST_KEY + words[_FIRST_KEY - 1]
         words[first_argument + 1], words[first_argument + 5] = 0, ""
         return Command(self.command.method, tuple(words))
-
-
-@dataclass(frozen=True, slots=True)
-class ModelLimit:
-    """What a model can take: so many positions, with no token of its tokenizer longer than so many bytes."""
-
-    n_positions: int
-    longest_token_bytes: int
-
-    def including(self, other: ModelLimit) -> ModelLimit:
-        """Return what one of the two can take."""
-        return ModelLimit(
-            max(self.n_positions, other.n_positions), max(self.longest_token_bytes, other.longest_token_bytes)
-        )
-
-
-class ModelLimits:
-    """The limits of the live workers' models, by the names that jobs give; of several models of a name, the largest."""
-
-    def __init__(self) -> None:
-        self._fresh_until = 0.0
-        # By the models' names; under None, of those that take jobs which name no model.
-        self._limits: dict[str | None, ModelLimit] = {}
-        # The models of the workers that take jobs which name no model. Workers of earlier releases take no others.
-        self._of_unnamed: set[str] = set()
-
-    def refresh(self, queue: str) -> Flow[None]:
-        """Read the limits from the workers' own hashes, unless they were read just now."""
-        if time.monotonic() < self._fresh_until:
-            return
-        workers = yield Command("smembers", (workers_key(queue),))
-        asked = tuple(Command("hmget", (key, *_LIMIT_FIELDS)) for key in workers)
-        self._limits, self._of_unnamed = {}, set()
-        for fields in (yield Pipeline(asked)) if asked else ():
-            self._add(*fields)
-        # Without a worker the next job asks again.
-        self._fresh_until = time.monotonic() + MODEL_LIMITS_SECONDS if self._limits else 0.0
-
-    def _add(self, n_positions: Any, longest_token_bytes: Any, model: Any, models: Any, named_only: Any) -> None:
-        """Add a worker, of whose fields an earlier release writes the first three."""
-        limit = ModelLimit(whole_number(n_positions) or 0, whole_number(longest_token_bytes) or 0)
-        if not (limit.n_positions and limit.longest_token_bytes):
-            return
-        for name in (*read_model_list(models), *(() if named_only else (None,))):
-            self._limits[name] = limit.including(self._limits.get(name, limit))
-        if not named_only and isinstance(model, bytes):
-            self._of_unnamed.add(model.decode("utf-8", "replace"))
-
-    def adapt(self, plan: JobPlan) -> JobPlan:
-        """Return the plan as the live workers take it: workers of an earlier release know no jobs that name a model.
-
-        If such workers alone serve the model, and no other model's worker could take the job from them, it names none.
-        """
-        model = plan.options.model
-        if model is not None and model not in self._limits and self._of_unnamed == {model}:
-            return replace(plan, options=replace(plan.options, model=None))
-        return plan
-
-    def check(self, request: GenerationRequest, model: str | None = None) -> None:
-        """Refuse what surely cannot fit: as no token is longer than the longest, a text has a least number of tokens.
-
-        Args:
-            model: the one that the job names.
-
-        Raises:
-            PromptTooLong: the message says what would fit.
-        """
-        limit = self._limits.get(model)
-        if limit is None:
-            return
-        n_positions = limit.n_positions
-        if isinstance(request.prompt, str):
-            size = len(request.prompt.encode())
-            tokens = max(1, -(-size // limit.longest_token_bytes))
-            has, needs = f"{size} bytes, so at least {tokens} tokens", f"{tokens} or more"
-        else:
-            tokens = max(1, len(request.prompt))
-            has, needs = f"{tokens} tokens", str(tokens)
-        most = request.most_prompt_tokens(n_positions)
-        if most is not None and tokens > most:
-            tokens, has, needs = most, f"{most} tokens that are kept", str(most)
-        if tokens + request.least_room > n_positions:
-            raise PromptTooLong(f"the prompt has {has}, over {request.describe_positions(n_positions)}: shorten it")
-        room = n_positions - tokens
-        for name, value in (("max_new_tokens", request.max_new_tokens), ("min_new_tokens", request.min_new_tokens)):
-            if value is not None and value > room:
-                raise PromptTooLong(
-                    f"{name} is {value}; of the model's {n_positions} positions this prompt needs {needs}: "
-                    f"ask for at most {room}"
-                )

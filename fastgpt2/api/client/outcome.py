@@ -50,7 +50,7 @@ def decode_status(job_id: str, status: bytes | None) -> str:
         JobNotFound: the job's hash has none.
     """
     if status is None:
-        raise JobNotFound(f"no job {job_id!r}: it was never enqueued here, or its result has expired")
+        raise JobNotFound.by(job_id)
     return status.decode("utf-8", "replace")
 
 

@@ -4,7 +4,8 @@
 -- KEYS: 1 the job's hash.
 -- ARGV: 1 the job's id; 2 the time, as RQ writes it; 3 the time in seconds since 1970; 4 how many jobs may wait, or 0 for
 --       no limit; 5 the key of the pool's totals, where a refusal is counted; 6 the key of the names of models that are
---       served; 7 and on: the plain queues of the pool.
+--       served; 7 the name of the token whose job it is from now on, or "" if that stays as it is; 8 and on: the plain
+--       queues of the pool.
 -- Returns {"requeued"}; {"limited", the key of RQ's rate limit, how many of its jobs may run}: the job waits for a slot;
 --         {"missing"} if the pool has no such job; {"full", the number of waiting jobs}; {"unserved", the model,
 --         the names that are served}; {"ended", status, its queue} for one that has ended, but is not among the failed ones; {"active", status}.
@@ -21,7 +22,7 @@ if mark then
     plain, model = string.sub(origin, 1, mark - 1), string.sub(origin, mark + 1)
 end
 local of_pool = false
-for i = 7, #ARGV do
+for i = 8, #ARGV do
     of_pool = of_pool or ARGV[i] == plain
 end
 if not of_pool then
@@ -43,7 +44,7 @@ end
 local room = tonumber(ARGV[4])
 if room > 0 then
     local depth, models = 0, redis.pcall("ZRANGE", ARGV[6], 0, $MAX_MODELS_OF_POOL - 1, "REV")
-    for i = 7, #ARGV do
+    for i = 8, #ARGV do
         depth = depth + redis.call("LLEN", "$QUEUE_PREFIX" .. ARGV[i])
         for _, other in ipairs(models) do
             depth = depth + redis.call("LLEN", "$QUEUE_PREFIX" .. ARGV[i] .. "$MODEL_MARK" .. other)
@@ -56,6 +57,9 @@ if room > 0 then
 end
 redis.call("ZREM", failed, ARGV[1])
 redis.call("HSET", KEYS[1], "started_at", "", "ended_at", "", "worker_name", "", "enqueued_at", ARGV[2])
+if ARGV[7] ~= "" then
+    redis.call("HSET", KEYS[1], "$TOKEN_FIELD", ARGV[7])
+end
 -- Failed, it was to expire. Its own limit on waiting counts from now.
 for _, key in ipairs({KEYS[1], KEYS[1] .. ":dependents", "$JOB_PREFIX:" .. ARGV[1] .. ":dependencies"}) do
     redis.call("PERSIST", key)

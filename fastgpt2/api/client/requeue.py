@@ -28,6 +28,7 @@ from fastgpt2.protocol.keys import (
     PRIORITIES,
     QUEUE_PREFIX,
     RATE_LIMIT_PREFIX,
+    TOKEN_FIELD,
     job_key,
     models_key,
     plain_queue_of,
@@ -68,7 +69,7 @@ def run_again(
 
     Args:
         keys: the idempotency key of the new job, if there is to be one.
-        admission: asks first whether the limits of a token leave room.
+        admission: asks first whether the limits of a token leave room. What runs again is that token's job.
 
     Raises:
         TokenLimitReached: they do not.
@@ -81,14 +82,18 @@ def run_again(
     """
     if admission is not None:
         yield from _take_room(session, job_id, admission)
-    is_requeued = False
+    has_room = False
     try:
-        status, origin = yield from requeue(session, job_id)
-        is_requeued = status == "requeued"
+        status, origin = yield from requeue(session, job_id, None if admission is None else admission.token)
+        has_room = status == "requeued"
+    except JobNotEnded:
+        # Another request of the token may have requeued the job at the same moment, and then the room is the job's.
+        has_room = admission is not None and (yield from _is_of_token(job_id, admission.token))
+        raise
     finally:
-        if admission is not None and not is_requeued:
+        if admission is not None and not has_room:
             yield from admission.release([job_id])
-    if is_requeued:
+    if has_room:
         return Again(job_id, is_new=False)
     plan = yield from _plan_again(session, job_id, status, origin)
     (job,) = yield from session.send_all([plan], keys, admission)
@@ -116,8 +121,16 @@ def _take_room(session: Session, job_id: str, admission: Admission) -> Flow[None
     yield from admission.ask([job_id], [plan], None)
 
 
-def requeue(session: Session, job_id: str) -> Flow[tuple[str, str]]:
+def _is_of_token(job_id: str, token: str) -> Flow[bool]:
+    found = yield Command("hget", (job_key(job_id), TOKEN_FIELD))
+    return text(found) == token
+
+
+def requeue(session: Session, job_id: str, token: str | None = None) -> Flow[tuple[str, str]]:
     """Requeue a job if it is among the failed ones.
+
+    Args:
+        token: the name of the token whose job it is from now on; None if that stays as it is.
 
     Returns:
         "requeued" and ""; if it has ended and is not among the failed ones, its status and its queue.
@@ -127,10 +140,10 @@ def requeue(session: Session, job_id: str) -> Flow[tuple[str, str]]:
     yield from session.durability.check()
     arguments = (
         job_id, utcformat(now()), current_timestamp(), session.max_queue or 0, totals_key(session.queue),
-        models_key(session.queue), *queues_of(session.queue),
+        models_key(session.queue), token or "", *queues_of(session.queue),
     )  # fmt: skip
     command = Command("execute_command", _REQUEUE.command([job_key(job_id)], arguments))
-    missing = JobNotFound(f"no job {job_id[:100]!r}: it was never enqueued here, or its result has expired")
+    missing = JobNotFound.by(job_id)
     try:
         (reply,), confirmation = yield from session.send([command])
     except ResponseError as error:

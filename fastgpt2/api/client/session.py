@@ -14,12 +14,12 @@ from fastgpt2.api.client.enqueue import (
     DEFAULT_RESULT_TTL_SECONDS,
     IdempotencyKey,
     JobPlan,
-    ModelLimits,
     SentJob,
     enqueue_command,
     read_enqueue_reply,
 )
 from fastgpt2.api.client.flow import Bounded, Command, Flow, Pipeline, Retries
+from fastgpt2.api.client.model_limits import ModelLimits
 from fastgpt2.api.client.outcome import Outcome, decode_status, unwrap
 from fastgpt2.api.client.reader import JobReader, ReadLoop
 from fastgpt2.api.client.recovery import Recovery
@@ -170,7 +170,7 @@ class Session:
         """Cancel a job. Returns False if it had ended already."""
         reply = yield cancel_command(job_id, self.queue)
         if reply < 0:
-            raise JobNotFound(f"no job {job_id!r}: it was never enqueued here, or its result has expired")
+            raise JobNotFound.by(job_id)
         return bool(reply)
 
     def workers(self) -> Flow[int]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import ipaddress
 import re
 import socket
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from fastgpt2.api.http.headers import single_value, values_of
 from fastgpt2.errors import BadRequest, FastGPT2Error, ForbiddenOrigin, TokenMissing, Unauthorized
 
 if TYPE_CHECKING:
@@ -17,10 +18,9 @@ if TYPE_CHECKING:
 
     from fastgpt2.api.http.tokens import Token, Tokens
 
-# In the state of a request's scope: the token that it bears; the token's name, if it has one; and the headers that its
-# answer gets, which tell of the token's limits.
+# In the state of a request's scope: the token that it bears, if that has a name; and the headers that its answer gets,
+# which tell of the token's limits.
 TOKEN_STATE = "token"
-TOKEN_NAME_STATE = "token_name"
 LIMITS_STATE = "token_limits"
 
 # Probes have no token, and neither has a browser that is led to a page. These routes tell that this process answers and
@@ -109,8 +109,7 @@ class Access:
             return
         if token is not None and token.name is not None:
             assert self._tokens is not None
-            state = scope.setdefault("state", {})
-            state[TOKEN_STATE], state[TOKEN_NAME_STATE] = token, token.name
+            scope.setdefault("state", {})[TOKEN_STATE] = token
             scope.setdefault("log_fields", {})["token"] = token.name
             send = _CountedAnswer(scope, send, token.name, self._tokens).send
         await self._app(scope, receive, send)
@@ -126,7 +125,7 @@ class Access:
             return None
         if self._tokens is not None:
             return _find_token(scope, self._tokens)
-        host = _single_header(scope, b"host").decode("latin-1")
+        host = single_value(scope["headers"], b"host")
         if self._own_names is not None and not _is_host_of(host, self._own_names):
             raise ForbiddenOrigin(
                 f"this endpoint serves its own machine only, and {host[:100]!r} is not its name: ask 127.0.0.1 or "
@@ -161,7 +160,7 @@ def _find_token(scope: Scope, tokens: Tokens) -> Token:
         Unauthorized: it is none of these.
     """
     send = "send the header Authorization: Bearer TOKEN"
-    values = _header_values(scope, b"authorization")
+    values = values_of(scope["headers"], b"authorization")
     if not values:
         raise TokenMissing(f"this endpoint asks for a token: {send}")
     if len(values) > 1:
@@ -180,16 +179,6 @@ def _find_token(scope: Scope, tokens: Tokens) -> Token:
             else "the token is none of this endpoint's: send one of those of its --token-file"
         )
     return token
-
-
-def _header_values(scope: Any, name: bytes) -> list[bytes]:
-    return [value for key, value in scope["headers"] if key == name]
-
-
-def _single_header(scope: Any, name: bytes) -> bytes:
-    """Return the value of a header; nothing if the request has none of that name, or more than one."""
-    values = _header_values(scope, name)
-    return values[0] if len(values) == 1 else b""
 
 
 def _is_host_of(host: str, names: set[str]) -> bool:

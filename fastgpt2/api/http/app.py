@@ -21,15 +21,17 @@ from fastgpt2.api.http.chat import Chats
 from fastgpt2.api.http.completions import Completions
 from fastgpt2.api.http.generate import Generate
 from fastgpt2.api.http.jobs import Jobs
-from fastgpt2.api.http.middleware import Crowd, LingeringClose, PlainPath, RequestLog
+from fastgpt2.api.http.middleware import Crowd, LingeringClose, PlainPath
+from fastgpt2.api.http.models import Models
 from fastgpt2.api.http.monitoring import Monitoring
 from fastgpt2.api.http.neighbours import handle_unknown_route
 from fastgpt2.api.http.origins import OriginCheck, Origins, SharedAnswers
 from fastgpt2.api.http.proxies import PublicPath, TrustedProxies
 from fastgpt2.api.http.reference import Reference
+from fastgpt2.api.http.request_log import RequestLog
 from fastgpt2.api.http.request_metrics import RequestMetrics
 from fastgpt2.api.http.responses import handle_error, handle_unforeseen, respond
-from fastgpt2.api.http.service import Bounds, Models, Service
+from fastgpt2.api.http.service import Bounds, Service
 from fastgpt2.api.http.tokens import Tokens
 from fastgpt2.errors import FastGPT2Error
 
@@ -111,8 +113,8 @@ def create_app(
         "/v1": {"GET": reference.v1},
         "/v1/completions": {"POST": completions.create},
         "/v1/chat/completions": {"POST": chats.create},
-        "/v1/models": {"GET": completions.list_models},
-        "/v1/models/{model:path}": {"GET": completions.show_model},
+        "/v1/models": {"GET": models.list_all},
+        "/v1/models/{model:path}": {"GET": models.show},
         "/v1/jobs": {"GET": monitoring.jobs, "POST": jobs.create},
         "/v1/jobs/{job_id}": {"GET": jobs.show, "DELETE": jobs.cancel},
         "/v1/jobs/{job_id}/stream": {"GET": jobs.follow},

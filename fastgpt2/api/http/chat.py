@@ -18,9 +18,10 @@ from starlette.responses import Response
 from fastgpt2.api.client.outcome import unwrap
 from fastgpt2.api.client.reader import AppendOnlyTexts
 from fastgpt2.api.http.chat_request import EXAMPLE, Chat, parse_chat, translate_chat_error
+from fastgpt2.api.http.models import Models
 from fastgpt2.api.http.requests import read_object
-from fastgpt2.api.http.responses import JSON, KEEP_ALIVE, EventStream, error_object, event
-from fastgpt2.api.http.service import Models, PendingJobs, Service
+from fastgpt2.api.http.responses import JSON, KEEP_ALIVE, EventStream, event
+from fastgpt2.api.http.service import PendingJobs, Service
 from fastgpt2.api.http.text_answers import (
     DONE,
     FINGERPRINT,
@@ -28,6 +29,7 @@ from fastgpt2.api.http.text_answers import (
     TextEnd,
     counts_of,
     end_of,
+    error_event,
     job_header,
     usage_of,
 )
@@ -140,9 +142,7 @@ class Chats:
         if model is None:
             chat = chat.without_model()
         if chat.request.stream:
-            return EventStream(
-                self._events(request, chat, name), lambda error: event(error_object(error, openai=True)) + DONE
-            )
+            return EventStream(self._events(request, chat, name), error_event)
         try:
             async with self._service.submit(request, chat.plans, chat.asked) as waiting:
                 (result,) = await waiting.results()

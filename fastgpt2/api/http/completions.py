@@ -1,4 +1,4 @@
-"""`POST /v1/completions` and `GET /v1/models`, as OpenAI's API has them.
+"""`POST /v1/completions`, as OpenAI's API has it.
 
 A request becomes jobs, one a prompt, each with all the texts of its prompt; their results, or the pieces of their
 texts, become the answer. Source: OpenAI's API reference, "Create completion" (the legacy one), and how its Python
@@ -18,15 +18,15 @@ from starlette.responses import Response
 from fastgpt2.api.client.outcome import unwrap
 from fastgpt2.api.client.reader import AppendOnlyTexts
 from fastgpt2.api.http.completion_request import Completion, parse_completion, translate_error
+from fastgpt2.api.http.models import Models
 from fastgpt2.api.http.requests import read_object
 from fastgpt2.api.http.responses import (
     JSON,
     KEEP_ALIVE,
     EventStream,
-    error_object,
     event,
 )
-from fastgpt2.api.http.service import ModelCard, Models, PendingJobs, Service
+from fastgpt2.api.http.service import PendingJobs, Service
 from fastgpt2.api.http.text_answers import (
     DONE,
     FINGERPRINT,
@@ -34,11 +34,12 @@ from fastgpt2.api.http.text_answers import (
     TextEnd,
     counts_of,
     end_of,
+    error_event,
     job_header,
     usage_of,
 )
 from fastgpt2.engine.decoding.records import Count, GenerationResult, TokenLogprob, Usage
-from fastgpt2.errors import FastGPT2Error, ModelUnknown
+from fastgpt2.errors import FastGPT2Error
 from fastgpt2.fields import one_of
 from fastgpt2.protocol.messages import Piece
 
@@ -75,45 +76,18 @@ class CompletionBody(TypedDict):
     usage: NotRequired[CompletionUsage | None]
 
 
-class ModelBody(TypedDict):
-    """A model by one of its names. As vLLM's, it tells how many tokens a prompt and its continuation may have."""
-
-    id: str
-    object: Literal["model"]
-    created: Count
-    owned_by: str
-    max_model_len: Count | None
-
-
 class Completions:
-    """The routes of completions and models."""
+    """The route of completions."""
 
     def __init__(self, service: Service, models: Models) -> None:
         self._service = service
         self._models = models
 
-    async def list_models(self, _request: Request) -> Response:
-        """Answer `GET /v1/models`: with each name by which a request may ask for a model."""
-        served = (await self._models.read()).by_name
-        return JSON({"object": "list", "data": [_model_body(*pair) for pair in served.items()]})
-
-    async def show_model(self, request: Request) -> Response:
-        """Answer `GET /v1/models/{model}`."""
-        name = request.path_params["model"]
-        served = (await self._models.read()).by_name
-        if name not in served and f"/{name}" in served:
-            name = f"/{name}"  # a folder, whose first slash was one too many in the path of the request
-        if name not in served:
-            raise ModelUnknown.among(name, served)
-        return JSON(_model_body(name, served[name]))
-
     async def create(self, request: Request) -> Response:
         """Answer `POST /v1/completions`."""
         completion = parse_completion(await read_object(request, self._service.bounds.body_timeout, EXAMPLE))
         if completion.request.stream:
-            return EventStream(
-                self._events(request, completion), lambda error: event(error_object(error, openai=True)) + DONE
-            )
+            return EventStream(self._events(request, completion), error_event)
         try:
             async with self._service.submit(request, completion.plans, completion.asked) as waiting:
                 results = await waiting.results()
@@ -168,16 +142,6 @@ def _chunk(envelope: CompletionBody, choice: Choice, usage: Usage | None) -> Com
     if usage is not None:
         chunk["usage"] = counts_of(usage)
     return chunk
-
-
-def _model_body(name: str, model: ModelCard) -> ModelBody:
-    return {
-        "id": name,
-        "object": "model",
-        "created": model.created,
-        "owned_by": "fastgpt2",
-        "max_model_len": model.n_positions,
-    }
 
 
 def completion_object(job_id: str, completion: Completion, results: Sequence[GenerationResult]) -> CompletionBody:

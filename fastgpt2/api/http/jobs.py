@@ -20,7 +20,7 @@ from fastgpt2.api.client.outcome import Outcome, unwrap
 from fastgpt2.api.http.requests import read_object
 from fastgpt2.api.http.responses import JSON, KEEP_ALIVE, EventStream, error_object, event
 from fastgpt2.api.http.service import PendingJobs, Service, read_idempotency_keys
-from fastgpt2.api.pool.stored import StoredJob, describe_failure, describe_in_full, read_jobs, without_prompt
+from fastgpt2.api.pool.job_details import StoredJob, describe_failure, describe_in_full, read_jobs, without_prompt
 from fastgpt2.engine.decoding.options import MAX_TEXTS, ChoiceIndex
 from fastgpt2.engine.decoding.records import Count, Usage
 from fastgpt2.errors import BadRequest, FastGPT2Error, JobFailed, JobNotFound
@@ -209,7 +209,7 @@ class Jobs:
         with redis_errors(self._client.redis_url):
             origin = await self._origin_of(job_id)
         if origin is None or not is_queue_of(self._client.queue_name, origin.decode("utf-8", "replace")):
-            raise JobNotFound(f"no job {job_id[:100]!r}: it was never enqueued here, or its result has expired")
+            raise JobNotFound.by(job_id)
         return job_id
 
     async def _origin_of(self, job_id: str) -> bytes | None:

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, Generic, Literal, TypedDict, TypeVar
 
@@ -16,12 +15,13 @@ from starlette.responses import PlainTextResponse, Response
 from fastgpt2 import __version__
 from fastgpt2.api.http.completion_request import MAX_PROMPTS
 from fastgpt2.api.http.jobs import DEFAULT_LISTED, MAX_LISTED, parse_flag
+from fastgpt2.api.http.models import most_common
 from fastgpt2.api.http.request_metrics import RequestMetrics
 from fastgpt2.api.http.responses import JSON, NotReady
 from fastgpt2.api.http.service import MAX_WAITING, Service
 from fastgpt2.api.http.tokens import Tokens
 from fastgpt2.api.pool.job_list import list_jobs
-from fastgpt2.api.pool.states import list_state
+from fastgpt2.api.pool.job_pages import list_state
 from fastgpt2.api.pool.status import check_readiness, read_status, record_depth
 from fastgpt2.engine.decoding.options import MAX_TEXTS
 from fastgpt2.engine.decoding.records import MAX_STOP_STRINGS, Count
@@ -215,7 +215,7 @@ def _describe_model(workers: list[dict[str, Any]]) -> InfoBody:
     if not telling:
         raise NotReady("no worker tells of its model yet: ask again in a second")
     takers = [worker for worker in telling if not worker["named_only"]] or telling
-    model = min(Counter(worker["model"] for worker in takers).items(), key=lambda pair: (-pair[1], pair[0]))[0]
+    model = most_common(worker["model"] for worker in takers)
     serving = [worker for worker in telling if worker["model"] == model]
     n_positions = min(worker["n_positions"] for worker in serving)
     weights = {worker["weights"] for worker in serving}

@@ -14,7 +14,7 @@ from fastgpt2.api.client.enqueue import JobPlan
 from fastgpt2.api.http.chat import ChatBody, ChatChunkBody
 from fastgpt2.api.http.chat_request import ChatRequest
 from fastgpt2.api.http.completion_request import CompletionRequest
-from fastgpt2.api.http.completions import CompletionBody, ModelBody
+from fastgpt2.api.http.completions import CompletionBody
 from fastgpt2.api.http.generate import MISPLACED, AnswerParameters, ChoiceParameters, GeneratedBody, TokenEvent
 from fastgpt2.api.http.jobs import (
     DEFAULT_LISTED,
@@ -26,6 +26,7 @@ from fastgpt2.api.http.jobs import (
     Progress,
     TextEvent,
 )
+from fastgpt2.api.http.models import ModelBody
 from fastgpt2.api.http.monitoring import InfoBody
 from fastgpt2.api.http.responses import is_openai
 from fastgpt2.api.http.schemas import (
@@ -37,7 +38,7 @@ from fastgpt2.api.http.schemas import (
     with_named_objects,
 )
 from fastgpt2.api.pool.job_list import REALS, TEXTS, WHOLES
-from fastgpt2.api.pool.states import STATES
+from fastgpt2.api.pool.job_pages import STATES
 from fastgpt2.engine.decoding.records import Count, Prompt
 from fastgpt2.fields import Schema, nullable
 

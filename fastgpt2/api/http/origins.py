@@ -7,8 +7,9 @@ could send (a preflight). It shows a page the answers of another site only if th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from fastgpt2.api.http.headers import values_of
 from fastgpt2.errors import FastGPT2Error, ForbiddenOrigin
 
 if TYPE_CHECKING:
@@ -45,12 +46,15 @@ class Origins:
         return ANY in self.allowed or origin.lower() in self.allowed
 
     def is_own(self, origin: str, host: str) -> bool:
-        """Tell whether this is the origin of the endpoint's own page; `host` is what the request calls the endpoint."""
+        """Tell whether this is the origin of the endpoint's own page; `host` is what the request calls the endpoint.
+
+        Pages of other schemes, such as `app://localhost` of a program with a browser in it, are not the endpoint's.
+        """
         origin = origin.lower()
         scheme, _, name = origin.partition("://")
-        return origin == self._public or (
-            bool(name) and name == host.lower().removesuffix(_DEFAULT_PORTS.get(scheme, ""))
-        )
+        if origin == self._public or scheme not in _DEFAULT_PORTS:
+            return origin == self._public
+        return bool(name) and name == host.lower().removesuffix(_DEFAULT_PORTS[scheme])
 
 
 class SharedAnswers:
@@ -111,7 +115,7 @@ class OriginCheck:
 
     def _answer(self, origin: str, scope: Scope) -> ASGIApp:
         """Return what answers a request of a page."""
-        if scope["method"] == "OPTIONS" and _headers(scope, b"access-control-request-method"):
+        if scope["method"] == "OPTIONS" and values_of(scope["headers"], b"access-control-request-method"):
             return _allow if self._origins.is_allowed(origin) else self._refuse(_objection(origin, scope), scope)
         if self._asks_token or scope["method"] in _HARMLESS_METHODS or self._origins.is_allowed(origin):
             return self._app
@@ -130,7 +134,7 @@ async def _allow(scope: Scope, _receive: Receive, send: Send) -> None:
         b"access-control-allow-headers": b"access-control-request-headers",
         b"access-control-allow-private-network": b"access-control-request-private-network",
     }
-    headers = [(name, value) for name, request in asked.items() for value in _headers(scope, request)]
+    headers = [(name, value) for name, request in asked.items() for value in values_of(scope["headers"], request)]
     headers += [
         (b"access-control-max-age", str(PREFLIGHT_SECONDS).encode()),
         (b"vary", b"Access-Control-Request-Method, Access-Control-Request-Headers"),
@@ -152,13 +156,9 @@ def origin_of(scope: Scope) -> str | None:
 
     Of several such headers, which no browser sends, comes what is no origin.
     """
-    values = _headers(scope, b"origin")
+    values = values_of(scope["headers"], b"origin")
     return ", ".join(value.decode("latin-1") for value in values) if values else None
 
 
 def _host_of(scope: Scope) -> str:
-    return b"".join(_headers(scope, b"host")).decode("latin-1")
-
-
-def _headers(scope: Any, name: bytes) -> list[bytes]:
-    return [value for key, value in scope["headers"] if key == name]
+    return b"".join(values_of(scope["headers"], b"host")).decode("latin-1")

@@ -7,13 +7,15 @@ from ipaddress import IPv6Address, ip_address, ip_network
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
+from fastgpt2.api.http.headers import values_of
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
     from ipaddress import IPv4Address
 
     from starlette.types import ASGIApp, Receive, Scope, Send
 
-    Headers = Sequence[tuple[bytes, bytes]]
+    from fastgpt2.api.http.headers import Headers
 
 # One pair of a `Forwarded` header, and the character behind it: a comma ends what one proxy says (RFC 7239, 4).
 _PAIR = re.compile(r'\s*([\w!#$%&\'*+.^`|~-]+)=(?:"((?:[^"\\]|\\.)*)"|([^\s",;]*))\s*([,;]|$)')
@@ -95,7 +97,7 @@ def _parse_forwarded(text: str) -> Iterator[dict[str, str]]:
 
 
 def _joined(headers: Headers, name: bytes) -> str:
-    return ",".join(value.decode("latin-1") for key, value in headers if key == name)
+    return ",".join(value.decode("latin-1") for value in values_of(headers, name))
 
 
 def _items(headers: Headers, name: bytes) -> list[str]:

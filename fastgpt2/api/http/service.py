@@ -1,29 +1,25 @@
-"""The pool as the routes use it: client, jobs that requests wait for, their bounds, the stop, and the served models."""
+"""The pool as the routes use it: client, jobs that requests wait for, their bounds, and the stop."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from starlette.requests import Request
 
 from fastgpt2.api.client.admission import Admission
 from fastgpt2.api.client.async_client import AsyncClient
 from fastgpt2.api.client.enqueue import IdempotencyKey, JobPlan, SentJob, idempotency_keys
-from fastgpt2.api.client.flow import AsyncDriver, Command, Flow, Pipeline
 from fastgpt2.api.client.outcome import Outcome, unwrap
 from fastgpt2.api.client.reader import JobReader
 from fastgpt2.api.client.requeue import Again, run_again
 from fastgpt2.api.http.access import LIMITS_STATE, TOKEN_STATE
 from fastgpt2.api.http.requests import ClientGone
 from fastgpt2.api.http.watch import Watch
-from fastgpt2.api.pool.snapshot import read_models
 from fastgpt2.engine.decoding.records import GenerationResult
 from fastgpt2.errors import (
     BadRequest,
@@ -34,15 +30,11 @@ from fastgpt2.errors import (
     ServiceBusy,
     ServiceStopping,
 )
-from fastgpt2.protocol.keys import CHAT_FIELD, MODEL_FIELD, MODELS_FIELD, NAMED_ONLY_FIELD, workers_key
 from fastgpt2.protocol.messages import Piece
-from fastgpt2.protocol.untrusted import by_name, epoch_seconds, whole
 from fastgpt2.tracing import span
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
-
-log = logging.getLogger("fastgpt2.http")
 
 # The limit for jobs that are waited for at once, over all requests.
 MAX_WAITING = 2000
@@ -61,11 +53,6 @@ HEAD_SECONDS = 1.0
 KEEP_ALIVE_SECONDS = 15.0
 IDEMPOTENCY_HEADER = "idempotency-key"
 MAX_KEY_CHARACTERS = 255
-
-# How long the list of models is used before it is read again, and the limit for workers that are asked for theirs.
-MODELS_FRESH_SECONDS = 5.0
-MAX_WORKERS = 1000
-_MODEL_FIELDS = (MODEL_FIELD, MODELS_FIELD, NAMED_ONLY_FIELD, CHAT_FIELD, "birth", "n_positions")
 
 
 @dataclass(frozen=True, slots=True)
@@ -377,84 +364,3 @@ class PendingJobs:
             async for event in self.events():
                 if event is not None and isinstance(event[1], JobNotFound):
                     raise event[1]
-
-
-@dataclass(frozen=True, slots=True)
-class ModelCard:
-    """A model by one of its names.
-
-    Attributes:
-        created: since when a worker serves it, in seconds since 1970.
-        n_positions: the most tokens that a prompt and its continuation may have together; None if no worker tells.
-        chats: a worker of it has a chat template.
-    """
-
-    created: int
-    n_positions: int | None
-    chats: bool
-
-
-@dataclass(frozen=True, slots=True)
-class PoolModels:
-    """The models that live workers serve.
-
-    Attributes:
-        by_name: under each name that a request may give, the model that has requests without a name first.
-        unnamed: the name of the model that has requests without a name, most of them if there are several such; None if
-            no worker takes such requests.
-    """
-
-    by_name: dict[str, ModelCard]
-    unnamed: str | None
-
-
-class Models:
-    """The models that live workers serve, read from the workers' own hashes in Redis."""
-
-    def __init__(self, driver: AsyncDriver, queue: str) -> None:
-        self._driver = driver
-        self._queue = queue
-        self._known = PoolModels({}, None)
-        self._fresh_until = 0.0
-
-    async def read(self) -> PoolModels:
-        """Return the models, as they were read in the last seconds.
-
-        Raises:
-            QueueUnavailable
-        """
-        if time.monotonic() >= self._fresh_until:
-            self._known = await self._driver.run(read_pool_models(self._queue))
-            # A pool without models may get its first one at any moment.
-            self._fresh_until = time.monotonic() + MODELS_FRESH_SECONDS if self._known.by_name else 0.0
-        return self._known
-
-
-def read_pool_models(queue: str) -> Flow[PoolModels]:
-    """Return the models that the workers of a pool serve."""
-    keys = yield Command("smembers", (workers_key(queue),))
-    asked = tuple(Command("hmget", (key, *_MODEL_FIELDS)) for key in sorted(keys)[:MAX_WORKERS])
-    replies = (yield Pipeline(asked)) if asked else ()
-    return _list_models([by_name(_MODEL_FIELDS, reply) for reply in replies])
-
-
-def _list_models(workers: Sequence[Mapping[str, Any]]) -> PoolModels:
-    """Return the models of workers, of whose hashes these fields are known."""
-    told: dict[str, list[Mapping[str, Any]]] = {}
-    takers: Counter[str] = Counter()
-    for fields in workers:
-        names = read_models(fields)
-        for name in names:
-            told.setdefault(name, []).append(fields)
-        if names and fields.get(NAMED_ONLY_FIELD) != b"1":
-            takers[names[0]] += 1
-    unnamed = min(takers, key=lambda name: (-takers[name], name), default=None)
-    in_order = sorted(told, key=lambda name: (name != unnamed, name))
-    return PoolModels({name: _describe(told[name]) for name in in_order}, unnamed)
-
-
-def _describe(workers: Sequence[Mapping[str, Any]]) -> ModelCard:
-    births = [int(epoch_seconds(fields.get("birth")) or 0) for fields in workers]
-    positions = [told for fields in workers if (told := whole(fields.get("n_positions")))]
-    chats = any(fields.get(CHAT_FIELD) == b"1" for fields in workers)
-    return ModelCard(max(0, min(births)), min(positions, default=None), chats)

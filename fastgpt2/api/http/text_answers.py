@@ -10,8 +10,10 @@ from typing import Annotated, NotRequired, TypedDict
 
 from fastgpt2 import __version__
 from fastgpt2.api.client.reader import JobReader
+from fastgpt2.api.http.responses import error_object, event
 from fastgpt2.engine.decoding.options import ChoiceIndex, Seed
 from fastgpt2.engine.decoding.records import Count, GenerationResult, StopReason, Usage
+from fastgpt2.errors import FastGPT2Error
 
 # What ends a stream.
 DONE = b"data: [DONE]\n\n"
@@ -95,6 +97,11 @@ def _counts(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> C
 def counts_of(usage: Usage) -> CompletionUsage:
     """Return the counts of a text so far, and of its prompt."""
     return _counts(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
+
+
+def error_event(error: FastGPT2Error) -> bytes:
+    """Return how a stream ends that fails."""
+    return event(error_object(error, openai=True)) + DONE
 
 
 def job_header(jobs: Sequence[JobReader]) -> dict[str, str]:

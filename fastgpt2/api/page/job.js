@@ -3,11 +3,6 @@
 const TEXT_SHOWN = 20_000; // characters
 const TEXTS_SHOWN = 16;
 
-const STATES = {
-  queued: "Waiting", started: "Running", finished: "Finished", failed: "Failed", stopped: "Stopped",
-  canceled: "Cancelled", deferred: "Waiting for another job", scheduled: "Scheduled",
-  rate_limited: "Waiting under a rate limit", expired: "Gone",
-};
 const ENDED = ["finished", "failed", "stopped", "canceled"];
 
 const jobPage = {

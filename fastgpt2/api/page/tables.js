@@ -121,16 +121,13 @@ const JOBS_ASKED = 100;
 const JOBS_SHOWN = 20;
 const RUNNING_SHOWN = 6; // at least, where jobs that have ended would fill the table
 
-// RQ's words for which there are better ones.
-const JOB_STATES = { queued: "waiting", started: "running", canceled: "cancelled" };
-
 let moment = 0; // the endpoint's clock at the last look, in seconds since 1970
 let modelsByWorker = new Map(); // empty if all workers have the same model
 
 const jobRows = new Rows(byId("jobs"), (job) => job.id, [
   { head: true, control: makeJobLink, text: shortId, title: (job) => job.id, style: "id" },
   {
-    text: (job) => JOB_STATES[job.status] ?? job.status ?? UNKNOWN,
+    text: (job) => (STATES[job.status] ?? job.status ?? UNKNOWN).toLowerCase(),
     kind: (job) => job.status,
     note: (job) => job.error ?? (job.finish_reason !== "cancelled" && job.finish_reason),
     title: (job) => job.error,

@@ -1,6 +1,14 @@
 // The text of figures; one that is not known is a dash. And the helpers that put text on the page.
 
 const UNKNOWN = "–";
+
+// What people read for RQ's words on how a job stands.
+const STATES = {
+  queued: "Waiting", started: "Running", finished: "Finished", failed: "Failed", stopped: "Stopped",
+  canceled: "Cancelled", deferred: "Waiting for another job", scheduled: "Scheduled",
+  rate_limited: "Waiting under a rate limit", expired: "Gone",
+};
+
 const wholeFormat = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 
 function isNumber(value) {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +13,10 @@ from fastgpt2.errors import BadRequest, FastGPT2Error, JobStopped, JobTimedOut, 
 from fastgpt2.protocol.keys import (
     ATTEMPTS_FIELD,
     CRASHES_FIELD,
-    MAX_MODELS_OF_POOL,
     PRIORITIES,
     Priority,
+    list_models,
     model_of,
-    models_key,
     plain_queue_of,
     queue_of,
     queues_of,
@@ -36,8 +35,12 @@ _READ_JOBS = Script(__file__, "read_jobs")
 _MAX_FIELD_BYTES = 64 << 10
 _MAX_PACKED_FAILURE_BYTES = 256 << 10
 
-# The most characters that are shown: of a sentence in a list, of a failure in full (its end), of a prompt, and of one
-# other field of a request, as JSON.
+# The same for a job's data in a list. To read more for a hundred jobs at a time would keep the endpoint busy.
+MAX_LISTED_DATA_BYTES = 64 << 10
+
+# The most characters that are shown: of a prompt in a list (or token ids), of a sentence there, of a failure in full
+# (its end), of a prompt, and of one other field of a request, as JSON.
+MAX_SHORT_PROMPT = 200
 MAX_SENTENCE = 1000
 MAX_FAILURE_SHOWN = 64 << 10
 MAX_PROMPT_SHOWN = 20_000
@@ -102,8 +105,7 @@ class StoredJob:
 async def read_queues(connection: Redis, name: str) -> list[str]:
     """Return the RQ queues of a pool, with those of the models that it remembers."""
     pipeline: Any = connection.pipeline(transaction=False)
-    # By scores: else the library sends ZREVRANGE.
-    pipeline.zrange(models_key(name), "+inf", "-inf", desc=True, byscore=True, offset=0, num=MAX_MODELS_OF_POOL)
+    pipeline.execute_command(*list_models(name))
     (models,) = check_replies(await pipeline.execute(raise_on_error=False))
     return queues_of(name, read_model_names(models))
 
@@ -228,6 +230,29 @@ def _bounded(value: Any, most: int) -> Any:
     except (ValueError, TypeError, RecursionError):
         return shorten(ascii(value), most)
     return value if len(written) <= most else shorten(written, most)
+
+
+def short_prompt(prompt: Any) -> str | list[int] | None:
+    """Return the beginning of a prompt, for a list of jobs; of a chat, lines of each message's role and content.
+
+    Returns:
+        None for what is neither a text nor token ids nor messages.
+    """
+    if isinstance(prompt, str):
+        return prompt[:MAX_SHORT_PROMPT]
+    if not isinstance(prompt, list | tuple):
+        return None
+    shown = list(prompt[:MAX_SHORT_PROMPT])
+    if shown and all(isinstance(one, Mapping) and "role" in one for one in shown):
+        return "\n".join(map(_describe_message, shown))[:MAX_SHORT_PROMPT]
+    return shown if all(isinstance(one, int) and not isinstance(one, bool) for one in shown) else None
+
+
+def _describe_message(message: Mapping[str, Any]) -> str:
+    content = message.get("content")
+    parts = content if isinstance(content, list) else [content]
+    texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
+    return f"{text(message['role'])}: {' '.join(one for one in texts if isinstance(one, str))}"
 
 
 def shorten(value: str, most: int) -> str:

@@ -11,7 +11,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fastgpt2.api.pool.stored import StoredJob, describe_failure, read_jobs, read_queues, shorten
+from fastgpt2.api.pool.job_details import (
+    MAX_LISTED_DATA_BYTES,
+    StoredJob,
+    describe_failure,
+    read_jobs,
+    read_queues,
+    short_prompt,
+)
 from fastgpt2.errors import BadRequest
 from fastgpt2.fields import refusal
 from fastgpt2.protocol.connection import connect_async, redis_errors
@@ -23,10 +30,6 @@ if TYPE_CHECKING:
 
 # The states whose jobs can be listed: RQ's words. A job that was stopped is among the failed ones.
 STATES = ("queued", *REGISTRY_PREFIXES)
-
-# The limit for a job's data in a list. To read more for a hundred jobs at a time would keep the endpoint busy.
-_MAX_DATA_BYTES = 64 << 10
-_MAX_PROMPT = 200
 
 # A longer entry is no job's id.
 _MAX_ID_BYTES = 1000
@@ -114,7 +117,7 @@ async def list_state(
         entries, total = await read(connection, state, queues, limit + 1, place)
         more = str(entries[limit - 1]) if len(entries) > limit else None
         ids = [_id_of(place.entry, state) for place in entries[:limit] if len(place.entry) <= _MAX_ID_BYTES]
-        found = await read_jobs(connection, ids, _MAX_DATA_BYTES)
+        found = await read_jobs(connection, ids, MAX_LISTED_DATA_BYTES)
     # In a thread, as prompts are looked for in failures of up to a megabyte.
     jobs = await asyncio.to_thread(lambda: [describe(job, show_prompts) for job in found if job.status])
     return JobPage(jobs, more, total)
@@ -233,12 +236,4 @@ def describe(job: StoredJob, show_prompts: bool) -> dict[str, Any]:
         "attempts": job.count(ATTEMPTS_FIELD) or 0,
         **{name: job.moment(name) for name in ("enqueued_at", "started_at", "ended_at")},
     }
-    return {**found, "prompt": _short_prompt(job.prompt)} if show_prompts else found
-
-
-def _short_prompt(prompt: Any) -> str | list[int] | None:
-    if isinstance(prompt, list | tuple) and all(isinstance(one, int) for one in prompt[:_MAX_PROMPT]):
-        return list(prompt[:_MAX_PROMPT])
-    if isinstance(prompt, list | tuple):
-        return shorten(json.dumps(prompt, ensure_ascii=False, default=ascii), _MAX_PROMPT)
-    return prompt[:_MAX_PROMPT] if isinstance(prompt, str) else None
+    return {**found, "prompt": short_prompt(job.prompt)} if show_prompts else found
