@@ -1,11 +1,13 @@
 # docker build -t fastgpt2 .                            numpy's OpenBLAS
 # docker build -t fastgpt2:mkl --build-arg BLAS=mkl .   Intel's MKL beside it; fastgpt2 takes the faster of the two
 # docker build -t fastgpt2:compact --build-arg COMPACT=yes .   LLVM beside it, for weights of fewer bits
+# docker build -t fastgpt2:otel --build-arg OTEL=yes .  OpenTelemetry beside it, for traces
 ARG PYTHON_TAG=3.11.14-slim-bookworm
 
 FROM python:${PYTHON_TAG} AS builder
 ARG BLAS=openblas
 ARG COMPACT=no
+ARG OTEL=no
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PIP_NO_COMPILE=1 \
     PYTHONDONTWRITEBYTECODE=1
 WORKDIR /src
@@ -15,7 +17,7 @@ RUN python -m venv --without-pip /venv
 # image is pulled.
 COPY pyproject.toml constraints.txt ./
 COPY deploy/image ./deploy/image
-RUN python deploy/image/requirements.py "$BLAS" "$COMPACT" > /tmp/requirements.txt \
+RUN python deploy/image/requirements.py "$BLAS" "$COMPACT" "$OTEL" > /tmp/requirements.txt \
     && pip --python /venv/bin/python install --only-binary :all: --constraint constraints.txt -r /tmp/requirements.txt \
     && sh deploy/image/prune.sh /venv
 COPY README.md LICENSE ./

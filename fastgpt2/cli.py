@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastgpt2 import __version__, settings
@@ -46,13 +47,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     name = words[0] if words else ""
     _prepare_streams()
+    if _wants_events(words):
+        from fastgpt2.events import log_events
+
+        log_events(name if name in COMMANDS else "fastgpt2")
     who = f"fastgpt2 {name}" if name in COMMANDS else "fastgpt2"
     try:
         status = _run_command(name, words[1:]) if name in COMMANDS else _answer_without_command(name)
         sys.stdout.flush()
         return status
     except FastGPT2Error as error:
-        _say(f"{who}: {error}")
+        _say(f"{who}: {error}", "ERROR")
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -62,8 +67,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except OSError as error:
         _drop_output()
-        _say(f"{who}: {error.filename or 'standard output'}: {error.strerror}")
+        _say(f"{who}: {error.filename or 'standard output'}: {error.strerror}", "ERROR")
         return 1
+
+
+def _wants_events(words: Sequence[str]) -> bool:
+    """Tell whether errors are to be JSON events, also those in the words themselves: `--log-format json`."""
+    setting = settings.LOG_FORMAT
+    ours = words[: words.index("--")] if "--" in words else words
+    given = [word.removeprefix(f"{setting.option}=") for word in ours if word.startswith(f"{setting.option}=")]
+    given += [value for option, value in pairwise(ours) if option == setting.option]
+    return (given or [os.environ.get(setting.variable, "")])[-1].lower() == "json"
 
 
 def _answer_without_command(word: str) -> int:
@@ -96,7 +110,7 @@ def read_arguments(name: str, words: Sequence[str]) -> argparse.Namespace:
 
     Returns:
         By each setting's name, the texts that its option gives, "yes" and "no" for a flag; None if it is not given. And
-        `positional`, the argument without an option.
+        `positional`, the argument without an option; a list of them if there may be several.
 
     Raises:
         BadRequest: an option is unknown, or lacks its value; or there are too many words, or too few.
@@ -115,21 +129,26 @@ def read_arguments(name: str, words: Sequence[str]) -> argparse.Namespace:
         if isinstance(texts, list):
             # argparse of Python 3.11 makes [] of the value of --stop=--
             texts[:] = ["--" if text == [] else text for text in texts]
-    if unknown := _unknown_option(words, command, arguments.positional, extras):
+    several = command.positional is not None and command.positional.several
+    given = arguments.positional if several else [arguments.positional]
+    if unknown := _unknown_option(words, command, given, extras):
         from fastgpt2.commands.suggestions import about_option
 
         raise BadRequest(about_option(unknown, name, COMMANDS))
-    others = [word for word in (arguments.positional, *extras) if word not in (None, "--")]
-    if len(others) > (command.positional is not None):
+    others = [word for word in (*given, *extras) if word not in (None, "--")]
+    if several:
+        arguments.positional = others or None
+    elif len(others) > (command.positional is not None):
         from fastgpt2.commands.suggestions import about_extra_words
 
         raise BadRequest(about_extra_words(others, words, name, command))
-    _check_positional(name, arguments.positional)
+    for word in (arguments.positional or [None]) if several else [arguments.positional]:
+        _check_positional(name, word)
     return arguments
 
 
 def _unknown_option(
-    words: Sequence[str], command: Command, positional: str | None = None, extras: Sequence[str] = ()
+    words: Sequence[str], command: Command, given: Sequence[str | None] = (), extras: Sequence[str] = ()
 ) -> str | None:
     """Return the first word that is meant as an option and is none of the command; None if there is none."""
     known = options_of(command)
@@ -140,7 +159,7 @@ def _unknown_option(
             # -output, which argparse reads as -o utput, and -host as -h
             or (word.startswith("-") and f"-{option}" in known and option not in known)
             # --nosuch="a b", which argparse takes for a text, for the space in it
-            or (word == positional and re.match("--[^ =]+=", word))
+            or (word in given and re.match("--[^ =]+=", word))
         ):
             return option
     return None
@@ -148,10 +167,12 @@ def _unknown_option(
 
 def _check_positional(name: str, word: str | None) -> None:
     positional = COMMANDS[name].positional
-    if positional is None or positional.optional:
+    if positional is None or (positional.optional and not positional.several):
         return
     if word is None:
-        raise BadRequest(f"{positional.name.upper()} is missing: {COMMANDS[name].usage(name)}")
+        if not positional.optional:
+            raise BadRequest(f"{positional.name.upper()} is missing: {COMMANDS[name].usage(name)}")
+        return
     if not word and positional.name != "prompt":
         raise BadRequest(f"{positional.name.upper()} is empty: {COMMANDS[name].usage(name)}")
 
@@ -241,10 +262,14 @@ def _prepare_streams() -> None:
             stream.reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")
 
 
-def _say(text: str) -> None:
-    """Print a line on standard error; if it cannot be written, there is nobody to tell."""
+def _say(text: str, level: str = "WARNING") -> None:
+    """Print a line on standard error, where it may be an event; if it cannot be written, there is nobody to tell."""
+    emit = getattr(sys.stderr, "emit", None)  # of `fastgpt2.events`, which is not imported for a look
     with contextlib.suppress(OSError):
-        print(text, file=sys.stderr)
+        if emit is None:
+            print(text, file=sys.stderr)
+        else:
+            emit(level, text)
 
 
 def _drop_output() -> None:
@@ -303,7 +328,7 @@ def _add_positional(parser: ArgumentParser, positional: Positional) -> None:
         help=positional.help,
         choices=positional.choices,
         # If argparse found that it is missing, it would not come to tell of unknown options, such as a wrong --help.
-        nargs="?",
+        nargs="*" if positional.several else "?",
     )
 
 
@@ -344,7 +369,7 @@ COMMANDS = {
     "status": Command(
         "fastgpt2.commands.prompts:status",
         "Show the state of the queue and of the workers.",
-        (*settings.OF_QUEUE, settings.JSON),
+        (*settings.OF_QUEUE, settings.JSON, settings.LOG_FORMAT),
     ),
     "enqueue": Command(
         "fastgpt2.commands.prompts:enqueue",
@@ -356,16 +381,40 @@ COMMANDS = {
     "result": Command(
         "fastgpt2.commands.prompts:result",
         "Wait for a job's result and print it.",
-        (*settings.OF_QUEUE, settings.TIMEOUT, settings.JSON),
+        (*settings.OF_QUEUE, settings.TIMEOUT, settings.JSON, settings.LOG_FORMAT),
         Positional("job", "The id that `fastgpt2 enqueue` printed."),
     ),
     "cancel": Command(
         "fastgpt2.commands.prompts:cancel",
         "Cancel a job: take it out of the queue, or end it while it runs.",
-        settings.OF_QUEUE,
+        (*settings.OF_QUEUE, settings.LOG_FORMAT),
         Positional("job", "The id that `fastgpt2 enqueue` printed."),
         "What had been generated by then stays readable: in Python as JobCancelled.partial, over HTTP by GET "
         "/v1/jobs/JOB.",
+    ),
+    "jobs": Command(
+        "fastgpt2.commands.jobs:jobs",
+        "List jobs: those that run and the latest that have ended; with --failed, those that failed, and why.",
+        (
+            settings.FAILED,
+            settings.STATE,
+            settings.LIMIT,
+            *settings.OF_QUEUE,
+            settings.SHOW_PROMPTS,
+            settings.JSON,
+            settings.LOG_FORMAT,
+        ),
+        details="Without --show-prompts, no prompt is shown, also where an error quotes it. For example: "
+        "fastgpt2 jobs --failed --limit 100.",
+    ),
+    "requeue": Command(
+        "fastgpt2.commands.jobs:requeue",
+        "Run jobs again: the named ones, or with --failed all that failed.",
+        (settings.ALL_FAILED, *settings.OF_QUEUE, settings.DURABILITY, settings.MAX_QUEUE, settings.LOG_FORMAT),
+        Positional("job", "The id of a job that has ended.", optional=True, several=True),
+        "A failed job goes to the end of its queue under its own id, as `rq requeue` does. Of another that has ended, "
+        "a new job with the same request is enqueued, and its id is told; one that draws has the same seed, and so the "
+        "same text. For example: fastgpt2 requeue --failed.",
     ),
     "batch": Command(
         "fastgpt2.commands.batch.command:run",
@@ -387,19 +436,27 @@ COMMANDS = {
     "generate": Command(
         "fastgpt2.commands.prompts:generate",
         "Load a model and continue a prompt, without a queue.",
-        (*settings.OF_LOAD, *settings.OF_REQUEST, settings.ESCAPE, settings.TIMINGS, settings.JSON),
+        (
+            *settings.OF_LOAD,
+            *settings.OF_CHAT,
+            *settings.OF_REQUEST,
+            settings.ESCAPE,
+            settings.TIMINGS,
+            settings.JSON,
+            settings.LOG_FORMAT,
+        ),
         Positional("prompt", "The text to continue."),
         details='For example: fastgpt2 generate --model demo --max-new-tokens 40 "Once upon a time".',
     ),
     "bench": Command(
         "fastgpt2.bench:run",
         "Measure how fast a model runs on this machine.",
-        (*settings.OF_MODEL, *settings.OF_ARITHMETIC, settings.JSON),
+        (*settings.OF_MODEL, *settings.OF_ARITHMETIC, settings.JSON, settings.LOG_FORMAT),
     ),
     "pack": Command(
         "fastgpt2.commands.pack:run",
         "Make a model's packed file in the cache, and print its path and its size in bytes, with a tab between.",
-        (*settings.OF_LOAD, settings.VERIFY, settings.MEASURE),
+        (*settings.OF_LOAD, settings.VERIFY, settings.MEASURE, settings.LOG_FORMAT),
         Positional("model", "The model; the same as --model.", optional=True),
         "A large model is packed when it is first loaded: this command does so before, and for small models too. With "
         "--drafts int8 it makes a second file. With --measure, workers find all that they need in a cache to which "
@@ -409,7 +466,7 @@ COMMANDS = {
     "cache": Command(
         "fastgpt2.commands.cache:run",
         "List what lies in the cache of packed files, or remove what is of no more use there.",
-        (settings.ALL, settings.DRY_RUN, settings.JSON),
+        (settings.ALL, settings.DRY_RUN, settings.JSON, settings.LOG_FORMAT),
         Positional("action", "list (the default) or prune.", optional=True, choices=("list", "prune")),
         "prune removes files whose source is gone or has changed, files of outdated formats, damaged files, and what a "
         "killed process left. It keeps a file that is being packed. Workers that run on a file which is removed go on "

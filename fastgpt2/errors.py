@@ -5,7 +5,7 @@ A message names the thing, the limit and the remedy, so that it can be shown to 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 SHOWN_CHARACTERS = 60
 SHOWN_TOKEN_IDS = 12
 SHOWN_FIELDS = 5
+
+# How much of a job's id a message shows.
+SHOWN_ID = 100
+
+# How much of a model's name a message shows, and of how many models.
+SHOWN_NAME = 200
+SHOWN_NAMES = 10
 
 
 class FastGPT2Error(Exception):
@@ -54,14 +61,19 @@ def _made(kind: type[FastGPT2Error], args: tuple[Any, ...]) -> FastGPT2Error:
 
 
 def _beginning(prompt: object) -> str:
-    """Return the beginning of a prompt: a text or token ids, alone or in the mapping or request that was given."""
+    """Return the beginning of a prompt: a text or token ids, alone or in the mapping or request that was given.
+
+    Of a chat it is that of the last message.
+    """
+    prompt = getattr(prompt, "given", prompt)
+    messages = prompt.get("messages") if isinstance(prompt, Mapping) else prompt
+    if isinstance(messages, list | tuple) and messages and isinstance(messages[-1], Mapping):
+        return f"a chat whose last message is {_shown(messages[-1].get('content'))}"
     if isinstance(prompt, Mapping):
         if "prompt" not in prompt:
             names = [_shown(name) for name in islice(prompt, SHOWN_FIELDS)]
             return f"a mapping of {', '.join(names) or 'nothing'}{', ...' if len(prompt) > SHOWN_FIELDS else ''}"
         prompt = prompt["prompt"]
-    elif isinstance(inner := getattr(prompt, "prompt", None), str | list | tuple):
-        prompt = inner
     if isinstance(prompt, list | tuple):
         shown = [_shown(token_id) for token_id in prompt[:SHOWN_TOKEN_IDS]]
         return f"[{', '.join(shown)}{', ...' if len(prompt) > SHOWN_TOKEN_IDS else ''}]"
@@ -86,6 +98,29 @@ class BadRequest(FastGPT2Error, ValueError):
 
 class PromptTooLong(BadRequest):
     """Raised if a prompt and its continuation together need more positions than the model has."""
+
+
+class ModelUnknown(BadRequest):
+    """Raised if the request names a model that no worker serves."""
+
+    http_status = 404
+
+    @classmethod
+    def among(cls, model: str, served: Collection[str]) -> ModelUnknown:
+        """Return the error for a model that is not among those that workers serve."""
+        shown = ", ".join(sorted(name[:SHOWN_NAME] for name in served)[:SHOWN_NAMES])
+        more = f" and {len(served) - SHOWN_NAMES} more" if len(served) > SHOWN_NAMES else ""
+        remedy = "name one of these, or" if served else "first"
+        return cls(
+            f"no worker serves the model {model[:SHOWN_NAME]!r}; served are: {shown or 'none'}{more}; {remedy} start "
+            "a worker that serves it"
+        )
+
+
+class NoChatTemplate(BadRequest):
+    """Raised if a chat is asked for, and the model has no chat template that can be used."""
+
+    http_status = 404
 
 
 class RequestTooLarge(BadRequest):
@@ -178,11 +213,22 @@ class JobNotFound(FastGPT2Error):
 
     http_status = 404
 
+    @classmethod
+    def by(cls, job_id: str) -> JobNotFound:
+        """Return the error for an id that no job has."""
+        return cls(f"no job {job_id[:SHOWN_ID]!r}: it was never enqueued here, or its result has expired")
+
 
 class JobLost(JobNotFound):
     """Raised if a job that had been enqueued is gone without an end: Redis lost it, or somebody deleted it."""
 
     http_status = 503
+
+
+class JobNotEnded(FastGPT2Error):
+    """Raised if a job that is to run again waits or runs still."""
+
+    http_status = 409
 
 
 class JobFailed(FastGPT2Error):
@@ -255,6 +301,20 @@ class QueueFull(FastGPT2Error):
         super().__init__(f"the queue {queue!r} is full: {depth} jobs wait, the limit is {limit}; try again later")
         self.depth = depth
         self.limit = limit
+
+
+class TokenLimitReached(FastGPT2Error):
+    """Raised if the token of a request has reached one of its limits; nothing was enqueued.
+
+    Attributes:
+        retry_after: in how many seconds it may be worth asking again.
+    """
+
+    http_status = 429
+
+    def __init__(self, message: str, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class ServiceBusy(FastGPT2Error):

@@ -173,6 +173,9 @@ _REFUSED = {
         "add_special_tokens", "add_bos_token",
     ),
     "the last tokens of a prompt are kept here; leave it out": ("truncation_side",),
+    "a chat template comes with the model, or is given to its workers by --chat-template; leave it out": (
+        "chat_template",
+    ),
 }  # fmt: skip
 _REASONS = {name: reason for reason, names in _REFUSED.items() for name in names}
 

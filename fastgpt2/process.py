@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import os
 import re
 import resource
@@ -19,6 +20,8 @@ from functools import cache
 from pathlib import Path
 from types import FrameType
 
+from fastgpt2.events import EventFormatter, are_logged, event_handler
+
 log = logging.getLogger("fastgpt2")
 
 # SIGHUP: the terminal was closed.
@@ -29,8 +32,11 @@ _PR_SET_PDEATHSIG = 1
 NAP_SECONDS = 0.02
 
 # A line of the log is no longer, and control characters in it are shown as \x0a: they might forge a line of their own.
+# So might Unicode's line ends for some readers; and what turns the direction of text shows another line than there is.
 MAX_LOG_CHARACTERS = 4000
+_UNSEEN = (0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A))
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(9), *range(10, 32), *range(127, 160))}
+_CONTROLS |= {code: f"\\u{code:04x}" for code in _UNSEEN}
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
@@ -39,6 +45,46 @@ def on_stop_signals(handler: Callable[[int, FrameType | None], None]) -> None:
     for signum in STOP_SIGNALS:
         if signum != signal.SIGHUP or signal.getsignal(signum) is not signal.SIG_IGN:
             signal.signal(signum, handler)
+
+
+def has_terminal() -> bool:
+    """Tell whether this process can be reached from a terminal: it was started in one that is still open."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
+
+class HangUp:
+    """The two meanings of SIGHUP: the terminal was closed, or somebody asks to read files again.
+
+    It is the former if there was a terminal when this was made, and is none now, or within `_LATER_SECONDS`: some
+    shells send the signal to their jobs first, and end then. A program that nohup started never stops by it.
+
+    Attributes:
+        asks: set when the signal came and the terminal is not known to be closed; whoever reads the files clears it.
+    """
+
+    _LATER_SECONDS = 5.0
+
+    def __init__(self) -> None:
+        self._had_terminal = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN and has_terminal()
+        self._came_at = -math.inf
+        self.asks = False
+
+    def listen(self) -> None:
+        """Take the signal from now on, in place of its end of this process."""
+        signal.signal(signal.SIGHUP, self._take)
+
+    def _take(self, _signum: int, _frame: FrameType | None) -> None:
+        self._came_at = time.monotonic()
+        self.asks = True
+
+    def is_stop(self) -> bool:
+        """Tell whether the signal has come as the terminal was closed."""
+        recently = time.monotonic() - self._came_at < self._LATER_SECONDS
+        return recently and self._had_terminal and not has_terminal()
 
 
 class StopFlag:
@@ -83,12 +129,16 @@ def stop_signal_came() -> bool:
     return bool(pending)
 
 
-def set_up_child() -> None:
+def set_up_child(ignores_hang_up: bool = False) -> None:
     """Take stop signals again, and on Linux be sent SIGTERM when the parent dies; call it between fork and exec.
+
+    With `ignores_hang_up`, SIGHUP does nothing to the child until it takes it itself.
 
     prctl(2) sees to the latter, in whatever way the parent dies. Elsewhere only workers notice, by looking for their
     supervisor.
     """
+    if ignores_hang_up:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     if _libc is not None:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -105,9 +155,16 @@ class _OneLine(logging.Formatter):
 
 
 def set_up_logging(level: str, handler: logging.Handler | None = None) -> None:
-    """Log to standard error, or by a handler: this package from `level` on, the libraries' warnings with it."""
-    handler = handler or logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s"))
+    """Log to standard error, or by a handler: this package from `level` on, the libraries' warnings with it.
+
+    Lines are text, or events where `events.log_events` was called.
+    """
+    if are_logged():
+        handler = handler or event_handler()
+        handler.setFormatter(EventFormatter())
+    else:
+        handler = handler or logging.StreamHandler(sys.stderr)
+        handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("fastgpt2").setLevel(level)
     # Has a handler of its own: its warnings would come twice.

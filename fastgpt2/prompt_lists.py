@@ -86,9 +86,11 @@ def _remedy_of_mapping(prompts: Mapping[Any, Any]) -> str:
         columns = _columns(value)
         if columns is not None:
             return f"it holds tables; give a column of one, such as prompts[{_quoted(name)}]{_column(columns)}"
+    if "role" in prompts and "content" in prompts:
+        return 'it is a message; for a chat of this one message, write [{"messages": [message]}]'
     if isinstance(prompts.get("prompt"), list | tuple) and not is_token_ids(prompts["prompt"]):
         return 'give the list that it holds, prompts["prompt"]'
-    if "prompt" in prompts:
+    if "prompt" in prompts or "messages" in prompts:
         return "for one prompt with its fields, write [prompt]"
     return "give what it holds, list(prompts.values()), or [prompt] for one prompt with its fields"
 

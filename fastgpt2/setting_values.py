@@ -14,6 +14,9 @@ from collections.abc import Callable
 # Room for indentation: of the schema itself, a request takes less.
 MAX_SCHEMA_FILE = 1 << 20
 
+# Of a model's name, as `protocol.keys.MAX_MODEL_CHARACTERS`.
+MAX_NAME_CHARACTERS = 500
+
 # Eleven days.
 MAX_SECONDS = 1_000_000
 
@@ -79,6 +82,13 @@ def size_or_none(text: str) -> int:
     return 0 if text.strip().lower() in ("0", "off") else size(text)
 
 
+def web_url(text: str) -> str:
+    """Return the URL of something that is spoken to by HTTP."""
+    if re.fullmatch(r"https?://[^\s/?#]+(/\S*)?", text, re.IGNORECASE) is None:
+        raise ValueError("is not a URL like http://127.0.0.1:4318/v1/traces")
+    return text
+
+
 def yes_or_no(text: str) -> bool:
     yes, no = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
     if text.lower() not in (*yes, *no):
@@ -90,6 +100,99 @@ def word(text: str) -> str:
     if not text or any(c.isspace() for c in text):
         raise ValueError("must be one word")
     return text
+
+
+def served_names(text: str) -> tuple[str, ...]:
+    """Return the names of models that a text lists, each as NAME or as MODEL=NAME; in MODEL=A,B both are MODEL's."""
+    names = []
+    model = ""
+    for part in text.split(","):
+        given, equals, own = part.strip().rpartition("=")
+        model = given + equals or model
+        if not own or not own.isprintable() or any(c.isspace() for c in own):
+            raise ValueError("is not a list of names with commas between them; a name has no spaces")
+        if len(own) > MAX_NAME_CHARACTERS:
+            raise ValueError(f"holds a name of {len(own)} characters; the limit is {MAX_NAME_CHARACTERS}")
+        names.append(model + own)
+    return tuple(names)
+
+
+def queue(text: str) -> str:
+    if "@" in word(text):
+        raise ValueError("must be one word without @, which stands between the names of a queue and of a model")
+    return text
+
+
+def host_name(text: str) -> str:
+    """Return the name of a host, without a scheme, a port or a path."""
+    if "/" in text or re.fullmatch(r"[^:]*:\d*", text):
+        raise ValueError("must be a name alone, without http://, a port or a path, such as pool.example.com")
+    return word(text)
+
+
+def origins(text: str) -> tuple[str, ...]:
+    """Return the origins of web pages that a text holds, with commas or spaces between them, as browsers write them."""
+    return tuple(_origin(part) for part in re.split(r"[\s,]+", text.strip(" \t\n,")))
+
+
+def _origin(text: str) -> str:
+    if text in ("*", "null"):
+        return text
+    if "*" in text:
+        raise ValueError("holds a *, which is for all pages where it stands alone: name each origin instead")
+    scheme, host, path = _split_url(text)
+    if path:
+        raise ValueError(f"holds the path {path!r}, and the origin of a page has none: leave it out")
+    return f"{scheme}://{host}"
+
+
+def public_url(text: str) -> str:
+    """Return a URL of http or https in which only the path may follow the host, without a slash at its end."""
+    scheme, host, path = _split_url(text)
+    if scheme not in ("http", "https"):
+        raise ValueError("does not begin with http:// or https://")
+    if path.endswith("/v1"):
+        raise ValueError("ends with /v1, which is a part of the endpoint: leave that out")
+    if not re.fullmatch(r"(/[\w.~%+@-]+)*", path, re.ASCII):
+        raise ValueError("has a path of other characters than letters, digits and ._~%+@-")
+    return f"{scheme}://{host}{path}"
+
+
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+def _split_url(text: str) -> tuple[str, str, str]:
+    """Return the scheme, the host with any port that is not the scheme's own, and the path of a URL."""
+    from urllib.parse import urlsplit
+
+    if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://.", text):
+        raise ValueError("does not begin with a scheme and a host, as in https://pool.example.com")
+    try:
+        url = urlsplit(text)
+        host, port = url.hostname, url.port
+        if not host or any(c in text for c in "\\\"'<>"):
+            raise ValueError
+        host = host if host.isascii() else host.encode("idna").decode()
+    except ValueError:
+        raise ValueError("has a host or a port that cannot be; write them as in http://localhost:3000") from None
+    if url.username is not None:
+        raise ValueError("holds a user's name or a password: leave these out")
+    if url.query or url.fragment:
+        raise ValueError("holds a ? or a #: leave out what begins there")
+    host = f"[{host}]" if ":" in host else host
+    is_own_port = port is None or port == _DEFAULT_PORTS.get(url.scheme)
+    return url.scheme, host if is_own_port else f"{host}:{port}", url.path.rstrip("/")
+
+
+def networks(text: str) -> tuple[str, ...]:
+    """Return the addresses and networks that a text holds, with commas or spaces between them."""
+    from ipaddress import ip_network
+
+    parts = re.split(r"[\s,]+", text.strip(" \t\n,"))
+    try:
+        return tuple(str(ip_network(part, strict=False)) for part in parts)
+    except ValueError:
+        raise ValueError("is no address or network, such as 127.0.0.1 or 10.0.0.0/8, and no list of these") from None
 
 
 def delimiter(text: str) -> str:

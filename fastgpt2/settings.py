@@ -11,16 +11,23 @@ from fastgpt2.setting_values import (
     biases,
     delimiter,
     drafts,
+    host_name,
     integer,
     log_level,
+    networks,
     number,
     one_of,
     one_text,
+    origins,
+    public_url,
+    queue,
     schema,
     seconds,
+    served_names,
     size,
     size_or_none,
     token_ids,
+    web_url,
     whole_number,
     word,
     yes_or_no,
@@ -33,6 +40,12 @@ MODEL = Setting(
     "model", "ID|PATH", str, "gpt2",
     "The model: an id on the hub such as gpt2-medium, a folder, or demo, the small model that comes with fastgpt2.",
 )
+MODELS: Setting[tuple[str, ...]] = Setting(
+    "model", "ID|PATH", one_text, ("gpt2",),
+    "The model: an id on the hub such as gpt2-medium, a folder, or demo, the small model that comes with fastgpt2. "
+    "Given several times, each model has --workers workers, and jobs that name no model go to the first.",
+    "gpt2", join=operator.add,
+)
 # Not by FASTGPT2_MODEL, which may be set for a pool that the batch is to be sent to.
 OWN_MODEL: Setting[str | None] = Setting(
     "model", "ID|PATH", str, None,
@@ -40,6 +53,25 @@ OWN_MODEL: Setting[str | None] = Setting(
     "or demo, the small model that comes with fastgpt2. The options of workers, such as --weights, go with it.",
     "none: a pool that runs already", variable_of="batch_model",
 )
+SERVED_MODEL_NAME: Setting[tuple[str, ...]] = Setting(
+    "served_model_name", "NAME", served_names, (),
+    "The name by which jobs ask for the model, instead of the model as it is given; of several names, given one by one "
+    "or with commas between them, the first is the one that is shown. With several models: MODEL=NAME or "
+    "MODEL=NAME,NAME.",
+    "the model as it is given", join=operator.add,
+)
+BATCH_MODEL_NAME: Setting[tuple[str, ...]] = Setting(
+    "served_model_name", "NAME", served_names, (),
+    "With --model: the name by which lines may ask for it, given as for fastgpt2 up. Without: the model of the running "
+    "pool that lines are for which name none.",
+    "the model as it is given; without --model, the pool's first", join=operator.add,
+    variable_of="batch_served_model_name",
+)
+JOB_MODEL: Setting[str | None] = Setting(
+    "model", "NAME", str, None, "The name of the model that the job is for, of those that the pool serves.",
+    "the pool's first", variable_of="job_model",
+)
+NAMED_ONLY = flag("named_only", "Take only jobs that name the model; those that name none are left to other workers.")
 REVISION: Setting[str | None] = Setting(
     "revision", "REV", str, None, "The branch, tag or commit of the model's repository on the hub.", "main"
 )
@@ -53,6 +85,11 @@ GENERATION_CONFIG = Setting(
     "The generation settings to follow. auto: the model's generation_config.json, as transformers does; what is not "
     "applied of it is logged. none: only the ids in config.json that begin and end a text.",
 )
+CHAT_TEMPLATE: Setting[str | None] = Setting(
+    "chat_template", "FILE", str, None,
+    "A file with the chat template, in jinja2's language, by which chats become prompts. It takes the extra `chat`.",
+    "the one that comes with the model, if there is one",
+)
 REDIS_URL = Setting(
     "redis_url", "URL", str, "redis://127.0.0.1:6379/0",
     "The Redis to use. Other users of this machine can read options: set the variable if the URL holds a password, or "
@@ -61,8 +98,8 @@ REDIS_URL = Setting(
 OWN_REDIS_URL: Setting[str | None] = Setting(
     "redis_url", "URL", str, None, "The Redis to use instead of an embedded one.", "an embedded Redis"
 )
-QUEUE = Setting("queue", "NAME", word, "fastgpt2", "The name of the RQ queue.")
-WORKERS = Setting("workers", "N", whole_number(1, 1024), 2, "The number of worker processes.")
+QUEUE = Setting("queue", "NAME", queue, "fastgpt2", "The name of the RQ queue.")
+WORKERS = Setting("workers", "N", whole_number(1, 1024), 2, "The number of worker processes, for each --model.")
 OWN_WORKERS: Setting[int | None] = Setting(
     "workers", "N", whole_number(1, 1024), None, "The number of worker processes.",
     "as many as cores, divided by --threads; no more than --in-flight",
@@ -129,10 +166,10 @@ HOST = Setting(
     "host", "ADDRESS", str, "127.0.0.1", "The address that the HTTP endpoint listens on; 0.0.0.0 for all of them."
 )
 HOST_NAME: Setting[str | None] = Setting(
-    "host_name", "NAME", word, None,
-    "Without a token, serve only requests that are made to this name or to localhost, whatever address the endpoint "
-    "listens on.",
-    "the address itself if only this machine can reach it, any name otherwise",
+    "host_name", "NAME", host_name, None,
+    "Without a token, serve only requests that are made to this name or to this machine's own, whatever address the "
+    "endpoint listens on.",
+    "this machine's own names if only this machine can reach the address, any name otherwise",
 )
 PORT = Setting("port", "PORT", whole_number(0, 65535), 8000, "The port of the HTTP endpoint; 0 takes a free one.")
 # A variable only, as every user of the machine can read options.
@@ -141,10 +178,28 @@ TOKEN: Setting[str | None] = Setting(
 )
 TOKEN_FILE: Setting[str | None] = Setting(
     "token_file", "FILE", str, None,
-    "A file whose first line is the token that requests to the HTTP endpoint must have.",
+    "A file of the tokens of which requests to the HTTP endpoint must have one: lines NAME:TOKEN or NAME:sha256:HEX, "
+    "also with waiting=N and tokens_per_minute=N, or one bare token. SIGHUP has it read again.",
     "the token of FASTGPT2_TOKEN, or none",
 )
 INSECURE = flag("insecure", "Serve other machines without a token.")
+ALLOW_ORIGIN: Setting[tuple[str, ...]] = Setting(
+    "allow_origin", "ORIGIN", origins, (),
+    "Let web pages of this origin, such as https://app.example.com, use the HTTP endpoint (CORS); may be given several "
+    "times. * stands for the pages of everybody.",
+    "the endpoint's own page alone", join=operator.add,
+)
+PUBLIC_URL: Setting[str | None] = Setting(
+    "public_url", "URL", public_url, None,
+    "Where a proxy makes the HTTP endpoint reachable, such as https://pool.example.com or https://example.com/gpt2.",
+    "none",
+)
+TRUSTED_PROXY: Setting[tuple[str, ...]] = Setting(
+    "trusted_proxy", "ADDRESS", networks, (),
+    "Believe this proxy, or those of a network such as 10.0.0.0/8, which name was asked for, by the header "
+    "X-Forwarded-Host or Forwarded; may be given several times.",
+    "nobody", join=operator.add,
+)
 REDIS_PORT = Setting(
     "redis_port", "PORT", whole_number(0, 65535), 6379,
     "The port of the embedded Redis; a free one is taken if this one is in use.",
@@ -159,6 +214,10 @@ DRAIN_TIMEOUT = duration(
 )
 MAX_QUEUE: Setting[int | None] = Setting(
     "max_queue", "N", whole_number(1, 1 << 40), None, "Refuse new jobs while N jobs wait.", "no limit"
+)
+CHAT = flag("chat", "Take the prompt for a user's message, and print the model's answer; it takes a chat template.")
+SYSTEM: Setting[str | None] = Setting(
+    "system", "TEXT", str, None, "With --chat: a system message, before the user's.", "none"
 )
 PRIORITY = Setting(
     "priority", "NAME", one_of("high", "normal", "low"), "normal", "The priority in the queue: high, normal or low."
@@ -295,6 +354,15 @@ RETRY_ERRORS = flag("retry_errors", "Run the lines again that are errors in the 
 KEEP_GOING = flag("keep_going", "Go on even if the first 20 lines all fail.")
 TIMINGS = flag("timings", "Print on standard error how long each part took.")
 JSON = flag("json", "Print all that is known, as JSON.")
+FAILED = flag("failed", "List all jobs that failed, the latest first, each with its error.")
+ALL_FAILED = flag("failed", "Run all jobs again that failed, or were stopped.")
+STATE: Setting[str | None] = Setting(
+    "state", "STATE",
+    one_of("queued", "started", "finished", "failed", "deferred", "scheduled", "canceled"), None,
+    "List all jobs in this state, in RQ's words: queued, started, finished, failed, deferred, scheduled or canceled.",
+    "the jobs that run, and the latest that have ended",
+)
+LIMIT = Setting("limit", "N", whole_number(1, 100_000), 20, "List at most N jobs.")
 WAIT = flag("wait", "Wait for the result and print it.")
 VERIFY = flag("verify", "Check every byte of the packed file, and make it anew if one is wrong.")
 MEASURE = flag(
@@ -309,12 +377,22 @@ DURABILITY = Setting(
 )
 KEEP_ALIVE = duration("keep_alive", 75.0, "How long the HTTP endpoint keeps a connection open that is not used.")
 BODY_TIMEOUT = duration("body_timeout", 20.0, "How long the body of a request to the HTTP endpoint may take to come.")
-SHOW_PROMPTS = flag("show_prompts", "Show prompts in the HTTP endpoint's list of the latest jobs.")
+SHOW_PROMPTS = flag("show_prompts", "Show prompts in lists of jobs and on the page of a job.")
 LOG_PROMPTS = flag("log_prompts", "Write prompts into the workers' logs.")
 LOG_LEVEL = Setting(
     "log_level", "LEVEL", log_level, "INFO",
     "The least important messages to log: debug, info, warning or error.",
     "info",
+)
+LOG_FORMAT = Setting(
+    "log_format", "NAME", one_of("text", "json"), "text",
+    "The form of the log, and of all else on standard error: text, or json, which is one JSON event a line.",
+)
+OTLP_TRACES_ENDPOINT: Setting[str | None] = Setting(
+    "otlp_traces_endpoint", "URL", web_url, None,
+    "Where to send OpenTelemetry's spans by OTLP over HTTP, such as http://127.0.0.1:4318/v1/traces. The standard "
+    "variables OTEL_... say the rest, and also this.",
+    "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT, or no tracing",
 )
 OWN_LOG_LEVEL = Setting(
     "log_level", "LEVEL", log_level, "WARNING",
@@ -326,6 +404,7 @@ OWN_LOG_LEVEL = Setting(
 
 # The settings of the commands, in the order in which `--help` shows them; first, groups that several commands share.
 OF_MODEL = (MODEL, REVISION, TOKENIZER, GENERATION_CONFIG)
+OF_NAMES = (SERVED_MODEL_NAME, NAMED_ONLY)
 OF_QUEUE = (REDIS_URL, QUEUE)
 OF_ARITHMETIC = (THREADS, BLAS, WEIGHTS)
 OF_BATCH = (MAX_BATCH, KV_MEMORY, PREFIX_MEMORY)
@@ -340,27 +419,33 @@ OF_REQUEST: Settings = (
     MAX_NEW_TOKENS, STOP, STOP_TOKEN_IDS, IGNORE_EOS, MIN_NEW_TOKENS, TRUNCATE_PROMPT_TOKENS, LOGPROBS, ECHO,
     *OF_DRAW, *OF_SCORES, *OF_FORM,
 )  # fmt: skip
+OF_CHAT: Settings = (CHAT, SYSTEM)
 # Those that give texts, in which `ESCAPE` counts.
 OF_TEXT: Settings = (STOP, BAD_WORD, CHOICE)
-OF_LOAD: Settings = (*OF_MODEL, *OF_ARITHMETIC, DRAFTS)
-OF_WORKERS = (*OF_MODEL, POOL_THREADS, BLAS, WEIGHTS, DRAFTS, *OF_BATCH, WORKERS, MAX_JOBS, MAX_GROWTH)
+OF_LOAD: Settings = (*OF_MODEL, CHAT_TEMPLATE, *OF_ARITHMETIC, DRAFTS)
+OF_WORKERS = (
+    MODELS, *OF_NAMES, *OF_MODEL[1:], CHAT_TEMPLATE, POOL_THREADS, BLAS, WEIGHTS, DRAFTS, *OF_BATCH, WORKERS, MAX_JOBS,
+    MAX_GROWTH,
+)  # fmt: skip
 # Of a pool that a command starts for itself. Without the first, the others mean nothing there.
 OF_OWN_POOL: Settings = (
-    OWN_MODEL, *OF_MODEL[1:], OWN_WORKERS, POOL_THREADS, BLAS, WEIGHTS, DRAFTS, *OF_BATCH, MAX_JOBS, MAX_GROWTH,
+    OWN_MODEL, BATCH_MODEL_NAME, *OF_MODEL[1:], CHAT_TEMPLATE, OWN_WORKERS,
+    POOL_THREADS, BLAS, WEIGHTS, DRAFTS, *OF_BATCH, MAX_JOBS, MAX_GROWTH,
     OWN_LOG_LEVEL,
 )  # fmt: skip
-OF_ADDRESS = (HOST, HOST_NAME, PORT, TOKEN_FILE, INSECURE)
+OF_ADDRESS = (HOST, HOST_NAME, PORT, TOKEN_FILE, INSECURE, ALLOW_ORIGIN, PUBLIC_URL, TRUSTED_PROXY)
 OF_ANSWERS = (TIMEOUT, BODY_TIMEOUT, KEEP_ALIVE, MAX_QUEUE, SHOW_PROMPTS)
 OF_END = (DRAIN_TIMEOUT, MAX_JOBS, MAX_GROWTH, ALIVE_FILE, BURST)
-OF_LOG = (LOG_PROMPTS, LOG_LEVEL)
+OF_LOG = (LOG_PROMPTS, LOG_LEVEL, LOG_FORMAT, OTLP_TRACES_ENDPOINT)
 
 OF_REDIS = (REDIS_PORT, REDIS_DIR)
 OF_UP = (*OF_WORKERS, OWN_REDIS_URL, QUEUE, DURABILITY, *OF_ADDRESS, *OF_REDIS, DRAIN_TIMEOUT, *OF_ANSWERS, *OF_LOG)
-OF_WORKER: Settings = (*OF_LOAD, *OF_BATCH, *OF_QUEUE, DURABILITY, NAME, *OF_END, *OF_LOG)
+OF_WORKER: Settings = (MODEL, *OF_NAMES, *OF_LOAD[1:], *OF_BATCH, *OF_QUEUE, DURABILITY, NAME, *OF_END, *OF_LOG)
 OF_POOL = (*OF_WORKERS, *OF_QUEUE, DURABILITY, DRAIN_TIMEOUT, ALIVE_FILE, *OF_LOG)
-OF_ENDPOINT = (*OF_QUEUE, DURABILITY, *OF_ADDRESS, *OF_ANSWERS, LOG_LEVEL)
+OF_ENDPOINT = (*OF_QUEUE, DURABILITY, *OF_ADDRESS, *OF_ANSWERS, LOG_LEVEL, LOG_FORMAT, OTLP_TRACES_ENDPOINT)
 OF_ENQUEUE: Settings = (
-    *OF_REQUEST, ESCAPE, PRIORITY, DEADLINE, *OF_QUEUE, DURABILITY, MAX_QUEUE, WAIT, STREAM, TIMEOUT, JSON,
+    *OF_CHAT, *OF_REQUEST, ESCAPE, JOB_MODEL, PRIORITY, DEADLINE, *OF_QUEUE, DURABILITY, MAX_QUEUE, WAIT, STREAM,
+    TIMEOUT, JSON, LOG_FORMAT,
 )  # fmt: skip
 OF_FILE: Settings = (
     OUTPUT,
@@ -380,6 +465,7 @@ OF_FILE: Settings = (
     DURABILITY,
     MAX_QUEUE,
     *OF_OWN_POOL,
+    LOG_FORMAT,
 )
 
 # Variables beside those of the settings: the cache's, those that a pool sets, and one that only the compose file reads.

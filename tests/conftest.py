@@ -15,7 +15,7 @@ import pytest
 from redis import Redis
 from rq import Queue
 from rq.serializers import JSONSerializer
-from support.running import RunningEndpoint, StartEndpoint, StartWorker, wait_until
+from support.running import GOLDEN, RunningEndpoint, StartEndpoint, StartWorker, wait_until
 from support.turns import Turns, take_turns
 
 from fastgpt2 import Client, Engine, settings
@@ -39,7 +39,7 @@ gc.disable()
 def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """A developer's own settings must not reach into the tests."""
     for name in list(os.environ):
-        if name.startswith(("FASTGPT2_", "HF_")):
+        if name.startswith(("FASTGPT2_", "HF_", "OTEL_")):
             monkeypatch.delenv(name)
 
 
@@ -67,6 +67,9 @@ LONG_FILES = (
     "test_crashes.py",
     "test_page.py",
     "test_decoder.py",
+    "test_proxy.py",
+    "test_several_models.py",
+    "test_job_page.py",
     "test_soak.py",
     "test_failovers.py",
     "test_faults.py",
@@ -254,6 +257,9 @@ def start_endpoint(redis_server: RedisServer, queue_name: str, tmp_path: Path) -
 @pytest.fixture(scope="session")
 def system() -> Iterator[System]:
     """The whole system, as `fastgpt2 up` runs it."""
-    values = settings.of_system(model="demo", workers="2", port="0", redis_port="0", log_level="warning")
+    template = str(GOLDEN / "chat_templates" / "human-and-assistant.jinja")
+    values = settings.of_system(
+        model="demo", workers="2", port="0", redis_port="0", log_level="warning", chat_template=template
+    )
     with System(values) as running:
         yield running

@@ -27,14 +27,16 @@ from support.running import GOLDEN, wait_until
 
 from fastgpt2 import Client
 from fastgpt2.api.pool.job_list import read_latest, read_prompts
+from fastgpt2.api.pool.job_pages import STATES
 from fastgpt2.api.pool.prometheus import render_metrics
 from fastgpt2.api.pool.status import check_readiness, read_status, record_depth
-from fastgpt2.errors import JobCancelled, QueueFull, RedisAccessDenied
+from fastgpt2.errors import JobCancelled, ModelUnknown, QueueFull, RedisAccessDenied
 from fastgpt2.protocol.connection import connect
 
 ENTRIES: list[dict[str, Any]] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"]
 RULES = Path(__file__).parent.parent / "deploy" / "redis.acl"
 TASK = "fastgpt2.worker.tasks.generate"
+TOKEN = "correct-horse-battery-staple"
 
 
 class GuardedRedis(OpenRedis):
@@ -72,7 +74,9 @@ def system(server: GuardedRedis, tmp_path_factory: pytest.TempPathFactory) -> It
     folder = tmp_path_factory.mktemp("system")
     logs = {name: folder / f"{name}.log" for name in ("pool", "api")}
     users = {"pool": "worker", "api": "endpoint"}
-    options = {"pool": ["--workers", "1"], "api": ["--port", "0"]}
+    tokens = folder / "tokens"
+    tokens.write_text(f"alice:{TOKEN} waiting=20 tokens_per_minute=1000000")
+    options = {"pool": ["--workers", "1"], "api": ["--port", "0", "--token-file", str(tokens)]}
     processes = []
     for name, log in logs.items():
         own = {"FASTGPT2_REDIS_URL": server.url_of(users[name]), "FASTGPT2_MODEL": "demo", "FASTGPT2_MAX_BATCH": "4"}
@@ -97,6 +101,10 @@ def suspended(admin: Redis) -> Iterator[None]:
     admin.delete("rq:suspended")
 
 
+def admin_queue(admin: Redis) -> Queue:
+    return Queue("fastgpt2", connection=admin, serializer=JSONSerializer)
+
+
 def denials(admin: Redis) -> list[str]:
     entries: Any = admin.acl_log()
     # What the library says of itself from Redis 7.2 on may be denied: it goes on.
@@ -119,6 +127,11 @@ def test_a_client_and_a_worker_can_do_their_part(server: GuardedRedis, admin: Re
         for priority in ("high", "normal", "low"):
             job = client.enqueue(entry["prompt"], max_new_tokens=5, ignore_eos=True, priority=priority)
             assert list(job.result(timeout=20).token_ids) == entry["ids"][:5]
+        with Client(server.url_of("client"), max_queue=100) as bounded:
+            named = bounded.enqueue(entry["prompt"], max_new_tokens=5, ignore_eos=True, model="demo")
+            assert list(named.result(timeout=20).token_ids) == entry["ids"][:5]
+            with pytest.raises(ModelUnknown):
+                bounded.enqueue(entry["prompt"], model="other")
         with client.stream(entry["prompt"], max_new_tokens=20, ignore_eos=True) as stream:
             text = "".join(piece.text for piece in stream)
         assert stream.result is not None
@@ -132,14 +145,16 @@ def test_a_client_and_a_worker_can_do_their_part(server: GuardedRedis, admin: Re
         with pytest.raises(JobCancelled):
             long.result(timeout=20)
     # What RQ's own users do, whose rights are their own affair; the worker's part of it is what is looked at.
-    rq = Queue("fastgpt2", connection=admin, serializer=JSONSerializer)
+    rq = admin_queue(admin)
     first = rq.enqueue(TASK, entry["prompt"], max_new_tokens=5)
     after = rq.enqueue(TASK, entry["prompt"], max_new_tokens=5, depends_on=first)
+    strayed = rq.enqueue(TASK, entry["prompt"], max_new_tokens=5, model="nobody's")
     failing = rq.enqueue(TASK, entry["prompt"], num_beams=4)
     limited = [rq.enqueue(TASK, "Once", max_new_tokens=2, rate_limit=RateLimit("limit", 1)) for _ in range(2)]
     endless = rq.enqueue(TASK, entry["prompt"], max_new_tokens=480, ignore_eos=True)
     wait_until(lambda: limited[1].get_status().value == "finished", "the job that waited for a slot to finish")
     wait_until(lambda: after.get_status().value == "finished", "the dependent job to finish")
+    wait_until(lambda: strayed.get_status().value == "failed", "the job of a model that nobody serves to fail")
     wait_until(lambda: failing.get_status().value == "failed", "the refused job to fail")
     if endless.get_status().value == "started":
         send_stop_job_command(admin, endless.id, serializer=JSONSerializer)
@@ -171,6 +186,7 @@ def test_the_endpoint_and_a_monitor_can_do_their_part(
 ) -> None:
     _, url = system
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    opener.addheaders = [("Authorization", f"Bearer {TOKEN}")]
     with opener.open(f"{url}/status", timeout=20) as answer:
         assert json.loads(answer.read())["queue"]["name"] == "fastgpt2"
     body = json.dumps({"inputs": ENTRIES[0]["prompt"], "parameters": {"max_new_tokens": 3}}).encode()
@@ -191,7 +207,15 @@ def test_the_endpoint_and_a_monitor_can_do_their_part(
         job_url = f"{url}/v1/jobs/{json.loads(answer.read())['id']}"
     with opener.open(urllib.request.Request(job_url, method="DELETE"), timeout=20) as answer:
         assert json.loads(answer.read())["status"] == "canceled"
-    for path in ("/ready", "/metrics", "/status?history=true", "/v1/models", "/v1/jobs"):
+    failing = admin_queue(admin).enqueue(TASK, ENTRIES[0]["prompt"], num_beams=4, rate_limit=RateLimit("again", 1))
+    wait_until(lambda: failing.get_status().value == "failed", "the refused job to fail")
+    for again in (job_url, f"{url}/v1/jobs/{failing.id}"):
+        with opener.open(urllib.request.Request(f"{again}/requeue", method="POST"), timeout=20) as answer:
+            assert answer.status == 202
+    wait_until(lambda: failing.get_status().value == "failed", "the refused job to fail again")
+    lists = [f"/v1/jobs?state={state}&limit=1" for state in STATES]
+    details = f"/v1/jobs/{failing.id}?details=true"
+    for path in ("/ready", "/metrics", "/status?history=true", "/v1/models", "/v1/jobs", details, *lists):
         with opener.open(f"{url}{path}", timeout=20) as answer:
             assert answer.status == 200
 
@@ -219,6 +243,10 @@ def test_the_endpoint_and_a_monitor_can_do_their_part(
         with pytest.raises(QueueFull):
             client.enqueue(ENTRIES[0]["prompt"])
         assert waiting.cancel()
+    # The token of these requests has limits, of which the workers told what they used.
+    used: Any = admin.hgetall("fastgpt2:token-totals:fastgpt2")
+    assert int(used[b"alice:generated_tokens"]) > 400
+    assert admin.exists("fastgpt2:account:state:fastgpt2:alice", "fastgpt2:account:usage:fastgpt2:alice") == 2
     totals: Any = admin.hgetall("fastgpt2:totals:fastgpt2")
     assert (totals[b"refused"], int(totals[b"ended:canceled:on_request"]) > 0) == (b"1", True)
 
@@ -265,6 +293,10 @@ def test_a_monitor_cannot_tell_how_long_a_job_waits(server: GuardedRedis, admin:
         ("endpoint", "LPUSH fastgpt2:latest:fastgpt2 x"),
         ("endpoint", "LRANGE rq:queue:fastgpt2 0 -1"),
         ("endpoint", "FLUSHDB"),
+        ("endpoint", "HINCRBY fastgpt2:token-totals:fastgpt2 alice:prompt_tokens 1"),
+        ("endpoint", "HDEL rq:job:x status"),
+        ("client", "ZREM fastgpt2:account:jobs:fastgpt2:alice x"),
+        ("client", "HGET fastgpt2:account:state:fastgpt2:alice debt"),
         ("monitor", "HGETALL rq:job:x"),
         ("monitor", "HMGET rq:job:x data"),
         ("monitor", "LRANGE fastgpt2:latest:fastgpt2 0 -1"),

@@ -28,6 +28,9 @@ HEAVY = (
     "prometheus_client",
     "llvmlite",
     "llguidance",
+    "jinja2",
+    "opentelemetry",
+    "requests",  # OpenTelemetry's exporter uses it
 )
 
 
@@ -50,8 +53,9 @@ def test_importing_the_package_imports_nothing_else() -> None:
     ("code", "allowed"),
     [
         ("import fastgpt2.cli; fastgpt2.cli.build_parser()", set()),
-        ("from fastgpt2 import Client", {"redis", "rq", "asyncio"}),
-        ("import fastgpt2.api.http.app", {"redis", "rq", "asyncio", "starlette"}),
+        # redis imports OpenTelemetry, for metrics of its own, where that is installed.
+        ("from fastgpt2 import Client", {"redis", "rq", "asyncio", "opentelemetry"}),
+        ("import fastgpt2.api.http.app", {"redis", "rq", "asyncio", "opentelemetry", "starlette"}),
         ("from fastgpt2 import Engine", set()),
         ("import fastgpt2.system.up", set()),
     ],
@@ -92,10 +96,14 @@ COMMON = {
     "settings",
     "setting_values",
     "process",
+    "events",
+    "tracing",
+    "span_export",
     "__version__",
 }
 RECORDS = "engine.decoding.records"
 OPTIONS = "engine.decoding.options"
+CHAT_OPTIONS = "engine.decoding.chat_options"
 ROOMS: dict[str, set[str]] = {
     "engine.trust": set(),
     "engine.machine": {"engine.trust"},
@@ -115,10 +123,10 @@ ROOMS: dict[str, set[str]] = {
     "engine.engine": {"engine.loading", "engine.decoding"},
     "protocol": {RECORDS},
     "worker": {"protocol", "engine"},
-    "api.client": {"protocol", RECORDS},
+    "api.client": {"protocol", RECORDS, CHAT_OPTIONS},
     "api.pool": {"protocol"},
     "api.page": set(),
-    "api.http": {"api.client", "api.pool", "api.page", "protocol", RECORDS, OPTIONS},
+    "api.http": {"api.client", "api.pool", "api.page", "protocol", RECORDS, OPTIONS, CHAT_OPTIONS},
     "system": {"api.http", "worker", "protocol", "engine.model", "engine.machine"},
     "bench": {"engine"},
     "commands": {"api", "system", "worker", "protocol", "engine"},
@@ -130,11 +138,13 @@ FOREIGN = {
     "tokenizers": {"engine"},
     "safetensors": {"engine"},
     "llguidance": {"engine"},
+    "jinja2": {"engine"},
     "redis": {"protocol", "worker", "api", "system"},
     "rq": {"worker", "api"},
     "starlette": {"api.http"},
     "uvicorn": {"api.http"},
-    "prometheus_client": {"api.pool"},
+    "prometheus_client": {"api.pool", "api.http"},
+    "opentelemetry": {"api.http", "worker", "span_export"},
 }
 
 

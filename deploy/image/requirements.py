@@ -1,18 +1,21 @@
-"""Print what goes into an image beside fastgpt2, one a line: its dependencies, and MKL and LLVM if asked for.
+"""Print what goes into an image beside fastgpt2, one a line: its dependencies; MKL, LLVM, OpenTelemetry if asked for.
 
-The extra `guided` is in every image: it is 3 MB, and there is no pip in an image to add it later.
+The extras `chat` and `guided` are in every image: they are 4 MB, and there is no pip in an image to add them later.
 """
 
 import sys
 import tomllib
 from pathlib import Path
 
-blas, compact = sys.argv[1:]
+blas, compact, otel = sys.argv[1:]
 if blas not in ("openblas", "mkl"):
     sys.exit(f"--build-arg BLAS={blas}: is neither openblas nor mkl")
 if compact not in ("yes", "no"):
     sys.exit(f"--build-arg COMPACT={compact}: is neither yes nor no")
+if otel not in ("yes", "no"):
+    sys.exit(f"--build-arg OTEL={otel}: is neither yes nor no")
 project = tomllib.loads(Path("pyproject.toml").read_text("utf-8"))["project"]
-extras = ["guided"]
-extras += [name for name, wanted in (("mkl", blas == "mkl"), ("compact", compact == "yes")) if wanted]
+extras = ["chat", "guided"]
+asked = (("mkl", blas == "mkl"), ("compact", compact == "yes"), ("otel", otel == "yes"))
+extras += [name for name, wanted in asked if wanted]
 print(*project["dependencies"], *(line for name in extras for line in project["optional-dependencies"][name]), sep="\n")

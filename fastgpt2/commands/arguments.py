@@ -19,12 +19,14 @@ class Positional:
 
     Attributes:
         optional: it may be left out. Its value is then that of the setting of the same name, or None if there is none.
+        several: it may be given several times. Its value is then a list.
     """
 
     name: str
     help: str
     optional: bool = False
     choices: tuple[str, ...] | None = None
+    several: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ class Command:
         positional = self.positional
         if positional is None:
             return f"fastgpt2 {name} [OPTIONS]"
-        word = positional.name.upper()
+        word = positional.name.upper() + ("..." if positional.several else "")
         return f"fastgpt2 {name} [OPTIONS] {f'[{word}]' if positional.optional else word}"
 
 

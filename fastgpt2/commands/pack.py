@@ -35,17 +35,21 @@ def run(values: dict[str, Any]) -> int:
 
 
 def _check_text(values: dict[str, Any]) -> None:
-    """Open the tokenizer and the generation settings as a worker does: what is packed can then be served."""
+    """Open all that makes texts of tokens, and prompts of chats, as a worker does: what is packed can be served."""
     from fastgpt2.engine.loading import note, notes_on_text
     from fastgpt2.engine.model.config import read_config
     from fastgpt2.engine.model.generation_config import read_generation_config
     from fastgpt2.engine.model.hub import find_folders
+    from fastgpt2.engine.text.chat_template import load_chat_template
     from fastgpt2.engine.text.tokenizer import Tokenizer
 
     folder, tokenizer_folder = find_folders(values["model"], values["revision"], values["tokenizer"])
     config = read_config(folder)
     generation = read_generation_config(folder, config, values["generation_config"])
-    note(values["model"], *notes_on_text(config, Tokenizer.from_folder(tokenizer_folder), generation))
+    template = load_chat_template(tokenizer_folder, values["chat_template"])
+    template.close()
+    notes = notes_on_text(config, Tokenizer.from_folder(tokenizer_folder), generation)
+    note(values["model"], *notes, *template.notes)
 
 
 def _pack_and_verify(values: dict[str, Any], weights: str) -> PackedFile:
@@ -75,7 +79,7 @@ def _measure(values: dict[str, Any]) -> None:
     """Load the model as a worker does, which keeps what it measures beside the packed file."""
     from fastgpt2.engine.engine import Engine
 
-    names = ("revision", "threads", "blas", "weights", "drafts", "tokenizer", "generation_config")
+    names = ("revision", "threads", "blas", "weights", "drafts", "tokenizer", "generation_config", "chat_template")
     Engine.load(values["model"], **{name: values[name] for name in names})
 
 

@@ -46,6 +46,7 @@ def generate(values: dict[str, Any]) -> int:
         drafts=values["drafts"],
         tokenizer=values["tokenizer"],
         generation_config=values["generation_config"],
+        chat_template=values["chat_template"],
     )
     prompt = engine.decoder.prepare(request)
     encoded = perf_counter()
@@ -115,6 +116,7 @@ def _status_text(status: dict[str, Any]) -> str:
         f"queue {queue['name']}: {waiting}; jobs: {jobs}",
         f"last minute: {rates['tokens_per_second']:.1f} tokens/s, {60 * rates['jobs_per_second']:.1f} jobs/min",
     ]
+    lines += _model_lines(status["by_model"])
     for worker in status["workers"]:
         count = worker["in_hand"]
         at_work = f" on {count} of up to {worker['max_batch']} jobs" if count else ""
@@ -133,6 +135,24 @@ def _status_text(status: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _model_lines(by_model: dict[str, dict[str, Any]]) -> list[str]:
+    """Return a line for each name of a model; none if there is one, which workers serve: it would say nothing new."""
+    if len(by_model) < 2 and all(state["workers"] for state in by_model.values()):
+        return []
+    lines = []
+    for name, state in by_model.items():
+        count, depth, wait = state["workers"], state["depth"], state["oldest_wait_seconds"]
+        workers = "1 worker" if count == 1 else f"{count or 'no'} workers"
+        waiting = f"{depth} waiting by name" + ("" if wait is None else f", the first for {wait:.1f} s")
+        remedy = "" if count or not depth else "; a worker with --served-model-name of this name serves them"
+        done = state["totals"]
+        lines.append(
+            f"model {name}: {workers}, {waiting}, {state['in_hand']} in hand, {state['tokens_per_second']:.1f} "
+            f"tokens/s, {done['finished']} finished, {done['failed']} failed{remedy}"
+        )
+    return lines
+
+
 def _notes_by_worker(workers: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
     """Return the notes on models, each once for all workers that have the same ones on the same model."""
     found: dict[str, tuple[str, list[str]]] = {}
@@ -149,14 +169,16 @@ def enqueue(values: dict[str, Any]) -> int:
     """
     from fastgpt2.api.client.client import Client
     from fastgpt2.protocol.messages import JobOptions
+    from fastgpt2.protocol.request_context import take_from_environment
 
+    take_from_environment()
     if values["stream"] and values["json"]:
         raise BadRequest("--stream prints text, --json a whole result; leave one out")
     request = build_request(values)
     if values["stream"] and request.texts > 1:
         raise BadRequest(f"--stream prints one text as it comes, not {request.texts}; print them at the end by --wait")
     note_unprinted(values)
-    options = JobOptions(timeout=values["deadline"], stream=values["stream"])
+    options = JobOptions(timeout=values["deadline"], stream=values["stream"], model=values["model"])
     with Client(values["redis_url"], values["queue"], values["max_queue"], values["durability"]) as client:
         job = client.enqueue_request(request, options, priority=values["priority"])
         if values["stream"]:
@@ -221,9 +243,19 @@ def build_request(values: dict[str, Any]) -> GenerationRequest:
     """
     from fastgpt2.engine.decoding.records import GenerationRequest
 
-    request = GenerationRequest(values["prompt"], **request_fields(values))
+    if values["chat"]:
+        request = GenerationRequest(messages=_messages(values), **request_fields(values))
+    else:
+        if values["system"] is not None:
+            raise BadRequest("--system goes with --chat: a prompt that is continued has no system message")
+        request = GenerationRequest(values["prompt"], **request_fields(values))
     note_idle_options(request)
     return request
+
+
+def _messages(values: dict[str, Any]) -> tuple[dict[str, str], ...]:
+    user = {"role": "user", "content": values["prompt"]}
+    return (user,) if values["system"] is None else ({"role": "system", "content": values["system"]}, user)
 
 
 def note_idle_options(request: GenerationRequest) -> None:
@@ -293,6 +325,6 @@ def print_pieces(pieces: Iterable[Piece], values: dict[str, Any]) -> None:
 
 
 def _prompt_to_print(values: dict[str, Any]) -> str:
-    """Return the prompt of the command line; empty if there is none, or if the result's text begins with it."""
-    prompt: str = "" if values.get("echo") else values.get("prompt", "")
+    """Return the prompt of the command line; empty if there is none, if it is answered, or the text begins with it."""
+    prompt: str = "" if values.get("echo") or values.get("chat") else values.get("prompt", "")
     return prompt

@@ -13,11 +13,15 @@ def worker(values: dict[str, Any]) -> int:
     from fastgpt2.process import raise_open_file_limit, set_up_logging
     from fastgpt2.protocol.connection import connect
     from fastgpt2.protocol.server_check import refuse_unfit
+    from fastgpt2.system.served_model import read_served_models
+    from fastgpt2.tracing import close_tracing, set_up_tracing
     from fastgpt2.worker.liveness import AliveFile
     from fastgpt2.worker.recycling import Recycling
     from fastgpt2.worker.worker import GenerationWorker, log
 
     set_up_logging(values["log_level"])
+    set_up_tracing("fastgpt2-worker", values["otlp_traces_endpoint"], values["name"])
+    (served,) = read_served_models(values)
     raise_open_file_limit()
     hold_to_one_thread()
     refuse_unfit(values["redis_url"], "worker", values["queue"])
@@ -34,10 +38,11 @@ def worker(values: dict[str, Any]) -> int:
         drafts=values["drafts"],
         tokenizer=values["tokenizer"],
         generation_config=values["generation_config"],
+        chat_template=values["chat_template"],
     )
     engine.warm_up()
     log.info("loaded %s in %.0f ms; %s", engine.model, engine.load_times.loaded * 1e3, engine.describe())
-    GenerationWorker(
+    worker = GenerationWorker(
         engine,
         connection,
         values["queue"],
@@ -49,7 +54,13 @@ def worker(values: dict[str, Any]) -> int:
         restarts=_number("FASTGPT2_RESTARTS") or 0,
         alive=AliveFile(values["alive_file"]) if values["alive_file"] else None,
         durability=values["durability"],
-    ).work(burst=values["burst"])
+        names=served.names,
+        named_only=served.named_only,
+    )
+    try:
+        worker.work(burst=values["burst"])
+    finally:
+        close_tracing()
     return 0
 
 

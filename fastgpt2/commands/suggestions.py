@@ -34,6 +34,7 @@ _MEANT = _by_name(
         "--do-sample": "sample sampling",
         "--drafts": "draft draft-max draft-model speculative-config speculative-model num-speculative-tokens speculate",
         "--escape": "e escapes unescape",
+        "--failed": "all-failed errors",
         "--format": "input-format input-type",
         "--frequency-penalty": "freq-penalty",
         "--host": "address bind hostname listen ip",
@@ -44,6 +45,7 @@ _MEANT = _by_name(
         "--kv-memory": "cache-ram cache-size kv-cache-memory kv-cache-memory-bytes kv-cache-size kv-cache swap-space",
         "--log-level": "debug log loglevel q quiet uvicorn-log-level v verbose verbosity",
         "--logprobs": "n-probs top-n-tokens",
+        "--limit": "count lines",
         "--max-batch": "batch batch-size max-batch-size max-num-seqs n-parallel np parallel",
         "--max-new-tokens": "length max-completion-tokens max-gen-toks max-length max-tokens n-predict new-tokens "
         "num-predict num-tokens predict tokens",
@@ -59,6 +61,8 @@ _MEANT = _by_name(
         "--repetition-penalty": "repeat-penalty rep-pen",
         "--restart": "force overwrite",
         "--seed": "random-seed s",
+        "--served-model-name": "a alias model-alias served-name",
+        "--state": "filter status",
         "--stop": "r reverse-prompt stop-sequence stop-sequences stop-string stop-strings stop-words stopword until",
         "--suppress-tokens": "banned-tokens ban-tokens",
         "--temperature": "temp",
@@ -71,6 +75,9 @@ _MEANT = _by_name(
         "--workers": "c-workers data-parallel-size dp n-workers num-procs num-workers processes replicas",
     }
 )
+
+# The same where a command of ours has such an option and means something else: `rq requeue --all`.
+_OF_COMMAND = {("requeue", "all"): "--failed"}
 
 # What other programs have and this one does not, or has otherwise than by an option: what is said of that.
 _ELSEWHERE = _by_name(
@@ -111,7 +118,9 @@ _COMMANDS = _by_name(
         "api": "endpoint http rest",
         "worker": "consume work",
         "pool": "scale workers",
-        "status": "health info jobs list ls monitor ps queue stats top",
+        "status": "health info monitor ps queue stats top",
+        "jobs": "failed history list ls list-jobs",
+        "requeue": "again redo rerun restart retry run-again",
         "enqueue": "add ask client push send submit",
         "result": "fetch get output wait",
         "cancel": "abort delete kill remove rm stop",
@@ -148,7 +157,7 @@ def about_option(word: str, name: str, commands: Mapping[str, Command]) -> str:
         return f"{unknown}; did you mean {spelled}?"
     if positional is not None and bare in _ARGUMENTS.get(positional.name, "").split():
         return f"{unknown}; {positional.name.upper()} is given without one: {commands[name].usage(name)}"
-    for option in (spelled, meant):
+    for option in (_OF_COMMAND.get((name, bare), ""), spelled, meant):
         if option in own:
             return f"{unknown}; did you mean {option}?"
         if option and (having := _having(option, commands)):
@@ -207,6 +216,9 @@ def about_extra_words(others: Sequence[str], words: Sequence[str], name: str, co
             setting = options[before][0]
             return f"{before} takes no value such as {word!r}; write {setting.option}, or {setting.no_option}"
     if command.positional is None:
+        for before, _, word in zip(words, words[1:], words[2:], strict=False):
+            if before in options and options[before][0].join is not None and word in others:
+                return f"{word[:_SHOWN_CHARACTERS]!r} is one word too many: give {before} once for each value"
         return f"{others[0][:_SHOWN_CHARACTERS]!r} is one word too many: {command.usage(name)}"
     what = command.positional.name.upper()
     extra = f"{others[1][:_SHOWN_CHARACTERS]!r} is one word too many: {command.usage(name)}"

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias, Unpack, overload
 
+from fastgpt2.engine.decoding.chat_options import is_messages
 from fastgpt2.engine.decoding.records import (
     GenerationRequest,
     GenerationResult,
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from fastgpt2.engine.text.tokenizer import Tokenizer
 
 DEFAULT_MODEL = "gpt2"
-Prompt: TypeAlias = str | list[int] | Mapping[str, Any] | GenerationRequest
+Prompt: TypeAlias = str | list[int] | Mapping[str, Any] | list[dict[str, str]] | GenerationRequest
 # Not any iterable, as a string would be one too.
 Prompts: TypeAlias = (
     list[str] | list[list[int]] | list[dict[str, Any]] | list[GenerationRequest] | tuple[Prompt, ...] | Iterator[Prompt]
@@ -62,6 +63,11 @@ class Engine:
         return self.decoder.tokenizer
 
     @property
+    def chats(self) -> bool:
+        """Tell whether chats can be answered: the model has a chat template that can be used."""
+        return not self.decoder.chat_template.objection
+
+    @property
     def max_batch(self) -> int:
         return self.decoder.model.cache.usable_slots
 
@@ -84,6 +90,7 @@ class Engine:
         drafts: str | int = "auto",
         tokenizer: str | os.PathLike[str] | None = None,
         generation_config: str = "auto",
+        chat_template: str | os.PathLike[str] | None = None,
     ) -> Engine:
         """Load a model: `demo`, a folder, or a hub id.
 
@@ -111,6 +118,8 @@ class Engine:
             generation_config: auto, to follow the model's `generation_config.json` as transformers does (and to note
                 what is not applied of it); none, to take the ids of `config.json` that begin and end a text, and no
                 more.
+            chat_template: a file with a chat template in jinja2's language, such as `chat_template.jinja`; None for the
+                one that comes with the model's tokenizer, if there is one. It takes the extra `chat`.
 
         Raises:
             ModelError: the model cannot be found, read or trusted; the message names the file and what is wrong.
@@ -121,7 +130,8 @@ class Engine:
         """
         other = None if tokenizer is None else os.fspath(tokenizer)
         numbers = revision, threads, max_batch, kv_memory, prefix_memory
-        options = LoadOptions(*numbers, blas, weights, drafts, other, generation_config)
+        template = None if chat_template is None else os.fspath(chat_template)
+        options = LoadOptions(*numbers, blas, weights, drafts, other, generation_config, template)
         return cls(os.fspath(model), load_decoder(os.fspath(model), options), weights, drafts)
 
     @overload
@@ -136,8 +146,9 @@ class Engine:
         """Continue a prompt, or several at once.
 
         Args:
-            prompts: a text, a list of token ids, a mapping of a `prompt` and options of its own, which count before
-                those given here, or a GenerationRequest; or a list or another iterable of such. Arrays of numpy and
+            prompts: a text, a list of token ids, a mapping of a `prompt`, or of `messages`, and options of its own,
+                which count before those given here, a list of messages, or a GenerationRequest; or a list or another
+                iterable of such. Messages make a chat: the text answers them (see `ChatOptions`). Arrays of numpy and
                 columns of pandas are lists too; an array with two dimensions is a list of prompts.
             options: those of `RequestFields`; see `GenerationRequest`.
 
@@ -229,6 +240,8 @@ def _request(prompt: Any, fields: Mapping[str, Any]) -> GenerationRequest:
             name = next(iter(fields))
             raise BadRequest(f"{name} is given beside a request that has been made; put it in there")
         return prompt
+    if is_messages(prompt):
+        prompt = {"messages": prompt}
     if isinstance(prompt, Mapping):
         prompt, given = split_prompt(prompt, fields)
         fields = list_stops(take_known(given, _OPTIONS))
@@ -237,7 +250,9 @@ def _request(prompt: Any, fields: Mapping[str, Any]) -> GenerationRequest:
 
 def _prompts_in(value: Any) -> tuple[list[Any], bool]:
     """Return the prompts that a caller gives, and whether it is one that stands alone."""
-    is_mapping = isinstance(value, Mapping) and "prompt" in value
+    if is_messages(value):
+        return [value], True
+    is_mapping = isinstance(value, Mapping) and ("prompt" in value or "messages" in value)
     if is_mapping or isinstance(value, GenerationRequest) or isinstance(plain(value), str) or is_token_ids(value):
         return [value], True
     if getattr(value, "ndim", 0) == 2 and hasattr(value, "dtype"):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fastgpt2.engine.model.packing import PackedFile
     from fastgpt2.engine.network.gpt2 import GPT2
     from fastgpt2.engine.network.helpers import HelperProcesses
+    from fastgpt2.engine.text.chat_template import ChatTemplate
     from fastgpt2.engine.text.tokenizer import Tokenizer
 
 BLAS_CHOICES = ("auto", "openblas", "mkl", "compiled")
@@ -51,6 +52,7 @@ class LoadOptions:
     drafts: str | int
     tokenizer: str | None = None
     generation_config: str = "auto"
+    chat_template: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("threads", "max_batch", "kv_memory", "prefix_memory"):
@@ -111,8 +113,9 @@ def load_decoder(model: str, options: LoadOptions) -> LoadedModel:
     generation = read_generation_config(folder, config, options.generation_config)
     size = processes_for(config, options.threads)
     # The tokenizer's parser releases the GIL, and helpers are other processes.
-    with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as thread:
-        beside = thread.submit(_load_beside, tokenizer_folder, size, started)
+    with ThreadPoolExecutor(2, thread_name_prefix="tokenizer") as threads:
+        beside = threads.submit(_load_beside, tokenizer_folder, size, started)
+        chat_beside = threads.submit(_load_chat_template, tokenizer_folder, options.chat_template)
         from fastgpt2.engine.decoding.decoder import Decoder
         from fastgpt2.engine.decoding.drafter import Drafter
         from fastgpt2.engine.kernels.choice import open_measurements
@@ -134,6 +137,7 @@ def load_decoder(model: str, options: LoadOptions) -> LoadedModel:
         )
         mapped = perf_counter() - started
         tokenizer, tokenizer_done, processes = beside.result()
+        chat_template = chat_beside.result()
     if processes is not None:
         network.start_helpers(processes)
     bos = tokenizer.bos_token_id
@@ -144,9 +148,9 @@ def load_decoder(model: str, options: LoadOptions) -> LoadedModel:
     if options.max_batch is None:
         choose_slots(network, measurements)
     costs = row_costs(network, measurements, options.max_batch is None) if most_drafts is None else None
-    decoder = Decoder(network, tokenizer, generation, prefixes, Drafter(network, most_drafts, costs))
+    decoder = Decoder(network, tokenizer, generation, prefixes, Drafter(network, most_drafts, costs), chat_template)
     times = LoadTimes(mapped, tokenizer_done, perf_counter() - started)
-    notes = (*network.sets[0].packed.notes, *notes_on_text(config, tokenizer, generation))
+    notes = (*network.sets[0].packed.notes, *notes_on_text(config, tokenizer, generation), *chat_template.notes)
     return LoadedModel(decoder, times, note(model, *notes))
 
 
@@ -239,6 +243,13 @@ def _kv_bytes(config: GPT2Config, asked: int | None) -> int:
             f"kv_memory is {asked} bytes; one sequence of the model's {config.n_positions} positions needs {least}"
         )
     return asked
+
+
+def _load_chat_template(folder: Path, path: str | None) -> ChatTemplate:
+    """Load the chat template. A process compiles it, if there is one, while the weights are mapped."""
+    from fastgpt2.engine.text.chat_template import load_chat_template
+
+    return load_chat_template(folder, path)
 
 
 def _load_beside(folder: Path, size: int, started: float) -> tuple[Tokenizer, float, HelperProcesses | None]:

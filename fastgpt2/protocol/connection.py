@@ -171,7 +171,8 @@ def in_words(url: str, reason: Exception) -> QueueUnavailable:
     if isinstance(reason, ServerUnfit):
         return RedisUnfit(f"{where} cannot serve: {text}")
     is_denial = isinstance(reason, AuthenticationError | AuthorizationError | NoPermissionError)
-    if is_denial or any(word in text for word in ("NOAUTH", "WRONGPASS", "NOPERM", "Authentication required")):
+    denials = ("NOAUTH", "WRONGPASS", "NOPERM", "Authentication required", "ACL failure in script")
+    if is_denial or any(word in text for word in denials):
         return RedisAccessDenied(
             f"{where} denied access ({text}); check the user and password in FASTGPT2_REDIS_URL, and the user's rights "
             "(deploy/redis.acl lists them)"

@@ -6,12 +6,14 @@ A Lua script finds the constants here as `$NAME`; see `fastgpt2.protocol.scripts
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
-from fastgpt2.fields import Field, is_same, one_of, plain, whole
+from fastgpt2.errors import BadRequest, ModelUnknown
+from fastgpt2.fields import Field, is_same, one_of, plain, text, whole
 
-# --- Queues: one RQ queue for each priority ---
+# --- Queues: for each priority a plain RQ queue, and beside it one for the jobs of each model that jobs name ---
 
 Priority = Literal["high", "normal", "low"]
 PRIORITIES: tuple[Priority, ...] = get_args(Priority)
@@ -25,14 +27,65 @@ def _check_priority(name: str, value: Any) -> Any:
 PriorityField = Annotated[Priority, Field({"anyOf": [one_of(*PRIORITIES).schema, whole(0, 0).schema]}, _check_priority)]
 
 
-def queue_of(name: str, priority: Priority) -> str:
-    """Return the RQ queue for jobs of a priority: the one of the given name, or one beside it."""
-    return name if priority == "normal" else f"{name}-{priority}"
+# Between the name of a plain queue and that of a model. No pool's name has it.
+MODEL_MARK = "@"
+
+# The most characters of a model's name: the names stand in keys, in each job and in messages.
+MAX_MODEL_CHARACTERS = 500
+
+# The most names of one worker: it waits on three connections for each.
+MAX_MODELS_OF_WORKER = 16
+
+# The most names that a pool remembers: each has three queues, which are counted at each enqueueing with `max_queue`.
+MAX_MODELS_OF_POOL = 100
+
+_MODEL = text(1, MAX_MODEL_CHARACTERS)
 
 
-def queues_of(name: str) -> list[str]:
-    """Return the RQ queues of all priorities, in the order in which workers look at them."""
-    return [queue_of(name, priority) for priority in PRIORITIES]
+def check_model_name(name: str, value: Any) -> Any:
+    """Check a model's name, the value of the field `name`, as jobs and workers have it."""
+    kept = _MODEL.check(name, value)
+    if not kept.isprintable():  # also no text in UTF-8, if it has a lone surrogate
+        raise ModelUnknown(f"no worker serves a model {kept[:100]!r}: names of models have printable characters only")
+    return kept
+
+
+ModelName = Annotated[str, Field(_MODEL.schema, check_model_name)]
+
+
+def check_queue(name: str) -> str:
+    """Return the name of a pool's queue; raise BadRequest if no pool can have such a queue."""
+    if MODEL_MARK in name:
+        raise BadRequest(
+            f"the queue {name[:100]!r} has {MODEL_MARK} in its name, which stands before a model's name: take another"
+        )
+    return name
+
+
+def queue_of(name: str, priority: Priority, model: str | None = None) -> str:
+    """Return the RQ queue of a pool for jobs of a priority: the plain one, or that of jobs that name a model."""
+    plain_name = name if priority == "normal" else f"{name}-{priority}"
+    return plain_name if model is None else f"{plain_name}{MODEL_MARK}{model}"
+
+
+def queues_of(name: str, models: Iterable[str] = ()) -> list[str]:
+    """Return the RQ queues of a pool: for each priority, the most urgent first, the plain one and these models' own."""
+    return [queue_of(name, priority, model) for priority in PRIORITIES for model in (None, *models)]
+
+
+def plain_queue_of(queue_name: str) -> str:
+    """Return the plain queue beside which a model's queue stands; a plain queue itself."""
+    return queue_name.partition(MODEL_MARK)[0]
+
+
+def model_of(queue_name: str) -> str | None:
+    """Return the model whose jobs an RQ queue holds; None for a plain queue."""
+    return queue_name.partition(MODEL_MARK)[2] or None
+
+
+def is_queue_of(name: str, queue_name: str) -> bool:
+    """Tell whether an RQ queue is one of a pool's, a plain one or any model's."""
+    return plain_queue_of(queue_name) in queues_of(name)
 
 
 # --- RQ's own names (rq/job.py, rq/queue.py, rq/worker/, rq/registry.py, rq/executions.py, rq/results.py) ---
@@ -49,6 +102,9 @@ RESULTS_PREFIX = "rq:results:"
 SUSPENDED_KEY = "rq:suspended"
 # The set of the keys of all rate limits (`rq.RateLimit`).
 RATE_LIMITS_KEY = "rq:rl-keys"
+# Before the key of a rate limit: the hash of its settings; with ":allowed" or ":rate_limited" behind it, the sorted set
+# of the jobs that have a slot, or wait for one.
+RATE_LIMIT_PREFIX = "rq:rl:"
 
 # All executions of a job; one execution, by the ids of the job and of itself with a colon between.
 EXECUTIONS_PREFIX = "rq:executions:"
@@ -56,6 +112,8 @@ EXECUTION_PREFIX = "rq:execution:"
 
 STARTED_PREFIX = "rq:wip:"
 CANCELED_PREFIX = "rq:canceled:"
+FINISHED_PREFIX = "rq:finished:"
+FAILED_PREFIX = "rq:failed:"
 DEFERRED_PREFIX = "rq:deferred:"
 SCHEDULED_PREFIX = "rq:scheduled:"
 # Jobs whose dependencies have finished, and which wait to be put into their queue.
@@ -63,8 +121,8 @@ READY_PREFIX = "rq:ready:"
 # The sorted sets of a queue's jobs in each state, by RQ's word for the state.
 REGISTRY_PREFIXES = {
     "started": STARTED_PREFIX,
-    "finished": "rq:finished:",
-    "failed": "rq:failed:",
+    "finished": FINISHED_PREFIX,
+    "failed": FAILED_PREFIX,
     "deferred": DEFERRED_PREFIX,
     "scheduled": SCHEDULED_PREFIX,
     "canceled": CANCELED_PREFIX,
@@ -136,6 +194,13 @@ INCARNATION_FIELD = "fastgpt2_incarnation"
 PID_SPACE_FIELD = "fastgpt2_pid_space"
 VERSION_FIELD = "fastgpt2_version"
 
+# Fields of a worker's hash: the first name of its model; all its names, as a list in JSON; "1" if it takes no jobs but
+# those that name one of them; "1" if the model has a chat template.
+MODEL_FIELD = "model"
+MODELS_FIELD = "models"
+NAMED_ONLY_FIELD = "named_only"
+CHAT_FIELD = "chat"
+
 # What a worker's hash holds at most of the notes on its model.
 MAX_NOTES = 16
 MAX_NOTE_CHARACTERS = 400
@@ -151,12 +216,16 @@ def leases_key(name: str) -> str:
     return f"fastgpt2:leases:{name}"
 
 
+# Before a worker's name and, behind a colon, a queue's: see `claimed_key`.
+CLAIMED_PREFIX = "fastgpt2:taken:"
+
+
 def claimed_key(worker_name: str, queue_name: str) -> str:
     """Return the key of the list of the jobs of one RQ queue that a worker has claimed.
 
     A job stays in the list until its end is written.
     """
-    return f"fastgpt2:taken:{worker_name}:{queue_name}"
+    return f"{CLAIMED_PREFIX}{worker_name}:{queue_name}"
 
 
 def set_aside_key(queue_name: str) -> str:
@@ -181,8 +250,41 @@ MAX_CANCELLATIONS = 1000
 
 
 def cancellations_key(queue_name: str) -> str:
-    """Return the key of the Redis stream of the jobs of an RQ queue that were cancelled just now."""
-    return f"{CANCELLATIONS_PREFIX}{queue_name}"
+    """Return the key of the Redis stream of the jobs of an RQ queue that were cancelled just now.
+
+    A plain queue and all models' queues beside it share one: who waits for jobs need not know the models.
+    """
+    return f"{CANCELLATIONS_PREFIX}{plain_queue_of(queue_name)}"
+
+
+# For how long after each heartbeat a worker's names count as served, and how much longer a job that names one is taken:
+# while the last worker of a model is started again, nobody is refused.
+MODEL_SERVED_SECONDS = 15.0
+MODEL_GRACE_SECONDS = 60.0
+
+# For how long a name is remembered that no worker serves any more: its queues may hold jobs, and results of jobs.
+MODEL_REMEMBERED_SECONDS = 7 * 24 * 3600
+
+# How long a pool without any worker remembers all names.
+MODELS_TTL_SECONDS = 90 * 24 * 3600
+
+
+def models_key(name: str) -> str:
+    """Return the key of the sorted set of the models that a pool's workers serve, by the names that jobs may give.
+
+    The score of a name is the moment, by Redis's clock, in ms, until which a live worker serves it.
+    """
+    return f"fastgpt2:models:{name}"
+
+
+def list_models(name: str) -> tuple[str | int, ...]:
+    """Return the words of the command that reads the names of `models_key`, those that are served last of all first."""
+    return "ZRANGE", models_key(name), 0, MAX_MODELS_OF_POOL - 1, "REV"
+
+
+def model_totals_name(name: str, model: str) -> str:
+    """Return the name for `totals_key` of the totals of those of a pool's workers whose first name is this model's."""
+    return f"{name}{MODEL_MARK}{model}"
 
 
 def wake_key(name: str) -> str:
@@ -213,6 +315,47 @@ def last_report_key(worker_name: str) -> str:
 def asked_key(worker_name: str) -> str:
     """Return the key that a worker writes before it asks whether all that it wrote will last."""
     return f"fastgpt2:asked:{worker_name}"
+
+
+# --- Tokens of the endpoint: what the jobs of each have used ---
+
+# A pattern of the names that tokens may have. They stand in keys, logs and metrics.
+TOKEN_NAME = r"[A-Za-z0-9._@+-]{1,64}"
+
+# A field of a job's hash: the name of the token by which the job was enqueued.
+TOKEN_FIELD = "fastgpt2_token"
+
+# How many ends of a token's jobs are kept until the endpoint takes them into account, and for how long.
+MAX_USAGES = 100_000
+ACCOUNT_TTL_SECONDS = 7 * 24 * 3600
+
+
+def account_key(queue: str, token: str) -> str:
+    """Return the key of the hash of how far a token is within its limits; see `admit.lua`."""
+    return f"fastgpt2:account:state:{queue}:{token}"
+
+
+def account_jobs_key(queue: str, token: str) -> str:
+    """Return the key of the sorted set of a token's jobs that have not ended, each with when it was looked at."""
+    return f"fastgpt2:account:jobs:{queue}:{token}"
+
+
+def usage_key(queue: str, token: str) -> str:
+    """Return the key of the Redis stream of what a token's jobs used, an entry a job; only tokens with limits have it.
+
+    Workers write it with a job's end, and the endpoint reads it when a request comes.
+    """
+    return f"fastgpt2:account:usage:{queue}:{token}"
+
+
+def token_totals_key(queue: str) -> str:
+    """Return the key of the hash of all that the jobs of each token have used; see `token_totals_field`."""
+    return f"fastgpt2:token-totals:{queue}"
+
+
+def token_totals_field(token: str, count: str) -> str:
+    """Return the field of a token's PROMPT_TOKENS or GENERATED_TOKENS."""
+    return f"{token}:{count}"
 
 
 # --- A pool's figures: what workers count, and the endpoint reads ---

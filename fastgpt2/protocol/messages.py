@@ -27,6 +27,7 @@ from fastgpt2.engine.decoding.records import (
 from fastgpt2.errors import BadRequest, FastGPT2Error
 from fastgpt2.fields import Field, check_fields, fields_of, number
 from fastgpt2.foreign_fields import take_known
+from fastgpt2.protocol.keys import ModelName
 
 # The one function that a queue may name.
 TASK = "fastgpt2.worker.tasks.generate"
@@ -53,21 +54,24 @@ class JobOptions:
             counts from the start. A job whose time is up fails, and its metadata keep what was generated.
         stream: publish the text as it comes, as pieces in a Redis stream.
         stream_usage: each of these pieces tells how many tokens there are so far.
+        model: the name of the model that the job is for; without it, the pool's first model has the job.
 
     Raises:
         BadRequest: a field has a wrong type or is out of bounds.
+        ModelUnknown: no model can have such a name.
     """
 
     timeout: Annotated[float, number(0, MAX_TIMEOUT_SECONDS, "seconds")] | None = None
     stream: bool = False
     stream_usage: bool = False
+    model: ModelName | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
 
 
 def parse_job(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[GenerationRequest, JobOptions]:
-    """Read a job's arguments: the prompt first or by name, everything else by name.
+    """Read a job's arguments: the prompt first or by name, everything else by name, also messages in a prompt's place.
 
     Raises:
         BadRequest: a field is unknown, missing, of a wrong type or out of bounds; the message names the field.
@@ -76,15 +80,15 @@ def parse_job(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Generatio
         raise BadRequest("the job's arguments are not a list and a mapping")
     if len(args) > 1:
         raise BadRequest(f"{len(args)} positional arguments; only the prompt may be given so, name the others")
-    given = take_known(kwargs, _job_fields())
+    given = take_known(kwargs, job_fields())
     if args:
         if "prompt" in kwargs:
             raise BadRequest("prompt is given twice, by position and by name")
         given["prompt"] = args[0]
-    elif "prompt" in kwargs:
+    elif "messages" not in given:
+        if "prompt" not in kwargs:
+            raise BadRequest("prompt is missing")
         given["prompt"] = kwargs["prompt"]
-    else:
-        raise BadRequest("prompt is missing")
     options = {name: given.pop(name) for name in fields_of(JobOptions) if name in given}
     request, of_worker = GenerationRequest(**given), JobOptions(**options)
     refuse_unstreamable(request, of_worker)
@@ -92,7 +96,8 @@ def parse_job(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Generatio
 
 
 @cache
-def _job_fields() -> dict[str, Field]:
+def job_fields() -> dict[str, Field]:
+    """Return the fields that a job's arguments may have, by their names."""
     return {**fields_of(GenerationRequest), **fields_of(JobOptions)}
 
 
@@ -106,12 +111,12 @@ def refuse_unstreamable(request: GenerationRequest, options: JobOptions) -> None
 
 
 def job_to_kwargs(request: GenerationRequest, options: JobOptions) -> dict[str, Any]:
-    """Return the keyword arguments of the task, as JSON has them: the prompt, and what differs from the defaults."""
+    """Return the keyword arguments of the task, as JSON has them: the prompt, or a chat, and what is no default."""
     kwargs: dict[str, Any] = {}
     for record in (request, options):
         for field in fields(record):
             value = getattr(record, field.name)
-            if field.name == "prompt" or value != field.default:
+            if value != field.default or (field.name == "prompt" and request.messages is None):
                 kwargs[field.name] = _plain(value)
     return kwargs
 
@@ -313,6 +318,19 @@ def _drafting_from_json(result: Mapping[str, Any]) -> Drafting:
     if "drafting" not in result:
         return Drafting(steps=max(0, len(result["token_ids"]) - 1))
     return Drafting(**_known_fields(Drafting, result["drafting"]))
+
+
+def figures_of_result(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of an event of the log for a result: counts and times, no text; see `describe_result`."""
+    timings = {name: round(seconds, 6) for name, seconds in result["timings"].items()}
+    tokens = sum(text["usage"]["completion_tokens"] for text in (result, *result.get("alternatives", ())))
+    return {
+        "prompt_tokens": result["usage"]["prompt_tokens"],
+        "cached_tokens": result["usage"]["cached_tokens"],
+        "completion_tokens": tokens,
+        "finish_reason": result["finish_reason"],
+        **timings,
+    }
 
 
 def describe_result(result: Mapping[str, Any]) -> str:

@@ -66,7 +66,23 @@ _COMMANDS: dict[Rights, str] = {
     ZCARD STARTED
     TYPE WORKER
     XADD WAKE * a b
+    ZRANGE MODELS 0 1
     LRANGE LATEST 0 1
+    HMGET TOKEN-TOTALS x
+    EXISTS ACCOUNT
+    EXPIRE ACCOUNT 1
+    HGET ACCOUNT x
+    HMGET ACCOUNT x
+    HSET ACCOUNT x y
+    HDEL ACCOUNT x
+    HINCRBY ACCOUNT x 1
+    ZADD ACCOUNT 1 x
+    ZREM ACCOUNT x
+    ZCARD ACCOUNT
+    ZRANGE ACCOUNT 0 1
+    XADD ACCOUNT * a b
+    XRANGE ACCOUNT - +
+    XTRIM ACCOUNT MAXLEN 0
     """,
     "worker": """
     TIME
@@ -114,6 +130,8 @@ _COMMANDS: dict[Rights, str] = {
     ZRANGE STARTED 0 1
     ZRANGEBYSCORE STARTED 0 1
     ZREMRANGEBYSCORE STARTED 0 1
+    ZCOUNT LEASES 0 1
+    ZADD MODELS 1 x
     XADD STREAM * a b
     XTRIM RESULTS MAXLEN 1
     XREVRANGE RESULTS + - COUNT 1
@@ -265,7 +283,11 @@ def _commands(rights: Rights, queue: str) -> list[tuple[str, ...]]:
         "STREAM": keys.stream_key("check"),
         "TOTALS": keys.totals_key(queue),
         "LATEST": keys.latest_key(queue),
+        "ACCOUNT": keys.account_key(queue, "check"),
+        "TOKEN-TOTALS": keys.token_totals_key(queue),
         "CLAIMED": keys.claimed_key("check", queue),
+        "MODELS": keys.models_key(queue),
+        "LEASES": keys.leases_key(queue),
         "WAKE": keys.wake_key(queue),
         "LOCK": f"rq:scheduler-lock:{queue}",
         "CHANNEL": "rq:pubsub:check",

@@ -20,6 +20,7 @@ from redis.exceptions import DataError, RedisError, ResponseError
 
 from fastgpt2.engine.decoding.records import MAX_PROMPT_BYTES
 from fastgpt2.fields import why_no_json
+from fastgpt2.protocol.keys import MAX_MODEL_CHARACTERS, MAX_MODELS_OF_WORKER
 
 # A prompt of the longest kind, every character of it escaped.
 MAX_PAYLOAD_BYTES = 8 * MAX_PROMPT_BYTES
@@ -33,6 +34,9 @@ MAX_RESULT_OPCODES = 1 << 20
 MOST = 2.0**63
 MAX_TEXT_CHARACTERS = 200
 _MAX_NUMBER_BYTES = 40
+
+# JSON writes at most twelve bytes for a character.
+_MAX_MODELS_BYTES = MAX_MODELS_OF_WORKER * (12 * MAX_MODEL_CHARACTERS + 4)
 
 # Plain values are made of these. No opcode names a class, calls anything, or takes a length to allocate on trust.
 _PLAIN_OPCODES = frozenset(
@@ -157,6 +161,34 @@ def text(value: Any) -> str:
         # No character has more than four bytes.
         value = value[: 4 * MAX_TEXT_CHARACTERS].decode("utf-8", "replace")
     return value[:MAX_TEXT_CHARACTERS] if isinstance(value, str) else ""
+
+
+def read_model_names(reply: Any) -> list[str]:
+    """Return the names of models that a pool's set of them holds, sorted; what else stands there is passed over."""
+    return sorted({name.decode("utf-8", "replace") for name in reply or () if _may_name_model(name)})
+
+
+def read_model_list(value: Any) -> list[str]:
+    """Return the names of a worker's model, the first one first, of the list that stands in its hash; [] if none does.
+
+    A worker of an earlier release has no such list.
+    """
+    if not isinstance(value, bytes) or len(value) > _MAX_MODELS_BYTES:
+        return []
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return []
+    names = found if isinstance(found, list) else []
+    # A lone surrogate is not printable, and could stand in no key.
+    return [name for name in names if isinstance(name, str) and name.isprintable() and _may_name_model(name.encode())]
+
+
+def _may_name_model(name: Any) -> bool:
+    if not isinstance(name, bytes):
+        return False
+    text = name.decode("utf-8", "replace")
+    return 0 < len(text) <= MAX_MODEL_CHARACTERS and text.isprintable()
 
 
 def by_name(names: Sequence[str], reply: Any) -> dict[str, Any]:

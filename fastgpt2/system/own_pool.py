@@ -15,7 +15,6 @@ from redis.exceptions import RedisError
 
 from fastgpt2 import settings
 from fastgpt2.engine.machine import usable_cores
-from fastgpt2.engine.model.hub import find_folders
 from fastgpt2.errors import BadRequest, FastGPT2Error, QueueUnavailable
 from fastgpt2.process import raise_open_file_limit, set_up_logging
 from fastgpt2.protocol.connection import UP_STARTS_ONE, connect
@@ -23,6 +22,7 @@ from fastgpt2.protocol.durability import REPLICA
 from fastgpt2.protocol.keys import workers_key
 from fastgpt2.system.pool import ChildFailed, Pool, ProcessGroup
 from fastgpt2.system.redis_server import RedisKeeper, RedisServer
+from fastgpt2.system.served_model import find_files, read_served_models
 from fastgpt2.system.up import READY_SECONDS, SUPERVISE_SECONDS, running_pool, worker_children
 from fastgpt2.system.worker_output import BesideBar, WorkerOutput, show_beside_bar
 
@@ -47,13 +47,18 @@ def pool_of_run(values: dict[str, Any]) -> OwnPool | RunningPool:
     """
     given, own = values["given"], settings.OF_OWN_POOL
     if values["model"] is None or ("redis_url" in given and "model" not in given):
-        idle = [setting.option for setting in own[1:] if setting.name in given]
+        idle = [setting.option for setting in own[2:] if setting.name in given]
         if idle:
             raise BadRequest(
                 f"{', '.join(idle)}: this is for workers that the run starts itself; give --model ID too, or leave it "
                 "out for a pool that runs already"
             )
-        return RunningPool(values["redis_url"])
+        if len(values["served_model_name"]) > 1:
+            raise BadRequest(
+                "without --model, --served-model-name is the model for lines that name none: give one name, or name "
+                "the model in each line"
+            )
+        return RunningPool(values["redis_url"], next(iter(values["served_model_name"]), None))
     if "redis_url" in given:
         raise BadRequest(
             "--model starts Redis and workers for this run alone, and --redis-url names a Redis whose workers run "
@@ -72,6 +77,7 @@ class RunningPool:
 
     Attributes:
         redis_url: where its Redis is.
+        model: the name of the model that jobs ask for which are told none; None for the pool's first model.
         is_own: whether this run is the only one that uses the pool.
 
     Raises:
@@ -80,9 +86,10 @@ class RunningPool:
 
     is_own = False
 
-    def __init__(self, redis_url: str) -> None:
+    def __init__(self, redis_url: str, model: str | None = None) -> None:
         connect(redis_url).close()  # a URL that cannot be used is refused before anything is begun
         self.redis_url = redis_url
+        self.model = model
 
     def __enter__(self) -> Self:
         return self
@@ -103,14 +110,17 @@ class OwnPool(ProcessGroup):
 
     Attributes:
         redis_url: where the Redis is, once it runs.
+        model: None: the pool has one model, under whatever names, for all jobs.
         is_own: whether this run is the only one that uses the pool.
     """
 
     is_own = True
+    model: str | None = None
 
     def __init__(self, values: dict[str, Any]) -> None:
         super().__init__()
         self._values = _of_workers(values)
+        self._models = read_served_models(self._values)
         self.redis_url = ""
         self._keeper: RedisKeeper | None = None
         self._pool = Pool([])
@@ -122,7 +132,7 @@ class OwnPool(ProcessGroup):
         set_up_logging(self._values["log_level"], BesideBar())
         raise_open_file_limit()
         # In the foreground, once: a download shows its progress here, and a wrong name ends it all at once.
-        find_folders(*(self._values[name] for name in ("model", "revision", "tokenizer")))
+        find_files(self._models, self._values)
         self._start_processes()
         self._wait_until_ready(began)
         unused = settings.REDIS_URL.variable
@@ -158,7 +168,7 @@ class OwnPool(ProcessGroup):
         self._keeper = RedisKeeper(server)
         self.redis_url = server.url
         self._output = self._stack.enter_context(closing(WorkerOutput(self._values["log_level"] in _LEVELS_WITH_JOBS)))
-        children = worker_children(self._values, self.redis_url, self._output.writer)
+        children = worker_children(self._values, self._models, self.redis_url, self._output.writer)
         self._pool = self._stack.enter_context(running_pool(children, self._values, self.redis_url))
 
     def _wait_until_ready(self, began: float) -> None:
@@ -194,9 +204,10 @@ class OwnPool(ProcessGroup):
 def _of_workers(values: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of the workers by name."""
     own = {
-        setting.name: values[setting.name] for setting in (*settings.OF_OWN_POOL, settings.QUEUE, settings.DURABILITY)
+        setting.name: values[setting.name]
+        for setting in (*settings.OF_OWN_POOL, settings.QUEUE, settings.DURABILITY, settings.LOG_FORMAT)
     }
     if own["workers"] is None:
         # Workers of one core each generate the most in all; more than jobs at once would have nothing to do.
         own["workers"] = max(1, min(usable_cores() // (own["threads"] or 1), values["in_flight"]))
-    return {**own, "drain_timeout": DRAIN_SECONDS, "alive_file": None}
+    return {**own, "named_only": False, "drain_timeout": DRAIN_SECONDS, "alive_file": None}

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial as bound
 from typing import Self
 
 from fastgpt2.errors import BadRequest, FastGPT2Error, ModelError, RedisUnfit
@@ -50,6 +51,7 @@ class Child:
         stops_first: it is told to stop before the others, which still serve it meanwhile.
         ends_soon: it has been told to end of itself (`--max-jobs`), so that ending soon is no sign of a fault.
         is_worker: the jobs that it has when it ends are to be taken back.
+        rereads: it reads files again at SIGHUP, which does nothing to it before it can.
         output: the descriptor that it writes to, instead of this process's standard output and error.
         identity: the name of the process that runs, or ran last: a worker is told to go by it.
         restarts: how often a process was started in the first one's place.
@@ -63,6 +65,7 @@ class Child:
     stops_first: bool = False
     ends_soon: bool = False
     is_worker: bool = False
+    rereads: bool = False
     output: int | None = None
     identity: str = ""
     restarts: int = 0
@@ -88,7 +91,7 @@ class Child:
                 stdout=self.output,
                 stderr=self.output,
                 start_new_session=True,
-                preexec_fn=set_up_child,
+                preexec_fn=bound(set_up_child, self.rereads),
             )
         self.started_at = now
 

@@ -16,16 +16,19 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from fastgpt2.api.http.access import read_token, refuse_exposure
+from fastgpt2.api.http.access import refuse_exposure
 from fastgpt2.api.http.serve import bind, url_of
-from fastgpt2.engine.model.hub import find_folders
+from fastgpt2.api.http.tokens import read_tokens
 from fastgpt2.errors import FastGPT2Error, QueueUnavailable
-from fastgpt2.process import StopFlag, on_stop_signals, raise_open_file_limit, set_up_logging, stop_signals_held
+from fastgpt2.events import about, are_logged
+from fastgpt2.process import HangUp, StopFlag, on_stop_signals, raise_open_file_limit, set_up_logging, stop_signals_held
 from fastgpt2.protocol.connection import UP_STARTS_ONE, connect, redis_errors, without_password
-from fastgpt2.protocol.keys import queue_key, queues_of, workers_key
+from fastgpt2.protocol.keys import workers_key
+from fastgpt2.system.leftovers import warn_of_losses, warn_of_waiting
 from fastgpt2.system.pool import Child, Pool, ProcessGroup
 from fastgpt2.system.redis_server import RedisKeeper, RedisServer
-from fastgpt2.system.welcome import named_by, welcome
+from fastgpt2.system.served_model import ServedModel, find_files, read_served_models
+from fastgpt2.system.welcome import describe_models, named_by, welcome
 
 log = logging.getLogger("fastgpt2.pool")
 
@@ -53,15 +56,21 @@ class System(ProcessGroup):
     Args:
         values: what `settings.of_system` returns.
 
+    Raises:
+        BadRequest: the models and their names do not go together.
+
     Attributes:
+        models: what the workers serve.
         redis: the embedded Redis; None if the values name a running one.
         ready: whether everything is ready to serve.
         stopping: set it to end `run_system`.
+        hang_up: whether the endpoint is to read its tokens again.
     """
 
     def __init__(self, values: dict[str, Any]) -> None:
         super().__init__()
         self.values = values
+        self.models = read_served_models(values)
         self.redis: RedisServer | None = None
         self.redis_url: str = values["redis_url"] or ""
         self.http_url = ""
@@ -69,11 +78,13 @@ class System(ProcessGroup):
         self.ready = False
         self._keeper: RedisKeeper | None = None
         self.stopping = StopFlag()
+        self.hang_up = HangUp()
 
     def _start(self) -> None:
-        refuse_exposure(self.values["host"], read_token(self.values["token_file"]), self.values["insecure"])
+        tokens = read_tokens(self.values["token_file"])
+        refuse_exposure(self.values["host"], tokens is not None, self.values["insecure"])
         # In the foreground, once: a download shows its progress here, and a wrong name ends it all at once.
-        find_folders(*(self.values[name] for name in ("model", "revision", "tokenizer")))
+        find_files(self.models, self.values)
         self._start_redis()
         before = self._registered_workers()
         self._start_children()
@@ -86,13 +97,31 @@ class System(ProcessGroup):
         Raises:
             FastGPT2Error: a process cannot be kept alive, or the embedded Redis has ended too often.
         """
+        if self.hang_up.is_stop():
+            self.stop_soon()
+        elif self.hang_up.asks:
+            self.hang_up.asks = False
+            self._have_files_read_again()
         if self._keeper is not None:
             self._keeper.check(now)
         self.pool.check(now)
 
+    def stop_soon(self) -> None:
+        """End `run_system`; before everything is ready, by a KeyboardInterrupt."""
+        if not self.ready:
+            raise KeyboardInterrupt
+        self.stopping.set()
+
+    def _have_files_read_again(self) -> None:
+        for child in self.pool.children:
+            if child.rereads:
+                log.info("SIGHUP: %s reads its files again", child.name)
+                child.signal(signal.SIGHUP)
+
     def _start_redis(self) -> None:
         if self.redis_url:
             self._check_redis()
+            self._stack.callback(warn_of_waiting, self.redis_url, self.values["queue"], self.models)
             return
         folder = self.values["redis_dir"]
         self.redis = RedisServer(self.values["redis_port"], Path(folder).expanduser().absolute() if folder else None)
@@ -101,19 +130,7 @@ class System(ProcessGroup):
         self._keeper = RedisKeeper(self.redis)
         self.redis_url = self.redis.url
         if self.redis.is_temporary:
-            self._stack.callback(self._warn_of_losses)
-
-    def _warn_of_losses(self) -> None:
-        """Say which jobs nobody will run any more, as their Redis ends with its data."""
-        connection = connect(self.redis_url)
-        try:
-            with closing(connection), redis_errors(self.redis_url):
-                count = sum(connection.llen(queue_key(name)) for name in queues_of(self.values["queue"]))
-        except QueueUnavailable:
-            return
-        if count:
-            message = "%d jobs that had not been finished are gone with the embedded Redis; --redis-dir DIR keeps such"
-            log.warning(message, count)
+            self._stack.callback(warn_of_losses, self.redis_url, self.values["queue"])
 
     def _check_redis(self) -> None:
         from fastgpt2.protocol.server_check import check_server
@@ -132,9 +149,11 @@ class System(ProcessGroup):
         values = self.values
         with bind(values["host"], values["port"]) as probe:
             self.http_url = url_of(probe)
-        environment = {**child_environment(values, self.redis_url), "FASTGPT2_PORT": self.http_url.rpartition(":")[2]}
-        endpoint = Child("endpoint", [*COMMAND, "api"], environment, stops_first=True)
-        children = [*worker_children(values, self.redis_url), endpoint]
+        shared = child_environment(values, self.models, self.redis_url)
+        environment = {**shared, "FASTGPT2_PORT": self.http_url.rpartition(":")[2]}
+        rereads = values["token_file"] is not None
+        endpoint = Child("endpoint", [*COMMAND, "api"], environment, stops_first=True, rereads=rereads)
+        children = [*worker_children(values, self.models, self.redis_url), endpoint]
         self.pool = self._stack.enter_context(running_pool(children, values, self.redis_url))
 
     def _registered_workers(self) -> set[object]:
@@ -151,7 +170,7 @@ class System(ProcessGroup):
         Raises:
             FastGPT2Error: it takes too long, or a process cannot be kept alive.
         """
-        deadline, wanted = time.monotonic() + READY_SECONDS, self.values["workers"]
+        deadline, wanted = time.monotonic() + READY_SECONDS, len(self.models) * self.values["workers"]
         registered, answers = 0, False
         while not answers or registered < wanted:
             if time.monotonic() > deadline:
@@ -204,15 +223,31 @@ def supervise(check: Callable[[float], None], stopping: StopFlag) -> None:
     """
     while not stopping.wait(SUPERVISE_SECONDS):
         check(time.monotonic())
-    print(STOPPING, flush=True)
+    announce(STOPPING)
 
 
-def child_environment(values: dict[str, Any], redis_url: str) -> dict[str, str]:
-    """Return what a child is told beside its command: every setting by its variable, empty if it is not set."""
+def announce(text: str, http_url: str = "") -> None:
+    """Tell on standard output how the processes are doing; where events are logged, by one with the first line.
+
+    Args:
+        http_url: where the endpoint answers, if there is one.
+    """
+    if are_logged():
+        log.info("%s", text.partition("\n")[0], extra=about(**({"endpoint": http_url} if http_url else {})))
+    else:
+        print(text, flush=True)
+
+
+def child_environment(values: dict[str, Any], models: Sequence[ServedModel], redis_url: str) -> dict[str, str]:
+    """Return what a child is told beside its command: every setting by its variable, empty if it is not set.
+
+    The settings that each model has for itself are empty: `worker_children` adds them.
+    """
     return {
-        **{f"FASTGPT2_{name.upper()}": "" if value is None else str(value) for name, value in values.items()},
+        **{f"FASTGPT2_{name.upper()}": _as_text(value) for name, value in values.items()},
+        **dict.fromkeys(models[0].variables(), ""),
         "FASTGPT2_REDIS_URL": redis_url,
-        "FASTGPT2_POOL_WORKERS": str(values["workers"]),
+        "FASTGPT2_POOL_WORKERS": str(len(models) * values["workers"]),
         "FASTGPT2_SUPERVISOR_PID": str(os.getpid()),
         # Settings of a single worker that may be set in the shell: a pool can use neither one name for all nor a burst.
         "FASTGPT2_NAME": "",  # each start of a worker has a name of its own
@@ -220,19 +255,41 @@ def child_environment(values: dict[str, Any], redis_url: str) -> dict[str, str]:
     }
 
 
-def worker_children(values: dict[str, Any], redis_url: str, output: int | None = None) -> list[Child]:
-    """Return the workers of a pool, not started yet, with the settings in `values` and their queue in this Redis."""
+def _as_text(value: Any) -> str:
+    """Return the text of which a setting reads this value again; empty if it is not set."""
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return "" if value is None else str(value)
+
+
+def worker_children(
+    values: dict[str, Any], models: Sequence[ServedModel], redis_url: str, output: int | None = None
+) -> list[Child]:
+    """Return the workers of a pool, not started yet, with the settings in `values` and their queue in this Redis.
+
+    Each model has as many workers as the settings say.
+    """
     # Workers have no use for the endpoint's token.
-    environment = {**child_environment(values, redis_url), "FASTGPT2_TOKEN": "", "FASTGPT2_TOKEN_FILE": ""}
+    shared = {**child_environment(values, models, redis_url), "FASTGPT2_TOKEN": "", "FASTGPT2_TOKEN_FILE": ""}
     ends_soon = values["max_jobs"] is not None
     return [
-        Child(f"worker {n + 1}", [*COMMAND, "worker"], environment, ends_soon=ends_soon, is_worker=True, output=output)
-        for n in range(values["workers"])
+        Child(
+            f"worker {number}",
+            [*COMMAND, "worker"],
+            {**shared, **model.variables()},
+            ends_soon=ends_soon,
+            is_worker=True,
+            output=output,
+        )
+        for number, model in enumerate((model for model in models for _ in range(values["workers"])), 1)
     ]
 
 
 def run_system(values: dict[str, Any]) -> int:
     """Run everything until SIGINT or SIGTERM, and say where to connect.
+
+    Without a file of tokens, SIGHUP ends it too. With one, the endpoint then reads the file again; it is the end of
+    the terminal that still ends all.
 
     Raises:
         KeyboardInterrupt: a signal came before everything was ready; what was started has been stopped.
@@ -242,13 +299,14 @@ def run_system(values: dict[str, Any]) -> int:
     system = System(values)
 
     def stop(_signum: int, _frame: FrameType | None) -> None:
-        if not system.ready:
-            raise KeyboardInterrupt
-        system.stopping.set()
+        system.stop_soon()
 
     on_stop_signals(stop)
+    if values["token_file"] is not None:
+        system.hang_up.listen()
     with system:
-        print(welcome(values, system.http_url, system.redis_url, system.redis is not None), flush=True)
+        text = welcome(values, system.models, system.http_url, system.redis_url, system.redis is not None)
+        announce(text, system.http_url)
         supervise(system.check, system.stopping)
     return 0
 
@@ -257,25 +315,26 @@ def run_pool(values: dict[str, Any]) -> int:
     """Keep workers running on a Redis that is there, or will be, until SIGINT, SIGTERM or SIGHUP.
 
     Raises:
-        FastGPT2Error: the model cannot be used, Redis will not have its workers, or one cannot be kept alive.
+        BadRequest: the models and their names do not go together.
+        FastGPT2Error: a model cannot be used, Redis will not have its workers, or one cannot be kept alive.
         KeyboardInterrupt: a signal came before there was a worker.
     """
     set_up_logging(values["log_level"])
     raise_open_file_limit()
+    models = read_served_models(values)
     on_stop_signals(signal.default_int_handler)
     redis_url = values["redis_url"]
     from fastgpt2.protocol.server_check import refuse_unfit
 
     refuse_unfit(redis_url, "worker", values["queue"])
-    find_folders(values["model"], values["revision"], values["tokenizer"])
+    find_files(models, values)
     stopping = StopFlag()
     on_stop_signals(lambda _signum, _frame: stopping.set())
-    workers = "1 worker" if values["workers"] == 1 else f"{values['workers']} workers"
-    print(
-        f"fastgpt2 pool: model {values['model']}, {workers}, queue {values['queue']}, "
-        f"Redis {without_password(redis_url)}; Ctrl-C stops it.",
-        flush=True,
+    announce(
+        f"fastgpt2 pool: {describe_models(models, values['workers'])}, queue {values['queue']}, "
+        f"Redis {without_password(redis_url)}; Ctrl-C stops it."
     )
-    with running_pool(worker_children(values, redis_url), values, redis_url) as pool:
+    with running_pool(worker_children(values, models, redis_url), values, redis_url) as pool:
         supervise(pool.check, stopping)
+    warn_of_waiting(redis_url, values["queue"], models)
     return 0

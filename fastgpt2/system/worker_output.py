@@ -9,10 +9,11 @@ import sys
 import threading
 from contextlib import suppress
 
+from fastgpt2.events import read_event
 from fastgpt2.process import stop_signals_held
 
-# A longer line comes in parts.
-MAX_LINE_BYTES = 1 << 16
+# A longer line comes in parts. No event is longer.
+MAX_LINE_BYTES = 1 << 20
 
 # How many different lines are remembered, so that what all workers say alike is shown once.
 MOST_REMEMBERED = 1000
@@ -25,14 +26,15 @@ _MARK = b"\0all of it\n"
 # How `fastgpt2 worker` says why it ends.
 _REASON = "fastgpt2 worker: "
 _DATE = re.compile(r"\d{4}-\d\d-\d\d [\d:,]+ ")
-_FAILED_JOB = re.compile(r"WARNING \S+: job \S+ failed: ")
+_FAILED_JOB = re.compile(r"WARNING \S+: job \S+ (of request \S+ )?failed: ")
 
 
 class WorkerOutput:
     """A pipe that worker processes write to, and a thread that shows their lines on this process's standard error.
 
-    A line that several workers write is shown once. The reason for which a worker ends is kept for whoever supervises
-    the workers, and shown on demand. That a job failed is not shown: its result says so, and there may be thousands.
+    A line that several workers write is shown once, be it text or an event. The reason for which a worker ends is kept
+    for whoever supervises the workers, and shown on demand. That a job failed is not shown: its result says so, and
+    there may be thousands.
 
     Args:
         shows_jobs: show lines about failed jobs, too.
@@ -80,12 +82,14 @@ class WorkerOutput:
                     self._take(raw.decode("utf-8", "backslashreplace").rstrip("\n"))
 
     def _take(self, line: str) -> None:
-        text = _DATE.sub("", line, count=1)
+        event = read_event(line)
+        said = line if event is None else event["message"]
+        text = _DATE.sub("", line, count=1) if event is None else f"{event['level']} {said}"
         is_repeated = text != line and text in self._shown
         if is_repeated or (_FAILED_JOB.match(text) and not self._shows_jobs):
             return
-        if line.startswith(_REASON):
-            self.reason = line.removeprefix(_REASON)
+        if said.startswith(_REASON):
+            self.reason = said.removeprefix(_REASON)
             if line not in self._withheld:
                 self._withheld.append(line)
             return

@@ -15,6 +15,7 @@ from rq.job import JobStatus
 from rq.rate_limit import RateLimitRegistry
 from rq.utils import as_text
 
+from fastgpt2.events import about
 from fastgpt2.protocol.keys import job_key
 from fastgpt2.protocol.untrusted import JSONOnlySerializer, check_replies, is_of_entry, is_of_service
 from fastgpt2.worker.rq_job import GenerationJob
@@ -50,7 +51,12 @@ def _release_dependents(queue: Queue, job_id: str) -> None:
     except Exception as reason:  # an entry that RQ cannot read, of this job or of one that waits for it
         if is_of_service(reason):
             raise
-        log.warning("what waits for job %s cannot be released (%s)", shown(job_id), str(reason)[:200])
+        log.warning(
+            "what waits for job %s cannot be released (%s)",
+            shown(job_id),
+            str(reason)[:200],
+            extra=about(job_id=job_id),
+        )
 
 
 def free_slot(connection: Redis, job_id: str, limit: str | None = None) -> None:
@@ -69,7 +75,12 @@ def free_slot(connection: Redis, job_id: str, limit: str | None = None) -> None:
         # RQ's upkeep, minutes later, is another chance. What Redis will not have now must not stop the worker.
         if isinstance(reason, RedisError) and not (is_of_entry(reason) or isinstance(reason, NoPermissionError)):
             raise
-        log.warning("the slot of job %s under its rate limit cannot be freed yet (%s)", shown(job_id), reason)
+        log.warning(
+            "the slot of job %s under its rate limit cannot be freed yet (%s)",
+            shown(job_id),
+            reason,
+            extra=about(job_id=job_id),
+        )
 
 
 def limits_of(connection: Redis, job_id: str) -> list[str]:

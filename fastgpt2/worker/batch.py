@@ -24,6 +24,8 @@ from fastgpt2.engine.decoding.records import (
     combine,
 )
 from fastgpt2.engine.network.gpt2 import PREFILL_ROWS_BESIDE
+from fastgpt2.errors import FastGPT2Error
+from fastgpt2.events import about
 from fastgpt2.protocol.keys import SUSPECT_CRASHES
 from fastgpt2.protocol.messages import JobOptions, Piece, result_to_json
 from fastgpt2.protocol.untrusted import seconds_between
@@ -89,6 +91,7 @@ class Attempt:
         execution: RQ's record of the run; without an id until the job is started.
         began_at: when it began, on `time.monotonic`'s clock.
         number: how often the job has been started, this time included; 0 until it is started.
+        error: why the job is to be refused once it is started, if that is known before.
     """
 
     id: str
@@ -97,11 +100,23 @@ class Attempt:
     execution: Execution
     began_at: float
     number: int = 0
+    error: FastGPT2Error | None = None
 
     @property
     def waited_seconds(self) -> float:
         """The time from being enqueued until being started, by the clocks of two machines; never below zero."""
         return seconds_between(self.rq_job.enqueued_at, self.rq_job.started_at)
+
+    @property
+    def in_words(self) -> str:
+        """Return how a line of the log calls the job."""
+        request_id = self.rq_job.request_context.request_id
+        return f"job {self.id} of request {request_id}" if request_id else f"job {self.id}"
+
+    @property
+    def log_extra(self) -> dict[str, Any]:
+        """Return what an event of the log tells of the job beside its message, as the call's `extra`."""
+        return about(job_id=self.id, **self.rq_job.request_context.log_fields)
 
     @property
     def is_suspect(self) -> bool:
@@ -189,6 +204,16 @@ class ActiveJob:
         since_first_token = time.perf_counter() - self.sequences[0].first_token_at
         return self.attempt.waited_seconds + max(0.0, since_start - since_first_token)
 
+    @property
+    def usage(self) -> Usage:
+        """The tokens that were read and generated for it, of all its texts; a prompt that was half read counts whole.
+
+        Its texts share the prompt, which is read once.
+        """
+        if not self.sequences:
+            return Usage(0, 0)
+        return Usage(len(self.prompt.ids), sum(each.usage.completion_tokens for each in self.sequences))
+
     def next_pieces(self) -> list[Piece]:
         """Return the text that may be streamed and was not yet."""
         if not self.options.stream or self.muted:
@@ -247,6 +272,7 @@ class End:
         error: of a job that failed, is retried, or was stopped.
         partial: what had been generated of a job that was stopped or is out of time, as the JSON of a result.
         last_pieces: what its stream ends with, perhaps nothing; None if it has none.
+        usage: what this attempt has used; None if it never ran.
     """
 
     attempt: Attempt
@@ -255,6 +281,7 @@ class End:
     error: Exception | None = None
     partial: dict[str, Any] | None = None
     last_pieces: list[Piece] | None = None
+    usage: Usage | None = None
 
 
 class Batch:

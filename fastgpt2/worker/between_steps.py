@@ -60,7 +60,13 @@ class BetweenSteps:
                 job, piece = sent[at]
                 job.position.advance(piece)
                 if failed:
-                    log.warning("%s: the text of job %s cannot be streamed (%s)", self._name, job.id, reply)
+                    log.warning(
+                        "%s: the text of job %s cannot be streamed (%s)",
+                        self._name,
+                        job.id,
+                        reply,
+                        extra=job.attempt.log_extra,
+                    )
                     job.muted = True
         if wanted:
             claimed = self._claims.read(replies.pop())

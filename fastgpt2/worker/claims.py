@@ -14,7 +14,7 @@ from redis.exceptions import RedisError, ResponseError
 from rq import Queue
 from rq.suspension import WORKERS_SUSPENDED
 
-from fastgpt2.protocol.keys import claimed_key
+from fastgpt2.protocol.keys import PRIORITIES, claimed_key
 from fastgpt2.protocol.scripts import Script
 from fastgpt2.protocol.untrusted import check_replies, is_of_entry
 from fastgpt2.worker.set_aside import set_aside, shown
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("fastgpt2.worker")
 Claim = tuple[Queue, str]
 
-# While all queues hold jobs, one claim of 16 looks at the last queue first, and of the others one of 4 at the second.
+# While there are jobs of all priorities, one claim of 16 looks at the last one first, and of the others one of 4 at the
+# second.
 LAST_EVERY = 16
 SECOND_EVERY = 4
 
@@ -52,7 +53,8 @@ class Claims:
     A queue whose key is no list is left out until it is one. A list of this worker's own that is none is deleted.
 
     Args:
-        queues: the most urgent first. Jobs of the others are not kept waiting for ever: see `LAST_EVERY`.
+        queues: the most urgent first, as many of each priority: these take turns. Jobs of the less urgent ones are not
+            kept waiting for ever: see `LAST_EVERY`.
         refused: called for each entry that is set aside, with the beginning of it as it can be shown.
     """
 
@@ -67,6 +69,9 @@ class Claims:
         self._worker_name = worker_name
         self._refused = refused
         self._turn = 0
+        # For each priority, which of its queues is looked at first.
+        self._firsts = [0] * len(PRIORITIES)
+        self._each = len(self._queues) // len(PRIORITIES)
         # The queues whose keys are no lists, with the time until which they are not waited for.
         self._unfit: dict[str, float] = {}
         self._waiting: list[_Waiting] = []
@@ -77,19 +82,32 @@ class Claims:
     def add_claim(self, pipeline: Pipeline, most: int, running: int) -> None:
         """Add to a pipeline the claim of at most `most` jobs, by a worker that has `running` jobs already.
 
-        `read` takes the reply, which has no jobs while workers are suspended.
+        `read` takes the reply.
         """
-        _CLAIM.add(pipeline, self._keys, [most, self._turn, running, LAST_EVERY, SECOND_EVERY])
+        _CLAIM.add(pipeline, self._keys, self._arguments(most, running))
 
-    def read(self, reply: Sequence[Any]) -> list[Claim]:
-        """Return the jobs that the reply to a claim names."""
-        self._turn += len(reply) // 2
-        return self._decode([(self._queues[int(i)], raw) for i, raw in zip(reply[::2], reply[1::2], strict=True)])
+    def read(self, reply: Sequence[Any] | None) -> list[Claim]:
+        """Return the jobs that the reply to a claim names; none while workers are suspended."""
+        if reply is None:
+            return []
+        numbers = [int(number) for number in reply[::2]]
+        for number in numbers:
+            self._note_turn(number)
+        return self._decode([(self._queues[at], raw) for at, raw in zip(numbers, reply[1::2], strict=True)])
 
-    def claim(self, most: int) -> list[Claim]:
-        """Claim at most `most` jobs that are there now, for a worker that has none."""
-        arguments = [most, self._turn, 0, LAST_EVERY, SECOND_EVERY]
-        return self.read(_CLAIM.run(self._connection, self._keys, arguments))
+    def _note_turn(self, number: int) -> None:
+        """Note that a job was claimed of the queue of this number: of the same priority, the next one comes first."""
+        self._turn += 1
+        priority, at = divmod(number, self._each)
+        self._firsts[priority] = (at + 1) % self._each
+
+    def _arguments(self, most: int, running: int) -> list[int]:
+        return [most, self._turn, running, LAST_EVERY, SECOND_EVERY, *self._firsts]
+
+    def claim(self, most: int) -> list[Claim] | None:
+        """Claim at most `most` jobs that are there now, for a worker that has none; None if workers are suspended."""
+        reply = _CLAIM.run(self._connection, self._keys, self._arguments(most, 0))
+        return None if reply is None else self.read(reply)
 
     def list_all(self, held: Iterable[Claim]) -> list[Claim]:
         """Return all that Redis has as claimed by this worker, in the order in which it was claimed.
@@ -140,15 +158,16 @@ class Claims:
                 if left:
                     log.warning("%s: %d jobs cannot be put back into %s", self._worker_name, left, queue.key)
 
-    def wait(self, seconds: float) -> list[Claim]:
-        """Wait for a job and claim it: one of each queue at most; none when the time is over or `wake` was called.
+    def wait(self, seconds: float, most: int) -> list[Claim]:
+        """Wait for a job, where `claim` has found none. Return none when the time is over or `wake` was called.
 
         One BLMOVE for each queue, each on a connection of its own: to wait for several lists at once, Redis has only
         commands that take from them without leaving a trace. The connections that were not served are unblocked again,
-        so that nothing is claimed later.
+        so that nothing is claimed later. Several may be served at the same moment: all but `most` are put back.
         """
-        if not self._waiting:
-            self._waiting = [_Waiting(self._connection, queue, self._worker_name) for queue in self._queues]
+        while len(self._waiting) < len(self._queues):
+            at = len(self._waiting)
+            self._waiting.append(_Waiting(self._connection, self._queues[at], at, self._worker_name))
         now = time.monotonic()
         waitings = [each for each in self._waiting if self._unfit.get(each.queue.name, 0.0) <= now]
         try:
@@ -164,7 +183,7 @@ class Claims:
                     if waiting.fileno() not in ready:
                         pipeline.client_unblock(waiting.client_id)
                 pipeline.execute()
-            ended = [(each.queue, each.end()) for each in waitings]
+            ended = [(each, each.end()) for each in waitings]
         except BaseException:
             self.close_connections()
             raise
@@ -172,12 +191,15 @@ class Claims:
             with suppress(BlockingIOError):
                 while os.read(self._wake_reader, 64):
                     pass
-        for queue, outcome in ended:
+        for waiting, outcome in ended:
             if isinstance(outcome, ResponseError):
-                self._leave_out(queue, outcome)
-        claims = self._decode([(queue, raw) for queue, raw in ended if isinstance(raw, bytes)])
-        self._turn += len(claims)
-        return claims
+                self._leave_out(waiting.queue, outcome)
+        served = [(waiting, raw) for waiting, raw in ended if isinstance(raw, bytes)]
+        for waiting, _ in served:
+            self._note_turn(waiting.number)
+        claims = self._decode([(waiting.queue, raw) for waiting, raw in served])
+        self.put_back(claims[most:])
+        return claims[:most]
 
     def _leave_out(self, queue: Queue, reason: ResponseError) -> None:
         """Wait no more for a queue of which nothing can be claimed, for a while.
@@ -229,10 +251,10 @@ class Claims:
 
 
 class _Waiting:
-    """A connection on which a BLMOVE waits for one queue."""
+    """A connection on which a BLMOVE waits for one queue, which has a number among the worker's queues."""
 
-    def __init__(self, connection: Redis, queue: Queue, worker_name: str) -> None:
-        self.queue = queue
+    def __init__(self, connection: Redis, queue: Queue, number: int, worker_name: str) -> None:
+        self.queue, self.number = queue, number
         self._keys = queue.key, claimed_key(worker_name, queue.name)
         self._pool = connection.connection_pool
         self._connection: Any = self._pool.get_connection()

@@ -173,7 +173,12 @@ class Confirmation:
             self._thread.join(timeout=2 * ROUND_SECONDS)
 
     def _write_again(self, execution: str, written: Written) -> None:
-        log.warning("%s: Redis has lost how job %s ended; it is written again", self._name, written.attempt.id)
+        log.warning(
+            "%s: Redis has lost how job %s ended; it is written again",
+            self._name,
+            written.attempt.id,
+            extra=written.attempt.log_extra,
+        )
         try:
             written.again()
             written.at = time.monotonic()
@@ -181,10 +186,21 @@ class Confirmation:
         except RedisError as reason:
             if not is_of_entry(reason):
                 raise
-            log.warning("%s: the end of job %s cannot be written again (%s)", self._name, written.attempt.id, reason)
+            log.warning(
+                "%s: the end of job %s cannot be written again (%s)",
+                self._name,
+                written.attempt.id,
+                reason,
+                extra=written.attempt.log_extra,
+            )
             self._drop(execution)
         except Exception:
-            log.exception("%s: the end of job %s cannot be written again", self._name, written.attempt.id)
+            log.exception(
+                "%s: the end of job %s cannot be written again",
+                self._name,
+                written.attempt.id,
+                extra=written.attempt.log_extra,
+            )
             self._drop(execution)
 
     def _drop(self, execution: str) -> None:

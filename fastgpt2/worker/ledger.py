@@ -23,6 +23,8 @@ from rq.utils import as_text, utcformat
 from rq.utils import now as utc_now
 from rq.worker import BaseWorker, WorkerStatus
 
+from fastgpt2.engine.decoding.records import Usage
+from fastgpt2.events import about
 from fastgpt2.protocol import keys
 from fastgpt2.protocol.messages import STREAM_TTL_SECONDS, Piece, end_entry, piece_to_entry
 from fastgpt2.protocol.scripts import Script
@@ -49,11 +51,13 @@ class Ledger:
     """The ledger writes into Redis what becomes of one worker's jobs.
 
     Args:
+        pool: the name of the pool's queue.
         malformed: called with the id of each job that was failed for the state of its entry.
     """
 
-    def __init__(self, worker: BaseWorker, malformed: Callable[[str], None]) -> None:
+    def __init__(self, worker: BaseWorker, pool: str, malformed: Callable[[str], None]) -> None:
         self._worker = worker
+        self._pool = pool
         self._malformed = malformed
         self._connection = worker.connection
 
@@ -78,7 +82,7 @@ class Ledger:
         """Fail a claimed or running job that RQ cannot fail, for the state of its entry."""
         error = fail_malformed(queue, job_id, reason, self._worker.name, self._claimed_key(queue))
         free_slot(self._connection, job_id)
-        log.warning("%s: job %s failed: %s", self._worker.name, shown(job_id), error)
+        log.warning("%s: job %s failed: %s", self._worker.name, shown(job_id), error, extra=about(job_id=job_id))
         self._malformed(job_id)
 
     def start(self, attempts: list[Attempt]) -> list[Attempt]:
@@ -204,6 +208,7 @@ class Ledger:
                 job._handle_failure(describe_error(end.error), pipeline=pipeline, **execution)
                 worker.increment_failed_job_count(pipeline)
         self._add_end_of_execution(attempt, end.last_pieces, pipeline)
+        self._add_usage(end, pipeline)
         if unclaim:
             pipeline.lrem(self._claimed_key(attempt.queue), 1, job.id)
 
@@ -244,6 +249,8 @@ class Ledger:
         is_over = bool(status) and status not in _STARTABLE
         with self._connection.pipeline() as pipeline:
             self._add_end_of_execution(attempt, last_pieces if kind == EndKind.CANCELED else None, pipeline)
+            if kind == EndKind.CANCELED:
+                self._add_usage(end, pipeline)
             if is_over and status not in ENDED and not job.has_rate_limit:
                 pipeline.lrem(claimed, 1, job.id)
             execute_what_fits(pipeline)
@@ -310,6 +317,19 @@ class Ledger:
                 pipeline.xadd(key, piece_to_entry(piece))
             pipeline.xadd(key, end_entry(attempt.number))
             pipeline.expire(key, STREAM_TTL_SECONDS)
+
+    def _add_usage(self, end: End, pipeline: Pipeline) -> None:
+        """Add what a job has used to the counts of the token by which it was enqueued, and to what its limits read."""
+        token, usage = end.attempt.rq_job.token, end.usage or Usage(0, 0)
+        if token is None:
+            return
+        totals = keys.token_totals_key(self._pool)
+        pipeline.hincrby(totals, keys.token_totals_field(token, keys.PROMPT_TOKENS), usage.prompt_tokens)
+        pipeline.hincrby(totals, keys.token_totals_field(token, keys.GENERATED_TOKENS), usage.completion_tokens)
+        pipeline.expire(totals, keys.TOTALS_TTL_SECONDS)
+        # The stream is there if the token has limits.
+        entry: dict[Any, Any] = {"job": end.attempt.id, "tokens": usage.total_tokens}
+        pipeline.xadd(keys.usage_key(self._pool, token), entry, nomkstream=True, maxlen=keys.MAX_USAGES)
 
     def _let_worker_expire(self, pipeline: Pipeline) -> None:
         """Add the expiry of the worker's hash, as a heartbeat sets it: what is written there may have made it anew."""

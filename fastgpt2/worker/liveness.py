@@ -14,15 +14,17 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
 
 from redis.exceptions import ReadOnlyError, RedisError
 
 from fastgpt2.errors import BadRequest
+from fastgpt2.events import are_logged
 from fastgpt2.process import stop_signals_held
-from fastgpt2.protocol.keys import LEASE_SECONDS, WORKER_PREFIX, leases_key
+from fastgpt2.protocol.keys import LEASE_SECONDS, WORKER_PREFIX, leases_key, models_key
 from fastgpt2.protocol.scripts import Script
 
 if TYPE_CHECKING:
@@ -54,17 +56,26 @@ class Lease:
     Args:
         queue: the name of the pool's queue.
         dead: called, in the thread, with the name of a worker that has died and what stood in its lease.
+        models: the names of this worker's model.
 
     Attributes:
         incarnation: tells this process from others that have the worker's name before or after it.
     """
 
-    def __init__(self, connection: Redis, queue: str, worker_name: str, dead: Callable[[str, str], object]) -> None:
+    def __init__(
+        self,
+        connection: Redis,
+        queue: str,
+        worker_name: str,
+        dead: Callable[[str, str], object],
+        models: Sequence[str] = (),
+    ) -> None:
         self.incarnation = uuid.uuid4().hex
         self._connection = connection
-        self._keys = [leases_key(queue), f"{WORKER_PREFIX}{worker_name}"]
+        self._keys = [leases_key(queue), f"{WORKER_PREFIX}{worker_name}", models_key(queue)]
         self._name = worker_name
         self._dead = dead
+        self._models = models
         # For each lapsed lease what stands in it, and how often in a row just this was found.
         self._lapsed: dict[str, tuple[str, int]] = {}
         self._written = ""
@@ -124,7 +135,7 @@ class Lease:
     def beat(self) -> None:
         """Renew the lease, and look at those of the others."""
         began = time.monotonic()
-        arguments = [self._name, int(LEASE_SECONDS * 1000), self.incarnation]
+        arguments = [self._name, int(LEASE_SECONDS * 1000), self.incarnation, *self._models]
         reply = _BEAT.run(self._connection, self._keys, arguments)
         before, written, previous = _text(reply[0]), _text(reply[1]), self._written
         if not written:
@@ -152,7 +163,7 @@ class Lease:
         while not self._ending.wait(BEAT_SECONDS):
             if time.monotonic() - self._turned_at > STUCK_SECONDS:
                 log.critical("%s: nothing has moved for %.0f s; giving up", self._name, STUCK_SECONDS)
-                faulthandler.dump_traceback(sys.stderr)
+                _show_stacks()
                 os._exit(STUCK_EXIT_CODE)
             try:
                 self.beat()
@@ -167,6 +178,17 @@ class Lease:
                     self._connection.connection_pool.disconnect(inuse_connections=False)
             except Exception:
                 log.exception("%s: unforeseen; the lease is renewed all the same", self._name)
+
+
+def _show_stacks() -> None:
+    """Show where each thread stands, on standard error; where events are logged, as one."""
+    if not are_logged():
+        faulthandler.dump_traceback(sys.stderr)
+        return
+    with contextlib.suppress(OSError), TemporaryFile("w+") as file:
+        faulthandler.dump_traceback(file)
+        file.seek(0)
+        log.critical("where each thread stands", extra={"fields": {"traceback": file.read()}})
 
 
 def _text(value: bytes | str) -> str:

@@ -18,12 +18,13 @@ from rq.utils import as_text, utcformat
 from rq.utils import now as utc_now
 
 from fastgpt2.errors import FastGPT2Error, PoisonJob
+from fastgpt2.events import about
 from fastgpt2.process import stop_signals_held
 from fastgpt2.protocol import keys
 from fastgpt2.protocol.connection import connect
 from fastgpt2.protocol.messages import STREAM_TTL_SECONDS, end_entry
 from fastgpt2.protocol.scripts import Script
-from fastgpt2.protocol.untrusted import JSONOnlySerializer
+from fastgpt2.protocol.untrusted import JSONOnlySerializer, check_replies, read_model_list, read_model_names
 from fastgpt2.worker.aftermath import complete, free_slot
 from fastgpt2.worker.fencing import IfRunning, Verdict, run_fenced
 from fastgpt2.worker.rq_job import GenerationJob, describe_error, fail_malformed
@@ -81,8 +82,7 @@ class Reaper:
     def __init__(self, connection: Redis, queue: str) -> None:
         self._connection = connection
         self._leases_key, self._totals_key = keys.leases_key(queue), keys.totals_key(queue)
-        options: dict[str, Any] = {"job_class": GenerationJob, "serializer": JSONOnlySerializer}
-        self._queues = [Queue(name, connection, **options) for name in keys.queues_of(queue)]
+        self._queue = queue
 
     def reap(self, worker_name: str, leased: str = "") -> Recovery | None:
         """Take back the jobs that a worker has claimed or runs.
@@ -93,8 +93,9 @@ class Reaper:
         Returns:
             None if the worker has been heard of since, or somebody else was first.
         """
-        names, of_script = [queue.name for queue in self._queues], [self._leases_key]
-        for queue in self._queues:
+        queues = self._list_queues(worker_name)
+        names, of_script = [queue.name for queue in queues], [self._leases_key]
+        for queue in queues:
             of_script += (queue.key, keys.claimed_key(worker_name, queue.name))
         limits = MAX_CRASHES, int(FORGET_SECONDS * 1000)
         arguments = worker_name, leased, *limits, utcformat(utc_now()), self._totals_key, *names
@@ -103,7 +104,7 @@ class Reaper:
             return None
         put_back, poison, ended = ([job_id.decode("utf-8", "backslashreplace") for job_id in ids] for ids in reply[1:4])
         if poison or ended:
-            self._complete(worker_name, poison, ended)
+            self._complete(queues, worker_name, poison, ended)
             if leased == "":
                 self._connection.zrem(self._leases_key, worker_name)
         recovery = Recovery(put_back, poison, ended, int(reply[4]))
@@ -113,9 +114,22 @@ class Reaper:
             log.warning(message, worker_name, len(put_back), given_up[:2000])
         return recovery
 
-    def _complete(self, worker_name: str, poison: list[str], ended: list[str]) -> None:
+    def _list_queues(self, worker_name: str) -> list[Queue]:
+        """Return all queues of the pool, those that the worker's hash tells of among them: Redis may lack its names.
+
+        Whatever model the worker served, its jobs are in lists of one of these.
+        """
+        with self._connection.pipeline(transaction=False) as pipeline:
+            pipeline.execute_command(*keys.list_models(self._queue))  # type: ignore[no-untyped-call]
+            pipeline.hget(f"{keys.WORKER_PREFIX}{worker_name}", keys.MODELS_FIELD)
+            found, own = check_replies(pipeline.execute(raise_on_error=False))
+        models = sorted({*read_model_names(found), *read_model_list(own)[: keys.MAX_MODELS_OF_WORKER]})
+        options: dict[str, Any] = {"job_class": GenerationJob, "serializer": JSONOnlySerializer}
+        return [Queue(name, self._connection, **options) for name in keys.queues_of(self._queue, models)]
+
+    def _complete(self, queues: list[Queue], worker_name: str, poison: list[str], ended: list[str]) -> None:
         """Do what the script cannot: fail the jobs that are given up, and what follows from their end and others'."""
-        for queue in self._queues:
+        for queue in queues:
             key = keys.claimed_key(worker_name, queue.name)
             entries: Any = self._connection.lrange(key, 0, -1)
             for raw in set(entries):
@@ -163,7 +177,7 @@ class Reaper:
             self._fail_malformed(queue, job_id, reply, worker_name)
         elif verdict == Verdict.DONE:
             self.count(keys.ended_field(*keys.POISON))
-        log.error("job %s %s: %s", job_id, PoisonJob.how, error.reason)
+        log.error("job %s %s: %s", job_id, PoisonJob.how, error.reason, extra=about(job_id=job_id))
 
     def _fail_malformed(self, queue: Queue, job_id: str, reason: Exception, worker_name: str) -> None:
         fail_malformed(queue, job_id, reason, worker_name, keys.claimed_key(worker_name, queue.name))

@@ -45,7 +45,8 @@ class Registration:
 
     Args:
         queue: the name of the pool's queue.
-        queue_names: the names of the RQ queues that the worker serves.
+        queue_names: the names of the RQ queues that the worker serves. Whoever looks for the pool's workers finds it
+            among those of the queue named as the pool, too.
         ttl: for how many seconds a heartbeat is good; the worker's hash expires `GRACE_SECONDS` later.
         lease: the worker's own; its `incarnation` tells this process from others of the name.
         reap: takes a dead worker's jobs back, by its name and its lease, unless the lease has changed.
@@ -66,19 +67,19 @@ class Registration:
         self._lease, self._reap = lease, reap
         hash_key = f"{keys.WORKER_PREFIX}{worker_name}"
         self._entries = [hash_key, f"{hash_key}{keys.EXECUTIONS_SUFFIX}", keys.WORKERS_KEY]
-        self._workers_keys = [keys.workers_key(name) for name in queue_names]
-        self._keys = [keys.leases_key(queue), *self._entries]
-        for name in queue_names:
-            self._keys += keys.workers_key(name), keys.claimed_key(worker_name, name)
+        self._workers_keys = [keys.workers_key(name) for name in dict.fromkeys((*queue_names, queue))]
+        self._keys = [keys.leases_key(queue), *self._entries, *self._workers_keys]
+        self._claimed_keys: list[str] = []
         # What stood in the lease of another process with this name, and at how many looks in a row.
         self._seen, self._looks = "", 0
         self._asked = False
 
-    def take(self, fields: Mapping[str, Any]) -> bool:
+    def take(self, fields: Mapping[str, Any], pool_queues: Sequence[str]) -> bool:
         """Register under the name and take the lease, if the name is free; take back what a dead worker left there.
 
         Args:
             fields: what the worker's hash is to hold.
+            pool_queues: the names of all RQ queues of the pool: a dead worker of this name may have served others.
 
         Returns:
             False if it is not known yet whether another process of this name lives: look again, a second later.
@@ -88,8 +89,9 @@ class Registration:
         """
         began = time.monotonic()
         self._asked = True
-        ours = self._name, self._lease.incarnation, int(keys.LEASE_SECONDS * 1000), self._ttl
-        reply = _SIGN_ON.run(self._connection, self._keys, [*ours, *self._words(fields)])
+        self._claimed_keys = [keys.claimed_key(self._name, name) for name in pool_queues]
+        ours = self._name, self._lease.incarnation, int(keys.LEASE_SECONDS * 1000), self._ttl, len(self._workers_keys)
+        reply = _SIGN_ON.run(self._connection, [*self._keys, *self._claimed_keys], [*ours, *self._words(fields)])
         verdict, leased = reply[0], _text(reply[1])
         if verdict == 1:
             self._lease.hold(leased, began)
@@ -102,7 +104,7 @@ class Registration:
             )
         if has_surely_ended(pid, space) or self._is_dead(leased, valid_ms):
             self._take_back(leased)
-            return self.take(fields)
+            return self.take(fields, pool_queues)
         return False
 
     def _is_dead(self, leased: str, valid_ms: float) -> bool:
@@ -141,8 +143,8 @@ class Registration:
         """Give the name up. A worker that leaves claimed jobs behind keeps its lease, so that they are found."""
         if not self._asked:
             return
-        arguments = [self._name, self._lease.incarnation, utcformat(utc_now())]
-        _SIGN_OFF.run(self._connection, self._keys, arguments)
+        arguments = [self._name, self._lease.incarnation, utcformat(utc_now()), len(self._workers_keys)]
+        _SIGN_OFF.run(self._connection, [*self._keys, *self._claimed_keys], arguments)
 
     def _words(self, fields: Mapping[str, Any]) -> list[Any]:
         return [word for field in {**fields, keys.PID_SPACE_FIELD: pid_space()}.items() for word in field]

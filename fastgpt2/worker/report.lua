@@ -1,4 +1,4 @@
--- Add a worker's figures to those of its pool, once.
+-- Add a worker's figures to those of its pool and of its model, once.
 --
 -- The time is Redis's own, so that the ten seconds of all workers begin together. `pcall`: a field or a key that is not
 -- what it should be loses its own counts, and no others.
@@ -6,6 +6,7 @@
 -- KEYS[1]          the totals of the pool
 -- KEYS[2]          the mark of this worker's last report
 -- KEYS[3]          the list of the jobs that ended last
+-- KEYS[4]          the totals of the pool's workers with the same model
 -- ARGV[1]          the mark of this report
 -- ARGV[2]          how long the mark is remembered, in seconds
 -- ARGV[3]          the key of a recent hash, without its number
@@ -25,6 +26,8 @@ local function add(key, count, ttl)
     if count > 0 then redis.pcall('EXPIRE', key, ttl) end
 end
 add(KEYS[1], tonumber(ARGV[4]), $TOTALS_TTL_SECONDS)
+at = 6
+add(KEYS[4], tonumber(ARGV[4]), $TOTALS_TTL_SECONDS)
 local now = tonumber(redis.call('TIME')[1])
 add(ARGV[3] .. string.format('%d', now - now % $BUCKET_SECONDS), tonumber(ARGV[5]), $RECENT_TTL_SECONDS)
 for i = at, #ARGV do redis.pcall('LPUSH', KEYS[3], ARGV[i]) end

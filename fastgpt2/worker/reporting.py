@@ -56,11 +56,15 @@ class Metrics:
 
     Args:
         queue: the name of the pool's queue.
+        model: the first name of the worker's model, for whose workers the same is added up.
     """
 
-    def __init__(self, connection: Redis, queue: str, worker_name: str, batch: Batch, decoder: Decoder) -> None:
+    def __init__(
+        self, connection: Redis, queue: str, worker_name: str, model: str, batch: Batch, decoder: Decoder
+    ) -> None:
         self._connection = connection
-        self._keys = keys.totals_key(queue), keys.last_report_key(worker_name), keys.latest_key(queue)
+        of_pool, of_model = keys.totals_key(queue), keys.totals_key(keys.model_totals_name(queue, model))
+        self._keys = of_pool, keys.last_report_key(worker_name), keys.latest_key(queue), of_model
         self._recent_prefix = keys.recent_key(queue, "")
         self._name = worker_name
         self._batch, self._decoder = batch, decoder
@@ -303,18 +307,31 @@ class WorkerInfo:
 
     Args:
         restarts: how often its supervisor has started a worker in its place again.
+        names: the names of its model.
+        named_only: it takes only jobs that give one of them.
 
     Attributes:
         longest_token_bytes: of the tokenizer, which takes a while to find it.
     """
 
-    def __init__(self, engine: Engine, batch: Batch, metrics: Metrics, restarts: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        batch: Batch,
+        metrics: Metrics,
+        restarts: int,
+        names: Sequence[str],
+        named_only: bool,
+    ) -> None:
         self._engine, self._batch, self._metrics = engine, batch, metrics
         self._memory = Memory(engine.decoder.model.helper_pids)
         self.longest_token_bytes = engine.tokenizer.longest_token_bytes
         self._constant = {
             "fastgpt2_version": __version__,
-            "model": engine.model,
+            keys.MODEL_FIELD: names[0],
+            keys.MODELS_FIELD: json.dumps(list(names)),
+            keys.NAMED_ONLY_FIELD: "1" if named_only else "",
+            keys.CHAT_FIELD: "1" if engine.chats else "",
             "computes_by": engine.describe(),
             "blas": engine.decoder.model.product_name,
             "weights": engine.weights,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import time
 import traceback
 import zlib
@@ -20,10 +21,13 @@ from rq.utils import utcformat
 
 from fastgpt2.engine.decoding.records import RANDOM_SEED_BITS, GenerationRequest
 from fastgpt2.errors import BadRequest, FastGPT2Error, JobFailed
+from fastgpt2.events import about
 from fastgpt2.protocol import untrusted
-from fastgpt2.protocol.keys import CRASHES_FIELD, job_key
+from fastgpt2.protocol.keys import CRASHES_FIELD, TOKEN_FIELD, TOKEN_NAME, check_model_name, job_key
 from fastgpt2.protocol.messages import TASK, JobOptions, parse_job
+from fastgpt2.protocol.request_context import RequestContext
 from fastgpt2.protocol.scripts import Script
+from fastgpt2.protocol.stored_jobs import Call, hide_prompts
 from fastgpt2.worker.entry_fields import MAX_DIGITS, check_fields
 from fastgpt2.worker.set_aside import set_aside, shown, unclaim
 
@@ -50,10 +54,12 @@ class GenerationJob(Job):
     Attributes:
         too_large: whether the data would inflate beyond the limit; they are not inflated then.
         crashes: how many workers have died while they ran the job.
+        token: the name of the endpoint's token by which it was enqueued; None if there was none.
     """
 
     too_large = False
     crashes = 0
+    token: str | None = None
 
     def __init__(self, job_id: str | None = None, connection: Redis | None = None, serializer: Any = None) -> None:
         super().__init__(None, connection, serializer)
@@ -78,7 +84,7 @@ class GenerationJob(Job):
         found: list[Job | None] = []
         for job_id, job in zip(ids, fetch(connection, ids, serializer), strict=True):
             if isinstance(job, Exception):
-                log.warning("job %s cannot be read (%s)", shown(job_id), str(job)[:200])
+                log.warning("job %s cannot be read (%s)", shown(job_id), str(job)[:200], extra=about(job_id=job_id))
             found.append(None if isinstance(job, Exception) else job)
         return found
 
@@ -94,6 +100,8 @@ class GenerationJob(Job):
             self.too_large = bool(inflater.unconsumed_tail)
         crashes = raw_data.get(CRASHES_FIELD.encode(), b"")
         self.crashes = int(crashes) if crashes.isdigit() and len(crashes) <= MAX_DIGITS else 0
+        token = raw_data.get(TOKEN_FIELD.encode(), b"").decode("utf-8", "replace")
+        self.token = token if re.fullmatch(TOKEN_NAME, token) else None
         fields = check_fields(raw_data)
         super().restore({**fields, b"data": b"{}"} if self.too_large else fields)
         if not isinstance(self.meta, dict):  # kept as it is, as RQ keeps what it cannot read
@@ -106,6 +114,19 @@ class GenerationJob(Job):
         self._counters = self.retries_left, self.repeats_left, self.repeat_intervals
         if untrusted.is_pickle(self.data):
             self.serializer = untrusted.PlainPickleSerializer
+
+    @property
+    def request_context(self) -> RequestContext:
+        """The request and the trace that the job's metadata tell of."""
+        return RequestContext.from_meta(self.meta)
+
+    def without_prompt(self, said: object) -> str:
+        """Return what an error says, without the prompt that it may quote: for logs and traces."""
+        try:
+            call = Call(self.func_name or "", list(self.args), dict(self.kwargs))
+        except (DeserializationError, TypeError, ValueError):  # `parse` says what is wrong
+            return str(said)
+        return hide_prompts(str(said), call.secrets)
 
     def rewind(self) -> None:
         """Set RQ's counters of retries and repeats to what was read: RQ changes them while an end is recorded."""
@@ -121,6 +142,16 @@ class GenerationJob(Job):
 
     def perform(self) -> Any:
         raise RuntimeError("a worker that runs many jobs performs none by itself")
+
+    @property
+    def model(self) -> str | None:
+        """The name of the model that the job is for; None if it names none, or what can be no name."""
+        try:
+            kwargs = self.kwargs
+            model = kwargs.get("model") if isinstance(kwargs, dict) else None
+            return None if model is None else str(check_model_name("model", model))
+        except (DeserializationError, BadRequest):  # `parse` says what is wrong
+            return None
 
     def parse(self) -> tuple[GenerationRequest, JobOptions]:
         """Return the validated request, with a seed if it draws.
@@ -197,7 +228,7 @@ def fail_malformed(queue: Queue, job_id: str, reason: BaseException, worker_name
     for reply in refused:
         if untrusted.is_of_service(reply):
             raise reply
-        log.warning("job %s cannot be failed as it should be (%s)", shown(job_id), reply)
+        log.warning("job %s cannot be failed as it should be (%s)", shown(job_id), reply, extra=about(job_id=job_id))
     if refused:
         set_aside(queue, job_id.encode(), str(error), worker_name)
     unclaim(queue.connection, claimed_key, job_id)

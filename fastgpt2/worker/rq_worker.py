@@ -22,7 +22,7 @@ from rq.worker import BaseWorker, WorkerStatus
 from fastgpt2.errors import RedisUnfit
 from fastgpt2.process import StopFlag
 from fastgpt2.protocol.connection import address_of, in_words
-from fastgpt2.protocol.keys import queues_of
+from fastgpt2.protocol.keys import model_of, queues_of
 from fastgpt2.protocol.server_check import try_rights
 from fastgpt2.protocol.untrusted import JSONOnlySerializer
 from fastgpt2.worker.listener import Listener
@@ -30,6 +30,7 @@ from fastgpt2.worker.liveness import BEAT_SECONDS, Lease
 from fastgpt2.worker.reaper import Reaper
 from fastgpt2.worker.registration import Registration
 from fastgpt2.worker.rq_job import GenerationJob
+from fastgpt2.worker.served_names import ServedNames
 from fastgpt2.worker.upkeep import Upkeep
 
 if TYPE_CHECKING:
@@ -62,13 +63,25 @@ class RQWorker(BaseWorker):
 
     Args:
         connection: to Redis; see `fastgpt2.protocol.connection.connect`.
-        queue: the name of the queue; the more and the less urgent ones beside it are served too (`keys.queues_of`).
+        queue: the name of the queue; the more and the less urgent ones beside it are served too (`keys.queues_of`), and
+            those of the jobs that name this worker's model.
+        names: the names of the model.
         name: unique among the live workers; the default is made of the host's name, the process id and a random part.
         supervisor_pid: the process without which this one should not live on.
+        named_only: leave the jobs that name no model to other workers.
+
+    Raises:
+        BadRequest: there are too many names, or one is none that a job can give.
     """
 
     def __init__(
-        self, connection: Redis, queue: str, name: str | None = None, supervisor_pid: int | None = None
+        self,
+        connection: Redis,
+        queue: str,
+        names: Iterable[str],
+        name: str | None = None,
+        supervisor_pid: int | None = None,
+        named_only: bool = False,
     ) -> None:
         self.supervisor_pid = supervisor_pid
         self._pool_name = queue
@@ -77,7 +90,10 @@ class RQWorker(BaseWorker):
         self._stop_commands: thread_queue.SimpleQueue[str] = thread_queue.SimpleQueue()
         self._last_heartbeat = 0.0
         self._no_upkeep_before = 0.0
-        queues = queues_of(queue)
+        self.served = ServedNames(connection, queue, names)
+        queues = queues_of(queue, self.served.own)
+        if named_only:
+            queues = [one for one in queues if model_of(one) is not None]
         super().__init__(
             queues,
             name=name or make_name(),
@@ -91,7 +107,7 @@ class RQWorker(BaseWorker):
         # RQ's own lines would be five a job.
         self.log.setLevel(logging.WARNING)
         reaper = Reaper(connection, queue)
-        self.lease = Lease(connection, queue, self.name, reaper.reap)
+        self.lease = Lease(connection, queue, self.name, reaper.reap, self.served.own)
         self._registration = Registration(
             connection, queue, queues, self.name, WORKER_TTL_SECONDS, self.lease, reaper.reap
         )
@@ -99,7 +115,7 @@ class RQWorker(BaseWorker):
         self._scheduler = RQScheduler(queues, connection, logging_level=logging.WARNING, serializer=self.serializer)
         # RQ would make a pool of its own of this one's class and options; Sentinel's cannot be made so.
         self._scheduler._connection = connection  # type: ignore[assignment]
-        self._upkeep = Upkeep(self, self._scheduler, self.count_malformed)
+        self._upkeep = Upkeep(self, self._scheduler, self.served, self.count_malformed)
 
     def _set_connection(self, connection: Redis) -> Redis:
         """Return the connection as it is; RQ would lengthen its timeout for its own long waits, which there are not."""
@@ -119,7 +135,7 @@ class RQWorker(BaseWorker):
 
         Raises:
             RedisUnfit: Redis is up, and will not have this worker.
-            BadRequest: another worker has the name.
+            BadRequest: another worker has the name, or the pool has models of too many names.
         """
         failures = 0
         while not (self.stopping.is_set() or self.is_orphaned()):
@@ -131,7 +147,9 @@ class RQWorker(BaseWorker):
                 self.birth_date = self.birth_date or utc_now()
                 self.last_heartbeat = utc_now()
                 self.subscribe()  # who is listed hears commands: they are sent to those who are, and are not kept
-                if self._registration.take(self._entry()):
+                # Before this worker is listed: who sees it may name its model.
+                self.served.renew()
+                if self._registration.take(self._entry(), self.served.queues):
                     self.lease.start()
                     return True
                 failures, seconds = 0, BEAT_SECONDS
@@ -156,6 +174,8 @@ class RQWorker(BaseWorker):
         while True:
             try:
                 self._registration.leave()
+                if not self.lease.is_taken:
+                    self.served.leave(self.key)
                 self._scheduler.release_locks()
                 break
             except RedisError as reason:
@@ -188,6 +208,8 @@ class RQWorker(BaseWorker):
             self.announce()
             self._last_heartbeat = now
             self._listener.start()
+            if not self.lease.is_taken:
+                self.served.renew()
             self._upkeep.acquire_locks()
         if self.lease.is_taken and not self.stop_at_once:
             log.error("%s was silent for so long that another worker has its name now; stopping", self.name)

@@ -11,7 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from fastgpt2.engine.decoding.records import combine
-from fastgpt2.errors import JobTimedOut
+from fastgpt2.errors import JobTimedOut, ModelUnknown
 from fastgpt2.protocol.keys import ATTEMPTS_FIELD, PARTIAL_META, stream_key
 from fastgpt2.protocol.messages import RUNNING_TTL_SECONDS, JobOptions, parse_job, piece_to_entry, result_to_json
 from fastgpt2.protocol.untrusted import seconds_between
@@ -35,6 +35,7 @@ def generate(*args: Any, **kwargs: Any) -> dict[str, Any]:
 
     Raises:
         BadRequest: a field is unknown, ill-typed or out of bounds.
+        ModelUnknown: the job names another model.
         ModelError: the model cannot be loaded.
         JobTimedOut: the job's `timeout` is over.
         FastGPT2Error: a text failed alone, as where its grammar has grown beyond a limit.
@@ -43,6 +44,8 @@ def generate(*args: Any, **kwargs: Any) -> dict[str, Any]:
 
     request, options = parse_job(args, kwargs)
     engine, job = _engine(), get_current_job()
+    if options.model not in (None, engine.model):
+        raise ModelUnknown.among(str(options.model), [engine.model])
     if job is not None:
         request = request.with_seed(seed_of(job))
     run = _StockRun(job, options, engine.model) if job is not None else None
@@ -116,4 +119,5 @@ def _engine() -> Engine:
         drafts=settings.DRAFTS.resolve(),
         tokenizer=settings.TOKENIZER.resolve(),
         generation_config=settings.GENERATION_CONFIG.resolve(),
+        chat_template=settings.CHAT_TEMPLATE.resolve(),
     )

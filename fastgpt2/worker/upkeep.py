@@ -22,12 +22,15 @@ from rq.registry import (
     StartedJobRegistry,
 )
 from rq.scheduler import RQScheduler
-from rq.scripts import acquire_or_refresh_lock
+from rq.scripts import ACQUIRE_OR_REFRESH_LOCK_SCRIPT
 from rq.utils import as_text, current_timestamp
 from rq.worker import BaseWorker
 
+from fastgpt2.events import about
+from fastgpt2.protocol.keys import registry_key
 from fastgpt2.protocol.untrusted import is_of_service
 from fastgpt2.worker.rq_job import GenerationJob, fail_malformed, fetch
+from fastgpt2.worker.served_names import ServedNames
 from fastgpt2.worker.set_aside import shown
 from fastgpt2.worker.unfit import execute_what_fits, tell
 
@@ -77,14 +80,17 @@ class StartedJobs(StartedJobRegistry):
 
 
 class Upkeep:
-    """The upkeep of the queues of one worker.
+    """The upkeep of the queues of one worker's pool, those of models that no worker serves any more among them.
 
     Args:
+        served: knows which queues the pool has.
         malformed: called with the id of each job that was failed for the state of its entry.
     """
 
-    def __init__(self, worker: BaseWorker, scheduler: RQScheduler, malformed: Callable[[str], None]) -> None:
-        self._worker, self._scheduler, self._malformed = worker, scheduler, malformed
+    def __init__(
+        self, worker: BaseWorker, scheduler: RQScheduler, served: ServedNames, malformed: Callable[[str], None]
+    ) -> None:
+        self._worker, self._scheduler, self._served, self._malformed = worker, scheduler, served, malformed
         self._connection: Redis = worker.connection
         self._options: dict[str, Any] = {
             "connection": worker.connection,
@@ -94,22 +100,31 @@ class Upkeep:
 
     def acquire_locks(self) -> None:
         """Become, or stay, the one who looks after the scheduled jobs of those queues that nobody else looks after."""
-        owned = set()
-        for name in self._worker.queue_names():
-            key = self._scheduler.get_locking_key(name)
-            with guarded(key, "no job of this queue that waits for its time is enqueued"):
-                ttl = self._scheduler.interval + LOCK_GRACE_SECONDS
-                if acquire_or_refresh_lock(self._connection, key, self._scheduler.name, ttl) != "taken":
-                    owned.add(name)
-        self._scheduler._acquired_locks = owned
+        locks = {name: self._scheduler.get_locking_key(name) for name in self._served.queues}
+        ttl = self._scheduler.interval + LOCK_GRACE_SECONDS
+        with self._connection.pipeline(transaction=False) as pipeline:
+            for key in locks.values():
+                pipeline.eval(ACQUIRE_OR_REFRESH_LOCK_SCRIPT, 1, key, self._scheduler.name, ttl)
+            replies = pipeline.execute(raise_on_error=False)
+        for key, reply in zip(locks.values(), replies, strict=True):
+            if isinstance(reply, Exception):
+                with guarded(key, "no job of this queue that waits for its time is enqueued"):
+                    raise reply
+        self._scheduler._acquired_locks = {name for name, reply in zip(locks, replies, strict=True) if reply in (1, 2)}
 
     def enqueue_due(self) -> None:
         """Enqueue the jobs that are due, of the queues that are this worker's to look after."""
-        for name in sorted(self._scheduler.acquired_locks):
+        names = sorted(self._scheduler.acquired_locks)
+        with self._connection.pipeline(transaction=False) as pipeline:
+            for name in names:
+                pipeline.zrangebyscore(registry_key("scheduled", name), 0, current_timestamp(), start=0, num=MOST_DUE)
+            found = pipeline.execute(raise_on_error=False)
+        for name, due in zip(names, found, strict=True):
             queue = Queue(name, **self._options)
             registry: BaseRegistry = ScheduledJobRegistry(name, **self._options)  # type: ignore[no-untyped-call]
             with guarded(registry.key, "no job that waits for its time there is enqueued"):
-                due = self._connection.zrangebyscore(registry.key, 0, current_timestamp(), start=0, num=MOST_DUE)
+                if isinstance(due, Exception):
+                    raise due
                 if not due or not self._takes_jobs(queue):
                     continue
                 jobs = self._read(queue, registry, due)
@@ -157,13 +172,16 @@ class Upkeep:
             self._connection.zrem(registry.key, job_id)
             if isinstance(job, Exception):
                 error = fail_malformed(queue, job_id, job, self._worker.name, "")
-                log.warning("%s: job %s failed: %s", self._worker.name, shown(job_id), error)
+                log.warning(
+                    "%s: job %s failed: %s", self._worker.name, shown(job_id), error, extra=about(job_id=job_id)
+                )
                 self._malformed(job_id)
         return found
 
     def clean(self) -> None:
         """Clean the registries as RQ does; of several workers, one does it at a time."""
-        for queue in self._worker.queues:
+        for name in self._served.queues:
+            queue = Queue(name, **self._options)
             with guarded(queue.key, "its registries are not cleaned"):
                 if queue.acquire_maintenance_lock():
                     try:

@@ -7,17 +7,19 @@ import logging
 import math
 import threading
 import time
+from collections.abc import Sequence
 from contextvars import Token
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from rq import Queue
-from rq.suspension import is_suspended
 from rq.worker import WorkerStatus
 
 from fastgpt2.errors import FastGPT2Error, JobStopped, JobTimedOut, PromptTooLong
+from fastgpt2.events import about, describe_process
 from fastgpt2.process import on_stop_signals
 from fastgpt2.protocol.connection import ANSWER_BY, address_of
+from fastgpt2.protocol.keys import model_of
 from fastgpt2.protocol.untrusted import is_of_service
 from fastgpt2.worker.batch import ActiveJob, Attempt, Batch
 from fastgpt2.worker.between_steps import BetweenSteps
@@ -29,6 +31,7 @@ from fastgpt2.worker.liveness import AliveFile
 from fastgpt2.worker.outbox import Outbox
 from fastgpt2.worker.recycling import Recycling
 from fastgpt2.worker.reporting import Metrics, WorkerInfo
+from fastgpt2.worker.router import Router
 from fastgpt2.worker.rq_worker import RQWorker
 from fastgpt2.worker.set_aside import set_aside, shown
 
@@ -65,7 +68,8 @@ class GenerationWorker(RQWorker):
 
     Args:
         engine: loaded and warmed up.
-        connection, queue, name, supervisor_pid: as `RQWorker` takes them.
+        connection, queue, name, supervisor_pid, named_only: as `RQWorker` takes them.
+        names: the names under which the model is served, its own first; without any, the one by which it was loaded.
         drain_timeout: in seconds.
         recycling: when to end although nobody asks for it.
         log_prompts: write the prompts into the log, where they would else not be found.
@@ -87,6 +91,8 @@ class GenerationWorker(RQWorker):
         restarts: int = 0,
         alive: AliveFile | None = None,
         durability: str = "memory",
+        names: Sequence[str] = (),
+        named_only: bool = False,
     ) -> None:
         self.engine = engine
         self.drain_timeout = drain_timeout
@@ -100,12 +106,13 @@ class GenerationWorker(RQWorker):
         self._exchange_seconds = 0.0
         self._drain_until = math.inf
         self._is_beyond_help = False
-        super().__init__(connection, queue, name, supervisor_pid)
-        self.metrics = Metrics(connection, queue, self.name, self.batch, engine.decoder)
+        super().__init__(connection, queue, names or (engine.model,), name, supervisor_pid, named_only)
+        self._router = Router(connection, queue, self.name, self.served.own)
+        self.metrics = Metrics(connection, queue, self.name, self.served.first, self.batch, engine.decoder)
         self._claims = Claims(connection, self.queues, self.name, self.metrics.count_malformed)
-        self._info = WorkerInfo(engine, self.batch, self.metrics, restarts)
+        self._info = WorkerInfo(engine, self.batch, self.metrics, restarts, self.served.own, named_only)
         self._faults = Faults(self.name, address_of(connection))
-        self._ledger = Ledger(self, self.metrics.count_malformed)
+        self._ledger = Ledger(self, queue, self.metrics.count_malformed)
         self.confirmation = Confirmation(connection, durability, self.name, self.metrics.count_unconfirmed)
         self.outbox = Outbox(self.batch, self._ledger, self.metrics, self.confirmation, self.name)
         positions = engine.config.n_positions
@@ -140,7 +147,8 @@ class GenerationWorker(RQWorker):
             if not self.sign_on():
                 return False
             self.confirmation.check()
-            what = f"model {self.engine.model}, up to {self.engine.max_batch} jobs at once"
+            describe_process(worker=self.name, model=self.served.first)
+            what = f"model {' or '.join(self.served.own)}, up to {self.engine.max_batch} jobs at once"
             log.info("%s is ready: %s, queues %s, process %d", self.name, what, ", ".join(self.queue_names()), self.pid)
             if self.recycling is not None:
                 self.recycling.start()
@@ -297,7 +305,8 @@ class GenerationWorker(RQWorker):
 
     def _set_aside(self, queue: Queue, job_id: str, reason: Exception) -> None:
         """Fail a claimed job that cannot be handled, and note it among what was set aside."""
-        log.error("%s: job %s cannot be handled", self.name, shown(job_id), exc_info=reason)
+        extra = about(job_id=job_id)
+        log.error("%s: job %s cannot be handled", self.name, shown(job_id), exc_info=reason, extra=extra)
         try:
             self._ledger.fail_malformed(queue, job_id, reason)
         except Exception as other:
@@ -308,7 +317,7 @@ class GenerationWorker(RQWorker):
 
     def _start(self, claims: list[Claim]) -> None:
         """Start claimed jobs; from the first suspect on they go back, unless the suspect can run alone."""
-        attempts = self._ledger.read(claims)
+        attempts = self._router.route(self._ledger.read(claims))
         count = next((at for at, attempt in enumerate(attempts) if attempt.is_suspect), len(attempts))
         if count == 0 and not len(self.batch):
             count = 1
@@ -317,16 +326,20 @@ class GenerationWorker(RQWorker):
             self._begin(attempt)
 
     def _wait_for_jobs(self, burst: bool) -> list[Claim]:
-        if is_suspended(self.connection):  # with the worker, RQ would send a heartbeat each time
+        if self.get_state() != WorkerStatus.SUSPENDED:
+            self.enter(WorkerStatus.IDLE)  # first: what comes meanwhile is found without a wait
+        # One at a time, so that the queues take turns and a burst spreads over the pool.
+        found = self._claims.claim(MOST_CLAIMS if burst else 1)
+        if found is None:
             self.enter(WorkerStatus.SUSPENDED)
             if not burst:
                 self.stopping.wait(IDLE_SECONDS)
             return []
         self.enter(WorkerStatus.IDLE)
-        if burst:
-            return self._claims.claim(MOST_CLAIMS)
+        if found or burst:
+            return found
         quiet = time.monotonic() - self._worked_at > QUIET_AFTER_SECONDS
-        return self._claims.wait(QUIET_SECONDS if quiet else IDLE_SECONDS)
+        return self._claims.wait(QUIET_SECONDS if quiet else IDLE_SECONDS, MOST_CLAIMS)
 
     # Jobs begin, are decoded, and end.
 
@@ -336,11 +349,15 @@ class GenerationWorker(RQWorker):
         self._worked_at = time.monotonic()
         try:
             request, options = attempt.rq_job.parse()
+            if attempt.error is not None:
+                raise attempt.error
             if self.log_prompts:
-                log.info("%s: job %s: %.1000s", self.name, attempt.id, json.dumps(request.prompt))
+                prompt = json.dumps(request.given)
+                log.info("%s: job %s: %.1000s", self.name, attempt.id, prompt, extra=attempt.log_extra)
             self._refuse_hopeless(request)
-            prompt = self.engine.decoder.prepare(request)
-            job = ActiveJob.begin(attempt, prompt, options, self.engine.model, time.monotonic())
+            tokenized = self.engine.decoder.prepare(request)
+            model = options.model or model_of(attempt.queue.name) or self.served.first
+            job = ActiveJob.begin(attempt, tokenized, options, model, time.monotonic())
         except BaseException as error:
             self.outbox.refuse(attempt, _of_job(error))
             return

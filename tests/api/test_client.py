@@ -19,6 +19,7 @@ from rq import Queue
 from rq.command import send_stop_job_command
 from rq.exceptions import NoSuchJobError
 from rq.job import Job as RQJob
+from rq.job import JobStatus
 from rq.serializers import JSONSerializer
 from support.running import GOLDEN, StartWorker, run_out_of_time, wait_until
 
@@ -240,6 +241,7 @@ def test_a_defect_in_the_worker_is_a_failed_job(client: Client, redis: Redis) ->
 
     job = client.enqueue("a")
     stored = RQJob.fetch(job.id, connection=redis, serializer=JSONSerializer)
+    stored.set_status(JobStatus.FAILED)
     Result.create_failure(stored, 60, "Traceback (most recent call last):\n  File x\nMemoryError: no more\n")
     with pytest.raises(JobFailed, match="no more") as caught:
         job.result(timeout=30)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import shutil
 import subprocess
 from collections.abc import Callable
 from typing import Any
@@ -15,11 +14,13 @@ from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
 from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
+from support.programs import find_program
 from support.running import StartWorker, wait_until
 
 from fastgpt2 import Client
 from fastgpt2.api.pool.prometheus import render_metrics
-from fastgpt2.protocol.keys import TOTAL_FIELDS, recent_key, totals_key
+from fastgpt2.api.pool.redis_metrics import redis_metrics
+from fastgpt2.protocol.keys import TOTAL_FIELDS, model_totals_name, models_key, queue_of, recent_key, totals_key
 from fastgpt2.system.redis_server import RedisServer
 
 Read = Callable[..., tuple[str, bytes]]
@@ -91,6 +92,10 @@ def test_what_jobs_leave(client: Client, queue_name: str, start_worker: StartWor
     assert sum(value for key, value in found.items() if key[0] == "fastgpt2_workers") == 1
     assert found["fastgpt2_worker_jobs", f"w-{queue_name}"] == 0
     assert found["fastgpt2_worker_heartbeat_age_seconds", f"w-{queue_name}"] < 60
+    assert found["fastgpt2_redis_memory_used_bytes",] > found["fastgpt2_redis_memory_max_bytes",] == 0
+    assert found["fastgpt2_redis_persistence_ok", "aof"] == found["fastgpt2_redis_aof_enabled",] == 1
+    assert 0 < found["fastgpt2_redis_clients",] < found["fastgpt2_redis_max_clients",]
+    assert found["fastgpt2_redis_evicted_keys_total",] == found["fastgpt2_redis_replicas",] == 0
     check_histograms(body)
 
 
@@ -117,6 +122,31 @@ def test_figures_written_by_hand(redis: Redis, client: Client, queue_name: str, 
     assert all(family.documentation for family in families(body))
 
 
+def test_figures_of_models_written_by_hand(redis: Redis, queue_name: str, read: Read) -> None:
+    """Two workers with a name in common, one of them silent; jobs that wait for a name that nobody serves."""
+    now: Any = redis.time()
+    for name, models, silent in (("a", '["big", "ours"]', 0), ("b", '["small", "ours"]', 60)):
+        fields: dict[Any, Any] = {"state": "busy", "models": models, "heard_at": now[0] - silent}
+        redis.hset(f"rq:worker:{name}-{queue_name}", mapping=fields)
+        redis.sadd(f"rq:workers:{queue_name}", f"rq:worker:{name}-{queue_name}")
+    redis.zadd(models_key(queue_name), {"big": 1000 * now[0] + 9000, "ours": 1000 * now[0] + 9000, 'a"b': 5})
+    redis.rpush(f"rq:queue:{queue_of(queue_name, 'high', 'a' + chr(34) + 'b')}", "x", "y")
+    counts: dict[Any, Any] = {"prompt_tokens": 5, "generated_tokens": 7, "ended:failed:timeout": 2}
+    redis.hset(totals_key(model_totals_name(queue_name, "big")), mapping=counts)
+    found = samples(read()[1])
+    of_model = {key[1:]: value for key, value in found.items() if key[0] == "fastgpt2_model_queue_jobs"}
+    assert of_model == {('a"b',): 2, ("big",): 0, ("ours",): 0, ("small",): 0}
+    assert found["fastgpt2_queue_jobs", "high"] == found["fastgpt2_jobs", "queued"] == 2
+    assert found["fastgpt2_model_oldest_wait_seconds", "big"] == 0
+    assert ("fastgpt2_model_oldest_wait_seconds", 'a"b') not in found, "the jobs do not say since when they wait"
+    workers = {key[1:]: value for key, value in found.items() if key[0] == "fastgpt2_model_workers" and value}
+    assert workers == {("big", "busy"): 1, ("ours", "busy"): 1, ("ours", "silent"): 1, ("small", "silent"): 1}
+    assert found["fastgpt2_model_tokens_total", "prompt", "big"] == 5
+    assert found["fastgpt2_model_tokens_total", "generated", "big"] == 7
+    assert found["fastgpt2_model_jobs_total", "big", "timeout", "failed"] == 2
+    assert openmetrics_families(read(OPENMETRICS)[1])
+
+
 def test_openmetrics(redis: Redis, queue_name: str, read: Read) -> None:
     redis.hset(totals_key(queue_name), "generated_tokens", 12)
     content_type, body = read(OPENMETRICS)
@@ -128,10 +158,11 @@ def test_openmetrics(redis: Redis, queue_name: str, read: Read) -> None:
     assert found["fastgpt2_job_queue_seconds"].type == "histogram"
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not here (Debian's package prometheus)")
 def test_promtool_has_no_complaint(read: Read, start_worker: StartWorker) -> None:
     start_worker()
-    done = subprocess.run(["promtool", "check", "metrics"], input=read()[1], capture_output=True, timeout=60)
+    done = subprocess.run(
+        [find_program("promtool"), "check", "metrics"], input=read()[1], capture_output=True, timeout=60
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
@@ -157,3 +188,25 @@ def test_keys_of_the_wrong_kind_are_not_there(redis: Redis, queue_name: str, rea
         redis.set(key, "x", ex=60)
     found = samples(read()[1])
     assert found["fastgpt2_generated_tokens_total",] == 0
+
+
+def test_what_redis_says_of_itself() -> None:
+    def found(info: dict[str, Any]) -> dict[tuple[str, ...], float]:
+        return {
+            (sample.name, *sample.labels.values()): sample.value
+            for family in redis_metrics(info)
+            for sample in family.samples
+        }
+
+    info: dict[str, Any] = {"used_memory": 70, "maxmemory": 100, "evicted_keys": 3, "connected_slaves": 2}
+    assert found(info) == {
+        ("fastgpt2_redis_memory_used_bytes",): 70,
+        ("fastgpt2_redis_memory_max_bytes",): 100,
+        ("fastgpt2_redis_evicted_keys_total",): 3,
+        ("fastgpt2_redis_replicas",): 2,
+    }
+    for written, rewritten, well in (("ok", "ok", 1), ("err", "ok", 0), ("ok", "err", 0)):
+        said = {"aof_last_write_status": written, "aof_last_bgrewrite_status": rewritten}
+        assert found(said) == {("fastgpt2_redis_persistence_ok", "aof"): well}
+    assert found({"rdb_last_bgsave_status": "err"}) == {("fastgpt2_redis_persistence_ok", "rdb"): 0}
+    assert found({}) == found({"used_memory": "many", "evicted_keys": -1, "maxclients": [1]}) == {}

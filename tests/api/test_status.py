@@ -26,7 +26,17 @@ from fastgpt2.api.pool.job_list import read_latest, read_prompts
 from fastgpt2.api.pool.prometheus import render_metrics
 from fastgpt2.api.pool.status import check_readiness, read_status, record_depth
 from fastgpt2.protocol.connection import connect
-from fastgpt2.protocol.keys import RECENT_FIELDS, TOTAL_FIELDS, latest_key, leases_key, queue_of, recent_key, totals_key
+from fastgpt2.protocol.keys import (
+    RECENT_FIELDS,
+    TOTAL_FIELDS,
+    latest_key,
+    leases_key,
+    model_totals_name,
+    models_key,
+    queue_of,
+    recent_key,
+    totals_key,
+)
 from fastgpt2.system.redis_server import RedisServer
 
 T = TypeVar("T")
@@ -129,6 +139,85 @@ def test_the_depth_is_noted_while_no_worker_lives(redis: Redis, ask: Ask, client
     redis.rename(recent_key(queue_name, at), recent_key(queue_name, at - 10))
     point = ask(read_status, queue_name, history=True)["history"]["points"][-1]
     assert (point["depth"], point["tokens_per_second"], point["batch"]) == (3, 0.0, None)
+
+
+def write_models(redis: Redis, queue_name: str) -> None:
+    """Write what workers of three models leave: two live ones with a name in common, one silent, one of long ago."""
+    now: Any = redis.time()
+    second = now[0] + now[1] / 1e6
+    told: list[tuple[str, Any, dict[str, Any], float]] = [
+        ("a", ["big", "ours"], {"max_batch": 8, "tokens_per_second": 5}, 0),
+        ("b", ["small", "ours"], {"max_batch": 4, "tokens_per_second": 2.5, "named_only": 1}, 0),
+        ("c", ["small"], {"max_batch": 4, "tokens_per_second": 9, "named_only": 1}, 60),
+        ("of an earlier release", None, {"model": "plain"}, 0),
+    ]
+    for name, models, fields, silent in told:
+        key = f"rq:worker:{queue_name}-{name}"
+        names = {} if models is None else {"model": models[0], "models": json.dumps(models)}
+        written: dict[Any, Any] = {"state": "idle", "heard_at": second - silent, **names, **fields}
+        redis.hset(key, mapping=written)
+        redis.expire(key, 60)
+        redis.sadd(f"rq:workers:{queue_name}", key)
+    until = {"big": 9e3, "ours": 9e3, "small": 9e3, "gone": -1e6, "empty": -1e6}
+    redis.zadd(models_key(queue_name), {name: 1000 * second + more for name, more in until.items()})
+    counts: dict[Any, Any] = {"generated_tokens": 7, "ended:finished:stop": 2, "ended:failed:error": 1}
+    redis.hset(totals_key(model_totals_name(queue_name, "small")), mapping=counts)
+
+
+def test_figures_by_model(redis: Redis, ask: Ask, queue_name: str) -> None:
+    write_models(redis, queue_name)
+    ago = {"ours": 20, "gone": 5}
+    for model, seconds in ago.items():
+        moment = utcformat(datetime.now(UTC) - timedelta(seconds=seconds))
+        redis.hset(f"rq:job:{queue_name}-{model}", "enqueued_at", moment)
+        redis.rpush(f"rq:queue:{queue_of(queue_name, 'low', model)}", f"{queue_name}-{model}")
+    redis.rpush(f"rq:queue:{queue_of(queue_name, 'low')}", "x", "y")
+    redis.zadd(f"rq:finished:{queue_of(queue_name, 'high', 'small')}", {"z": 2e9})
+    status = ask(read_status, queue_name)
+    assert status["queue"]["by_priority"] == {"high": 0, "normal": 0, "low": 4}
+    assert (status["queue"]["depth"], status["jobs"]["queued"], status["jobs"]["finished"]) == (4, 4, 1)
+    assert 19 < status["queue"]["oldest_wait_seconds"] < 60
+    assert status["models"] == ["big", "ours", "plain", "small"]
+    found = status["by_model"]
+    assert list(found) == ["big", "gone", "ours", "plain", "small"], "of `empty`, nothing is left"
+    names = ("served", "models", "workers", "silent", "depth", "max_batch", "tokens_per_second")
+    assert {model: tuple(state[name] for name in names) for model, state in found.items()} == {
+        "big": (True, ["big"], 1, 0, 0, 8, 5.0),
+        "gone": (False, [], 0, 0, 1, 0, 0.0),
+        "ours": (True, ["big", "small"], 2, 0, 1, 12, 7.5),
+        "plain": (False, ["plain"], 1, 0, 0, 1, 0.0),
+        "small": (True, ["small"], 1, 1, 0, 4, 2.5),
+    }
+    assert 19 < found["ours"]["oldest_wait_seconds"] < 60
+    assert 4 < found["gone"]["oldest_wait_seconds"] < 45
+    assert found["ours"]["by_priority"] == {"high": 0, "normal": 0, "low": 1}
+    totals = found["small"]["totals"]
+    assert (totals["generated_tokens"], totals["finished"], totals["failed"]) == (7, 2, 1)
+    assert set(found["ours"]["totals"].values()) == {0}, "the totals are those of first names"
+    workers = {worker["name"].removeprefix(f"{queue_name}-"): worker for worker in status["workers"]}
+    assert [(one["model"], one["named_only"]) for one in workers.values()] == [
+        ("big", False), ("small", True), ("small", True), ("plain", False)
+    ]  # fmt: skip
+    assert ask(record_depth, queue_name) is None
+    at = bucket(redis)
+    depths = [redis.hget(recent_key(queue_name, start), "depth") for start in (at, at - 10)]
+    assert b"4" in depths, "the jobs that name a model are counted with the others"
+
+
+@pytest.mark.parametrize("odd", ["", "[", "3", "{}", '["a"', "[[]]", "[null]", '["\\u0000"]', "[" * 9000, b"\xff"])
+def test_hostile_names_are_none(redis: Redis, ask: Ask, queue_name: str, odd: Any) -> None:
+    redis.sadd(f"rq:workers:{queue_name}", f"rq:worker:w-{queue_name}")
+    redis.hset(f"rq:worker:w-{queue_name}", mapping={"state": "idle", "model": "known", "models": odd})
+    hostile: dict[Any, Any] = {"\x00": 1e15, b"\xff": math.inf, "x" * 1000: 1e15}
+    redis.zadd(models_key(queue_name), hostile)
+    status = ask(read_status, queue_name)
+    check_sane(status)
+    assert status["models"] == ["known"]
+    assert set(status["by_model"]) <= {"known", "\ufffd"}
+    redis.delete(models_key(queue_name))
+    redis.set(models_key(queue_name), "x", ex=60)
+    assert set(ask(read_status, queue_name)["by_model"]) == {"known"}
+    ask(record_depth, queue_name)
 
 
 def test_the_oldest_wait(redis: Redis, ask: Ask, client: Client, queue_name: str) -> None:
@@ -353,6 +442,7 @@ def test_the_prompts_of_jobs(redis: Redis, ask: Ask, client: Client, queue_name:
         client.enqueue(long).id: long[:200],
         client.enqueue(ids).id: ids[:200],
         client.enqueue("").id: "",
+        client.enqueue([{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]).id: "user: Hi",
         queue.enqueue(TASK, "by position").id: "by position",
         Queue(queue_name, connection=redis).enqueue(TASK, "pickled", max_new_tokens=3).id: "pickled",
     }

@@ -22,6 +22,7 @@ import pytest
 from support.running import GOLDEN
 
 from fastgpt2.cli import main
+from fastgpt2.commands.batch.openai_lines import CHATS_URL
 from fastgpt2.commands.batch.records import TABLE_COLUMNS
 from fastgpt2.engine.model.hub import DEMO_FOLDER
 from fastgpt2.engine.text.tokenizer import Tokenizer
@@ -224,12 +225,13 @@ def request(custom_id: str, url: str = "/v1/completions", **body: Any) -> dict[s
 class TestOpenAI:
     def test_lines_in_and_out(self, tmp_path: Path, pool_batch: Batch, texts: list[str]) -> None:
         from openai.types import Completion  # here, as it takes long to import
+        from openai.types.chat import ChatCompletion
 
         lines = [
             request("one", model="demo", prompt=PROMPTS[0], max_tokens=4),
             request("many", model="demo", prompt=PROMPTS[:2], n=2, temperature=0.5, max_tokens=3),
             request("ids", prompt=LINES[1]["prompt_ids"], logprobs=1, echo=True),  # the options' four tokens
-            request("chat", "/v1/chat/completions", model="demo", messages=[{"role": "user", "content": "a"}]),
+            request("chat", CHATS_URL, model="demo", messages=[{"role": "user", "content": "a"}], logprobs=True),
             request("vector", "/v1/embeddings", model="demo", input="a"),
             request("other", model="gpt-4", prompt="a"),
             request("wrong", model="demo", prompt="a", max_tokens=-1),
@@ -240,7 +242,7 @@ class TestOpenAI:
         (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + "{")
         status, _, err = pool_batch("in.jsonl", "-o", "out.jsonl")
         assert status == 1
-        assert "the first error, line 4: url must be /v1/completions, not '/v1/chat/completions'" in err
+        assert "the first error, line 5: url must be /v1/completions or /v1/chat/completions, not '/v1/emb" in err
         results = read_jsonl(tmp_path / "out.jsonl")
         assert [set(result) for result in results] == [{"id", "custom_id", "response", "error"}] * 11
         assert [r["custom_id"] for r in results] == [line["custom_id"] for line in lines[:9]] + [None, None]
@@ -258,8 +260,11 @@ class TestOpenAI:
         assert many.usage.completion_tokens == 12
         assert ids["text"] == PROMPTS[1] + texts[1]
         assert len(ids["logprobs"]["tokens"]) == len(LINES[1]["prompt_ids"]) + 4
-        for result, code in zip(results[3:5], ["invalid_url"] * 2, strict=True):
-            assert (result["response"], result["error"]["code"]) == (None, code)
+        chat = ChatCompletion.model_validate(results[3]["response"]["body"], strict=True)
+        assert (chat.choices[0].message.role, chat.object) == ("assistant", "chat.completion")
+        assert chat.usage is not None
+        assert chat.usage.completion_tokens == 4  # by the options
+        assert (results[4]["response"], results[4]["error"]["code"]) == (None, "invalid_url")
         refused = [(r["response"]["status_code"], r["response"]["body"]["error"]) for r in results[5:9]]
         assert [(status, error["param"], error["code"]) for status, error in refused] == [
             (404, None, "model_not_found"), (400, "max_tokens", None), (400, "stream", None),

@@ -248,7 +248,8 @@ def test_without_a_terminal_it_tells_now_and_then_how_far_it_is(capsys: pytest.C
 
     wait_until(has_told, "a line")
     report.close()
-    assert told.startswith("the first error, line 2: wrong indeed\n")
+    # On a machine that is busy, a line of the time before stands in front.
+    assert "the first error, line 2: wrong indeed\n" in told
     assert told.count("first error") == 1
     assert " tokens/s, " in told
     lines = report.summary("out.csv", True)

@@ -16,6 +16,7 @@ from fastgpt2 import Client, Engine, settings
 from fastgpt2.cli import COMMANDS, read_arguments, resolve_values
 from fastgpt2.commands.batch.lines import LineReader
 from fastgpt2.commands.prompts import build_request, note_idle_options, note_unprinted
+from fastgpt2.engine.decoding.chat_options import CHAT_FIELDS
 from fastgpt2.engine.decoding.records import GenerationRequest, GenerationResult
 from fastgpt2.errors import BadRequest
 from fastgpt2.setting import Setting
@@ -54,8 +55,8 @@ def drawn(engine: Engine, **more: Any) -> list[GenerationResult]:
 class TestOptions:
     def test_every_field_of_a_request_has_an_option_with_its_default(self) -> None:
         given = {setting.field or setting.name: setting.default for setting in settings.OF_REQUEST}
-        # What only programs ask for.
-        others = {"prompt", "prompt_logprobs", "choice_index"}
+        # What only programs ask for, and what --chat and --system make of the prompt.
+        others = {"prompt", "prompt_logprobs", "choice_index", *CHAT_FIELDS}
         known = {field.name: field.default for field in fields(GenerationRequest) if field.default is not MISSING}
         assert given == {name: default for name, default in known.items() if name not in others}
 

@@ -166,6 +166,8 @@ class TestWords:
             ("generate My name is", "'name' is one word too many: fastgpt2 generate [OPTIONS] PROMPT. Put quotes ar"),
             ("generate -- a --json", "'--json' is one word too many: fastgpt2 generate [OPTIONS] PROMPT. Behind --,"),
             ("generate \u2013\u2013temperature 1 a", "\u2013\u2013temperature begins with another dash than that of"),
+            ("up --served-model-name a b", "'b' is one word too many: give --served-model-name once for each value"),
+            ("up --alias a", "unknown option --alias; did you mean --served-model-name?"),
             ("status now", "'now' is one word too many: fastgpt2 status [OPTIONS]"),
             ("batch a b", "'b' is one word too many: fastgpt2 batch [OPTIONS] FILE, with one FILE"),
             ("cache --dry", "unknown option --dry; did you mean --dry-run?"),

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import time
 import uuid
 from collections.abc import Iterator
@@ -19,7 +20,8 @@ from typing import Any
 
 import httpx2 as httpx
 import pytest
-from support.compose import ROOT, Compose, docker, until, why_not
+import yaml
+from support.compose import ROOT, Compose, docker, free_port, until, why_not
 from support.fake_hub import FakeHub
 from support.running import GOLDEN
 
@@ -242,7 +244,7 @@ def test_with_the_profile_ha_the_pool_follows_another_master() -> None:
         until(lambda: master() != "redis", "a promotion")
         until(lambda: _answers(compose), "a text by the new master")
         docker("start", lost)
-        role = "REDISCLI_AUTH=$(cat /access/redis-password) redis-cli role"
+        role = "REDISCLI_AUTH=$(cat /access/redis-password) redis-cli role || true"  # while it begins, nothing answers
         until(lambda: "slave" in docker("exec", lost, "sh", "-c", role), "the old master to follow")
         promoted = master()
         # After a stop of everything, they go on as they were: no Redis takes itself for the master by its name.
@@ -261,6 +263,77 @@ def test_the_profile_ha_alone_is_refused() -> None:
         until(
             lambda: "needs REDIS_URL, as .env.example has it" in compose("logs", "redis-1", check=False), "a sentence"
         )
+    finally:
+        compose.down()
+
+
+def test_with_the_profile_monitoring_prometheus_reads_the_endpoint_with_its_token() -> None:
+    """Grafana starts only where its image is: what Grafana reads is held to its models by `test_monitoring.py`."""
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))["services"]
+    images = {name: services[name]["image"].partition(":-")[2].rstrip("}") for name in ("prometheus", "grafana")}
+    if not has_image(images["prometheus"]):
+        pytest.skip(f"there is no {images['prometheus']} here")
+    port, other = str(free_port()), str(free_port())
+    compose = Compose(
+        f"fastgpt2-test-{uuid.uuid4().hex[:6]}",
+        MODEL="demo",
+        FASTGPT2_TOKEN="t" * 32,
+        PROMETHEUS_PORT=port,
+        GRAFANA_PORT=other,
+    )
+    started = ["api", *(name for name, image in images.items() if has_image(image))]
+    try:
+        compose("up", "--build", "--detach", "--wait", *started)
+        for name in started[1:]:
+            (container,) = compose.containers(name)
+            host = compose.inspect(container)["HostConfig"]
+            assert host["ReadonlyRootfs"]
+            assert host["CapDrop"] == ["ALL"]
+            ((binding,),) = host["PortBindings"].values()
+            assert binding["HostIp"] == "127.0.0.1"
+        url = f"http://127.0.0.1:{port}/api/v1"
+
+        def workers() -> list[Any]:
+            found = httpx.get(f"{url}/query", params={"query": "fastgpt2_workers"}, trust_env=False).json()
+            return list(found["data"]["result"])
+
+        until(workers, "Prometheus to read the endpoint")
+        rules = httpx.get(f"{url}/rules", trust_env=False).json()["data"]["groups"][0]["rules"]
+        assert "Fastgpt2NoReadyWorker" in [rule["name"] for rule in rules]
+        compose("restart", "--timeout", "10", "prometheus")
+        compose("up", "--detach", "--wait", "--no-recreate", *started)
+    finally:
+        compose.down()
+
+
+def has_image(name: str) -> bool:
+    return subprocess.run(["docker", "image", "inspect", name], capture_output=True).returncode == 0
+
+
+def test_a_backup_is_made_and_restored_as_the_documentation_says(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "operations.md").read_text("utf-8").partition("## Backup and restore")[2]
+    blocks = re.findall(r"(?:^ {4}.*\n|^\n(?= {4}))+", page, re.MULTILINE)
+    (save,) = [block.partition("# Docker Compose:\n")[2] for block in blocks if "# Docker Compose:" in block]
+    (restore,) = [block for block in blocks if "docker compose stop" in block]
+    shutil.copytree(ROOT / "deploy", tmp_path / "deploy")
+    compose = Compose(f"fastgpt2-test-{uuid.uuid4().hex[:6]}", MODEL="demo")
+
+    def enqueue() -> str:
+        return str(httpx.post(f"{compose.url}/v1/jobs", json={"prompt": "My name is"}, trust_env=False).json()["id"])
+
+    def ended(job: str) -> httpx.Response:
+        return httpx.get(f"{compose.url}/v1/jobs/{job}", params={"wait": 30}, timeout=40, trust_env=False)
+
+    try:
+        compose("up", "--build", "--detach", "--wait")
+        compose("stop", "worker")
+        saved = enqueue()
+        compose.follow(save, tmp_path)
+        later = enqueue()
+        compose.follow(restore, tmp_path)
+        until(lambda: _answers(compose), "a text")
+        assert ended(saved).json()["status"] == "finished"
+        assert ended(later).status_code == 404
     finally:
         compose.down()
 

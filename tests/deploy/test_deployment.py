@@ -48,15 +48,16 @@ def test_images_are_built_of_pinned_versions_that_the_package_allows() -> None:
     assert not any("/" in line or "--" in line for line in lines), "names and versions, and no place to get them from"
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
     extras = project["project"]["optional-dependencies"]
-    wanted = project["project"]["dependencies"] + extras["guided"] + extras["mkl"] + extras["compact"]
+    wanted = list(project["project"]["dependencies"])
+    wanted += [line for name in ("chat", "guided", "mkl", "compact", "otel") for line in extras[name]]
     for text in (*wanted, *project["build-system"]["requires"]):
         requirement = Requirement(text)
         name = requirement.name.lower().replace("_", "-")
         assert requirement.specifier.contains(pins[name]), text
 
 
-def requirements(blas: str, compact: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "deploy/image/requirements.py", blas, compact]
+def requirements(blas: str, compact: str, otel: str = "no") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "deploy/image/requirements.py", blas, compact, otel]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
@@ -67,12 +68,16 @@ def test_an_image_brings_what_is_asked_for_and_nothing_else() -> None:
     for blas, mkl in (("openblas", []), ("mkl", extras["mkl"])):
         for compact, llvm in (("no", []), ("yes", extras["compact"])):
             done = requirements(blas, compact)
-            assert done.stdout.splitlines() == [*project["dependencies"], *extras["guided"], *mkl, *llvm]
-    for blas, compact, message in (
-        ("atlas", "no", "BLAS=atlas: is neither openblas nor mkl"),
-        ("mkl", "maybe", "COMPACT=maybe: is neither yes nor no"),
+            always = [*project["dependencies"], *extras["chat"], *extras["guided"]]
+            assert done.stdout.splitlines() == [*always, *mkl, *llvm]
+    done = requirements("openblas", "no", "yes")
+    assert done.stdout.splitlines() == [*always, *extras["otel"]]
+    for blas, compact, otel, message in (
+        ("atlas", "no", "no", "BLAS=atlas: is neither openblas nor mkl"),
+        ("mkl", "maybe", "no", "COMPACT=maybe: is neither yes nor no"),
+        ("mkl", "no", "jaeger", "OTEL=jaeger: is neither yes nor no"),
     ):
-        done = requirements(blas, compact)
+        done = requirements(blas, compact, otel)
         assert (done.returncode, done.stdout, message in done.stderr) == (1, "", True)
 
 

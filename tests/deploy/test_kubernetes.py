@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import shutil
@@ -27,10 +28,11 @@ from fastgpt2.api.http.serve import SHUTDOWN_SECONDS
 from fastgpt2.api.pool.prometheus import render_metrics
 from fastgpt2.cli import COMMANDS
 from fastgpt2.protocol.connection import connect
-from fastgpt2.protocol.keys import queues_of
+from fastgpt2.protocol.keys import PRIORITIES, queue_of
 from fastgpt2.setting import Setting
 from fastgpt2.setting_values import size
 from fastgpt2.system.redis_server import RedisServer, find_server
+from fastgpt2.system.served_model import ServedModel, read_served_models
 
 ROOT = Path(__file__).parent.parent.parent
 FOLDER = ROOT / "deploy" / "kubernetes"
@@ -95,13 +97,16 @@ def test_a_misspelt_field_is_refused() -> None:
 
 
 def test_all_files_are_in_the_base_or_to_be_chosen() -> None:
-    assert set(COMMENTED) == {"scaling-keda.yaml", "scaling-hpa.yaml", "monitoring.yaml"}
+    optional = {"second-model.yaml", "scaling-keda.yaml", "scaling-hpa.yaml", "monitoring.yaml", "alerts.yaml"}
+    assert set(COMMENTED) == optional
     assert {*KUSTOMIZATION["resources"], *COMMENTED, "kustomization.yaml"} == set(TEXTS)
 
 
 @pytest.mark.processes
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not here")
-@pytest.mark.parametrize("chosen", [[], ["scaling-keda.yaml"], ["scaling-hpa.yaml", "monitoring.yaml"]])
+@pytest.mark.parametrize(
+    "chosen", [[], ["scaling-keda.yaml", "second-model.yaml"], ["scaling-hpa.yaml", "monitoring.yaml", "alerts.yaml"]]
+)
 def test_kustomize_builds_it(chosen: list[str], tmp_path: Path) -> None:
     shutil.copytree(FOLDER, tmp_path, dirs_exist_ok=True)
     text = TEXTS["kustomization.yaml"].replace("newTag: latest", "newTag: 1.2.3")
@@ -113,7 +118,7 @@ def test_kustomize_builds_it(chosen: list[str], tmp_path: Path) -> None:
     left_out = sum(len(list(yaml.safe_load_all(TEXTS[file]))) for file in COMMENTED if file not in chosen)
     assert len(documents) == len(DOCUMENTS) - left_out
     assert {document["metadata"]["namespace"] for document in documents} == {"fastgpt2"}
-    assert built.stdout.count("image: fastgpt2:1.2.3") == 3
+    assert built.stdout.count("image: fastgpt2:1.2.3") == (5 if "second-model.yaml" in chosen else 3)
     for document in documents:
         check(document, VERSIONS[-1])
 
@@ -169,19 +174,21 @@ def test_selectors_and_ports_mean_the_pods_that_are_there() -> None:
         ports = {port["name"] for container in containers(pod) for port in container.get("ports", [])}
         assert {found["httpGet"]["port"] for found in mappings(pod) if "httpGet" in found} <= ports
     clients = named("NetworkPolicy", "fastgpt2-redis")["spec"]["ingress"][0]["from"][0]["podSelector"]
-    assert selected(clients) == {"fastgpt2-worker", "fastgpt2-api"}
+    assert selected(clients) == {"fastgpt2-worker", "fastgpt2-second-worker", "fastgpt2-api"}
 
 
 def test_variables_are_settings_of_the_command_and_can_be_read() -> None:
     known: Object = {setting.variable: setting for setting in vars(settings).values() if isinstance(setting, Setting)}
     commands = set()
-    for pod in (PODS["fastgpt2-worker"], PODS["fastgpt2-api"]):
+    for pod in (PODS["fastgpt2-worker"], PODS["fastgpt2-second-worker"], PODS["fastgpt2-api"]):
         assert pod["spec"]["enableServiceLinks"] is False, "FASTGPT2_REDIS_PORT would be tcp://..."
         for container in containers(pod):
             (command,) = re.findall(r"fastgpt2 (\w+)", " ".join(container["command"]))
             commands.add(command)
             taken = {setting.variable for setting in COMMANDS[command].settings}
-            shared = named("ConfigMap", "fastgpt2-settings")["data"]
+            shared = (
+                named("ConfigMap", "fastgpt2-settings")["data"] | named("ConfigMap", "fastgpt2-second-model")["data"]
+            )
             for name, value in environment(container).items():
                 if not name.startswith("FASTGPT2_"):
                     assert name.startswith("HF_")
@@ -193,15 +200,36 @@ def test_variables_are_settings_of_the_command_and_can_be_read() -> None:
 
 def test_what_is_proposed_can_be_set_and_means_the_same_to_who_packs_and_who_maps() -> None:
     proposed = dict(re.findall(r"^  # (FASTGPT2_\w+): (\S+)$", TEXTS["settings.yaml"], re.MULTILINE))
-    assert proposed.keys() == {"FASTGPT2_DRAFTS", "FASTGPT2_TOKENIZER", "FASTGPT2_WEIGHTS"}
+    # How the model is called, and what is logged, matters to nobody who packs it.
+    assert (
+        proposed.pop("FASTGPT2_SERVED_MODEL_NAME") == named("ConfigMap", "fastgpt2-settings")["data"]["FASTGPT2_MODEL"]
+    )
+    told = {"FASTGPT2_LOG_FORMAT", "FASTGPT2_OTLP_TRACES_ENDPOINT"}
+    assert proposed.keys() == {"FASTGPT2_DRAFTS", "FASTGPT2_TOKENIZER", "FASTGPT2_WEIGHTS", *told}
     pack, worker = containers(PODS["fastgpt2-worker"])
     for command in ("pack", "worker"):
         taken = {setting.variable: setting for setting in COMMANDS[command].settings}
         for name, value in proposed.items():
-            assert taken[name].parse(value) == value
+            # Who packs sends no spans.
+            assert (name, command) == ("FASTGPT2_OTLP_TRACES_ENDPOINT", "pack") or taken[name].parse(value) == value
     for container in (pack, worker):
         assert {"configMapRef": {"name": "fastgpt2-settings"}} in container["envFrom"]
         assert not proposed.keys() & {entry["name"] for entry in container["env"]}
+
+
+def test_the_workers_of_the_second_model_are_as_those_of_the_first() -> None:
+    """They differ in their names, and in the settings that they have beside those of all."""
+    first, second = (json.dumps(named("Deployment", f"fastgpt2-{name}")) for name in ("worker", "second-worker"))
+    own = ', {"configMapRef": {"name": "fastgpt2-second-model"}}'
+    assert second.count(own) == 2
+    assert second.replace(own, "").replace("second-worker", "worker") == first
+    told = named("ConfigMap", "fastgpt2-second-model")["data"]
+    proposed = re.findall(r"^  # (FASTGPT2_\w+): (\S+)$", TEXTS["second-model.yaml"], re.MULTILINE)
+    values = {
+        setting.name: setting.resolve({**told, **dict(proposed)}.get(setting.variable))
+        for setting in COMMANDS["worker"].settings
+    }
+    assert read_served_models(values) == [ServedModel("demo", ("small",), named_only=True)]
 
 
 def test_files_that_are_named_are_mounted() -> None:
@@ -308,10 +336,13 @@ def test_redis_starts_with_the_secrets_password_and_stays_below_its_memory(tmp_p
 
 def test_keda_counts_the_jobs_that_wait_and_those_that_run(redis: Redis) -> None:
     spec = named("ScaledObject", "fastgpt2-worker")["spec"]
-    queues = [Queue(name, connection=redis) for name in queues_of(settings.QUEUE.default)]
-    waiting = [queue.key for queue in queues]
-    running = [StartedJobRegistry(queue=queue).key for queue in queues]
-    assert [trigger["metadata"]["listName"] for trigger in spec["triggers"]] == [*waiting, *running]
+    model = named("ConfigMap", "fastgpt2-settings")["data"]["FASTGPT2_MODEL"]
+    lists = []
+    for name in (None, model):
+        queues = [Queue(queue_of(settings.QUEUE.default, each, name), connection=redis) for each in PRIORITIES]
+        lists += [queue.key for queue in queues]
+        lists += [StartedJobRegistry(queue=queue).key for queue in queues]
+    assert [trigger["metadata"]["listName"] for trigger in spec["triggers"]] == lists
     modifiers = spec["advanced"]["scalingModifiers"]
     assert modifiers["formula"].split(" + ") == [trigger["name"] for trigger in spec["triggers"]]
     url = named("ConfigMap", "fastgpt2-settings")["data"]["FASTGPT2_REDIS_URL"]

@@ -86,7 +86,7 @@ def test_everybody_asks_the_sentinels(built: list[Object]) -> None:
     }
     assert settings.DURABILITY.parse(data["FASTGPT2_DURABILITY"]) == "replica"
     triggers = named(built, "ScaledObject", "fastgpt2-worker")["spec"]["triggers"]
-    assert len(triggers) == 6
+    assert len(triggers) == 12
     for trigger in triggers:
         assert trigger["type"] == "redis-sentinel"
         assert trigger["metadata"].keys() == {"addresses", "sentinelMaster", "listName", "listLength"}

@@ -56,11 +56,12 @@ TOKENIZER = {"tokenizer.json": b'{"version": "1.0"}'}  # the search does not loo
 OLD_TOKENIZER = {"vocab.json": b'{"a": 0}', "merges.txt": b"#version: 0.2\n"}
 SINGLE = {**checkpoint_files("prefixed"), **TOKENIZER}
 SHARDED = {**checkpoint_files("sharded"), **TOKENIZER}
-UNNEEDED = {"README.md": b"# A model", "pytorch_model.bin": b"\x80\x02", "chat_template.jinja": b"{}"}
+UNNEEDED = {"README.md": b"# A model", "pytorch_model.bin": b"\x80\x02", "chat_template.json": b"{}"}
 # What stands beside weights and tokenizer, and has to be asked for.
 EXTRAS = {
     "adapter_config.json",
     "added_tokens.json",
+    "chat_template.jinja",
     "generation_config.json",
     "special_tokens_map.json",
     "tokenizer_config.json",
@@ -82,7 +83,9 @@ class Outcome:
 
     def files(self) -> dict[str, bytes]:
         assert not self.error, self.message
-        return {path.name: path.read_bytes() for path in self.folder.iterdir()}
+        return {
+            str(path.relative_to(self.folder)): path.read_bytes() for path in self.folder.rglob("*") if path.is_file()
+        }
 
 
 def inherited() -> dict[str, str]:
@@ -472,6 +475,7 @@ def test_tokenizer_that_is_none(hub: FakeHub, caller: Caller) -> None:
             "tokenizer.json": b"{}",
             "tokenizer_config.json": b'{"tokenizer_class": "GPTSw3Tokenizer"}',
         },
+        {"tokenizer.json": b"{}", "chat_template.jinja": b"a", "additional_chat_templates/tool_use.jinja": b"b"},
         # Which of them the class reads is not known here.
         {"spm.model": b"x", "vocab.txt": b"x", "vocab.json": b"{}", "merges.txt": b""},
     ],
@@ -560,7 +564,10 @@ def test_snapshot_of_an_older_release_does_without_a_hub(hub: FakeHub, caller: C
     assert offline.folder == folder
     assert not offline.client_imported
     assert not hub.requests
-    assert "added_tokens.json, generation_config.json, special_tokens_map.json, tokenizer_config.json" in offline.stderr
+    assert (
+        "added_tokens.json, chat_template.jinja, generation_config.json, special_tokens_map.json, tokenizer_config.json"
+        in offline.stderr
+    )
     assert "HF_HUB_OFFLINE is set" in offline.stderr
 
     def refuse(_: Request) -> None:

@@ -137,7 +137,7 @@ def run_mixed(engine: Engine, asked: list[GenerationRequest], dice: random.Rando
 
 @pytest.fixture(scope="module")
 def asked() -> list[GenerationRequest]:
-    return requests(40, 18)
+    return requests(24, 18)
 
 
 @pytest.fixture(scope="module")

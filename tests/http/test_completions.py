@@ -14,6 +14,7 @@ import pytest
 from support.running import GOLDEN, hang_up, wait_until
 
 from fastgpt2 import Client, Engine
+from fastgpt2.protocol.keys import queue_of, registry_key
 from fastgpt2.system.up import System
 
 if TYPE_CHECKING:  # late: every process of a run collects this file, and most never need the second that it takes
@@ -417,21 +418,22 @@ def test_a_prompt_that_is_too_long(ai: OpenAI, stream: bool) -> None:
 LONG: dict[str, Any] = {"model": "demo", "prompt": "a", "max_tokens": 500, **GO_ON}
 
 
-def started(queue: Client) -> int:
-    return int(queue.connection.zcard("rq:wip:fastgpt2"))
+def count(queue: Client, state: str) -> int:
+    """Return how many jobs that name the model are in one of RQ's states."""
+    return int(queue.connection.zcard(registry_key(state, queue_of(queue.queue_name, "normal", "demo"))))
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_who_hangs_up_cancels_his_jobs(url: str, queue: Client, stream: bool) -> None:
     body = {**LONG, "stream": stream, "prompt": ["a", "b"], "max_tokens": 511 - 5}
-    canceled = queue.connection.zcard("rq:canceled:fastgpt2")
+    canceled = count(queue, "canceled")
     if stream:
         with httpx.stream("POST", f"{url}/completions", json=body, trust_env=False) as answer:
             assert next(answer.iter_lines()).startswith("data: ")
     else:
-        hang_up(url, "/v1/completions", body, lambda: started(queue) > 0)
-    wait_until(lambda: queue.connection.zcard("rq:canceled:fastgpt2") == canceled + 2, "both jobs to be cancelled")
-    wait_until(lambda: started(queue) == 0, "the workers to let go of them")
+        hang_up(url, "/v1/completions", body, lambda: count(queue, "started") > 0)
+    wait_until(lambda: count(queue, "canceled") == canceled + 2, "both jobs to be cancelled")
+    wait_until(lambda: count(queue, "started") == 0, "the workers to let go of them")
 
 
 def test_a_job_that_is_cancelled_by_others(url: str) -> None:

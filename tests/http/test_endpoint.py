@@ -389,6 +389,32 @@ def test_a_slash_that_is_part_of_a_name_stays(system: System) -> None:
             assert f"'{unquote(name)}'" in answer.json()["error"]["message"]
 
 
+def test_a_model_of_an_earlier_releases_workers_is_asked_for_without_its_name(
+    redis_server: RedisServer, client: Client
+) -> None:
+    """Such workers take no jobs from queues of models. So a name goes on only where nobody else would take the job."""
+    connection, queue = client.connection, client.queue_name
+
+    def register(worker: str, **fields: str) -> None:
+        written: dict[Any, Any] = {"n_positions": 1024, "longest_token_bytes": 128, **fields}
+        connection.hset(f"rq:worker:{worker}-{queue}", mapping=written)
+        connection.sadd(f"rq:workers:{queue}", f"rq:worker:{worker}-{queue}")
+
+    def ask() -> int:
+        app = create_app(redis_server.url, queue, service.Bounds(timeout=0.1), lambda: False)
+        with TestClient(app, base_url="http://localhost") as web:
+            return web.post("/v1/completions", json={"model": "gpt2", "prompt": "a"}).status_code
+
+    register("old", model="gpt2")
+    assert ask() == 504, "it waited for a worker"
+    assert connection.zcard(f"rq:canceled:{queue}") == 1
+    register("new", model="small", models='["small"]', named_only="1")
+    assert ask() == 504
+    register("newer", model="other", models='["other"]')
+    assert ask() == 404
+    assert connection.zcard(f"rq:canceled:{queue}") == 2
+
+
 def test_a_folder_is_a_model_by_its_path(redis_server: RedisServer, client: Client) -> None:
     worker = f"rq:worker:{client.queue_name}"
     client.connection.sadd(f"rq:workers:{client.queue_name}", worker)

@@ -28,7 +28,7 @@ from support.running import StartEndpoint
 from fastgpt2 import Client, errors
 from fastgpt2.api.http import app  # noqa: F401  the errors that its modules define
 from fastgpt2.api.http.requests import ClientGone
-from fastgpt2.api.http.responses import BadField, ModelUnknown, NotReady, respond
+from fastgpt2.api.http.responses import BadField, NotReady, respond
 from fastgpt2.engine.decoding.records import MAX_PROMPT_BYTES, MAX_PROMPT_TOKENS
 from fastgpt2.errors import FastGPT2Error, QueueFull
 from fastgpt2.system.up import System
@@ -41,6 +41,7 @@ EXPECTED: dict[str, tuple[str, str | None, int, str]] = {
     "BadRequest": (WRONG, None, 400, "validation"),
     "BadField": (WRONG, None, 400, "validation"),
     "PromptTooLong": (WRONG, "context_length_exceeded", 400, "validation"),
+    "NoChatTemplate": (WRONG, "no_chat_template", 404, "validation"),
     "ModelUnknown": (WRONG, "model_not_found", 404, "validation"),
     "RequestTooLarge": (WRONG, "request_too_large", 413, "validation"),
     "UnsupportedEncoding": (WRONG, "unsupported_encoding", 415, "validation"),
@@ -50,6 +51,7 @@ EXPECTED: dict[str, tuple[str, str | None, int, str]] = {
     "TokenMissing": ("authentication_error", "missing_api_key", 401, "missing_api_key"),
     "ForbiddenOrigin": ("permission_error", "forbidden_origin", 403, "forbidden_origin"),
     "JobNotFound": (WRONG, "job_not_found", 404, "job_not_found"),
+    "JobNotEnded": (WRONG, "job_not_ended", 409, "job_not_ended"),
     "JobLost": (SERVER, "job_lost", 503, "incomplete_generation"),
     "JobFailed": (SERVER, "job_failed", 502, "generation"),
     "JobCancelled": (SERVER, "job_cancelled", 409, "incomplete_generation"),
@@ -62,6 +64,7 @@ EXPECTED: dict[str, tuple[str, str | None, int, str]] = {
     "CheckpointError": (SERVER, "model_error", 503, "generation"),
     "TokenizerError": (SERVER, "model_error", 503, "generation"),
     "QueueFull": ("rate_limit_error", "queue_full", 429, "overloaded"),
+    "TokenLimitReached": ("rate_limit_error", "rate_limit_exceeded", 429, "overloaded"),
     "QueueUnavailable": (SERVER, "queue_unavailable", 503, "overloaded"),
     "NotDurable": (SERVER, "not_durable", 503, "overloaded"),
     "RedisUnfit": (SERVER, "redis_unfit", 503, "generation"),
@@ -89,7 +92,7 @@ OF_WORD = {
     "generation": GenerationError,
     "incomplete_generation": IncompleteGenerationError,
 }
-OWN = (BadField, ModelUnknown, NotReady, ClientGone)
+OWN = (BadField, NotReady, ClientGone)
 KNOWN: dict[str, Any] = {
     **{name: value for name, value in vars(errors).items() if isinstance(value, type)},
     **{value.__name__: value for value in OWN},
@@ -233,7 +236,7 @@ def test_what_is_no_route_is_told_with_what_may_be_meant(system: System) -> None
     expected = {
         ("POST", "/completions"): "/v1/completions may be meant",
         ("POST", "/v1/v1/completions"): "/v1/completions may be meant",
-        ("POST", "/v1/chat/completions"): "/v1/completions may be meant",
+        ("GET", "/v1/chat/completions"): "this route takes POST",
         ("POST", "/v1/responses"): "/v1/completions may be meant",
         ("POST", "/v1/messages"): "/v1/completions may be meant",
         ("POST", "/api/chat"): "/v1/completions may be meant",

@@ -61,7 +61,7 @@ def test_every_route_is_there_with_types(made: str, operation: str) -> None:
     assert "cast(Any" not in text, "an answer without a type"
     (body,) = re.findall(r"\n    body: (.*),\n", text)[:1] or [""]
     if "requestBody" in OPERATIONS[operation]:
-        assert body in {"OriginalRequest", "GenerateRequest", "CompletionRequest", "JobRequest"}
+        assert body in {"OriginalRequest", "GenerateRequest", "CompletionRequest", "ChatRequest", "JobRequest"}
         model = getattr(import_module(f"{made}.models"), body)
         assert len(model.__annotations__) >= 2
     else:

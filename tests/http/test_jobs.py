@@ -177,7 +177,7 @@ def test_no_such_job(web: httpx.Client, job_id: str) -> None:
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "job_not_found")
 
 
-@pytest.mark.parametrize("job_id", ["user:42", "a.b c", "two\nlines", "Schlüssel", "x" * 500])
+@pytest.mark.parametrize("job_id", ["user:42", "a.b c", "two\nlines", "Schlüssel", "x" * 500, "a/b%2F"])
 def test_ids_that_an_older_rq_allowed(web: httpx.Client, system: System, job_id: str) -> None:
     in_a_path = quote(job_id, safe="")
     with Client(system.redis_url) as client:

@@ -25,6 +25,7 @@ from fastgpt2 import Client, FastGPT2Error
 from fastgpt2.api.client.reader import Assembly
 from fastgpt2.errors import PromptTooLong
 from fastgpt2.protocol.connection import connect
+from fastgpt2.protocol.keys import queues_of
 from fastgpt2.protocol.messages import entry_to_piece
 from fastgpt2.system.redis_server import RedisServer
 
@@ -152,14 +153,20 @@ def test_a_refused_job_names_the_same_error(jobs: dict[str, Any]) -> None:
 
 
 def test_keys_and_their_types_are_what_they_were(pool: dict[str, Any]) -> None:
-    # By this one, those who wait hear of cancellations; programs of earlier releases do not know it, and ask.
-    assert pool["keys"] == {**POOL["keys"], "fastgpt2:cancelled:wire": "stream"}
+    # By the first, those who wait hear of cancellations; programs of earlier releases do not know it, and ask. The
+    # others are of jobs that name a model.
+    added = {"fastgpt2:cancelled:wire": "stream", "fastgpt2:models:wire": "zset", "fastgpt2:totals:wire@demo": "hash"}
+    queues = queues_of(QUEUE, ["demo"])
+    of_queues = {f"rq:workers:{name}": "set" for name in queues}
+    locks = {f"rq:scheduler-lock:{name}": "string" for name in queues}
+    assert pool["keys"] == {**POOL["keys"], **of_queues, **locks, **added}
 
 
 def test_a_worker_announces_what_it_announced_before(pool: dict[str, Any]) -> None:
-    added = {"notes", "heard_at", "fastgpt2_incarnation", "fastgpt2_pid_space"}
+    added = {"notes", "heard_at", "fastgpt2_incarnation", "fastgpt2_pid_space", "models", "named_only", "chat"}
     assert set(pool["worker"]) == set(POOL["worker"]) | added
-    for name in ("queues", "model", "weights", "drafts", "threads", "n_positions", "longest_token_bytes", "state"):
+    assert pool["worker"]["queues"].split(",") == queues_of(QUEUE, ["demo"])
+    for name in ("model", "weights", "drafts", "threads", "n_positions", "longest_token_bytes", "state"):
         assert pool["worker"][name] == POOL["worker"][name]
 
 

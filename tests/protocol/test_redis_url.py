@@ -6,12 +6,13 @@ import io
 from typing import Any
 
 import pytest
+from redis.exceptions import ResponseError
 from support.running import run
 
 from fastgpt2 import AsyncClient, Client
 from fastgpt2.cli import main
-from fastgpt2.errors import BadRequest
-from fastgpt2.protocol.connection import connect, connect_async
+from fastgpt2.errors import BadRequest, RedisAccessDenied
+from fastgpt2.protocol.connection import connect, connect_async, in_words
 from fastgpt2.system.redis_server import RedisServer
 
 REFUSED = [
@@ -139,3 +140,11 @@ def test_paths_and_options_of_all_schemes() -> None:
     ):
         connect(url).close()
         connect_async(url)
+
+
+def test_a_right_that_is_missing_within_a_script_is_called_so() -> None:
+    """With the rights of an earlier release, a client may not look up who serves a model."""
+    said = "ACL failure in script: No permissions to access a key script: on @user_script:27."
+    error = in_words("redis://client:secret@h/0", ResponseError(said))
+    assert isinstance(error, RedisAccessDenied)
+    assert "the user's rights (deploy/redis.acl lists them)" in str(error)

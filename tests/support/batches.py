@@ -20,12 +20,15 @@ from fastgpt2.cli import main
 from fastgpt2.process import STOP_SIGNALS
 from fastgpt2.protocol.keys import leases_key
 from fastgpt2.system.redis_server import RedisServer
-from support.running import wait_until
+from support.running import GOLDEN, wait_until
 
 FEW = ["--max-new-tokens", "4", "--ignore-eos"]
 
 # Runs the command in the test's folder, and returns its status, standard output and standard error.
 Batch = Callable[..., tuple[int, str, str]]
+
+
+TEMPLATE = str(GOLDEN / "chat_templates" / "human-and-assistant.jinja")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,7 @@ def pool(redis_server: RedisServer, redis: Redis) -> Iterator[dict[str, str]]:
     queue = f"batches-{uuid.uuid4().hex[:8]}"
     variables = {"FASTGPT2_REDIS_URL": redis_server.url, "FASTGPT2_QUEUE": queue}
     process = subprocess.Popen(
-        [sys.executable, "-m", "fastgpt2", "worker", "--model", "demo", "--threads", "1"],
+        [sys.executable, "-m", "fastgpt2", "worker", "--model", "demo", "--threads", "1", "--chat-template", TEMPLATE],
         env={**os.environ, **variables},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -79,6 +79,16 @@ class Compose:
         assert done.returncode == 0 or not check, f"{words}: {done.stderr[-3000:]}"
         return done.stdout + ("" if check else done.stderr)
 
+    def follow(self, commands: str, folder: Path) -> None:
+        """Run shell commands of the documentation in a folder; `docker compose` means this project in them."""
+        project = f"-p {self.project} --project-directory {ROOT} --env-file {ROOT}/.env.example"
+        script = commands.replace("docker compose", f"docker compose {project} -f {ROOT}/docker-compose.yml")
+        command = ["sh", "-euc", script]
+        done = subprocess.run(
+            command, cwd=folder, env=self._environment, capture_output=True, text=True, timeout=COMMAND_SECONDS
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
     def containers(self, service: str, *options: str) -> list[str]:
         """Ids of those of a service that run; with "--all", of those that have ended too."""
         label = f"label=com.docker.compose.project={self.project}"

@@ -106,7 +106,7 @@ def finishes(_ledger: Ledger, end: End) -> bool:
 
 
 STAGES: dict[str, Callable[[], None]] = {
-    "after the claim": lambda: after(Claims, "wait", bool),
+    "after the claim": lambda: after(Claims, "_decode", bool),
     "claimed and read": lambda: after(Ledger, "read", bool),
     "the start sent": lambda: unheard(Ledger, "start"),
     "after the start": lambda: after(Ledger, "start", bool),

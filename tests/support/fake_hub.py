@@ -22,6 +22,9 @@ WAIT_SECONDS = 60.0
 LARGE_FILES = (".safetensors", ".bin")
 STORAGE = "/storage/"
 
+# The one folder within a repository that files are asked for in.
+FOLDER = "additional_chat_templates"
+
 
 class BreakOff(Exception):
     """Raised by a hook: the connection is closed with what was sent so far."""
@@ -150,6 +153,14 @@ class _Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)  # type: ignore[arg-type]
 
 
+def _split(path: str) -> tuple[str, str, str]:
+    """Return repository, revision and file of `owner/name/resolve/revision/file`. Revisions may have slashes too."""
+    repo_id, _, rest = path.partition("/resolve/")
+    revision, _, name = rest.rpartition("/")
+    before, _, folder = revision.rpartition("/")
+    return (repo_id, before, f"{folder}/{name}") if folder == FOLDER else (repo_id, revision, name)
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: _Server
@@ -166,7 +177,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _handle(self) -> None:
         hub = self.server.hub
         path = unquote(urlsplit(self.path).path)
-        file = path.partition("/resolve/")[2].rpartition("/")[2]
+        file = _split(path)[2]
         if path.startswith(STORAGE):
             file = hub.content_of(path.removeprefix(STORAGE))[0]
         self.request_seen = Request(
@@ -190,8 +201,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer_file(self, path: str) -> None:
         """`owner/name/resolve/revision/file`."""
-        repo_id, _, rest = path.partition("/resolve/")
-        revision, _, name = rest.rpartition("/")
+        repo_id, revision, name = _split(path)
         found = self._files_of(repo_id, revision)
         if found is None:
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -34,11 +35,12 @@ class Turns:
 
 @contextmanager
 def take_turns(
-    engine: Engine, redis_server: RedisServer, queue_name: str, durability: str = "memory"
+    engine: Engine, redis_server: RedisServer, queue_name: str, durability: str = "memory", **options: Any
 ) -> Iterator[Turns]:
-    """Sign a worker on within the context."""
+    """Sign a worker on within the context; the options are further ones of `GenerationWorker`."""
     connection = connect(redis_server.url)
-    worker = GenerationWorker(engine, connection, queue_name, drain_timeout=1000, durability=durability)
+    given = {"drain_timeout": 1000, "durability": durability, **options}
+    worker = GenerationWorker(engine, connection, queue_name, **given)
     assert worker.sign_on()
     try:
         yield Turns(worker)

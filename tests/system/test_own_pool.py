@@ -21,6 +21,7 @@ from fastgpt2 import cli
 from fastgpt2.engine.machine import usable_cores
 from fastgpt2.engine.model.hub import DEMO_FOLDER
 from fastgpt2.errors import FastGPT2Error
+from fastgpt2.events import make_event
 from fastgpt2.protocol.connection import connect
 from fastgpt2.system import own_pool, pool, up
 from fastgpt2.system.own_pool import OwnPool, RunningPool, pool_of_run
@@ -100,7 +101,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 @pytest.mark.processes
 def test_a_run_needs_no_pool_and_replaces_what_dies(start: Start) -> None:
     """Redis and the worker are killed on the way: all lines come all the same, and nothing is left."""
-    batch = start("--max-new-tokens", "60", "--in-flight", "2", lines=10)
+    batch = start("--max-new-tokens", "60", "--in-flight", "2", "--served-model-name", "mine", lines=10)
     pids = batch.wait_for_lines(2)
     assert len(pids) == 2, "Redis and a worker"
     (folder,) = batch.temporary.iterdir()
@@ -111,6 +112,7 @@ def test_a_run_needs_no_pool_and_replaces_what_dies(start: Start) -> None:
     assert len(batch.results()) == 10
     (text,) = {result["text"] for result in batch.results()}
     assert ENTRY["text"].startswith(text)
+    assert {result["model"] for result in batch.results()} == {"mine"}
     assert batch.left_behind() == []
     first, *others = batch.log.read_text().splitlines()
     assert READY in first
@@ -219,6 +221,10 @@ class TestWhichPool:
                 ["--workers", "2", "--drafts", "off"],
                 "--workers, --drafts: this is for workers that the run starts itself",
             ),
+            (
+                ["--served-model-name", "a,b"],
+                "without --model, --served-model-name is the model for lines that name none",
+            ),
             (["--log-level", "info"], "--log-level: this is for workers that the run starts itself; give --model ID"),
             (["--model", "demo", "--durability", "replica"], "the Redis that --model starts has no replica"),
         ],
@@ -289,6 +295,24 @@ class TestOutput:
         assert output.reason == "no such model"
         assert capsys.readouterr().err.splitlines() == [lines[0], lines[4], lines[5]]
         output.show_reasons()
+        output.show_reasons()
+        assert capsys.readouterr().err.splitlines() == [lines[3]]
+        output.close()
+
+    def test_events_are_treated_alike(self, capsys: pytest.CaptureFixture[str]) -> None:
+        output = WorkerOutput(shows_jobs=False)
+        told = (
+            ("WARNING", "demo: num_beams is not applied"),
+            ("WARNING", "demo: num_beams is not applied"),
+            ("WARNING", "vm.worker-1.ab: job 77 of request r-1 failed: prompt tokens 600 and"),
+            ("ERROR", "fastgpt2 worker: no such model"),
+            ("INFO", "\U0001f600" * 30_000),
+        )
+        lines = [make_event(level, "fastgpt2", text, 1e9 + at, {"pid": at}) for at, (level, text) in enumerate(told)]
+        os.write(output.writer, ("\n".join(lines) + "\n").encode())
+        output.settle()
+        assert output.reason == "no such model"
+        assert capsys.readouterr().err.splitlines() == [lines[0], lines[4]]
         output.show_reasons()
         assert capsys.readouterr().err.splitlines() == [lines[3]]
         output.close()

@@ -27,7 +27,8 @@ from fastgpt2.errors import FastGPT2Error, RedisUnfit
 from fastgpt2.protocol.connection import connect
 from fastgpt2.system.pool import MAX_QUICK_DEATHS, MAX_QUICK_ENDS, START_PAUSE_SECONDS, Child, Pool
 from fastgpt2.system.redis_server import RedisServer
-from fastgpt2.system.up import child_environment
+from fastgpt2.system.served_model import ServedModel
+from fastgpt2.system.up import child_environment, worker_children
 
 pytestmark = pytest.mark.processes
 
@@ -248,9 +249,11 @@ def test_settings_reach_the_children_by_their_variables(monkeypatch: pytest.Monk
 
     given = settings.of_system(
         workers="3", max_batch="7", kv_memory="2GiB", max_jobs="5", max_growth="64MiB", max_queue="9",
-        drain_timeout="7", prefix_memory="off",
+        drain_timeout="7", prefix_memory="off", allow_origin="http://a,http://b",
     )  # fmt: skip
-    for name, text in child_environment(given, "redis://there/1").items():
+    monkeypatch.setenv("FASTGPT2_SERVED_MODEL_NAME", "demo=of-the-shell")
+    models = [ServedModel("demo"), ServedModel("gpt2", ("small", "g"), named_only=True)]
+    for name, text in child_environment(given, models, "redis://there/1").items():
         monkeypatch.setenv(name, text)
     for setting in (settings.NAME, settings.BURST, settings.REVISION, settings.THREADS):
         assert setting.resolve() == setting.default
@@ -259,8 +262,19 @@ def test_settings_reach_the_children_by_their_variables(monkeypatch: pytest.Monk
     assert settings.MAX_GROWTH.resolve() == 64 << 20
     assert (settings.MAX_BATCH.resolve(), settings.MAX_JOBS.resolve(), settings.MAX_QUEUE.resolve()) == (7, 5, 9)
     assert settings.DRAIN_TIMEOUT.resolve() == 7
+    assert settings.ALLOW_ORIGIN.resolve() == ("http://a", "http://b")
+    assert settings.TRUSTED_PROXY.resolve() == ()
     assert settings.REDIS_URL.resolve() == "redis://there/1"
-    assert os.environ["FASTGPT2_POOL_WORKERS"] == "3"
+    assert os.environ["FASTGPT2_POOL_WORKERS"] == "6"
+    assert settings.SERVED_MODEL_NAME.resolve() == (), "not those of the shell"
+    children = worker_children(given, models, "redis://there/1")
+    assert [child.name for child in children] == [f"worker {n}" for n in range(1, 7)]
+    told = []
+    for child in children:
+        for name, text in child.environment.items():
+            monkeypatch.setenv(name, text)
+        told.append((settings.MODEL.resolve(), settings.SERVED_MODEL_NAME.resolve(), settings.NAMED_ONLY.resolve()))
+    assert told == [("demo", (), False)] * 3 + [("gpt2", ("small", "g"), True)] * 3
 
 
 def as_in_a_shell() -> None:

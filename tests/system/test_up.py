@@ -177,12 +177,14 @@ def run_line(line: str, **environment: str) -> str:
 def test_the_lines_to_try_work_as_they_are_printed(
     start_up: StartUp, redis_server: RedisServer, queue_name: str, tmp_path: Path
 ) -> None:
-    """On a Redis that is there, with another queue, on all addresses, with a token in a file."""
+    """On a Redis that is there, with another queue, on all addresses, with a token in a file, for a name alone."""
     token = tmp_path / "the token"
     token.write_text("0123456789abcdef\n")
     options = ["--redis-url", f"{redis_server.url}?db=0", "--queue", queue_name, "--workers", "1"]
-    process, log = start_up(*options, "--host", "0.0.0.0", "--token-file", str(token))
+    named = ["--served-model-name", "it's", "--named-only"]
+    process, log = start_up(*options, *named, "--host", "0.0.0.0", "--token-file", str(token))
     ready(process, log)
+    assert "model it's (demo), 1 worker" in log.read_text()
     enqueue, curl = lines_to_try(log)
     assert run_line(enqueue).strip()
     assert json.loads(run_line(curl))[0]["generated_text"].startswith("My name is")

@@ -153,10 +153,12 @@ def test_an_idle_worker_takes_from_every_queue_at_once(
     redis: Redis, start_worker: StartWorker, queue_name: str
 ) -> None:
     start_worker()
-    order: tuple[Priority, ...] = ("low", "normal", "high", "low")
-    for priority in order:
-        other = Queue(queue_of(queue_name, priority), connection=redis, serializer=JSONSerializer)
-        wait_until(lambda: redis.client_list() and _blocked(redis) == 3, "the worker to wait for three queues")
+    order: tuple[tuple[Priority, str | None], ...] = (
+        ("low", None), ("normal", None), ("high", None), ("normal", "demo"), ("high", "demo"), ("low", "demo"),
+    )  # fmt: skip
+    for priority, model in order:
+        other = Queue(queue_of(queue_name, priority, model), connection=redis, serializer=JSONSerializer)
+        wait_until(lambda: redis.client_list() and _blocked(redis) == 6, "the worker to wait for six queues")
         job = other.enqueue(TASK, ENTRY["prompt"], max_new_tokens=2, ignore_eos=True)
         wait_until(partial(finished, job), "the job to finish")
         assert other.intermediate_queue.get_job_ids() == []

@@ -108,7 +108,7 @@ def test_a_worker_that_serves_nobody_for_long_ends(turns: Turns, queue: Queue, m
     monkeypatch.setattr(faults, "UNFORESEEN_SECONDS", 0.0)
     worker = turns.worker
     (job,) = enqueue(queue, "one")
-    worker._claimed = worker._claims.claim(1)
+    worker._claimed = worker._claims.claim(1) or []
     monkeypatch.setattr(worker, "sign_on", lambda: True)
     monkeypatch.setattr(worker, "keep_up", lambda: 1 // 0)
     told: list[Exception] = []
@@ -171,7 +171,7 @@ def test_a_stop_signal_ends_a_worker_whose_exchanges_fail(
     """One signal, with claimed jobs that it cannot get rid of, and a fault that does not pass."""
     worker = turns.worker
     enqueue(queue, "one", "two")
-    worker._claimed = worker._claims.claim(2)
+    worker._claimed = worker._claims.claim(2) or []
     monkeypatch.setattr(worker, "keep_up", lambda: 1 // 0)
     worker.request_stop(signal.SIGTERM, None)
     turns.until(lambda: worker._turn(burst=False), "the last turn")

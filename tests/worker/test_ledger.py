@@ -54,28 +54,34 @@ def outcome_of(job: Job) -> Any:
     return {name: value[name] for name in value if name != "timings"}
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"max_new_tokens": 5, "ignore_eos": True},
-        {"max_new_tokens": 5, "result_ttl": 77, "failure_ttl": 88, "job_timeout": 99, "meta": {"a": 1}},
-        {"max_new_tokens": 5, "result_ttl": -1},
-        {"num_beams": 4},
-        {"num_beams": 4, "failure_ttl": 55, "meta": {"a": 1}},
-        {"max_new_tokens": 100_000},
-        {"max_new_tokens": 5, "stream": True},
-        {"max_new_tokens": 5, "echo": True, "logprobs": 2},
-    ],
-    ids=str,
+CASES: tuple[dict[str, Any], ...] = (
+    {"max_new_tokens": 5, "ignore_eos": True},
+    {"max_new_tokens": 5, "result_ttl": 77, "failure_ttl": 88, "job_timeout": 99, "meta": {"a": 1}},
+    {"max_new_tokens": 5, "result_ttl": -1},
+    {"num_beams": 4},
+    {"num_beams": 4, "failure_ttl": 55, "meta": {"a": 1}},
+    {"max_new_tokens": 100_000},
+    {"max_new_tokens": 5, "stream": True},
+    {"max_new_tokens": 5, "echo": True, "logprobs": 2},
 )
-def test_a_job_leaves_the_same_traces(
-    queue: Queue, redis: Redis, redis_server: RedisServer, start_worker: StartWorker, options: dict[str, Any]
-) -> None:
-    theirs = queue.enqueue(TASK, ENTRY["prompt"], **options)
+
+
+@pytest.fixture(scope="module")
+def pairs(redis: Redis, redis_server: RedisServer) -> list[tuple[Job, Job]]:
+    """The same jobs, run by a stock worker and by ours; one of each runs them all."""
+    queue = Queue("test-ledger", connection=redis, serializer=JSONSerializer)
+    theirs = [queue.enqueue(TASK, ENTRY["prompt"], **options) for options in CASES]
     run_by_stock(queue, redis_server)
-    ours = queue.enqueue(TASK, ENTRY["prompt"], **options)
-    start_worker(FASTGPT2_BURST="1", wait=False)
-    wait_until(lambda: ours.get_status().value in ("finished", "failed"), "the job to end")
+    ours = [queue.enqueue(TASK, ENTRY["prompt"], **options) for options in CASES]
+    own = {"FASTGPT2_REDIS_URL": redis_server.url, "FASTGPT2_QUEUE": queue.name, "FASTGPT2_MODEL": "demo"}
+    command = [sys.executable, "-m", "fastgpt2", "worker", "--burst"]
+    subprocess.run(command, env={**os.environ, **own}, check=True, timeout=120, capture_output=True)
+    return list(zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=map(str, CASES))
+def test_a_job_leaves_the_same_traces(redis: Redis, pairs: list[tuple[Job, Job]], number: int) -> None:
+    ours, theirs = pairs[number]
     assert outcome_of(ours) == outcome_of(theirs)
     assert traces(redis, ours) == traces(redis, theirs)
 
@@ -98,7 +104,7 @@ def test_a_stock_worker_keeps_the_deadline_and_what_it_has(queue: Queue, redis_s
 
 
 def test_what_is_left_beside_what_a_stock_worker_leaves(queue_name: str) -> None:
-    """Only the pool's figures, every key of which expires, and the mark of the worker that wrote them."""
+    """Only the pool's figures and the names of its models, which expire, and the mark of the worker that wrote them."""
     left: list[dict[str, int]] = []
     for ours in (False, True):
         with RedisServer() as server, connect(server.url) as redis:
@@ -116,6 +122,6 @@ def test_what_is_left_beside_what_a_stock_worker_leaves(queue_name: str) -> None
             left.append({re.sub(r"^rq:worker:\w+$", "rq:worker:NAME", names[key]): redis.ttl(key) for key in keys})
     theirs, of_ours = left
     more = {name: ttl for name, ttl in of_ours.items() if name not in theirs}
-    figures = ["latest:QUEUE", "recent:QUEUE:TIME", "told:w", "totals:QUEUE"]
+    figures = ["latest:QUEUE", "models:QUEUE", "recent:QUEUE:TIME", "told:w", "totals:QUEUE", "totals:QUEUE@demo"]
     assert sorted(more) == [f"fastgpt2:{name}" for name in figures]
     assert all(ttl > 0 for ttl in more.values())

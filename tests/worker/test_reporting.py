@@ -274,7 +274,7 @@ def test_what_a_worker_says_of_itself(redis: Redis, client: Client, queue_name: 
 
 @pytest.fixture
 def metrics(redis: Redis, queue_name: str, engine: Engine) -> Metrics:
-    return Metrics(redis, queue_name, f"w-{queue_name}", Batch(engine), engine.decoder)
+    return Metrics(redis, queue_name, f"w-{queue_name}", "demo", Batch(engine), engine.decoder)
 
 
 def test_an_answer_that_was_lost_counts_once(
@@ -303,7 +303,7 @@ def test_an_answer_that_was_lost_counts_once(
 
 def test_a_worker_of_the_same_name_is_another_one(redis: Redis, queue_name: str, engine: Engine) -> None:
     for _ in range(2):
-        metrics = Metrics(redis, queue_name, "same", Batch(engine), engine.decoder)
+        metrics = Metrics(redis, queue_name, "same", "demo", Batch(engine), engine.decoder)
         metrics.count_malformed("x")
         metrics.close()
     assert ended(redis, queue_name) == {"failed:malformed": 2}

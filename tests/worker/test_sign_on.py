@@ -147,8 +147,8 @@ def test_a_worker_hears_commands_from_the_moment_it_is_listed(
     worker = make()
     take = worker._registration.take
 
-    def take_and_be_told(entry: dict[str, Any]) -> bool:
-        taken = take(entry)
+    def take_and_be_told(entry: dict[str, Any], queues: list[str]) -> bool:
+        taken = take(entry, queues)
         send_shutdown_command(redis, worker.name)
         return taken
 
@@ -280,11 +280,11 @@ class TestNames:
         lapse(redis, dead.name)
         for one in (first, second):
             one.hostname, one.pid, one.birth_date, one.last_heartbeat = "here", 1, utc_now(), utc_now()
-        while not first._registration.take(first._entry()):
-            assert not second._registration.take(second._entry())
+        while not first._registration.take(first._entry(), first.served.queues):
+            assert not second._registration.take(second._entry(), second.served.queues)
         first.lease.beat()
         with pytest.raises(BadRequest, match="active worker"):
-            second._registration.take(second._entry())
+            second._registration.take(second._entry(), second.served.queues)
         assert is_registered_once(redis, first, queue_name)
 
 

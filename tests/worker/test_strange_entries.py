@@ -303,21 +303,23 @@ def test_no_number_of_a_job_harms_another(bench: Bench) -> None:
 
 
 def write(redis: Redis, key: str | bytes, kind: str) -> None:
-    """Write something of a kind under a key."""
-    redis.delete(key)
-    match kind:
-        case "string":
-            redis.set(key, "junk")
-        case "list":
-            redis.rpush(key, "junk")
-        case "set":
-            redis.sadd(key, "junk")
-        case "zset":
-            redis.zadd(key, {"junk": 1})
-        case "hash":
-            redis.hset(key, "junk", "junk")
-        case "stream":
-            redis.xadd(key, {"junk": "junk"})
+    """Write something of a kind under a key, at once: a worker may write there at any moment."""
+    with redis.pipeline() as pipeline:
+        pipeline.delete(key)
+        match kind:
+            case "string":
+                pipeline.set(key, "junk")
+            case "list":
+                pipeline.rpush(key, "junk")
+            case "set":
+                pipeline.sadd(key, "junk")
+            case "zset":
+                pipeline.zadd(key, {"junk": 1})
+            case "hash":
+                pipeline.hset(key, "junk", "junk")
+            case "stream":
+                pipeline.xadd(key, {"junk": "junk"})
+        pipeline.execute()
 
 
 # Keys of RQ, which are left as they are; the job must be answered in spite of them.
@@ -350,6 +352,8 @@ SHARED = [
     "fastgpt2:told:{worker}",
     "fastgpt2:set-aside:{queue}",
     "fastgpt2:recent:{queue}:0",
+    "fastgpt2:models:{queue}",
+    "fastgpt2:totals:{queue}@demo",
 ]
 
 

@@ -31,7 +31,7 @@ from fastgpt2.api.client.prompt_feed import PromptFeed
 from fastgpt2.api.client.reader import JobReader, ReadLoop
 from fastgpt2.api.client.session import Session, cancel_command
 from fastgpt2.engine.decoding.records import GenerationResult, list_stops
-from fastgpt2.errors import BadRequest, FastGPT2Error, NotDurable
+from fastgpt2.errors import BadRequest, FastGPT2Error, ModelUnknown, NotDurable
 from fastgpt2.fields import refusal
 from fastgpt2.foreign_fields import refuse_unknown
 from fastgpt2.prompt_lists import iterate_prompts
@@ -203,11 +203,12 @@ class BulkRun:
         session = self._session
         sent: dict[int, JobPlan] = {}
         jobs: list[SentJob] = []
-        for number, plan in plans:
+        for number, given in plans:
+            plan = session.limits.adapt(given)
             try:
-                session.limits.check(plan.request)
+                session.limits.check(plan.request, plan.options.model)
             except BadRequest as error:
-                error.name_prompt(number, plan.request.prompt, self._call)
+                error.name_prompt(number, plan.request.given, self._call)
                 self._outcomes[number] = error
                 continue
             job_id, command = enqueue_command(plan, session.queue, session.max_queue)
@@ -222,8 +223,15 @@ class BulkRun:
         refused = []
         for (number, plan), reply in zip(sent.items(), replies, strict=True):
             job_id = self._readers[number].id
-            if read_enqueue_reply(job_id, reply, session.queue, session.max_queue) != job_id:
-                del self._readers[number]
+            model = plan.options.model
+            outcome = read_enqueue_reply(job_id, reply, session.queue, session.max_queue, model)
+            if outcome == job_id:
+                continue
+            del self._readers[number]
+            if isinstance(outcome, ModelUnknown):
+                outcome.name_prompt(number, plan.request.prompt, self._call)
+                self._outcomes[number] = outcome
+            else:
                 refused.append((number, plan))
         self._refused.extendleft(reversed(refused))
         self._adapt(len(sent), len(refused))

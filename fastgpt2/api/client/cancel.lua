@@ -5,7 +5,7 @@
 --
 -- KEYS: 1 the job's hash. The totals are no key: then a user of Redis would need all rights to them, not only to count.
 -- ARGV: 1 the job's id; 2 for how many seconds to keep the job if it does not say; 3 the key of a pool's totals;
---       4 and on: the queues of this pool. The cancellation of a job of another pool is not counted.
+--       4 and on: the plain queues of this pool. The cancellation of a job of another pool is not counted.
 -- Returns 1 if the job is cancelled, 0 if it had ended, -1 if there is no such job.
 -- include count
 local status, origin, ttl, limit = unpack(redis.call("HMGET", KEYS[1], "status", "origin", "result_ttl", "rate_limit_key"))
@@ -42,11 +42,12 @@ for _, id in ipairs(redis.call("ZRANGEBYSCORE", registry, "-inf", now, "LIMIT", 
     end
 end
 redis.call("ZADD", registry, now + ttl, ARGV[1])
+local plain = string.match(origin, "^[^$MODEL_MARK]*")
 for i = 4, #ARGV do
-    if ARGV[i] == origin then
+    if ARGV[i] == plain then
         count(ARGV[3], "$CANCELED_FIELD", 1)
     end
 end
-redis.pcall("XADD", "$CANCELLATIONS_PREFIX" .. origin, "MAXLEN", "~", $MAX_CANCELLATIONS, "*", "job", ARGV[1])
-redis.pcall("EXPIRE", "$CANCELLATIONS_PREFIX" .. origin, $CANCELLATIONS_TTL_SECONDS)
+redis.pcall("XADD", "$CANCELLATIONS_PREFIX" .. plain, "MAXLEN", "~", $MAX_CANCELLATIONS, "*", "job", ARGV[1])
+redis.pcall("EXPIRE", "$CANCELLATIONS_PREFIX" .. plain, $CANCELLATIONS_TTL_SECONDS)
 return 1

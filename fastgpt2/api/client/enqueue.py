@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeAlias
 
 from rq.job import Job as RQJob
@@ -13,32 +13,33 @@ from rq.job import JobStatus
 from rq.serializers import JSONSerializer
 from rq.utils import now
 
-from fastgpt2.api.client.flow import Command, Flow, Pipeline
+from fastgpt2.api.client.flow import Command
+from fastgpt2.engine.decoding.chat_options import is_messages
 from fastgpt2.engine.decoding.records import GenerationRequest, RequestFields, list_stops, random_seed, split_prompt
-from fastgpt2.errors import BadRequest, IdempotencyMismatch, PromptTooLong, QueueFull
+from fastgpt2.errors import BadRequest, IdempotencyMismatch, ModelUnknown, QueueFull
 from fastgpt2.fields import check_fields, whole
 from fastgpt2.foreign_fields import is_neutral, refuse_unknown, take_known
 from fastgpt2.protocol.keys import (
     QUEUES_KEY,
+    TOKEN_FIELD,
     Priority,
     PriorityField,
+    models_key,
     once_key,
     queue_key,
     queue_of,
     queues_of,
     totals_key,
-    workers_key,
 )
 from fastgpt2.protocol.messages import TASK, JobOptions, job_to_kwargs, parse_job, refuse_unstreamable
+from fastgpt2.protocol.request_context import Traceparent, Tracestate, current_context
 from fastgpt2.protocol.scripts import Script
+from fastgpt2.protocol.untrusted import read_model_names
 
 DEFAULT_JOB_TIMEOUT_SECONDS = 600
 DEFAULT_RESULT_TTL_SECONDS = 24 * 3600
 Seconds = Annotated[int, whole(1, 10**8, "seconds")]
 NO_OPTIONS = JobOptions()
-
-# For how long what the workers told of their models is relied on.
-MODEL_LIMITS_SECONDS = 30.0
 
 _ENQUEUE = Script(__file__, "enqueue")
 
@@ -51,12 +52,12 @@ LOST_TRIES = 5
 # RQ's job wants a connection, and is asked nothing here that would use it.
 _NO_CONNECTION: Any = object()
 
-# What a program may give as a prompt: a text, its token ids, a mapping of the prompt and other fields of its job, or a
-# request that has been made.
-PromptLike: TypeAlias = str | Iterable[int] | Mapping[str, Any] | GenerationRequest
+# What a program may give as a prompt: a text, its token ids, the messages of a chat, a mapping of one of these beside
+# other fields of its job, or a request that has been made.
+PromptLike: TypeAlias = str | Iterable[int] | Iterable[Mapping[str, Any]] | Mapping[str, Any] | GenerationRequest
 
-_PLAN_FIELDS = ("priority", "job_timeout", "result_ttl")
-_OPTION_FIELDS = ("timeout", "stream", "stream_usage")
+_PLAN_FIELDS = ("priority", "job_timeout", "result_ttl", "request_id", "traceparent", "tracestate")
+_OPTION_FIELDS = ("timeout", "stream", "stream_usage", "model")
 
 
 class JobFields(RequestFields, total=False):
@@ -66,17 +67,26 @@ class JobFields(RequestFields, total=False):
         timeout: seconds from being enqueued within which the job must be done.
         stream: publish the text as it comes, for `Job.stream`.
         stream_usage: its pieces tell how many tokens there are so far.
+        model: the name of the model that is to generate the text; without it, the pool's first model does.
         priority: "high", "normal", the default, or "low"; the more urgent are taken first, and none waits for ever.
         job_timeout: seconds that a worker may spend on the job, from its start; default 600.
         result_ttl: seconds for which the job's end can be read; default a day.
+        request_id: your name for what asked for the job, which workers' logs tell; up to 128 letters, digits and ._:-,
+            any other text is passed over.
+        traceparent, tracestate: the W3C trace context that the job's spans continue; by default that of the span that
+            the program is in, if it uses OpenTelemetry.
     """
 
     timeout: float | None
     stream: bool
     stream_usage: bool
+    model: str | None
     priority: Priority
     job_timeout: int
     result_ttl: int
+    request_id: str | None
+    traceparent: str | None
+    tracestate: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +103,17 @@ class JobPlan:
     priority: PriorityField = "normal"
     job_timeout: Seconds = DEFAULT_JOB_TIMEOUT_SECONDS
     result_ttl: Seconds = DEFAULT_RESULT_TTL_SECONDS
+    # Another request may ask for the same: these are not compared where an idempotency key is.
+    request_id: str | None = field(default=None, repr=False)
+    traceparent: Traceparent | None = field(default=None, repr=False)
+    tracestate: Tracestate | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         check_fields(self)
         refuse_unstreamable(self.request, self.options)
 
 
-def plan_job(prompt: str | Iterable[int] | GenerationRequest, fields: Mapping[str, Any]) -> JobPlan:
+def plan_job(prompt: Any, fields: Mapping[str, Any]) -> JobPlan:
     """Return the plan of one job, from its prompt and its `JobFields`.
 
     Raises:
@@ -121,8 +135,11 @@ def plan_job(prompt: str | Iterable[int] | GenerationRequest, fields: Mapping[st
 def plan_prompt(prompt: PromptLike, fields: Mapping[str, Any]) -> JobPlan:
     """Return the plan of one job as a program gives it; see `plan_job`.
 
-    The prompt may stand in a mapping, beside fields that count before the others.
+    The prompt may stand in a mapping, beside fields that count before the others; so may the messages of a chat, which
+    may also be a list alone.
     """
+    if is_messages(prompt):
+        prompt = {"messages": prompt}
     if isinstance(prompt, Mapping):
         return plan_job(*split_prompt(prompt, fields))
     return plan_job(prompt, fields)
@@ -173,16 +190,20 @@ def _digest(text: str) -> str:
 
 
 def enqueue_command(
-    plan: JobPlan, queue: str, max_queue: int | None, key: IdempotencyKey | None = None
+    plan: JobPlan, queue: str, max_queue: int | None, key: IdempotencyKey | None = None, token: str | None = None
 ) -> tuple[str, Command]:
     """Return a new job's id and the command that enqueues the job; see `enqueue.lua` and `read_enqueue_reply`.
+
+    Args:
+        token: the name of the endpoint's token by which it is enqueued.
 
     It writes the fields that `rq.Queue.enqueue` writes (rq/queue.py: create_job, _prepare_for_queue, _persist_job).
 
     A job that draws gets its seed here, so that each run of it draws the same. The plan has none yet: with an
     idempotency key, two plans are compared.
     """
-    name = queue_of(queue, plan.priority)
+    model = plan.options.model
+    name = queue_of(queue, plan.priority, model)
     request = plan.request.with_seed(random_seed())
     job = RQJob.create(
         TASK,
@@ -196,20 +217,29 @@ def enqueue_command(
         description="generate",
         origin=name,
         serializer=JSONSerializer,
+        meta=current_context(plan.request_id, plan.traceparent, plan.tracestate).to_meta(),
     )
     job.enqueued_at = now()
     fields = [part for pair in job.to_dict().items() if pair[1] is not None for part in pair]
+    fields += [] if token is None else [TOKEN_FIELD, token]
     counted = [queue_key(other) for other in queues_of(queue)]
     keys = [job.key, queue_key(name), QUEUES_KEY, *counted, job.key if key is None else key.redis_key]
     asked = "" if key is None else key.asked
-    arguments = job.id, max_queue or 0, totals_key(queue), asked, plan.result_ttl, *fields
+    of_model = model or "", models_key(queue)
+    arguments = job.id, max_queue or 0, totals_key(queue), asked, plan.result_ttl, *of_model, *fields
     return job.id, Command("execute_command", _ENQUEUE.command(keys, arguments))
 
 
 def read_enqueue_reply(
-    job_id: str, reply: Any, queue: str, max_queue: int | None
-) -> str | QueueFull | IdempotencyMismatch:
-    """Return the id of the job that is there now, or why there is none, from the reply to `enqueue_command`."""
+    job_id: str, reply: Any, queue: str, max_queue: int | None, model: str | None = None
+) -> str | QueueFull | IdempotencyMismatch | ModelUnknown:
+    """Return the id of the job that is there now, or why there is none, from the reply to `enqueue_command`.
+
+    Args:
+        model: the one that the job names.
+    """
+    if isinstance(reply, list):
+        return ModelUnknown.among(model or "", read_model_names(reply))
     if isinstance(reply, int):
         return QueueFull(queue, reply, max_queue or 0) if reply else job_id
     known = reply.decode("utf-8", "replace")
@@ -239,7 +269,7 @@ class SentJob:
     def __init__(self, job_id: str, command: Command, plan: JobPlan, history: str | None) -> None:
         self.own_id = self.id = job_id
         self.command = command
-        self.prompt = plan.request.prompt
+        self.prompt = plan.request.given
         self.sent_at = time.monotonic()
         self.result_ttl = plan.result_ttl
         self.history = history
@@ -247,62 +277,12 @@ class SentJob:
         self.is_wanted = True
 
     def command_again(self) -> Command:
-        """Return the command without the limit on waiting jobs: this one has been let in already.
+        """Return the command without the limit on waiting jobs, and for a model that nobody serves just now, too.
 
-        It has the same id and, if the job draws, the same seed, so that the job's text is the same.
+        This job has been let in already: what lost it may have lost the names of the models, or their workers. It has
+        the same id and, if the job draws, the same seed, so that the job's text is the same.
         """
         words = list(self.command.args)
-        words[_FIRST_KEY + words[_FIRST_KEY - 1] + 1] = 0
+        first_argument = _FIRST_KEY + words[_FIRST_KEY - 1]
+        words[first_argument + 1], words[first_argument + 5] = 0, ""
         return Command(self.command.method, tuple(words))
-
-
-class ModelLimits:
-    """The limits of the live workers' models; of several models, the largest."""
-
-    def __init__(self) -> None:
-        self._fresh_until = 0.0
-        self._n_positions = 0  # 0 while no worker is known
-        self._longest_token_bytes = 1
-
-    def refresh(self, queue: str) -> Flow[None]:
-        """Read the limits from the workers' own hashes, unless they were read just now."""
-        if time.monotonic() < self._fresh_until:
-            return
-        names = yield Command("smembers", (workers_key(queue),))
-        asked = tuple(Command("hmget", (name, "n_positions", "longest_token_bytes")) for name in names)
-        self._n_positions, self._longest_token_bytes = 0, 1
-        for n_positions, longest_token_bytes in (yield Pipeline(asked)) if asked else ():
-            if n_positions and longest_token_bytes:
-                self._n_positions = max(self._n_positions, int(n_positions))
-                self._longest_token_bytes = max(self._longest_token_bytes, int(longest_token_bytes))
-        # Without a worker the next job asks again.
-        self._fresh_until = time.monotonic() + MODEL_LIMITS_SECONDS if self._n_positions else 0.0
-
-    def check(self, request: GenerationRequest) -> None:
-        """Refuse what surely cannot fit: as no token is longer than the longest, a text has a least number of tokens.
-
-        Raises:
-            PromptTooLong: the message says what would fit.
-        """
-        n_positions = self._n_positions
-        if not n_positions:
-            return
-        if isinstance(request.prompt, str):
-            size = len(request.prompt.encode())
-            tokens = max(1, -(-size // self._longest_token_bytes))
-            has, needs = f"{size} bytes, so at least {tokens} tokens", f"{tokens} or more"
-        else:
-            tokens = max(1, len(request.prompt))
-            has, needs = f"{tokens} tokens", str(tokens)
-        most = request.most_prompt_tokens(n_positions)
-        if most is not None and tokens > most:
-            tokens, has, needs = most, f"{most} tokens that are kept", str(most)
-        if tokens + request.least_room > n_positions:
-            raise PromptTooLong(f"the prompt has {has}, over {request.describe_positions(n_positions)}: shorten it")
-        room = n_positions - tokens
-        for name, value in (("max_new_tokens", request.max_new_tokens), ("min_new_tokens", request.min_new_tokens)):
-            if value is not None and value > room:
-                raise PromptTooLong(
-                    f"{name} is {value}; of the model's {n_positions} positions this prompt needs {needs}: "
-                    f"ask for at most {room}"
-                )

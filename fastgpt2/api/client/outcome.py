@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
-import re
-import zlib
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -18,11 +15,22 @@ from fastgpt2.engine.decoding.records import GenerationResult
 from fastgpt2.errors import BadRequest, FastGPT2Error, JobFailed, JobNotFound, JobTimedOut
 from fastgpt2.protocol.keys import PARTIAL_META
 from fastgpt2.protocol.messages import result_from_json
+from fastgpt2.protocol.stored_jobs import read_failure, split_failure
 from fastgpt2.protocol.untrusted import MAX_RESULT_BYTES, MAX_RESULT_OPCODES, read
 
-MAX_REASON_BYTES = 1 << 20
-
 _ENDED = (JobStatus.FINISHED.value, JobStatus.FAILED.value, JobStatus.STOPPED.value)
+
+# A failed job that was requeued has such a status, and the entry of its earlier failure still.
+_BEFORE_END = {
+    status.value.encode()
+    for status in (
+        JobStatus.QUEUED,
+        JobStatus.STARTED,
+        JobStatus.DEFERRED,
+        JobStatus.SCHEDULED,
+        JobStatus.RATE_LIMITED,
+    )
+}
 
 # How a job ended: errors are values here, as one job's must not disturb the others that are read with it.
 Outcome: TypeAlias = GenerationResult | FastGPT2Error
@@ -42,7 +50,7 @@ def decode_status(job_id: str, status: bytes | None) -> str:
         JobNotFound: the job's hash has none.
     """
     if status is None:
-        raise JobNotFound(f"no job {job_id!r}: it was never enqueued here, or its result has expired")
+        raise JobNotFound.by(job_id)
     return status.decode("utf-8", "replace")
 
 
@@ -64,8 +72,10 @@ def read_outcome(job_id: str, status: bytes | None, meta: bytes | None, entries:
     match kind:
         case Result.Type.SUCCESSFUL:
             return result_from_json(return_value(fields))
+        case Result.Type.FAILED | Result.Type.MAX_RETRIES_EXCEEDED if status in _BEFORE_END:
+            return None
         case Result.Type.FAILED:
-            return _failure(job_id, _exception_text(fields), read_partial(meta))
+            return _failure(job_id, read_failure(fields.get(b"exc_string", b"")), read_partial(meta))
         case Result.Type.MAX_RETRIES_EXCEEDED:
             return JobFailed(job_id, "given back to the queue too often")
     if decode_status(job_id, status) in _ENDED:
@@ -90,14 +100,6 @@ def return_value(fields: Mapping[bytes, bytes]) -> Any:
         ) from None
 
 
-def _exception_text(fields: Mapping[bytes, bytes]) -> str:
-    try:
-        inflater = zlib.decompressobj()
-        return inflater.decompress(base64.b64decode(fields[b"exc_string"]), MAX_REASON_BYTES).decode("utf-8", "replace")
-    except (KeyError, binascii.Error, zlib.error):
-        return ""
-
-
 def read_partial(meta: bytes | None) -> GenerationResult | None:
     """Return what had been generated, if the worker wrote it into the job's metadata."""
     try:
@@ -107,13 +109,9 @@ def read_partial(meta: bytes | None) -> GenerationResult | None:
 
 
 def _failure(job_id: str, text: str, partial: GenerationResult | None) -> FastGPT2Error:
-    """Return the error that a formatted exception tells of: its last line is the type and the message."""
-    lines = [line for line in text.splitlines() if line.strip()]
-    match = re.fullmatch(r"([\w.]+)(?:: (.*))?", lines[-1]) if lines else None
-    if match is None:
-        return JobFailed(job_id, lines[-1] if lines else "no reason was recorded", partial=partial)
-    name, reason = match[1].rpartition(".")[2], match[2] or match[1]
-    known = getattr(errors, name, None)
+    """Return the error that the text of a failure tells of."""
+    name, reason = split_failure(text)
+    known = getattr(errors, name, None) if name else None
     if isinstance(known, type) and issubclass(known, BadRequest):
         return known(reason)
     # JobTimeoutException is what a stock `rq worker` says.

@@ -8,24 +8,25 @@ from itertools import repeat
 from typing import Any
 
 from fastgpt2 import settings
+from fastgpt2.api.client.admission import Admission
 from fastgpt2.api.client.durability import Durability
 from fastgpt2.api.client.enqueue import (
     DEFAULT_RESULT_TTL_SECONDS,
     IdempotencyKey,
     JobPlan,
-    ModelLimits,
     SentJob,
     enqueue_command,
     read_enqueue_reply,
 )
 from fastgpt2.api.client.flow import Bounded, Command, Flow, Pipeline, Retries
+from fastgpt2.api.client.model_limits import ModelLimits
 from fastgpt2.api.client.outcome import Outcome, decode_status, unwrap
 from fastgpt2.api.client.reader import JobReader, ReadLoop
 from fastgpt2.api.client.recovery import Recovery
 from fastgpt2.engine.decoding.records import GenerationResult
 from fastgpt2.errors import FastGPT2Error, JobLost, JobNotFound, RedisUnfit, ResultTimeout
 from fastgpt2.fields import refusal
-from fastgpt2.protocol.keys import job_key, queues_of, totals_key, workers_key
+from fastgpt2.protocol.keys import check_queue, job_key, model_of, models_key, queues_of, totals_key, workers_key
 from fastgpt2.protocol.messages import Piece
 from fastgpt2.protocol.scripts import Script
 
@@ -45,7 +46,7 @@ class Session:
         durability: what jobs must have reached before their enqueueing counts.
 
     Raises:
-        BadRequest: `max_queue` is no number of jobs, or there is no such durability.
+        BadRequest: `max_queue` is no number of jobs, no pool can have such a queue, or there is no such durability.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Session:
         if max_queue is not None and (not isinstance(max_queue, int) or isinstance(max_queue, bool) or max_queue < 1):
             raise refusal("max_queue", "a whole number from 1, or None for no limit", max_queue)
         self.redis_url = redis_url or settings.REDIS_URL.resolve()
-        self.queue = queue or settings.QUEUE.resolve()
+        self.queue = check_queue(queue) if queue else settings.QUEUE.resolve()
         self.max_queue = settings.MAX_QUEUE.resolve() if max_queue is None else max_queue
         self.durability = Durability(durability, self.redis_url)
         self.retries = Retries()
@@ -70,27 +71,37 @@ class Session:
         """Enqueue several jobs, and return their ids; see `send_all`."""
         return [job.id for job in (yield from self.send_all(plans, keys))]
 
-    def send_all(self, plans: Sequence[JobPlan], keys: Sequence[IdempotencyKey] | None = None) -> Flow[list[SentJob]]:
+    def send_all(
+        self,
+        plans: Sequence[JobPlan],
+        keys: Sequence[IdempotencyKey] | None = None,
+        admission: Admission | None = None,
+    ) -> Flow[list[SentJob]]:
         """Enqueue several jobs, all or none.
 
         Args:
             keys: one for each plan. Where an earlier request with the same key enqueued the job, that is returned.
                 If that asked for something else, IdempotencyMismatch is raised.
+            admission: asks first whether the limits of a token leave room.
 
         Raises:
+            TokenLimitReached: they do not.
             NotDurable: they are enqueued, and Redis did not confirm in time that they are as durable as asked for.
         """
         yield from self.prepare()
+        plans = [self.limits.adapt(plan) for plan in plans]
         for plan in plans:
-            self.limits.check(plan.request)
+            self.limits.check(plan.request, plan.options.model)
         made = [
-            enqueue_command(plan, self.queue, self.max_queue, key)
+            enqueue_command(plan, self.queue, self.max_queue, key, admission.token if admission else None)
             for plan, key in zip(plans, keys or repeat(None, len(plans)), strict=True)
         ]
         sent = [
             SentJob(job_id, command, plan, self.recovery.history)
             for (job_id, command), plan in zip(made, plans, strict=True)
         ]
+        if admission is not None:
+            yield from admission.ask([job_id for job_id, _ in made], plans, keys)
         try:
             replies, confirmation = yield from self.send([one.command for one in sent])
         except RedisUnfit:
@@ -98,10 +109,13 @@ class Session:
             raise
         self.retries.answered = True
         outcomes = [
-            read_enqueue_reply(job_id, reply, self.queue, self.max_queue)
-            for (job_id, _), reply in zip(made, replies, strict=True)
+            read_enqueue_reply(job_id, reply, self.queue, self.max_queue, plan.options.model)
+            for (job_id, _), plan, reply in zip(made, plans, replies, strict=True)
         ]
         refusal = next((outcome for outcome in outcomes if isinstance(outcome, FastGPT2Error)), None)
+        if admission is not None:
+            pairs = zip(made, outcomes, strict=True)
+            yield from admission.release([job_id for (job_id, _), outcome in pairs if refusal or outcome != job_id])
         if refusal is None:
             for one, outcome in zip(sent, outcomes, strict=True):
                 one.id = str(outcome)
@@ -156,7 +170,7 @@ class Session:
         """Cancel a job. Returns False if it had ended already."""
         reply = yield cancel_command(job_id, self.queue)
         if reply < 0:
-            raise JobNotFound(f"no job {job_id!r}: it was never enqueued here, or its result has expired")
+            raise JobNotFound.by(job_id)
         return bool(reply)
 
     def workers(self) -> Flow[int]:
@@ -198,13 +212,28 @@ class Session:
 
     def timeout_error(self, reader: JobReader, timeout: float | None) -> Flow[FastGPT2Error]:
         """Return what to raise when the caller waits no longer: it says where the job stands."""
-        asked = Command("hget", (job_key(reader.id), "status")), Command("scard", (workers_key(self.queue),))
-        status, workers = yield Bounded(Pipeline(asked), time.monotonic() + EXPLANATION_SECONDS)
+        asked = Command("hmget", (job_key(reader.id), "status", "origin")), Command("scard", (workers_key(self.queue),))
+        until = time.monotonic() + EXPLANATION_SECONDS
+        (status, origin), workers = yield Bounded(Pipeline(asked), until)
         if status is None and reader.is_missed(time.monotonic()):
             return JobLost(f"job {reader.id} is gone from Redis without an end; enqueue it again if it is still wanted")
         status = decode_status(reader.id, status)
         hint = "" if workers else f"; no worker listens on the queue {self.queue!r}: start `fastgpt2 up`"
+        model = model_of((origin or b"").decode("utf-8", "replace"))
+        if workers and model is not None and not (yield from self._is_served(model, until)):
+            hint = f"; no worker serves the model {model!r} any more: start one that does"
         return ResultTimeout(f"job {reader.id} is {status}, no result within {timeout:g} s{hint}")
+
+    def _is_served(self, model: str, until: float) -> Flow[bool]:
+        """Tell whether a live worker serves a model, by the clock of Redis; True if that cannot be read."""
+        from redis.exceptions import ResponseError
+
+        asked = Command("zrange", (models_key(self.queue), 0, -1, False, True)), Command("time")
+        try:
+            names, (seconds, _) = yield Bounded(Pipeline(asked), until)
+        except ResponseError:
+            return True
+        return any(name == model.encode() and score >= 1000 * seconds for name, score in names)
 
 
 def cancel_command(job_id: str, queue: str) -> Command:

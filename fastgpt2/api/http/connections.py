@@ -22,7 +22,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from fastgpt2.api.http.parser import Parser
-from fastgpt2.api.http.responses import OPENAI_PREFIX, error_object
+from fastgpt2.api.http.request_metrics import RequestMetrics
+from fastgpt2.api.http.responses import error_object, is_openai
 from fastgpt2.errors import BadRequest, FastGPT2Error, RequestTooSlow
 
 if TYPE_CHECKING:
@@ -77,13 +78,18 @@ class RareWarning:
 class Connections(ServerState):
     """All connections of one server.
 
+    Args:
+        limit: how many there may be.
+
     Attributes:
+        metrics: where it is counted what could not be read as a request.
         waiting: those without a request, the one that has waited longest first.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, metrics: RequestMetrics) -> None:
         super().__init__()
         self._limit = limit
+        self.metrics = metrics
         self.waiting: dict[Connection, None] = {}
         self._full = RareWarning(
             "%d connections are open, as many as may be: those that have waited longest without a request are closed "
@@ -217,8 +223,10 @@ class Connection(H11Protocol):
             self.cycle.message_event.set()
             self.flow.resume_writing()
         if not self._has_request or not self.cycle.response_started:
-            is_openai = self.conn.target.startswith(OPENAI_PREFIX.encode())
-            self.transport.write(_answer(status, json.dumps(error_object(error, is_openai)).encode()))
+            if not self._has_request:
+                self.server_state.metrics.count_refusal(status)
+            openai = is_openai(self.conn.target.partition(b"?")[0].decode("latin-1"))
+            self.transport.write(_answer(status, json.dumps(error_object(error, openai)).encode()))
         self.flow.resume_reading()
         self.transport.write_eof()
         self.loop.call_later(LINGER_SECONDS, self.transport.abort)
@@ -242,12 +250,13 @@ class BoundedServer(Server):
 
     Args:
         limit: how many there may be.
+        metrics: see `Connections`.
         open_files: how many files this process may have open.
     """
 
-    def __init__(self, config: Config, limit: int, open_files: int) -> None:
+    def __init__(self, config: Config, limit: int, metrics: RequestMetrics, open_files: int) -> None:
         super().__init__(config)
-        self.server_state = Connections(limit)
+        self.server_state = Connections(limit, metrics)
         self._open_files = open_files
         self._out_of_files = RareWarning(
             "no connection can be accepted (%s): this process may have %d files open, raise that limit (`ulimit -n`); "

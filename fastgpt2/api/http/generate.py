@@ -21,6 +21,7 @@ from fastgpt2.api.http.guides import GRAMMAR, OUR_GUIDES, Guide, find_guide, nam
 from fastgpt2.api.http.requests import read_object
 from fastgpt2.api.http.responses import JSON, KEEP_ALIVE, EventStream, error_object, event
 from fastgpt2.api.http.service import PendingJobs, Service
+from fastgpt2.engine.decoding.chat_options import CHAT_FIELDS
 from fastgpt2.engine.decoding.options import ChoiceIndex, Seed, Share, Temperature, Texts, TopK
 from fastgpt2.engine.decoding.records import Count, GenerationResult, KeptTokens, Logprobs, TokenLogprob, mean_logprob
 from fastgpt2.errors import BadRequest
@@ -41,6 +42,7 @@ MISPLACED = {
     "prompt": "; the prompt goes into inputs",
     "stream": "; /generate_stream gives a stream, and POST / does with stream beside inputs",
     "stream_usage": "",
+    **dict.fromkeys(CHAT_FIELDS, "; POST /v1/chat/completions answers chats"),
     "n": "; the best of several texts is given: ask for best_of, or have all of them from /v1/completions",
 }
 

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, Generic, Literal, TypedDict, TypeVar
 
@@ -15,14 +14,18 @@ from starlette.responses import PlainTextResponse, Response
 
 from fastgpt2 import __version__
 from fastgpt2.api.http.completion_request import MAX_PROMPTS
-from fastgpt2.api.http.jobs import DEFAULT_LISTED, MAX_LISTED
+from fastgpt2.api.http.jobs import DEFAULT_LISTED, MAX_LISTED, parse_flag
+from fastgpt2.api.http.models import most_common
+from fastgpt2.api.http.request_metrics import RequestMetrics
 from fastgpt2.api.http.responses import JSON, NotReady
 from fastgpt2.api.http.service import MAX_WAITING, Service
+from fastgpt2.api.http.tokens import Tokens
 from fastgpt2.api.pool.job_list import list_jobs
+from fastgpt2.api.pool.job_pages import list_state
 from fastgpt2.api.pool.status import check_readiness, read_status, record_depth
 from fastgpt2.engine.decoding.options import MAX_TEXTS
 from fastgpt2.engine.decoding.records import MAX_STOP_STRINGS, Count
-from fastgpt2.errors import QueueUnavailable
+from fastgpt2.errors import BadRequest, QueueUnavailable
 from fastgpt2.fields import refusal
 from fastgpt2.protocol.connection import redis_errors
 from fastgpt2.protocol.keys import SILENT
@@ -39,7 +42,7 @@ T = TypeVar("T")
 class InfoBody(TypedDict):
     """The model and the limits, by the names that text-generation-inference 1 to 3 has had for them.
 
-    Where workers serve several models, these are those of the model that most of them serve.
+    Where workers serve several models, these are those of the model that has requests without a name.
     """
 
     model_id: str
@@ -82,9 +85,11 @@ class FreshValue(Generic[T]):
 class Monitoring:
     """The handlers of these routes."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, request_metrics: RequestMetrics, tokens: Tokens | None = None) -> None:
         self._service = service
+        self._request_metrics = request_metrics
         self._client = service.client
+        self._tokens = tokens
         self._obstacle = FreshValue(self._find_obstacle)
         self._status = FreshValue(lambda: self._ask(read_status))
         self._status_with_history = FreshValue(lambda: self._ask(read_status, True))
@@ -144,22 +149,44 @@ class Monitoring:
 
     async def status(self, request: Request) -> Response:
         """Answer `GET /status`: the state of the pool, with `?history=true` also that of the last 15 minutes."""
-        history = _parse_flag(request, "history")
+        history = parse_flag(request, "history")
         return JSON(await (self._status_with_history if history else self._status).get())
 
     async def metrics(self, request: Request) -> Response:
         """Answer `GET /metrics`, for Prometheus."""
-        from fastgpt2.api.pool.prometheus import render_metrics
+        from fastgpt2.api.pool.prometheus import Collector, render_metrics
+        from fastgpt2.api.pool.token_metrics import read_token_metrics
 
-        kind, body = await self._ask(render_metrics, request.headers.get("accept", ""))
+        collectors: list[Collector] = [self._request_metrics]
+        if self._tokens is not None:
+            names, requests = self._tokens.names, self._tokens.requests
+            collectors.append(await self._ask(read_token_metrics, names, requests))
+        kind, body = await self._ask(render_metrics, request.headers.get("accept", ""), collectors)
         return Response(body, headers={"content-type": kind})
 
     async def jobs(self, request: Request) -> Response:
-        """Answer `GET /v1/jobs?limit=20`: the jobs that workers have claimed, and the latest that have ended."""
+        """Answer `GET /v1/jobs?limit=20`: the jobs that workers have claimed, and the latest that have ended.
+
+        With `?state=failed` or another of RQ's states, all jobs in that state, a page at a time.
+        """
         limit = _parse_limit(request)
+        state, after = request.query_params.get("state"), request.query_params.get("after")
+        if state is not None:
+            return JSON(await self._list_state(state, limit, after))
+        if after is not None:
+            raise BadRequest("after is given without a state; name one, as in ?state=failed")
         status = await self._status.get()
         jobs = await list_jobs(self._client, status["workers"], limit, self._service.bounds.show_prompts)
         return JSON({"object": "list", "data": jobs})
+
+    async def _list_state(self, state: str, limit: int, after: str | None) -> dict[str, Any]:
+        client = self._client
+        show_prompts = self._service.bounds.show_prompts
+        page = await list_state(
+            client.connection, client.redis_url, client.queue_name, state, limit, after, show_prompts
+        )
+        more = {"has_more": page.next is not None, "next": page.next, "total": page.total}
+        return {"object": "list", "data": page.jobs, **more}
 
     async def keep_history(self) -> None:
         """Record the queue's depth every ten seconds, until cancelled.
@@ -177,7 +204,9 @@ class Monitoring:
 
 
 def _describe_model(workers: list[dict[str, Any]]) -> InfoBody:
-    """Return what is true for all workers, of those in `read_status`, that serve the most served model.
+    """Return what is true for all workers, of those in `read_status`, that serve the model of requests without a name.
+
+    If that is not one model, or no worker takes such requests, it is the model that most workers serve.
 
     Raises:
         NotReady: no worker tells of its model.
@@ -185,7 +214,8 @@ def _describe_model(workers: list[dict[str, Any]]) -> InfoBody:
     telling = [one for one in workers if one["state"] != SILENT and one["model"] and one["n_positions"]]
     if not telling:
         raise NotReady("no worker tells of its model yet: ask again in a second")
-    model = min(Counter(worker["model"] for worker in telling).items(), key=lambda pair: (-pair[1], pair[0]))[0]
+    takers = [worker for worker in telling if not worker["named_only"]] or telling
+    model = most_common(worker["model"] for worker in takers)
     serving = [worker for worker in telling if worker["model"] == model]
     n_positions = min(worker["n_positions"] for worker in serving)
     weights = {worker["weights"] for worker in serving}
@@ -209,13 +239,6 @@ def _describe_model(workers: list[dict[str, Any]]) -> InfoBody:
         "sha": None,
         "docker_label": None,
     }
-
-
-def _parse_flag(request: Request, name: str) -> bool:
-    text = request.query_params.get(name, "false").lower()
-    if text not in ("true", "false", "1", "0"):
-        raise refusal(name, "true or false", text)
-    return text in ("true", "1")
 
 
 def _parse_limit(request: Request) -> int:

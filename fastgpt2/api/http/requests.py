@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from starlette.requests import ClientDisconnect, Request
 
-from fastgpt2.errors import BadRequest, ForbiddenOrigin, RequestTooLarge, RequestTooSlow, UnsupportedEncoding
+from fastgpt2.errors import BadRequest, RequestTooLarge, RequestTooSlow, UnsupportedEncoding
 from fastgpt2.fields import why_no_json
 
 MAX_BODY_BYTES = 8 << 20
@@ -27,10 +27,9 @@ async def read_object(request: Request, seconds: float, example: str) -> dict[st
         example: a body that would be accepted, for the error message.
 
     Raises:
-        RequestTooLarge, RequestTooSlow, ForbiddenOrigin, UnsupportedEncoding
+        RequestTooLarge, RequestTooSlow, UnsupportedEncoding
         BadRequest: the body is not JSON, or not an object.
     """
-    _refuse_foreign_page(request)
     _refuse_encoding(request)
     try:
         async with asyncio.timeout(seconds):
@@ -77,13 +76,4 @@ def _refuse_encoding(request: Request) -> None:
         raise UnsupportedEncoding(
             f"the body has the content-encoding {named[:100]!r}, and compressed bodies are not read: send plain JSON "
             "without that header"
-        )
-
-
-def _refuse_foreign_page(request: Request) -> None:
-    """Raise ForbiddenOrigin for a request that a browser sends on behalf of a page from elsewhere."""
-    origin = request.headers.get("origin")
-    if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
-        raise ForbiddenOrigin(
-            f"requests from pages of {origin[:100]!r} are refused; only the endpoint's own page may send them"
         )

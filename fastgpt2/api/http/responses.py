@@ -13,10 +13,8 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Any, NamedTuple
 
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from fastgpt2.api.http.requests import ClientGone
@@ -28,10 +26,13 @@ from fastgpt2.errors import (
     JobCancelled,
     JobFailed,
     JobLost,
+    JobNotEnded,
     JobNotFound,
     JobStopped,
     JobTimedOut,
     ModelError,
+    ModelUnknown,
+    NoChatTemplate,
     NotDurable,
     PoisonJob,
     PromptTooLong,
@@ -45,6 +46,7 @@ from fastgpt2.errors import (
     ServiceBusy,
     ServiceStopping,
     TextReplaced,
+    TokenLimitReached,
     TokenMissing,
     Unauthorized,
     UnsupportedEncoding,
@@ -59,13 +61,13 @@ RETRY_AFTER_SECONDS = 1
 # What the same request would meet again: its job has ended, was cancelled as its time was up, or Redis cannot serve.
 # OpenAI's clients repeat whatever has the status 408, 409, 429 or one from 500 on, unless a header tells them not to:
 # one job that kills its workers would then kill three times as many.
-_FINAL = (JobFailed, ModelError, ResultTimeout, RedisUnfit)
+_FINAL = (JobFailed, JobNotEnded, ModelError, ResultTimeout, RedisUnfit)
 _NO_RETRY = {"x-should-retry": "false"}
 
 # RFC 6750, 3: a request without a token is told no error.
-_TOKEN_REFUSED = 'Bearer error="invalid_token", error_description="the token is not the one of this endpoint"'
+_TOKEN_REFUSED = 'Bearer error="invalid_token", error_description="the token is none of this endpoint"'
 
-# The routes that begin so are OpenAI's, or speak in their manner.
+# The routes that begin so are OpenAI's, or speak in their manner; so does the path without the slash.
 OPENAI_PREFIX = "/v1/"
 
 # An empty line, which ends no event, and which readers of every kind pass over. Of comments, which the format has for
@@ -83,12 +85,6 @@ class BadField(BadRequest):
     def __init__(self, param: str, message: str) -> None:
         super().__init__(message)
         self.param = param
-
-
-class ModelUnknown(BadRequest):
-    """Raised if the request names a model that no worker serves."""
-
-    http_status = 404
 
 
 class NotReady(FastGPT2Error):
@@ -119,6 +115,7 @@ KINDS: dict[type[FastGPT2Error], Kind] = {
     FastGPT2Error: Kind("server_error", "internal_error", "generation"),
     BadRequest: Kind("invalid_request_error", None, "validation"),
     PromptTooLong: Kind("invalid_request_error", "context_length_exceeded", "validation"),
+    NoChatTemplate: Kind("invalid_request_error", "no_chat_template", "validation"),
     ModelUnknown: Kind("invalid_request_error", "model_not_found", "validation"),
     RequestTooLarge: Kind("invalid_request_error", "request_too_large", "validation"),
     UnsupportedEncoding: Kind("invalid_request_error", "unsupported_encoding", "validation"),
@@ -128,6 +125,7 @@ KINDS: dict[type[FastGPT2Error], Kind] = {
     TokenMissing: Kind("authentication_error", "missing_api_key", "missing_api_key"),
     ForbiddenOrigin: Kind("permission_error", "forbidden_origin", "forbidden_origin"),
     JobNotFound: Kind("invalid_request_error", "job_not_found", "job_not_found"),
+    JobNotEnded: Kind("invalid_request_error", "job_not_ended", "job_not_ended"),
     JobLost: Kind("server_error", "job_lost", "incomplete_generation"),
     JobFailed: Kind("server_error", "job_failed", "generation"),
     JobCancelled: Kind("server_error", "job_cancelled", "incomplete_generation"),
@@ -137,6 +135,7 @@ KINDS: dict[type[FastGPT2Error], Kind] = {
     ModelError: Kind("server_error", "model_error", "generation"),
     QueueFull: Kind("rate_limit_error", "queue_full", "overloaded"),
     QueueUnavailable: Kind("server_error", "queue_unavailable", "overloaded"),
+    TokenLimitReached: Kind("rate_limit_error", "rate_limit_exceeded", "overloaded"),
     NotDurable: Kind("server_error", "not_durable", "overloaded"),
     RedisUnfit: Kind("server_error", "redis_unfit", "generation"),
     RedisAccessDenied: Kind("server_error", "redis_access_denied", "generation"),
@@ -146,19 +145,6 @@ KINDS: dict[type[FastGPT2Error], Kind] = {
     TextReplaced: Kind("server_error", "text_replaced", "incomplete_generation"),
     NotReady: Kind("server_error", "not_ready", "healthcheck"),
 }
-
-# What Starlette refuses itself, by the status; OpenAI has the same codes.
-_OF_ROUTING = {
-    404: Kind("invalid_request_error", "unknown_url", "unknown_url"),
-    405: Kind("invalid_request_error", "method_not_supported", "method_not_supported"),
-}
-
-# How alike the path of a route must be to be what was meant, by difflib's ratio: "/completions" and "/v1/completions"
-# are by 0.89.
-_LIKENESS = 0.8
-
-# The ends of paths at which other APIs chat, and which are not like that of the route that continues a text here.
-_CHATS = ("/responses", "/messages", "/chat")
 
 # Characters that end a line where Python splits one, and which JSON may hold as they are. httpx, and so
 # huggingface_hub, splits streams by them, and would take one event for two.
@@ -191,7 +177,7 @@ def encode_json(value: Any) -> bytes:
 def error_object(error: FastGPT2Error, openai: bool) -> dict[str, Any]:
     """Return the body that tells of an error, as OpenAI's API has it or as text-generation-inference has it."""
     message = _begin_as_openai(str(error)) if isinstance(error, PromptTooLong) else str(error)
-    return _error_body(openai, message, kind_of(error), getattr(error, "param", None))
+    return error_body(openai, message, kind_of(error), getattr(error, "param", None))
 
 
 def _begin_as_openai(message: str) -> str:
@@ -209,7 +195,13 @@ def kind_of(error: FastGPT2Error) -> Kind:
     return next(KINDS[base] for base in type(error).__mro__ if base in KINDS)
 
 
-def _error_body(openai: bool, message: str, kind: Kind, param: str | None = None) -> dict[str, Any]:
+def is_openai(path: str) -> bool:
+    """Tell whether a path is of OpenAI's API, so that errors have its shape."""
+    return f"{path}/".startswith(OPENAI_PREFIX)
+
+
+def error_body(openai: bool, message: str, kind: Kind, param: str | None = None) -> dict[str, Any]:
+    """Return the body that tells of an error, in OpenAI's shape or in text-generation-inference's."""
     if openai:
         return {"error": {"message": message, "type": kind.type, "param": param, "code": kind.code}}
     return {"error": message, "error_type": kind.word}
@@ -220,13 +212,15 @@ def respond(error: FastGPT2Error, scope: Scope) -> Response:
     headers = {}
     if isinstance(error, _FINAL) or error.http_status == FastGPT2Error.http_status:
         headers.update(_NO_RETRY)
+    elif isinstance(error, TokenLimitReached):
+        headers["retry-after"] = str(error.retry_after)
     elif isinstance(error, _PASSING):
         headers["retry-after"] = str(RETRY_AFTER_SECONDS)
     elif isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer" if isinstance(error, TokenMissing) else _TOKEN_REFUSED
     elif isinstance(error, UnsupportedEncoding):
         headers["accept-encoding"] = "identity"
-    return JSON(error_object(error, scope["path"].startswith(OPENAI_PREFIX)), error.http_status, headers)
+    return JSON(error_object(error, is_openai(scope["path"])), error.http_status, headers)
 
 
 async def handle_error(request: Request, error: Exception) -> Response:
@@ -237,35 +231,11 @@ async def handle_error(request: Request, error: Exception) -> Response:
     return respond(error, request.scope)
 
 
-async def handle_unknown_route(request: Request, error: Exception) -> Response:
-    """Answer a request for a route or a method that does not exist, for Starlette."""
-    assert isinstance(error, HTTPException)
-    path = request.url.path
-    message = f"{request.method} {path[:200]}: {error.detail}{_hint(request, error)}"
-    body = _error_body(path.startswith(OPENAI_PREFIX), message, _OF_ROUTING.get(error.status_code, KINDS[BadRequest]))
-    return JSON(body, error.status_code, error.headers)
-
-
-def _hint(request: Request, error: HTTPException) -> str:
-    """Return what a refusal of a path or a method adds: what there is instead; empty if nothing is alike."""
-    if error.status_code == 405:
-        methods = (error.headers or {}).get("Allow", "").split(", ")
-        return f"; this route takes {', '.join(sorted(methods))}"
-    if request.url.path.endswith(_CHATS):
-        return "; /v1/completions may be meant"
-    known = [route.path for route in request.app.routes if isinstance(route, Route) and "{" not in route.path]
-    from difflib import get_close_matches
-
-    alike = get_close_matches(request.url.path[:200], known, n=1, cutoff=_LIKENESS)
-    return f"; {alike[0]} may be meant" if alike else "; /openapi.json tells which routes there are"
-
-
 async def handle_unforeseen(request: Request, error: Exception) -> Response:
     """Log an error that nobody foresaw, and answer with one that says no more, for Starlette."""
     log.error("%s %s failed", request.method, request.url.path, exc_info=error)
     message = "an unforeseen error; the endpoint's log has the details"
-    openai = request.url.path.startswith(OPENAI_PREFIX)
-    return JSON(_error_body(openai, message, KINDS[FastGPT2Error]), 500, _NO_RETRY)
+    return JSON(error_body(is_openai(request.url.path), message, KINDS[FastGPT2Error]), 500, _NO_RETRY)
 
 
 def event(data: Any, name: str = "", event_id: str = "") -> bytes:

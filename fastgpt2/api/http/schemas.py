@@ -104,6 +104,8 @@ def schema_of(hint: Any) -> Schema:
 def with_named_objects(schemas: Mapping[str, Schema]) -> dict[str, Schema]:
     """Return components whose fields that are objects are components too, called as the field: `StreamOptions`.
 
+    So are objects in a list, called as one of them: `Message`.
+
     Raises:
         ValueError: two fields of one name describe different objects.
     """
@@ -122,6 +124,8 @@ def _name_fields(schema: Schema, named: dict[str, Schema]) -> Schema:
 def _refer(schema: Schema, field: str, named: dict[str, Schema]) -> Schema:
     if "anyOf" in schema:
         return {**schema, "anyOf": [_refer(part, field, named) for part in schema["anyOf"]]}
+    if "items" in schema:
+        return {**schema, "items": _refer(schema["items"], field.removesuffix("s"), named)}
     if "properties" not in schema:
         return schema
     name = "".join(word.capitalize() for word in field.split("_"))

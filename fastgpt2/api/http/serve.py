@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import errno
+import logging
 import signal
 import socket
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastgpt2.errors import BadRequest
+
+if TYPE_CHECKING:
+    import uvicorn
+    from starlette.types import ASGIApp
+
+    from fastgpt2.api.http.tokens import Tokens
+
+log = logging.getLogger("fastgpt2.http")
 
 # A last resort after the endpoint's own grace: uvicorn then cancels the requests that are left.
 SHUTDOWN_SECONDS = 10
@@ -29,20 +38,29 @@ def serve(values: dict[str, Any]) -> None:
         BadRequest: the address cannot be bound, or may not be without a token; or the Redis URL cannot be used.
         RedisUnfit: Redis cannot serve, and waiting would not help.
     """
-    import uvicorn
-
-    from fastgpt2.api.http.access import is_loopback, read_token, refuse_exposure
-    from fastgpt2.api.http.app import create_app
-    from fastgpt2.api.http.connections import ACCEPTED_AT_ONCE, BoundedServer, Connection, limit_connections
-    from fastgpt2.api.http.service import Bounds, log
-    from fastgpt2.process import raise_open_file_limit, set_up_logging
+    from fastgpt2.api.http.access import names_to_serve, refuse_exposure
+    from fastgpt2.api.http.app import Web, create_app
+    from fastgpt2.api.http.connections import BoundedServer, limit_connections
+    from fastgpt2.api.http.service import Bounds
+    from fastgpt2.api.http.tokens import read_tokens
+    from fastgpt2.process import HangUp, raise_open_file_limit, set_up_logging
     from fastgpt2.protocol.server_check import refuse_unfit
+    from fastgpt2.tracing import close_tracing, set_up_tracing
 
     set_up_logging(values["log_level"])
-    token = read_token(values["token_file"])
-    refuse_exposure(values["host"], token, values["insecure"])
+    set_up_tracing("fastgpt2-api", values["otlp_traces_endpoint"])
+    hang_up = HangUp()
+    if values["token_file"] is not None:
+        hang_up.listen()  # before the file is read: no signal comes in vain
+    tokens = read_tokens(values["token_file"], hang_up)
+    refuse_exposure(values["host"], tokens is not None, values["insecure"])
     refuse_unfit(values["redis_url"], "endpoint", values["queue"])
-    own_name = values["host"] if is_loopback(values["host"]) else values["host_name"]
+    web = Web(
+        names_to_serve(values["host"], values["host_name"], values["public_url"]),
+        values["allow_origin"],
+        values["public_url"],
+        values["trusted_proxy"],
+    )
     open_files = raise_open_file_limit()
     most = limit_connections(MAX_CONNECTIONS, open_files)
     app = create_app(
@@ -56,43 +74,63 @@ def serve(values: dict[str, Any]) -> None:
             values["durability"],
         ),
         lambda: server.should_exit,
-        token,
-        own_name,
+        tokens,
+        web,
         most,
     )
-    server = BoundedServer(
-        uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            timeout_graceful_shutdown=SHUTDOWN_SECONDS,
-            timeout_keep_alive=values["keep_alive"],
-            server_header=False,
-            # Whatever else is installed: this loop, whose way to accept is known, and this parser, which bounds heads.
-            # And no web sockets: the endpoint has none, and they would pass by `Access`.
-            loop="asyncio",
-            http=Connection,
-            ws="none",
-            backlog=ACCEPTED_AT_ONCE,
-            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
-        ),
-        most,
-        open_files,
-    )
+    server = BoundedServer(_configure(app, values), most, app.state.request_metrics, open_files)
     bound = bind(values["host"], values["port"])
     if most < MAX_CONNECTIONS:
         log.warning("this process may have %d files open: it holds %d connections at most", open_files, most)
     log.info("endpoint on %s", url_of(bound))
-    if not is_loopback(values["host"]):
-        log.info("it listens on %s port %d", *bound.getsockname()[:2])
-    if token is None and not is_loopback(values["host"]):
-        log.warning("everybody who can reach %s may use this endpoint (--insecure)", values["host"])
+    _tell_who_may_ask(values, bound, tokens)
     # A signal stops the server also before uvicorn listens for signals itself. And when uvicorn is done, it raises the
     # signal that stopped it once more: a clean stop would otherwise look like a death.
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, server.handle_exit)
-    server.run(sockets=[bound])
+    try:
+        server.run(sockets=[bound])
+    finally:
+        close_tracing()
     log.info("endpoint has stopped")
+
+
+def _configure(app: ASGIApp, values: dict[str, Any]) -> uvicorn.Config:
+    """Return the settings of uvicorn."""
+    import uvicorn
+
+    from fastgpt2.api.http.connections import ACCEPTED_AT_ONCE, Connection
+
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+        timeout_keep_alive=values["keep_alive"],
+        server_header=False,
+        proxy_headers=False,  # `TrustedProxies` reads them, and believes nobody who is not named
+        # Whatever else is installed: this loop, whose way to accept is known, and this parser, which bounds heads.
+        # And no web sockets: the endpoint has none, and they would pass by `Access`.
+        loop="asyncio",
+        http=Connection,
+        ws="none",
+        backlog=ACCEPTED_AT_ONCE,
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+    )
+
+
+def _tell_who_may_ask(values: dict[str, Any], bound: socket.socket, tokens: Tokens | None) -> None:
+    """Write into the log where the endpoint listens, and who may use it."""
+    from fastgpt2.api.http.access import is_loopback
+
+    if not is_loopback(values["host"]):
+        log.info("it listens on %s port %d", *bound.getsockname()[:2])
+    if tokens is not None and tokens.names:
+        log.info("tokens: %s", ", ".join(tokens.names))
+    if tokens is None and not is_loopback(values["host"]):
+        log.warning("everybody who can reach %s may use this endpoint (--insecure)", values["host"])
+    if tokens is None and "*" in values["allow_origin"]:
+        log.warning("every web page that a browser on this machine opens may use this endpoint (--allow-origin *)")
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -1,22 +1,23 @@
-"""The pool as the routes use it: client, jobs that requests wait for, their bounds, the stop, and the served models."""
+"""The pool as the routes use it: client, jobs that requests wait for, their bounds, and the stop."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from starlette.requests import Request
 
+from fastgpt2.api.client.admission import Admission
 from fastgpt2.api.client.async_client import AsyncClient
 from fastgpt2.api.client.enqueue import IdempotencyKey, JobPlan, SentJob, idempotency_keys
-from fastgpt2.api.client.flow import AsyncDriver, Command, Flow, Pipeline
 from fastgpt2.api.client.outcome import Outcome, unwrap
 from fastgpt2.api.client.reader import JobReader
+from fastgpt2.api.client.requeue import Again, run_again
+from fastgpt2.api.http.access import LIMITS_STATE, TOKEN_STATE
 from fastgpt2.api.http.requests import ClientGone
 from fastgpt2.api.http.watch import Watch
 from fastgpt2.engine.decoding.records import GenerationResult
@@ -29,11 +30,11 @@ from fastgpt2.errors import (
     ServiceBusy,
     ServiceStopping,
 )
-from fastgpt2.protocol.keys import workers_key
 from fastgpt2.protocol.messages import Piece
-from fastgpt2.protocol.untrusted import epoch_seconds
+from fastgpt2.tracing import span
 
-log = logging.getLogger("fastgpt2.http")
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
 
 # The limit for jobs that are waited for at once, over all requests.
 MAX_WAITING = 2000
@@ -52,10 +53,6 @@ HEAD_SECONDS = 1.0
 KEEP_ALIVE_SECONDS = 15.0
 IDEMPOTENCY_HEADER = "idempotency-key"
 MAX_KEY_CHARACTERS = 255
-
-# How long the list of models is used before it is read again, and the limit for workers that are asked for theirs.
-MODELS_FRESH_SECONDS = 5.0
-MAX_WORKERS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,13 +127,13 @@ class Service:
             asked: see `idempotency_keys`.
 
         Raises:
-            BadRequest, PromptTooLong, QueueFull, QueueUnavailable, ServiceBusy, IdempotencyMismatch
+            BadRequest, PromptTooLong, QueueFull, QueueUnavailable, ServiceBusy, IdempotencyMismatch, TokenLimitReached
             NotDurable: the jobs are cancelled; with an idempotency key they go on, for the client that asks again.
         """
         self._check_room(len(plans))
         keys = read_idempotency_keys(request, len(plans), asked)
         try:
-            sent = await self.driver.run(self.session.send_all(plans, keys))
+            sent = await self.send(request, plans, keys)
         except NotDurable as error:
             if keys is None:
                 self._start_cancelling(error.job_ids)
@@ -149,6 +146,41 @@ class Service:
                 left = [job.id for job in pending.jobs if job.outcome is None]
                 if left and not self.is_closing:
                     self._start_cancelling(left)
+
+    async def send(
+        self, request: Request, plans: Sequence[JobPlan], keys: Sequence[IdempotencyKey] | None
+    ) -> list[SentJob]:
+        """Enqueue the jobs of a request, all or none, if the limits of its token leave room for them.
+
+        Where requests are traced, this is a span of its own, which the jobs' spans continue.
+
+        Raises:
+            What `Session.send_all` raises.
+        """
+        with self._enqueue_span(len(plans)) as begun, _admission(request, self.client.queue_name) as admission:
+            sent = await self.driver.run(self.session.send_all(plans, keys, admission))
+            if begun is not None:
+                begun.set_attribute("messaging.message.id", sent[0].id)
+            return sent
+
+    def _enqueue_span(self, count: int) -> AbstractContextManager[Span | None]:
+        """Return the context whose span is that of the enqueueing of a number of jobs."""
+        told = {
+            "messaging.system": "rq",
+            "messaging.operation.type": "send",
+            "messaging.destination.name": self.session.queue,
+            "messaging.batch.message_count": count,
+        }
+        return span("enqueue", told)
+
+    async def run_again(self, request: Request, job_id: str, keys: Sequence[IdempotencyKey] | None) -> Again:
+        """Run a job again, if the limits of the request's token leave room for it.
+
+        Raises:
+            What `fastgpt2.api.client.requeue.run_again` raises.
+        """
+        with self._enqueue_span(1), _admission(request, self.client.queue_name) as admission:
+            return await self.driver.run(run_again(self.session, job_id, keys, admission))
 
     def attend(self, request: Request, job_id: str, streamed: bool, timeout: float | None = None) -> PendingJobs:
         """Wait within a context for a job that exists; it goes on whatever becomes of the request.
@@ -176,6 +208,20 @@ class Service:
         for job_id in job_ids:
             with suppress(FastGPT2Error):
                 await self.client.cancel(job_id)
+
+
+@contextmanager
+def _admission(request: Request, queue: str) -> Iterator[Admission | None]:
+    """Yield the room within the limits of a request's token, which the answer's headers tell; None without one."""
+    token = request.scope.get("state", {}).get(TOKEN_STATE)
+    if token is None:
+        yield None
+        return
+    admission = Admission(queue, token.name, token.waiting, token.tokens_per_minute)
+    try:
+        yield admission
+    finally:
+        request.scope["state"][LIMITS_STATE] = admission.headers()
 
 
 def read_idempotency_keys(request: Request, jobs: int, asked: object, prefix: str = "") -> list[IdempotencyKey] | None:
@@ -270,6 +316,7 @@ class PendingJobs:
                     yield number, piece
                 if job.outcome is not None:
                     del left[number]
+                    self._note_model(job.outcome)
                     yield number, job.outcome
             if not left:
                 return
@@ -280,6 +327,11 @@ class PendingJobs:
             timer = loop.call_at(quiet_until, self.signal.set)
             await self.signal.wait()
             timer.cancel()
+
+    def _note_model(self, outcome: Outcome) -> None:
+        """Have the request's line of the log tell of the model that has answered."""
+        if isinstance(outcome, GenerationResult):
+            self._request.scope["log_fields"]["model"] = outcome.model
 
     async def _check_worth_waiting(self, job: JobReader) -> None:
         """Raise if nobody waits any more, or no longer may; the job is one of those that have not ended."""
@@ -312,34 +364,3 @@ class PendingJobs:
             async for event in self.events():
                 if event is not None and isinstance(event[1], JobNotFound):
                     raise event[1]
-
-
-class Models:
-    """The models that live workers serve, read from the workers' own hashes in Redis."""
-
-    def __init__(self, driver: AsyncDriver, queue: str) -> None:
-        self._driver = driver
-        self._queue = queue
-        self._known: dict[str, int] = {}
-        self._fresh_until = 0.0
-
-    async def read(self) -> dict[str, int]:
-        """Return each model's id, and since when a worker serves it (seconds since 1970); the most served model first.
-
-        Raises:
-            QueueUnavailable
-        """
-        if time.monotonic() >= self._fresh_until:
-            self._known = await self._driver.run(self._read())
-            # A pool without models may get its first one at any moment.
-            self._fresh_until = time.monotonic() + MODELS_FRESH_SECONDS if self._known else 0.0
-        return self._known
-
-    def _read(self) -> Flow[dict[str, int]]:
-        keys = yield Command("smembers", (workers_key(self._queue),))
-        asked = tuple(Command("hmget", (key, "model", "birth")) for key in sorted(keys)[:MAX_WORKERS])
-        births: dict[str, list[int]] = {}
-        for model, birth in (yield Pipeline(asked)) if asked else ():
-            if model:
-                births.setdefault(model.decode("utf-8", "replace"), []).append(max(0, int(epoch_seconds(birth) or 0)))
-        return {name: min(births[name]) for name in sorted(births, key=lambda name: (-len(births[name]), name))}

@@ -1,43 +1,48 @@
-"""The page for a browser: one document that holds its style and its script, with headers that allow nothing else."""
+"""The pages for a browser: each is one document that holds its style and its script, and may load nothing else."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent
 _STYLE = '<link rel="stylesheet" href="page.css">'
 _SCRIPT = '<script type="module" src="page.js"></script>'
+_STYLE_PARTS = ("base.css", "page.css", "jobs.css")
 # The parts of one module. They share one scope: each uses what the parts before it declare.
-_SCRIPT_PARTS = ("words.js", "requests.js", "charts.js", "tables.js", "prompt.js", "page.js")
-
-
-def page() -> tuple[bytes, dict[str, str]]:
-    """Return the document and its headers; it is put together once in a process."""
-    document, policy = _document()
-    return document, {
-        "content-type": "text/html; charset=utf-8",
-        "content-security-policy": policy,
-        "x-content-type-options": "nosniff",
-        "referrer-policy": "no-referrer",
-        "cross-origin-opener-policy": "same-origin",
-        "cross-origin-resource-policy": "same-origin",
-        # A stored page of an older version would ask this endpoint for what it no longer has.
-        "cache-control": "no-store",
-        # A client that does not ask for HTML gets another answer at the same address.
-        "vary": "Accept",
-    }
+_SCRIPT_PARTS = (
+    "words.js", "requests.js", "charts.js", "tables.js", "models.js", "prompt.js", "job.js", "job_list.js", "views.js",
+    "page.js",
+)  # fmt: skip
+_DOCS_STYLE_PARTS = ("base.css", "docs.css")
+_DOCS_SCRIPT_PARTS = ("words.js", "requests.js", "docs.js")
 
 
 @cache
-def _document() -> tuple[bytes, str]:
-    """Return the document and its Content-Security-Policy, which allows its own style and script by their hashes."""
-    style = _read("page.css")
-    script = "\n".join(_read(name) for name in _SCRIPT_PARTS)
-    document = _read("index.html")
-    document = document.replace(_STYLE, f"<style>{style}</style>").replace(
+def page() -> tuple[bytes, dict[str, str]]:
+    """Return the page that shows the pool, and its headers; it is put together once in a process."""
+    # A client that does not ask for HTML gets another answer at the same address.
+    document, headers = _put_together(_read("index.html"), _STYLE_PARTS, _SCRIPT_PARTS)
+    return document, {**headers, "vary": "Accept"}
+
+
+def docs(content: str) -> tuple[bytes, dict[str, str]]:
+    """Return the page of the routes, and its headers.
+
+    Args:
+        content: what stands on it, as HTML.
+    """
+    frame = _read("docs.html").replace("<!-- content -->", content)
+    return _put_together(frame, _DOCS_STYLE_PARTS, _DOCS_SCRIPT_PARTS)
+
+
+def _put_together(frame: str, styles: Sequence[str], scripts: Sequence[str]) -> tuple[bytes, dict[str, str]]:
+    """Return a document, and headers whose Content-Security-Policy allows its own style and script by their hashes."""
+    style, script = ("\n".join(map(_read, names)) for names in (styles, scripts))
+    document = frame.replace(_STYLE, f"<style>{style}</style>").replace(
         _SCRIPT, f'<script type="module">{script}</script>'
     )
     policy = (
@@ -53,7 +58,16 @@ def _document() -> tuple[bytes, str]:
         "require-trusted-types-for 'script'",
         "trusted-types 'none'",
     )
-    return document.encode(), "; ".join(policy)
+    return document.encode(), {
+        "content-type": "text/html; charset=utf-8",
+        "content-security-policy": "; ".join(policy),
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+        "cross-origin-opener-policy": "same-origin",
+        "cross-origin-resource-policy": "same-origin",
+        # A stored page of an older version would ask this endpoint for what it no longer has.
+        "cache-control": "no-store",
+    }
 
 
 def _read(name: str) -> str:

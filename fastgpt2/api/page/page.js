@@ -16,7 +16,7 @@ async function look() {
   if (isLooking || document.hidden || !byId("token-form").hidden) return;
   isLooking = true;
   try {
-    const found = await readPool();
+    const [found] = await Promise.all([readPool(), lookAtView()]);
     if (found) show(...found);
   } finally {
     isLooking = false;
@@ -50,6 +50,7 @@ function show(status, jobs) {
   document.body.classList.remove("stale");
   showCharts(status);
   showTables(status, jobs);
+  showModels(status);
   const { workers } = status;
   const models = (status.models ?? []).join(", ");
   const waiting = `${whole(status.queue?.depth)}\u00a0waiting`;
@@ -119,7 +120,7 @@ byId("token-form").addEventListener("submit", (event) => {
   showState("waiting", "Connecting", "");
   period = PERIOD;
   look().then(() => {
-    if (byId("token-form").hidden) byId("prompt").focus();
+    if (byId("token-form").hidden) (document.body.dataset.view === "pool" ? byId("prompt") : titleOfView()).focus();
   });
 });
 

@@ -50,6 +50,7 @@ const trial = {
       headers: { "Content-Type": "application/json" },
       body: JSON.stringify({
         prompt,
+        ...(byId("model").value && { model: byId("model").value }),
         max_tokens: byId("max-tokens").valueAsNumber,
         ...readChoosing(),
         stream: true,

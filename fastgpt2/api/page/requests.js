@@ -64,6 +64,11 @@ function cancelJob(id) {
   return askJson(`v1/jobs/${encodeURIComponent(id)}`, { method: "DELETE" });
 }
 
+/** Run a job again. Return it, or the new job that runs in its place. */
+function runAgain(id) {
+  return askJson(`v1/jobs/${encodeURIComponent(id)}/requeue`, { method: "POST" });
+}
+
 /** Yield the data of each server-sent event in a body. */
 async function* eventsOf(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();

@@ -121,15 +121,13 @@ const JOBS_ASKED = 100;
 const JOBS_SHOWN = 20;
 const RUNNING_SHOWN = 6; // at least, where jobs that have ended would fill the table
 
-// RQ's words for which there are better ones.
-const JOB_STATES = { queued: "waiting", started: "running", canceled: "cancelled" };
-
 let moment = 0; // the endpoint's clock at the last look, in seconds since 1970
+let modelsByWorker = new Map(); // empty if all workers have the same model
 
 const jobRows = new Rows(byId("jobs"), (job) => job.id, [
-  { head: true, text: (job) => job.id.slice(0, 8), title: (job) => job.id, style: "id" },
+  { head: true, control: makeJobLink, text: shortId, title: (job) => job.id, style: "id" },
   {
-    text: (job) => JOB_STATES[job.status] ?? job.status ?? UNKNOWN,
+    text: (job) => (STATES[job.status] ?? job.status ?? UNKNOWN).toLowerCase(),
     kind: (job) => job.status,
     note: (job) => job.error ?? (job.finish_reason !== "cancelled" && job.finish_reason),
     title: (job) => job.error,
@@ -140,7 +138,12 @@ const jobRows = new Rows(byId("jobs"), (job) => job.id, [
   { text: (job) => duration(job.queue_seconds), style: "number" },
   { text: (job) => duration(firstTokenOf(job)), style: "number" },
   { text: (job) => roughly(speedOf(job)), style: "number" },
-  { text: (job) => job.worker ?? UNKNOWN, title: (job) => job.worker, style: "name" },
+  {
+    text: (job) => job.worker ?? UNKNOWN,
+    note: (job) => modelsByWorker.get(job.worker),
+    title: (job) => job.worker,
+    style: "name",
+  },
   { text: (job) => (isNumber(job.ended_at) ? ago(moment - job.ended_at) : UNKNOWN), style: "number" },
   { control: makeCancelButton, showControl: showCancelButton, style: "control" },
 ]);
@@ -189,6 +192,16 @@ function isActive(job) {
   return job.status === "queued" || job.status === "started";
 }
 
+function shortId({ id }) {
+  return visible(id.slice(0, 8));
+}
+
+function makeJobLink(id) {
+  const link = makeElement("a");
+  link.href = addressOfJob(id);
+  return link;
+}
+
 function makeCancelButton(id) {
   const button = makeElement("button", "", "Cancel");
   button.type = "button";
@@ -226,6 +239,8 @@ function showList(list, entries) {
 function showTables(status, jobs) {
   const { workers, totals } = status;
   moment = status.time ?? Date.now() / 1000;
+  modelsByWorker = new Map(workers.map((worker) => [worker.name, worker.model]));
+  if (new Set(modelsByWorker.values()).size < 2) modelsByWorker.clear();
   workerRows.show(workers);
   showList(byId("pool"), [
     ["memory", `${megabytes(total(workers, "private_bytes"))}\u00a0MB`],

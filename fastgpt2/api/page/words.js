@@ -1,6 +1,14 @@
 // The text of figures; one that is not known is a dash. And the helpers that put text on the page.
 
 const UNKNOWN = "–";
+
+// What people read for RQ's words on how a job stands.
+const STATES = {
+  queued: "Waiting", started: "Running", finished: "Finished", failed: "Failed", stopped: "Stopped",
+  canceled: "Cancelled", deferred: "Waiting for another job", scheduled: "Scheduled",
+  rate_limited: "Waiting under a rate limit", expired: "Gone",
+};
+
 const wholeFormat = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 
 function isNumber(value) {
@@ -62,6 +70,14 @@ function total(things, name) {
 
 function join(...parts) {
   return parts.filter(Boolean).join(" · ");
+}
+
+// Characters that a screen does not show, or that turn the direction of what follows.
+const UNSEEN = /[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]/g;
+
+/** Return a text from outside with the characters that nobody would see as their escapes. */
+function visible(text) {
+  return text.replace(UNSEEN, (character) => `\\u${character.codePointAt(0).toString(16).padStart(4, "0")}`);
 }
 
 function byId(id) {

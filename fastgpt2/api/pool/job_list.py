@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from fastgpt2.api.pool.job_details import MAX_LISTED_DATA_BYTES, short_prompt
 from fastgpt2.protocol.connection import redis_errors
 from fastgpt2.protocol.keys import MAX_LATEST, job_key, latest_key
 from fastgpt2.protocol.scripts import Script
-from fastgpt2.protocol.untrusted import check_replies, epoch_seconds, read, real, text, whole
+from fastgpt2.protocol.stored_jobs import read_call
+from fastgpt2.protocol.untrusted import check_replies, epoch_seconds, real, text, whole
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -26,10 +27,6 @@ WHOLES = ("prompt_tokens", "cached_tokens", "completion_tokens", "steps", "draft
 REALS = ("queue_seconds", "prefill_seconds", "decode_seconds", "ended_at")
 _UNKNOWN: dict[str, Any] = dict.fromkeys((*TEXTS, *WHOLES, *REALS))
 MAX_PROMPTS = 100
-MAX_PROMPT_SHOWN = 200
-
-# The limit for a job's data, packed or not. To read more for a hundred jobs at a time would keep the endpoint busy.
-_MAX_DATA_BYTES = 64 << 10
 _READ_DATA = Script(__file__, "read_data")
 
 
@@ -79,14 +76,18 @@ async def read_latest(connection: Redis, queue: str, limit: int) -> list[dict[st
         For each job `id`, `status` (RQ's), `finish_reason` or `error` (its kind), `prompt_tokens`, `cached_tokens`,
         `completion_tokens`, `steps`, `drafted`, `accepted` (as `Drafting` has them), `queue_seconds`,
         `prefill_seconds`, `decode_seconds`, `ended_at` (seconds since 1970), `worker`. A field that is not known is
-        None. An entry that is not a worker's record is left out.
+        None. An entry that is not a worker's record is left out; of a job that was run again, all but its latest end.
     """
     if limit < 1:
         return []
     pipeline = connection.pipeline(transaction=False)
-    pipeline.lrange(latest_key(queue), 0, min(limit, MAX_LATEST) - 1)
+    pipeline.lrange(latest_key(queue), 0, MAX_LATEST - 1)
     (entries,) = check_replies(await pipeline.execute(raise_on_error=False))
-    return [record for entry in entries or () if (record := _parse_record(entry)) is not None]
+    found: dict[str, dict[str, Any]] = {}
+    for entry in entries or ():
+        if len(found) < limit and (record := _parse_record(entry)) is not None:
+            found.setdefault(record["id"], record)
+    return list(found.values())
 
 
 def _parse_record(entry: bytes) -> dict[str, Any] | None:
@@ -106,7 +107,7 @@ def _parse_record(entry: bytes) -> dict[str, Any] | None:
 
 
 async def read_prompts(connection: Redis, job_ids: Sequence[str]) -> dict[str, str | list[int]]:
-    """Return the prompts of jobs by their ids: at most 200 characters of text, or at most 200 token ids.
+    """Return the prompts of jobs by their ids: at most 200 characters of text or of a chat, or at most 200 token ids.
 
     Left out are jobs that are gone, jobs whose entry cannot be read or has more than 64 KiB of arguments, and all jobs
     after the first hundred.
@@ -114,29 +115,12 @@ async def read_prompts(connection: Redis, job_ids: Sequence[str]) -> dict[str, s
     ids = list(dict.fromkeys(job_ids))[:MAX_PROMPTS]
     if not ids:
         return {}
-    packed = await _READ_DATA.run_async(connection, (), (_MAX_DATA_BYTES, *map(job_key, ids)))
+    packed = await _READ_DATA.run_async(connection, (), (MAX_LISTED_DATA_BYTES, *map(job_key, ids)))
     # In a thread, as it takes a while to look through a hundred pickles.
     prompts = await asyncio.to_thread(lambda: [_find_prompt(data) for data in packed])
     return {job_id: prompt for job_id, prompt in zip(ids, prompts, strict=True) if prompt is not None}
 
 
 def _find_prompt(data: bytes) -> str | list[int] | None:
-    """Return the prompt in a job's data. RQ keeps (function, instance, args, kwargs), packed by zlib or not."""
-    inflater = zlib.decompressobj()
-    try:
-        plain = inflater.decompress(data, _MAX_DATA_BYTES)
-        if inflater.unconsumed_tail:
-            return None
-    except zlib.error:
-        plain = data
-    try:
-        _, _, args, kwargs = read(plain)
-        prompt = args[0] if args else kwargs["prompt"]
-    except (ValueError, TypeError, LookupError):
-        return None
-    if isinstance(prompt, str):
-        return prompt[:MAX_PROMPT_SHOWN]
-    if not isinstance(prompt, list | tuple):
-        return None
-    ids = list(prompt[:MAX_PROMPT_SHOWN])
-    return ids if all(isinstance(each, int) and not isinstance(each, bool) for each in ids) else None
+    call = read_call(data, MAX_LISTED_DATA_BYTES)
+    return None if call is None else short_prompt(call.prompt)

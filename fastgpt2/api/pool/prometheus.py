@@ -6,11 +6,14 @@ The figures are those that stand in Redis; Prometheus's own library writes them 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fastgpt2 import __version__
-from fastgpt2.api.pool.snapshot import Snapshot, read_snapshot
+from fastgpt2.api.pool.by_model import read_model_states
+from fastgpt2.api.pool.redis_metrics import redis_metrics
+from fastgpt2.api.pool.snapshot import Snapshot, WorkerEntry, read_snapshot
 from fastgpt2.protocol import keys
 from fastgpt2.protocol.untrusted import real, whole
 
@@ -88,11 +91,21 @@ _WORKER_GAUGES = (
 )
 
 
-async def render_metrics(connection: Redis, queue: str, accept: str = "") -> tuple[str, bytes]:
+class Collector(Protocol):
+    """What has metrics of its own."""
+
+    def collect(self) -> Iterable[Metric]:
+        """Yield the metrics as they are now."""
+
+
+async def render_metrics(
+    connection: Redis, queue: str, accept: str = "", collectors: Iterable[Collector] = ()
+) -> tuple[str, bytes]:
     """Write the metrics of a pool in the format that Prometheus asks for.
 
     Args:
         accept: the request's header of that name. It names Prometheus's text format or OpenMetrics.
+        collectors: what has metrics beside the pool's.
 
     Returns:
         The content type, and the body.
@@ -102,6 +115,8 @@ async def render_metrics(connection: Redis, queue: str, accept: str = "") -> tup
 
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_PoolCollector(await read_snapshot(connection, queue)))
+    for collector in collectors:
+        registry.register(collector)
     encode, content_type = choose_encoder(accept)
     return content_type, encode(registry)
 
@@ -121,6 +136,9 @@ class _PoolCollector:
         for histogram, name, meaning in _HISTOGRAMS:
             yield _histogram(histogram, name, meaning, self._snapshot.totals)
         yield from _worker_gauges(self._snapshot)
+        yield from _model_gauges(self._snapshot)
+        yield from _model_counters(self._snapshot)
+        yield from redis_metrics(self._snapshot.redis)
 
 
 def _queue_gauges(snapshot: Snapshot) -> Iterator[Metric]:
@@ -138,9 +156,10 @@ def _queue_gauges(snapshot: Snapshot) -> Iterator[Metric]:
         "Seconds that the job at the head of a queue has waited; 0 if none waits, absent if that cannot be read.",
         labels=["priority"],
     )
-    for priority, depth in snapshot.depths.items():
+    longest = snapshot.waits()
+    for priority, depth in snapshot.depths().items():
         depths.add_metric([priority], depth)
-        wait = snapshot.waits[priority] if depth else 0.0
+        wait = longest[priority] if depth else 0.0
         if wait is not None:
             waits.add_metric([priority], wait)
     yield depths
@@ -148,7 +167,7 @@ def _queue_gauges(snapshot: Snapshot) -> Iterator[Metric]:
     jobs = GaugeMetricFamily(
         "fastgpt2_jobs", "Jobs that Redis holds, by RQ's states; ended jobs count until they expire.", labels=["state"]
     )
-    for state, count in {"queued": sum(snapshot.depths.values()), **snapshot.jobs}.items():
+    for state, count in {"queued": sum(snapshot.depths().values()), **snapshot.jobs}.items():
         jobs.add_metric([state], count)
     yield jobs
 
@@ -200,7 +219,7 @@ def _worker_gauges(snapshot: Snapshot) -> Iterator[Metric]:
     for name, entry in {entry.name: entry for entry in snapshot.workers}.items():
         fields = entry.fields
         jobs.add_metric([name], entry.claimed_count)
-        states[entry.state if entry.state in states else "other"] += 1
+        states[_state_of(entry)] += 1
         if entry.heard_seconds is not None:
             ages.add_metric([name], entry.heard_seconds)
         for field, gauge in gauges.items():
@@ -216,6 +235,64 @@ def _worker_gauges(snapshot: Snapshot) -> Iterator[Metric]:
     yield ages
     yield jobs
     yield from gauges.values()
+
+
+def _model_gauges(snapshot: Snapshot) -> Iterator[Metric]:
+    """Yield what waits for each name of a model, and who serves it. A worker counts with each of its names."""
+    from prometheus_client.metrics_core import GaugeMetricFamily
+
+    depths = GaugeMetricFamily(
+        "fastgpt2_model_queue_jobs", "Waiting jobs that name a model, by its name.", labels=["model"]
+    )
+    waits = GaugeMetricFamily(
+        "fastgpt2_model_oldest_wait_seconds",
+        "Seconds that the first of these jobs has waited; 0 if none waits, absent if that cannot be read.",
+        labels=["model"],
+    )
+    workers = GaugeMetricFamily(
+        "fastgpt2_model_workers",
+        "Registered workers that serve a name of a model, by state.",
+        labels=["model", "state"],
+    )
+    for state in read_model_states(snapshot):
+        depth = sum(snapshot.depths(state.name).values())
+        depths.add_metric([state.name], depth)
+        wait = max((wait for wait in snapshot.waits(state.name).values() if wait is not None), default=None)
+        if wait is not None or not depth:
+            waits.add_metric([state.name], wait or 0.0)
+        counts = Counter(_state_of(worker) for worker in state.workers)
+        for name in (*WORKER_STATES, "other"):
+            workers.add_metric([state.name, name], counts[name])
+    yield depths
+    yield waits
+    yield workers
+
+
+def _model_counters(snapshot: Snapshot) -> Iterator[Metric]:
+    """Yield what was done for each model, by the first name of the workers that did it."""
+    from prometheus_client.metrics_core import CounterMetricFamily
+
+    tokens = CounterMetricFamily(
+        "fastgpt2_model_tokens",
+        "Tokens by the first name of their model: prompt, cached, generated, drafted and accepted ones.",
+        labels=["model", "kind"],
+    )
+    ended = CounterMetricFamily(
+        "fastgpt2_model_jobs",
+        "Jobs that ended on a worker, by the first name of its model, RQ's status and reason.",
+        labels=["model", "status", "reason"],
+    )
+    for model, totals in sorted(snapshot.totals_by_model.items()):
+        for field in keys.TOKEN_COUNTS:
+            tokens.add_metric([model, field.removesuffix("_tokens")], _count(totals, field))
+        for outcome in keys.OUTCOMES:
+            ended.add_metric([model, *outcome], _count(totals, keys.ended_field(*outcome)))
+    yield tokens
+    yield ended
+
+
+def _state_of(worker: WorkerEntry) -> str:
+    return worker.state if worker.state in WORKER_STATES else "other"
 
 
 def _count(totals: Mapping[str, Any], field: str) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastgpt2 import __version__
+from fastgpt2.api.pool.by_model import ModelState, read_model_states
 from fastgpt2.api.pool.snapshot import Snapshot, WorkerEntry, read_snapshot
 from fastgpt2.protocol import keys
 from fastgpt2.protocol.scripts import Script
@@ -37,7 +38,7 @@ _COUNT_SERVING = Script(__file__, "count_serving")
 
 
 async def read_status(connection: Redis, queue: str, history: bool = False) -> dict[str, Any]:
-    """Read the state of a queue and its workers, as JSON.
+    """Read the state of a pool, as JSON.
 
     Args:
         history: add what the pool did in each ten seconds of the last fifteen minutes.
@@ -46,14 +47,15 @@ async def read_status(connection: Redis, queue: str, history: bool = False) -> d
         `queue`: the queue's name, its depth, the depth by priority, and the longest time in seconds that the job at
         the head of a queue has waited (None if no job waits). `jobs`: counts by RQ's states; finished and failed jobs
         count until they expire. `totals`: what was counted since the pool was first used. `rates`: those of the last
-        1, 5 and 15 minutes, and None for a mean of nothing. `models`: the models that the workers serve. `workers`:
-        each with its state (RQ's word, or "silent" for one that hangs), age and time since its last heartbeat
-        (seconds), model, notes on the model, counts, pace, memory and the jobs that it has claimed (`in_hand` is their
-        number). What a worker says of itself is as old as its heartbeat.
+        1, 5 and 15 minutes, and None for a mean of nothing. `models`: the names of the models that the workers serve.
+        `by_model`: for each name, the workers that serve it, what waits for it, and what was done. `workers`: each
+        with its state (RQ's word, or "silent" for one that hangs), age and time since its last heartbeat (seconds), the
+        names of its model, notes on the model, counts, pace, memory and the jobs that it has claimed (`in_hand` is
+        their number). What a worker says of itself is as old as its heartbeat.
     """
     snapshot = await read_snapshot(connection, queue, BUCKETS)
-    depth = sum(snapshot.depths.values())
-    waits = [seconds for seconds in snapshot.waits.values() if seconds is not None]
+    depths = snapshot.depths()
+    depth = sum(depths.values())
     workers = [_describe_worker(entry, snapshot.time) for entry in snapshot.workers]
     status = {
         "version": __version__,
@@ -61,17 +63,46 @@ async def read_status(connection: Redis, queue: str, history: bool = False) -> d
         "queue": {
             "name": queue,
             "depth": depth,
-            "by_priority": snapshot.depths,
-            "oldest_wait_seconds": round(max(waits), 3) if waits else None,
+            "by_priority": depths,
+            "oldest_wait_seconds": _longest(snapshot.waits()),
         },
         "jobs": {"queued": depth, **snapshot.jobs},
         "totals": _totals(snapshot),
         "rates": _rates(snapshot.recent, snapshot.time),
-        "models": sorted({worker["model"] for worker in workers if worker["model"]}),
+        "models": sorted({name for entry in snapshot.workers for name in entry.models}),
+        "by_model": {state.name: _describe_model(state, snapshot) for state in read_model_states(snapshot)},
         "workers": workers,
         "redis": {"version": snapshot.redis_version},
     }
     return {**status, "history": _history(snapshot.recent)} if history else status
+
+
+def _longest(waits: dict[str, float | None]) -> float | None:
+    known = [seconds for seconds in waits.values() if seconds is not None]
+    return round(max(known), 3) if known else None
+
+
+def _describe_model(state: ModelState, snapshot: Snapshot) -> dict[str, Any]:
+    """Return the figures of one name. What was done counts with the first name of the workers that did it."""
+    depths, totals = snapshot.depths(state.name), snapshot.totals_by_model.get(state.name, {})
+    ended = {outcome: whole(totals.get(keys.ended_field(*outcome))) or 0 for outcome in keys.OUTCOMES}
+    return {
+        "served": state.is_served,
+        "models": sorted({worker.models[0] for worker in state.workers}),
+        "workers": len(state.serving),
+        "silent": len(state.workers) - len(state.serving),
+        "depth": sum(depths.values()),
+        "by_priority": depths,
+        "oldest_wait_seconds": _longest(snapshot.waits(state.name)),
+        "in_hand": sum(worker.claimed_count for worker in state.serving),
+        "max_batch": sum(whole(worker.fields.get("max_batch")) or 1 for worker in state.serving),
+        "tokens_per_second": round(sum(real(one.fields.get("tokens_per_second")) or 0.0 for one in state.serving), 3),
+        "totals": {
+            **{name: whole(totals.get(name)) or 0 for name in keys.TOKEN_COUNTS},
+            "finished": sum(count for (status, _), count in ended.items() if status == "finished"),
+            "failed": sum(count for (status, _), count in ended.items() if status == "failed"),
+        },
+    }
 
 
 def _totals(snapshot: Snapshot) -> dict[str, Any]:
@@ -99,7 +130,11 @@ def _describe_worker(entry: WorkerEntry, now: float) -> dict[str, Any]:
         "heartbeat_age_seconds": _age(entry.heard_seconds),
         "host": text(fields.get("hostname")) or None,
         "pid": whole(fields.get("pid")),
-        **{name: text(fields.get(name)) or None for name in ("model", "computes_by", "blas", "weights", "drafts")},
+        "model": entry.models[0] if entry.models else None,
+        "models": list(entry.models),
+        "named_only": fields.get(keys.NAMED_ONLY_FIELD) == b"1",
+        "chat": fields.get(keys.CHAT_FIELD) == b"1",
+        **{name: text(fields.get(name)) or None for name in ("computes_by", "blas", "weights", "drafts")},
         "notes": _read_notes(fields.get("notes")),
         "n_positions": whole(fields.get("n_positions")),
         "threads": whole(fields.get("threads")),
@@ -148,7 +183,8 @@ async def record_depth(connection: Redis, queue: str) -> None:
     Raises:
         RedisError: Redis cannot be reached, or takes nothing that is new.
     """
-    await _RECORD_DEPTH.run_async(connection, (), (keys.recent_key(queue, ""), *keys.queues_of(queue)))
+    arguments = (keys.recent_key(queue, ""), keys.models_key(queue), *keys.queues_of(queue))
+    await _RECORD_DEPTH.run_async(connection, (), arguments)
 
 
 def _rates(recent: Sequence[tuple[int, dict[str, Any]]], now: float) -> dict[str, dict[str, float | None]]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from fastgpt2.api.client.bulk import BULK_RESULT_TTL_SECONDS, BulkRun, Item, ProgressBar, run_bulk
 from fastgpt2.api.client.enqueue import plan_job
-from fastgpt2.api.client.flow import Driver
+from fastgpt2.api.client.flow import Driver, Flow, Pause
 from fastgpt2.api.client.outcome import Outcome
 from fastgpt2.api.client.session import Session
 from fastgpt2.commands.batch.formats import Format, output_format
@@ -30,7 +30,11 @@ from fastgpt2.commands.batch.source import Source, peeked, read_ahead
 from fastgpt2.commands.prompts import note_idle_options, request_fields
 from fastgpt2.errors import BadRequest, FastGPT2Error, JobCancelled, JobFailed, JobLost, JobNotFound, JobStopped
 from fastgpt2.process import on_stop_signals
+from fastgpt2.protocol.request_context import take_from_environment
 from fastgpt2.system.own_pool import OwnPool, RunningPool, pool_of_run
+
+# How often a pool without workers is looked at.
+WORKER_POLL_SECONDS = 0.2
 
 # If the first lines all fail, what is wrong is wrong with all.
 FIRST_LINES = 20
@@ -63,9 +67,10 @@ def run(values: dict[str, Any]) -> int:
     target = None if values["output"] in (None, "-") else Path(values["output"])
     if path is not None and target is not None and target.exists() and path.exists() and path.samefile(target):
         raise BadRequest(f"{path} is both input and output; name another file with -o")
-    fields = _job_fields(values)
-    plan = plan_job("", fields)
+    take_from_environment()
     pool = pool_of_run(values)
+    fields = _job_fields(values, pool.model)
+    plan = plan_job("", fields)
     with closing(Source(path, values)) as source:
         kind = output_format(target, values["output_format"], source.form)
         reader = source.make_reader(kind, values, fields)
@@ -77,12 +82,12 @@ def run(values: dict[str, Any]) -> int:
             total = source.total(reader)
             is_done = _is_done(source, reader, output, total, values["retry_errors"])
             if is_done:  # a pool of the run's own would be started for nothing
-                pool = RunningPool(values["redis_url"])
+                pool = RunningPool(values["redis_url"], pool.model)
             try:
                 with (
                     pool,
                     closing(Report(total, sys.stderr.isatty())) as report,
-                    closing(Batch(pool, values, reader, output, report, mark)) as batch,
+                    closing(Batch(pool, values, reader, output, report, mark, source.names_models)) as batch,
                 ):
                     if is_done:
                         batch.keep_all(lines)
@@ -100,10 +105,15 @@ def run(values: dict[str, Any]) -> int:
     return 1 if report.errors.total() or report.unfinished else 0
 
 
-def _job_fields(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the `JobFields` that the options give."""
+def _job_fields(values: dict[str, Any], model: str | None) -> dict[str, Any]:
+    """Return the `JobFields` that the options give.
+
+    Args:
+        model: the name of the model that lines ask for which name none.
+    """
     return {
         **request_fields(values),
+        "model": model,
         "timeout": values["deadline"],
         "priority": values["priority"],
         "result_ttl": BULK_RESULT_TTL_SECONDS,
@@ -175,6 +185,7 @@ class Batch:
         pool: runs the jobs; it has been entered.
         values: of the command's options.
         mark: see `mark_of_options`.
+        names_models: lines may name the model that they are for.
     """
 
     def __init__(
@@ -185,10 +196,12 @@ class Batch:
         output: FileOutput | StreamOutput,
         report: Report,
         mark: str,
+        names_models: bool,
     ) -> None:
         self._session = Session(pool.redis_url, values["queue"], values["max_queue"], values["durability"])
         self._driver = Driver(pool.redis_url, pool.check)
         self._is_own = pool.is_own
+        self._names_models = names_models or pool.model is not None
         self._in_flight: int = values["in_flight"]
         self._retries_errors: bool = values["retry_errors"]
         self._reader = reader
@@ -231,16 +244,13 @@ class Batch:
             raise FastGPT2Error("the input has changed since it was read; run the same command again")
 
     def _look_at_pool(self) -> None:
-        if self._form is not LINE_RECORDS:
-            from fastgpt2.commands.batch.openai_lines import OpenAILineReader, served_models
-
-            assert isinstance(self._reader, OpenAILineReader)
-            self._reader.served = self._driver.run(served_models(self._session.queue))
         if not self._driver.run(self._session.workers()):
             self._report.say(
                 f"no worker listens on the queue {self._session.queue!r} yet; waiting for `fastgpt2 up` or `pool` "
                 "(--model ID starts workers for this run alone)"
             )
+            if self._names_models:  # a job for a model that nobody serves would be refused
+                self._driver.run(_wait_for_worker(self._session))
 
     def _missing(self, lines: Iterator[Line | None]) -> Iterator[Pending | None]:
         """Yield the lines that are to be run; None where the input has nothing yet."""
@@ -334,6 +344,11 @@ class Batch:
 
     def close(self) -> None:
         self._driver.close()
+
+
+def _wait_for_worker(session: Session) -> Flow[None]:
+    while not (yield from session.workers()):
+        yield Pause(WORKER_POLL_SECONDS)
 
 
 def _is_passing(outcome: Outcome) -> bool:

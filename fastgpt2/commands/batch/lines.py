@@ -18,6 +18,7 @@ from fastgpt2.foreign_fields import take_known
 from fastgpt2.protocol.messages import job_to_kwargs
 
 if TYPE_CHECKING:
+    from fastgpt2.api.http.chat_request import Chat
     from fastgpt2.api.http.completion_request import Completion
 
 MAX_LINE_BYTES = 8 << 20
@@ -25,8 +26,10 @@ MAX_ID_CHARACTERS = 256
 DIGEST_DIGITS = 16
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
-# What a line may have: the prompt and what it asks for, its time, and the caller's own name for it.
-_LINE_FIELDS = (*fields_of(GenerationRequest), "timeout", "id")
+# What a line may have: the prompt and what it asks for, of which model, its time, what asked for it, and the caller's
+# own name for it.
+_CONTEXT_FIELDS = ("request_id", "traceparent", "tracestate")
+_LINE_FIELDS = (*fields_of(GenerationRequest), "model", "timeout", *_CONTEXT_FIELDS, "id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,7 @@ class Line:
     digest: str
     row: Mapping[str, Any] = field(default_factory=dict)
     number: int = 0
-    completion: Completion | None = None
+    completion: Completion | Chat | None = None
 
     @property
     def items(self) -> list[JobPlan] | list[JobPlan | BadRequest]:
@@ -115,9 +118,9 @@ class LineReader(RawLineReader):
             line_id = _check_id(fields.pop("id", None))
             if line_id is not None:
                 row["id"] = line_id
-            prompt = fields.pop("prompt")
+            prompt = fields.pop("prompt", "")
             if self._with_prompt:
-                row["prompt"] = prompt
+                row["prompt"] = fields.get("messages") or prompt
             plan = plan_prompt(prompt, {**self._fields, **fields})
         except BadRequest as error:
             return Line(error, digest_of(raw), row, number)
@@ -163,7 +166,7 @@ def _parse(text: str) -> dict[str, Any]:
     if "custom_id" in value and "body" in value:
         raise BadRequest("the line is one of OpenAI's batches; give --format openai")
     known = take_known(value, _LINE_FIELDS)
-    if "prompt" not in known:
+    if "prompt" not in known and "messages" not in known:
         raise BadRequest("prompt is missing")
     return known
 
@@ -216,7 +219,8 @@ def digest_of(data: bytes) -> str:
 
 def digest_of_plan(plan: JobPlan, line_id: str | int | None = None) -> str:
     """Return the digest of what a job asks for. The times and the priority do not change its result."""
-    determines = {**job_to_kwargs(plan.request, NO_OPTIONS), "id": line_id}
+    model = {} if plan.options.model is None else {"model": plan.options.model}
+    determines = {**job_to_kwargs(plan.request, NO_OPTIONS), **model, "id": line_id}
     return digest_of(json.dumps(determines, sort_keys=True).encode())
 
 

@@ -1,4 +1,4 @@
-"""The lines of OpenAI's batches: a request to `/v1/completions` a line, and a line of answer for each.
+"""The lines of OpenAI's batches: a request for completions or for a chat a line, and a line of answer for each.
 
 Sources: OpenAI's API reference, "Batch", the request input and the request output objects; vLLM's `run_batch`, which
 has the same lines. A request that an endpoint would refuse has that endpoint's status and error as its response; a line
@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from fastgpt2.api.client.flow import Command, Flow, Pipeline
 from fastgpt2.api.client.outcome import Outcome, unwrap
+from fastgpt2.api.http.chat import chat_object
+from fastgpt2.api.http.chat_request import Chat, parse_chat, translate_chat_error
 from fastgpt2.api.http.completion_request import Completion, parse_completion, translate_error
-from fastgpt2.api.http.completions import completion_object, unknown_model
+from fastgpt2.api.http.completions import completion_object
 from fastgpt2.api.http.responses import BadField, error_object
 from fastgpt2.commands.batch.lines import Line, RawLineReader, decode_line, digest_of, parse_json
 from fastgpt2.commands.batch.records import Origin, Record, read_name
+from fastgpt2.engine.decoding.records import GenerationResult
 from fastgpt2.errors import BadRequest, FastGPT2Error
-from fastgpt2.protocol.keys import Priority, workers_key
+from fastgpt2.protocol.keys import Priority
 
-COMPLETIONS_URL = "/v1/completions"
+COMPLETIONS_URL, CHATS_URL = "/v1/completions", "/v1/chat/completions"
 _ID_PREFIX = "batch_req_"
 MAX_ID_CHARACTERS = 512
 
@@ -32,7 +34,7 @@ _NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
 
 
 class NoRequest(BadRequest):
-    """Raised if a line is no request to `/v1/completions`.
+    """Raised if a line is no request that can be made to an endpoint.
 
     Attributes:
         code: the error's, for programs.
@@ -50,16 +52,12 @@ class OpenAILineReader(RawLineReader):
         options: the fields of a request that the command line gives, for bodies that do not say otherwise.
         priority: of all jobs whose bodies name none.
         timeout: the seconds from its enqueueing that each job may take.
-
-    Attributes:
-        served: the models that the pool serves; empty while nobody knows them.
     """
 
     def __init__(self, options: Mapping[str, Any], priority: Priority, timeout: float | None) -> None:
         self._defaults = {_NAMES.get(name, name): value for name, value in options.items()}
         self._priority = priority
         self._timeout = timeout
-        self.served: Collection[str] = ()
 
     def _line(self, raw: bytes, number: int) -> Line:
         row: dict[str, Any] = {"custom_id": None}
@@ -67,9 +65,13 @@ class OpenAILineReader(RawLineReader):
         try:
             value = _parse_line(raw)
             row["custom_id"] = _check_custom_id(value)
-            body = {**self._defaults, **_check_request(value)}
-            digest = digest_of(json.dumps([row["custom_id"], body], sort_keys=True).encode())
-            completion = self._parse(body)
+            url, given = _check_request(value)
+            defaults = self._defaults if url == COMPLETIONS_URL else _in_chats(self._defaults, given)
+            body = {**defaults, **given}
+            # The digests of completions are those that earlier releases have written.
+            of_url = [] if url == COMPLETIONS_URL else [url]
+            digest = digest_of(json.dumps([row["custom_id"], body, *of_url], sort_keys=True).encode())
+            completion = self._parse(url, body)
         except BadRequest as error:
             return Line(error, digest, row, number)
         return Line(completion.plans[0], digest, row, number, completion)
@@ -77,23 +79,23 @@ class OpenAILineReader(RawLineReader):
     def _too_long(self, error: BadRequest) -> BadRequest:
         return NoRequest("line_too_long", str(error))
 
-    def _parse(self, body: dict[str, Any]) -> Completion:
-        completion = parse_completion({"priority": self._priority, **body})
+    def _parse(self, url: str, body: dict[str, Any]) -> Completion | Chat:
+        given = {"priority": self._priority, **body}
+        completion = parse_completion(given) if url == COMPLETIONS_URL else parse_chat(given)
         if completion.request.stream:
             raise BadField("stream", "stream must be false or left out in a batch: a line has one answer")
-        model = completion.request.wanted_model
-        if model is not None and self.served and model not in self.served:
-            raise unknown_model(model, self.served)
         plans = [replace(plan, options=replace(plan.options, timeout=self._timeout)) for plan in completion.plans]
         return replace(completion, plans=plans)
 
 
-def served_models(queue: str) -> Flow[set[str]]:
-    """Return the models that the workers of a queue serve."""
-    keys = yield Command("smembers", (workers_key(queue),))
-    asked = tuple(Command("hget", (key, "model")) for key in sorted(keys))
-    replies = (yield Pipeline(asked)) if asked else ()
-    return {model.decode("utf-8", "replace") for model in replies if model}
+def _in_chats(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the defaults of completions as a chat has them, whose body has these fields."""
+    own = {name: value for name, value in defaults.items() if name != "logprobs"}
+    if defaults.get("logprobs") is not None:
+        own.update(logprobs=True, top_logprobs=defaults["logprobs"])
+    if given.get("max_completion_tokens") is not None:
+        own.pop("max_tokens", None)
+    return own
 
 
 def looks_like_request(raw: bytes) -> bool:
@@ -122,15 +124,15 @@ def _check_custom_id(value: dict[str, Any]) -> str:
     return custom_id
 
 
-def _check_request(value: dict[str, Any]) -> dict[str, Any]:
-    """Return the body of a line."""
+def _check_request(value: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the url and the body of a line."""
     if value.get("method", "POST") != "POST":
         raise NoRequest("invalid_method", f"method must be POST, not {str(value['method'])[:20]!r}")
     url = value.get("url")
-    if url != COMPLETIONS_URL:
+    if not isinstance(url, str) or url not in (COMPLETIONS_URL, CHATS_URL):
         raise NoRequest(
             "invalid_url",
-            f"url must be {COMPLETIONS_URL}, not {str(url)[:100]!r}: GPT-2 continues texts, and has neither chats nor "
+            f"url must be {COMPLETIONS_URL} or {CHATS_URL}, not {str(url)[:100]!r}: GPT-2 continues texts, and has no "
             "embeddings",
         )
     for name in value:
@@ -138,8 +140,8 @@ def _check_request(value: dict[str, Any]) -> dict[str, Any]:
             raise NoRequest("invalid_request", f"unknown field {name[:100]!r}; known are custom_id, method, url, body")
     body = value.get("body")
     if not isinstance(body, dict):
-        raise NoRequest("invalid_body", "body must be an object, as /v1/completions takes it")
-    return body
+        raise NoRequest("invalid_body", f"body must be an object, as {url} takes it")
+    return url, body
 
 
 class OpenAIRecords:
@@ -187,10 +189,23 @@ def _respond(line: Line, outcomes: Sequence[Outcome]) -> tuple[Record | None, Re
     except FastGPT2Error as reason:
         if isinstance(reason, NoRequest):
             return None, {"code": reason.code, "message": str(reason)}
-        request = None if line.completion is None else line.completion.request
-        error = translate_error(reason, request)
+        error = _translate(reason, line.completion)
         status, body = error.http_status, error_object(error, openai=True)
     else:
         assert line.completion is not None
-        status, body = 200, dict(completion_object(str(uuid.uuid4()), line.completion, results))
+        status, body = 200, _answer(line.completion, results)
     return {"status_code": status, "request_id": request_id, "body": body}, None
+
+
+def _translate(error: FastGPT2Error, completion: Completion | Chat | None) -> FastGPT2Error:
+    """Return the error of a line's job, or of its body, as the route says it that the line is for."""
+    if isinstance(completion, Chat):
+        return translate_chat_error(error, completion.request)
+    return translate_error(error, None if completion is None else completion.request)
+
+
+def _answer(completion: Completion | Chat, results: list[GenerationResult]) -> Record:
+    answer_id = str(uuid.uuid4())
+    if isinstance(completion, Chat):
+        return dict(chat_object(answer_id, completion, results[0]))
+    return dict(completion_object(answer_id, completion, results))

@@ -79,7 +79,8 @@ class Report:
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         else:
-            print(text, file=sys.stderr, flush=True)
+            # As one piece: two threads say something.
+            print(f"{text}\n", end="", file=sys.stderr, flush=True)
 
     def _tell_now_and_then(self, interval: float) -> None:
         while not self._ended.wait(interval):

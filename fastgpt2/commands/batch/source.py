@@ -69,6 +69,11 @@ class Source:
         """Tell whether a column is the prompt, and the others are passed through."""
         return self.form.is_table or self._column is not None
 
+    @property
+    def names_models(self) -> bool:
+        """Tell whether a line may name the model that it is for."""
+        return self.form.name in ("jsonl", "openai") and not self.is_table
+
     def make_reader(self, kind: Format, values: Mapping[str, Any], fields: dict[str, Any]) -> Reader:
         """Return what makes lines of the input.
 
@@ -84,6 +89,8 @@ class Source:
 
             named = {setting.field or setting.name: setting for setting in settings.OF_REQUEST}
             given = {name: fields[name] for name, setting in named.items() if fields[name] != setting.default}
+            if fields["model"] is not None:
+                given["model"] = fields["model"]
             return OpenAILineReader(given, values["priority"], values["deadline"])
         if self.form.name == "parquet":
             from fastgpt2.commands.batch.parquet import ParquetReader

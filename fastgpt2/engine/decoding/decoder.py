@@ -8,7 +8,6 @@ more.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import replace
 from functools import cached_property
 from operator import attrgetter
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from fastgpt2.engine.decoding.chooser import new_chooser
 from fastgpt2.engine.decoding.drafter import Drafter
 from fastgpt2.engine.decoding.logprobs import logprob_of, token_logprob
+from fastgpt2.engine.decoding.prompt_reader import PromptReader
 from fastgpt2.engine.decoding.records import FinishReason, GenerationRequest, TokenLogprob, random_seed
 from fastgpt2.engine.decoding.sampler import Scratch
 from fastgpt2.engine.decoding.sequence import Sequence, TokenizedPrompt
@@ -29,6 +29,7 @@ from fastgpt2.engine.model.generation_config import GenerationConfig
 from fastgpt2.engine.network.gpt2 import DEFAULT_MAX_ROWS, GPT2, PREFILL_ROWS_BESIDE
 from fastgpt2.engine.network.prefixes import Prefixes
 from fastgpt2.engine.network.step import Segment
+from fastgpt2.engine.text.chat_template import ChatTemplate
 from fastgpt2.engine.text.tokenizer import Tokenizer
 from fastgpt2.errors import BadRequest, CheckpointError
 
@@ -53,6 +54,7 @@ class Decoder:
 
     Args:
         generation: which tokens begin and end a text.
+        chat_template: what makes prompts of chats.
         prefixes: where keys and values of prompts are kept for others that begin alike; None to keep none.
         drafter: what guesses tokens; None to guess none.
     """
@@ -64,8 +66,10 @@ class Decoder:
         generation: GenerationConfig,
         prefixes: Prefixes | None = None,
         drafter: Drafter | None = None,
+        chat_template: ChatTemplate | None = None,
     ) -> None:
         self.model, self.tokenizer, self.generation, self.prefixes = model, tokenizer, generation, prefixes
+        self.chat_template = chat_template or ChatTemplate({})
         self.drafter = drafter or Drafter(model)
         self._scratch = Scratch(model.config.vocab_size)
         self.running: list[Sequence] = []
@@ -78,7 +82,8 @@ class Decoder:
         return Grammars(self.tokenizer, self.model.config.vocab_size)
 
     def close(self) -> None:
-        """End what compiles grammars. The decoder still decodes."""
+        """End what compiles grammars and renders chats. The decoder still decodes."""
+        self.chat_template.close()
         if "grammars" in vars(self):
             self.grammars.close()
 
@@ -97,81 +102,20 @@ class Decoder:
 
         Raises:
             BadRequest: the prompt cannot be encoded, or the model lacks a token of it or of an option.
+            NoChatTemplate: the request has messages, and the model no chat template.
             PromptTooLong: prompt and continuation exceed the model's positions.
         """
-        request, ids = self._tokenize(request)
-        self._check_ids("stop_token_ids", request.stop_token_ids)
-        self._check_ids("suppress_tokens", request.suppress_tokens or ())
-        self._check_ids("logit_bias", request.logit_bias or ())
-        max_new_tokens = request.room(len(ids), self.model.config.n_positions)
+        reader = PromptReader(self.tokenizer, self.generation, self.chat_template, self.model.config)
+        asked, eos_token_ids = request, reader.eos_token_ids(request)
+        request, ids = reader.tokenize(request)
+        reader.check_ids("stop_token_ids", request.stop_token_ids)
+        reader.check_ids("suppress_tokens", request.suppress_tokens or ())
+        reader.check_ids("logit_bias", request.logit_bias or ())
+        max_new_tokens = asked.room(len(ids), self.model.config.n_positions)
         request = request.with_seed(random_seed()).with_defaults(self.generation.options)
-        offsets, bad_words = self._offsets(request, ids), self._bad_words(request)
+        offsets, bad_words = reader.offsets(request, ids), reader.bad_words(request, eos_token_ids)
         grammar = self.grammars.compile(request, ids) if request.guided else None
-        return TokenizedPrompt(request, ids, max_new_tokens, offsets, bad_words, grammar)
-
-    def _tokenize(self, request: GenerationRequest) -> tuple[GenerationRequest, list[int]]:
-        """Return a request, and the tokens of its prompt. If not all are kept, those that are become the prompt."""
-        most = request.most_prompt_tokens(self.model.config.n_positions)
-        if isinstance(request.prompt, str):
-            ids, is_cut = self.tokenizer.encode_last(request.prompt, most)
-            self._check_text(ids)
-        else:
-            ids = list(request.prompt if most is None else request.prompt[-most:])
-            is_cut = len(ids) < len(request.prompt)
-            self._check_ids("prompt", ids)
-        if is_cut:
-            request = replace(request, prompt=tuple(ids))
-        return request, ids or [self.generation.start_token_id]
-
-    def _check_text(self, ids: Iterable[int]) -> None:
-        """Raise BadRequest if the tokenizer has read a prompt as a token that the model does not have."""
-        vocab_size = self.model.config.vocab_size
-        for token_id in ids:
-            if token_id >= vocab_size:
-                raise BadRequest(
-                    f"the tokenizer reads {self.tokenizer.token_text(token_id)!r} in the prompt as token {token_id}, "
-                    f"and the model's vocabulary has {vocab_size}: leave that out of the prompt"
-                )
-
-    def _check_ids(self, field: str, ids: Iterable[int]) -> None:
-        """Raise BadRequest if a field of a request holds a token id that the model does not have."""
-        vocab_size = self.model.config.vocab_size
-        largest = max(ids, default=0)
-        if largest >= vocab_size:
-            raise BadRequest(
-                f"{field} holds token id {largest}, and the model's vocabulary has {vocab_size}: "
-                f"give ids from 0 to {vocab_size - 1}"
-            )
-
-    def _bad_words(self, request: GenerationRequest) -> list[tuple[int, ...]]:
-        """Return the tokens of a request's bad words.
-
-        A string is banned as it stands, and behind a space, as in vLLM. The model's own end of a text is never banned
-        by itself, as in transformers.
-        """
-        words = dict[tuple[int, ...], None]()
-        for word in request.bad_words or ():
-            if isinstance(word, str):
-                spellings = word, f" {word.lstrip()}"
-                words.update(dict.fromkeys(tuple(self.tokenizer.encode_part(spelling)) for spelling in spellings))
-            else:
-                self._check_ids("bad_words", word)
-                words[word] = None
-        ends = {(token_id,) for token_id in self.generation.eos_token_ids}
-        return [word for word in words if word and word not in ends]
-
-    def _offsets(self, request: GenerationRequest, ids: list[int]) -> list[int]:
-        """Return where in the prompt's text its tokens begin, for `prompt_logprobs`; [] without them."""
-        if request.prompt_logprobs is None:
-            return []
-        if isinstance(request.prompt, str):
-            return self.tokenizer.offsets(request.prompt) or [0]
-        detokenizer, length, offsets = self.tokenizer.detokenizer(), 0, list[int]()
-        for token_id in ids:
-            # What was held back may have come out shorter than it was.
-            offsets.append(max([length + detokenizer.begin(token_id), *offsets[-1:]]))
-            length += len(detokenizer.push(token_id))
-        return offsets
+        return TokenizedPrompt(request, ids, max_new_tokens, offsets, bad_words, grammar, eos_token_ids)
 
     def has_room(self, prompt: TokenizedPrompt) -> bool:
         """Tell whether `admit` takes this prompt in now: there are a slot and memory for all that it can grow to."""
@@ -189,7 +133,7 @@ class Decoder:
         """
         request, given = prompt.request, prompt.request.prompt
         matcher = prompt.grammar.result().matcher() if prompt.grammar is not None else None
-        end_ids, choice_index = self._end_ids(request), request.choice_index + index
+        end_ids, choice_index = prompt.eos_token_ids.union(request.stop_token_ids), request.choice_index + index
         least = request.min_new_tokens or self.generation.least_new_tokens(len(prompt.ids))
         text, detokenizer = "", self.tokenizer.detokenizer(prompt.ids)
         if request.echo and given:
@@ -205,6 +149,7 @@ class Decoder:
             # A token is run for the sake of the next one: to generate it, or to know how likely it was.
             pending=prompt.ids if prompt.max_new_tokens else prompt.ids[: len(scored[1:])],
             detokenizer=detokenizer,
+            eos_token_ids=prompt.eos_token_ids,
             end_ids=end_ids,
             least_new_tokens=least,
             stops=self._stop_strings(request, len(text)),
@@ -232,13 +177,6 @@ class Decoder:
         )
         self.running.append(sequence)
         return sequence
-
-    def _eos_token_ids(self, request: GenerationRequest) -> tuple[int, ...]:
-        """Return the model's own tokens that end a text, unless the request tells to pass over them."""
-        return self.generation.eos_token_ids if not request.ignore_eos else ()
-
-    def _end_ids(self, request: GenerationRequest) -> frozenset[int]:
-        return frozenset((*self._eos_token_ids(request), *request.stop_token_ids))
 
     def _stop_strings(self, request: GenerationRequest, begin: int) -> StopStrings | None:
         return StopStrings(request.stop, self.tokenizer.special_tokens, begin) if request.stop else None
@@ -449,7 +387,7 @@ class Decoder:
             token_id = int(others.argmax())
         is_end = may_end and token_id in end_ids
         # As in transformers, the model's own end is text if it is no special token; as in vLLM, a stop token is not.
-        is_eos = is_end and token_id in self._eos_token_ids(request)
+        is_eos = is_end and token_id in sequence.eos_token_ids
         is_text = not is_end or (is_eos and not self.tokenizer.is_special(token_id))
         if not is_text:
             sequence.flush_text()

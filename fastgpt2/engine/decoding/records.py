@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal, TypedDict
 
-from fastgpt2.engine.decoding.options import TextOptions, check_token_ids, token_ids_field
+from fastgpt2.engine.decoding.chat_options import CHAT_FIELDS, ChatOptions, is_messages
+from fastgpt2.engine.decoding.options import check_token_ids, token_ids_field
 from fastgpt2.errors import BadRequest, PromptTooLong
 from fastgpt2.fields import Field, check_fields, described, is_listed, items_of, plain, refusal, whole
 
@@ -94,15 +95,20 @@ KeptTokens = Annotated[int, Field({**_KEPT_TOKENS.schema, "not": {"const": 0}}, 
 Logprobs = Annotated[int, whole(0, MAX_LOGPROBS)]
 
 
+_NEW_TOKENS_BY_DEFAULT = f"{DEFAULT_MAX_NEW_TOKENS} by default; in a chat, as many as there is room for."
+
+
 @dataclass(frozen=True, slots=True)
-class GenerationRequest(TextOptions):
+class GenerationRequest(ChatOptions):
     """One prompt and how to continue it, checked when made; `TextOptions` has the options of how tokens are chosen.
+
+    A chat has `messages` in place of a prompt; see `ChatOptions`.
 
     Args:
         prompt: the text to continue, or its token ids. An empty prompt starts from the model's beginning-of-text token.
         max_new_tokens: the most tokens to generate. None means 20, or `min_new_tokens` if that is more, or fewer where
-            the model's positions leave less room. 0 generates nothing: the prompt may then fill all positions, and
-            the model reads it only if the result tells of it.
+            the model's positions leave less room; in a chat, as many as they leave room for. 0 generates nothing: the
+            prompt may then fill all positions, and the model reads it only if the result tells of it.
         stop: generation ends before the first of these strings, and the text is cut there. One string may stand alone.
             A special token is no part of the text, but a string that names one, such as "<|im_end|>", stops at it.
         ignore_eos: go on past the end-of-text token.
@@ -121,8 +127,8 @@ class GenerationRequest(TextOptions):
         BadRequest: a field has a wrong type or is out of bounds; the message names the field and the bound.
     """
 
-    prompt: Prompt
-    max_new_tokens: Annotated[NewTokens | None, f"{DEFAULT_MAX_NEW_TOKENS} by default."] = None
+    prompt: Prompt = ""
+    max_new_tokens: Annotated[NewTokens | None, _NEW_TOKENS_BY_DEFAULT] = None
     stop: StopStrings = ()
     ignore_eos: bool = False
     min_new_tokens: NewTokens = 0
@@ -134,6 +140,9 @@ class GenerationRequest(TextOptions):
 
     def __post_init__(self) -> None:
         check_fields(self)
+        self.check_chat()
+        if self.messages is not None and len(self.prompt):
+            raise BadRequest("prompt and messages are both given; a text continues one of them: leave one out")
         if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
             raise refusal("min_new_tokens", f"between 0 and {self.max_new_tokens}", self.min_new_tokens)
         if self.best_of is not None and self.best_of < self.n:
@@ -153,6 +162,18 @@ class GenerationRequest(TextOptions):
     def with_seed(self, seed: int) -> GenerationRequest:
         """Return the request with a seed if it needs one and has none."""
         return replace(self, seed=seed) if self.samples and self.seed is None else self
+
+    def with_tokens(self, ids: Sequence[int]) -> GenerationRequest:
+        """Return the request with the tokens that its prompt, or its chat, has come to as its prompt."""
+        no_chat: dict[str, Any] = {
+            field.name: field.default for field in fields(ChatOptions) if field.name in CHAT_FIELDS
+        }
+        return replace(self, prompt=tuple(ids), **no_chat)
+
+    @property
+    def given(self) -> Any:
+        """Return the prompt as a caller gives it: a text, token ids, or a mapping with the messages of a chat."""
+        return self.prompt if self.messages is None else {"messages": self.messages}
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> GenerationRequest:
         """Return the request with the model's own options where it has none; its temperature is for `do_sample`."""
@@ -213,6 +234,8 @@ class GenerationRequest(TextOptions):
             )
         if self.max_new_tokens is not None:
             return self.max_new_tokens
+        if self.messages is not None:
+            return left
         return min(self.default_new_tokens, left)
 
 
@@ -221,6 +244,12 @@ class RequestFields(TypedDict, total=False):
 
     max_new_tokens: int | None
     stop: str | Iterable[str]
+    messages: Sequence[Mapping[str, Any]]
+    add_generation_prompt: bool | None
+    continue_final_message: bool
+    tools: Sequence[Mapping[str, Any]]
+    documents: Sequence[Mapping[str, Any]]
+    chat_template_kwargs: Mapping[str, Any] | None
     ignore_eos: bool
     min_new_tokens: int
     logprobs: int | None
@@ -253,16 +282,21 @@ class RequestFields(TypedDict, total=False):
 def split_prompt(given: Mapping[str, Any], fields: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Return the prompt of a mapping that holds one beside other fields, and these fields together with others.
 
+    The prompt of a mapping with the messages of a chat is empty; the messages are among the fields.
+
     Args:
         fields: what holds where the mapping has no such field, or null.
 
     Raises:
         BadRequest: it holds no prompt.
     """
-    if "prompt" not in given:
-        raise BadRequest("prompt is missing in a mapping of a prompt and its fields")
+    has_messages = given.get("messages") is not None
+    if "prompt" not in given and not has_messages:
+        hint = '; for a chat of this one message, write {"messages": [message]}' if is_messages([given]) else ""
+        raise BadRequest(f"prompt is missing in a mapping of a prompt and its fields{hint}")
     own = {name: value for name, value in given.items() if name != "prompt" and value is not None}
-    return given["prompt"], {**fields, **own}
+    prompt = given.get("prompt")
+    return "" if prompt is None and has_messages else prompt, {**fields, **own}
 
 
 def list_stops(fields: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -43,6 +43,7 @@ class TokenizedPrompt:
         offsets: where in the prompt's text each of the ids begins; empty unless `prompt_logprobs` are asked for.
         bad_words: the tokens of the request's `bad_words`.
         grammar: the form of a guided text, once it is compiled; None if the text is not guided.
+        eos_token_ids: the tokens that end the text by themselves, none if the request passes over them.
     """
 
     request: GenerationRequest
@@ -51,6 +52,7 @@ class TokenizedPrompt:
     offsets: Seq[int] = ()
     bad_words: Seq[tuple[int, ...]] = ()
     grammar: Future[Grammar] | None = None
+    eos_token_ids: frozenset[int] = frozenset()
 
     @property
     def positions(self) -> int:
@@ -68,7 +70,8 @@ class Sequence:
         slot: its place in the KV cache, its own until it is finished.
         pending: tokens not yet run: what is left of the prompt, then the token generated last.
         detokenizer: what makes the tokens' text; it holds back what later tokens may change.
-        end_ids: the tokens that end the text, the model's own and those that the request names.
+        eos_token_ids: the model's own tokens that end the text.
+        end_ids: these, and those that the request names.
         least_new_tokens: how many tokens come before the first that may be one of these.
         stops: the request's stop strings; None without any.
         text: the text generated, complete characters only, cut before a stop string; with `echo` after the prompt's.
@@ -95,6 +98,7 @@ class Sequence:
     slot: int
     pending: Seq[int]
     detokenizer: Detokenizer
+    eos_token_ids: frozenset[int]
     end_ids: frozenset[int]
     least_new_tokens: int
     stops: StopStrings | None

@@ -42,6 +42,10 @@ TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 ADDED_TOKENS_FILE = "added_tokens.json"
 ADAPTER_FILE = "adapter_config.json"
+# A chat template alone, others beside it by their names, and what processors of several media had before.
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+CHAT_TEMPLATE_FOLDER = "additional_chat_templates"
+PROCESSOR_TEMPLATE_FILE = "chat_template.json"
 # The names that classes of transformers give to a model of sentencepiece; the first is taken by all of them.
 SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "sentencepiece.model", "spm.model")
 

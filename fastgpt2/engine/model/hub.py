@@ -18,6 +18,8 @@ from typing import Any
 
 from fastgpt2.engine.model.config import (
     ADAPTER_FILE,
+    CHAT_TEMPLATE_FILE,
+    CHAT_TEMPLATE_FOLDER,
     CONFIG_FILE,
     INDEX_FILE,
     NANOGPT_FILE,
@@ -45,6 +47,9 @@ DEFAULT_REVISION = "main"
 # Classes of tokenizers that take their vocabulary of sentencepiece's file, and of tokenizer.json only what remains.
 _READ_PIECES_TOO = ("GPTSw3Tokenizer", "GPTSw3TokenizerFast")
 PIECES_FILE = "spiece.model"
+
+# Of a folder of chat templates, the one that is taken where there are tools.
+TOOLS_TEMPLATE_FILE = "tool_use.jinja"
 
 # Files that every repository has and no program asks for by name: where one of them is in the cache, someone has
 # downloaded all of the revision.
@@ -288,6 +293,9 @@ def _collect_tokenizer(fetch: Fetch) -> Path | None:
     Without a `tokenizer.json` the class decides which of the others are read, so that all of them are fetched.
     """
     settings = {name: fetch(name) for name in (CONFIG_FILE, *TOKENIZER_EXTRAS)}
+    # Of the templates that stand in a folder beside the first, one alone is ever taken.
+    if fetch(CHAT_TEMPLATE_FILE) is not None:
+        fetch(f"{CHAT_TEMPLATE_FOLDER}/{TOOLS_TEMPLATE_FILE}")
     whole = fetch(TOKENIZER_FILE)
     if whole is not None:
         naming = filter(None, (settings[name] for name in (CONFIG_FILE, TOKENIZER_CONFIG_FILE)))
@@ -414,7 +422,7 @@ def _make_fetch(repo_id: str, revision: str) -> Fetch:
             raise reason.__cause__ or reason from None
         except EntryNotFoundError:
             return None
-        commit = path.parent.name  # snapshots/<commit>/<name>
+        commit = path.parents[name.count("/")].name  # snapshots/<commit>/<name>
         return path
 
     return fetch

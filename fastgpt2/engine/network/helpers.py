@@ -111,6 +111,10 @@ def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
 
 def main() -> None:
     """Run as a helper, until the parent ends."""
+    if os.environ.get("FASTGPT2_LOG_FORMAT") == "json":  # what a defect here prints is read with the other events
+        from fastgpt2.events import log_events
+
+        log_events("helper")
     hold_to_one_thread()
     from fastgpt2.engine.kernels import make_product
     from fastgpt2.engine.kernels.kernel import Kernel

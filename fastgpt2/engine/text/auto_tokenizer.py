@@ -8,7 +8,9 @@ The class of the tokenizer decides which files are read and what is believed of 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastgpt2.engine.model.config import (
@@ -62,6 +64,7 @@ class LoadedTokenizer(NamedTuple):
             no character for U+FFFD, and not its whole row.
         eos_token_id: the tokenizer's own end-of-sequence token, or None.
         bos_token_id: the tokenizer's own beginning-of-sequence token, or None.
+        special_texts: the texts of the special tokens that have a part, by its name, such as `eos_token`.
         notes: sentences for people on what was passed over.
     """
 
@@ -70,6 +73,7 @@ class LoadedTokenizer(NamedTuple):
     bytes_alone: bool = False
     eos_token_id: int | None = None
     bos_token_id: int | None = None
+    special_texts: Mapping[str, str] = MappingProxyType({})
     notes: tuple[str, ...] = ()
 
 
@@ -135,6 +139,7 @@ class _Loader:
             bytes_alone=kind is not None and kind.raw,
             eos_token_id=special.find(backend, "eos_token"),
             bos_token_id=special.find(backend, "bos_token"),
+            special_texts={name: str(token) for name, token in special.named.items() if token is not None},
             notes=tuple(self.notes),
         )
 

@@ -49,6 +49,8 @@ class Tokenizer:
     Attributes:
         bos_token_id: the token with which the tokenizer begins a text, or GPT-2's between two texts; None if there is
             neither.
+        eos_token_id: the token with which the tokenizer ends a text, as its files say; None if they name none.
+        special_texts: the texts of its special tokens by the names of their parts, as chat templates have them.
         special_tokens: the names of the special tokens by their ids. They are no part of a text.
         notes: sentences for people on what was passed over in the tokenizer's files.
     """
@@ -64,6 +66,7 @@ class Tokenizer:
         self._trial = _trial_for(backend, [*normalizer, *splits])
         bos = loaded.bos_token_id
         self.bos_token_id: int | None = bos if bos is not None else backend.token_to_id(END_OF_TEXT)
+        self.eos_token_id, self.special_texts = loaded.eos_token_id, loaded.special_texts
         added = backend.get_added_tokens_decoder()
         raw_tokens = [token.content for token in added.values() if not token.normalized]
         self._normalization = Normalization(normalizer, raw_tokens)
@@ -108,7 +111,7 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self._backend.get_vocab_size(with_added_tokens=True)
 
-    @property
+    @cached_property
     def longest_token_bytes(self) -> int:
         """Return the most bytes that a token stands for: a text of n bytes has at least n / longest_token_bytes tokens.
 
@@ -192,6 +195,10 @@ class Tokenizer:
             return ids[-most:], True
         begin = mask.index(0)
         return ids[:begin] + ids[begin + dropped :], True
+
+    def least_tokens(self, text: str) -> int:
+        """Return a number of tokens below which no text of that length stays."""
+        return -(-len(text.encode()) // self.longest_token_bytes)
 
     def encode_part(self, text: str) -> list[int]:
         """Return the token ids of a part of a text, without the tokens that the tokenizer puts around a whole one.

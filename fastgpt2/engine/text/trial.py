@@ -30,11 +30,13 @@ class TrialProcess:
 
     Args:
         module: the name of the module, whose `main` calls `answer_questions`.
+
+    Attributes:
         first: a question that a new process gets before all others; None for none.
     """
 
     def __init__(self, module: str, first: Any = None) -> None:
-        self._module, self._first = module, first
+        self._module, self.first = module, first
         self._process: subprocess.Popen[bytes] | None = None
         self._stop: Any = None
 
@@ -61,8 +63,8 @@ class TrialProcess:
             self._process = self._start()
             # Not a method: with a reference to `self`, this object would live for ever.
             self._stop = weakref.finalize(self, _end, self._process)
-            if self._first is not None:
-                self._exchange(self._process, json.dumps(self._first).encode() + b"\n")
+            if self.first is not None:
+                self._exchange(self._process, json.dumps(self.first).encode() + b"\n")
         return self._exchange(self._process, line)
 
     @staticmethod
@@ -105,11 +107,12 @@ def _end(process: subprocess.Popen[bytes], wait_seconds: float = 0.0) -> int:
         return process.wait()
 
 
-def answer_questions(answer: Callable[[Any], Any], seconds: int) -> None:
+def answer_questions(answer: Callable[[Any], Any], seconds: int, idle_seconds: float = _IDLE_SECONDS) -> None:
     """Answer questions, as the process, until the parent ends.
 
     Args:
         seconds: the time that the process may compute for a question.
+        idle_seconds: how long it waits for the next question before it ends.
     """
     import resource
 
@@ -117,7 +120,7 @@ def answer_questions(answer: Callable[[Any], Any], seconds: int) -> None:
     # If the machine runs out of memory nevertheless, this process is the one to go.
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:  # noqa: PTH123
         file.write("1000")
-    while select.select([sys.stdin], [], [], _IDLE_SECONDS)[0]:
+    while select.select([sys.stdin], [], [], idle_seconds)[0]:
         line = sys.stdin.readline()
         if not line:
             return
