@@ -11,7 +11,7 @@ import threading
 import time
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import unquote
 
 import httpx2 as httpx
@@ -24,8 +24,11 @@ from fastgpt2 import Client
 from fastgpt2.api.http import service
 from fastgpt2.api.http.app import create_app
 from fastgpt2.api.http.middleware import MAX_PASSED_OVER_BYTES
+from fastgpt2.api.http.models import Models
 from fastgpt2.api.http.monitoring import STATUS_FRESH_SECONDS
 from fastgpt2.api.http.requests import MAX_BODY_BYTES
+from fastgpt2.errors import QueueUnavailable
+from fastgpt2.protocol.keys import registry_key
 from fastgpt2.system.redis_server import RedisServer
 from fastgpt2.system.up import System
 
@@ -173,6 +176,23 @@ def test_too_much_waits(redis_server: RedisServer, client: Client, monkeypatch: 
             assert answer.headers["retry-after"] == "1"
         assert queued_ids(client) == []
         assert web.post("/v1/completions", json={"prompt": "a"}).status_code == 504, "one may wait, if in vain"
+
+
+def test_nothing_else_is_asked_once_a_job_is_enqueued(
+    redis_server: RedisServer, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that waits outlives a Redis that goes away. Who failed for the model's name would cancel the job."""
+
+    async def fail(_models: Models) -> NoReturn:
+        raise QueueUnavailable("Redis is away")
+
+    monkeypatch.setattr(Models, "read", fail)
+    app = create_app(redis_server.url, client.queue_name, service.Bounds(timeout=0.05), lambda: False)
+    with TestClient(app, base_url="http://localhost") as web:
+        answer = web.post("/v1/completions", json={"prompt": "a", "stream": True})
+        assert error_of(answer) == (503, "queue_unavailable")
+    assert queued_ids(client) == []
+    assert client.connection.zcard(registry_key("canceled", client.queue_name)) == 0
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -99,9 +99,10 @@ class Completions:
     async def _events(
         self, request: Request, completion: Completion
     ) -> AsyncIterator[tuple[Mapping[str, str], AsyncIterator[bytes]]]:
+        # Before the job is enqueued: it may go on while Redis is away, and nothing else may fail then.
+        model = completion.request.wanted_model or (await self._models.read()).unnamed or ""
         try:
             async with self._service.submit(request, completion.plans, completion.asked) as waiting:
-                model = completion.request.wanted_model or (await self._models.read()).unnamed or ""
                 yield job_header(waiting.jobs), _chunks(waiting, completion, _envelope(waiting.jobs[0].id, model))
         except FastGPT2Error as error:
             raise translate_error(error, completion.request) from None
