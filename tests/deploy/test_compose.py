@@ -224,6 +224,35 @@ def test_a_model_is_downloaded_and_packed_once() -> None:
         compose.down()
 
 
+def test_with_the_profile_second_model_each_request_is_answered_by_the_model_that_it_names() -> None:
+    compose = Compose(
+        f"fastgpt2-test-{uuid.uuid4().hex[:6]}",
+        MODEL="demo",
+        FASTGPT2_SERVED_MODEL_NAME="first",
+        SECOND_MODEL="demo",
+        SECOND_SERVED_MODEL_NAME="second",
+        WORKER_MEMORY_LIMIT="600m",
+    )
+    try:
+        compose("--profile", "second-model", "up", "--build", "--detach", "--wait", "--scale", "worker=1")
+        models = httpx.get(f"{compose.url}/v1/models", trust_env=False).json()["data"]
+        assert [model["id"] for model in models] == ["first", "second"]
+        body = {"prompt": ENTRY["prompt"], "max_tokens": 5}
+        for name in ("first", "second", None):
+            named = {} if name is None else {"model": name}
+            answer = httpx.post(f"{compose.url}/v1/completions", json={**body, **named}, timeout=60, trust_env=False)
+            assert answer.json()["model"] == (name or "first"), answer.text
+        (worker,) = compose.containers("worker")
+        docker("stop", worker)
+        for name, status_code in (("second", 200), ("neither", 404)):
+            answer = httpx.post(
+                f"{compose.url}/v1/completions", json={**body, "model": name}, timeout=60, trust_env=False
+            )
+            assert answer.status_code == status_code, answer.text
+    finally:
+        compose.down()
+
+
 def test_with_the_profile_ha_the_pool_follows_another_master() -> None:
     """The variables are those that .env.example proposes."""
     example = (ROOT / ".env.example").read_text()
