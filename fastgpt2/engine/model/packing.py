@@ -449,7 +449,8 @@ def _write(path: Path, plan: PackPlan, progress: bool) -> None:
             leave=False,
             disable=not progress,
         )
-        with os.fdopen(create_file(temporary), "wb") as file, bar:
+        # Large writes at multiples of their size give the page cache huge pages, which are read faster.
+        with os.fdopen(create_file(temporary), "wb", buffering=CHUNK_BYTES) as file, bar:
             plan.write(file, sealed, bar.update)
             file.flush()
             os.utime(file.fileno(), ns=(sealed, sealed))
