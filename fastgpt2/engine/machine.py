@@ -159,12 +159,20 @@ def processes_for(config: GPT2Config, threads: int | None) -> int:
 
 
 def cache_folder() -> Path:
-    """Return `FASTGPT2_CACHE`, else `$XDG_CACHE_HOME/fastgpt2`, else `~/.cache/fastgpt2`; it need not exist.
+    """Return `FASTGPT2_CACHE`, else the user's own cache folder; it need not exist.
 
     Raises FileNotFoundError if there is no home folder.
     """
     explicit = os.environ.get("FASTGPT2_CACHE")
-    folder = Path(explicit) if explicit else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fastgpt2"
+    return _expand(Path(explicit)) if explicit else user_cache_folder()
+
+
+def user_cache_folder() -> Path:
+    """Return `$XDG_CACHE_HOME/fastgpt2`, else `~/.cache/fastgpt2`. Raises as `cache_folder`."""
+    return _expand(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fastgpt2")
+
+
+def _expand(folder: Path) -> Path:
     try:
         return folder.expanduser()
     except RuntimeError as reason:
