@@ -116,8 +116,8 @@ POOL_THREADS: Setting[int | None] = Setting(
 )
 BLAS = Setting(
     "blas", "NAME", one_of("auto", "openblas", "mkl", "compiled"), "auto",
-    "The code that multiplies float32 weights: openblas, mkl, compiled, or auto, which measures those that are "
-    "installed and takes the fastest.",
+    "The code that multiplies float32 weights: openblas, mkl, compiled, or auto, which takes compiled code where it "
+    "can be made, else the faster one of the others.",
 )
 WEIGHTS = Setting(
     "weights", "TYPE", one_of("float32", "bfloat16", "int8"), "float32",

@@ -19,6 +19,7 @@ from support.running import GOLDEN, RunningEndpoint, StartEndpoint, StartWorker,
 from support.turns import Turns, take_turns
 
 from fastgpt2 import Client, Engine, settings
+from fastgpt2.engine.kernels import program
 from fastgpt2.engine.network import step
 from fastgpt2.protocol.connection import connect
 from fastgpt2.protocol.keys import leases_key
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
 # Hundreds of processes are started. One that compiles the package anew starts 0.1 s later.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+# They find what one of them has compiled, as a user's processes do, but not in the developer's own cache.
+os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parent.parent / ".pytest_cache" / "user_cache")
 
 # Next to nothing is garbage of what collecting the tests makes. Looking for it takes a third of that time.
 gc.disable()
@@ -52,6 +56,7 @@ def _short_looks() -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "_LOOKS_BEFORE_SLEEP", 200)
+        patch.setattr(program, "LOOKS", 200)
         yield
 
 

@@ -107,7 +107,7 @@ class Engine:
             prefix_memory: bytes, beside these, in which keys and values of prompts are kept for others that begin
                 alike; 0 to keep none, None for an eighth of the bytes for keys and values.
             blas: what multiplies float32 weights: openblas (what numpy brought), mkl (the extra of that name), compiled
-                (by LLVM, the extra `compact`), or auto for the fastest here.
+                (by LLVM, the extra `compact`), or auto: compiled if it can be, else the faster one of the others.
             weights: float32, as everybody computes the checkpoint; bfloat16 or int8 (the extra `compact`), a half and a
                 quarter of the memory to read at every step, and other tokens than float32's here and there.
             drafts: guesses of the next tokens that a step verifies (`decoding/lookup.py`); tokens are the same. off;

@@ -13,11 +13,12 @@ import pytest
 from fastgpt2 import Engine
 from fastgpt2.engine.decoding.decoder import Decoder
 from fastgpt2.engine.decoding.records import GenerationRequest
+from fastgpt2.engine.kernels.attention import BLOCK, MOST_PADDING
 from fastgpt2.engine.machine import fair_share_of_kv_memory, usable_memory
 from fastgpt2.engine.model.config import GPT2Config, read_config
 from fastgpt2.engine.model.hub import DEMO_FOLDER
 from fastgpt2.engine.network.arena import PAGE, Arena
-from fastgpt2.engine.network.kv_cache import BLOCK, MOST_PADDING, KVCache, sequence_bytes
+from fastgpt2.engine.network.kv_cache import KVCache, sequence_bytes
 from fastgpt2.errors import BadRequest
 
 DEMO = read_config(DEMO_FOLDER)

@@ -11,7 +11,7 @@ from support.running import GOLDEN
 
 from fastgpt2 import Engine
 from fastgpt2.engine import machine
-from fastgpt2.engine.kernels import compiled, mkl
+from fastgpt2.engine.kernels import machine_code, mkl
 from fastgpt2.engine.loading import load_network
 from fastgpt2.engine.model.config import read_config
 from fastgpt2.errors import BadRequest
@@ -53,7 +53,7 @@ def test_auto_measures_once_and_says_what_it_took(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("FASTGPT2_CACHE", str(tmp_path))
     monkeypatch.setattr(machine, "MIN_BYTES", 0)
     # The third that might be taken; `test_compiled.py` has it.
-    monkeypatch.setattr(compiled, "is_installed", lambda: False)
+    monkeypatch.setattr(machine_code, "is_installed", lambda: False)
     config = read_config(FOLDER)
     described = {load_network(FOLDER, config, "m", n_slots=1, size=1, blas="auto").describe() for _ in range(2)}
     (known,) = json.loads((tmp_path / "calibration.json").read_text()).values()

@@ -20,11 +20,12 @@ from support.running import GOLDEN, StartEndpoint, StartWorker, wait_until
 
 from fastgpt2 import Client, Engine
 from fastgpt2.engine.decoding.records import GenerationRequest, GenerationResult
+from fastgpt2.engine.kernels.attention import BLOCK
 from fastgpt2.engine.model.config import GPT2Config, read_config
 from fastgpt2.engine.model.hub import DEMO_FOLDER
 from fastgpt2.engine.network.arena import PAGE, Arena
 from fastgpt2.engine.network.gpt2 import GPT2, PREFILL_ROWS_BESIDE
-from fastgpt2.engine.network.kv_cache import BLOCK, KVCache
+from fastgpt2.engine.network.kv_cache import KVCache
 from fastgpt2.engine.network.prefixes import Prefixes, block_bytes
 from fastgpt2.engine.network.step import Segment
 from fastgpt2.errors import BadRequest, CheckpointError

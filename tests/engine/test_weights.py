@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import shutil
@@ -19,7 +18,6 @@ from support.running import GOLDEN
 from fastgpt2 import Engine
 from fastgpt2.cli import main
 from fastgpt2.engine import machine
-from fastgpt2.engine.kernels import compiled
 from fastgpt2.engine.kernels.panels import compute_scales, narrow
 from fastgpt2.engine.loading import load_network
 from fastgpt2.engine.model.config import read_config
@@ -33,13 +31,8 @@ DEMO = Path(str(GOLDEN.parent.parent / "fastgpt2" / "models" / "demo"))
 IDS = [5, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9]
 
 
-# The code for a kind of weights is compiled once for all tests here.
-compile_once = functools.cache(compiled._compile)
-
-
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(compiled, "_compile", compile_once)
     monkeypatch.setenv("FASTGPT2_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 

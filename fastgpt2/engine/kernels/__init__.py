@@ -1,9 +1,10 @@
-"""Rows times panels of weights: the product that everything else is made of; uses errors and machine."""
+"""What a step computes, on arrays: products, norms, attention, in NumPy and compiled; uses errors and machine."""
 
 from __future__ import annotations
 
-from fastgpt2.engine.kernels.kernel import Product
+from fastgpt2.engine.kernels.kernel import Kernel, Product
 from fastgpt2.engine.kernels.openblas import NumpyProduct
+from fastgpt2.engine.kernels.operations import Operations
 
 
 def make_product(name: str) -> Product:
@@ -20,3 +21,12 @@ def make_product(name: str) -> Product:
 
         return MKLProduct()
     return NumpyProduct()
+
+
+def make_operations(kernel: Kernel, activation: str, epsilon: float, most_rows: int) -> Operations:
+    """Return the operations of a step, compiled if the kernel asks for that; see `Operations`."""
+    if kernel.compiled:
+        from fastgpt2.engine.kernels.compiled import CompiledOperations
+
+        return CompiledOperations(kernel, activation, epsilon, most_rows)
+    return Operations(kernel, activation, epsilon, most_rows)

@@ -103,15 +103,20 @@ class Kernel:
     Args:
         measurements: where exact chunks are looked up, and kept; None for this object only.
         exact_chunks: those of another process's kernel, so that both cut the same rows into the same chunks.
+        compiled: whether everything between two products is compiled code.
 
     Attributes:
         exact_chunks: the rows in the largest exact chunk, by product and shape of panel, of all asked for so far.
     """
 
     def __init__(
-        self, product: Product, measurements: Measurements | None = None, exact_chunks: dict[str, int] | None = None
+        self,
+        product: Product,
+        measurements: Measurements | None = None,
+        exact_chunks: dict[str, int] | None = None,
+        compiled: bool = False,
     ) -> None:
-        self.product = product
+        self.product, self.compiled = product, compiled
         self.exact_chunks = exact_chunks or {}
         self._measurements = measurements or Measurements(None, "")
 

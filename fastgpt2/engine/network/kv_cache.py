@@ -10,16 +10,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from fastgpt2.engine.kernels.attention import BLOCK, MOST_PADDING
 from fastgpt2.engine.model.config import GPT2Config
 from fastgpt2.engine.network.arena import PAGE, Arena, Spec
-
-# Positions in a block of keys, the width of a panel in the product of queries and keys. Wider blocks are faster in a
-# long sequence; in a short one they read more that is not filled yet.
-BLOCK = 32
-
-# A sequence is read at most this many positions beyond its own, where a longer neighbour is attended with it. In memory
-# that processes share, reading commits as writing does.
-MOST_PADDING = 2 * BLOCK
 
 
 class KVCache:

@@ -16,9 +16,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fastgpt2.engine.kernels.attention import BLOCK
 from fastgpt2.engine.model.config import GPT2Config
 from fastgpt2.engine.network.arena import PAGE, Arena
-from fastgpt2.engine.network.kv_cache import BLOCK, KVCache
+from fastgpt2.engine.network.kv_cache import KVCache
 from fastgpt2.errors import BadRequest, ModelError
 
 # By default, prefixes get one byte for this many bytes of keys and values, in addition to these.

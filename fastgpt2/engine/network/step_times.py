@@ -11,10 +11,11 @@ from collections.abc import Callable
 from functools import partial
 from time import perf_counter
 
+from fastgpt2.engine.kernels.attention import BLOCK
 from fastgpt2.engine.machine import Measurements, is_large, usable_memory
 from fastgpt2.engine.model.config import GPT2Config
 from fastgpt2.engine.network.gpt2 import GPT2
-from fastgpt2.engine.network.kv_cache import BLOCK, sequence_bytes
+from fastgpt2.engine.network.kv_cache import sequence_bytes
 from fastgpt2.engine.network.step import Segment
 
 log = logging.getLogger("fastgpt2.engine")

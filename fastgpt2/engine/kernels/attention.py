@@ -1,24 +1,32 @@
-"""Causal attention of one step over the KV cache, for one process's share of the heads.
+"""Causal attention of a step over the KV cache, for one process's share of the heads: what it reads, and NumPy's form.
 
 Every product is taken as those of the weights are: queries in chunks of rows by blocks of keys, and probabilities by
-values. A probability of zero adds nothing, so a row's result does not depend on how far its neighbours reach. That is
-why sequences can be attended together, and prompts in pieces, without a bit changing. For the same reason the sums of
-probabilities are taken a block at a time: a block of zeros adds nothing.
+values. A probability of zero adds nothing, so a row's result does not depend on how far its neighbours reach, if the
+BLAS sums in one order whatever the sizes are. For the same reason the sums of probabilities are taken a block at a
+time: a block of zeros adds nothing. The compiled form is in `attention_compiled.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastgpt2.engine.kernels.kernel import RowChunks
 from fastgpt2.engine.kernels.panels import Array
-from fastgpt2.engine.model.config import GPT2Config
-from fastgpt2.engine.network.kv_cache import BLOCK, MOST_PADDING, KVCache
-from fastgpt2.engine.network.step import Step
+from fastgpt2.engine.kernels.program import Call
+
+# Positions in a block of keys, the width of a panel in the product of queries and keys. Wider blocks are faster in a
+# long sequence; in a short one they read more that is not filled yet.
+BLOCK = 32
+
+# A sequence is read at most this many positions beyond its own by NumPy's form, where a longer neighbour is attended
+# with it. In memory that processes share, reading commits as writing does.
+MOST_PADDING = 2 * BLOCK
 
 # Scores held at a time, in floats: a megabyte, so that they stay in the cache between the passes over them.
 SCORES = 1 << 18
@@ -31,24 +39,67 @@ PROMPT_ROWS = 60
 MOST_ADDED_PADDING = 40
 
 
-class Attention:
-    """The attention of some heads of every layer.
+class NewTokens(NamedTuple):
+    """Tokens of one sequence that a step runs: the slot, the first one's position, its row in the step, how many."""
+
+    slot: int
+    start: int
+    row: int
+    length: int
+
+
+class AttentionArrays(NamedTuple):
+    """What attention reads and writes.
+
+    Attributes:
+        qkv: [rows, at least 3 n_embd], contiguous, what c_attn gives; NumPy's form scales the queries in place.
+        out: [rows, at least n_embd], written for some heads.
+        keys, values: as `KVCache` has them.
+        scales: of the scores, one for each layer.
+    """
+
+    qkv: Array
+    out: Array
+    keys: Array
+    values: Array
+    scales: Sequence[float]
+
+    @property
+    def n_layer(self) -> int:
+        return int(self.keys.shape[1])
+
+    @property
+    def n_head(self) -> int:
+        return int(self.values.shape[2])
+
+    @property
+    def positions(self) -> int:  # of a slot, a multiple of BLOCK
+        return int(self.values.shape[3])
+
+    @property
+    def dim(self) -> int:  # of a head
+        return int(self.values.shape[4])
+
+    @property
+    def n_embd(self) -> int:
+        return self.n_head * self.dim
+
+
+class NumpyAttention:
+    """The attention of some heads of every layer, in NumPy.
 
     Args:
         heads: the first head, and the one after the last.
-        qkv: [rows, at least 3 n_embd], contiguous, what c_attn gives; the queries are scaled in place.
-        out: [rows, at least n_embd], written for these heads.
     """
 
-    def __init__(
-        self, config: GPT2Config, cache: KVCache, heads: tuple[int, int], qkv: Array, out: Array, row_chunks: RowChunks
-    ) -> None:
-        self._config, self._row_chunks = config, row_chunks
+    def __init__(self, arrays: AttentionArrays, heads: tuple[int, int], row_chunks: RowChunks) -> None:
+        self._arrays, self._row_chunks = arrays, row_chunks
         self._first, self._last = heads
-        self._keys, self._values = cache.keys, cache.values
-        n, dim, rows = self._last - self._first, config.head_dim, qkv.shape[0]
+        self._keys, self._values = arrays.keys, arrays.values
+        qkv, out, n_embd = arrays.qkv, arrays.out, arrays.n_embd
+        n, dim, rows = self._last - self._first, arrays.dim, qkv.shape[0]
         own = slice(self._first * dim, self._last * dim)
-        q, k, v = (qkv[:, i * config.n_embd : (i + 1) * config.n_embd][:, own] for i in range(3))
+        q, k, v = (qkv[:, i * n_embd : (i + 1) * n_embd][:, own] for i in range(3))
         self._q, self._qkv = q, qkv
         # In bytes, from a row to the next, and from a head to the next.
         self._strides = q.strides[0], dim * q.itemsize
@@ -61,35 +112,35 @@ class Attention:
         self._writes: list[tuple[Array, Array]] = []
         self._groups: list[Group] = []
 
-    def prepare(self, step: Step) -> None:
-        """Lay out a step; `run` then attends it, layer by layer."""
-        self._count, self._writes = step.rows, []
-        self._groups = list(self._lay_out(step)) if self._last > self._first else []
+    def prepare(self, tokens: Sequence[NewTokens]) -> None:
+        """Lay out a step; the calls of the layers then attend it."""
+        self._count, self._writes = sum(new.length for new in tokens), []
+        self._groups = list(self._lay_out(tokens)) if self._last > self._first else []
 
-    def run(self, layer: int) -> None:
-        """Append the step's keys and values of a layer to the cache, and attend its queries."""
+    def call(self, layer: int) -> Call:
+        """Return the call that appends the step's keys and values of a layer to the cache, and attends its queries."""
+        return partial(self._run, layer)
+
+    def _run(self, layer: int) -> None:
         queries = self._q[: self._count]
-        queries *= np.float32(self._config.attention_scale(layer))
+        queries *= np.float32(self._arrays.scales[layer])
         for new, cached in self._writes:
             cached[layer] = new
         for group in self._groups:
             group.run(layer)
 
-    def _lay_out(self, step: Step) -> Iterator[Group]:
-        row = 0
+    def _lay_out(self, tokens: Sequence[NewTokens]) -> Iterator[Group]:
         decoding: list[tuple[int, int, int]] = []  # slot, length and row of neighbours with one new token each
-        for segment, start in zip(step.segments, step.starts, strict=True):
-            n = len(segment.ids)
-            self._plan_writes(segment.slot, start, row, n)
-            if decoding and (n > 1 or not self._may_join(decoding, segment.slot, start + 1)):
+        for slot, start, row, n in tokens:
+            self._plan_writes(slot, start, row, n)
+            if decoding and (n > 1 or not self._may_join(decoding, slot, start + 1)):
                 yield self._decode_group(decoding)
                 decoding = []
             if n == 1:
-                decoding.append((segment.slot, start + 1, row))
+                decoding.append((slot, start + 1, row))
             else:
                 for at in range(0, n, PROMPT_ROWS):
-                    yield from self._prompt_groups(segment.slot, start + at, row + at, min(PROMPT_ROWS, n - at))
-            row += n
+                    yield from self._prompt_groups(slot, start + at, row + at, min(PROMPT_ROWS, n - at))
         if decoding:
             yield self._decode_group(decoding)
 
@@ -154,7 +205,7 @@ class Attention:
     def _prompt_groups(self, slot: int, start: int, row: int, n: int) -> Iterator[Group]:
         """Group a piece of a prompt by heads: n rows that see all before them, and of themselves what is not later."""
         chunks, m = self._row_chunks.split(n)
-        length, dim = start + n, self._config.head_dim
+        length, dim = start + n, self._arrays.dim
         blocks, rows = -(-length // BLOCK), chunks * m
         width = blocks * BLOCK
         at_once = max(1, SCORES // (rows * width))
@@ -190,7 +241,7 @@ class Attention:
         row_stride, head_stride = self._strides
         offset = row * row_stride + (self._first + skipped) * head_stride
         # As `as_strided` does, in a tenth of the time.
-        return np.ndarray((*shape, self._config.head_dim), np.float32, self._qkv, offset, (*strides, self._q.itemsize))
+        return np.ndarray((*shape, self._arrays.dim), np.float32, self._qkv, offset, (*strides, self._q.itemsize))
 
 
 def _padding(lengths: list[int]) -> int:
