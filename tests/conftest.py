@@ -26,6 +26,9 @@ from fastgpt2.system.redis_server import RedisServer
 from fastgpt2.system.up import System
 
 if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+    from support.browser import Tabs
+
     from fastgpt2.engine.kernels.kernel import Kernel
 
 # Hundreds of processes are started. One that compiles the package anew starts 0.1 s later.
@@ -263,3 +266,21 @@ def system() -> Iterator[System]:
     )
     with System(values) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Run a browser for one module only: while playwright runs, `asyncio.run` refuses, as the thread has a loop."""
+    from support.browser import chromium
+
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def tabs(browser: Browser) -> Iterator[Tabs]:
+    from support.browser import Tabs
+
+    tabs = Tabs(browser)
+    yield tabs
+    tabs.close()
