@@ -118,7 +118,7 @@ def test_refusals_and_errors(use: Use, redis_server: RedisServer, queue_name: st
         with pytest.raises(ResultTimeout, match=r"is queued, no result within 0\.1 s; no worker listens"):
             await job.result(0.1)
         async with AsyncClient(redis_server.url, queue_name, max_queue=1) as limited:
-            with pytest.raises(QueueFull, match="1 jobs wait, the limit is 1"):
+            with pytest.raises(QueueFull, match="1 job waits, the limit is 1"):
                 await limited.enqueue("b")
         with pytest.raises(BadRequest, match="the Redis URL cannot be used"):
             AsyncClient("http://h")

@@ -118,7 +118,7 @@ def test_an_object_a_line(tmp_path: Path, start_worker: StartWorker, batch: Any)
     status, _, err = batch("in.jsonl", "-o", "out.jsonl", *FEW)
     assert status == 1
     assert "line 5: job " in err.splitlines()[0]
-    assert "1 of 5 lines are errors: 1 JobTimedOut; --retry-errors tries them again" in err
+    assert "1 of 5 lines is an error: 1 JobTimedOut; --retry-errors tries them again" in err
     results = results_in(tmp_path / "out.jsonl")
     assert [result.get("id") for result in results] == [None, "seven", 3, None, "late"]
     assert "id" not in results[0]
@@ -363,7 +363,7 @@ class TestBrokenOff:
         for _ in range(2):
             status, _, err = batch("in.jsonl", "-o", "out.jsonl", *FEW)
             assert status == 1
-            assert "1 of 3 lines are errors: 1 BadRequest" in err
+            assert "1 of 3 lines is an error: 1 BadRequest" in err
 
     @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
     def test_told_to_end(
@@ -430,7 +430,7 @@ class TestLostJobs:
         err = process.communicate(timeout=60)[1]
         assert process.returncode == 1
         assert f"job {ids[1]} is gone from Redis without an end: somebody deleted it" in err
-        assert "out.jsonl holds 1 results; the same command goes on from there" in err
+        assert "out.jsonl holds 1 result; the same command goes on from there" in err
         process = begin()
         wait_for_queue(server, client.queue_name, 2)
         finish_all(server, client.queue_name)

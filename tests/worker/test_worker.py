@@ -389,7 +389,7 @@ def test_a_second_signal_gives_the_job_back_to_the_front(
     wait_for_status(job, "started")
     process.terminate()
     log = tmp_path / "worker-0.log"
-    wait_until(lambda: "a second signal gives them back" in log.read_text(), "the worker to see the first signal")
+    wait_until(lambda: "a second signal gives back all" in log.read_text(), "the worker to see the first signal")
     process.terminate()
     assert process.wait(60) == 0
     assert queue.job_ids == [job.id, waiting.id]
