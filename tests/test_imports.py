@@ -91,6 +91,7 @@ COMMON = {
     "errors",
     "fields",
     "foreign_fields",
+    "plurals",
     "prompt_lists",
     "setting",
     "settings",

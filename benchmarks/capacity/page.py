@@ -33,6 +33,10 @@ tables are those of a Redis that sleeps between commands. Near its limit a Redis
 time comes closer to `in commands`, which leaves out sockets and the append-only file. So limits derived from `Redis us`
 are on the safe side.
 
+An idle worker holds one connection for each queue that it waits for, and up to three others. It waits for three queues
+of jobs that name no model, and for three of each name of its model: that makes up to 9 connections with one name, three
+more for each further name, and three fewer with `--named-only`.
+
 **When to shard:** before the first limit in the last table. Give each part of the workers a Redis and a queue name of
 its own, `fastgpt2 pool --redis-url redis://r1/0 --queue part1`, and an endpoint. Spread requests over the endpoints, by
 the caller where idempotency keys matter. Two queues on one Redis share its core: that separates them, but does not

@@ -25,6 +25,7 @@ from fastgpt2.engine.model.config import printable
 from fastgpt2.engine.model.identity import weights_identity
 from fastgpt2.engine.model.packing import FORMAT, checksum
 from fastgpt2.errors import BadRequest, FastGPT2Error
+from fastgpt2.plurals import counted
 
 # The name of a packed file, of its lock, or of the file that is renamed to it when it is whole. The first format had no
 # layouts.
@@ -85,7 +86,7 @@ def _list(folder: Path, as_json: bool) -> None:
     for row in rows:
         cells = [printable(cell).ljust(width) for cell, width in zip(row, widths, strict=False)]
         print("  ".join([*cells, printable(row[6])]))
-    print(f"{len(found)} file{'s' if len(found) > 1 else ''}, {_format_size(total)}")
+    print(f"{counted(len(found), 'file')}, {_format_size(total)}")
 
 
 def _prune(folder: Path, everything: bool, dry_run: bool, as_json: bool) -> None:

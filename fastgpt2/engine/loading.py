@@ -21,6 +21,7 @@ from fastgpt2.engine.model.generation_config import GenerationConfig, read_gener
 from fastgpt2.engine.model.hub import find_folders
 from fastgpt2.errors import BadRequest
 from fastgpt2.fields import whole
+from fastgpt2.plurals import counted
 
 if TYPE_CHECKING:
     from fastgpt2.engine.decoding.decoder import Decoder
@@ -160,8 +161,7 @@ def notes_on_text(config: GPT2Config, tokenizer: Tokenizer, generation: Generati
     if not beyond:
         return (*tokenizer.notes, *generation.notes)
     first = f"{beyond[0]}, {tokenizer.token_text(beyond[0])!r}"
-    count = f"{len(beyond)} token" + ("s" if len(beyond) > 1 else "")
-    more = f"the tokenizer has {count} beyond the model's table of {config.vocab_size}"
+    more = f"the tokenizer has {counted(len(beyond), 'token')} beyond the model's table of {config.vocab_size}"
     refused = f"{more}; the first is {first}: a prompt with such a token is refused"
     return (refused, *tokenizer.notes, *generation.notes)
 

@@ -16,6 +16,7 @@ from redis.exceptions import RedisError
 from fastgpt2 import settings
 from fastgpt2.engine.machine import usable_cores
 from fastgpt2.errors import BadRequest, FastGPT2Error, QueueUnavailable
+from fastgpt2.plurals import counted
 from fastgpt2.process import raise_open_file_limit, set_up_logging
 from fastgpt2.protocol.connection import UP_STARTS_ONE, connect
 from fastgpt2.protocol.durability import REPLICA
@@ -138,7 +139,7 @@ class OwnPool(ProcessGroup):
         unused = settings.REDIS_URL.variable
         hint = f"; {unused}, which is set, is not used" if os.environ.get(unused) else ""
         model, count = self._values["model"], self._values["workers"]
-        workers = f"{count} worker{'s' if count > 1 else ''} of this run's own"
+        workers = f"{counted(count, 'worker')} of this run's own"
         show_beside_bar(f"{workers} with {model} ready after {time.monotonic() - began:.1f} s{hint}")
 
     def check(self) -> None:

@@ -190,7 +190,7 @@ class TestQueue:
         run("enqueue", "--priority", "low", "a", **where)
         assert client.connection.llen(f"rq:queue:{client.queue_name}-low") == 1
         full = run("enqueue", "--max-queue", "1", "a", **where)
-        assert (full.returncode, "is full: 1 jobs wait, the limit is 1" in full.stderr) == (1, True)
+        assert (full.returncode, "is full: 1 job waits, the limit is 1" in full.stderr) == (1, True)
         start_worker()
         long = ["--max-new-tokens", "480", "--ignore-eos"]
         late = run("enqueue", "--wait", "--deadline", "0.1", *long, ENTRY["prompt"], **where)

@@ -187,7 +187,7 @@ def assert_same(engine: Engine, plain: list[Sequence], drafted: list[Sequence]) 
             assert token.logprob == (again.logprob if exact else pytest.approx(again.logprob, abs=1e-3))
 
 
-@pytest.fixture(scope="module", params=["auto", 1, 4, 15, "int8"], ids=str)
+@pytest.fixture(scope="module", params=["auto", 1, 15, "int8"], ids=str)
 def drafting(request: pytest.FixtureRequest) -> Engine:
     return Engine.load("demo", max_batch=8, drafts=request.param)
 
@@ -202,12 +202,12 @@ def expected(plain: Engine) -> list[Sequence]:
     return generate(plain, REQUESTS)
 
 
-REQUESTS = [GenerationRequest(prompt, max_new_tokens=16) for prompt in prompts(250, 1)]
+REQUESTS = [GenerationRequest(prompt, max_new_tokens=16) for prompt in prompts(150, 1)]
 
 
 @pytest.mark.thorough
-def test_thousands_of_prompts_give_the_same_tokens(plain: Engine, drafting: Engine, expected: list[Sequence]) -> None:
-    """250 prompts run in each of five modes, in batches of eight."""
+def test_hundreds_of_prompts_give_the_same_tokens(plain: Engine, drafting: Engine, expected: list[Sequence]) -> None:
+    """150 prompts run in each of four modes, in batches of eight."""
     found = generate(drafting, REQUESTS)
     assert_same(plain, expected, found)
     # Guesses were verified, and some came true: each saved a step.
@@ -235,7 +235,7 @@ def random_request(dice: random.Random, prompt: str) -> GenerationRequest:
 def ending(plain: Engine) -> tuple[list[GenerationRequest], list[Sequence]]:
     """Make requests with ends of all kinds, and what follows without drafts."""
     dice = random.Random(7)
-    requests = [random_request(dice, prompt) for prompt in prompts(150, 2)]
+    requests = [random_request(dice, prompt) for prompt in prompts(100, 2)]
     return requests, generate(plain, requests)
 
 

@@ -254,7 +254,7 @@ engine.generate([[7]] * 16, max_new_tokens=2, ignore_eos=True)
 network.cache.use_slots(16)  # this gives all memory of keys and values back
 before = held()
 dice, most, reserved, together = random.Random(1), 0, 0, 0
-lengths = [dice.choice([20, 120, 470]) for _ in range(60)]
+lengths = [dice.choice([20, 120, 470]) for _ in range(30)]
 waiting = [decoder.prepare(GenerationRequest((7,) * length, 16, ignore_eos=True)) for length in lengths]
 while waiting or decoder.running:
     while waiting and decoder.has_room(waiting[-1]):
