@@ -65,7 +65,7 @@ class Figure(int):
 
     @property
     def is_asked_for(self) -> bool:
-        """Tell whether it is from before `measure_again` was called."""
+        """Tell whether it was not measured since `measure_again` was called."""
         return self.date < _measured_again_at
 
     @property

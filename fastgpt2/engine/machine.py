@@ -41,6 +41,7 @@ MIN_BYTES = 64 << 20
 
 # In the cache folder.
 MEASUREMENTS_FILE = "calibration.json"
+MEASUREMENTS_LOCK = "calibration.lock"
 # A machine has a few thousand bytes in it.
 _MAX_MEASUREMENTS_BYTES = 1 << 20
 
@@ -333,7 +334,7 @@ class Measurements:
             is_alone = True
             try:
                 make_folder(self._path.parent)
-                is_alone = self._can_keep = _lock_within(stack, self._path.with_suffix(".lock"), wait_seconds)
+                is_alone = self._can_keep = _lock_within(stack, self._path.with_name(MEASUREMENTS_LOCK), wait_seconds)
             except OSError as reason:
                 log.debug("%s: nothing can be kept (%s)", self._path, reason)
             if is_alone:

@@ -41,10 +41,10 @@ MOST_DRAFT_STEPS = 8
 # verifies, until one was seen.
 _PRIOR_RATE, _PRIOR_COST = 0.9, 0.35
 
-# Where more guesses would pay if rows were cheap, some steps try whether they are, with twice the guesses and at least
-# `_TRIAL_GUESSES`; the next such trial comes after twice the number of steps, within these bounds. What was once
-# measured as dear would else never be seen to be cheap.
-_TRIAL_STEPS, _TRIAL_GUESSES = 3, 3
+# Where more guesses would pay if rows were cheap, every second one of some steps tries whether they are, with twice the
+# guesses and at least `_TRIAL_GUESSES`; the next such trial comes after twice the number of steps, within these bounds.
+# What was once measured as dear would else never be seen to be cheap.
+_TRIAL_STEPS, _TRIAL_GUESSES = 6, 3
 _LEAST_BETWEEN_TRIALS, _MOST_BETWEEN_TRIALS = 50, 3200
 
 # What a row costs if it is cheap, as a share of a step without it.
@@ -123,10 +123,11 @@ class Drafter:
         counts, _ = plan_drafts(chances, lambda rows: 1 + _CHEAP_SHARE * (rows - base) if rows <= most else math.inf)
         if sum(counts) <= sum(planned):
             return planned
+        is_plain = (self._steps - self._next_trial) % 2 == 1
         if self._steps >= self._next_trial + _TRIAL_STEPS - 1:
             self._next_trial = self._steps + self._between_trials
             self._between_trials = min(2 * self._between_trials, _MOST_BETWEEN_TRIALS)
-        return counts
+        return planned if is_plain else counts
 
     def _acceptance(self, sequence: Sequence) -> Acceptance:
         return self._acceptances[sequence.chooser is not None]

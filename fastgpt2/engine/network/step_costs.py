@@ -27,7 +27,7 @@ _LEAST_SECONDS = 1e-9
 
 # The comparisons of a number of rows that count, the latest ones, and the least that tell anything: the first step of
 # a size prepares what later ones use.
-_MOST_COMPARISONS, _LEAST_COMPARISONS = 15, 4
+_MOST_COMPARISONS, _LEAST_COMPARISONS = 15, 3
 
 
 class LearntCost(NamedTuple):
