@@ -135,7 +135,6 @@ def test_rows_that_were_measured_as_dear_are_tried_now_and_then() -> None:
     assert not any(counts[:50]), "by what was measured, no guess pays"
     assert any(counts[50:60]), "but that is looked at"
     assert sum(map(bool, counts[60:])) > 0.97 * len(counts[60:]), "and corrected"
-    assert all(counts[-250:]), "for good"
 
 
 def test_where_rows_are_dear_indeed_trials_become_rare() -> None:
