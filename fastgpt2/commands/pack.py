@@ -21,22 +21,30 @@ def run(values: dict[str, Any]) -> int:
         ModelError: the model cannot be found or used, or the cache cannot be written.
     """
     # This comes before numpy is imported.
-    from fastgpt2.engine.figure import measure_again
-    from fastgpt2.engine.loading import note
+    from fastgpt2.engine.figure import measuring_again
     from fastgpt2.engine.machine import hold_to_one_thread
 
     hold_to_one_thread()
-    # The layout of the packed file is measured too.
-    began = measure_again() if values["measure"] else 0.0
     _check_text(values)
-    kinds = [values["weights"], *(["int8"] if values["drafts"] == "int8" else [])]
-    files = [_pack_and_verify(values, weights) for weights in kinds]
-    note(values["model"], *files[0].notes)
     if values["measure"]:
-        _measure(values, began)
+        # The layout of the packed file is measured too.
+        with measuring_again() as began:
+            files = _make_files(values)
+            _measure(values, began)
+    else:
+        files = _make_files(values)
     for packed in files:
         print(packed.path, os.fstat(packed.fd).st_size, sep="\t")
     return 0
+
+
+def _make_files(values: dict[str, Any]) -> list[PackedFile]:
+    from fastgpt2.engine.loading import note
+
+    kinds = [values["weights"], *(["int8"] if values["drafts"] == "int8" else [])]
+    files = [_pack_and_verify(values, weights) for weights in kinds]
+    note(values["model"], *files[0].notes)
+    return files
 
 
 def _check_text(values: dict[str, Any]) -> None:

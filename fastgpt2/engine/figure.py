@@ -8,7 +8,8 @@ needs it measures it again (`machine.Measurements`). Nothing heavy is imported.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 # A figure whose looks lie further apart than this was measured on a machine that had other work. On one that has none
@@ -28,7 +29,7 @@ _MAX_DATE_CHARACTERS = 40
 # A shorter measurement does not tell how busy the machine was.
 _LEAST_TELLING_SECONDS = 0.01
 
-# Figures of before this moment are measured again; see `measure_again`.
+# Figures of before this moment are measured again; see `measuring_again`.
 _measured_again_at = 0.0
 
 
@@ -65,7 +66,7 @@ class Figure(int):
 
     @property
     def is_asked_for(self) -> bool:
-        """Tell whether it was not measured since `measure_again` was called."""
+        """Tell whether it is from before what `measuring_again` asks for."""
         return self.date < _measured_again_at
 
     @property
@@ -128,12 +129,16 @@ def _date_of(text: Any) -> float | None:
         return None
 
 
-def measure_again() -> float:
-    """Have this process measure all figures again that were measured before now. Return the moment."""
+@contextmanager
+def measuring_again() -> Iterator[float]:
+    """Have this process measure again, meanwhile, whatever was measured before. Yields the moment that divides them."""
     global _measured_again_at
     # Files keep milliseconds.
     _measured_again_at = time.time() - 0.001
-    return _measured_again_at
+    try:
+        yield _measured_again_at
+    finally:
+        _measured_again_at = 0.0
 
 
 def measured(measure: Callable[[], int]) -> Figure:

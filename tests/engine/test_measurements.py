@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -51,6 +52,23 @@ def test_a_figure_is_kept_with_its_spread_its_looks_and_its_date(tmp_path: Path)
     assert Measurements(tmp_path, "a").find_or_measure("x", never) == 64
 
 
+def test_what_was_measured_is_kept_by_machine(tmp_path: Path) -> None:
+    assert Measurements(tmp_path, "a").find_or_measure("x", lambda: 1) == 1
+    assert Measurements(tmp_path, "b").find_or_measure("x", lambda: 2) == 2
+    assert Measurements(tmp_path, "a").find_or_measure("x", never) == 1
+    assert Measurements(tmp_path, "b").find_or_measure("x", never) == 2
+    kept = json.loads((tmp_path / MEASUREMENTS_FILE).read_text())
+    assert [kept[machine]["x"]["value"] for machine in "ab"] == [1, 2]
+    assert {path.name for path in tmp_path.iterdir()} == {MEASUREMENTS_FILE, MEASUREMENTS_LOCK}
+
+
+def test_a_folder_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    measurements = Measurements(tmp_path / "file" / "cache", "a")
+    assert measurements.find_or_measure("x", lambda: 1) == 1
+    assert measurements.find_or_measure("x", lambda: 2) == 1
+
+
 def test_a_plain_number_is_kept_too(tmp_path: Path) -> None:
     assert Measurements(tmp_path, "a").find_or_measure("x", lambda: 7) == 7
     assert read(tmp_path)["x"]["value"] == 7
@@ -74,7 +92,6 @@ def test_a_plain_number_is_kept_too(tmp_path: Path) -> None:
         # As versions before this one wrote it.
         (8, False),
     ],
-    ids=str,
 )
 def test_for_how_long_a_figure_is_believed(tmp_path: Path, known: Any, is_believed: bool) -> None:
     write(tmp_path, x=known)
@@ -91,7 +108,6 @@ def test_for_how_long_a_figure_is_believed(tmp_path: Path, known: Any, is_believ
         # Nobody knows how an old version measured it. A look that is no better does not replace it.
         (8, 8),
     ],
-    ids=str,
 )
 def test_a_busy_machine_does_not_replace_what_a_calm_one_told(tmp_path: Path, known: Any, kept: int) -> None:
     write(tmp_path, x=known)
@@ -110,7 +126,6 @@ def test_a_busy_machine_does_not_replace_what_a_calm_one_told(tmp_path: Path, kn
         stored(8, CALM, "yesterday"), stored(8, CALM, "2026-11-30" * 100), stored(8, CALM, "9999-99-99"),
         {"value": 8, "looks": 5, "spread": CALM}, {"value": 8, "looks": 5, "spread": CALM, "date": 1e300},
     ],
-    ids=str,
 )  # fmt: skip
 def test_what_is_no_figure_is_measured_anew(tmp_path: Path, content: Any) -> None:
     write(tmp_path, x=content, y=stored(3, CALM, ago()))
@@ -163,16 +178,15 @@ def test_where_nothing_can_be_written_what_is_there_is_taken(tmp_path: Path, mon
     assert not measurements.keep({"x": Figure(9, CALM)})
 
 
-def test_all_is_measured_again_when_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figure, "_measured_again_at", 0.0)
+def test_all_is_measured_again_when_that_is_asked_for(tmp_path: Path) -> None:
     write(tmp_path, x=stored(8, CALM, ago(seconds=5)), y=stored(3, CALM, ago(seconds=5)))
-    began = figure.measure_again()
-    # Even what a busy machine tells: who asks may know better.
-    assert Measurements(tmp_path, "a").find_or_measure("x", finds(32, BUSY)) == 32
+    with figure.measuring_again() as began:
+        # What a busy machine tells counts too: who asks may know better.
+        assert Measurements(tmp_path, "a").find_or_measure("x", finds(32, BUSY)) == 32
+        assert Measurements(tmp_path, "a").find_or_measure("x", never) == 32, "once"
     again = Measurements(tmp_path, "a")
-    assert again.find_or_measure("x", never) == 32, "once"
     assert again.find_since(began) == {"x": 32}
-    assert again.find("y") == 3
+    assert again.find_or_measure("y", never) == 3
 
 
 def test_the_file_does_not_grow_beyond_what_is_read(tmp_path: Path) -> None:
@@ -195,8 +209,8 @@ def test_a_measurement_may_ask_for_others(tmp_path: Path) -> None:
 
 def test_how_busy_the_machine_was_shows_in_a_plain_number_too(monkeypatch: pytest.MonkeyPatch) -> None:
     wall, cpu = iter([0.0, 3.0]), iter([0.0, 1.0])
-    monkeypatch.setattr(figure.time, "perf_counter", lambda: next(wall))
-    monkeypatch.setattr(figure.time, "thread_time", lambda: next(cpu))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(wall))
+    monkeypatch.setattr(time, "thread_time", lambda: next(cpu))
     assert figure.measured(lambda: 5).spread == pytest.approx(2.0)
     assert TRUSTED_SPREAD < 2.0
 

@@ -38,8 +38,8 @@ _ROWS_TRIED = (1, 8, 32)
 # More than a second-level cache holds, and little enough to be read in milliseconds.
 _BYTES_TRIED = 32 << 20
 
-# Each piece of work is run this often, and more often while the machine is busy, as far as the time goes.
-_ROUNDS, _MOST_ROUNDS, _MOST_SECONDS = 5, 15, 4.0
+# Each piece of work is run this often: more often on a busy machine, less often where that takes longer.
+_LEAST_ROUNDS, _ROUNDS, _MOST_ROUNDS, _MOST_SECONDS = 3, 5, 12, 2.0
 
 # Of a spread beyond this nothing more is told by its size.
 _MAX_SPREAD = 100.0
@@ -89,7 +89,7 @@ def run_in_turn(works: Mapping[Key, Callable[[], object]]) -> dict[Key, Runs]:
             runs[key].add(work)
         rounds += 1
         is_calm = rounds >= _ROUNDS and spread_of(runs.values()) <= TRUSTED_SPREAD
-        if is_calm or (rounds > 1 and perf_counter() - began > _MOST_SECONDS):
+        if is_calm or (rounds >= _LEAST_ROUNDS and perf_counter() - began > _MOST_SECONDS):
             break
     return runs
 
