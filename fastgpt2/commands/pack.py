@@ -11,6 +11,7 @@ from fastgpt2.errors import ModelError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from fastgpt2.engine.engine import Engine
     from fastgpt2.engine.model.packing import PackedFile
 
 
@@ -30,9 +31,11 @@ def run(values: dict[str, Any]) -> int:
         # The layout of the packed file is measured too.
         with measuring_again() as began:
             files = _make_files(values)
-            _measure(values, began)
+            _tell_figures(_load(values), began)
     else:
         files = _make_files(values)
+        if values["measure_missing"]:
+            _load(values)
     for packed in files:
         print(packed.path, os.fstat(packed.fd).st_size, sep="\t")
     return 0
@@ -88,21 +91,22 @@ def _pack(values: dict[str, Any], weights: str) -> PackedFile:
     return pack_model(folder, config, values["model"], values["blas"], weights, must_keep=True)[0]
 
 
-def _measure(values: dict[str, Any], began: float) -> None:
-    """Load the model as a worker does, which keeps what it measures beside the packed file; say what it was.
-
-    Args:
-        began: what was measured since then is told.
-    """
+def _load(values: dict[str, Any]) -> Engine:
+    """Load the model as a worker does, which keeps what it measures beside the packed file."""
     from fastgpt2.engine.engine import Engine
+
+    names = ("revision", "threads", "blas", "weights", "drafts", "tokenizer", "generation_config", "chat_template")
+    return Engine.load(values["model"], **{name: values[name] for name in names})
+
+
+def _tell_figures(engine: Engine, began: float) -> None:
+    """Say what was measured since `began`, and whether the machine was too busy for it."""
     from fastgpt2.engine.figure import TRUSTED_SPREAD
     from fastgpt2.engine.kernels.choice import open_measurements
     from fastgpt2.engine.machine import is_large
 
-    names = ("revision", "threads", "blas", "weights", "drafts", "tokenizer", "generation_config", "chat_template")
-    engine = Engine.load(values["model"], **{name: values[name] for name in names})
     if not is_large(engine.config):
-        print(f"{values['model']}: a small model, of which nothing is measured", file=sys.stderr)
+        print(f"{engine.model}: a small model, of which nothing is measured", file=sys.stderr)
         return
     measurements = open_measurements(engine.config)
     figures = measurements.find_since(began)
@@ -112,12 +116,14 @@ def _measure(values: dict[str, Any], began: float) -> None:
     print(f"measured on {measurements.machine}:", file=sys.stderr)
     for name, figure in figures.items():
         print(f"  {name}: {figure.describe()}", file=sys.stderr)
-    doubtful = sum(figure.spread is not None and figure.spread > TRUSTED_SPREAD for figure in figures.values())
+    kept = sum(figure.date < began for figure in figures.values())
+    doubtful = sum(figure.is_doubtful for figure in figures.values()) + kept
     if doubtful:
+        earlier = f", {kept} of which are those that a calm machine told before" if kept else ""
         print(
             f"the machine was too busy for {doubtful} of {len(figures)} figures to be trusted (spread over "
-            f"{TRUSTED_SPREAD:.0%}): workers begin with them and learn better ones; run this command again when "
-            "nothing else runs",
+            f"{TRUSTED_SPREAD:.0%}): workers begin with what is here{earlier}, and learn from their jobs; run this "
+            "command again when nothing else runs",
             file=sys.stderr,
         )
 

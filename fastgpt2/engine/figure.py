@@ -8,7 +8,7 @@ needs it measures it again (`machine.Measurements`). Nothing heavy is imported.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -25,6 +25,8 @@ DOUBTFUL_SECONDS = 3600.0
 _MAX_NUMBER = 1 << 31
 _MAX_SPREAD = 1000.0
 _MAX_DATE_CHARACTERS = 40
+# Further ahead than this is the date of a clock that was wrong.
+_MOST_AHEAD_SECONDS = 3600.0
 
 # A shorter measurement does not tell how busy the machine was.
 _LEAST_TELLING_SECONDS = 0.01
@@ -60,29 +62,34 @@ class Figure(int):
         return figure
 
     @property
-    def is_trusted(self) -> bool:
-        """Tell whether the machine had nothing else to do when it was measured, as far as that is known."""
-        return self.date > 0 and self.spread is not None and self.spread <= TRUSTED_SPREAD
+    def is_doubtful(self) -> bool:
+        """Tell whether the machine had other work when it was measured."""
+        return self.spread is not None and self.spread > TRUSTED_SPREAD
+
+    @property
+    def looked_at(self) -> float:
+        """Return when it was measured last, in vain or not; 0 if that is not known."""
+        return max(self.date, self.tried_at)
 
     @property
     def is_asked_for(self) -> bool:
         """Tell whether it is from before what `measuring_again` asks for."""
-        return self.date < _measured_again_at
+        return self.looked_at < _measured_again_at
 
     @property
     def is_due(self) -> bool:
         """Tell whether it is to be measured again."""
-        last = max(self.date, self.tried_at)
-        if not last or self.is_asked_for:
+        if not self.looked_at or self.is_asked_for:
             return True
-        doubtful = not self.date or (self.spread is not None and self.spread > TRUSTED_SPREAD)
-        # A date that is to come is of a clock that was wrong.
-        return not -86400 < time.time() - last < (DOUBTFUL_SECONDS if doubtful else BELIEVED_SECONDS)
+        for_seconds = DOUBTFUL_SECONDS if self.is_doubtful or not self.date else BELIEVED_SECONDS
+        return time.time() - self.looked_at > for_seconds
 
     def describe(self) -> str:
         """Return the number, its spread and its looks as text: "64 (spread 4%, 5 looks)"."""
         spread = "spread not known" if self.spread is None else f"spread {self.spread:.0%}"
-        return f"{int(self)} ({spread}, {self.looks} look{'' if self.looks == 1 else 's'})"
+        looks = f"{self.looks} look{'' if self.looks == 1 else 's'}"
+        day = f", of {_date_text(self.date)[:10]}" if self.tried_at > self.date else ""
+        return f"{int(self)} ({spread}, {looks}{day})"
 
     def as_json(self) -> dict[str, Any]:
         fields: dict[str, Any] = {"value": int(self), "looks": self.looks, "date": _date_text(self.date)}
@@ -117,14 +124,15 @@ def _date_text(seconds: float) -> str:
 
 
 def _date_of(text: Any) -> float | None:
-    """Return the seconds since 1970 of a date; 0 for no date, None for what is no date."""
+    """Return the seconds since 1970 of a date; 0 for no date, or one of a wrong clock; None for what is no date."""
     from datetime import UTC, datetime
 
     if not isinstance(text, str) or len(text) > _MAX_DATE_CHARACTERS:
         return None
     try:
         date = datetime.fromisoformat(text) if text else datetime.fromtimestamp(0, UTC)
-        return max(0.0, (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp())
+        seconds = (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
+        return seconds if 0 <= seconds < time.time() + _MOST_AHEAD_SECONDS else 0.0
     except (ValueError, OverflowError, OSError):
         return None
 
@@ -152,12 +160,18 @@ def measured(measure: Callable[[], int]) -> Figure:
     return Figure(found, seconds / max(cpu_seconds, seconds / _MAX_SPREAD) - 1 if is_telling else None)
 
 
-def better_of(known: Figure | None, found: Figure) -> Figure:
-    """Return what to keep of two figures of a name: what is found now, unless only what was known before may be right.
+def better_of(known: Mapping[str, Figure], found: Mapping[str, Figure]) -> dict[str, Figure]:
+    """Return what to keep of figures that belong together: what is found now, unless what was known may be better.
 
-    What is found on a busy machine replaces neither what was found on a calm one, nor what an old version has left.
+    What is found on a busy machine does not replace what was found on a calm one; nor what an old version has left, of
+    which nobody knows, unless that is asked for.
     """
-    is_doubtful = found.spread is not None and found.spread > TRUSTED_SPREAD
-    if known is None or known.is_asked_for or not is_doubtful or not (known.is_trusted or not known.date):
-        return found
-    return Figure(int(known), known.spread, known.looks, known.date, tried_at=found.date)
+    if not any(name in known and _may_be_better(known[name], figure) for name, figure in found.items()):
+        return dict(found)
+    stay = {name: known[name] for name in found if name in known}
+    tried = {name: Figure(int(k), k.spread, k.looks, k.date, found[name].date) for name, k in stay.items()}
+    return {**found, **tried}
+
+
+def _may_be_better(known: Figure, found: Figure) -> bool:
+    return found.is_doubtful and not known.is_doubtful and (known.date > 0 or not known.is_asked_for)

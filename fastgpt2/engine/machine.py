@@ -273,8 +273,8 @@ class Measurements:
         return self._figures.get(name)
 
     def find_since(self, date: float) -> dict[str, Figure]:
-        """Return the figures that were measured at that moment or later, by name."""
-        return {name: figure for name, figure in sorted(self._figures.items()) if figure.date >= date}
+        """Return the figures that were measured at that moment or later, in vain or not, by name."""
+        return {name: figure for name, figure in sorted(self._figures.items()) if figure.looked_at >= date}
 
     def find_or_measure(self, name: str, measure: Callable[[], int]) -> int:
         """Return the figure of that name, measuring and keeping it if there is none that is believed.
@@ -307,7 +307,7 @@ class Measurements:
         return {name: self._figures[name] for name in names if name in self._figures}
 
     def keep(self, figures: Mapping[str, Figure]) -> bool:
-        """Keep figures that were learnt from other work than measuring, unless those that are kept are more trusted.
+        """Keep figures that belong together and were learnt from other work, unless those that are kept may be better.
 
         Returns:
             Whether they were: they are not while another process measures, or where the file cannot be written.
@@ -349,8 +349,8 @@ class Measurements:
         return all(name in self._figures and not self._figures[name].is_due for name in names)
 
     def _add(self, figures: Mapping[str, Figure]) -> None:
-        """Take figures in, and write them down. One that is trusted stays if the new one is not."""
-        new = {name: better_of(self._figures.get(name), figure) for name, figure in figures.items()}
+        """Take figures that belong together in, and write them down, unless those that are known may be better."""
+        new = better_of(self._figures, figures)
         self._figures.update(new)
         self._write(new)
 

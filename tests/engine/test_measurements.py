@@ -181,12 +181,36 @@ def test_where_nothing_can_be_written_what_is_there_is_taken(tmp_path: Path, mon
 def test_all_is_measured_again_when_that_is_asked_for(tmp_path: Path) -> None:
     write(tmp_path, x=stored(8, CALM, ago(seconds=5)), y=stored(3, CALM, ago(seconds=5)))
     with figure.measuring_again() as began:
-        # What a busy machine tells counts too: who asks may know better.
-        assert Measurements(tmp_path, "a").find_or_measure("x", finds(32, BUSY)) == 32
+        assert Measurements(tmp_path, "a").find_or_measure("x", finds(32)) == 32
         assert Measurements(tmp_path, "a").find_or_measure("x", never) == 32, "once"
     again = Measurements(tmp_path, "a")
     assert again.find_since(began) == {"x": 32}
     assert again.find_or_measure("y", never) == 3
+
+
+def test_of_what_is_asked_for_a_busy_machine_replaces_what_is_not_known_to_be_better(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        old=8,
+        calm=stored(8, CALM, ago(days=9)),
+        busy=stored(8, BUSY, ago(minutes=1)),
+        then=stored(8, CALM, ago(days=-9)),
+    )
+    with figure.measuring_again() as began:
+        for name, kept in {"old": 32, "calm": 8, "busy": 32, "then": 32}.items():
+            assert Measurements(tmp_path, "a").find_or_measure(name, finds(32, BUSY)) == kept
+            assert Measurements(tmp_path, "a").find_or_measure(name, never) == kept, "once"
+    assert Measurements(tmp_path, "a").find_since(began).keys() == {"old", "calm", "busy", "then"}
+
+
+def test_figures_that_belong_together_stay_or_go_together(tmp_path: Path) -> None:
+    """Half of them from a busy machine, half from a calm one, they could not be compared."""
+    write(tmp_path, x=stored(10, CALM, ago(days=31)), y=stored(20, BUSY, ago(days=31)))
+    found = Measurements(tmp_path, "a").find_or_measure_all(
+        ["x", "y"], lambda: {"x": Figure(40, BUSY), "y": Figure(80, CALM)}
+    )
+    assert found == {"x": 10, "y": 20}
+    assert Measurements(tmp_path, "a").find("y") == 20
 
 
 def test_the_file_does_not_grow_beyond_what_is_read(tmp_path: Path) -> None:

@@ -8,11 +8,11 @@ for the next start. Small models are not measured: their steps are over before t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from time import monotonic
 
-from fastgpt2.engine.figure import TRUSTED_SPREAD, Figure
+from fastgpt2.engine.figure import Figure
 from fastgpt2.engine.kernels.calibration import run_in_turn, spread_of
 from fastgpt2.engine.machine import Measurements, is_large, usable_memory
 from fastgpt2.engine.model.config import GPT2Config
@@ -136,7 +136,7 @@ class LearntTimes:
     def __init__(self, network: GPT2, measurements: Measurements | None, limit: BatchLimit, costs: StepCosts) -> None:
         self._network, self._measurements, self._limit, self._costs = network, measurements, limit, costs
         self._next_at = monotonic() + _KEEP_SECONDS
-        self._kept: Mapping[str, int] = {}
+        self._kept: dict[str, int] = {}
 
     def keep_if_due(self) -> None:
         """Write down what was learnt, if that was not done lately."""
@@ -148,26 +148,28 @@ class LearntTimes:
         self._next_at = monotonic() + _KEEP_SECONDS
         if self._measurements is None:
             return
-        figures = self._figures()
-        if {name: int(figure) for name, figure in figures.items()} != self._kept and self._measurements.keep(figures):
-            self._kept = {name: int(figure) for name, figure in figures.items()}
+        for figures in (self._slots(), self._rows(self._measurements)):
+            new = {name: int(figure) for name, figure in figures.items()}
+            if not new.items() <= self._kept.items() and self._measurements.keep(figures):
+                self._kept.update(new)
 
-    def _figures(self) -> dict[str, Figure]:
-        assert self._measurements is not None
-        learnt, found = self._costs.learnt(), {}
-        # Figures of rows are compared with each other: all of them are new, or none is.
-        if all(cost.spread <= TRUSTED_SPREAD for cost in learnt.values()):
-            for rows, cost in learnt.items():
-                name = rows_name(self._network, rows)
-                known = self._measurements.find(name)
-                if cost.looks:
-                    found[name] = Figure(round(1e6 * cost.seconds), cost.spread, cost.looks)
-                elif known is not None:
-                    found[name] = Figure(round(1e6 * cost.seconds), known.spread, known.looks, known.date)
+    def _slots(self) -> dict[str, Figure]:
         finding = self._limit.finding
-        if finding is not None:
-            name = slots_name(self._network, self._network.cache.n_slots)
-            found[name] = Figure(finding.sequences, finding.spread, finding.looks)
+        if finding is None:
+            return {}
+        name = slots_name(self._network, self._network.cache.n_slots)
+        return {name: Figure(finding.sequences, finding.spread, finding.looks)}
+
+    def _rows(self, measurements: Measurements) -> dict[str, Figure]:
+        """Return what rows cost. Those of which nothing was learnt keep how they compare with the others."""
+        found = {}
+        for rows, cost in self._costs.learnt().items():
+            name, microseconds = rows_name(self._network, rows), round(1e6 * cost.seconds)
+            known = measurements.find(name)
+            if cost.looks and rows <= MOST_ROWS:
+                found[name] = Figure(microseconds, cost.spread, cost.looks)
+            elif known is not None:
+                found[name] = Figure(microseconds, known.spread, known.looks, known.date)
         return found
 
 
