@@ -29,7 +29,7 @@ _MAX_DATE_CHARACTERS = 40
 _MOST_AHEAD_SECONDS = 3600.0
 
 # A shorter measurement does not tell how busy the machine was.
-_LEAST_TELLING_SECONDS = 0.01
+_LEAST_TELLING_SECONDS = 0.1
 
 # Figures of before this moment are measured again; see `measuring_again`.
 _measured_again_at = 0.0

@@ -153,7 +153,7 @@ def load_decoder(model: str, options: LoadOptions) -> LoadedModel:
     if options.max_batch is None:
         choose_slots(network, measurements)
     costs = StepCosts(row_costs(network, measurements, options.max_batch is None) if most_drafts is None else None)
-    limit = BatchLimit(network.cache, adapts=options.max_batch is None and is_large(config))
+    limit = BatchLimit(network, adapts=options.max_batch is None and is_large(config))
     drafter = Drafter(network, most_drafts, costs)
     decoder = Decoder(network, tokenizer, generation, prefixes, drafter, chat_template, limit)
     learnt_times = LearntTimes(network, measurements if is_large(config) else None, limit, costs)

@@ -58,8 +58,9 @@ class Jobs:
 
     def __post_init__(self) -> None:
         cache: Any = SimpleNamespace(usable_slots=self.limit, n_slots=self.n_slots)
-        self.cache = cache
-        self.batch_limit = BatchLimit(cache)
+        network: Any = SimpleNamespace(cache=cache)
+        self.cache, self.batch_limit = cache, BatchLimit(network)
+        self.network = network
         self.dice = random.Random(0)
 
     def step(self) -> None:
@@ -113,7 +114,7 @@ def test_a_right_figure_stays_and_costs_little_to_look_at(right: int, steps: Cur
     assert jobs.batch_limit.finding.sequences == right
     assert len(limits) < 12
     plain = Jobs(steps, right)
-    plain.batch_limit = BatchLimit(plain.cache, adapts=False)
+    plain.batch_limit = BatchLimit(plain.network, adapts=False)
     assert plain.run(200) == [right]
     assert jobs.generated > 0.98 * plain.generated
 
@@ -175,8 +176,9 @@ def test_every_text_has_its_turn() -> None:
 
 
 def test_a_limit_that_somebody_has_set_stays() -> None:
-    cache: Any = SimpleNamespace(usable_slots=8, n_slots=8)
-    limit = BatchLimit(cache, adapts=False)
+    cache = SimpleNamespace(usable_slots=8, n_slots=8)
+    network: Any = SimpleNamespace(cache=cache)
+    limit = BatchLimit(network, adapts=False)
     given: Sequence[int] = range(8)
     for _ in range(1000):
         assert limit.take(given) is given

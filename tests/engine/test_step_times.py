@@ -72,6 +72,11 @@ def test_the_batch_of_a_large_model_is_measured_once(
     network.cache.use_slots(8)
     choose_slots(network, Measurements(tmp_path, "a"))
     assert network.cache.usable_slots == 2
+    for odd, taken in ((0, 1), (5, 4), (1 << 30, 8)):
+        (tmp_path / "calibration.json").write_text(json.dumps({"a": {name: odd}}))
+        network.cache.use_slots(8)
+        choose_slots(network, Measurements(tmp_path, "a"))
+        assert network.cache.usable_slots == taken, "whatever a file says, within what there is"
 
 
 def test_what_was_measured_with_more_memory_is_known_with_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,7 +74,7 @@ class Decoder:
         self.model, self.tokenizer, self.generation, self.prefixes = model, tokenizer, generation, prefixes
         self.chat_template = chat_template or ChatTemplate({})
         self.drafter = drafter or Drafter(model)
-        self.limit = limit or BatchLimit(model.cache, adapts=False)
+        self.limit = limit or BatchLimit(model, adapts=False)
         self._scratch = Scratch(model.config.vocab_size)
         self.running: list[Sequence] = []
 

@@ -64,7 +64,7 @@ def _choose_fastest(config: GPT2Config, measurements: Measurements, layout: Layo
 
     def is_beaten_by(other: str) -> int:
         usual, rival = ((Kernel(make_product(name), measurements), widths[name]) for name in (best, other))
-        return is_worth_loading(n_in, usual, rival)
+        return int(is_worth_loading(n_in, usual, rival))
 
     key = f"mkl {mkl.version_key()} faster {shape}"
     if mkl.is_installed() and measurements.find_or_measure(key, lambda: is_beaten_by("mkl")):

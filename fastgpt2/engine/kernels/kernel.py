@@ -16,7 +16,6 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgpt2.engine.figure import Figure
 from fastgpt2.engine.kernels.openblas import NumpyProduct
 from fastgpt2.engine.kernels.panels import Array
 from fastgpt2.engine.machine import Measurements
@@ -131,9 +130,7 @@ class Kernel:
         name = f"{product.name} exact {n_in}x{width}"
         if name not in self.exact_chunks:
             self.exact_chunks[name] = self._measurements.find_or_measure(
-                # Bits tell, and no clock: it is as true on a busy machine.
-                name,
-                lambda: Figure(find_largest_exact_chunk(product, n_in, width), spread=0.0),
+                name, lambda: find_largest_exact_chunk(product, n_in, width)
             )
         return self.exact_chunks[name]
 

@@ -17,9 +17,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from statistics import median
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from fastgpt2.engine.network.kv_cache import KVCache
+if TYPE_CHECKING:
+    from fastgpt2.engine.network.gpt2 import GPT2
 
 log = logging.getLogger("fastgpt2.engine")
 T = TypeVar("T")
@@ -50,20 +51,21 @@ class Finding(NamedTuple):
 
 
 class BatchLimit:
-    """Sets how many slots of a cache are used, by what steps take.
+    """Sets how many slots of a network's cache are used, by what steps take.
 
     Args:
-        cache: its `usable_slots` are where the limit begins; all its slots are the most that is tried.
+        network: its cache's `usable_slots`, a power of two, are where the limit begins; all its slots are the most that
+            is tried.
         adapts: False to leave the limit as it is.
 
     Attributes:
         finding: what the steps have told last; None if nothing yet.
     """
 
-    def __init__(self, cache: KVCache, adapts: bool = True) -> None:
+    def __init__(self, network: GPT2, adapts: bool = True) -> None:
         self.finding: Finding | None = None
-        self._cache, self._adapts = cache, adapts
-        self._proven = cache.usable_slots
+        self._network, self._adapts = network, adapts
+        self._proven = network.cache.usable_slots
         self._seconds = 0.0
         self._next_round, self._between_rounds = _FIRST_ROUND_SECONDS, _LEAST_BETWEEN_ROUNDS
         self._next_trial, self._between_trials = 0.0, _LEAST_BETWEEN_TRIALS
@@ -83,7 +85,7 @@ class BatchLimit:
         if self._looks and self._seconds > self._round_ends:
             self._looks = {}
         if not self._looks and self._is_round_due(len(sequences)):
-            self._looks = {size: [] for size in _sizes(min(len(sequences), self._cache.usable_slots))}
+            self._looks = {size: [] for size in _sizes(min(len(sequences), self._network.cache.usable_slots))}
             self._round_ends = self._seconds + _ROUND_SECONDS
         # Jobs come and go meanwhile.
         missing = [size for size, looks in self._looks.items() if len(looks) < _LOOKS and size <= len(sequences)]
@@ -113,7 +115,7 @@ class BatchLimit:
             self._end_trial()
 
     def _is_round_due(self, sequences: int) -> bool:
-        limit = self._cache.usable_slots
+        limit = self._network.cache.usable_slots
         if self._trial_ends is not None:
             return sequences >= limit
         is_telling = sequences >= limit or sequences >= max(_LEAST_LOOKED_AT, limit // 2 + 1)
@@ -127,8 +129,8 @@ class BatchLimit:
         best = largest_that_pays(times.__getitem__, most, least)
         is_trial, self._trial_ends, self._looks = self._trial_ends is not None, None, {}
         # Where fewer sequences than the limit pay, nothing is known of more.
-        if best < most or most >= self._cache.usable_slots:
-            self._proven = self._cache.usable_slots = 1 << (best.bit_length() - 1)
+        if best < most or most >= self._network.cache.usable_slots:
+            self._proven = self._network.cache.usable_slots = 1 << (best.bit_length() - 1)
             self.finding = Finding(self._proven, spread, _LOOKS)
         if self._proven != before:
             log.info("%d sequences at once pay now, %d did before; %s", self._proven, before, describe_steps(times))
@@ -143,7 +145,7 @@ class BatchLimit:
             if was_trial:
                 self._trial_factor, self._between_trials = 2, _LEAST_BETWEEN_TRIALS
                 self._next_trial = self._seconds
-            if self._seconds >= self._next_trial and self._proven < self._cache.n_slots:
+            if self._seconds >= self._next_trial and self._proven < self._network.cache.n_slots:
                 self._begin_trial()
             return
         # Twice as many may not pay, and four times as many may.
@@ -156,14 +158,14 @@ class BatchLimit:
             self._between_trials = min(2 * self._between_trials, _MOST_BETWEEN_TRIALS)
 
     def _begin_trial(self) -> None:
-        self._cache.usable_slots = min(self._cache.n_slots, self._trial_factor * self._proven)
+        self._network.cache.usable_slots = min(self._network.cache.n_slots, self._trial_factor * self._proven)
         self._trial_ends = self._seconds + _TRIAL_SECONDS
 
     def _end_trial(self) -> None:
         """End a trial that nobody has filled."""
         self._trial_ends, self._looks = None, {}
         self._next_trial = self._seconds + self._between_trials
-        self._cache.usable_slots = self._proven
+        self._network.cache.usable_slots = self._proven
 
 
 def _sizes(sequences: int) -> list[int]:

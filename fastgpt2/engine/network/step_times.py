@@ -73,7 +73,8 @@ def choose_slots(network: GPT2, measurements: Measurements) -> None:
             name = slots_name(network, most)
             measured = measurements.find_or_measure_all([name], lambda: {name: measure_slots(network, most)})
             found = measured.get(name)
-    network.cache.use_slots(max(1, min(most, UNMEASURED_SLOTS if found is None else found)))
+    slots = max(1, min(most, UNMEASURED_SLOTS if found is None else found))
+    network.cache.use_slots(1 << (slots.bit_length() - 1))
 
 
 def measure_slots(network: GPT2, most: int) -> Figure:
