@@ -149,13 +149,13 @@ class BatchLimit:
                 self._begin_trial()
             return
         # Twice as many may not pay, and four times as many may.
-        self._trial_factor = 4 if was_trial and self._trial_factor == 2 else 2
-        self._next_trial = self._seconds
-        if self._trial_factor == 4:
+        tries_more = was_trial and self._trial_factor == 2 and 4 * self._proven <= self._network.cache.n_slots
+        self._trial_factor = 4 if tries_more else 2
+        if tries_more:
             self._begin_trial()
-        else:
-            self._next_trial += self._between_trials
-            self._between_trials = min(2 * self._between_trials, _MOST_BETWEEN_TRIALS)
+            return
+        self._next_trial = self._seconds + self._between_trials
+        self._between_trials = min(2 * self._between_trials, _MOST_BETWEEN_TRIALS)
 
     def _begin_trial(self) -> None:
         self._network.cache.usable_slots = min(self._network.cache.n_slots, self._trial_factor * self._proven)
