@@ -94,7 +94,7 @@ class Jobs:
 @pytest.mark.parametrize(("start", "found", "steps"), [(8, 32, WIDE), (1, 32, WIDE), (32, 8, NARROW), (16, 8, NARROW)])
 def test_a_wrong_figure_is_corrected_within_seconds(start: int, found: int, steps: Curve, tokens: int) -> None:
     jobs = Jobs(steps, start, tokens=tokens)
-    jobs.run(5)
+    jobs.run(6)
     assert jobs.batch_limit.finding is not None
     assert jobs.batch_limit.finding.sequences == found
 

@@ -29,7 +29,10 @@ T = TypeVar("T")
 LEAST_BATCH_GAIN = 1.15
 
 # Steps of each size in a round of looks; and the seconds of steps within which they must come, to be of one situation.
-_LOOKS, _ROUND_SECONDS = 5, 10.0
+_LOOKS, _ROUND_SECONDS = 7, 10.0
+
+# Which of them counts, the shortest being 0. What disturbs a step only ever adds; one alone may have been lucky.
+_COUNTED_LOOK = 1
 
 # Seconds of steps before the first round; between rounds, doubled as long as nothing changes.
 _FIRST_ROUND_SECONDS, _LEAST_BETWEEN_ROUNDS, _MOST_BETWEEN_ROUNDS = 1.0, 30.0, 600.0
@@ -123,8 +126,8 @@ class BatchLimit:
 
     def _decide(self) -> None:
         """End a round: set the limit by what its looks tell, and begin a trial of a higher one if that is due."""
-        times = {size: median(looks) for size, looks in self._looks.items()}
-        spread = median(times[size] / min(looks) - 1 for size, looks in self._looks.items())
+        times = {size: sorted(looks)[_COUNTED_LOOK] for size, looks in self._looks.items()}
+        spread = median(median(looks) / min(looks) - 1 for looks in self._looks.values())
         least, most, before = min(times), max(times), self._proven
         best = largest_that_pays(times.__getitem__, most, least)
         is_trial, self._trial_ends, self._looks = self._trial_ends is not None, None, {}
