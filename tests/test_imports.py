@@ -107,10 +107,11 @@ OPTIONS = "engine.decoding.options"
 CHAT_OPTIONS = "engine.decoding.chat_options"
 ROOMS: dict[str, set[str]] = {
     "engine.trust": set(),
-    "engine.machine": {"engine.trust"},
-    "engine.kernels": {"engine.machine"},
+    "engine.figure": set(),
+    "engine.machine": {"engine.figure", "engine.trust"},
+    "engine.kernels": {"engine.figure", "engine.machine"},
     "engine.model": {"engine.kernels", "engine.machine", "engine.trust"},
-    "engine.network": {"engine.model", "engine.kernels", "engine.machine"},
+    "engine.network": {"engine.model", "engine.kernels", "engine.figure", "engine.machine"},
     "engine.text": {"engine.model"},
     "engine.decoding": {"engine.network", "engine.text", "engine.model"},
     "engine.loading": {

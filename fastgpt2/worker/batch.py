@@ -298,7 +298,6 @@ class Batch:
     """
 
     def __init__(self, engine: Engine) -> None:
-        self._slots = engine.max_batch
         self._decoder = engine.decoder
         # In the order in which they came; and those that have texts which were not begun.
         self._jobs: dict[ActiveJob, None] = {}
@@ -307,7 +306,7 @@ class Batch:
         self._decoding: dict[Sequence, ActiveJob] = {}
         self.steps = 0
         self.tokens = 0
-        self.sizes = [0] * (self._slots + 1)
+        self.sizes = [0] * (engine.decoder.model.cache.n_slots + 1)
         self.step_seconds = 0.0
 
     def __iter__(self) -> Iterator[ActiveJob]:
@@ -316,6 +315,11 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self._jobs)
+
+    @property
+    def _slots(self) -> int:
+        """The most texts that are decoded together, which the decoder learns from its steps."""
+        return self._decoder.model.cache.usable_slots
 
     @property
     def decoding(self) -> list[ActiveJob]:
@@ -387,7 +391,7 @@ class Batch:
             return 0
         if self._decodes_suspect() or self._compiles_suspect() or len(self._compiling) >= self._slots:
             return 0
-        return self._slots - len(self._decoding)
+        return max(0, self._slots - len(self._decoding))
 
     def _unread_tokens(self) -> int:
         """Return how many tokens of prompts are to be read; of a job's texts one reads, and the others take it over."""

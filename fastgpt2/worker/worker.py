@@ -166,6 +166,7 @@ class GenerationWorker(RQWorker):
                 self._claims.close()
                 self.confirmation.close()
                 self.metrics.close()
+                self.engine.learnt_times.keep()
                 self.engine.decoder.close()
             finally:
                 self.sign_off()
@@ -206,6 +207,7 @@ class GenerationWorker(RQWorker):
         for job in self.batch.admit():
             self._end(job)
         self._step()
+        self.engine.learnt_times.keep_if_due()
         return False
 
     def _has_no_jobs(self) -> bool:

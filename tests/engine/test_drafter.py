@@ -6,17 +6,18 @@ import itertools
 import os
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fastgpt2 import Engine
-from fastgpt2.engine.decoding.drafter import StepCosts, plan_drafts, plan_model_drafts
+from fastgpt2.engine.decoding.drafter import Drafter, plan_drafts, plan_model_drafts
 from fastgpt2.engine.decoding.lookup import LONGEST_MATCH, Acceptance, Lookup
 from fastgpt2.engine.decoding.records import GenerationRequest
 from fastgpt2.engine.decoding.sequence import Sequence
+from fastgpt2.engine.network.step_costs import StepCosts
 from fastgpt2.errors import BadRequest
 
 # Where the kernel is not batch-invariant, the order of two logits that are nearer to each other than this may change.
@@ -112,31 +113,34 @@ def test_a_smaller_model_guesses_as_far_as_it_pays() -> None:
     assert plan_model_drafts(16, 0.9, lambda _rows: 0.01, lambda _rows: 1.0)[0] == 2
 
 
-def test_costs_of_what_was_not_noted_follow_what_was_measured() -> None:
-    costs = StepCosts({1: 10.0, 2: 15.0, 4: 20.0, 8: 40.0})
-    assert [costs.seconds(rows) for rows in (1, 3, 6, 16)] == [10.0, 17.5, 30.0, 80.0]
-    # The machine is three times as fast as when it was measured.
-    costs.note(1, 3.0)
-    assert costs.seconds(4) == pytest.approx(6.0)
-    costs.note(4, 9.0)
-    assert costs.seconds(4) == pytest.approx(9.0)
-    assert costs.seconds(8) == pytest.approx(18.0)
-    # A step that was disturbed changes little, and not for long.
-    costs.note(4, 900.0)
-    assert costs.seconds(4) < 12.0
-    for _ in range(20):
-        costs.note(4, 9.0)
-    assert costs.seconds(4) == pytest.approx(9.0, rel=0.02)
-    # What was noted long ago counts less than what was noted lately.
-    for _ in range(400):
-        costs.note(1, 6.0)
-    assert costs.seconds(4) == pytest.approx(12.0, rel=0.01)
+def drafted_counts(steps: int, step_seconds: Callable[[int], float]) -> list[int]:
+    """Return how many guesses are verified in each step of a lone sequence that turns in circles.
+
+    By what was measured, rows are dear: two take twice as long as one, and so on. What they take is `step_seconds`.
+    """
+    engine = Engine.load("demo", max_batch=1, drafts="off")
+    drafter = Drafter(engine.decoder.model, None, StepCosts({rows: float(rows) for rows in (1, 2, 4, 8, 16)}))
+    (sequence,) = generate(engine, [GenerationRequest("I", max_new_tokens=1)])
+    sequence.max_new_tokens, sequence.lookup = 2 * steps, Lookup([5] * 12)
+    counts = []
+    for _ in range(steps):
+        (guesses,) = drafter.draft([sequence], 32)
+        counts.append(len(guesses))
+        drafter.note_step(1 + len(guesses), step_seconds(1 + len(guesses)))
+    return counts
 
 
-def test_costs_without_a_measurement() -> None:
-    costs = StepCosts()
-    assert not costs.known
-    assert costs.seconds(1) < costs.seconds(2) < 1.1 * costs.seconds(1)
+def test_rows_that_were_measured_as_dear_are_tried_now_and_then() -> None:
+    counts = drafted_counts(1000, lambda _rows: 0.010)
+    assert not any(counts[:50]), "by what was measured, no guess pays"
+    assert any(counts[50:60]), "but that is looked at"
+    assert sum(map(bool, counts[60:])) > 0.97 * len(counts[60:]), "and corrected"
+
+
+def test_where_rows_are_dear_indeed_trials_become_rare() -> None:
+    counts = drafted_counts(1500, lambda rows: 0.010 * rows)
+    assert 3 <= sum(map(bool, counts)) <= 24
+    assert max(counts) <= 3
 
 
 WORDS = """

@@ -24,11 +24,13 @@ from support.running import GOLDEN, StartWorker, wait_until
 from support.turns import Turns
 
 from fastgpt2 import Engine
+from fastgpt2.engine.decoding.records import GenerationRequest
 from fastgpt2.protocol.connection import connect
 from fastgpt2.protocol.keys import PARTIAL_META, Priority, queue_of, stream_key
 from fastgpt2.protocol.scripts import execute
 from fastgpt2.system.redis_server import RedisServer
 from fastgpt2.worker import worker as generation_worker
+from fastgpt2.worker.batch import Batch
 from fastgpt2.worker.worker import GenerationWorker
 
 TASK = "fastgpt2.worker.tasks.generate"
@@ -392,6 +394,36 @@ def test_what_does_not_fit_into_the_memory_waits(redis_server: RedisServer, queu
     assert {tuple(ids_of(job)[:100]) for job in jobs} == {tuple(ENTRY["ids"])}
     worker._claims.close()
     worker.sign_off()
+
+
+def test_as_many_jobs_are_taken_as_are_decoded_together_now(engine: Engine) -> None:
+    """How many pay is learnt while jobs run; those that run go on."""
+    batch, cache = Batch(engine), engine.decoder.model.cache
+    sequences = [engine.decoder.admit(engine.decoder.prepare(GenerationRequest("I"))) for _ in range(3)]
+    try:
+        cache.usable_slots = 2
+        assert batch.room() == 2
+        assert not cache.has_room(1), "three run"
+        engine.decoder.finish(sequences.pop())
+        assert not cache.has_room(1), "two run"
+        engine.decoder.finish(sequences.pop())
+        assert cache.has_room(1)
+    finally:
+        cache.usable_slots = SLOTS
+        for sequence in sequences:
+            engine.decoder.finish(sequence)
+
+
+def test_what_a_workers_steps_have_taught_is_kept_when_it_ends(
+    engine: Engine, redis_server: RedisServer, queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = GenerationWorker(engine, connect(redis_server.url), queue.name)
+    kept: list[int] = []
+    monkeypatch.setattr(engine.learnt_times, "keep", lambda: kept.append(worker.batch.steps))
+    queue.enqueue(TASK, ENTRY["prompt"], max_new_tokens=5)
+    assert worker.work(burst=True)
+    assert kept == [worker.batch.steps]
+    assert kept[0] >= 5
 
 
 def _bytes_of_a_sequence() -> int:

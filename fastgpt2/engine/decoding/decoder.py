@@ -26,6 +26,7 @@ from fastgpt2.engine.decoding.sampler import Scratch
 from fastgpt2.engine.decoding.sequence import Sequence, TokenizedPrompt
 from fastgpt2.engine.decoding.stop_strings import StopStrings
 from fastgpt2.engine.model.generation_config import GenerationConfig
+from fastgpt2.engine.network.batch_limit import BatchLimit
 from fastgpt2.engine.network.gpt2 import DEFAULT_MAX_ROWS, GPT2, PREFILL_ROWS_BESIDE
 from fastgpt2.engine.network.prefixes import Prefixes
 from fastgpt2.engine.network.step import Segment
@@ -57,6 +58,7 @@ class Decoder:
         chat_template: what makes prompts of chats.
         prefixes: where keys and values of prompts are kept for others that begin alike; None to keep none.
         drafter: what guesses tokens; None to guess none.
+        limit: what sets how many slots are used, by what steps take; None to leave that as it is.
     """
 
     def __init__(
@@ -67,10 +69,12 @@ class Decoder:
         prefixes: Prefixes | None = None,
         drafter: Drafter | None = None,
         chat_template: ChatTemplate | None = None,
+        limit: BatchLimit | None = None,
     ) -> None:
         self.model, self.tokenizer, self.generation, self.prefixes = model, tokenizer, generation, prefixes
         self.chat_template = chat_template or ChatTemplate({})
         self.drafter = drafter or Drafter(model)
+        self.limit = limit or BatchLimit(model, adapts=False)
         self._scratch = Scratch(model.config.vocab_size)
         self.running: list[Sequence] = []
 
@@ -195,7 +199,9 @@ class Decoder:
         decoding = sorted((s for s in self.running if s.status == "decode"), key=attrgetter("slot"))
         prefills = self._plan_prefill(len(decoding))
         # Beside prompts, a step takes long enough for those that decode: nothing is drafted.
-        batch = [*self._plan_decode(decoding, draft=not prefills), *prefills]
+        if not prefills:
+            decoding = list(self.limit.take(decoding))
+        batch = [*self._plan_decode(decoding, draft=not prefills and not self.limit.is_looking), *prefills]
         if batch:
             started_at = perf_counter()
             logits = self.model.forward([segment for _, segment in batch])
@@ -203,6 +209,7 @@ class Decoder:
             now = perf_counter()
             if not prefills:
                 self.drafter.note_step(len(best), now - started_at)
+            self.limit.note(now - started_at)
             self._accept_rows(batch, logits, best, started_at, now)
         finished = [sequence for sequence, _ in batch if sequence.finished]
         # Those that generate nothing finish when what had to be read of their prompts has been read.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fastgpt2.engine.figure import Figure
 from fastgpt2.engine.kernels import machine_code, make_product
 from fastgpt2.engine.kernels.calibration import PLAIN, PLAIN_WIDTH, WIDTHS, is_worth_loading, measure_fastest_width
 from fastgpt2.engine.kernels.kernel import MAX_CHUNK, Kernel
@@ -71,9 +72,9 @@ def _is_mkl_faster(config: GPT2Config, measurements: Measurements, layout: Layou
 
     n_in, width = config.n_embd, layout.width(config.n_embd, config.n_inner)
 
-    def measure() -> int:
+    def measure() -> Figure:
         usual, rival = ((Kernel(make_product(name), measurements), width) for name in ("openblas", "mkl"))
-        return int(is_worth_loading(n_in, usual, rival))
+        return is_worth_loading(n_in, usual, rival)
 
     key = f"mkl {mkl.version_key()} faster {n_in}x{width}"
     return mkl.is_installed() and bool(measurements.find_or_measure(key, measure))
