@@ -46,8 +46,8 @@ Batch = list[tuple[Sequence, Segment]]
 PREFILL_ROWS = DEFAULT_MAX_ROWS
 
 # Of prompts that wait, the shortest is read first, until this many rows of prompts that came later have gone before one
-# that came earlier: about half a second of gpt2 on two cores.
-MOST_ROWS_AHEAD = 512
+# that came earlier: the rows of one step or two. Many more would make the slowest requests of a full pool slower.
+MOST_ROWS_AHEAD = 128
 
 # Rows of scored prompts that a step reads, all of which want logits. Logits are 200 KB a row of gpt2, and the memory
 # that a step has once used for them stays committed.
