@@ -182,34 +182,43 @@ def summed_up(found: Values, lengths: list[int], long: list[int], asked: argpars
     }
 
 
-def show(entry: Values) -> None:
-    """Print the tables of one model."""
+def tables(entry: Values) -> tuple[list[list[str]], list[list[str]]]:
+    """Return the rows of the two tables of one model: rates, and times in milliseconds."""
     rates = {name: f"{found['median']:.1f}" for name, found in entry["rates"].items()}
     shortest, longest, _ = entry["prompt_tokens"]
-    heading(f"{entry['model']}, {entry['weights']}: up to {entry['max_batch']} at once; medians of the rounds")
     rows = [
         ["prompts alone, prompt tokens/s", rates["prompt_tokens_per_s"]],
         ["tokens alone, tokens/s", rates["tokens_per_s"]],
         ["both added up, tokens/s", rates["sum_tokens_per_s"]],
         [f"prompts of {shortest} to {longest} through the pool, tokens/s", rates["mixed_tokens_per_s"]],
-        [f"  of the sum (target: {SHARE_TARGET:.0%})", f"{entry['share']:.1%}"],
+        [f"their share of the sum (target: {SHARE_TARGET:.0%})", f"{entry['share']:.1%}"],
         [f"prompts of {entry['long_tokens']} alone, prompt tokens/s", rates["long_alone_tokens_per_s"]],
-        ["  through the pool", rates["long_pooled_tokens_per_s"]],
-        ["  of the engine's own rate", f"{entry['long_share']:.1%}"],
+        ["the same through the pool", rates["long_pooled_tokens_per_s"]],
+        ["share of the engine's own rate", f"{entry['long_share']:.1%}"],
     ]
+    names = {"request_ms": "a whole request", "first_ms": "its first token", "gap_ms": "between two tokens"}
+    times = [
+        [f"{label}, {which}", f"{found['median']:.0f}"]
+        for name, label in names.items()
+        for which, found in entry["mixed"][name].items()
+    ]
+    return rows, times
+
+
+def lines(entry: Values, markdown: Callable[[list[str], list[list[str]]], list[str]]) -> list[str]:
+    """Return the lines of the page of results about one model; `markdown` makes those of a table."""
+    rows, times = tables(entry)
+    about = f"{entry['weights']} weights, up to {entry['max_batch']} jobs at once."
+    return [about, "", *markdown(["", ""], rows), "", *markdown(["of the mixed prompts", "ms"], times), ""]
+
+
+def show(entry: Values) -> None:
+    """Print the tables of one model."""
+    rows, times = tables(entry)
+    heading(f"{entry['model']}, {entry['weights']}: up to {entry['max_batch']} at once; medians of the rounds")
     print(table(["", ""], rows))
-    heading("mixed, through the pool, ms")
-    mixed = entry["mixed"]
-    rows = [
-        ["a whole request", "p50", f"{mixed['request_ms']['p50']['median']:.0f}"],
-        ["", "p95", f"{mixed['request_ms']['p95']['median']:.0f}"],
-        ["its first token", "p50", f"{mixed['first_ms']['p50']['median']:.0f}"],
-        ["", "p95", f"{mixed['first_ms']['p95']['median']:.0f}"],
-        ["between two tokens", "p50", f"{mixed['gap_ms']['p50']['median']:.0f}"],
-        ["", "p99", f"{mixed['gap_ms']['p99']['median']:.0f}"],
-        ["", "longest", f"{mixed['gap_ms']['longest']['median']:.0f}"],
-    ]
-    print(table(["", "", ""], rows))
+    heading("prompts of mixed lengths through the pool, ms")
+    print(table(["", ""], times))
 
 
 if __name__ == "__main__":

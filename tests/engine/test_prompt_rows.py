@@ -62,9 +62,15 @@ def test_rows_have_bounds(step_seconds: Callable[[int, int], float], expected: i
 
 def test_rows_follow_what_else_runs() -> None:
     """By hand: 90 ms are 180 rows of 0.5 ms, so 176; of rows of 2 ms, the least are too many."""
+
+    def quick(_: int, count: int) -> float:
+        return 0.0005 * count
+
+    def slow(_: int, count: int) -> float:
+        return 0.002 * count
+
     rows = PromptRows(64, 256)
-    for row_seconds, expected in ((0.0005, 176), (0.002, 64), (0.0005, 176)):
-        assert run_steps(rows, lambda _, count, each=row_seconds: each * count, 2) == expected
+    assert [run_steps(rows, step_seconds, 2) for step_seconds in (quick, slow, quick)] == [176, 64, 176]
 
 
 def test_one_step_that_was_disturbed_counts_little() -> None:
@@ -211,8 +217,7 @@ JOBS = st.builds(
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(jobs=st.lists(JOBS, min_size=1, max_size=12))
 def test_every_prompt_is_read_once_within_the_bounds(decoder: Decoder, jobs: list[Job]) -> None:
-    network = StubNetwork(decoder)
-    decoder.model.forward = network.forward  # type: ignore[method-assign]
+    network: StubNetwork = decoder.model.forward.__self__  # type: ignore[attr-defined]
     waiting = [(job, index) for job in sorted(jobs, key=lambda job: job.step) for index in range(job.texts)]
     prepared = {
         job: decoder.prepare(
@@ -260,4 +265,5 @@ def test_every_prompt_is_read_once_within_the_bounds(decoder: Decoder, jobs: lis
         assert sequence.finish_reason == "length"
         # All of it, or what was not copied from another text of the same prompt.
         assert read[sequence] == list(sequence.prompt_ids[sequence.cached_tokens :])
-        assert ahead[sequence] < MOST_ROWS_AHEAD + PREFILL_ROWS
+        if sequence.request.texts == 1 and sequence.request.prompt_logprobs is None:
+            assert ahead[sequence] < MOST_ROWS_AHEAD + PREFILL_ROWS
