@@ -219,7 +219,7 @@ def is_plain(sequence: Sequence) -> bool:
     return sequence.request.texts == 1 and sequence.request.prompt_logprobs is None
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(jobs=st.lists(JOBS, min_size=1, max_size=12))
 def test_every_prompt_is_read_once_within_the_bounds(decoder: Decoder, jobs: list[Job]) -> None:
     network: StubNetwork = decoder.model.forward.__self__  # type: ignore[attr-defined]
