@@ -25,6 +25,7 @@ from benchmarks.capacity import page as capacity_page
 from benchmarks.common import HERE, RESULTS
 from benchmarks.engine import guided, sampling
 from benchmarks.engine.step_parts import allocation_rows
+from benchmarks.pool import mixed
 from fastgpt2.bench import Values, machine_line
 
 DOCS = HERE.parent / "docs"
@@ -427,6 +428,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[str, Values, Draw], list[str]]]] =
     "memory": ("Memory by workers", "engine/memory.py", memory_lines),
     "prefixes": ("Prompts that begin alike", "engine/prefixes.py", prefixes_lines),
     "pool": ("Many jobs at once", "pool/pool.py", pool_lines),
+    "mixed": ("Prompts of mixed lengths", "pool/mixed.py", lambda _, entry, __: mixed.lines(entry, markdown)),
     "endpoint": ("The endpoint", "endpoint/endpoint.py", endpoint_lines),
     "peers": ("Peers", "peers/peers.py", peers_lines),
 }

@@ -109,7 +109,7 @@ ROOMS: dict[str, set[str]] = {
     "engine.trust": set(),
     "engine.figure": set(),
     "engine.machine": {"engine.figure", "engine.trust"},
-    "engine.kernels": {"engine.figure", "engine.machine"},
+    "engine.kernels": {"engine.figure", "engine.machine", "engine.trust"},
     "engine.model": {"engine.kernels", "engine.machine", "engine.trust"},
     "engine.network": {"engine.model", "engine.kernels", "engine.figure", "engine.machine"},
     "engine.text": {"engine.model"},

@@ -80,6 +80,10 @@ class Claims:
         os.set_blocking(self._wake_reader, False)
         os.set_blocking(self._wake_writer, False)
 
+    def urgency(self, queue: Queue) -> int:
+        """Return how urgent the jobs of one of the queues are; more for the more urgent ones."""
+        return -(self._queues.index(queue) // self._each)
+
     def add_claim(self, pipeline: Pipeline, most: int, running: int) -> None:
         """Add to a pipeline the claim of at most `most` jobs, by a worker that has `running` jobs already.
 

@@ -360,7 +360,8 @@ class GenerationWorker(RQWorker):
             self._refuse_hopeless(request)
             tokenized = self.engine.decoder.prepare(request)
             model = options.model or model_of(attempt.queue.name) or self.served.first
-            job = ActiveJob.begin(attempt, tokenized, options, model, time.monotonic())
+            urgency = self._claims.urgency(attempt.queue)
+            job = ActiveJob.begin(attempt, tokenized, options, model, time.monotonic(), urgency)
         except BaseException as error:
             self.outbox.refuse(attempt, _of_job(error))
             return

@@ -25,6 +25,7 @@ AT_ONCE = 5
 # The tables of a model's entry in the result, by script. The slowest come first, as they are started in this order.
 TABLES = {
     "pool/pool.py": ("cells", "ratios", "overhead", "redis", "alone"),
+    "pool/mixed.py": ("rates", "mixed"),
     "endpoint/endpoint.py": ("start", "overhead", "streams"),
     "peers/peers.py": ("peers", "bandwidth_gb_per_s"),
     "engine/step.py": ("bandwidth_gb_per_s", "engines", "plain"),

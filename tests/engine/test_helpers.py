@@ -260,10 +260,11 @@ def test_a_helper_whose_parent_has_gone_at_once_says_nothing() -> None:
     order = {
         "config": dataclasses.asdict(read_config(FOLDER)),
         "shape": {"n_slots": 1, "max_rows": 1, "size": 2},
-        "sets": [{"weights": "/proc/0/fd/3", "product": "openblas", "exact_chunks": False}],
+        "sets": [{"weights": "/proc/0/fd/3", "product": "openblas", "exact_chunks": False, "compiled": False}],
         "state": "/proc/0/fd/4",
         "parent": os.getpid(),
         "rank": 1,
+        "code": {},
     }
     command = [sys.executable, "-m", "fastgpt2.engine.network.helpers"]
     done = subprocess.run(command, input=f"{json.dumps(order)}\n\0", capture_output=True, text=True, timeout=60)

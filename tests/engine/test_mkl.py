@@ -71,6 +71,7 @@ def test_auto_measures_once_and_says_what_it_took(tmp_path: Path, monkeypatch: p
 
 def test_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mkl, "_find", lambda: None)
+    monkeypatch.setattr(machine_code, "is_installed", lambda: False)
     assert Engine.load("demo", blas="auto").describe().startswith("openblas-")
     with pytest.raises(
         BadRequest, match=r"MKL is not installed; pip install 'fastgpt2\[mkl\]', or choose another BLAS"

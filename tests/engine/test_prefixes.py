@@ -19,12 +19,13 @@ from redis import Redis
 from support.running import GOLDEN, StartEndpoint, StartWorker, wait_until
 
 from fastgpt2 import Client, Engine
+from fastgpt2.engine.decoding.prompt_rows import PromptRows
 from fastgpt2.engine.decoding.records import GenerationRequest, GenerationResult
 from fastgpt2.engine.kernels.attention import BLOCK
 from fastgpt2.engine.model.config import GPT2Config, read_config
 from fastgpt2.engine.model.hub import DEMO_FOLDER
 from fastgpt2.engine.network.arena import PAGE, Arena
-from fastgpt2.engine.network.gpt2 import GPT2, PREFILL_ROWS_BESIDE
+from fastgpt2.engine.network.gpt2 import GPT2
 from fastgpt2.engine.network.kv_cache import KVCache
 from fastgpt2.engine.network.prefixes import Prefixes, block_bytes
 from fastgpt2.engine.network.step import Segment
@@ -209,8 +210,9 @@ def test_prompts_that_come_together(fresh: Engine) -> None:
     assert [result.usage.cached_tokens for result in results] == [32, 288]
 
 
-def test_known_rows_are_not_counted_as_rows(fresh: Engine) -> None:
-    """Beside a sequence that decodes, a prompt that is known takes one step."""
+def test_known_rows_are_not_counted_as_rows(fresh: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a sequence that decodes, a prompt that is known takes one step; and it counts as a short one."""
+    monkeypatch.setattr(fresh.decoder, "prompt_rows", PromptRows(64, 64))
     ids = some_ids(6, 400)
     assert cached(fresh, ids) == 0
     decoder = fresh.decoder
@@ -218,11 +220,11 @@ def test_known_rows_are_not_counted_as_rows(fresh: Engine) -> None:
     decoder.step()
     known, unknown = (
         decoder.admit(decoder.prepare(GenerationRequest(tuple(each), 5, ignore_eos=True)))
-        for each in (ids, some_ids(7, 400))
+        for each in (ids, some_ids(7, 300))
     )
     decoder.step()
     assert (len(known.token_ids), known.cached_tokens) == (1, 384)
-    assert len(unknown.pending) == 400 - (PREFILL_ROWS_BESIDE - 16)
+    assert len(unknown.pending) == 300 - (64 - 16)
     for sequence in (decoding, known, unknown):
         decoder.finish(sequence)
 

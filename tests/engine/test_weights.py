@@ -18,6 +18,7 @@ from support.running import GOLDEN
 from fastgpt2 import Engine
 from fastgpt2.cli import main
 from fastgpt2.engine import machine
+from fastgpt2.engine.kernels import machine_code, product
 from fastgpt2.engine.kernels.panels import compute_scales, narrow
 from fastgpt2.engine.loading import load_network
 from fastgpt2.engine.model.config import read_config
@@ -92,8 +93,13 @@ def rounded(kind: str, columns: Array) -> Array:
 
 @pytest.mark.parametrize("kind", ["bfloat16", "int8"])
 @pytest.mark.parametrize("name", ["odd_heads", "untied", "masks_misaligned"])
-def test_what_is_computed_is_float32_of_the_rounded_weights(tmp_path: Path, name: str, kind: str) -> None:
-    """The compact weights must give what a checkpoint of the rounded numbers gives in float32."""
+def test_what_is_computed_is_float32_of_the_rounded_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str
+) -> None:
+    """Compact weights that are widened must give what a checkpoint of the rounded numbers gives in float32.
+
+    Where the CPU has instructions for them, what they are multiplied with is rounded, too: the result is nearly that.
+    """
     source = GOLDEN / "checkpoints" / name
     folder = shutil.copytree(source, tmp_path / "model")
     tensors = load_file(source / "model.safetensors")
@@ -107,8 +113,14 @@ def test_what_is_computed_is_float32_of_the_rounded_weights(tmp_path: Path, name
     save_file(tensors, folder / "model.safetensors")
     vocabulary = read_config(folder).vocab_size
     ids = [i % vocabulary for i in IDS]
-    right, found = logits(load(folder, "float32"), ids), logits(load(source, kind), ids)
-    np.testing.assert_allclose(found, right, rtol=0, atol=1e-4 * float(np.abs(right).max()))
+    right = logits(load(folder, "float32"), ids)
+    largest = float(np.abs(right).max())
+    np.testing.assert_allclose(logits(load(source, kind), ids), right, rtol=0, atol=0.02 * largest)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(machine_code, "_loaded", {})
+    monkeypatch.setattr(product, "form_of", product.Widened)
+    found = logits(load(source, kind), ids)
+    np.testing.assert_allclose(found, right, rtol=0, atol=1e-4 * largest)
     # And the rounding is seen at all.
     assert float(np.abs(found - logits(load(source, "float32"), ids)).max()) > 1e-3 * float(np.abs(right).max())
 
@@ -122,7 +134,7 @@ def test_packed_once_beside_the_float32_file(
     folder = GOLDEN / "checkpoints" / "odd_heads"
     load(folder, "float32")
     load(folder, kind)
-    (compact,) = cache.glob(f"m-*-{kind}.v*.safetensors")
+    (compact,) = cache.glob(f"m-*-{kind}-lines.v*.safetensors")
     assert len(list(cache.glob("*.safetensors"))) == 2
     made = compact.stat()
     again = load(folder, kind)

@@ -29,8 +29,8 @@ log = logging.getLogger("fastgpt2.engine")
 # Rows of a step, beside those of sequences that decode.
 DEFAULT_MAX_ROWS = 256
 
-# Rows of prompts in a step beside sequences that decode: they set how long a prompt keeps those waiting. A step of
-# gpt2 for eight took 2.8 times as long with 64 rows beside them, 4 times with 96, 5 times with 128 (two cores, AVX2).
+# Rows of prompts that there is room for in a step beside any number of sequences that decode. So many are read there
+# however long they take, more if there is time (`decoding/prompt_rows.py`).
 PREFILL_ROWS_BESIDE = 64
 
 # After an interrupted step the helpers are started anew; when they keep ending, that is given up.

@@ -87,6 +87,10 @@ class Prefixes:
         cache.lengths[slot] = len(chain) * BLOCK
         return len(chain) * BLOCK
 
+    def known(self, ids: Seq[int]) -> int:
+        """Return of how many of these tokens, from the first on, `copy_to` would fill a slot."""
+        return len(self._find(ids, len(ids) // BLOCK)) * BLOCK
+
     def keep(self, cache: KVCache, slot: int, ids: Seq[int]) -> None:
         """Keep what a slot holds of its sequence's tokens, in whole blocks, as far as it is not kept already.
 
