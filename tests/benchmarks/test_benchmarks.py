@@ -40,7 +40,7 @@ TABLES = {
 # The slowest script, in two runs at once.
 CAPACITY = "capacity/capacity.py"
 PARTS = ("idle,memory", "redis,workers")
-MORE_OPTIONS = {"engine/step.py": ("--plain",)}
+MORE_OPTIONS = {"engine/step.py": ("--plain",), "peers/peers.py": ("--only", "fastgpt2-int8")}
 # Whatever is a program of its own, but is started by these, or makes something for them.
 OTHERS = {
     "containers.py",
@@ -49,6 +49,8 @@ OTHERS = {
     "engine/checkpoints.py",
     "engine/engine_process.py",
     "engine/plain_numpy.py",
+    "peers/convert.py",
+    "peers/environment.py",
     "peers/run.py",
     "peers/transformers_generate.py",
 }
