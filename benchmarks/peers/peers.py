@@ -277,8 +277,7 @@ def best(seconds: Mapping[str, Turns]) -> Values:
         ours: list[str] = []
         theirs: list[str] = []
         for name in seconds:
-            compact = PEERS[name].compact if name in PEERS else name not in EXACT
-            if compact == (kind == "compact"):
+            if is_compact(name) == (kind == "compact"):
                 (theirs if name in PEERS else ours).append(name)
         if not ours or not theirs:
             continue
@@ -288,6 +287,11 @@ def best(seconds: Mapping[str, Turns]) -> Values:
             apart = ratio(seconds[mine][cell], seconds[peer][cell])
             found[kind][cell] = {"ours": mine, "peer": peer, "ratio": apart}
     return found
+
+
+def is_compact(name: str) -> bool:
+    """Return whether a program of the table computes with fewer bits than float32."""
+    return PEERS[name].compact if name in PEERS else name not in EXACT
 
 
 def fastest(names: Sequence[str], cell: str, seconds: Mapping[str, Turns]) -> str:
