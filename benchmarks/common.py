@@ -34,7 +34,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 HELD_OUT_TEXT = HERE / "data" / "held_out.txt"
 # Options that name files of the machine: a result keeps only the last part of such a path.
-PATHS = ("output", "workdir", "peer_python", "prompts_from")
+PATHS = ("output", "workdir", "peer_python", "export_python", "prompts_from", "llama_server")
 
 
 class Failed(Exception):

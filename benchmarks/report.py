@@ -421,6 +421,7 @@ def endpoint_lines(name: str, entry: Values, draw: Draw) -> list[str]:
 # In the order of the page, by the name of the benchmark in a result: title, script, and what makes the lines.
 SECTIONS: dict[str, tuple[str, str, Callable[[str, Values, Draw], list[str]]]] = {
     "peers": ("Peers", "peers/peers.py", peers_page.section),
+    "servers": ("Servers over HTTP", "peers/servers.py", peers_page.servers_section),
     "engine": ("Speed of the engine", "engine/step.py", engine_lines),
     "drafts": ("Drafts", "engine/drafts.py", drafts_lines),
     "sampling": ("How tokens are chosen: cost", "engine/sampling.py", sampling_lines),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from benchmarks.common import KINDS, kind_of
+from benchmarks.peers import servers
 from benchmarks.peers.peers import PEERS, is_compact
 from benchmarks.tables import markdown, spread
 from fastgpt2.bench import Values
@@ -74,6 +75,15 @@ def section(name: str, entry: Values, draw: Draw) -> list[str]:
                 axes.invert_yaxis()
 
     return [*lines, draw(f"{name}-all", f"{entry['model']}: peers, {entry['threads']} threads", bars), ""]
+
+
+def servers_section(_name: str, entry: Values, _draw: Draw) -> list[str]:
+    """Return the lines about servers over HTTP."""
+    about = f"{entry['clients']} clients, {entry['requests']} requests of {entry['tokens']} new tokens"
+    lines = [f"{about}; {entry['threads']} threads each.", "", *markdown(*servers.table_of(entry)), ""]
+    for name, reason in entry["skipped"].items():
+        lines += [f"{name} was not measured: {reason}.", ""]
+    return lines
 
 
 def best_lines(entry: Values) -> list[str]:

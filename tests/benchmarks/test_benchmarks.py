@@ -27,6 +27,7 @@ TABLES = {
     "pool/pool.py": ("cells", "ratios", "overhead", "redis", "alone"),
     "endpoint/endpoint.py": ("start", "overhead", "streams"),
     "peers/peers.py": ("peers", "bandwidth_gb_per_s"),
+    "peers/servers.py": ("servers",),
     "engine/step.py": ("bandwidth_gb_per_s", "engines", "plain"),
     "engine/memory.py": ("engines",),
     "engine/weights.py": ("weights",),
@@ -40,7 +41,7 @@ TABLES = {
 # The slowest script, in two runs at once.
 CAPACITY = "capacity/capacity.py"
 PARTS = ("idle,memory", "redis,workers")
-MORE_OPTIONS = {"engine/step.py": ("--plain",), "peers/peers.py": ("--only", "fastgpt2-int8")}
+MORE_OPTIONS = {"engine/step.py": ("--plain",), "peers/peers.py": ("--only", "fastgpt2")}
 # Whatever is a program of its own, but is started by these, or makes something for them.
 OTHERS = {
     "containers.py",
