@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the clone's root
 
 from benchmarks.common import (
     HELD_OUT_TEXT,
+    Failed,
     begin,
     environment,
     heading,
@@ -172,14 +173,20 @@ def llama_server(program: Path, file: Path, asked: argparse.Namespace) -> Iterat
         [str(word) for word in command], env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
         try:
-            wait_until(partial(is_ready, port), f"{program} to be ready", START_SECONDS)
+            wait_until(partial(is_ready, process, port), f"{program} to be ready", START_SECONDS)
             yield port
         finally:
             process.terminate()
 
 
-def is_ready(port: int) -> bool:
-    """Return whether a server says that it is healthy."""
+def is_ready(process: subprocess.Popen[bytes], port: int) -> bool:
+    """Return whether a server says that it is healthy.
+
+    Raises:
+        Failed: it has ended.
+    """
+    if process.poll() is not None:
+        raise Failed(f"{process.args!r} ended with status {process.returncode}")
     try:
         with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=5)) as connection:
             connection.request("GET", "/health")
