@@ -33,9 +33,8 @@ from fastgpt2.bench import Values, machine_line
 
 DOCS = HERE.parent / "docs"
 COLORS = ("#1b6ca8", "#e07b39", "#4f9d69", "#8a5a9e", "#c23b4b", "#7f7f7f")
-# Pages that show the newest table of peers, from the clone's root, between these two lines.
-WITH_PEERS = ("README.md", "docs/performance.md")
-PEERS_BEGIN = "<!-- made by benchmarks/report.py from the newest result of peers/peers.py: do not edit -->"
+# Between these two lines README.md shows the newest table of peers, and docs/performance.md that of each kind.
+PEERS_BEGIN = "<!-- made by benchmarks/report.py from the results of peers/peers.py: do not edit -->"
 PEERS_END = "<!-- end -->"
 # When all of a step between two products came to be compiled: older figures of these are of slower code.
 ENGINE_CHANGED = "2026-11-30"
@@ -64,8 +63,9 @@ def main() -> None:
     if capacity:  # a page of its own, for whoever plans a pool
         (asked.docs / "capacity.md").write_text(capacity_page.page(newest(capacity), markdown), "utf-8")
     if peers := [result for _, result in found if result["benchmark"] == "peers"]:
-        for name in WITH_PEERS:
-            put_table(asked.docs.parent / name, peers_page.short_table(newest(peers)))
+        put_table(asked.docs.parent / "README.md", peers_page.short_table(newest(peers)))
+        tables = [line for result in peers for line in (*peers_page.short_table(result), "")]
+        put_table(asked.docs / "performance.md", tables[:-1])
 
 
 def newest(results: Sequence[Values]) -> Values:

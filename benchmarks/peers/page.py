@@ -11,17 +11,12 @@ from benchmarks.peers.peers import PEERS, is_compact
 from benchmarks.tables import markdown, spread
 from fastgpt2.bench import Values
 
-# What people call them; ours and the peers' are told apart by nothing else.
-PROGRAMS = {
-    "transformers": "transformers",
-    "ctranslate2": "CTranslate2",
-    "openvino": "OpenVINO",
-    "llama.cpp": "llama.cpp",
-}
+# What people call them, where that is not their name in `peers.py`.
+PROGRAMS = {"ctranslate2": "CTranslate2", "openvino": "OpenVINO"}
 OURS = {
     "fastgpt2": "float32",
-    "fastgpt2-drafts-auto": "float32, drafts",
-    "fastgpt2-drafts-int8": "float32, drafts by int8",
+    "fastgpt2-drafts-auto": "float32 with drafts",
+    "fastgpt2-drafts-int8": "float32 with int8 drafts",
     "fastgpt2-bfloat16": "bfloat16",
     "fastgpt2-int8": "int8",
 }
@@ -126,7 +121,7 @@ def short_table(result: Values) -> list[str]:
                 if x == (max(every) if more_is_better else min(every)):
                     shown[i] = f"**{shown[i]}**"
             same = group[name]["same_ids"]
-            rows.append([title_of(name, group[name]), *shown, f"{same['equal']} of {same['sequences']}"])
+            rows.append([title_of(name), *shown, f"{same['equal']} of {same['sequences']}"])
     rate = entry["bandwidth_gb_per_s"]["median"]
     return [
         f"gpt2's size (124 million parameters) on {entry['threads']} cores of an {facts['cpu']} with "
@@ -134,6 +129,8 @@ def short_table(result: Values) -> list[str]:
         f"memory; {facts['date'][:10]}. Medians of programs that took turns; in bold the fastest of each group:",
         "",
         *markdown(headers, rows),
+        "",
+        f"Versions: {'; '.join(dict.fromkeys(e['version'] for name, e in entry['peers'].items() if name in PEERS))}.",
     ]
 
 
@@ -147,10 +144,9 @@ def figures_of(e: Values) -> list[tuple[float, bool]]:
     ]
 
 
-def title_of(name: str, e: Values) -> str:
-    """Return a program's name as people write it, with a peer's version and the kind of its weights."""
+def title_of(name: str) -> str:
+    """Return a program's name as people write it, with the kind of its weights."""
     if name in OURS:
         return f"fastgpt2, {OURS[name]}"
     program, _, kind = name.partition("-")
-    version = e["version"].partition(",")[0].rpartition(" ")[2]
-    return f"{PROGRAMS.get(program, program)} {version}, {kind or 'float32'}"
+    return f"{PROGRAMS.get(program, program)}, {kind or 'float32'}"
