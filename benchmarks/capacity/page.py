@@ -13,7 +13,7 @@ TITLE = """# Capacity: what one Redis bears, and how to plan a thousand workers
 
 For planners of a large pool: formulas, and the measurements that they rest on."""
 HEAD = (
-    "Made by `benchmarks/report.py` from `benchmarks/results/capacity.json`: do not edit. The head of "
+    "Made by `benchmarks/report.py` from the newest `capacity.json` in `benchmarks/results/`: do not edit. The head of "
     "`benchmarks/capacity/capacity.py` says how it is measured. All figures are medians. A core of Redis is its main "
     "thread, which carries out all commands."
 )
