@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from packaging.requirements import Requirement
 from support.running import GOLDEN
 
 from fastgpt2 import Engine
@@ -16,6 +19,7 @@ from fastgpt2.engine.loading import load_network
 from fastgpt2.engine.model.config import read_config
 from fastgpt2.errors import BadRequest
 
+ROOT = Path(__file__).parents[2]
 FOLDER = GOLDEN / "checkpoints" / "odd_heads"
 
 needs_mkl = pytest.mark.skipif(not mkl.is_installed(), reason="MKL is not installed")
@@ -68,13 +72,33 @@ def test_auto_measures_once_and_says_what_it_took(tmp_path: Path, monkeypatch: p
     assert other.startswith("openblas-" if faster else "mkl in panels")
 
 
-def test_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("has_wheels", "advice"),
+    [(True, "pip install 'fastgpt2[mkl]', or"), (False, "PyPI has it for Linux on x86-64 only;")],
+)
+def test_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch, has_wheels: bool, advice: str) -> None:
     monkeypatch.setattr(mkl, "_find", lambda: None)
+    monkeypatch.setattr(mkl, "HAS_WHEELS", has_wheels)
     assert Engine.load("demo", blas="auto").describe().startswith("openblas-")
-    with pytest.raises(
-        BadRequest, match=r"MKL is not installed; pip install 'fastgpt2\[mkl\]', or choose another BLAS"
-    ):
+    message = f"MKL is not installed; {advice} choose another BLAS than mkl"
+    with pytest.raises(BadRequest, match=f"^{re.escape(message)}$"):
         Engine.load("demo", blas="mkl")
+
+
+def test_the_extra_brings_it_where_the_message_says_so() -> None:
+    """What pip would do on these machines, by the marker in pyproject.toml."""
+    (line,) = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]["mkl"]
+    marker = Requirement(line).marker
+    assert marker is not None
+    for system, machine_name, brings in (
+        ("linux", "x86_64", True),
+        ("linux", "aarch64", False),
+        ("darwin", "arm64", False),
+        # The last MKL for macOS is of 2023.
+        ("darwin", "x86_64", False),
+    ):
+        assert marker.evaluate({"sys_platform": system, "platform_machine": machine_name}) is brings
+    assert marker.evaluate() is mkl.HAS_WHEELS
 
 
 def test_what_cannot_be_loaded_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
