@@ -90,6 +90,7 @@ INSIDE = f"""
 set -eu
 folder=$1 repository=$2 cpuinfo=$3 qemu=$4
 shift 4
+PATH=$PATH:/usr/sbin:/sbin
 mount -t binfmt_misc none /proc/sys/fs/binfmt_misc
 printf '%s' ':qemu-aarch64:M::{MAGIC}:{MASK}:'"$qemu"':OF' > /proc/sys/fs/binfmt_misc/register
 mount --rbind /dev "$folder/dev"
