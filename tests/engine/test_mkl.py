@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import json
+import platform
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -83,6 +86,16 @@ def test_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch, has_wheels: 
     message = f"MKL is not installed; {advice} choose another BLAS than mkl"
     with pytest.raises(BadRequest, match=f"^{re.escape(message)}$"):
         Engine.load("demo", blas="mkl")
+
+
+def test_an_arm_machine_is_not_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ctypes.util.find_library` starts up to three programs, at every start of a large model."""
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(ctypes.util, "find_library", lambda _: pytest.fail("searched"))
+    monkeypatch.setattr(sys, "prefix", "/nowhere")
+    monkeypatch.setattr(sys, "base_prefix", "/nowhere")
+    assert not mkl.is_installed()
+    assert mkl.version_key() == Path().resolve().name
 
 
 def test_the_extra_brings_it_where_the_message_says_so() -> None:

@@ -97,6 +97,8 @@ def version_key() -> str:
 
 def _find() -> str | None:
     """Return the library's path: where pip puts it (the environment's `lib`), else where the system's loader looks."""
+    if platform.machine() not in ("x86_64", "AMD64", "i686"):
+        return None  # there is none, and to look where the loader looks starts programs
     for prefix in dict.fromkeys((sys.prefix, sys.base_prefix, site.getuserbase())):
         for path in sorted(Path(prefix, "lib").glob("libmkl_rt.so*"), reverse=True):
             return str(path)
