@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -116,6 +117,8 @@ def main() -> int:
     for program, package in ((QEMU, "qemu-user-static"), ("mmdebstrap", "mmdebstrap"), ("unshare", "util-linux")):
         if shutil.which(program) is None:
             return fail(f"there is no {program} here: apt-get install {package}")
+    # `subprocess.run` then kills what it runs, and with it all that was started there.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     system = System(options.folder.expanduser().absolute(), options.repository.absolute(), options.cpu)
     try:
         if not system.is_made():
