@@ -107,12 +107,12 @@ OWN_WORKERS: Setting[int | None] = Setting(
 THREADS: Setting[int | None] = Setting(
     "threads", "N", whole_number(1, 1024), None,
     "The number of cores to use, each by a process of its own.",
-    "all cores, or one for a small model",
+    "all cores; one for a small model, or elsewhere than on x86 Linux",
 )
 POOL_THREADS: Setting[int | None] = Setting(
     "threads", "N", whole_number(1, 1024), None,
     "The number of cores that each worker uses, each core by a process of its own.",
-    "cores / workers, or one for a small model",
+    "cores / workers; one for a small model, or elsewhere than on x86 Linux",
 )
 BLAS = Setting(
     "blas", "NAME", one_of("auto", "openblas", "mkl", "compiled"), "auto",

@@ -153,17 +153,29 @@ def is_large(config: GPT2Config) -> bool:
     return 4 * config.n_parameters >= MIN_BYTES
 
 
-def processes_for(config: GPT2Config, threads: int | None) -> int:
-    """Return the number of processes to run a model on, no more than it has heads.
+def can_share_steps() -> bool:
+    """Tell whether processes surely see each other's writes in order here. On x86 they do, by its memory model."""
+    return sys.platform == "linux" and platform.machine() in ("x86_64", "i686")
 
-    It is as many as asked for, else this process's share of the cores if the model is large, else 1. It is 1 also where
-    processes are not known to see each other's writes in order. On x86 they do, by its memory model.
+
+def processes_for(config: GPT2Config, threads: int | None) -> int:
+    """Return the number of processes to run a model on, and warn if that is less than was asked for.
+
+    It is as many as asked for, else this process's share of the cores if the model is large, else 1. It is no more than
+    the model has heads, and 1 where processes cannot share steps.
     """
-    if sys.platform != "linux" or platform.machine() not in ("x86_64", "i686"):
-        return 1
+    most, reason = config.n_head, f"each takes whole heads, of which the model has {config.n_head}"
+    if not can_share_steps():
+        most, reason = (
+            1,
+            f"several can share a model only on x86 Linux, and this is {platform.machine()} {platform.system()}",
+        )
     if threads is None:
         threads = max(1, usable_cores() // _workers()) if is_large(config) else 1
-    return min(threads, config.n_head)
+    elif threads > most:
+        runs = "1 process runs" if most == 1 else f"{most} processes run"
+        log.warning("threads is %d, but %s the model: %s; more workers use more cores", threads, runs, reason)
+    return min(threads, most)
 
 
 def cache_folder() -> Path:

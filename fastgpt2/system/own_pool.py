@@ -14,7 +14,7 @@ from typing import Any, Self
 from redis.exceptions import RedisError
 
 from fastgpt2 import settings
-from fastgpt2.engine.machine import usable_cores
+from fastgpt2.engine.machine import can_share_steps, usable_cores
 from fastgpt2.errors import BadRequest, FastGPT2Error, QueueUnavailable
 from fastgpt2.plurals import counted
 from fastgpt2.process import raise_open_file_limit, set_up_logging
@@ -210,5 +210,6 @@ def _of_workers(values: dict[str, Any]) -> dict[str, Any]:
     }
     if own["workers"] is None:
         # Workers of one core each generate the most in all; more than jobs at once would have nothing to do.
-        own["workers"] = max(1, min(usable_cores() // (own["threads"] or 1), values["in_flight"]))
+        cores = (own["threads"] or 1) if can_share_steps() else 1
+        own["workers"] = max(1, min(usable_cores() // cores, values["in_flight"]))
     return {**own, "named_only": False, "drain_timeout": DRAIN_SECONDS, "alive_file": None}

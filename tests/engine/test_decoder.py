@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.machines import TWO_PROCESSES
 from support.models import with_end_of_text
 from support.running import GOLDEN
 
@@ -24,7 +25,7 @@ from fastgpt2.errors import BadRequest, CheckpointError, PromptTooLong
 golden: dict[str, Any] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))
 
 
-@pytest.fixture(scope="module", params=["openblas", "mkl", pytest.param("two processes", marks=pytest.mark.processes)])
+@pytest.fixture(scope="module", params=["openblas", "mkl", TWO_PROCESSES])
 def any_engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     """Load the shipped model with each product that there is. It has four slots, so that batches are mixed.
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.machines import needs_helpers
 
 from fastgpt2 import Engine
 from fastgpt2.engine.decoding.drafter import Drafter, plan_drafts, plan_model_drafts
@@ -289,6 +290,7 @@ def team() -> Iterator[Engine]:
     engine.decoder.model.close()
 
 
+@needs_helpers
 @pytest.mark.processes
 def test_a_team_drafts_together_and_goes_on_alone(plain: Engine, team: Engine, expected: list[Sequence]) -> None:
     assert team.describe().endswith("2 processes, drafts by compiled-int8")

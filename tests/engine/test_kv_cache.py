@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.machines import needs_helpers
 
 from fastgpt2 import Engine
 from fastgpt2.engine.decoding.decoder import Decoder
@@ -269,7 +270,7 @@ print(most, reserved, together)
 
 @pytest.mark.processes
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=needs_helpers)])
 def test_the_process_stays_within_the_limit(threads: int) -> None:
     limit = 2 * sequence_bytes(DEMO)
     done = subprocess.run(

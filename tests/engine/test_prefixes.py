@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from redis import Redis
+from support.machines import TWO_PROCESSES, needs_helpers
 from support.running import GOLDEN, StartEndpoint, StartWorker, wait_until
 
 from fastgpt2 import Client, Engine
@@ -46,7 +47,7 @@ def load(**options: Any) -> Engine:
     return Engine.load("demo", **{"max_batch": 4, "threads": 1, **options})
 
 
-@pytest.fixture(scope="module", params=["large", "small", pytest.param("two processes", marks=pytest.mark.processes)])
+@pytest.fixture(scope="module", params=["large", "small", TWO_PROCESSES])
 def keeping(request: pytest.FixtureRequest) -> Iterator[Engine]:
     """Load an engine that keeps all prefixes that come, or so few that most must go again."""
     memory = 9 * A_BLOCK if request.param == "small" else 1000 * A_BLOCK
@@ -515,7 +516,7 @@ print("done")
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("threads", ["1", "2"])
+@pytest.mark.parametrize("threads", ["1", pytest.param("2", marks=needs_helpers)])
 def test_a_forked_copy_has_its_own(threads: str) -> None:
     done = subprocess.run([sys.executable, "-c", FORKED, threads], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

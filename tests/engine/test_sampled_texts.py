@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from support.machines import needs_helpers
 
 from fastgpt2 import Engine
 from fastgpt2.engine.decoding import decoder as decoder_module
@@ -209,6 +210,7 @@ def test_a_text_is_the_same_however_its_prompt_is_cut(
     check(engine, [alone, *expected, alone], found)
 
 
+@needs_helpers
 @pytest.mark.processes
 def test_a_text_is_the_same_in_two_processes(asked: list[GenerationRequest], expected: list[GenerationResult]) -> None:
     engine = load(threads=2, drafts="int8")

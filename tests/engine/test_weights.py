@@ -13,6 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from support.machines import needs_helpers
 from support.running import GOLDEN
 
 from fastgpt2 import Engine
@@ -179,6 +180,7 @@ def test_pack_makes_the_compact_file(capsys: pytest.CaptureFixture[str]) -> None
     assert "--weights: 'int4' is not one of float32, bfloat16, int8" in capsys.readouterr().err
 
 
+@needs_helpers
 @pytest.mark.processes
 @pytest.mark.parametrize("kind", ["bfloat16", "int8"])
 def test_processes_and_batches(kind: str) -> None:
