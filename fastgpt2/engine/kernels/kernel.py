@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fastgpt2.engine.figure import Figure
 from fastgpt2.engine.kernels.openblas import NumpyProduct
 from fastgpt2.engine.kernels.panels import Array
 from fastgpt2.engine.machine import Measurements
@@ -158,7 +159,9 @@ class Kernel:
 
     def _find(self, name: str, measure: Callable[[], int]) -> int:
         if name not in self.exact_chunks:
-            self.exact_chunks[name] = self._measurements.find_or_measure(name, measure)
+            # Bits do not depend on what else the machine does.
+            figure = self._measurements.find_or_measure(name, lambda: Figure(measure(), spread=0.0))
+            self.exact_chunks[name] = int(figure)
         return self.exact_chunks[name]
 
 
