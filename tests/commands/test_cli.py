@@ -120,7 +120,7 @@ class TestQueue:
         assert run("result", job_id, **where).stdout == json.loads(result.stdout)["text"] + "\n"
         text = run("status", **where).stdout
         assert f"queue {client.queue_name}: 0 waiting; jobs: 2 finished" in text
-        assert f"worker w-{client.queue_name}: idle, model demo (openblas-" in text
+        assert f"worker w-{client.queue_name}: idle, model demo (compiled-float32" in text
         assert ", 1 process), up " in text
         assert "last minute: " in text
         assert " tokens/s, 2 finished, 0 failed" in text

@@ -124,7 +124,7 @@ def test_what_workers_map_has_been_packed(
 
     before = there()
     packed = [name for name in before if name.endswith(".safetensors")]
-    assert sorted("int8" if "-int8." in name else "" for name in packed) == kinds
+    assert sorted("int8" if "-int8-lines." in name else "" for name in packed) == kinds
     worker = start_worker(**service_of("worker", **given)[1], **own)
     client.enqueue("My name is", max_new_tokens=5).result(60)
     assert there() == before

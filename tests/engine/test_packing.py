@@ -181,7 +181,8 @@ def test_all_of_it_is_measured_again_by_the_command(
         return {rows_name(network, n): Figure(1000 + n, 0.05, 5) for n in ROWS}
 
     def values(figures: dict[str, Any]) -> dict[str, int]:
-        return {name: fields["value"] for name, fields in figures.items()}
+        # But for the rows with the same bits, which are asked for of the widths that are taken.
+        return {name: fields["value"] for name, fields in figures.items() if " exact " not in name}
 
     monkeypatch.setattr(step_times, "measure_slots", lambda _network, _most: Figure(32, 0.05, 5))
     monkeypatch.setattr(step_times, "measure_rows", rows)
