@@ -59,7 +59,7 @@ DEFAULT = ["float32", "int8", "f16", "q8_0"]
 # Tokens of the shortest and the longest prompt, by load.
 LOADS = {"short": (8, 8), "mixed": (24, 496)}
 START_SECONDS = 120.0
-QUICK = {"requests": 4, "clients": 2, "tokens": 4, "weights": ["float32"]}
+QUICK = {"requests": 4, "clients": 2, "tokens": 4}
 
 Prompts = Sequence[list[int]]
 
