@@ -59,7 +59,11 @@ def main() -> None:
     draw = showing_from(pictures) if asked.no_plots else drawing_into(pictures)
     page = asked.docs / "results.md"
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(results_page(found, draw), "utf-8")
+    text = results_page(found, draw)
+    page.write_text(text, "utf-8")
+    for path in [] if asked.no_plots else pictures.glob("*.svg"):
+        if path.name.partition("-")[0] in KINDS and f"img/{path.name}" not in text:
+            path.unlink()  # of a result that is no more
     print(f"{page}: {len(found)} results")
     if capacity:  # a page of its own, for whoever plans a pool
         (asked.docs / "capacity.md").write_text(capacity_page.page(newest(capacity), markdown), "utf-8")

@@ -104,7 +104,7 @@ def short_table(result: Values) -> list[str]:
 
     The fastest of its column is in bold, once for float32 and once for fewer bits.
     """
-    (entry,) = result["models"]
+    entry = result["models"][0]
     facts = result["machine"]
     batches = list(next(iter(entry["peers"].values()))["batches"])
     headers = ["", "ms a token, alone", *(f"tokens/s, {batch} at once" for batch in batches)]

@@ -50,6 +50,7 @@ from fastgpt2.engine.machine import usable_cores
 from fastgpt2.engine.model.config import read_config
 from fastgpt2.engine.model.hub import find_model
 from fastgpt2.engine.text.tokenizer import Tokenizer
+from fastgpt2.process import set_up_child
 from fastgpt2.system.up import System
 
 # Weights of ours, and types of GGUF files.
@@ -59,7 +60,7 @@ DEFAULT = ["float32", "int8", "f16", "q8_0"]
 # Tokens of the shortest and the longest prompt, by load.
 LOADS = {"short": (8, 8), "mixed": (24, 496)}
 START_SECONDS = 120.0
-QUICK = {"requests": 4, "clients": 2, "tokens": 4, "weights": ["float32"]}
+QUICK = {"requests": 4, "clients": 2, "tokens": 4}
 
 Prompts = Sequence[list[int]]
 
@@ -170,7 +171,11 @@ def llama_server(program: Path, file: Path, asked: argparse.Namespace) -> Iterat
         str(places),
     ]
     with subprocess.Popen(
-        [str(word) for word in command], env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [str(word) for word in command],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=set_up_child,
     ) as process:
         try:
             wait_until(partial(is_ready, process, port), f"{program} to be ready", START_SECONDS)

@@ -42,7 +42,11 @@ TABLES = {
 # The slowest script, in two runs at once.
 CAPACITY = "capacity/capacity.py"
 PARTS = ("idle,memory", "redis,workers")
-MORE_OPTIONS = {"engine/step.py": ("--plain",), "peers/peers.py": ("--only", "fastgpt2")}
+MORE_OPTIONS = {
+    "engine/step.py": ("--plain",),
+    "peers/peers.py": ("--only", "fastgpt2"),
+    "peers/servers.py": ("--weights", "float32"),
+}
 # Whatever is a program of its own, but is started by these, or makes something for them.
 OTHERS = {
     "containers.py",
