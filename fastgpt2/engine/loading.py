@@ -225,18 +225,23 @@ def pack_model(
 
     Args:
         model, blas, weights: as for `load_network`.
-        must_keep: a small model's file is kept in the cache too, and it is an error if that cannot be.
+        must_keep: a small model's file is kept in the cache too, and it is an error if that cannot be. So is compiled
+            code, if it can be.
 
     Raises:
         ModelError, BadRequest: as `load_network`, or the cache cannot be written.
     """
     # What is measured for the layout is measured as a worker multiplies.
     hold_to_one_thread()
+    from fastgpt2.engine.kernels import keep_code
     from fastgpt2.engine.kernels.choice import choose_kernel, open_measurements
     from fastgpt2.engine.model.packing import pack
 
     kernel, layout = choose_kernel(config, open_measurements(config), blas, weights)
-    return pack(folder, config, model, layout, must_keep), kernel
+    packed = pack(folder, config, model, layout, must_keep)
+    if must_keep:
+        keep_code(kernel, config.activation_function, config.n_head, config.head_dim, config.n_positions)
+    return packed, kernel
 
 
 def _kv_bytes(config: GPT2Config, asked: int | None) -> int:

@@ -241,6 +241,21 @@ def test_an_llvmlite_that_cannot_be_used_is_told_and_done_without(
     assert not folder.exists()
 
 
+@pytest.mark.processes
+def test_what_was_packed_is_all_that_a_worker_without_a_cache_of_its_own_needs(tmp_path: Path) -> None:
+    """In a container the weights were packed by another one, and nothing can be written."""
+    (tmp_path / "no folder").write_text("")
+    packing = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "own"), "FASTGPT2_CACHE": str(tmp_path / "volume")}
+    command = [sys.executable, "-m", "fastgpt2", "pack", "demo"]
+    subprocess.run(command, env=packing, capture_output=True, check=True)
+    (tmp_path / "volume" / "code").chmod(0o555)
+    working = {**packing, "XDG_CACHE_HOME": str(tmp_path / "no folder")}
+    done = subprocess.run([sys.executable, "-c", LOADS], env=working, capture_output=True, check=True)
+    imported, token_ids = json.loads(done.stdout)
+    assert imported == []
+    assert len(token_ids) == 5
+
+
 # An environment without the extra.
 WITHOUT = "import sys; sys.modules['llvmlite'] = None; sys.modules['llvmlite.binding'] = None; "
 

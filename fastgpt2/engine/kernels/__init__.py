@@ -23,6 +23,19 @@ def make_product(name: str) -> Product:
     return NumpyProduct()
 
 
+def keep_code(kernel: Kernel, activation: str, n_head: int, head_dim: int, n_positions: int) -> None:
+    """Compile what a model's steps take, and keep it beside the packed weights, for whoever cannot write there."""
+    if kernel.compiled:
+        from fastgpt2.engine.kernels.attention import BLOCK
+        from fastgpt2.engine.kernels.attention_compiled import HeadShape, load_attention_code
+        from fastgpt2.engine.kernels.compiled import CompiledOperations
+        from fastgpt2.engine.kernels.machine_code import keep_beside_weights
+
+        CompiledOperations(kernel, activation, 0.0, 1)
+        load_attention_code(HeadShape(head_dim, n_head, -(-n_positions // BLOCK) * BLOCK))
+        keep_beside_weights()
+
+
 def make_operations(kernel: Kernel, activation: str, epsilon: float, most_rows: int) -> Operations:
     """Return the operations of a step, compiled if the kernel asks for that; see `Operations`."""
     if kernel.compiled:

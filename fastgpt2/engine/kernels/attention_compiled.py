@@ -45,6 +45,11 @@ class HeadShape(NamedTuple):
         return self.positions + 48
 
 
+def load_attention_code(shape: HeadShape) -> MachineCode:
+    """Return the operation `attention`. Raises BadRequest if llvmlite is not installed, or cannot be used."""
+    return load_code(f"attention {shape}", lambda module, instructions: write_attention(module, instructions, shape))
+
+
 class CompiledAttention:
     """The attention of some heads of every layer, compiled.
 
@@ -61,7 +66,7 @@ class CompiledAttention:
     def __init__(self, arrays: AttentionArrays, heads: tuple[int, int], code: MachineCode | None = None) -> None:
         self._arrays, self._heads = arrays, heads
         shape = HeadShape(arrays.dim, arrays.n_head, arrays.positions)
-        self._code = code or load_code(f"attention {shape}", lambda module, isa: write_attention(module, isa, shape))
+        self._code = code or load_attention_code(shape)
         self._scratch = np.empty(MAX_TILE_ROWS * shape.score_stride, np.float32)
         # How many sequences have new tokens, and `NewTokens` of each.
         self._tokens = np.zeros(1 + 4 * arrays.qkv.shape[0], np.int64)

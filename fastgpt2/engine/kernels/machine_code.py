@@ -208,25 +208,39 @@ def _compile_and_keep(unit: str, key: str, write: Writer) -> MachineCode:
 def _keep(key: str, content: bytes) -> int:
     """Return a descriptor of a file with this content: in a cache if that can be, else in memory."""
     for folder in _folders():
-        path = folder / f"{key}{SUFFIX}"
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
         try:
-            make_folder(folder)
-            check_folder(folder)
-            try:
-                with os.fdopen(create_file(temporary, 0o600), "wb") as file:
-                    file.write(content)
-                temporary.replace(path)
-            finally:
-                temporary.unlink(missing_ok=True)
-            _remove_oldest(folder)
-            return _open_own(path)
+            return _write(folder, key, content)
         except (OSError, NotTrusted) as reason:
             log.debug("compiled code is not kept in %s: %s", folder, reason)
     fd = anonymous_file("fastgpt2-code")
     with os.fdopen(os.dup(fd), "wb") as file:
         file.write(content)
     return fd
+
+
+def _write(folder: Path, key: str, content: bytes) -> int:
+    """Write a file for this user alone, and return a descriptor of it. Raises OSError, or NotTrusted."""
+    path = folder / f"{key}{SUFFIX}"
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    make_folder(folder)
+    check_folder(folder)
+    try:
+        with os.fdopen(create_file(temporary, 0o600), "wb") as file:
+            file.write(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _remove_oldest(folder)
+    return _open_own(path)
+
+
+def keep_beside_weights() -> None:
+    """Keep all that this process has loaded beside the packed weights too: they may be all that a worker can see."""
+    with contextlib.suppress(OSError, NotTrusted):
+        folder = cache_folder() / "code"
+        for key, code in _loaded.items():
+            if code.fd is not None and not (folder / f"{key}{SUFFIX}").exists():
+                os.close(_write(folder, key, os.pread(code.fd, _MAX_FILE_BYTES, 0)))
 
 
 def _remove_oldest(folder: Path) -> None:
