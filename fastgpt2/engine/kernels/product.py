@@ -41,6 +41,8 @@ from fastgpt2.engine.kernels.panels import COMPILED_WIDTH, LINE_BYTES, STORED_TY
 
 # Rows and panels of a tile, at most. Each size of tile is a function of its own.
 MAX_TILE_ROWS, MAX_TILE_PANELS = 12, 8
+# Two parts of at most this many rows, as a batch of 16 has them, leave room for the sums of more panels.
+_FEW_ROWS = 8
 
 # What the next tile reads is asked for if this one reads at most this many panels side by side: a core that reads few
 # streams does not ask for the next ones by itself. Measured on a core with AVX-512: int8 gains up to a third by it, and
@@ -77,8 +79,7 @@ class Form(ABC):
 
     def panels(self, rows: int) -> int:
         """Return the panels of a tile of `rows` rows: sums enough to keep the multipliers busy, and several streams."""
-        most = max(1, min(MAX_TILE_PANELS, self.sums // (rows * self.vectors)))
-        return 1 << (most.bit_length() - 1)
+        return max(1, min(MAX_TILE_PANELS, self.sums // (rows * self.vectors)))
 
     def lines(self, k: Value) -> Value:
         return (k + (self.per_word - 1)) // self.per_word
@@ -337,6 +338,7 @@ def write_product(module: Module, weights: str, instructions: InstructionSet) ->
     form = form_of(weights, instructions)
     most = form.most_rows
     sizes = {(rows, panels) for rows in range(1, most + 1) for panels in (1, form.panels(rows), form.panels(most))}
+    sizes |= {(rows, form.panels(_FEW_ROWS)) for rows in range(1, min(most, _FEW_ROWS) + 1)}
     tiles = {(rows, panels): _write_tile(module, form, rows, panels) for rows, panels in sorted(sizes)}
     strips = {rows: _write_strip(module, rows, form.panels(rows), tiles) for rows in range(1, most + 1)}
     _write_pack(module, form)
@@ -407,15 +409,29 @@ def _write_multiply(module: Module, form: Form, tiles: dict[tuple[int, int], Cod
     inner = [x, w, n, form.lines(k), scales, bias, out, out_stride]
     for count in code.choose(rows, range(1, most + 1)):
         code.call(strips[count], *inner)
-    with code.when(rows > most):
-        # Some panels at a time, so that each is read from memory once.
-        panels = form.panels(most)
-        packed_bytes = form.packed_bytes(k)
-        with code.loop(0, n, panels) as several:
-            _write_parts(code, form, tiles, panels, inner, several.index, rows, packed_bytes)
-        with code.loop(several.index, n) as single:
-            _write_parts(code, form, tiles, 1, inner, single.index, rows, packed_bytes)
+    packed_bytes, few = form.packed_bytes(k), min(most, _FEW_ROWS)
+    with code.when((rows > most) & (rows <= 2 * few)):
+        _write_panels(code, form, tiles, form.panels(few), inner, rows, packed_bytes)
+    with code.when(rows > max(most, 2 * few)):
+        _write_panels(code, form, tiles, form.panels(most), inner, rows, packed_bytes)
     code.end()
+
+
+def _write_panels(
+    code: Code,
+    form: Form,
+    tiles: dict[tuple[int, int], Code],
+    panels: int,
+    inner: Sequence[Value],
+    rows: Value,
+    packed_bytes: Value,
+) -> None:
+    """Write the loop for all panels, some at a time, so that each is read from memory once."""
+    n = inner[2]
+    with code.loop(0, n, panels) as several:
+        _write_parts(code, form, tiles, panels, inner, several.index, rows, packed_bytes)
+    with code.loop(several.index, n) as single:
+        _write_parts(code, form, tiles, 1, inner, single.index, rows, packed_bytes)
 
 
 def _write_parts(
@@ -435,7 +451,8 @@ def _write_parts(
         first = rows * part.index // parts
         count = rows * (part.index + 1) // parts - first
         here = [x + first * packed_bytes, w, n, lines, scales, bias, out + first * out_stride, out_stride]
-        for size in code.choose(count, range(1, form.most_rows + 1)):
+        sizes = [size for size in range(1, form.most_rows + 1) if (size, panels) in tiles]
+        for size in code.choose(count, sizes):
             _call_at_panel(code, tiles[size, panels], here, panel)
 
 
