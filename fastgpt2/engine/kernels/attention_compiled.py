@@ -22,6 +22,7 @@ import numpy as np
 
 from fastgpt2.engine.kernels.attention import BLOCK, AttentionArrays, NewTokens
 from fastgpt2.engine.kernels.machine_code import MachineCode, load_code
+from fastgpt2.engine.kernels.panels import LINE_BYTES
 from fastgpt2.engine.kernels.program import NativeCall, arguments_of
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
 # Rows of a tile, at most, and of the tile for what is left over. Each size of tile is a function of its own.
 MAX_TILE_ROWS, _SOME_ROWS = 12, 4
+
+# Positions by which values are asked for ahead.
+_VALUES_AHEAD = 16
 
 
 class HeadShape(NamedTuple):
@@ -202,6 +206,10 @@ def _write_scores(
         panel = keys + block.index * (shape.heads * shape.dim * BLOCK * 4)
         with code.loop(0, shape.dim, 1, [code.floats(0.0, BLOCK)] * rows) as d:
             key = code.load_floats(panel + d.index * (4 * BLOCK), BLOCK)
+            if rows == 1:
+                # The next block lies behind those of the other heads, where no core looks by itself.
+                following = panel + d.index * (4 * BLOCK) + shape.heads * shape.dim * BLOCK * 4
+                _write_prefetch(code, following, BLOCK)
             place = queries + d.index * (4 * rows)
             for row in range(rows):
                 d.values[row] = code.fma(key, code.load(place + 4 * row), d.values[row])
@@ -211,6 +219,12 @@ def _write_scores(
         for row in range(rows):
             visible = code.where(order < left + row, d.values[row], -math.inf)
             code.store(visible, scores + 4 * shape.score_stride * row)
+
+
+def _write_prefetch(code: Code, address: Value, floats: int) -> None:
+    """Ask for what is read soon. With one row, keys and values pass by as fast as they come from memory."""
+    for at in range(0, 4 * floats, LINE_BYTES):
+        code.prefetch(address + at)
 
 
 def _write_softmax(code: Code, scores: Value, blocks: Value) -> Value:
@@ -233,7 +247,10 @@ def _write_contexts(
 ) -> list[Value]:
     """Write the sums of some columns of the values, weighted by each row's probabilities."""
     with code.loop(0, reach, 1, [code.floats(0.0, lanes)] * rows) as position:
-        value = code.load_floats(values + position.index * (4 * shape.dim), lanes)
+        here = values + position.index * (4 * shape.dim)
+        value = code.load_floats(here, lanes)
+        if rows == 1:
+            _write_prefetch(code, here + 4 * shape.dim * _VALUES_AHEAD, lanes)
         place = scratch + position.index * 4
         for row in range(rows):
             probability = code.load(place + 4 * shape.score_stride * row)
