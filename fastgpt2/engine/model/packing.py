@@ -19,6 +19,7 @@ import errno
 import json
 import logging
 import math
+import mmap
 import os
 import struct
 import sys
@@ -233,6 +234,9 @@ def open_packed(fd: int, path: Path | None = None, notes: tuple[str, ...] = ()) 
     """Map a packed file by its descriptor, which is the result's from now on; raise CheckpointError if damaged."""
     source = path or path_of(fd)
     tensors, mapped = map_open_file(fd, source)
+    # What is not in the page cache yet comes there in huge pages, and sooner. Not every system has the advice.
+    with contextlib.suppress(AttributeError, OSError):
+        mapped.madvise(mmap.MADV_HUGEPAGE)
     return PackedFile(Checkpoint(tensors, {source: mapped}), path, fd, notes)
 
 
