@@ -10,14 +10,16 @@ demo: .venv/demo.stamp
 	@$(BIN)/python examples/demo.py
 
 # Two files of tests at a time on each core: most of them wait for processes half of the time. The tests are collected
-# once before, on the core that mypy leaves: that writes the bytecode of all of them, which each of pytest's processes
-# would make for itself otherwise, 4 s for each.
+# once before: that writes the bytecode of all of them, which each of pytest's processes would make for itself
+# otherwise, 4 s for each. mypy takes another core meanwhile, and goes on beside the first tests: no verdict depends on
+# time.
 test: export PYTHONDONTWRITEBYTECODE =
 test: .venv/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy & mypy=$$!; $(BIN)/pytest -q --collect-only >/dev/null; wait $$mypy
-	$(BIN)/pytest -n $$($(BIN)/python -c 'import os; print(2 * (os.cpu_count() or 1))') --dist loadfile --no-loadscope-reorder
+	$(BIN)/mypy & mypy=$$!; $(BIN)/pytest -q --collect-only >/dev/null; \
+		$(BIN)/pytest -n $$($(BIN)/python -c 'import os; print(2 * (os.cpu_count() or 1))') --dist loadfile --no-loadscope-reorder; \
+		tests=$$?; wait $$mypy && exit $$tests
 
 # The fast lane: it leaves out the tests that start servers, workers or helper processes, and those of hundreds of cases.
 check: .venv/test.stamp

@@ -22,11 +22,19 @@ from fastgpt2.engine.machine import THREAD_VARIABLES, hold_to_one_thread
 
 T = TypeVar("T")
 
+# The kinds of machines, by the name of a folder in results/: pages have a part for each.
+KINDS = {"avx512": "AVX-512", "avx2": "AVX2", "arm": "ARM", "other": "other CPUs"}
+# What a result tells of a CPU's instructions, by the names in /proc/cpuinfo.
+INSTRUCTIONS = (
+    *("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8"),
+    *("asimd", "asimddp", "i8mm", "bf16", "sve"),
+)
+
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 HELD_OUT_TEXT = HERE / "data" / "held_out.txt"
 # Options that name files of the machine: a result keeps only the last part of such a path.
-PATHS = ("output", "workdir", "peer_python", "prompts_from")
+PATHS = ("output", "workdir", "peer_python", "export_python", "prompts_from", "llama_server")
 
 
 class Failed(Exception):
@@ -76,14 +84,34 @@ def begin(name: str, options: argparse.Namespace) -> Values:
     # A result is published: it does not say whose folders these are.
     shown = {key: Path(value).name if key in PATHS and value else value for key, value in vars(options).items()}
     shown["model"] = [_without_folder(model) for model in options.model]
-    result: Values = {"benchmark": name, "machine": machine(), "options": shown}
+    result: Values = {"benchmark": name, "machine": machine() | {"instructions": instructions()}, "options": shown}
     print(machine_line(result["machine"]))
     return result
 
 
+def instructions() -> list[str]:
+    """Return which of INSTRUCTIONS this CPU has, as Linux tells it; [] elsewhere."""
+    try:
+        text = Path("/proc/cpuinfo").read_text("utf-8")
+    except OSError:
+        return []
+    found = {word for line in text.splitlines() if line.startswith(("flags", "Features")) for word in line.split()}
+    return [name for name in INSTRUCTIONS if name in found]
+
+
+def kind_of(facts: Values) -> str:
+    """Return the kind of a result's machine, a key of KINDS; by the kernels of its BLAS if it does not tell more."""
+    blas = facts["blas"].lower()
+    if {"aarch64", "arm64"} & set(facts["system"].split()):
+        return "arm"
+    if "avx512f" in facts.get("instructions", ()) or blas.endswith(("skylakex", "cooperlake", "sapphirerapids")):
+        return "avx512"
+    return "avx2" if "avx2" in facts.get("instructions", ()) or blas.endswith(("haswell", "zen")) else "other"
+
+
 def write(result: Values, output: Path | None) -> None:
-    """Write a result to a file, by default to `results/` under the name of the benchmark."""
-    path = output or RESULTS / f"{result['benchmark']}.json"
+    """Write a result to a file, by default to the folder of `results/` for machines of this kind."""
+    path = output or RESULTS / kind_of(result["machine"]) / f"{result['benchmark']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     for entry in result["models"]:
         entry["model"] = _without_folder(entry["model"])

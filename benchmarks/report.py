@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
 # matplotlib is for this script only, and not in the environment that the checks run in.
 # mypy: disable-error-code="import-not-found,import-untyped"
-"""The pages docs/results.md and docs/capacity.md and the pictures in docs/img/, made from the results of the scripts.
+"""The pages docs/results.md and docs/capacity.md, the pictures in docs/img/ and the tables of peers in other pages,
+made from the results of the scripts.
 
     pip install matplotlib
-    python benchmarks/report.py                               # reads benchmarks/results/*.json
+    python benchmarks/report.py                               # reads benchmarks/results/*/*.json
 
-Each result gets a section that names its machine and date. Run this script again after any of the other scripts. With
---no-plots it needs no matplotlib: it writes the tables and shows the pictures that are there already.
+The page has a part for each kind of machines, and each result a section that names its machine and date. Run this
+script again after any of the other scripts. With --no-plots it needs no matplotlib: it writes the tables and shows the
+pictures that are there already.
 """
 
 from __future__ import annotations
@@ -22,13 +24,22 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the clone's root, where `benchmarks` is
 
 from benchmarks.capacity import page as capacity_page
-from benchmarks.common import HERE, RESULTS
+from benchmarks.common import HERE, KINDS, RESULTS, kind_of
 from benchmarks.engine import guided, sampling
 from benchmarks.engine.step_parts import allocation_rows
+from benchmarks.peers import page as peers_page
+from benchmarks.pool import mixed
+from benchmarks.tables import markdown, slug, spread, yes_no
 from fastgpt2.bench import Values, machine_line
 
 DOCS = HERE.parent / "docs"
 COLORS = ("#1b6ca8", "#e07b39", "#4f9d69", "#8a5a9e", "#c23b4b", "#7f7f7f")
+# Between these two lines README.md shows the newest table of peers, and docs/performance.md that of each kind.
+PEERS_BEGIN = "<!-- made by benchmarks/report.py from the results of peers/peers.py: do not edit -->"
+PEERS_END = "<!-- end -->"
+# When all of a step between two products came to be compiled: older figures of these are of slower code.
+ENGINE_CHANGED = "2026-11-30"
+OF_THE_ENGINE = ("engine", "drafts", "sampling", "guided", "profile", "prefixes", "pool", "peers")
 # Draws a picture, given its name, its title and what fills it, and returns the Markdown that shows it.
 Draw = Callable[[str, str, Callable[[Any], None]], str]
 
@@ -39,26 +50,47 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=DOCS, help="default: docs")
     parser.add_argument("--no-plots", action="store_true", help="draw no pictures")
     asked = parser.parse_args()
-    found = [(path.stem, json.loads(path.read_text("utf-8"))) for path in sorted(asked.results.glob("*.json"))]
+    found = [(path.stem, json.loads(path.read_text("utf-8"))) for path in sorted(asked.results.rglob("*.json"))]
     capacity = [result for stem, result in found if stem == "capacity"]
-    order = list(SECTIONS)
+    order, kinds = list(SECTIONS), list(KINDS)
     found = [(stem, result) for stem, result in found if result.get("benchmark") in SECTIONS]
-    found.sort(key=lambda item: (order.index(item[1]["benchmark"]), item[0]))
+    found.sort(key=lambda item: (kinds.index(kind_of(item[1]["machine"])), order.index(item[1]["benchmark"]), item[0]))
     pictures = asked.docs / "img"
     draw = showing_from(pictures) if asked.no_plots else drawing_into(pictures)
     page = asked.docs / "results.md"
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(results_page(found, draw), "utf-8")
+    text = results_page(found, draw)
+    page.write_text(text, "utf-8")
+    for path in [] if asked.no_plots else pictures.glob("*.svg"):
+        if path.name.partition("-")[0] in KINDS and f"img/{path.name}" not in text:
+            path.unlink()  # of a result that is no more
     print(f"{page}: {len(found)} results")
-    for result in capacity:  # a page of its own, for whoever plans a pool
-        (asked.docs / "capacity.md").write_text(capacity_page.page(result, markdown), "utf-8")
+    if capacity:  # a page of its own, for whoever plans a pool
+        (asked.docs / "capacity.md").write_text(capacity_page.page(newest(capacity), markdown), "utf-8")
+    if peers := [result for _, result in found if result["benchmark"] == "peers"]:
+        put_table(asked.docs.parent / "README.md", peers_page.short_table(newest(peers)))
+        tables = [line for result in peers for line in (*peers_page.short_table(result), "")]
+        put_table(asked.docs / "performance.md", tables[:-1])
+
+
+def newest(results: Sequence[Values]) -> Values:
+    """Return the result that was measured last."""
+    return max(results, key=lambda result: str(result["machine"]["date"]))
+
+
+def put_table(path: Path, lines: Sequence[str]) -> None:
+    """Write lines between the two that hold a page's table of peers; a page without them stays as it is."""
+    before, begin, rest = path.read_text("utf-8").partition(PEERS_BEGIN) if path.exists() else ("", "", "")
+    _, end, after = rest.partition(PEERS_END)
+    if begin and end:
+        path.write_text("\n".join([f"{before}{begin}", *lines, f"{end}{after}"]), "utf-8")
 
 
 def results_page(found: Sequence[tuple[str, Values]], draw: Draw) -> str:
-    """Return the page of all results.
+    """Return the page of all results, a part for each kind of machines.
 
     Args:
-        found: the name of each result's file, and the result.
+        found: the name of each result's file, and the result, those of a kind together.
     """
     lines = [
         "# Results\n\nFor everyone who doubts a figure, or wants to compare: all measurements, each with its machine.",
@@ -71,17 +103,34 @@ def results_page(found: Sequence[tuple[str, Values]], draw: Draw) -> str:
     ]
     if not found:
         lines += ["Nothing has been measured yet.", ""]
+    of_kind = ""
     for stem, result in found:
-        title, script, section = SECTIONS[result["benchmark"]]
-        suffix = stem.removeprefix(result["benchmark"]).strip("-_")
-        lines += [f"## {title}{f' ({suffix})' if suffix else ''}", ""]
-        lines += [f"{machine_line(result['machine'])}. Script: `benchmarks/{script}`.", ""]
+        benchmark, facts = result["benchmark"], result["machine"]
+        kind = kind_of(facts)
+        if kind != of_kind:
+            lines += [f"## Machines with {KINDS[kind]}", ""]
+            of_kind = kind
+        title, script, section = SECTIONS[benchmark]
+        suffix = stem.removeprefix(benchmark).strip("-_")
+        lines += [f"### {title} ({', '.join(word for word in (suffix, KINDS[kind]) if word)})", ""]
+        lines += [f"{machine_line(facts)}. Script: `benchmarks/{script}`.", ""]
+        if facts.get("instructions"):
+            lines += [f"Instructions of this CPU that matter here: {', '.join(facts['instructions'])}.", ""]
         if result["options"].get("note"):
             lines += [result["options"]["note"], ""]
+        if benchmark in OF_THE_ENGINE and facts["date"] < ENGINE_CHANGED:
+            lines += [f"Measured before {ENGINE_CHANGED}: what lies between two products is faster since.", ""]
         for entry in result["models"]:
             entry["model"] = Path(entry["model"]).name
-            lines += [f"### {entry['model']}", "", *section(f"{stem}-{slug(entry['model'])}", entry, draw)]
+            name = f"{kind}-{stem}-{slug(entry['model'])}"
+            dated = dated_by(f"{KINDS[kind]}, {facts['date'][:10]}", draw)
+            lines += [f"#### {entry['model']}", "", *section(name, entry, dated)]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def dated_by(words: str, draw: Draw) -> Draw:
+    """Return a function that draws as `draw` does, with the machine and the date in the title."""
+    return lambda name, title, fill: draw(name, f"{title} ({words})", fill)
 
 
 def engine_lines(name: str, entry: Values, draw: Draw) -> list[str]:
@@ -253,47 +302,6 @@ def memory_lines(name: str, entry: Values, draw: Draw) -> list[str]:
     return [*markdown(headers, rows), "", draw(name, f"{entry['model']}: memory by engines", bars), ""]
 
 
-def peers_lines(name: str, entry: Values, draw: Draw) -> list[str]:
-    """Return the lines about ours beside the peers."""
-    found = entry["peers"]
-    batches = list(next(iter(found.values()))["batches"])
-    headers = ["", "ms/token alone", *(f"tokens/s, {batch} together" for batch in batches)]
-    headers += [f"ms to the first token of {entry['prefill_tokens']}", "import + load, ms", "sequences with our ids"]
-    rows = []
-    for peer, e in found.items():
-        drafted = e.get("drafts", {}).get("drafted")
-        taken = f"; {e['drafts']['accepted'] / drafted:.0%} of guesses taken" if drafted else ""
-        cells = [f"{peer} ({e['version']}{taken})", f"{spread(e['ms_per_token'])}; {e['ratio']:.2f}"]
-        for batch in batches:
-            b = e["batches"][batch]
-            cells.append(f"{spread(b['tokens_per_s'], 0)}; {1 / b['ratio']:.2f}")
-        cells.append(f"{spread(e['prefill']['ms'], 0)}; {e['prefill']['ratio']:.2f}")
-        cells.append(f"{e['import_ms']['median'] + e['load_ms']['median']:.0f}")
-        rows.append([*cells, f"{e['same_ids']['equal']} of {e['same_ids']['sequences']}"])
-    lines = [*markdown(headers, rows), "", "After a semicolon: the same, divided by ours.", ""]
-    for peer, reason in entry["skipped"].items():
-        lines += [f"{peer} was not measured: {reason}.", ""]
-
-    def bars(figure: Any) -> None:
-        charts = [("ms a token, alone", [e["ms_per_token"]["median"] for e in found.values()])]
-        charts += [
-            (f"tokens/s, {batch} together", [e["batches"][batch]["tokens_per_s"]["median"] for e in found.values()])
-            for batch in batches
-        ]
-        charts.append(
-            (f"ms, prompt of {entry['prefill_tokens']}", [e["prefill"]["ms"]["median"] for e in found.values()])
-        )
-        for axes, (title, values) in zip(figure.subplots(1, len(charts)), charts, strict=True):
-            axes.bar(range(len(values)), values, color=COLORS[: len(values)], label=list(found))
-            axes.set_title(title, fontsize="small")
-            axes.set_xticks([])
-        figure.legend(
-            *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(found), fontsize="small"
-        )
-
-    return [*lines, draw(f"{name}-all", f"{entry['model']}: peers, {entry['threads']} threads", bars), ""]
-
-
 def prefixes_lines(_name: str, entry: Values, _draw: Draw) -> list[str]:
     """Return the lines about prompts that begin alike."""
     labels = {
@@ -417,6 +425,8 @@ def endpoint_lines(name: str, entry: Values, draw: Draw) -> list[str]:
 
 # In the order of the page, by the name of the benchmark in a result: title, script, and what makes the lines.
 SECTIONS: dict[str, tuple[str, str, Callable[[str, Values, Draw], list[str]]]] = {
+    "peers": ("Peers", "peers/peers.py", peers_page.section),
+    "servers": ("Servers over HTTP", "peers/servers.py", peers_page.servers_section),
     "engine": ("Speed of the engine", "engine/step.py", engine_lines),
     "drafts": ("Drafts", "engine/drafts.py", drafts_lines),
     "sampling": ("How tokens are chosen: cost", "engine/sampling.py", sampling_lines),
@@ -427,8 +437,8 @@ SECTIONS: dict[str, tuple[str, str, Callable[[str, Values, Draw], list[str]]]] =
     "memory": ("Memory by workers", "engine/memory.py", memory_lines),
     "prefixes": ("Prompts that begin alike", "engine/prefixes.py", prefixes_lines),
     "pool": ("Many jobs at once", "pool/pool.py", pool_lines),
+    "mixed": ("Prompts of mixed lengths", "pool/mixed.py", lambda _, entry, __: mixed.lines(entry, markdown)),
     "endpoint": ("The endpoint", "endpoint/endpoint.py", endpoint_lines),
-    "peers": ("Peers", "peers/peers.py", peers_lines),
 }
 
 
@@ -468,27 +478,6 @@ def showing_from(folder: Path) -> Draw:
 def picture(name: str, title: str) -> str:
     """Return the Markdown that shows a picture."""
     return f"![{title}](img/{name}.svg)"
-
-
-def markdown(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a table, the first column aligned to the left and the others to the right."""
-    lines = [headers, ["---", *["--:"] * (len(headers) - 1)], *rows]
-    return ["| " + " | ".join(cells) + " |" for cells in lines]
-
-
-def spread(stat: dict[str, float], digits: int = 2) -> str:
-    """Return median and quartiles as text."""
-    return f"{stat['median']:.{digits}f} ({stat['q1']:.{digits}f}-{stat['q3']:.{digits}f})"
-
-
-def yes_no(value: bool) -> str:
-    """Return "yes" or "no"."""
-    return "yes" if value else "no"
-
-
-def slug(model: str) -> str:
-    """Return a model's name, or the last part of its folder's, as part of a file's name."""
-    return "".join(c if c.isalnum() or c == "-" else "-" for c in Path(model).name)
 
 
 if __name__ == "__main__":

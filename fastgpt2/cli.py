@@ -456,11 +456,13 @@ COMMANDS = {
     "pack": Command(
         "fastgpt2.commands.pack:run",
         "Make a model's packed file in the cache, and print its path and its size in bytes, with a tab between.",
-        (*settings.OF_LOAD, settings.VERIFY, settings.MEASURE, settings.LOG_FORMAT),
+        (*settings.OF_LOAD, settings.VERIFY, settings.MEASURE, settings.MEASURE_MISSING, settings.LOG_FORMAT),
         Positional("model", "The model; the same as --model.", optional=True),
         "A large model is packed when it is first loaded: this command does so before, and for small models too. With "
-        "--drafts int8 it makes a second file. With --measure, workers find all that they need in a cache to which "
-        "they cannot write. The layout of the file can depend on the number of cores: run the command with as many "
+        "--drafts int8 it makes a second file. With --measure-missing, workers find all that they need in a cache to "
+        "which they cannot write. A figure is a first guess: it is measured again after a month, or after an hour if "
+        "the machine was busy, and running workers correct it. --measure does it now; let nothing else run "
+        "meanwhile. The layout of the file can depend on the number of cores: run the command with as many "
         "cores as the workers will have.",
     ),
     "cache": Command(

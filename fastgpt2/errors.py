@@ -9,6 +9,8 @@ from collections.abc import Collection, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from fastgpt2.plurals import counted
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
@@ -298,7 +300,8 @@ class QueueFull(FastGPT2Error):
     http_status = 429
 
     def __init__(self, queue: str, depth: int, limit: int) -> None:
-        super().__init__(f"the queue {queue!r} is full: {depth} jobs wait, the limit is {limit}; try again later")
+        waiting = counted(depth, "job waits", "jobs wait")
+        super().__init__(f"the queue {queue!r} is full: {waiting}, the limit is {limit}; try again later")
         self.depth = depth
         self.limit = limit
 

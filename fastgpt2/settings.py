@@ -107,17 +107,17 @@ OWN_WORKERS: Setting[int | None] = Setting(
 THREADS: Setting[int | None] = Setting(
     "threads", "N", whole_number(1, 1024), None,
     "The number of cores to use, each by a process of its own.",
-    "all cores, or one for a small model",
+    "all cores; one for a small model, or elsewhere than on x86 Linux",
 )
 POOL_THREADS: Setting[int | None] = Setting(
     "threads", "N", whole_number(1, 1024), None,
     "The number of cores that each worker uses, each core by a process of its own.",
-    "cores / workers, or one for a small model",
+    "cores / workers; one for a small model, or elsewhere than on x86 Linux",
 )
 BLAS = Setting(
     "blas", "NAME", one_of("auto", "openblas", "mkl", "compiled"), "auto",
-    "The code that multiplies float32 weights: openblas, mkl, compiled, or auto, which measures those that are "
-    "installed and takes the fastest.",
+    "The code that multiplies float32 weights: openblas, mkl, compiled, or auto, which takes compiled code where it "
+    "can be made, else the faster one of the others.",
 )
 WEIGHTS = Setting(
     "weights", "TYPE", one_of("float32", "bfloat16", "int8"), "float32",
@@ -133,7 +133,7 @@ DRAFTS: Setting[str | int] = Setting(
 MAX_BATCH: Setting[int | None] = Setting(
     "max_batch", "N", whole_number(1, 1024), None,
     "The most jobs that a worker decodes together.",
-    "as many as pay on this machine, which is measured",
+    "as many as pay on this machine, which is measured, and then learnt from the jobs",
 )
 KV_MEMORY: Setting[int | None] = Setting(
     "kv_memory", "SIZE", size, None,
@@ -366,8 +366,11 @@ LIMIT = Setting("limit", "N", whole_number(1, 100_000), 20, "List at most N jobs
 WAIT = flag("wait", "Wait for the result and print it.")
 VERIFY = flag("verify", "Check every byte of the packed file, and make it anew if one is wrong.")
 MEASURE = flag(
-    "measure", "Measure also what a worker with the same --threads measures when it first starts on this machine."
+    "measure",
+    "Measure this machine again, whatever is known of it: all that a worker with the same --threads measures when it "
+    "first starts here. Tell each figure, and how far its repeats lay apart.",
 )
+MEASURE_MISSING = flag("measure_missing", "Measure what a worker with the same --threads would, and is not known yet.")
 ALL = flag("all", "With prune: remove every packed file, and what was measured of this machine.")
 DRY_RUN = flag("dry_run", "With prune: say what would be removed, and remove nothing.")
 TIMEOUT = duration("timeout", 60.0, "How long to wait for a result.")

@@ -15,21 +15,28 @@ import pytest
 from redis import Redis
 from rq import Queue
 from rq.serializers import JSONSerializer
-from support.running import GOLDEN, RunningEndpoint, StartEndpoint, StartWorker, wait_until
+from support.running import GOLDEN, RunningEndpoint, SharedWorker, StartEndpoint, StartWorker, wait_until
 from support.turns import Turns, take_turns
 
 from fastgpt2 import Client, Engine, settings
+from fastgpt2.engine.kernels import program
 from fastgpt2.engine.network import step
 from fastgpt2.protocol.connection import connect
-from fastgpt2.protocol.keys import leases_key
+from fastgpt2.protocol.keys import leases_key, queues_of
 from fastgpt2.system.redis_server import RedisServer
 from fastgpt2.system.up import System
 
 if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+    from support.browser import Tabs
+
     from fastgpt2.engine.kernels.kernel import Kernel
 
 # Hundreds of processes are started. One that compiles the package anew starts 0.1 s later.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+# They find what one of them has compiled, as a user's processes do, but not in the developer's own cache.
+os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parent.parent / ".pytest_cache" / "user_cache")
 
 # Next to nothing is garbage of what collecting the tests makes. Looking for it takes a third of that time.
 gc.disable()
@@ -52,6 +59,7 @@ def _short_looks() -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "_LOOKS_BEFORE_SLEEP", 200)
+        patch.setattr(program, "LOOKS", 200)
         yield
 
 
@@ -170,8 +178,11 @@ def redis(redis_server: RedisServer) -> Iterator[Redis]:
 
 
 @pytest.fixture
-def queue_name() -> str:
-    """A queue of the test's own on the shared server."""
+def queue_name(request: pytest.FixtureRequest) -> str:
+    """A queue of the test's own on the shared server; that of the shared worker if the test asks to be served."""
+    if "served" in request.fixturenames:
+        shared: SharedWorker = request.getfixturevalue("shared_worker")
+        return shared.queue
     return f"test-{uuid.uuid4().hex[:8]}"
 
 
@@ -194,39 +205,67 @@ def turns(engine: Engine, redis_server: RedisServer, queue_name: str) -> Iterato
         yield turns
 
 
+def run_worker(url: str, queue: str, log: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
+    """Start `fastgpt2 worker` as a process, its log in a file."""
+    own = {"FASTGPT2_REDIS_URL": url, "FASTGPT2_QUEUE": queue, "FASTGPT2_MODEL": "demo", "FASTGPT2_THREADS": "1"}
+    with log.open("w") as out:
+        return subprocess.Popen(
+            [sys.executable, "-m", "fastgpt2", "worker"],
+            env={**os.environ, **own, **environment},
+            stdout=out,
+            stderr=out,
+            text=True,
+        )
+
+
+def wait_for_workers(redis: Redis, queue: str, count: int) -> None:
+    wait_until(lambda: redis.scard(f"rq:workers:{queue}") == count, "the worker to register")
+    # A moment later; that of a first one is what tells clients that the queue is served.
+    wait_until(lambda: redis.zcard(leases_key(queue)), "the worker to take its lease")
+
+
 @pytest.fixture
 def start_worker(redis_server: RedisServer, redis: Redis, queue_name: str, tmp_path: Path) -> Iterator[StartWorker]:
-    """Starts `fastgpt2 worker` as a process, its log in a file; waits until it is registered unless told not to."""
+    """Starts a worker of the test's queue; waits until it is registered unless told not to."""
     started: list[subprocess.Popen[str]] = []
 
     def start(wait: bool = True, **environment: str) -> subprocess.Popen[str]:
-        log = (tmp_path / f"worker-{len(started)}.log").open("w")
-        process = subprocess.Popen(
-            [sys.executable, "-m", "fastgpt2", "worker"],
-            env={
-                **os.environ,
-                "FASTGPT2_REDIS_URL": redis_server.url,
-                "FASTGPT2_QUEUE": queue_name,
-                "FASTGPT2_MODEL": "demo",
-                "FASTGPT2_THREADS": "1",
-                **environment,
-            },
-            stdout=log,
-            stderr=log,
-            text=True,
-        )
-        log.close()
-        started.append(process)
+        log = tmp_path / f"worker-{len(started)}.log"
+        started.append(run_worker(redis_server.url, queue_name, log, environment))
         if wait:
-            wait_until(lambda: redis.scard(f"rq:workers:{queue_name}") == len(started), "the worker to register")
-            # A moment later; that of a first one is what tells clients that the queue is served.
-            wait_until(lambda: redis.zcard(leases_key(queue_name)), "the worker to take its lease")
-        return process
+            wait_for_workers(redis, queue_name, len(started))
+        return started[-1]
 
     yield start
     for process in started:
         process.kill()
         process.wait()
+
+
+@pytest.fixture(scope="module")
+def shared_worker(
+    redis_server: RedisServer, redis: Redis, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[SharedWorker]:
+    """The worker of the tests that ask to be `served`, and the name of its queue."""
+    queue = f"test-{uuid.uuid4().hex[:8]}"
+    process = run_worker(redis_server.url, queue, tmp_path_factory.mktemp("shared") / "worker.log", {})
+    wait_for_workers(redis, queue, 1)
+    yield SharedWorker(queue, process)
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture
+def served(redis: Redis, shared_worker: SharedWorker) -> Iterator[None]:
+    """Gives the test a queue with a worker that all such tests of its module have, one after the other.
+
+    It is for tests that need a worker and nothing special of it, and count nothing of all that the queue had. What a
+    test leaves behind has ended before the next one begins.
+    """
+    yield
+    keys = [f"{kind}:{queue}" for queue in queues_of(shared_worker.queue) for kind in ("rq:queue", "rq:wip")]
+    wait_until(lambda: not redis.exists(*keys), "what the test left behind to end")
+    assert shared_worker.process.poll() is None, "the worker is not this test's own"
 
 
 @pytest.fixture
@@ -263,3 +302,21 @@ def system() -> Iterator[System]:
     )
     with System(values) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Run a browser for one module only: while playwright runs, `asyncio.run` refuses, as the thread has a loop."""
+    from support.browser import chromium
+
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def tabs(browser: Browser) -> Iterator[Tabs]:
+    from support.browser import Tabs
+
+    tabs = Tabs(browser)
+    yield tabs
+    tabs.close()

@@ -13,7 +13,7 @@ TITLE = """# Capacity: what one Redis bears, and how to plan a thousand workers
 
 For planners of a large pool: formulas, and the measurements that they rest on."""
 HEAD = (
-    "Made by `benchmarks/report.py` from `benchmarks/results/capacity.json`: do not edit. The head of "
+    "Made by `benchmarks/report.py` from the newest `capacity.json` in `benchmarks/results/`: do not edit. The head of "
     "`benchmarks/capacity/capacity.py` says how it is measured. All figures are medians. A core of Redis is its main "
     "thread, which carries out all commands."
 )
@@ -32,6 +32,10 @@ Redis makes its callers wait. To lower its memory, lower `result_ttl`, which is 
 tables are those of a Redis that sleeps between commands. Near its limit a Redis does not sleep any more, and its
 time comes closer to `in commands`, which leaves out sockets and the append-only file. So limits derived from `Redis us`
 are on the safe side.
+
+An idle worker holds one connection for each queue that it waits for, and up to three others. It waits for three queues
+of jobs that name no model, and for three of each name of its model: that makes up to 9 connections with one name, three
+more for each further name, and three fewer with `--named-only`.
 
 **When to shard:** before the first limit in the last table. Give each part of the workers a Redis and a queue name of
 its own, `fastgpt2 pool --redis-url redis://r1/0 --queue part1`, and an endpoint. Spread requests over the endpoints, by

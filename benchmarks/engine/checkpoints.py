@@ -5,11 +5,13 @@
     python benchmarks/engine/checkpoints.py unrepeating OUT
 
 `drafts.py` needs them: how many guesses come true depends on the text. `english` gives the demo model's texts, word for
-word, at the cost of gpt2: its heads, layers and vectors are filled up with zeros, and a zero takes a multiplication as
-any other number does. Layer norms must not see a difference: so the mean, which they subtract anyway, is taken out of
-the residual stream, and their gains make up for the variance that the zeros take away. `repeating` has random weights,
-with which the same tokens follow each other over and over. In `unrepeating` the position's vector outweighs the
-token's, so that each token is another one.
+word, at the cost of gpt2: its heads and vectors are filled up with zeros, and a zero takes a multiplication as any
+other number does. Layer norms must not see a difference: so the mean, which they subtract anyway, is taken out of the
+residual stream, and their gains make up for the variance that the zeros take away. The layers that the demo model does
+not have multiply random weights by zeros, as the gains of their layer norms are zero. Were these weights zeros too, the
+layers would be alike, and a program that keeps equal tensors once, as OpenVINO does, would read fewer bytes than gpt2
+has. `repeating` has random weights, with which the same tokens follow each other over and over. In `unrepeating` the
+position's vector outweighs the token's, so that each token is another one.
 
 All of them have the demo model's tokenizer.
 """
@@ -145,6 +147,10 @@ def english(shapes: Shapes) -> Tensors:
             put(f"{a}{name}", demo[f"{a}{name}"])
         for name in ("attn.c_proj.bias", "mlp.c_proj.weight", "mlp.c_proj.bias"):
             put(f"{a}{name}", centred(demo[f"{a}{name}"]))
+    rng = np.random.default_rng(SEED)
+    for name, x in tensors.items():
+        if x.ndim == 2 and name.startswith("h.") and int(name.split(".")[1]) >= config.n_layer:
+            x[:] = rng.standard_normal(x.shape, np.float32) * 0.02
     return {name: x.astype(np.float32) for name, x in tensors.items()}
 
 

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the clone's root
 from benchmarks.common import begin, heading, in_turns, parse, parser, ratio, write
 from fastgpt2.bench import Values, layout, layout_line, let_helpers_sleep, summary, table
 from fastgpt2.engine.engine import Engine
-from fastgpt2.engine.network.kv_cache import BLOCK
+from fastgpt2.engine.kernels.attention import BLOCK
 from fastgpt2.engine.network.prefixes import Prefixes, block_bytes
 
 SEED = 20

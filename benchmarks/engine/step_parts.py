@@ -20,9 +20,9 @@ import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from time import perf_counter
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the clone's root, where `benchmarks` is
@@ -126,62 +126,75 @@ def profile(engine: Engine, rows: int, rounds: int, steps: int) -> Values:
     }
 
 
-@contextmanager
-def parts_timed(engine: Engine) -> Iterator[dict[str, Any]]:
-    """Wrap the parts of a step with stopwatches; yield the seconds spent by part, and the last step's logits."""
-    transformer: Any = import_module("fastgpt2.engine.network.transformer")
-    model = engine.decoder.model
-    shard: Any = (model._together or model._alone)[0]  # the one with the weights themselves; the other is for drafts
-    spent: dict[str, Any] = {}
+class Stopwatches:
+    """The operations of a shard, each of whose calls is timed; by the names that the operations have.
 
-    def watched(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    Attributes:
+        spent: seconds by part, bytes of the weights read, the last step's logits.
+    """
+
+    def __init__(self, operations: Any) -> None:
+        self._operations = operations
+        self.spent: dict[str, Any] = {}
+
+    def watched(self, part: str, function: Callable[..., Any], nbytes: int = 0) -> Callable[..., Any]:
         def watch(*arguments: Any) -> Any:
             started = perf_counter()
             try:
                 return function(*arguments)
             finally:
-                spent[part] = spent.get(part, 0.0) + perf_counter() - started
+                self.spent[part] = self.spent.get(part, 0.0) + perf_counter() - started
+                self.spent["bytes"] = self.spent.get("bytes", 0) + nbytes
 
         return watch
 
-    product = model.sets[0].kernel.product
+    def embed(self, *arguments: Any) -> Any:
+        return self.watched("embedding", self._operations.embed(*arguments))
 
-    class WatchedProduct:
-        name = product.name
+    def layer_norm(self, *arguments: Any) -> Any:
+        return self.watched("layer norm", self._operations.layer_norm(*arguments))
 
-        def __call__(self, x: Any, panels: Any, out: Any) -> None:
-            started = perf_counter()
-            product(x, panels, out)
-            spent["products"] = spent.get("products", 0.0) + perf_counter() - started
-            spent["bytes"] = spent.get("bytes", 0) + panels.nbytes
+    def linear(self, x: Any, share: Any, out: Any, rows: Any) -> Any:
+        call = self._operations.linear(x, share, out, rows)
+        return self.watched("products", call, share.panels.array.nbytes)
+
+    def activation(self, *arguments: Any) -> Any:
+        return self.watched("activation", self._operations.activation(*arguments))
+
+    def meet(self, meeting: Any) -> Any:
+        return self.watched("waiting", self._operations.meet(meeting))
+
+    def attention(self, attention: Any) -> Any:
+        """Return the attention of a shard, timed."""
+        calls = lambda layer: self.watched("attention", attention.call(layer))  # noqa: E731
+        return SimpleNamespace(exact=attention.exact, prepare=self.watched("attention", attention.prepare), call=calls)
+
+
+@contextmanager
+def parts_timed(engine: Engine) -> Iterator[dict[str, Any]]:
+    """Have each operation of a step called and timed by itself; yield what `Stopwatches.spent` says."""
+    model: Any = engine.decoder.model
+    shard: Any = (model._together or model._alone)[0]  # the one with the weights themselves; the other is for drafts
+    before = dict(vars(shard))
+    watches = Stopwatches(shard._operations)
 
     def forward(segments: Any) -> Any:
         started = perf_counter()
-        spent["logits"] = type(model).forward(model, segments)
-        spent["network"] = perf_counter() - started
-        return spent["logits"]
+        logits = type(model).forward(model, segments)
+        watches.spent.update(logits=logits, network=perf_counter() - started)
+        return logits
 
-    replaced: list[tuple[Any, str, Any]] = [
-        (model.sets[0].kernel, "product", WatchedProduct()),
-        (transformer, "layer_norm", watched("layer norm", transformer.layer_norm)),
-        (shard, "_activation", watched("activation", shard._activation)),
-        (shard._attention, "prepare", watched("attention", shard._attention.prepare)),
-        (shard._attention, "run", watched("attention", shard._attention.run)),
-        (shard, "_embed", watched("embedding", shard._embed)),
-        (shard, "_meet", watched("waiting", shard._meet)),
-        (model, "forward", forward),
-    ]
-    before = [(target, name, vars(target).get(name)) for target, name, _ in replaced]
-    for target, name, value in replaced:
-        setattr(target, name, value)
+    program = shard._operations.program
+    shard._attention, shard._operations = watches.attention(shard._attention), watches
+    shard._layers, shard._logits = program(shard._write_layers()), program(shard._write_logits())
+    if shard._meeting is not None:
+        shard._last_meet = watches.meet(shard._meeting)
+    model.forward = forward
     try:
-        yield spent
+        yield watches.spent
     finally:
-        for target, name, value in before:
-            if value is None:
-                delattr(target, name)  # it is an attribute of the class
-            else:
-                setattr(target, name, value)
+        vars(shard).update(before)
+        del model.forward
 
 
 def allocation(engine: Engine, rows: int, steps: int) -> Values:

@@ -5,6 +5,7 @@ It looks only at regular files directly in the folder, and only at those whose n
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -19,12 +20,13 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from fastgpt2.engine.machine import MEASUREMENTS_FILE, cache_folder, is_locked, locked
+from fastgpt2.engine.machine import MEASUREMENTS_FILE, MEASUREMENTS_LOCK, cache_folder, is_locked, locked
 from fastgpt2.engine.model.checkpoint import MAX_HEADER_BYTES
 from fastgpt2.engine.model.config import printable
 from fastgpt2.engine.model.identity import weights_identity
 from fastgpt2.engine.model.packing import FORMAT, checksum
 from fastgpt2.errors import BadRequest, FastGPT2Error
+from fastgpt2.plurals import counted
 
 # The name of a packed file, of its lock, or of the file that is renamed to it when it is whole. The first format had no
 # layouts.
@@ -85,7 +87,7 @@ def _list(folder: Path, as_json: bool) -> None:
     for row in rows:
         cells = [printable(cell).ljust(width) for cell, width in zip(row, widths, strict=False)]
         print("  ".join([*cells, printable(row[6])]))
-    print(f"{len(found)} file{'s' if len(found) > 1 else ''}, {_format_size(total)}")
+    print(f"{counted(len(found), 'file')}, {_format_size(total)}")
 
 
 def _prune(folder: Path, everything: bool, dry_run: bool, as_json: bool) -> None:
@@ -219,6 +221,9 @@ def _remove(entry: Entry, everything: bool) -> bool:
     path, lock = entry.path, entry.path.with_suffix(".lock")
     if not _NAME.fullmatch(path.name):
         path.unlink(missing_ok=True)
+        if path.name == MEASUREMENTS_FILE:
+            with contextlib.suppress(BlockingIOError), locked(lock, wait=False):
+                lock.unlink()
         return True
     with locked(lock, wait=False):
         now = _inspect(path)
@@ -252,6 +257,9 @@ def _inspect(path: Path, state: State | None = None) -> Entry | None:
     if parts is None:
         if path.name == MEASUREMENTS_FILE:
             return Entry(path, State.OK, *facts)
+        if path.name == MEASUREMENTS_LOCK:
+            of_no_use = not (path.with_name(MEASUREMENTS_FILE).exists() or is_locked(path))
+            return Entry(path, State.LEFTOVER, *facts) if of_no_use else None
         abandoned = _CALIBRATION_TMP.fullmatch(path.name) and time.time() - status.st_mtime > _ABANDONED_SECONDS
         return Entry(path, State.LEFTOVER, *facts) if abandoned else None
     if path.suffix == ".lock":

@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from fastgpt2.errors import BadRequest, FastGPT2Error, JobNotEnded, JobNotFound, QueueFull
+from fastgpt2.plurals import counted
 
 if TYPE_CHECKING:
     from fastgpt2.api.client.flow import Driver
@@ -49,7 +50,7 @@ def jobs(values: dict[str, Any]) -> int:
         _print_table(columns, found["data"])
     total, listed = found.get("total", 0), len(found["data"])
     if found.get("has_more"):
-        print(f"{listed} of {total} {state} jobs; --limit lists more")
+        print(f"{listed} of {counted(total, f'{state} job')}; --limit lists more")
     elif not listed:
         print(f"no {state} jobs" if state else "no jobs yet")
     return 0

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 from fastgpt2.errors import ModelError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from fastgpt2.engine.engine import Engine
     from fastgpt2.engine.model.packing import PackedFile
 
 
@@ -19,19 +22,32 @@ def run(values: dict[str, Any]) -> int:
         ModelError: the model cannot be found or used, or the cache cannot be written.
     """
     # This comes before numpy is imported.
-    from fastgpt2.engine.loading import note
+    from fastgpt2.engine.figure import measuring_again
     from fastgpt2.engine.machine import hold_to_one_thread
 
     hold_to_one_thread()
     _check_text(values)
-    kinds = [values["weights"], *(["int8"] if values["drafts"] == "int8" else [])]
-    files = [_pack_and_verify(values, weights) for weights in kinds]
-    note(values["model"], *files[0].notes)
     if values["measure"]:
-        _measure(values)
+        # The layout of the packed file is measured too.
+        with measuring_again() as began:
+            files = _make_files(values)
+            _tell_figures(_load(values), began)
+    else:
+        files = _make_files(values)
+        if values["measure_missing"]:
+            _load(values)
     for packed in files:
         print(packed.path, os.fstat(packed.fd).st_size, sep="\t")
     return 0
+
+
+def _make_files(values: dict[str, Any]) -> list[PackedFile]:
+    from fastgpt2.engine.loading import note
+
+    kinds = [values["weights"], *(["int8"] if values["drafts"] == "int8" else [])]
+    files = [_pack_and_verify(values, weights) for weights in kinds]
+    note(values["model"], *files[0].notes)
+    return files
 
 
 def _check_text(values: dict[str, Any]) -> None:
@@ -75,12 +91,51 @@ def _pack(values: dict[str, Any], weights: str) -> PackedFile:
     return pack_model(folder, config, values["model"], values["blas"], weights, must_keep=True)[0]
 
 
-def _measure(values: dict[str, Any]) -> None:
+def _load(values: dict[str, Any]) -> Engine:
     """Load the model as a worker does, which keeps what it measures beside the packed file."""
     from fastgpt2.engine.engine import Engine
 
     names = ("revision", "threads", "blas", "weights", "drafts", "tokenizer", "generation_config", "chat_template")
-    Engine.load(values["model"], **{name: values[name] for name in names})
+    return Engine.load(values["model"], **{name: values[name] for name in names})
+
+
+def _tell_figures(engine: Engine, began: float) -> None:
+    """Say what was measured since `began`, and whether the machine was too busy for it."""
+    from fastgpt2.engine.figure import TRUSTED_SPREAD
+    from fastgpt2.engine.kernels.choice import open_measurements
+    from fastgpt2.engine.machine import is_large
+
+    if not is_large(engine.config):
+        print(f"{engine.model}: a small model, of which nothing is measured", file=sys.stderr)
+        return
+    measurements = open_measurements(engine.config)
+    figures = measurements.find_since(began)
+    if not figures:
+        print(_why_none(measurements.path), file=sys.stderr)
+        return
+    print(f"measured on {measurements.machine}:", file=sys.stderr)
+    for name, figure in figures.items():
+        print(f"  {name}: {figure.describe()}", file=sys.stderr)
+    kept = sum(figure.date < began for figure in figures.values())
+    doubtful = sum(figure.is_doubtful for figure in figures.values()) + kept
+    if doubtful:
+        earlier = f", {kept} of which are those that a calm machine told before" if kept else ""
+        print(
+            f"the machine was too busy for {doubtful} of {len(figures)} figures to be trusted (spread over "
+            f"{TRUSTED_SPREAD:.0%}): workers begin with what is here{earlier}, and learn from their jobs; run this "
+            "command again when nothing else runs",
+            file=sys.stderr,
+        )
+
+
+def _why_none(path: Path | None) -> str:
+    """Return why nothing was kept of what was measured."""
+    from fastgpt2.engine.machine import MEASUREMENTS_LOCK, is_locked
+
+    if path is not None and is_locked(path.with_name(MEASUREMENTS_LOCK)):
+        return "nothing was measured: another process measures this machine; run this command again when it is done"
+    where = "there is no cache folder that is trusted" if path is None else f"{path.parent} cannot be written"
+    return f"what was measured is not kept: {where}; set FASTGPT2_CACHE to a folder of your own"
 
 
 def _is_intact(packed: PackedFile) -> bool:

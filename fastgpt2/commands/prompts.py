@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastgpt2 import settings
 from fastgpt2.errors import BadRequest
+from fastgpt2.plurals import counted
 
 if TYPE_CHECKING:
     from fastgpt2.engine.decoding.decoder import Decoder
@@ -119,7 +120,7 @@ def _status_text(status: dict[str, Any]) -> str:
     lines += _model_lines(status["by_model"])
     for worker in status["workers"]:
         count = worker["in_hand"]
-        at_work = f" on {count} of up to {worker['max_batch']} jobs" if count else ""
+        at_work = f" on {count} of up to {counted(worker['max_batch'], 'job')}" if count else ""
         usual = {"weights": "float32", "drafts": "auto"}
         otherwise = "".join(f", {name} {worker[name]}" for name in usual if worker[name] not in (None, usual[name]))
         lines.append(
@@ -142,7 +143,7 @@ def _model_lines(by_model: dict[str, dict[str, Any]]) -> list[str]:
     lines = []
     for name, state in by_model.items():
         count, depth, wait = state["workers"], state["depth"], state["oldest_wait_seconds"]
-        workers = "1 worker" if count == 1 else f"{count or 'no'} workers"
+        workers = counted(count, "worker") if count else "no workers"
         waiting = f"{depth} waiting by name" + ("" if wait is None else f", the first for {wait:.1f} s")
         remedy = "" if count or not depth else "; a worker with --served-model-name of this name serves them"
         done = state["totals"]

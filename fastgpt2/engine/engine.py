@@ -48,11 +48,12 @@ class Engine:
         decoder: for callers that admit and step sequences themselves.
         weights, drafts: the options with which it was loaded.
         notes: sentences for people on what the model's files ask for and is not done, each logged when it was loaded.
+        learnt_times: what its steps teach of this machine; `keep` writes that down for the next start.
     """
 
     def __init__(self, model: str, loaded: LoadedModel, weights: str = "float32", drafts: str | int = "off") -> None:
         self.model, self.decoder, self.load_times, self.notes = model, loaded.decoder, loaded.times, loaded.notes
-        self.weights, self.drafts = weights, drafts
+        self.weights, self.drafts, self.learnt_times = weights, drafts, loaded.learnt_times
 
     @property
     def config(self) -> GPT2Config:
@@ -69,6 +70,7 @@ class Engine:
 
     @property
     def max_batch(self) -> int:
+        """Return how many sequences are decoded side by side at most; where as many as pay, this may change."""
         return self.decoder.model.cache.usable_slots
 
     def describe(self) -> str:
@@ -101,13 +103,13 @@ class Engine:
                 model is small. BLAS itself is held to one thread in this process and, by environment variables, in
                 those it starts.
             max_batch: the most sequences that are decoded side by side; None for as many as pay here, which is
-                measured the first time that a large model is loaded.
+                measured the first time that a large model is loaded, and learnt from its steps from then on.
             kv_memory: bytes that the keys and values of all sequences may take; None for a quarter of the memory
                 that this process may use, or of its share of it among the workers of a pool.
             prefix_memory: bytes, beside these, in which keys and values of prompts are kept for others that begin
                 alike; 0 to keep none, None for an eighth of the bytes for keys and values.
             blas: what multiplies float32 weights: openblas (what numpy brought), mkl (the extra of that name), compiled
-                (by LLVM, the extra `compact`), or auto for the fastest here.
+                (by LLVM, the extra `compact`), or auto: compiled if it can be, else the faster one of the others.
             weights: float32, as everybody computes the checkpoint; bfloat16 or int8 (the extra `compact`), a half and a
                 quarter of the memory to read at every step, and other tokens than float32's here and there.
             drafts: guesses of the next tokens that a step verifies (`decoding/lookup.py`); tokens are the same. off;

@@ -15,12 +15,13 @@ from time import perf_counter
 from typing import TYPE_CHECKING, NamedTuple
 
 from fastgpt2.engine.decoding.lookup import MOST_DRAFTS
-from fastgpt2.engine.machine import fair_share_of_kv_memory, hold_to_one_thread, processes_for
+from fastgpt2.engine.machine import fair_share_of_kv_memory, hold_to_one_thread, is_large, processes_for
 from fastgpt2.engine.model.config import GPT2Config, read_config
 from fastgpt2.engine.model.generation_config import GenerationConfig, read_generation_config
 from fastgpt2.engine.model.hub import find_folders
 from fastgpt2.errors import BadRequest
 from fastgpt2.fields import whole
+from fastgpt2.plurals import counted
 
 if TYPE_CHECKING:
     from fastgpt2.engine.decoding.decoder import Decoder
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from fastgpt2.engine.model.packing import PackedFile
     from fastgpt2.engine.network.gpt2 import GPT2
     from fastgpt2.engine.network.helpers import HelperProcesses
+    from fastgpt2.engine.network.step_times import LearntTimes
     from fastgpt2.engine.text.chat_template import ChatTemplate
     from fastgpt2.engine.text.tokenizer import Tokenizer
 
@@ -97,11 +99,13 @@ class LoadedModel(NamedTuple):
 
     Attributes:
         notes: sentences for people on what the model's files ask for and is not done.
+        learnt_times: what the decoder's steps teach of this machine, to be kept for the next start.
     """
 
     decoder: Decoder
     times: LoadTimes
     notes: tuple[str, ...]
+    learnt_times: LearntTimes
 
 
 def load_decoder(model: str, options: LoadOptions) -> LoadedModel:
@@ -119,8 +123,10 @@ def load_decoder(model: str, options: LoadOptions) -> LoadedModel:
         from fastgpt2.engine.decoding.decoder import Decoder
         from fastgpt2.engine.decoding.drafter import Drafter
         from fastgpt2.engine.kernels.choice import open_measurements
+        from fastgpt2.engine.network.batch_limit import BatchLimit
         from fastgpt2.engine.network.prefixes import prefixes_within
-        from fastgpt2.engine.network.step_times import choose_slots, row_costs, slots_to_map
+        from fastgpt2.engine.network.step_costs import StepCosts
+        from fastgpt2.engine.network.step_times import LearntTimes, choose_slots, row_costs, slots_to_map
 
         kv_bytes = _kv_bytes(config, options.kv_memory)
         prefixes = prefixes_within(config, options.prefix_memory, kv_bytes)
@@ -147,11 +153,14 @@ def load_decoder(model: str, options: LoadOptions) -> LoadedModel:
     measurements, most_drafts = open_measurements(config), options.most_drafts
     if options.max_batch is None:
         choose_slots(network, measurements)
-    costs = row_costs(network, measurements, options.max_batch is None) if most_drafts is None else None
-    decoder = Decoder(network, tokenizer, generation, prefixes, Drafter(network, most_drafts, costs), chat_template)
+    costs = StepCosts(row_costs(network, measurements, options.max_batch is None) if most_drafts is None else None)
+    limit = BatchLimit(network, adapts=options.max_batch is None and is_large(config))
+    drafter = Drafter(network, most_drafts, costs)
+    decoder = Decoder(network, tokenizer, generation, prefixes, drafter, chat_template, limit)
+    learnt_times = LearntTimes(network, measurements if is_large(config) else None, limit, costs)
     times = LoadTimes(mapped, tokenizer_done, perf_counter() - started)
     notes = (*network.sets[0].packed.notes, *notes_on_text(config, tokenizer, generation), *chat_template.notes)
-    return LoadedModel(decoder, times, note(model, *notes))
+    return LoadedModel(decoder, times, note(model, *notes), learnt_times)
 
 
 def notes_on_text(config: GPT2Config, tokenizer: Tokenizer, generation: GenerationConfig) -> tuple[str, ...]:
@@ -160,8 +169,7 @@ def notes_on_text(config: GPT2Config, tokenizer: Tokenizer, generation: Generati
     if not beyond:
         return (*tokenizer.notes, *generation.notes)
     first = f"{beyond[0]}, {tokenizer.token_text(beyond[0])!r}"
-    count = f"{len(beyond)} token" + ("s" if len(beyond) > 1 else "")
-    more = f"the tokenizer has {count} beyond the model's table of {config.vocab_size}"
+    more = f"the tokenizer has {counted(len(beyond), 'token')} beyond the model's table of {config.vocab_size}"
     refused = f"{more}; the first is {first}: a prompt with such a token is refused"
     return (refused, *tokenizer.notes, *generation.notes)
 
@@ -217,18 +225,23 @@ def pack_model(
 
     Args:
         model, blas, weights: as for `load_network`.
-        must_keep: a small model's file is kept in the cache too, and it is an error if that cannot be.
+        must_keep: a small model's file is kept in the cache too, and it is an error if that cannot be. So is compiled
+            code, if it can be.
 
     Raises:
         ModelError, BadRequest: as `load_network`, or the cache cannot be written.
     """
     # What is measured for the layout is measured as a worker multiplies.
     hold_to_one_thread()
+    from fastgpt2.engine.kernels import keep_code
     from fastgpt2.engine.kernels.choice import choose_kernel, open_measurements
     from fastgpt2.engine.model.packing import pack
 
     kernel, layout = choose_kernel(config, open_measurements(config), blas, weights)
-    return pack(folder, config, model, layout, must_keep), kernel
+    packed = pack(folder, config, model, layout, must_keep)
+    if must_keep:
+        keep_code(kernel, config.activation_function, config.n_head, config.head_dim, config.n_positions)
+    return packed, kernel
 
 
 def _kv_bytes(config: GPT2Config, asked: int | None) -> int:

@@ -2,7 +2,8 @@
 
 In this order: how many cores and how much memory this process may use, which in a container is less than the machine
 has; how BLAS is held to one thread; what a model's size decides; the cache folder, which keeps packed weights, and its
-locks; the store of measurements. Nothing heavy is imported: whoever loads a model asks most of this before numpy.
+locks; the figures that were measured, and their store. Nothing heavy is imported: whoever loads a model asks most of
+this before numpy.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastgpt2.engine.figure import Figure, better_of, measured
 from fastgpt2.engine.trust import NotTrusted, check_folder, create_file, make_folder, open_trusted
 
 if TYPE_CHECKING:
@@ -38,9 +41,14 @@ MIN_BYTES = 64 << 20
 
 # In the cache folder.
 MEASUREMENTS_FILE = "calibration.json"
-# A machine has a few hundred bytes in it.
+MEASUREMENTS_LOCK = "calibration.lock"
+# A machine has a few thousand bytes in it.
 _MAX_MEASUREMENTS_BYTES = 1 << 20
-_MAX_NUMBER = 1 << 31
+
+# How long to wait for another process of this machine that measures. It takes some seconds.
+MEASURING_WAIT_SECONDS = 30.0
+_MEASURING_LOOK_SECONDS = 0.05
+
 
 # Whether the thread variables were set before numpy read them. Asking the library takes 9 ms of a cold start.
 _held = False
@@ -145,26 +153,46 @@ def is_large(config: GPT2Config) -> bool:
     return 4 * config.n_parameters >= MIN_BYTES
 
 
-def processes_for(config: GPT2Config, threads: int | None) -> int:
-    """Return the number of processes to run a model on, no more than it has heads.
+def can_share_steps() -> bool:
+    """Tell whether processes surely see each other's writes in order here. On x86 they do, by its memory model."""
+    return sys.platform == "linux" and platform.machine() in ("x86_64", "i686")
 
-    It is as many as asked for, else this process's share of the cores if the model is large, else 1. It is 1 also where
-    processes are not known to see each other's writes in order. On x86 they do, by its memory model.
+
+def processes_for(config: GPT2Config, threads: int | None) -> int:
+    """Return the number of processes to run a model on, and warn if that is less than was asked for.
+
+    It is as many as asked for, else this process's share of the cores if the model is large, else 1. It is no more than
+    the model has heads, and 1 where processes cannot share steps.
     """
-    if sys.platform != "linux" or platform.machine() not in ("x86_64", "i686"):
-        return 1
+    most, reason = config.n_head, f"each takes whole heads, of which the model has {config.n_head}"
+    if not can_share_steps():
+        most, reason = (
+            1,
+            f"several can share a model only on x86 Linux, and this is {platform.machine()} {platform.system()}",
+        )
     if threads is None:
         threads = max(1, usable_cores() // _workers()) if is_large(config) else 1
-    return min(threads, config.n_head)
+    elif threads > most:
+        runs = "1 process runs" if most == 1 else f"{most} processes run"
+        log.warning("threads is %d, but %s the model: %s; more workers use more cores", threads, runs, reason)
+    return min(threads, most)
 
 
 def cache_folder() -> Path:
-    """Return `FASTGPT2_CACHE`, else `$XDG_CACHE_HOME/fastgpt2`, else `~/.cache/fastgpt2`; it need not exist.
+    """Return `FASTGPT2_CACHE`, else the user's own cache folder; it need not exist.
 
     Raises FileNotFoundError if there is no home folder.
     """
     explicit = os.environ.get("FASTGPT2_CACHE")
-    folder = Path(explicit) if explicit else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fastgpt2"
+    return _expand(Path(explicit)) if explicit else user_cache_folder()
+
+
+def user_cache_folder() -> Path:
+    """Return `$XDG_CACHE_HOME/fastgpt2`, else `~/.cache/fastgpt2`. Raises as `cache_folder`."""
+    return _expand(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fastgpt2")
+
+
+def _expand(folder: Path) -> Path:
     try:
         return folder.expanduser()
     except RuntimeError as reason:
@@ -237,33 +265,124 @@ def _trusted_path(folder: Path) -> Path | None:
 
 
 class Measurements:
-    """The store of what was measured for one BLAS on one CPU: whole numbers by name, in a file of the cache folder.
+    """The store of what was measured for one BLAS on one CPU: figures by name, in a file of the cache folder.
+
+    A figure is a first guess: one that is old, or that was measured on a busy machine, is measured again by whoever
+    asks for it next. One process of the machine measures at a time, under a lock beside the file; the others wait for
+    its figures, or take what there is.
 
     Args:
-        folder: where the file is kept; with None, or where it cannot be written, numbers are kept in this object only.
+        folder: where the file is kept; with None, or where it cannot be written, figures are kept in this object only.
         machine: the BLAS and the CPU; for others, everything is measured anew.
     """
 
     def __init__(self, folder: Path | None, machine: str) -> None:
         self._path = _trusted_path(folder) if folder is not None else None
-        self._machine = machine
-        self._numbers: dict[str, Any] = self._read().get(machine, {})
+        self.machine = machine
+        self._is_measuring = self._can_keep = False
+        self._figures: dict[str, Figure] = {}
+        self._take(self._read())
 
-    def find(self, name: str) -> int | None:
-        """Return the number of that name; None if it was not measured yet."""
-        value = self._numbers.get(name)
-        return value if type(value) is int and 0 <= value <= _MAX_NUMBER else None
+    @property
+    def path(self) -> Path | None:
+        """The path of the file; None if there is no folder for it."""
+        return self._path
+
+    def find(self, name: str) -> Figure | None:
+        """Return the figure of that name, whatever it is worth; None if there is none."""
+        return self._figures.get(name)
+
+    def find_since(self, date: float) -> dict[str, Figure]:
+        """Return the figures that were measured at that moment or later, in vain or not, by name."""
+        return {name: figure for name, figure in sorted(self._figures.items()) if figure.looked_at >= date}
 
     def find_or_measure(self, name: str, measure: Callable[[], int]) -> int:
-        """Return the number of that name, measuring and keeping it if it was not measured yet."""
-        value = self.find(name)
-        if value is None:
-            value = self._numbers[name] = measure()
-            self._write()
-        return value
+        """Return the figure of that name, measuring and keeping it if there is none that is believed.
+
+        Args:
+            measure: returns a `Figure`, or a number; how busy the machine was is then told by the processor's time.
+        """
+        found = self.find_or_measure_all([name], lambda: {name: measured(measure)})
+        if name not in found:
+            # Another process measures for longer than that. What is found beside it is for this process alone.
+            found = {name: measured(measure)}
+            self._figures.update(found)
+        return found[name]
+
+    def find_or_measure_all(
+        self, names: Iterable[str], measure: Callable[[], Mapping[str, Figure]]
+    ) -> dict[str, Figure]:
+        """Return the figures of those names, measuring all of them together if one of them is not believed.
+
+        Where another process measures for long, or figures cannot be kept, what is not believed is taken as it is. A
+        name of which nothing is known is missing only if another process measures all the time.
+        """
+        names = list(names)
+        if self._are_believed(names):
+            return {name: self._figures[name] for name in names}
+        is_urgent = any(name not in self._figures or self._figures[name].is_asked_for for name in names)
+        with self.measuring(MEASURING_WAIT_SECONDS if is_urgent else 0.0) as is_alone:
+            if is_alone and not self._are_believed(names) and (is_urgent or self._can_keep):
+                self._add(measure())
+        return {name: self._figures[name] for name in names if name in self._figures}
+
+    def keep(self, figures: Mapping[str, Figure]) -> bool:
+        """Keep figures that belong together and were learnt from other work, unless those that are kept may be better.
+
+        Returns:
+            Whether they were: they are not while another process measures, or where the file cannot be written.
+        """
+        with self.measuring(0.0) as is_alone:
+            if is_alone and self._can_keep:
+                self._add(figures)
+                return True
+        return False
+
+    @contextmanager
+    def measuring(self, wait_seconds: float) -> Iterator[bool]:
+        """Keep other processes from measuring meanwhile, and know what they have found before.
+
+        Yields:
+            Whether that is so; False if another process measures for longer than `wait_seconds`. Where there can be no
+            lock, nobody is kept from anything.
+        """
+        if self._path is None or self._is_measuring:
+            yield True
+            return
+        self._can_keep = False
+        with contextlib.ExitStack() as stack:
+            is_alone = True
+            try:
+                make_folder(self._path.parent)
+                is_alone = self._can_keep = _lock_within(stack, self._path.with_name(MEASUREMENTS_LOCK), wait_seconds)
+            except OSError as reason:
+                log.debug("%s: nothing can be kept (%s)", self._path, reason)
+            if is_alone:
+                self._take(self._read())
+            self._is_measuring = is_alone
+            try:
+                yield is_alone
+            finally:
+                self._is_measuring = False
+
+    def _are_believed(self, names: list[str]) -> bool:
+        return all(name in self._figures and not self._figures[name].is_due for name in names)
+
+    def _add(self, figures: Mapping[str, Figure]) -> None:
+        """Take figures that belong together in, and write them down, unless those that are known may be better."""
+        new = better_of(self._figures, figures)
+        self._figures.update(new)
+        self._write(new)
+
+    def _take(self, machines: dict[str, Any]) -> None:
+        """Take in what a file says of this machine. What this object has found beside it stays."""
+        for name, fields in machines.get(self.machine, {}).items():
+            figure = Figure.from_json(fields)
+            if figure is not None:
+                self._figures[name] = figure
 
     def _read(self) -> dict[str, Any]:
-        """Return the numbers of all machines in the file, by machine; {} if there is no file or it is spoiled."""
+        """Return the figures of all machines in the file, by machine; {} if there is no file or it is spoiled."""
         if self._path is None:
             return {}
         try:
@@ -274,23 +393,47 @@ class Measurements:
             return {}
         except (OSError, ValueError, RecursionError):
             return {}
-        if not isinstance(machines, dict) or not isinstance(machines.get(self._machine, {}), dict):
+        if not isinstance(machines, dict) or not isinstance(machines.get(self.machine, {}), dict):
             return {}
         return machines
 
-    def _write(self) -> None:
-        if self._path is None:
+    def _write(self, figures: Mapping[str, Figure]) -> None:
+        """Put figures into the file, beside what others have put there."""
+        if self._path is None or not figures:
             return
+        own = {name: figure.as_json() for name, figure in figures.items()}
         temporary = self._path.with_suffix(f".{os.getpid()}.tmp")
         try:
             make_folder(self._path.parent)
-            # Two processes may measure at once. What one of them writes last is as right as the other's.
             machines = self._read()
-            machines[self._machine] = {**machines.get(self._machine, {}), **self._numbers}
+            text = _as_text({**machines, self.machine: {**machines.get(self.machine, {}), **own}})
+            if len(text) > _MAX_MEASUREMENTS_BYTES:
+                # A file that is not read to its end would count as spoiled, for ever.
+                text = _as_text({self.machine: own})
             with os.fdopen(create_file(temporary), "w", encoding="utf-8") as file:
-                file.write(json.dumps(machines, indent=1, sort_keys=True) + "\n")
+                file.write(text)
             temporary.replace(self._path)
         except OSError as reason:
             log.debug("%s: not kept (%s)", self._path, reason)
             with contextlib.suppress(OSError):
                 temporary.unlink()
+
+
+def _as_text(machines: dict[str, Any]) -> str:
+    return json.dumps(machines, indent=1, sort_keys=True) + "\n"
+
+
+def _lock_within(stack: contextlib.ExitStack, path: Path, seconds: float) -> bool:
+    """Hold a lock until the stack ends; return whether it could be had within that time. Raises as `locked`."""
+    deadline, waits = time.monotonic() + seconds, False
+    while True:
+        try:
+            stack.enter_context(locked(path, wait=False))
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+        if not waits:
+            log.info("another process measures this machine; waiting for what it finds, for up to %.0f s", seconds)
+            waits = True
+        time.sleep(_MEASURING_LOOK_SECONDS)

@@ -64,14 +64,14 @@ def make_folder(folder: Path) -> None:
             place.mkdir(_FOLDER_MODE, exist_ok=True)
 
 
-def create_file(path: Path) -> int:
+def create_file(path: Path, mode: int = _FILE_MODE) -> int:
     """Return the descriptor of a new file of the cache, for writing, in place of one that may have the name.
 
     Raises:
         OSError: it cannot be made.
     """
     path.unlink(missing_ok=True)
-    return os.open(path, _CREATE, _FILE_MODE)
+    return os.open(path, _CREATE, mode)
 
 
 def open_trusted(path: Path) -> int:

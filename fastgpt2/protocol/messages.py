@@ -27,6 +27,7 @@ from fastgpt2.engine.decoding.records import (
 from fastgpt2.errors import BadRequest, FastGPT2Error
 from fastgpt2.fields import Field, check_fields, fields_of, number
 from fastgpt2.foreign_fields import take_known
+from fastgpt2.plurals import counted
 from fastgpt2.protocol.keys import ModelName
 
 # The one function that a queue may name.
@@ -344,7 +345,8 @@ def describe_result(result: Mapping[str, Any]) -> str:
     tokens = usage["completion_tokens"] + sum(other["usage"]["completion_tokens"] for other in others)
     seed = f"seed {result['seed']}; " if "seed" in result else ""
     cached = f" ({usage['cached_tokens']} cached)" if usage["cached_tokens"] else ""
-    steps = f"{drafting['steps']} steps, {drafting['accepted']} of {drafting['drafted']} guesses came true; "
+    guesses = f"{drafting['accepted']} of {counted(drafting['drafted'], 'guess', 'guesses')} came true"
+    steps = f"{counted(drafting['steps'], 'step')}, {guesses}; "
     return (
         f"{usage['prompt_tokens']}{cached} + {tokens} tokens{texts}, {result['finish_reason']}; {seed}"
         f"{steps if drafting['drafted'] else ''}"

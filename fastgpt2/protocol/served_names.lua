@@ -3,7 +3,8 @@
 local function served_names(key)
     local time, served = redis.call('TIME'), {}
     local least = time[1] * 1000 + math.floor(time[2] / 1000) - $MODEL_GRACE_SECONDS * 1000
-    local names = redis.call('ZRANGE', key, '+inf', string.format('(%.0f', least), 'BYSCORE', 'REV', 'LIMIT', 0, $MAX_MODELS_OF_POOL)
+    local after = string.format('(%.0f', least)
+    local names = redis.call('ZRANGE', key, '+inf', after, 'BYSCORE', 'REV', 'LIMIT', 0, $MAX_MODELS_OF_POOL)
     for i, name in ipairs(names) do
         served[i] = name
         served[name] = true

@@ -8,6 +8,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING
 
 from fastgpt2.errors import QueueUnavailable
+from fastgpt2.plurals import counted
 from fastgpt2.protocol.connection import connect, redis_errors
 from fastgpt2.protocol.keys import PRIORITIES, list_models, models_key, queue_key, queue_of, queues_of
 from fastgpt2.system.served_model import ServedModel
@@ -30,8 +31,8 @@ def warn_of_losses(redis_url: str, queue: str) -> None:
     except QueueUnavailable:
         return
     if count:
-        message = "%d jobs that had not been finished are gone with the embedded Redis; --redis-dir DIR keeps such"
-        log.warning(message, count)
+        gone = counted(count, "job that had not been finished is", "jobs that had not been finished are")
+        log.warning("%s gone with the embedded Redis; --redis-dir DIR keeps such", gone)
 
 
 def warn_of_waiting(redis_url: str, queue: str, models: Sequence[ServedModel]) -> None:
@@ -45,10 +46,11 @@ def warn_of_waiting(redis_url: str, queue: str, models: Sequence[ServedModel]) -
     for name, count in waiting.items():
         if count:
             log.warning(
-                "%d jobs wait for the model %s, which no worker serves any more; a worker that serves this name "
-                "(--served-model-name) runs them",
-                count,
+                "%s for the model %s, which no worker serves any more; a worker that serves this name "
+                "(--served-model-name) runs %s",
+                counted(count, "job waits", "jobs wait"),
                 name,
+                "it" if count == 1 else "them",
             )
 
 

@@ -14,8 +14,9 @@ from typing import Any, Self
 from redis.exceptions import RedisError
 
 from fastgpt2 import settings
-from fastgpt2.engine.machine import usable_cores
+from fastgpt2.engine.machine import can_share_steps, usable_cores
 from fastgpt2.errors import BadRequest, FastGPT2Error, QueueUnavailable
+from fastgpt2.plurals import counted
 from fastgpt2.process import raise_open_file_limit, set_up_logging
 from fastgpt2.protocol.connection import UP_STARTS_ONE, connect
 from fastgpt2.protocol.durability import REPLICA
@@ -138,7 +139,7 @@ class OwnPool(ProcessGroup):
         unused = settings.REDIS_URL.variable
         hint = f"; {unused}, which is set, is not used" if os.environ.get(unused) else ""
         model, count = self._values["model"], self._values["workers"]
-        workers = f"{count} worker{'s' if count > 1 else ''} of this run's own"
+        workers = f"{counted(count, 'worker')} of this run's own"
         show_beside_bar(f"{workers} with {model} ready after {time.monotonic() - began:.1f} s{hint}")
 
     def check(self) -> None:
@@ -209,5 +210,6 @@ def _of_workers(values: dict[str, Any]) -> dict[str, Any]:
     }
     if own["workers"] is None:
         # Workers of one core each generate the most in all; more than jobs at once would have nothing to do.
-        own["workers"] = max(1, min(usable_cores() // (own["threads"] or 1), values["in_flight"]))
+        cores = (own["threads"] or 1) if can_share_steps() else 1
+        own["workers"] = max(1, min(usable_cores() // cores, values["in_flight"]))
     return {**own, "named_only": False, "drain_timeout": DRAIN_SECONDS, "alive_file": None}

@@ -21,6 +21,7 @@ from fastgpt2.api.http.serve import bind, url_of
 from fastgpt2.api.http.tokens import read_tokens
 from fastgpt2.errors import FastGPT2Error, QueueUnavailable
 from fastgpt2.events import about, are_logged
+from fastgpt2.plurals import counted
 from fastgpt2.process import HangUp, StopFlag, on_stop_signals, raise_open_file_limit, set_up_logging, stop_signals_held
 from fastgpt2.protocol.connection import UP_STARTS_ONE, connect, redis_errors, without_password
 from fastgpt2.protocol.keys import workers_key
@@ -175,8 +176,9 @@ class System(ProcessGroup):
         while not answers or registered < wanted:
             if time.monotonic() > deadline:
                 raise FastGPT2Error(
-                    f"not ready after {READY_SECONDS:.0f} s: {registered} of {wanted} workers have registered, the "
-                    f"endpoint {'answers' if answers else 'does not answer'}"
+                    f"not ready after {READY_SECONDS:.0f} s: {registered} of {counted(wanted, 'worker')} "
+                    f"{'has' if wanted == 1 else 'have'} registered, the endpoint "
+                    f"{'answers' if answers else 'does not answer'}"
                 )
             time.sleep(0.05)
             self.check(time.monotonic())

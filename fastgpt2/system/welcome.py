@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from fastgpt2 import settings
 from fastgpt2.api.http.access import is_loopback
 from fastgpt2.api.http.tokens import read_tokens
+from fastgpt2.plurals import counted
 from fastgpt2.protocol.connection import holds_secret, without_password
 from fastgpt2.system.served_model import ServedModel
 
@@ -54,7 +55,7 @@ def describe_models(models: Sequence[ServedModel], workers: int) -> str:
         workers: the number of workers of each model.
     """
     *others, last = [_describe_names(model) for model in models]
-    count = "1 worker" if workers == 1 else f"{workers} workers"
+    count = counted(workers, "worker")
     if not others:
         return f"model {last}, {count}"
     return f"models {', '.join(others)} and {last}, {count} each"

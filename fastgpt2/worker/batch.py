@@ -23,7 +23,7 @@ from fastgpt2.engine.decoding.records import (
     Usage,
     combine,
 )
-from fastgpt2.engine.network.gpt2 import PREFILL_ROWS_BESIDE
+from fastgpt2.engine.network.gpt2 import DEFAULT_MAX_ROWS
 from fastgpt2.errors import FastGPT2Error
 from fastgpt2.events import about
 from fastgpt2.protocol.keys import SUSPECT_CRASHES
@@ -34,6 +34,10 @@ from fastgpt2.worker.rq_job import GenerationJob
 if TYPE_CHECKING:
     from fastgpt2.engine.decoding.sequence import Sequence, TokenizedPrompt
     from fastgpt2.engine.engine import Engine
+
+# While more tokens of prompts than this wait to be read, no further jobs are taken: another worker might be free. They
+# are the rows of a few steps, so that of the prompts that wait a short one can be read first.
+MOST_UNREAD = DEFAULT_MAX_ROWS
 
 # While nothing but grammars is missing, a worker looks this often whether there is something else to do.
 GRAMMAR_WAIT_SECONDS = 0.02
@@ -133,6 +137,7 @@ class ActiveJob:
         sequences: those of its texts that were begun, in the order of their indices. None is begun before the job has
             a slot, and each further one when there is another slot.
         position: how far its stream has come.
+        urgency: among the prompts that wait to be read, those of the more urgent jobs are read first.
         muted: no more is streamed: under the stream's key stands something else.
     """
 
@@ -144,11 +149,14 @@ class ActiveJob:
     deadline: float
     deadline_reason: str
     position: StreamPosition
+    urgency: int = 0
     sequences: list[Sequence] = field(default_factory=list)
     muted: bool = False
 
     @classmethod
-    def begin(cls, attempt: Attempt, prompt: TokenizedPrompt, options: JobOptions, model: str, now: float) -> ActiveJob:
+    def begin(
+        cls, attempt: Attempt, prompt: TokenizedPrompt, options: JobOptions, model: str, now: float, urgency: int = 0
+    ) -> ActiveJob:
         """Return the running job of an attempt, with the earlier of its two deadlines."""
         limit = attempt.rq_job.timeout or Queue.DEFAULT_TIMEOUT
         deadline = now + limit if limit > 0 else math.inf
@@ -162,7 +170,7 @@ class ActiveJob:
                     f"{attempt.waited_seconds:.1f} s of them in the queue"
                 )
         position = StreamPosition(options.stream_usage)
-        return cls(attempt.id, attempt, prompt, options, model, deadline, reason, position)
+        return cls(attempt.id, attempt, prompt, options, model, deadline, reason, position, urgency)
 
     @property
     def request(self) -> GenerationRequest:
@@ -298,7 +306,6 @@ class Batch:
     """
 
     def __init__(self, engine: Engine) -> None:
-        self._slots = engine.max_batch
         self._decoder = engine.decoder
         # In the order in which they came; and those that have texts which were not begun.
         self._jobs: dict[ActiveJob, None] = {}
@@ -307,7 +314,7 @@ class Batch:
         self._decoding: dict[Sequence, ActiveJob] = {}
         self.steps = 0
         self.tokens = 0
-        self.sizes = [0] * (self._slots + 1)
+        self.sizes = [0] * (engine.decoder.model.cache.n_slots + 1)
         self.step_seconds = 0.0
 
     def __iter__(self) -> Iterator[ActiveJob]:
@@ -316,6 +323,11 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self._jobs)
+
+    @property
+    def _slots(self) -> int:
+        """The most texts that are decoded together, which the decoder learns from its steps."""
+        return self._decoder.model.cache.usable_slots
 
     @property
     def decoding(self) -> list[ActiveJob]:
@@ -349,7 +361,7 @@ class Batch:
             self.drop(job)
         while self._waiting and self._may_join(self._waiting[0]):
             job = self._waiting[0]
-            sequence = self._decoder.admit(job.prompt, len(job.sequences))
+            sequence = self._decoder.admit(job.prompt, len(job.sequences), job.urgency)
             job.sequences.append(sequence)
             self._decoding[sequence] = job
             if job.has_begun_all:
@@ -380,14 +392,14 @@ class Batch:
     def room(self) -> int:
         """Return how many more jobs could begin now, were each of one text.
 
-        0 while prompts keep the next step busy: another worker might be free. A job that waits for its grammar holds no
-        slot, so that others can begin; of such jobs, there are at most as many as slots.
+        0 while prompts keep the next steps busy (`MOST_UNREAD`). A job that waits for its grammar holds no slot, so
+        that others can begin; of such jobs, there are at most as many as slots.
         """
-        if self._waiting or self._unread_tokens() >= PREFILL_ROWS_BESIDE:
+        if self._waiting or self._unread_tokens() > MOST_UNREAD:
             return 0
         if self._decodes_suspect() or self._compiles_suspect() or len(self._compiling) >= self._slots:
             return 0
-        return self._slots - len(self._decoding)
+        return max(0, self._slots - len(self._decoding))
 
     def _unread_tokens(self) -> int:
         """Return how many tokens of prompts are to be read; of a job's texts one reads, and the others take it over."""

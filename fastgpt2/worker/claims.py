@@ -14,6 +14,7 @@ from redis.exceptions import RedisError, ResponseError
 from rq import Queue
 from rq.suspension import WORKERS_SUSPENDED
 
+from fastgpt2.plurals import counted
 from fastgpt2.protocol.keys import PRIORITIES, claimed_key
 from fastgpt2.protocol.scripts import Script
 from fastgpt2.protocol.untrusted import check_replies, is_of_entry
@@ -78,6 +79,10 @@ class Claims:
         self._wake_reader, self._wake_writer = os.pipe()
         os.set_blocking(self._wake_reader, False)
         os.set_blocking(self._wake_writer, False)
+
+    def urgency(self, queue: Queue) -> int:
+        """Return how urgent the jobs of one of the queues are; more for the more urgent ones."""
+        return -(self._queues.index(queue) // self._each)
 
     def add_claim(self, pipeline: Pipeline, most: int, running: int) -> None:
         """Add to a pipeline the claim of at most `most` jobs, by a worker that has `running` jobs already.
@@ -156,7 +161,7 @@ class Claims:
                 keys = queue.key, claimed_key(self._worker_name, queue.name)
                 left = len(ids) - int(_PUT_BACK.run(self._connection, keys, ids))
                 if left:
-                    log.warning("%s: %d jobs cannot be put back into %s", self._worker_name, left, queue.key)
+                    log.warning("%s: %s cannot be put back into %s", self._worker_name, counted(left, "job"), queue.key)
 
     def wait(self, seconds: float, most: int) -> list[Claim]:
         """Wait for a job, where `claim` has found none. Return none when the time is over or `wake` was called.

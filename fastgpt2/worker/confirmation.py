@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import RedisError
 
+from fastgpt2.plurals import counted
 from fastgpt2.process import stop_signals_held
 from fastgpt2.protocol import keys
 from fastgpt2.protocol.connection import address_of
@@ -215,8 +216,9 @@ class Confirmation:
         self._let_go_of += len(executions)
         now = time.monotonic()
         if now - self._told_at > LOG_SECONDS or now > self._until:
-            what = f"are written, and are no longer held although --durability {self._durability} is not confirmed"
-            log.warning("%s: the ends of %d jobs %s: %s", self._name, self._let_go_of, what, why)
+            ended = counted(self._let_go_of, "job has ended", "jobs have ended")
+            what = f"is written, and no longer held although --durability {self._durability} is not confirmed"
+            log.warning("%s: %s, which %s: %s", self._name, ended, what, why)
             self._told_at, self._let_go_of = now, 0
 
     # The thread's part.
@@ -276,8 +278,8 @@ class Confirmation:
         now = time.monotonic()
         if now - min(written.at for written in held) > LATE_SECONDS and now - self._said_at > LOG_SECONDS:
             self._said_at = now
-            what = f"--durability {self._durability}"
-            log.warning("%s: the ends of %d jobs are not confirmed (%s): %s", self._name, len(held), what, why)
+            ended, what = counted(len(held), "job has ended", "jobs have ended"), f"--durability {self._durability}"
+            log.warning("%s: %s, which is not confirmed (%s): %s", self._name, ended, what, why)
 
 
 _REMEDIES = {

@@ -2,8 +2,8 @@
 --
 -- KEYS             the hashes of the jobs
 -- ARGV[1]          how many bytes an entry may have
--- Returns          for each job its fields, each followed by its value; the size of an entry that has more bytes; or the
---                  kind of what stands there if it is no hash
+-- Returns          for each job its fields, each followed by its value; the size of an entry that has more bytes; or
+--                  the kind of what stands there if it is no hash
 local found = {}
 for i, key in ipairs(KEYS) do
     local kind, size = redis.call('TYPE', key).ok, 0

@@ -13,6 +13,7 @@ from redis.exceptions import RedisError
 
 from fastgpt2.errors import FastGPT2Error, JobFailed, JobStopped, JobTimedOut
 from fastgpt2.events import about
+from fastgpt2.plurals import counted
 from fastgpt2.protocol.messages import describe_result, figures_of_result
 from fastgpt2.protocol.untrusted import is_of_entry
 from fastgpt2.worker.batch import ActiveJob, Attempt, Batch, End, EndKind
@@ -102,10 +103,11 @@ class Outbox:
         try:
             given = self._ledger.give_back([job.attempt for job in jobs], crashed)
         except RedisError as reason:
-            message = "%s: %d jobs could not be given back (%s); whoever serves the queue next finds them"
-            log.error(message, self._name, len(jobs), reason)
+            them = "it" if len(jobs) == 1 else "them"
+            message = "%s: %s could not be given back (%s); whoever serves the queue next finds %s"
+            log.error(message, self._name, counted(len(jobs), "job"), reason, them)
             return
-        log.info("%s: %d jobs given back to the queue", self._name, len(given))
+        log.info("%s: %s given back to the queue", self._name, counted(len(given), "job"))
         returned = [job for job in jobs if job.id in given]
         self._metrics.count_given_back(returned)
         for job in returned:

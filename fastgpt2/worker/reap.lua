@@ -10,10 +10,10 @@
 -- ARGV[5]          the time, as RQ writes it
 -- ARGV[6]          the totals of the pool
 -- ARGV[6 + i]      the name of queue i
--- Returns          1, or 0 if the worker was heard of since; the ids of the jobs that were put back; the ids of the jobs
---                  to give up; the ids of the jobs whose end was written, but perhaps not all that follows from it (where
---                  there are rate limits: also of those that may have a slot to free); how many jobs the worker had
---                  finished. The jobs of the third and fourth list stay in the worker's list.
+-- Returns          1, or 0 if the worker was heard of since; the ids of the jobs that were put back; the ids of the
+--                  jobs to give up; the ids of the jobs whose end was written, but perhaps not all that follows from it
+--                  (where there are rate limits: also of those that may have a slot to free); how many jobs the worker
+--                  had finished. The jobs of the third and fourth list stay in the worker's list.
 -- include count
 -- include forget_executions
 local worker, leased = ARGV[1], redis.pcall('ZSCORE', KEYS[1], ARGV[1])

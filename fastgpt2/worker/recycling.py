@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from fastgpt2.plurals import counted
+
 GROWTH_CHECK_SECONDS = 1.0
 _STATUS = Path("/proc/self/status")
 _MIB = 1 << 20
@@ -49,7 +51,7 @@ class Recycling:
             now: of `time.monotonic()`.
         """
         if self._reason is None and self.max_jobs is not None and jobs_taken >= self.max_jobs:
-            self._reason = f"it has taken {jobs_taken} jobs, and --max-jobs is {self.max_jobs}"
+            self._reason = f"it has taken {counted(jobs_taken, 'job')}, and --max-jobs is {self.max_jobs}"
         elif self._reason is None:
             self._reason = self._check_growth(kv_bytes, now)
         return self._reason

@@ -341,7 +341,6 @@ class WorkerInfo:
             "n_positions": engine.config.n_positions,
             "vocab_size": engine.config.vocab_size,
             "longest_token_bytes": self.longest_token_bytes,
-            "max_batch": engine.max_batch,
             "restarts": restarts,
             "notes": notes_to_field(engine.notes),
         }
@@ -353,6 +352,7 @@ class WorkerInfo:
         tokens_per_second, batch_mean = self._metrics.rates()
         return {
             **self._constant,
+            "max_batch": self._engine.max_batch,
             "in_flight": len(batch),
             "kv_bytes": decoder.model.cache.bytes_reserved,
             "kv_bytes_limit": decoder.model.cache.bytes_limit,

@@ -3,7 +3,9 @@
 -- A key of the job or a queue that is of another kind than it should be ends all. One that many jobs share (a registry,
 -- a worker's entry) does not: then the job is served without being written there.
 -- Returns what the last command replied, and of the commands that were left out each key and what Redis says of it.
-local needed = {'$JOB_PREFIX', '$QUEUE_PREFIX', '$RESULTS_PREFIX', '$EXECUTION_PREFIX', '$EXECUTIONS_PREFIX', '$STREAM_PREFIX'}
+local needed = {
+    '$JOB_PREFIX', '$QUEUE_PREFIX', '$RESULTS_PREFIX', '$EXECUTION_PREFIX', '$EXECUTIONS_PREFIX', '$STREAM_PREFIX'
+}
 local function begins(key, prefix) return string.sub(key, 1, #prefix) == prefix end
 local function is_needed(key)
     for _, prefix in ipairs(needed) do

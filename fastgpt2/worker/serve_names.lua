@@ -1,8 +1,8 @@
 -- Note until when a worker serves its model under some names, and forget names that nobody needs any more.
 --
 -- A name is forgotten a week after it lapsed, once nothing waits, runs or can be read that was enqueued under it. If
--- there are too many names, one that has lapsed is forgotten sooner, once nothing waits or runs. None is forgotten while
--- the jobs of a dead worker may still have to be taken back: its lists of claimed jobs are found by these names.
+-- there are too many names, one that has lapsed is forgotten sooner, once nothing waits or runs. None is forgotten
+-- while the jobs of a dead worker may still have to be taken back: its lists of claimed jobs are found by these names.
 --
 -- KEYS[1]          the names that the pool's workers serve
 -- KEYS[2]          the leases of the pool

@@ -48,7 +48,8 @@ if owner ~= ARGV[2] then
     end
 end
 redis.call('DEL', KEYS[2], KEYS[3])
-redis.call('HSET', KEYS[2], '$INCARNATION_FIELD', ARGV[2], '$HEARD_FIELD', string.format('%.3f', now / 1000), unpack(ARGV, 6))
+local heard = string.format('%.3f', now / 1000)
+redis.call('HSET', KEYS[2], '$INCARNATION_FIELD', ARGV[2], '$HEARD_FIELD', heard, unpack(ARGV, 6))
 redis.call('EXPIRE', KEYS[2], ARGV[4])
 for i = 4, sets_end do redis.call('SADD', KEYS[i], KEYS[2]) end
 redis.call('ZADD', KEYS[1], string.format('%.0f', now + ARGV[3]), ARGV[1])

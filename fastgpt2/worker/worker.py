@@ -17,6 +17,7 @@ from rq.worker import WorkerStatus
 
 from fastgpt2.errors import FastGPT2Error, JobStopped, JobTimedOut, PromptTooLong
 from fastgpt2.events import about, describe_process
+from fastgpt2.plurals import counted
 from fastgpt2.process import on_stop_signals
 from fastgpt2.protocol.connection import ANSWER_BY, address_of
 from fastgpt2.protocol.keys import model_of
@@ -148,7 +149,7 @@ class GenerationWorker(RQWorker):
                 return False
             self.confirmation.check()
             describe_process(worker=self.name, model=self.served.first)
-            what = f"model {' or '.join(self.served.own)}, up to {self.engine.max_batch} jobs at once"
+            what = f"model {' or '.join(self.served.own)}, up to {counted(self.engine.max_batch, 'job')} at once"
             log.info("%s is ready: %s, queues %s, process %d", self.name, what, ", ".join(self.queue_names()), self.pid)
             if self.recycling is not None:
                 self.recycling.start()
@@ -165,6 +166,7 @@ class GenerationWorker(RQWorker):
                 self._claims.close()
                 self.confirmation.close()
                 self.metrics.close()
+                self.engine.learnt_times.keep()
                 self.engine.decoder.close()
             finally:
                 self.sign_off()
@@ -205,6 +207,7 @@ class GenerationWorker(RQWorker):
         for job in self.batch.admit():
             self._end(job)
         self._step()
+        self.engine.learnt_times.keep_if_due()
         return False
 
     def _has_no_jobs(self) -> bool:
@@ -287,8 +290,8 @@ class GenerationWorker(RQWorker):
             self._claimed = [claim for claim in self._claimed if claim[1] not in begun]
             if is_of_service(reason) or isinstance(reason, MemoryError):
                 raise
-            message = "%s: %d jobs cannot be started together (%s: %.200s); trying one by one"
-            log.warning(message, self.name, len(self._claimed), type(reason).__name__, reason)
+            message = "%s: %s cannot be started together (%s: %.200s); trying one by one"
+            log.warning(message, self.name, counted(len(self._claimed), "job"), type(reason).__name__, reason)
             self._claims.mend(self._held())
             self._start_one_by_one()
 
@@ -357,7 +360,8 @@ class GenerationWorker(RQWorker):
             self._refuse_hopeless(request)
             tokenized = self.engine.decoder.prepare(request)
             model = options.model or model_of(attempt.queue.name) or self.served.first
-            job = ActiveJob.begin(attempt, tokenized, options, model, time.monotonic())
+            urgency = self._claims.urgency(attempt.queue)
+            job = ActiveJob.begin(attempt, tokenized, options, model, time.monotonic(), urgency)
         except BaseException as error:
             self.outbox.refuse(attempt, _of_job(error))
             return
@@ -424,8 +428,8 @@ class GenerationWorker(RQWorker):
         if self._drain_until == math.inf:
             self._drain_until = time.monotonic() + self.drain_timeout
             if len(self.batch):
-                running = f"{len(self.batch.decoding)} jobs within {self.drain_timeout:g} s"
-                log.info("%s is told to stop: finishing %s; a second signal gives them back", self.name, running)
+                running = f"{counted(len(self.batch.decoding), 'job')} within {self.drain_timeout:g} s"
+                log.info("%s is told to stop: finishing %s; a second signal gives back all", self.name, running)
             self.outbox.give_back(self.batch.waiting)
         if self.stop_at_once or time.monotonic() > self._drain_until:
             self.outbox.give_back(list(self.batch))
@@ -440,13 +444,15 @@ class GenerationWorker(RQWorker):
         """Return what a worker that gives Redis up has not got rid of: only what there is."""
         parts = []
         if len(self.outbox):
-            parts.append(f"the ends of {len(self.outbox)} jobs could not be written")
+            parts.append(f"{counted(len(self.outbox), 'job has', 'jobs have')} ended, which could not be written")
         if self._claimed:
-            parts.append(f"{len(self._claimed)} jobs that were claimed could not be put back")
+            claimed = counted(len(self._claimed), "job that was claimed", "jobs that were claimed")
+            parts.append(f"{claimed} could not be put back")
         if parts:
             parts.append("whoever serves the queue next finds them")
         if len(self.confirmation):
-            parts.append(f"{len(self.confirmation)} jobs are written, and nobody has confirmed that they last")
+            written = counted(len(self.confirmation), "job is", "jobs are")
+            parts.append(f"{written} written, and nobody has confirmed that this lasts")
         return "; ".join(parts)
 
     def _reason_to_recycle(self) -> str | None:

@@ -62,8 +62,8 @@ def test_the_same_names_and_parameters(blocking: type, twin: type) -> None:
             assert list(inspect.signature(member).parameters) == list(inspect.signature(other).parameters), name
 
 
-def test_enqueue_result_status(use: Use, client: Client, start_worker: StartWorker) -> None:
-    start_worker()
+@pytest.mark.usefixtures("served")
+def test_enqueue_result_status(use: Use, client: Client) -> None:
 
     async def body(other: AsyncClient) -> GenerationResult:
         job = await other.enqueue(ENTRY["prompt"], max_new_tokens=100, ignore_eos=True, priority="high")
@@ -79,8 +79,8 @@ def test_enqueue_result_status(use: Use, client: Client, start_worker: StartWork
     assert use(body).text == ENTRY["text"]
 
 
-def test_many_wait_in_one_loop(use: Use, start_worker: StartWorker) -> None:
-    start_worker()
+@pytest.mark.usefixtures("served")
+def test_many_wait_in_one_loop(use: Use) -> None:
 
     async def body(client: AsyncClient) -> None:
         jobs = [await client.enqueue(entry["prompt"], max_new_tokens=8, ignore_eos=True) for entry in ENTRIES]
@@ -90,9 +90,9 @@ def test_many_wait_in_one_loop(use: Use, start_worker: StartWorker) -> None:
     use(body)
 
 
-def test_one_event_loop_after_the_other(redis_server: RedisServer, queue_name: str, start_worker: StartWorker) -> None:
+@pytest.mark.usefixtures("served")
+def test_one_event_loop_after_the_other(redis_server: RedisServer, queue_name: str) -> None:
     """A program may keep its client, and call `asyncio.run` again and again."""
-    start_worker()
     other = AsyncClient(redis_server.url, queue_name)
 
     async def body() -> list[str]:
@@ -118,7 +118,7 @@ def test_refusals_and_errors(use: Use, redis_server: RedisServer, queue_name: st
         with pytest.raises(ResultTimeout, match=r"is queued, no result within 0\.1 s; no worker listens"):
             await job.result(0.1)
         async with AsyncClient(redis_server.url, queue_name, max_queue=1) as limited:
-            with pytest.raises(QueueFull, match="1 jobs wait, the limit is 1"):
+            with pytest.raises(QueueFull, match="1 job waits, the limit is 1"):
                 await limited.enqueue("b")
         with pytest.raises(BadRequest, match="the Redis URL cannot be used"):
             AsyncClient("http://h")
@@ -140,8 +140,8 @@ def test_no_redis(queue_name: str) -> None:
     nowhere.stop()
 
 
-def test_cancel(use: Use, start_worker: StartWorker) -> None:
-    start_worker()
+@pytest.mark.usefixtures("served")
+def test_cancel(use: Use) -> None:
 
     async def body(client: AsyncClient) -> None:
         job = await client.enqueue(ENTRY["prompt"], max_new_tokens=480, ignore_eos=True)
@@ -168,8 +168,8 @@ def test_scripts_that_redis_does_not_know_are_sent_once_more(use: Use, client: C
     assert redis.lrange(f"rq:queue:{client.queue_name}", 0, -1) == [job_id.encode() for job_id in enqueued]
 
 
-def test_stream(use: Use, start_worker: StartWorker) -> None:
-    start_worker()
+@pytest.mark.usefixtures("served")
+def test_stream(use: Use) -> None:
 
     async def body(client: AsyncClient) -> None:
         async with await client.stream(ENTRY["prompt"], max_new_tokens=100, ignore_eos=True) as stream:
@@ -202,11 +202,16 @@ def test_a_loop_goes_on_while_something_is_waited_for(use: Use, start_worker: St
     use(body)
 
 
+async def reads_streams(client: AsyncClient) -> bool:
+    """Tell whether some connection waits in a blocking read."""
+    return any(one["cmd"] == "xread" and "b" in one["flags"] for one in await client.connection.client_list())
+
+
 def test_a_waiter_that_is_cancelled_leaves_the_client_usable(use: Use) -> None:
     async def body(client: AsyncClient) -> None:
         job = await client.enqueue("a")
         waiter = asyncio.create_task(job.result())
-        while not (await client.connection.info("clients"))["blocked_clients"]:
+        while not await reads_streams(client):
             await asyncio.sleep(0.01)
         waiter.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -216,8 +221,8 @@ def test_a_waiter_that_is_cancelled_leaves_the_client_usable(use: Use) -> None:
     use(body)
 
 
-def test_map_and_as_completed(use: Use, start_worker: StartWorker) -> None:
-    start_worker()
+@pytest.mark.usefixtures("served")
+def test_map_and_as_completed(use: Use) -> None:
     prompts = [entry["prompt"] for entry in ENTRIES]
 
     async def body(client: AsyncClient) -> None:
@@ -278,7 +283,7 @@ def test_who_leaves_a_web_page_cancels_its_job(use: Use, client: Client) -> None
                     yield piece
 
         async def leave() -> dict[str, str]:
-            while not (await other.connection.info("clients"))["blocked_clients"]:
+            while not await reads_streams(other):
                 await asyncio.sleep(0.01)
             return {"type": "http.disconnect"}
 

@@ -46,8 +46,8 @@ UNREACHABLE = r"cannot be used .*start it, or name another one in FASTGPT2_REDIS
 ENTRY: dict[str, Any] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"][0]
 
 
-def test_enqueue_and_result(client: Client, start_worker: StartWorker) -> None:
-    start_worker()
+@pytest.mark.usefixtures("served")
+def test_enqueue_and_result(client: Client) -> None:
     job = client.enqueue(ENTRY["prompt"], max_new_tokens=100, ignore_eos=True)
     result = job.result(timeout=30)
     assert (result.text, list(result.token_ids)) == (ENTRY["text"], ENTRY["ids"])
@@ -61,8 +61,8 @@ def test_enqueue_and_result(client: Client, start_worker: StartWorker) -> None:
     assert client.job(job.id).result(timeout=30) == result
 
 
-def test_stop_strings_and_unicode_go_through(client: Client, start_worker: StartWorker) -> None:
-    start_worker()
+@pytest.mark.usefixtures("served")
+def test_stop_strings_and_unicode_go_through(client: Client) -> None:
     stop = ENTRY["text"][5:9]
     result = client.enqueue(ENTRY["prompt"], max_new_tokens=50, stop=(s for s in [stop, "🦜"])).result(timeout=30)
     assert (result.text, result.finish_reason) == (ENTRY["text"][: ENTRY["text"].index(stop)], "stop")
@@ -206,11 +206,11 @@ def test_waiting_begins_before_the_worker(client: Client, start_worker: StartWor
     assert list(found[0].token_ids) == ENTRY["ids"][:3]
 
 
+@pytest.mark.usefixtures("served")
 def test_a_result_that_comes_between_two_reads_is_not_waited_for(
-    client: Client, redis: Redis, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
+    client: Client, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise the client would find it only after a blocking read of two seconds."""
-    start_worker()
     blocked: list[Any] = []
     xread = client.connection.xread
 
@@ -226,8 +226,8 @@ def test_a_result_that_comes_between_two_reads_is_not_waited_for(
     assert all(blocked), "every blocking read brought an entry"
 
 
-def test_a_failure_is_raised_as_what_it_is(client: Client, start_worker: StartWorker, redis: Redis) -> None:
-    start_worker()
+@pytest.mark.usefixtures("served")
+def test_a_failure_is_raised_as_what_it_is(client: Client, redis: Redis) -> None:
     with pytest.raises(PromptTooLong, match=r"prompt tokens \d+, over the model's 512 positions"):
         client.enqueue("the " * 600).result(timeout=30)
     other = Queue(client.queue_name, connection=redis, serializer=JSONSerializer).enqueue("os.getcwd")
@@ -275,9 +275,9 @@ class TestCancel:
         for job in jobs[::2]:
             assert job.result(timeout=30).finish_reason in ("stop", "length")
 
-    def test_a_job_that_runs(self, client: Client, redis: Redis, start_worker: StartWorker) -> None:
+    @pytest.mark.usefixtures("served")
+    def test_a_job_that_runs(self, client: Client, redis: Redis) -> None:
         """The worker ends the job and keeps what was generated; its other jobs go on."""
-        start_worker()
         job = client.enqueue(ENTRY["prompt"], max_new_tokens=480, ignore_eos=True, result_ttl=50)
         other = client.enqueue(ENTRY["prompt"], max_new_tokens=100, ignore_eos=True)
         wait_until(lambda: job.status() == "started", "the job to start")
@@ -294,8 +294,8 @@ class TestCancel:
         assert 0 < redis.ttl(f"rq:job:{job.id}") <= 50
         wait_until(lambda: not redis.zcard(f"rq:wip:{client.queue_name}"), "no job to count as started")
 
-    def test_one_that_has_ended_keeps_its_end(self, client: Client, start_worker: StartWorker) -> None:
-        start_worker()
+    @pytest.mark.usefixtures("served")
+    def test_one_that_has_ended_keeps_its_end(self, client: Client) -> None:
         job = client.enqueue(ENTRY["prompt"], max_new_tokens=3, ignore_eos=True)
         result = job.result(timeout=30)
         assert not job.cancel()
@@ -303,9 +303,9 @@ class TestCancel:
         with pytest.raises(JobNotFound):
             client.cancel("nonsense")
 
-    def test_against_a_worker_that_finishes(self, client: Client, start_worker: StartWorker) -> None:
+    @pytest.mark.usefixtures("served")
+    def test_against_a_worker_that_finishes(self, client: Client) -> None:
         """Whoever comes first ends the job, never both, and `cancel` answers truly."""
-        start_worker()
         jobs = [client.enqueue(ENTRY["prompt"], max_new_tokens=1 + n % 7, ignore_eos=True) for n in range(60)]
         answers = []
         for n, job in enumerate(jobs):
@@ -341,8 +341,8 @@ class TestCancel:
         assert set(left) == {stock.id.encode(), job.id.encode()}
 
 
-def test_a_job_whose_time_is_up(client: Client, start_worker: StartWorker) -> None:
-    start_worker()
+@pytest.mark.usefixtures("served")
+def test_a_job_whose_time_is_up(client: Client) -> None:
     jobs: list[Job] = []
 
     def attempt(seconds: float) -> JobTimedOut | None:
@@ -364,8 +364,8 @@ def test_a_job_whose_time_is_up(client: Client, start_worker: StartWorker) -> No
     assert again.value.partial == kept
 
 
-def test_a_job_that_rq_stops(client: Client, redis: Redis, start_worker: StartWorker) -> None:
-    start_worker()
+@pytest.mark.usefixtures("served")
+def test_a_job_that_rq_stops(client: Client, redis: Redis) -> None:
     job = client.enqueue(ENTRY["prompt"], max_new_tokens=480, ignore_eos=True)
     wait_until(lambda: job.status() == "started", "the job to start")
     send_stop_job_command(redis, job.id, JSONSerializer)
@@ -375,8 +375,8 @@ def test_a_job_that_rq_stops(client: Client, redis: Redis, start_worker: StartWo
     assert caught.value.partial is not None
 
 
-def test_new_fields_reach_the_model(client: Client, start_worker: StartWorker) -> None:
-    start_worker()
+@pytest.mark.usefixtures("served")
+def test_new_fields_reach_the_model(client: Client) -> None:
     by_text = client.enqueue(ENTRY["prompt"], max_new_tokens=9, ignore_eos=True, logprobs=2, echo=True)
     by_ids = client.enqueue(ENTRY["prompt_ids"], max_new_tokens=9, min_new_tokens=9, ignore_eos=True)
     result = by_text.result(timeout=30)
@@ -387,9 +387,9 @@ def test_new_fields_reach_the_model(client: Client, start_worker: StartWorker) -
     assert list(by_ids.result(timeout=30).token_ids) == ENTRY["ids"][:9]
 
 
-def test_prompts_are_scored(client: Client, start_worker: StartWorker) -> None:
+@pytest.mark.usefixtures("served")
+def test_prompts_are_scored(client: Client) -> None:
     """Prompts are scored beside a job that decodes. The expected numbers are transformers'."""
-    start_worker()
     busy = client.enqueue(ENTRY["prompt"], max_new_tokens=400, ignore_eos=True)
     scores = json.loads((GOLDEN / "demo_prompt_scores.json").read_text("utf-8"))["scores"]
     jobs = [client.enqueue(entry["prompt"], max_new_tokens=0, prompt_logprobs=3, echo=True) for entry in scores]
@@ -572,8 +572,8 @@ def test_environment_and_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.REDIS_URL.resolve("redis://given") == "redis://given"
 
 
-def test_many_threads_share_a_client(client: Client, start_worker: StartWorker) -> None:
-    start_worker()
+@pytest.mark.usefixtures("served")
+def test_many_threads_share_a_client(client: Client) -> None:
     results: dict[int, Any] = {}
 
     def ask(n: int) -> None:

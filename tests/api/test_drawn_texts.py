@@ -12,7 +12,7 @@ import pytest
 from redis import Redis
 from rq.job import Job as RQJob
 from rq.serializers import JSONSerializer
-from support.running import GOLDEN, StartWorker
+from support.running import GOLDEN
 
 from fastgpt2 import (
     AsyncClient,
@@ -129,10 +129,10 @@ def ids_of(result: GenerationResult) -> list[tuple[int, ...]]:
     return [text.token_ids for text in (result, *result.alternatives)]
 
 
+@pytest.mark.usefixtures("served")
 def test_every_way_to_ask_gives_the_same_texts(
-    client: Client, redis_server: RedisServer, start_worker: StartWorker, expected: list[GenerationResult]
+    client: Client, redis_server: RedisServer, expected: list[GenerationResult]
 ) -> None:
-    start_worker()
     options: dict[str, Any] = {**DRAWN, "seed": 5, "n": 3}
     wanted = [text.token_ids for text in expected]
     assert ids_of(client.enqueue(PROMPT, **options).result(timeout=30)) == wanted
@@ -160,8 +160,8 @@ def test_every_way_to_ask_gives_the_same_texts(
     assert asyncio.run(ask()) == [wanted, wanted, [text.text for text in expected]]
 
 
-def test_a_seed_that_the_result_tells_gives_the_text_again(client: Client, start_worker: StartWorker) -> None:
-    start_worker()
+@pytest.mark.usefixtures("served")
+def test_a_seed_that_the_result_tells_gives_the_text_again(client: Client) -> None:
     first = client.enqueue(PROMPT, **DRAWN, n=2).result(timeout=30)
     assert first.seed is not None
     again = client.enqueue(PROMPT, **DRAWN, n=2, seed=first.seed).result(timeout=30)

@@ -33,16 +33,16 @@ def waiting(redis: Redis, client: Client) -> list[bytes]:
     return list(found)
 
 
-def test_results_come_in_the_order_of_the_prompts(client: Client, start_worker: StartWorker) -> None:
-    start_worker()
+@pytest.mark.usefixtures("served")
+def test_results_come_in_the_order_of_the_prompts(client: Client) -> None:
     results = list(client.map(PROMPTS, max_new_tokens=10, ignore_eos=True, in_flight=7))
     assert [result.token_ids for result in results] == [ids(entry, 10) for entry in ENTRIES]
     assert list(client.map([])) == []
 
 
-def test_as_completed_tells_the_number(client: Client, start_worker: StartWorker) -> None:
+@pytest.mark.usefixtures("served")
+def test_as_completed_tells_the_number(client: Client) -> None:
     """A long job at the front does not keep the others waiting."""
-    start_worker()
     requests = [
         GenerationRequest(entry["prompt"], 100 if n == 0 else 5, ignore_eos=True)
         for n, entry in enumerate(ENTRIES[:12])
@@ -104,8 +104,8 @@ class TestErrors:
         assert waiting(redis, client) == []
         assert redis.zcard(f"rq:canceled:{client.queue_name}") == 20
 
-    def test_or_all_are_given_in_their_places(self, client: Client, start_worker: StartWorker) -> None:
-        start_worker()
+    @pytest.mark.usefixtures("served")
+    def test_or_all_are_given_in_their_places(self, client: Client) -> None:
         strange: Any = 3.5
         long = GenerationRequest("b", 480, ignore_eos=True)
         prompts = ["a", strange, "the " * 600, "x" * 500_000, long, [1, 2]]
@@ -146,18 +146,16 @@ class TestErrors:
         assert [type(outcome) for outcome in found] == [JobCancelled, GenerationResult]
 
 
-def test_a_stop_that_is_an_iterator_holds_for_all(client: Client, start_worker: StartWorker) -> None:
-    start_worker()
+@pytest.mark.usefixtures("served")
+def test_a_stop_that_is_an_iterator_holds_for_all(client: Client) -> None:
     stop = ENTRIES[0]["text"][10:14]
     results = list(client.map([PROMPTS[0]] * 3, stop=(text for text in [stop]), max_new_tokens=50))
     assert {result.text for result in results} == {ENTRIES[0]["text"][: ENTRIES[0]["text"].index(stop)]}
 
 
 class TestFullQueue:
-    def test_it_waits_for_its_own_jobs(
-        self, redis_server: RedisServer, client: Client, start_worker: StartWorker
-    ) -> None:
-        start_worker()
+    @pytest.mark.usefixtures("served")
+    def test_it_waits_for_its_own_jobs(self, redis_server: RedisServer, client: Client) -> None:
         with Client(redis_server.url, client.queue_name, max_queue=2) as limited:
             results = list(limited.map(PROMPTS, max_new_tokens=3, ignore_eos=True, in_flight=20))
         assert [result.token_ids for result in results] == [ids(entry, 3) for entry in ENTRIES]
@@ -224,8 +222,8 @@ def test_prompts_that_cannot_be_read(client: Client, redis: Redis) -> None:
     assert waiting(redis, client) == []
 
 
-def test_progress(client: Client, start_worker: StartWorker, capsys: pytest.CaptureFixture[str]) -> None:
-    start_worker()
+@pytest.mark.usefixtures("served")
+def test_progress(client: Client, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(list(client.map(PROMPTS[:5], max_new_tokens=4, ignore_eos=True, progress=True))) == 5
     shown = capsys.readouterr().err
     assert "5/5" in shown

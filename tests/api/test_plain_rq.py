@@ -40,10 +40,10 @@ def web(start_endpoint: StartEndpoint) -> httpx.Client:
     return httpx.Client(base_url=start_endpoint().url, trust_env=False, timeout=60)
 
 
+@pytest.mark.usefixtures("served")
 def test_a_pickled_job_is_read_everywhere(
-    pickling: Queue, web: httpx.Client, start_worker: StartWorker, client: Client, redis_server: RedisServer
+    pickling: Queue, web: httpx.Client, client: Client, redis_server: RedisServer
 ) -> None:
-    start_worker()
     expected = client.enqueue("My name is", max_new_tokens=5).result(timeout=60)
     job = pickling.enqueue(TASK, "My name is", max_new_tokens=5, stop=("~",), stream=True, logprobs=2)
     result = client.result(job.id, timeout=60)
@@ -67,10 +67,8 @@ def test_a_pickled_job_is_read_everywhere(
     assert run("result", "--json", job.id, **where).returncode == 0
 
 
-def test_one_that_fails_and_is_enqueued_again(
-    pickling: Queue, web: httpx.Client, start_worker: StartWorker, client: Client
-) -> None:
-    start_worker()
+@pytest.mark.usefixtures("served")
+def test_one_that_fails_and_is_enqueued_again(pickling: Queue, web: httpx.Client, client: Client) -> None:
     job = pickling.enqueue(TASK, "the " * 5000)
     with pytest.raises(PromptTooLong):
         client.result(job.id, timeout=60)

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.running import StartWorker
 
 from fastgpt2 import AsyncClient, Client, GenerationRequest, GenerationResult
 from fastgpt2.errors import (
@@ -156,8 +155,8 @@ def of_each_kind() -> Iterator[Any]:
     yield np.str_("a")
 
 
-def test_prompts_of_every_kind(client: Client, start_worker: StartWorker, redis_server: Any) -> None:
-    start_worker()
+@pytest.mark.usefixtures("served")
+def test_prompts_of_every_kind(client: Client, redis_server: Any) -> None:
     fields: Any = {"max_new_tokens": 2, "result_ttl": 60}
     for taken in (
         [*of_each_kind()][:1], ("a",), iter(["a"]), np.array(["a"]), np.array(["a"], object), {"x": "a"}.values(),
@@ -209,10 +208,8 @@ class TestErrors:
         assert isinstance(error, kind)
         assert error.__notes__ == [f"prompt number {number} (counted from 0) of {call}: {shown}"]
 
-    def test_each_says_which_prompt_it_is_about(
-        self, client: Client, redis_server: Any, start_worker: StartWorker
-    ) -> None:
-        start_worker()
+    @pytest.mark.usefixtures("served")
+    def test_each_says_which_prompt_it_is_about(self, client: Client, redis_server: Any) -> None:
         fields: Any = {"return_exceptions": True, "timeout": 0.001}
         found = list(client.map(self.PROMPTS, **fields))[1:]
         later = sorted(client.as_completed(self.PROMPTS, **fields), key=lambda end: end[0])[1:]

@@ -142,8 +142,8 @@ class TestAssembly:
         assert "".join(map(str, pieces)) == text
 
 
-def test_they_come_with_the_text(client: Client, start_worker: StartWorker) -> None:
-    start_worker()
+@pytest.mark.usefixtures("served")
+def test_they_come_with_the_text(client: Client) -> None:
     stream = client.stream(ENTRY["prompt"], max_new_tokens=100, ignore_eos=True, logprobs=2, prompt_logprobs=1)
     pieces = list(stream)
     assert_as_the_result(pieces, stream.result)
@@ -156,8 +156,8 @@ def test_they_come_with_the_text(client: Client, start_worker: StartWorker) -> N
     assert (late.text, list(late.logprobs)) == (ENTRY["text"], in_text(stream.result)), "from the result"
 
 
-def test_who_does_not_ask_pays_nothing(client: Client, redis: Redis, start_worker: StartWorker) -> None:
-    start_worker()
+@pytest.mark.usefixtures("served")
+def test_who_does_not_ask_pays_nothing(client: Client, redis: Redis) -> None:
     stream = client.stream(ENTRY["prompt"], max_new_tokens=20, ignore_eos=True, prompt_logprobs=2)
     assert all(piece.logprobs == () and piece.token_at == 0 for piece in stream)
     entries: Any = redis.xrange(stream_key(stream.job.id))
@@ -167,8 +167,8 @@ def test_who_does_not_ask_pays_nothing(client: Client, redis: Redis, start_worke
     }
 
 
-def test_beside_an_echo(client: Client, start_worker: StartWorker) -> None:
-    start_worker()
+@pytest.mark.usefixtures("served")
+def test_beside_an_echo(client: Client) -> None:
     prompt = ENTRIES[3]["prompt"]
     assert not prompt.isascii()
     stream = client.stream(prompt, max_new_tokens=60, echo=True, ignore_eos=True, logprobs=0)
@@ -178,8 +178,8 @@ def test_beside_an_echo(client: Client, start_worker: StartWorker) -> None:
     assert held(pieces)[1][0].text_offset == len(prompt)
 
 
-def test_nothing_of_what_a_stop_string_cuts_off(client: Client, start_worker: StartWorker) -> None:
-    start_worker()
+@pytest.mark.usefixtures("served")
+def test_nothing_of_what_a_stop_string_cuts_off(client: Client) -> None:
     for begin in range(24, 33):
         stop = ENTRY["text"][begin : begin + 9]
         # What was held back for a stop string that does not come is given after all.

@@ -92,8 +92,8 @@ class TestAssembly:
         assert "".join(map(str, pieces)) == text
 
 
-def test_the_text_comes_in_pieces(client: Client, start_worker: StartWorker) -> None:
-    start_worker()
+@pytest.mark.usefixtures("served")
+def test_the_text_comes_in_pieces(client: Client) -> None:
     stream = client.stream(ENTRY["prompt"], max_new_tokens=100, ignore_eos=True)
     assert stream.result is None
     pieces = list(stream)
@@ -107,17 +107,17 @@ def test_the_text_comes_in_pieces(client: Client, start_worker: StartWorker) -> 
     assert list(stream) == []
 
 
-def test_the_first_piece_comes_before_the_last_token(client: Client, start_worker: StartWorker) -> None:
-    start_worker()
+@pytest.mark.usefixtures("served")
+def test_the_first_piece_comes_before_the_last_token(client: Client) -> None:
     with client.stream(ENTRY["prompt"], max_new_tokens=480, ignore_eos=True) as stream:
         first = next(stream)
         assert ENTRY["text"].startswith(first.text)
         assert stream.job.status() == "started"
 
 
-def test_stop_strings_and_echo(client: Client, start_worker: StartWorker) -> None:
+@pytest.mark.usefixtures("served")
+def test_stop_strings_and_echo(client: Client) -> None:
     """Text that a stop string cuts is never given; an echo comes first."""
-    start_worker()
     stop = ENTRY["text"][30:36]
     stream = client.stream(ENTRIES[1]["prompt"], max_new_tokens=60, echo=True, ignore_eos=True)
     pieces = list(stream)
@@ -127,8 +127,8 @@ def test_stop_strings_and_echo(client: Client, start_worker: StartWorker) -> Non
     assert held(stopped) == "".join(map(str, stopped)), "nothing was taken back"
 
 
-def test_several_readers_and_late_ones(client: Client, redis: Redis, start_worker: StartWorker) -> None:
-    start_worker()
+@pytest.mark.usefixtures("served")
+def test_several_readers_and_late_ones(client: Client, redis: Redis) -> None:
     job = client.enqueue(ENTRY["prompt"], max_new_tokens=100, ignore_eos=True, stream=True)
     early = job.stream(timeout=30)
     first = next(early)
@@ -139,8 +139,8 @@ def test_several_readers_and_late_ones(client: Client, redis: Redis, start_worke
     assert repr(list(job.stream())) == repr([Piece(ENTRY["text"], 0, 1)]), "without the stream, from the result"
 
 
-def test_a_job_that_does_not_stream(client: Client, start_worker: StartWorker) -> None:
-    start_worker()
+@pytest.mark.usefixtures("served")
+def test_a_job_that_does_not_stream(client: Client) -> None:
     job = client.enqueue(ENTRY["prompt"], max_new_tokens=100, ignore_eos=True)
     assert [piece.text for piece in job.stream(timeout=30)] == [ENTRY["text"]]
 
@@ -172,10 +172,8 @@ def body_of(response: StreamingResponse) -> bytes:
     return b"".join(message.get("body", b"") for message in sent)
 
 
-def test_it_is_what_programs_take_that_take_strings(
-    client: Client, redis_server: RedisServer, start_worker: StartWorker
-) -> None:
-    start_worker()
+@pytest.mark.usefixtures("served")
+def test_it_is_what_programs_take_that_take_strings(client: Client, redis_server: RedisServer) -> None:
     options: dict[str, Any] = {"max_new_tokens": 100, "ignore_eos": True}
     assert "".join(client.stream(ENTRY["prompt"], **options)) == ENTRY["text"]
     assert body_of(StreamingResponse(client.stream(ENTRY["prompt"], **options))).decode() == ENTRY["text"]
@@ -222,8 +220,8 @@ def test_what_replaces_text_is_an_error_unless_asked_for(
 
 
 class TestEarlyEnds:
-    def test_closed_early_it_cancels_its_own_job(self, client: Client, start_worker: StartWorker) -> None:
-        start_worker()
+    @pytest.mark.usefixtures("served")
+    def test_closed_early_it_cancels_its_own_job(self, client: Client) -> None:
         stream = client.stream(ENTRY["prompt"], max_new_tokens=480, ignore_eos=True)
         next(stream)
         stream.close()
@@ -245,16 +243,16 @@ class TestEarlyEnds:
         job.stream().close()
         assert job.status() == "queued"
 
-    def test_a_stream_that_was_read_cancels_nothing(self, client: Client, start_worker: StartWorker) -> None:
-        start_worker()
+    @pytest.mark.usefixtures("served")
+    def test_a_stream_that_was_read_cancels_nothing(self, client: Client) -> None:
         with client.stream(ENTRY["prompt"], max_new_tokens=5) as stream:
             list(stream)
         assert stream.job.status() == "finished"
 
 
 class TestErrors:
-    def test_a_job_cancelled_elsewhere(self, client: Client, start_worker: StartWorker) -> None:
-        start_worker()
+    @pytest.mark.usefixtures("served")
+    def test_a_job_cancelled_elsewhere(self, client: Client) -> None:
         stream = client.stream(ENTRY["prompt"], max_new_tokens=480, ignore_eos=True)
         pieces = [next(stream)]
         client.cancel(stream.job.id)
@@ -264,8 +262,8 @@ class TestErrors:
         assert caught.value.partial.text.startswith(held(pieces))
         assert list(stream) == [], "it has ended"
 
-    def test_time_is_up(self, client: Client, start_worker: StartWorker) -> None:
-        start_worker()
+    @pytest.mark.usefixtures("served")
+    def test_time_is_up(self, client: Client) -> None:
 
         def attempt(seconds: float) -> JobTimedOut | None:
             try:

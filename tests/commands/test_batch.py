@@ -84,8 +84,8 @@ def write_prompts(path: Path, entries: list[dict[str, Any]] = LINES) -> None:
     path.write_text("".join(entry["prompt"] + "\n" for entry in entries), "utf-8")
 
 
-def test_a_prompt_a_line(tmp_path: Path, start_worker: StartWorker, batch: Any) -> None:
-    start_worker()
+@pytest.mark.usefixtures("served")
+def test_a_prompt_a_line(tmp_path: Path, batch: Any) -> None:
     write_prompts(tmp_path / "in.txt")
     status, out, err = batch("in.txt", "-o", "out.jsonl", "--max-new-tokens", "100", "--ignore-eos")
     assert (status, out) == (0, "")
@@ -104,8 +104,8 @@ def test_a_prompt_a_line(tmp_path: Path, start_worker: StartWorker, batch: Any) 
     assert len({result["input"] for result in results}) == len({entry["prompt"] for entry in LINES})
 
 
-def test_an_object_a_line(tmp_path: Path, start_worker: StartWorker, batch: Any) -> None:
-    start_worker()
+@pytest.mark.usefixtures("served")
+def test_an_object_a_line(tmp_path: Path, batch: Any) -> None:
     first, second = ENTRIES[0], ENTRIES[1]
     lines = [
         first["prompt"],
@@ -118,7 +118,7 @@ def test_an_object_a_line(tmp_path: Path, start_worker: StartWorker, batch: Any)
     status, _, err = batch("in.jsonl", "-o", "out.jsonl", *FEW)
     assert status == 1
     assert "line 5: job " in err.splitlines()[0]
-    assert "1 of 5 lines are errors: 1 JobTimedOut; --retry-errors tries them again" in err
+    assert "1 of 5 lines is an error: 1 JobTimedOut; --retry-errors tries them again" in err
     results = results_in(tmp_path / "out.jsonl")
     assert [result.get("id") for result in results] == [None, "seven", 3, None, "late"]
     assert "id" not in results[0]
@@ -133,8 +133,8 @@ def test_an_object_a_line(tmp_path: Path, start_worker: StartWorker, batch: Any)
     assert results[4]["partial"]["finish_reason"] == "timeout"
 
 
-def test_bad_lines_are_errors_in_their_places(tmp_path: Path, start_worker: StartWorker, batch: Any) -> None:
-    start_worker()
+@pytest.mark.usefixtures("served")
+def test_bad_lines_are_errors_in_their_places(tmp_path: Path, batch: Any) -> None:
     (tmp_path / "in.jsonl").write_bytes(
         b"\n".join(
             [
@@ -187,9 +187,9 @@ def test_bad_lines_are_errors_in_their_places(tmp_path: Path, start_worker: Star
     assert len({result["input"] for result in results}) == 15
 
 
-def test_lines_of_text_are_taken_as_they_are(tmp_path: Path, start_worker: StartWorker, batch: Any) -> None:
+@pytest.mark.usefixtures("served")
+def test_lines_of_text_are_taken_as_they_are(tmp_path: Path, batch: Any) -> None:
     """A line may be empty, end as on another system, follow the mark of UTF-8, or not be UTF-8."""
-    start_worker()
     (tmp_path / "in.txt").write_bytes(b"\xef\xbb\xbfMy name is\r\n\n\xff\xfe\n  \nMy name is")
     status, _, _ = batch("in.txt", "-o", "out.jsonl", *FEW)
     assert status == 1
@@ -212,16 +212,16 @@ def text_of(prompt: str) -> str:
 
 
 class TestPipes:
-    def test_standard_input_and_output(self, start_worker: StartWorker, batch: Any) -> None:
-        start_worker()
+    @pytest.mark.usefixtures("served")
+    def test_standard_input_and_output(self, batch: Any) -> None:
         status, out, err = batch("-", *FEW, stdin="My name is\n\n")
         assert (status, err.count("\n")) == (0, 1)
         assert [json.loads(line)["text"] for line in out.splitlines()] == [text_of("My name is"), text_of("")]
         status, out, _ = batch("-", "--format", "jsonl", *FEW, stdin='{"prompt": "My name is"}\n')
         assert json.loads(out)["text"] == text_of("My name is")
 
-    def test_results_come_before_the_input_has_ended(self, start_worker: StartWorker, start: Start) -> None:
-        start_worker()
+    @pytest.mark.usefixtures("served")
+    def test_results_come_before_the_input_has_ended(self, start: Start) -> None:
         process = start("-", *FEW, stdin=subprocess.PIPE)
         assert process.stdin is not None
         assert process.stdout is not None
@@ -232,10 +232,8 @@ class TestPipes:
         process.stdin.close()
         assert process.wait(30) == 0
 
-    def test_a_reader_that_goes_away(
-        self, tmp_path: Path, redis: Redis, client: Client, start_worker: StartWorker, start: Start
-    ) -> None:
-        start_worker()
+    @pytest.mark.usefixtures("served")
+    def test_a_reader_that_goes_away(self, tmp_path: Path, redis: Redis, client: Client, start: Start) -> None:
         write_prompts(tmp_path / "in.txt", LINES * 20)
         process = start("in.txt", "--in-flight", "4", *FEW)
         assert process.stdout is not None
@@ -246,9 +244,9 @@ class TestPipes:
 
 
 class TestBrokenOff:
-    def test_killed_and_taken_up(self, tmp_path: Path, start_worker: StartWorker, start: Start, batch: Any) -> None:
+    @pytest.mark.usefixtures("served")
+    def test_killed_and_taken_up(self, tmp_path: Path, start: Start, batch: Any) -> None:
         """The process is killed with -9, again and again: every line is there once."""
-        start_worker()
         prompts = LINES * 3
         write_prompts(tmp_path / "in.txt", prompts)
         out = tmp_path / "out.jsonl"
@@ -269,11 +267,9 @@ class TestBrokenOff:
         assert batch("in.txt", "-o", "out.jsonl", *FEW)[0] == 0, "nothing is left to do"
         assert results_in(out) == results
 
-    def test_a_table_whose_run_is_killed(
-        self, tmp_path: Path, start_worker: StartWorker, start: Start, batch: Any
-    ) -> None:
+    @pytest.mark.usefixtures("served")
+    def test_a_table_whose_run_is_killed(self, tmp_path: Path, start: Start, batch: Any) -> None:
         """Its results stand beside the output until all are there."""
-        start_worker()
         rows = [["id", "prompt"], *([str(n), entry["prompt"]] for n, entry in enumerate(LINES))]
         with (tmp_path / "in.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(rows)
@@ -292,8 +288,8 @@ class TestBrokenOff:
         assert all(entry["text"].startswith(row["text"]) for entry, row in zip(LINES, written, strict=True))
         assert not (tmp_path / "out.csv.partial.jsonl").exists()
 
-    def test_an_incomplete_line_is_cut(self, tmp_path: Path, start_worker: StartWorker, batch: Any) -> None:
-        start_worker()
+    @pytest.mark.usefixtures("served")
+    def test_an_incomplete_line_is_cut(self, tmp_path: Path, batch: Any) -> None:
         write_prompts(tmp_path / "in.txt", LINES[:6])
         batch("in.txt", "-o", "out.jsonl", *FEW)
         whole = (tmp_path / "out.jsonl").read_text()
@@ -305,10 +301,8 @@ class TestBrokenOff:
                 (r["index"], r["text"]) for r in map(json.loads, lines)
             ]
 
-    def test_results_of_something_else_are_left_alone(
-        self, tmp_path: Path, start_worker: StartWorker, batch: Any
-    ) -> None:
-        start_worker()
+    @pytest.mark.usefixtures("served")
+    def test_results_of_something_else_are_left_alone(self, tmp_path: Path, batch: Any) -> None:
         write_prompts(tmp_path / "in.txt", LINES[:3])
         assert batch("in.txt", "-o", "out.jsonl", *FEW)[0] == 0
         before = (tmp_path / "out.jsonl").read_text()
@@ -335,9 +329,9 @@ class TestBrokenOff:
         assert batch("shorter.txt", "-o", "out.jsonl", *FEW, "--restart")[0] == 0
         assert len(results_in(tmp_path / "out.jsonl")) == 2
 
-    def test_what_was_drawn_stays(self, tmp_path: Path, start_worker: StartWorker, batch: Any) -> None:
+    @pytest.mark.usefixtures("served")
+    def test_what_was_drawn_stays(self, tmp_path: Path, batch: Any) -> None:
         """Each line has a seed of its own, which its result tells: a run that goes on keeps what is written."""
-        start_worker()
         drawn = ["--temperature", "0.9", "-n", "2", *FEW]
         write_prompts(tmp_path / "in.txt", LINES[:4] * 2)
         assert batch("in.txt", "-o", "out.jsonl", *drawn)[:2] == (0, "")
@@ -357,26 +351,25 @@ class TestBrokenOff:
         texts = [(one["text"], one["alternatives"][0]["text"]) for one in results_in(tmp_path / "again-out.jsonl")]
         assert texts == [(one["text"], one["alternatives"][0]["text"]) for one in first]
 
-    def test_earlier_errors_count(self, tmp_path: Path, start_worker: StartWorker, batch: Any) -> None:
-        start_worker()
+    @pytest.mark.usefixtures("served")
+    def test_earlier_errors_count(self, tmp_path: Path, batch: Any) -> None:
         (tmp_path / "in.jsonl").write_text('"a"\n{\n"b"\n')
         for _ in range(2):
             status, _, err = batch("in.jsonl", "-o", "out.jsonl", *FEW)
             assert status == 1
-            assert "1 of 3 lines are errors: 1 BadRequest" in err
+            assert "1 of 3 lines is an error: 1 BadRequest" in err
 
     @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+    @pytest.mark.usefixtures("served")
     def test_told_to_end(
         self,
         tmp_path: Path,
         redis: Redis,
         client: Client,
-        start_worker: StartWorker,
         start: Start,
         batch: Any,
         signum: int,
     ) -> None:
-        start_worker()
         write_prompts(tmp_path / "in.txt", LINES * 20)
         out = tmp_path / "out.jsonl"
         process = start("in.txt", "-o", "out.jsonl", "--in-flight", "30", *FEW)
@@ -430,7 +423,7 @@ class TestLostJobs:
         err = process.communicate(timeout=60)[1]
         assert process.returncode == 1
         assert f"job {ids[1]} is gone from Redis without an end: somebody deleted it" in err
-        assert "out.jsonl holds 1 results; the same command goes on from there" in err
+        assert "out.jsonl holds 1 result; the same command goes on from there" in err
         process = begin()
         wait_for_queue(server, client.queue_name, 2)
         finish_all(server, client.queue_name)
@@ -471,8 +464,8 @@ class TestPassingEnds:
 
 
 class TestFiles:
-    def test_one_run_at_a_time(self, tmp_path: Path, start_worker: StartWorker, batch: Any) -> None:
-        start_worker()
+    @pytest.mark.usefixtures("served")
+    def test_one_run_at_a_time(self, tmp_path: Path, batch: Any) -> None:
         write_prompts(tmp_path / "in.txt", LINES[:2])
         with (tmp_path / "out.jsonl").open("w") as other:
             fcntl.flock(other, fcntl.LOCK_EX)
@@ -481,8 +474,8 @@ class TestFiles:
         assert "out.jsonl is being written by another run; wait for it, or name another file" in err
         assert batch("in.txt", "-o", "out.jsonl", *FEW)[0] == 0
 
-    def test_a_full_disk(self, tmp_path: Path, start_worker: StartWorker, batch: Any) -> None:
-        start_worker()
+    @pytest.mark.usefixtures("served")
+    def test_a_full_disk(self, tmp_path: Path, batch: Any) -> None:
         write_prompts(tmp_path / "in.txt", LINES[:2])
         status, _, err = batch("in.txt", "-o", "/dev/full", *FEW)
         assert status == 1
@@ -519,8 +512,8 @@ def test_without_a_worker_it_says_so_and_waits(tmp_path: Path, start_worker: Sta
     assert len(results_in(tmp_path / "out.jsonl")) == 3
 
 
-def test_a_full_queue_is_waited_for(tmp_path: Path, start_worker: StartWorker, batch: Any) -> None:
-    start_worker()
+@pytest.mark.usefixtures("served")
+def test_a_full_queue_is_waited_for(tmp_path: Path, batch: Any) -> None:
     write_prompts(tmp_path / "in.txt", LINES[:20])
     assert batch("in.txt", "-o", "out.jsonl", "--max-queue", "1", "--in-flight", "9", *FEW)[0] == 0
     assert len(results_in(tmp_path / "out.jsonl")) == 20

@@ -146,7 +146,7 @@ class TestTables:
         assert err.startswith("the first error, line 4: the row has 3 values, the header 2; a value that holds ',' ")
         rows = read_csv(tmp_path / "out.csv")
         assert [row["text"] for row in rows] == [texts[0], "", "", "", "", texts[1]]
-        assert ["the row has 1 values" in rows[2]["error"], "malformed" in rows[3]["error"]] == [True, True]
+        assert ["the row has 1 value" in rows[2]["error"], "malformed" in rows[3]["error"]] == [True, True]
         assert "the column 'prompt' is not UTF-8" in rows[4]["error"]
         assert rows[5]["note"] == "café"
 

@@ -117,7 +117,7 @@ class TestErrors:
         before = OUT.read_bytes()
         status, _, err = batch("in.txt", "-o", "out.jsonl")
         assert (status, OUT.read_bytes()) == (1, before)
-        assert "1 of 5 lines are errors: 1 JobTimedOut; --retry-errors tries them again" in err
+        assert "1 of 5 lines is an error: 1 JobTimedOut; --retry-errors tries them again" in err
         assert batch("in.txt", "-o", "out.jsonl", "--model", "there/is/none", "--retry-errors")[0] == 3, (
             "a pool is needed"
         )

@@ -355,13 +355,13 @@ class TestStates:
 
     def test_leftovers(self, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
         cache.mkdir()
-        for name in ("a-0123456789abcdef-64.v2.lock", f"{OLD}.tmp", f"{OLD}.lock", "calibration.7.tmp"):
+        leftovers = ["a-0123456789abcdef-64.v2.lock", "calibration.7.tmp", "calibration.lock", f"{OLD}.tmp"]
+        for name in (*leftovers, f"{OLD}.lock"):
             (cache / name).touch()
         (cache / "calibration.8.tmp").touch()  # may be written right now
         os.utime(cache / "calibration.7.tmp", (1, 1))
-        expected = ["a-0123456789abcdef-64.v2.lock", "calibration.7.tmp", f"{OLD}.tmp"]
-        assert states(capsys) == dict.fromkeys(expected, "leftover")
-        assert names(prune(capsys)["removed"]) == expected
+        assert states(capsys) == dict.fromkeys(leftovers, "leftover")
+        assert names(prune(capsys)["removed"]) == leftovers
         assert in_cache(cache) == {"calibration.8.tmp"}
 
 
@@ -383,6 +383,7 @@ class TestPrune:
     ) -> None:
         path = pack(capsys, folder)
         (cache / "calibration.json").write_text("{}")
+        (cache / "calibration.lock").touch()
         before = in_cache(cache)
         assert prune(capsys)["removed"] == []
         assert prune(capsys, "--dry-run", "--all")["freed_bytes"] == path.stat().st_size + 2

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.running import StartWorker, run
+from support.running import run
 
 from fastgpt2 import Client, Engine, settings
 from fastgpt2.cli import COMMANDS, read_arguments, resolve_values
@@ -238,11 +238,9 @@ class TestForms:
         assert done.stderr.startswith("fastgpt2 generate: ")
         assert "Traceback" not in done.stderr
 
-    def test_the_queue_gives_the_same(
-        self, redis_server: RedisServer, client: Client, start_worker: StartWorker
-    ) -> None:
+    @pytest.mark.usefixtures("served")
+    def test_the_queue_gives_the_same(self, redis_server: RedisServer, client: Client) -> None:
         where = {"FASTGPT2_REDIS_URL": redis_server.url, "FASTGPT2_QUEUE": client.queue_name}
-        start_worker()
         choices = ["--choice", " Holmes", "--choice", " Watson"]
         done = run("enqueue", "--wait", *choices, "Sherlock", **where)
         assert (done.stdout, done.stderr) == ("Sherlock Holmes\n", "")
@@ -251,11 +249,11 @@ class TestForms:
 
 @pytest.mark.processes
 class TestQueue:
+    @pytest.mark.usefixtures("served")
     def test_texts_of_the_queue_are_those_of_the_engine(
-        self, engine: Engine, redis_server: RedisServer, client: Client, start_worker: StartWorker
+        self, engine: Engine, redis_server: RedisServer, client: Client
     ) -> None:
         where = {"FASTGPT2_REDIS_URL": redis_server.url, "FASTGPT2_QUEUE": client.queue_name}
-        start_worker()
         done = run("enqueue", "--wait", *DRAWN, "--seed", "7", "-n", "2", PROMPT, **where)
         first, second = (result.text for result in drawn(engine, seed=7, n=2))
         assert (done.returncode, done.stderr) == (0, "")
@@ -265,11 +263,9 @@ class TestQueue:
         assert "--stream prints one text as it comes, not 2; print them at the end by --wait" in several.stderr
 
     @pytest.mark.parametrize("how", ["--stream", "--wait"])
-    def test_a_seed_is_told(
-        self, engine: Engine, redis_server: RedisServer, client: Client, start_worker: StartWorker, how: str
-    ) -> None:
+    @pytest.mark.usefixtures("served")
+    def test_a_seed_is_told(self, engine: Engine, redis_server: RedisServer, client: Client, how: str) -> None:
         where = {"FASTGPT2_REDIS_URL": redis_server.url, "FASTGPT2_QUEUE": client.queue_name}
-        start_worker()
         done = run("enqueue", how, *DRAWN, PROMPT, **where)
         told = SEED_TOLD.fullmatch(done.stderr)
         assert told is not None, done.stderr
@@ -278,11 +274,9 @@ class TestQueue:
         again = run("enqueue", how, *DRAWN, "--seed", told[1], PROMPT, **where)
         assert (again.stdout, again.stderr) == (done.stdout, "")
 
-    def test_a_job_tells_its_seed_later(
-        self, engine: Engine, redis_server: RedisServer, client: Client, start_worker: StartWorker
-    ) -> None:
+    @pytest.mark.usefixtures("served")
+    def test_a_job_tells_its_seed_later(self, engine: Engine, redis_server: RedisServer, client: Client) -> None:
         where = {"FASTGPT2_REDIS_URL": redis_server.url, "FASTGPT2_QUEUE": client.queue_name}
-        start_worker()
         job = run("enqueue", *DRAWN, PROMPT, **where).stdout.strip()
         done = run("result", job, **where)
         told = re.fullmatch(r"seed (\d+): the same request with this seed gives this text again\n", done.stderr)

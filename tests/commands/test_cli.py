@@ -120,7 +120,7 @@ class TestQueue:
         assert run("result", job_id, **where).stdout == json.loads(result.stdout)["text"] + "\n"
         text = run("status", **where).stdout
         assert f"queue {client.queue_name}: 0 waiting; jobs: 2 finished" in text
-        assert f"worker w-{client.queue_name}: idle, model demo (openblas-" in text
+        assert f"worker w-{client.queue_name}: idle, model demo (compiled-float32" in text
         assert ", 1 process), up " in text
         assert "last minute: " in text
         assert " tokens/s, 2 finished, 0 failed" in text
@@ -190,7 +190,7 @@ class TestQueue:
         run("enqueue", "--priority", "low", "a", **where)
         assert client.connection.llen(f"rq:queue:{client.queue_name}-low") == 1
         full = run("enqueue", "--max-queue", "1", "a", **where)
-        assert (full.returncode, "is full: 1 jobs wait, the limit is 1" in full.stderr) == (1, True)
+        assert (full.returncode, "is full: 1 job waits, the limit is 1" in full.stderr) == (1, True)
         start_worker()
         long = ["--max-new-tokens", "480", "--ignore-eos"]
         late = run("enqueue", "--wait", "--deadline", "0.1", *long, ENTRY["prompt"], **where)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -65,7 +66,8 @@ def requirements(blas: str, compact: str, otel: str = "no") -> subprocess.Comple
 def test_an_image_brings_what_is_asked_for_and_nothing_else() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     extras = project["optional-dependencies"]
-    for blas, mkl in (("openblas", []), ("mkl", extras["mkl"])):
+    on_x86 = platform.machine() == "x86_64"
+    for blas, mkl in (("openblas", []), *([("mkl", extras["mkl"])] if on_x86 else [])):
         for compact, llvm in (("no", []), ("yes", extras["compact"])):
             done = requirements(blas, compact)
             always = [*project["dependencies"], *extras["chat"], *extras["guided"]]
@@ -74,11 +76,20 @@ def test_an_image_brings_what_is_asked_for_and_nothing_else() -> None:
     assert done.stdout.splitlines() == [*always, *extras["otel"]]
     for blas, compact, otel, message in (
         ("atlas", "no", "no", "BLAS=atlas: is neither openblas nor mkl"),
-        ("mkl", "maybe", "no", "COMPACT=maybe: is neither yes nor no"),
-        ("mkl", "no", "jaeger", "OTEL=jaeger: is neither yes nor no"),
+        ("openblas", "maybe", "no", "COMPACT=maybe: is neither yes nor no"),
+        ("openblas", "no", "jaeger", "OTEL=jaeger: is neither yes nor no"),
     ):
         done = requirements(blas, compact, otel)
         assert (done.returncode, done.stdout, message in done.stderr) == (1, "", True)
+
+
+@pytest.mark.processes
+def test_an_image_for_arm_is_not_built_without_the_mkl_that_was_asked_for() -> None:
+    code = "import platform, runpy, sys; platform.machine = lambda: 'aarch64'; runpy.run_path(sys.argv.pop(1))"
+    command = [sys.executable, "-c", code, "deploy/image/requirements.py", "mkl", "no", "no"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    message = "--build-arg BLAS=mkl: there is no MKL for aarch64; leave it out\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", message)
 
 
 def service_of(name: str, **given: str) -> tuple[list[str], dict[str, str]]:
@@ -113,7 +124,7 @@ def test_what_workers_map_has_been_packed(
 
     before = there()
     packed = [name for name in before if name.endswith(".safetensors")]
-    assert sorted("int8" if "-int8." in name else "" for name in packed) == kinds
+    assert sorted("int8" if "-int8-lines." in name else "" for name in packed) == kinds
     worker = start_worker(**service_of("worker", **given)[1], **own)
     client.enqueue("My name is", max_new_tokens=5).result(60)
     assert there() == before

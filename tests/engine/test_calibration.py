@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import time
 from pathlib import Path
 
@@ -10,19 +10,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fastgpt2 import Engine
-from fastgpt2.engine.kernels.calibration import PLAIN, measure_fastest_width
+from fastgpt2.engine.figure import TRUSTED_SPREAD
+from fastgpt2.engine.kernels import calibration
+from fastgpt2.engine.kernels.calibration import PLAIN, measure_fastest_width, run_in_turn, spread_of
 from fastgpt2.engine.kernels.choice import choose_width, width_of
 from fastgpt2.engine.kernels.kernel import Kernel, RowChunks, find_largest_exact_chunk
 from fastgpt2.engine.kernels.openblas import NumpyProduct
-from fastgpt2.engine.loading import load_network
-from fastgpt2.engine.machine import Measurements, usable_memory
-from fastgpt2.engine.model.config import GPT2Config, read_config
-from fastgpt2.engine.model.hub import DEMO_FOLDER
-from fastgpt2.engine.network import step_times
-from fastgpt2.engine.network.gpt2 import GPT2
-from fastgpt2.engine.network.kv_cache import sequence_bytes
-from fastgpt2.engine.network.step_times import UNMEASURED_SLOTS, choose_slots, largest_that_pays, slots_to_map
+from fastgpt2.engine.machine import Measurements
 
 Array = NDArray[np.float32]
 
@@ -102,28 +96,60 @@ def test_the_fastest_width_is_the_one_that_takes_the_least_time() -> None:
 
         def __call__(self, x: Array, panels: Array, out: Array) -> None:  # noqa: ARG002
             if panels.shape[3] != 32 and panels.shape[0] > 1:
-                time.sleep(0.01)
+                time.sleep(0.002)
 
     assert measure_fastest_width(Kernel(Slow()), 24) == 32
 
 
-def test_what_was_measured_is_kept_by_machine(tmp_path: Path) -> None:
-    def never() -> int:
-        raise AssertionError("measured again")
+class Clock:
+    """A clock that runs only while somebody works: on the wall, and by how much of that this thread had a processor."""
 
-    assert Measurements(tmp_path, "a").find_or_measure("x", lambda: 1) == 1
-    assert Measurements(tmp_path, "b").find_or_measure("x", lambda: 2) == 2
-    assert Measurements(tmp_path, "a").find_or_measure("x", never) == 1
-    assert Measurements(tmp_path, "b").find_or_measure("x", never) == 2
-    assert json.loads((tmp_path / "calibration.json").read_text()) == {"a": {"x": 1}, "b": {"x": 2}}
-    assert [path.name for path in tmp_path.iterdir()] == ["calibration.json"]
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.wall = self.cpu = 0.0
+        monkeypatch.setattr(calibration, "perf_counter", lambda: self.wall)
+        monkeypatch.setattr(calibration, "thread_time", lambda: self.cpu)
+
+    def work(self, wall: float, cpu: float | None = None) -> None:
+        self.wall += wall
+        self.cpu += wall if cpu is None else cpu
 
 
-def test_a_folder_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    measurements = Measurements(tmp_path / "file" / "cache", "a")
-    assert measurements.find_or_measure("x", lambda: 1) == 1
-    assert measurements.find_or_measure("x", lambda: 2) == 1
+def test_what_is_compared_is_run_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, order = Clock(monkeypatch), []
+
+    def work(name: str, seconds: float) -> None:
+        order.append(name)
+        clock.work(seconds)
+
+    runs = run_in_turn({"a": lambda: work("a", 0.010), "b": lambda: work("b", 0.020)})
+    assert order == ["a", "b"] * 5
+    assert [runs[name].least for name in "ab"] == pytest.approx([0.010, 0.020])
+    assert spread_of(runs.values()) == pytest.approx(0.0)
+
+
+def test_while_the_machine_is_busy_more_is_run_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    # Busy at first: then the calm runs are the most.
+    pace = itertools.chain([0.050] * 4, itertools.repeat(0.010))
+    runs = run_in_turn({"a": lambda: clock.work(next(pace))})
+    assert runs["a"].least == pytest.approx(0.010)
+    assert runs["a"].spread == pytest.approx(0.0)
+    assert len(runs["a"].seconds) == 9
+    # Busy all the time.
+    waves = itertools.cycle([0.010, 0.050, 0.050])
+    runs = run_in_turn({"a": lambda: clock.work(next(waves))})
+    assert len(runs["a"].seconds) == 12
+    assert runs["a"].spread == pytest.approx(4.0)
+    # Where each run is long, few must do.
+    runs = run_in_turn({"a": lambda: clock.work(3.0, cpu=1.0)})
+    assert len(runs["a"].seconds) == 3
+
+
+def test_another_program_on_the_same_core_shows_although_all_runs_take_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    runs = run_in_turn({"a": lambda: clock.work(0.020, cpu=0.010)})
+    assert runs["a"].spread == pytest.approx(1.0)
+    assert runs["a"].spread > TRUSTED_SPREAD
 
 
 def test_a_small_models_width_needs_no_clock(tmp_path: Path) -> None:
@@ -138,100 +164,3 @@ def test_numpys_own_product_is_right() -> None:
     out = np.empty((3, 2, 7, 16), np.float32)
     NumpyProduct()(x, panels, out)
     np.testing.assert_allclose(out, np.einsum("cmk,nkp->ncmp", x[0], panels[:, 0], dtype=np.float64), rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("milliseconds", "most", "expected", "tried"),
-    [
-        # Eight for the price of one, sixteen for more than twice that of eight over 1.15.
-        ([10, 10, 10, 10, 17.5, 35], 32, 8, 6),
-        ([10, 10, 10, 10, 17.3, 35], 32, 16, 6),
-        ([10, 10, 10, 10, 10, 10], 32, 32, 6),
-        ([10, 10, 10, 10, 10, 10], 20, 16, 5),
-        ([10, 20, 40, 80, 160, 320], 32, 1, 3),
-        # Two rows are no bargain, four are.
-        ([33, 77, 55, 56, 90, 130], 32, 32, 6),
-        ([10], 1, 1, 1),
-    ],
-)
-def test_as_many_sequences_as_pay(milliseconds: list[float], most: int, expected: int, tried: int) -> None:
-    asked = []
-
-    def step_seconds(n: int) -> float:
-        asked.append(n)
-        return milliseconds[n.bit_length() - 1] / 1e3
-
-    assert largest_that_pays(step_seconds, most) == expected
-    assert asked == [1 << i for i in range(tried)]
-
-
-@pytest.fixture
-def network() -> GPT2:
-    config = read_config(DEMO_FOLDER)
-    return load_network(DEMO_FOLDER, config, "demo", n_slots=8, size=1, blas="openblas")
-
-
-def test_the_batch_of_a_large_model_is_measured_once(
-    network: GPT2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(step_times, "is_large", lambda config: config.n_layer > 0)
-    choose_slots(network, Measurements(tmp_path, "a"))
-    ((name, found),) = json.loads((tmp_path / "calibration.json").read_text())["a"].items()
-    assert name.startswith("batch of up to 8, 5x224x896x2048, 7 heads, 1 processes, openblas-")
-    assert found in (1, 2, 4, 8)
-    assert network.cache.usable_slots == network.cache.free_slots == found
-    assert network.cache.bytes_reserved == 0, "what was measured with is given back"
-    (tmp_path / "calibration.json").write_text(json.dumps({"a": {name: 2}}))
-    network.cache.use_slots(8)
-    choose_slots(network, Measurements(tmp_path, "a"))
-    assert network.cache.usable_slots == 2
-
-
-def test_what_was_measured_with_more_memory_is_known_with_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker's container has less than that of the one which packs; with more memory than then, more is tried."""
-    monkeypatch.setattr(step_times, "is_large", lambda config: config.n_layer > 0)
-    config = read_config(DEMO_FOLDER)
-    tried: list[int] = []
-
-    def settled(slots: int, pays: int) -> int:
-        def measured(_network: GPT2, most: int) -> int:
-            tried.append(most)
-            return pays
-
-        monkeypatch.setattr(step_times, "measure_slots", measured)
-        network = load_network(DEMO_FOLDER, config, "m", n_slots=slots, size=1, blas="openblas")
-        choose_slots(network, Measurements(tmp_path, "a"))
-        return network.cache.usable_slots
-
-    assert settled(8, 4) == 4
-    assert settled(16, 16) == 16, "there is room for more than was tried"
-    assert settled(8, 0) == 4
-    assert settled(4, 0) == 4
-    assert settled(2, 0) == 2
-    assert tried == [8, 16]
-
-
-def test_without_the_memory_for_a_measurement_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_times, "is_large", lambda config: config.n_layer > 0)
-    config = read_config(DEMO_FOLDER)
-    kv_memory = sequence_bytes(config)
-    network = load_network(DEMO_FOLDER, config, "m", n_slots=32, size=1, blas="openblas", kv_memory=kv_memory)
-    choose_slots(network, Measurements(tmp_path, "a"))
-    assert network.cache.usable_slots == UNMEASURED_SLOTS
-    assert not list(tmp_path.iterdir())
-
-
-def test_slots_of_a_large_model_are_no_more_than_the_system_maps() -> None:
-    assert slots_to_map(read_config(DEMO_FOLDER)) == UNMEASURED_SLOTS
-    huge = GPT2Config(n_layer=1 << 20, n_embd=1600, n_head=25, n_inner=6400)
-    assert slots_to_map(huge) == 1
-    config = GPT2Config(n_layer=48, n_embd=1600, n_head=25, n_inner=6400)
-    slots = slots_to_map(config)
-    assert slots & (slots - 1) == 0
-    assert slots == 1 or slots * sequence_bytes(config) <= usable_memory() // 2
-    assert slots == 32 or 2 * slots * sequence_bytes(config) > usable_memory() // 2
-
-
-def test_a_small_models_batch_needs_no_measurement() -> None:
-    assert Engine.load("demo").max_batch == 16
-    assert Engine.load("demo", max_batch=3).max_batch == 3

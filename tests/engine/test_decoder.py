@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.machines import TWO_PROCESSES
 from support.models import with_end_of_text
 from support.running import GOLDEN
 
@@ -24,9 +25,12 @@ from fastgpt2.errors import BadRequest, CheckpointError, PromptTooLong
 golden: dict[str, Any] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))
 
 
-@pytest.fixture(scope="module", params=["openblas", "mkl", pytest.param("two processes", marks=pytest.mark.processes)])
-def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
-    """Load the shipped model with each product that there is. It has four slots, so that batches are mixed."""
+@pytest.fixture(scope="module", params=["openblas", "mkl", TWO_PROCESSES])
+def any_engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    """Load the shipped model with each product that there is. It has four slots, so that batches are mixed.
+
+    It is for tests of what steps compute. What is checked before or after them is the same whatever multiplies.
+    """
     if request.param == "mkl" and not mkl.is_installed():
         pytest.skip("MKL is not installed")
     two = request.param == "two processes"
@@ -45,10 +49,10 @@ def test_the_golden_file_belongs_to_the_shipped_model() -> None:
     assert all(len(entry["ids"]) == 100 for entry in golden["continuations"])
 
 
-def test_the_same_tokens_as_transformers(engine: Engine) -> None:
+def test_the_same_tokens_as_transformers(any_engine: Engine) -> None:
     """64 prompts of 100 tokens each run four side by side, and enter as slots become free."""
     prompts = [entry["prompt"] for entry in golden["continuations"]]
-    results = engine.generate(prompts, max_new_tokens=100, ignore_eos=True)
+    results = any_engine.generate(prompts, max_new_tokens=100, ignore_eos=True)
     for entry, result in zip(golden["continuations"], results, strict=True):
         assert list(result.token_ids) == entry["ids"], entry["prompt"]
         assert result.text == entry["text"]
@@ -66,16 +70,16 @@ def test_one_string_gives_one_result_and_a_list_a_list(engine: Engine) -> None:
     assert engine.generate([]) == []
 
 
-def test_different_limits_side_by_side(engine: Engine) -> None:
+def test_different_limits_side_by_side(any_engine: Engine) -> None:
     entries = golden["continuations"][:8]
     requests = [GenerationRequest(e["prompt"], 1 + 9 * i, ignore_eos=True) for i, e in enumerate(entries)]
-    for i, result in enumerate(engine.run(requests)):
+    for i, result in enumerate(any_engine.run(requests)):
         assert list(result.token_ids) == entries[i]["ids"][: 1 + 9 * i]
 
 
-def test_an_empty_prompt_starts_a_text(engine: Engine) -> None:
+def test_an_empty_prompt_starts_a_text(any_engine: Engine) -> None:
     (entry,) = [entry for entry in golden["continuations"] if entry["prompt"] == ""]
-    result = engine.generate("", max_new_tokens=30, ignore_eos=True)
+    result = any_engine.generate("", max_new_tokens=30, ignore_eos=True)
     assert list(result.token_ids) == entry["ids"][:30]
     assert result.usage.prompt_tokens == 1
 
@@ -142,9 +146,9 @@ def test_the_limit_of_positions_is_told_in_numbers(engine: Engine) -> None:
         engine.generate("the " * 3000)
 
 
-def test_a_long_prompt_is_read_in_chunks_and_leaves_others_alone(engine: Engine) -> None:
+def test_a_long_prompt_is_read_in_chunks_and_leaves_others_alone(any_engine: Engine) -> None:
     entry = golden["continuations"][3]
-    decoder = engine.decoder
+    decoder = any_engine.decoder
     short = decoder.admit(decoder.prepare(GenerationRequest(entry["prompt"], 40, ignore_eos=True)))
     decoder.step()
     long = decoder.admit(decoder.prepare(GenerationRequest("the " * 420, 5, ignore_eos=True)))
@@ -155,7 +159,7 @@ def test_a_long_prompt_is_read_in_chunks_and_leaves_others_alone(engine: Engine)
     while decoder.running:
         decoder.step()
     assert short.token_ids == entry["ids"][:40]
-    alone = engine.generate("the " * 420, max_new_tokens=5, ignore_eos=True)
+    alone = any_engine.generate("the " * 420, max_new_tokens=5, ignore_eos=True)
     assert tuple(long.token_ids) == alone.token_ids
 
 
@@ -165,16 +169,16 @@ def test_one_bad_prompt_fails_the_call_before_anything_runs(engine: Engine) -> N
     assert engine.decoder.model.cache.free_slots == 4
 
 
-def test_a_run_that_is_broken_off_gives_its_slots_back(engine: Engine) -> None:
+def test_a_run_that_is_broken_off_gives_its_slots_back(any_engine: Engine) -> None:
     def stop() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        engine.run([GenerationRequest("a"), GenerationRequest("b")], stop)
-    assert engine.decoder.model.cache.free_slots == 4
-    assert not engine.decoder.running
+        any_engine.run([GenerationRequest("a"), GenerationRequest("b")], stop)
+    assert any_engine.decoder.model.cache.free_slots == 4
+    assert not any_engine.decoder.running
     entry = golden["continuations"][0]
-    again = engine.generate(entry["prompt"], max_new_tokens=20, ignore_eos=True)
+    again = any_engine.generate(entry["prompt"], max_new_tokens=20, ignore_eos=True)
     assert list(again.token_ids) == entry["ids"][:20]
 
 

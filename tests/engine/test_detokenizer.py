@@ -191,7 +191,7 @@ def test_any_tokens_as_the_library_decodes_them(name: str, cleaned: bool) -> Non
     backend = library(DECODERS[name])
     tokenizer = Tokenizer(LoadedTokenizer(backend, clean_up=cleaned))
     assert any(isinstance(stage, AllTokens) for stage in tokenizer._stages) == (name in WHOLE)
-    for _ in range(150):
+    for _ in range(100):
         ids = random_ids(dice, backend.get_vocab_size())
         check(tokenizer, backend, cleaned, ids, dice.randint(0, len(ids)))
 

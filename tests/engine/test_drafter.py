@@ -6,17 +6,19 @@ import itertools
 import os
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.machines import needs_helpers
 
 from fastgpt2 import Engine
-from fastgpt2.engine.decoding.drafter import StepCosts, plan_drafts, plan_model_drafts
+from fastgpt2.engine.decoding.drafter import Drafter, plan_drafts, plan_model_drafts
 from fastgpt2.engine.decoding.lookup import LONGEST_MATCH, Acceptance, Lookup
 from fastgpt2.engine.decoding.records import GenerationRequest
 from fastgpt2.engine.decoding.sequence import Sequence
+from fastgpt2.engine.network.step_costs import StepCosts
 from fastgpt2.errors import BadRequest
 
 # Where the kernel is not batch-invariant, the order of two logits that are nearer to each other than this may change.
@@ -112,31 +114,34 @@ def test_a_smaller_model_guesses_as_far_as_it_pays() -> None:
     assert plan_model_drafts(16, 0.9, lambda _rows: 0.01, lambda _rows: 1.0)[0] == 2
 
 
-def test_costs_of_what_was_not_noted_follow_what_was_measured() -> None:
-    costs = StepCosts({1: 10.0, 2: 15.0, 4: 20.0, 8: 40.0})
-    assert [costs.seconds(rows) for rows in (1, 3, 6, 16)] == [10.0, 17.5, 30.0, 80.0]
-    # The machine is three times as fast as when it was measured.
-    costs.note(1, 3.0)
-    assert costs.seconds(4) == pytest.approx(6.0)
-    costs.note(4, 9.0)
-    assert costs.seconds(4) == pytest.approx(9.0)
-    assert costs.seconds(8) == pytest.approx(18.0)
-    # A step that was disturbed changes little, and not for long.
-    costs.note(4, 900.0)
-    assert costs.seconds(4) < 12.0
-    for _ in range(20):
-        costs.note(4, 9.0)
-    assert costs.seconds(4) == pytest.approx(9.0, rel=0.02)
-    # What was noted long ago counts less than what was noted lately.
-    for _ in range(400):
-        costs.note(1, 6.0)
-    assert costs.seconds(4) == pytest.approx(12.0, rel=0.01)
+def drafted_counts(steps: int, step_seconds: Callable[[int], float]) -> list[int]:
+    """Return how many guesses are verified in each step of a lone sequence that turns in circles.
+
+    By what was measured, rows are dear: two take twice as long as one, and so on. What they take is `step_seconds`.
+    """
+    engine = Engine.load("demo", max_batch=1, drafts="off")
+    drafter = Drafter(engine.decoder.model, None, StepCosts({rows: float(rows) for rows in (1, 2, 4, 8, 16)}))
+    (sequence,) = generate(engine, [GenerationRequest("I", max_new_tokens=1)])
+    sequence.max_new_tokens, sequence.lookup = 2 * steps, Lookup([5] * 12)
+    counts = []
+    for _ in range(steps):
+        (guesses,) = drafter.draft([sequence], 32)
+        counts.append(len(guesses))
+        drafter.note_step(1 + len(guesses), step_seconds(1 + len(guesses)))
+    return counts
 
 
-def test_costs_without_a_measurement() -> None:
-    costs = StepCosts()
-    assert not costs.known
-    assert costs.seconds(1) < costs.seconds(2) < 1.1 * costs.seconds(1)
+def test_rows_that_were_measured_as_dear_are_tried_now_and_then() -> None:
+    counts = drafted_counts(1000, lambda _rows: 0.010)
+    assert not any(counts[:50]), "by what was measured, no guess pays"
+    assert any(counts[50:60]), "but that is looked at"
+    assert sum(map(bool, counts[60:])) > 0.97 * len(counts[60:]), "and corrected"
+
+
+def test_where_rows_are_dear_indeed_trials_become_rare() -> None:
+    counts = drafted_counts(1500, lambda rows: 0.010 * rows)
+    assert 3 <= sum(map(bool, counts)) <= 24
+    assert max(counts) <= 3
 
 
 WORDS = """
@@ -187,7 +192,7 @@ def assert_same(engine: Engine, plain: list[Sequence], drafted: list[Sequence]) 
             assert token.logprob == (again.logprob if exact else pytest.approx(again.logprob, abs=1e-3))
 
 
-@pytest.fixture(scope="module", params=["auto", 1, 4, 15, "int8"], ids=str)
+@pytest.fixture(scope="module", params=["auto", 1, 15, "int8"], ids=str)
 def drafting(request: pytest.FixtureRequest) -> Engine:
     return Engine.load("demo", max_batch=8, drafts=request.param)
 
@@ -202,12 +207,12 @@ def expected(plain: Engine) -> list[Sequence]:
     return generate(plain, REQUESTS)
 
 
-REQUESTS = [GenerationRequest(prompt, max_new_tokens=16) for prompt in prompts(250, 1)]
+REQUESTS = [GenerationRequest(prompt, max_new_tokens=16) for prompt in prompts(150, 1)]
 
 
 @pytest.mark.thorough
-def test_thousands_of_prompts_give_the_same_tokens(plain: Engine, drafting: Engine, expected: list[Sequence]) -> None:
-    """250 prompts run in each of five modes, in batches of eight."""
+def test_hundreds_of_prompts_give_the_same_tokens(plain: Engine, drafting: Engine, expected: list[Sequence]) -> None:
+    """150 prompts run in each of four modes, in batches of eight."""
     found = generate(drafting, REQUESTS)
     assert_same(plain, expected, found)
     # Guesses were verified, and some came true: each saved a step.
@@ -235,7 +240,7 @@ def random_request(dice: random.Random, prompt: str) -> GenerationRequest:
 def ending(plain: Engine) -> tuple[list[GenerationRequest], list[Sequence]]:
     """Make requests with ends of all kinds, and what follows without drafts."""
     dice = random.Random(7)
-    requests = [random_request(dice, prompt) for prompt in prompts(150, 2)]
+    requests = [random_request(dice, prompt) for prompt in prompts(100, 2)]
     return requests, generate(plain, requests)
 
 
@@ -285,6 +290,7 @@ def team() -> Iterator[Engine]:
     engine.decoder.model.close()
 
 
+@needs_helpers
 @pytest.mark.processes
 def test_a_team_drafts_together_and_goes_on_alone(plain: Engine, team: Engine, expected: list[Sequence]) -> None:
     assert team.describe().endswith("2 processes, drafts by compiled-int8")

@@ -13,9 +13,9 @@ from support.models import with_end_of_text
 from support.running import GOLDEN
 
 from fastgpt2 import Engine
+from fastgpt2.engine.decoding.prompt_rows import PromptRows
 from fastgpt2.engine.decoding.records import GenerationRequest, GenerationResult
 from fastgpt2.engine.decoding.sequence import Sequence
-from fastgpt2.engine.network.gpt2 import PREFILL_ROWS_BESIDE
 from fastgpt2.errors import BadRequest, PromptTooLong
 
 continuations: list[dict[str, Any]] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))[
@@ -427,8 +427,9 @@ def test_different_options_side_by_side_change_nothing_for_each_other(engine: En
     assert {result.finish_reason for result in together} == {"stop", "length"}
 
 
-def test_a_long_prompt_keeps_nobody_waiting(engine: Engine) -> None:
-    decoder = engine.decoder
+def test_a_long_prompt_keeps_nobody_waiting(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, rows = engine.decoder, 64
+    monkeypatch.setattr(decoder, "prompt_rows", PromptRows(rows, rows))
     for prompt_tokens in (400, 65, 64, 63):
         short = [admit(engine, GenerationRequest(entry["prompt"], 40, ignore_eos=True)) for entry in continuations[1:4]]
         decoder.step()
@@ -443,27 +444,12 @@ def test_a_long_prompt_keeps_nobody_waiting(engine: Engine) -> None:
             steps += 1
             assert [len(sequence.token_ids) for sequence in short] == [1 + steps] * 3
             read = decoder.model.cache.lengths[slot] - before
-            assert read == min(left, PREFILL_ROWS_BESIDE)
-        assert steps == -(-prompt_tokens // PREFILL_ROWS_BESIDE)
+            assert read == min(left, rows)
+        assert steps == -(-prompt_tokens // rows)
         while decoder.running:
             decoder.step()
         for sequence, entry in zip(short, continuations[1:4], strict=True):
             assert sequence.token_ids == entry["ids"][:40]
-
-
-def test_prompts_beside_those_who_decode_come_in_their_order(engine: Engine) -> None:
-    decoder = engine.decoder
-    first = admit(engine, GenerationRequest("a", 30, ignore_eos=True))
-    decoder.step()
-    prompts = [admit(engine, GenerationRequest((7,) * n, 2, ignore_eos=True)) for n in (50, 40, 20)]
-    decoder.step()
-    assert [len(sequence.pending) for sequence in prompts] == [1, 26, 20], "the rest of 64 rows is the second's"
-    assert [len(sequence.token_ids) for sequence in prompts] == [1, 0, 0]
-    decoder.step()
-    assert [len(sequence.token_ids) for sequence in prompts] == [2, 1, 1]
-    assert len(first.token_ids) == 3
-    while decoder.running:
-        decoder.step()
 
 
 # --------------------------------------------------------------------------------------------- partial results

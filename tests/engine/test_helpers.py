@@ -17,19 +17,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from support.machines import needs_helpers
 from support.running import GOLDEN, wait_until
 
 from fastgpt2 import Engine
 from fastgpt2.engine.loading import load_network
-from fastgpt2.engine.machine import processes_for
 from fastgpt2.engine.model.config import read_config
 from fastgpt2.engine.network.gpt2 import GPT2
 from fastgpt2.engine.network.step import Segment, Step, most_numbers
 
 FOLDER = GOLDEN / "checkpoints" / "odd_heads"
 
-ALONE = processes_for(read_config(FOLDER), 2) == 1
-pytestmark = [pytest.mark.processes, pytest.mark.skipif(ALONE, reason="a team needs Linux on x86")]
+pytestmark = [pytest.mark.processes, needs_helpers]
 
 
 @pytest.fixture
@@ -260,10 +259,11 @@ def test_a_helper_whose_parent_has_gone_at_once_says_nothing() -> None:
     order = {
         "config": dataclasses.asdict(read_config(FOLDER)),
         "shape": {"n_slots": 1, "max_rows": 1, "size": 2},
-        "sets": [{"weights": "/proc/0/fd/3", "product": "openblas", "exact_chunks": False}],
+        "sets": [{"weights": "/proc/0/fd/3", "product": "openblas", "exact_chunks": False, "compiled": False}],
         "state": "/proc/0/fd/4",
         "parent": os.getpid(),
         "rank": 1,
+        "code": {},
     }
     command = [sys.executable, "-m", "fastgpt2.engine.network.helpers"]
     done = subprocess.run(command, input=f"{json.dumps(order)}\n\0", capture_output=True, text=True, timeout=60)

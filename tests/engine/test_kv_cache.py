@@ -9,15 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.machines import needs_helpers
 
 from fastgpt2 import Engine
 from fastgpt2.engine.decoding.decoder import Decoder
 from fastgpt2.engine.decoding.records import GenerationRequest
+from fastgpt2.engine.kernels.attention import BLOCK, MOST_PADDING
 from fastgpt2.engine.machine import fair_share_of_kv_memory, usable_memory
 from fastgpt2.engine.model.config import GPT2Config, read_config
 from fastgpt2.engine.model.hub import DEMO_FOLDER
 from fastgpt2.engine.network.arena import PAGE, Arena
-from fastgpt2.engine.network.kv_cache import BLOCK, MOST_PADDING, KVCache, sequence_bytes
+from fastgpt2.engine.network.kv_cache import KVCache, sequence_bytes
 from fastgpt2.errors import BadRequest
 
 DEMO = read_config(DEMO_FOLDER)
@@ -253,7 +255,7 @@ engine.generate([[7]] * 16, max_new_tokens=2, ignore_eos=True)
 network.cache.use_slots(16)  # this gives all memory of keys and values back
 before = held()
 dice, most, reserved, together = random.Random(1), 0, 0, 0
-lengths = [dice.choice([20, 120, 470]) for _ in range(60)]
+lengths = [dice.choice([20, 120, 470]) for _ in range(30)]
 waiting = [decoder.prepare(GenerationRequest((7,) * length, 16, ignore_eos=True)) for length in lengths]
 while waiting or decoder.running:
     while waiting and decoder.has_room(waiting[-1]):
@@ -268,7 +270,7 @@ print(most, reserved, together)
 
 @pytest.mark.processes
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=needs_helpers)])
 def test_the_process_stays_within_the_limit(threads: int) -> None:
     limit = 2 * sequence_bytes(DEMO)
     done = subprocess.run(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -19,8 +21,10 @@ from safetensors.numpy import load_file
 from support.running import GOLDEN
 
 from fastgpt2.cli import main
-from fastgpt2.engine import machine
+from fastgpt2.engine import figure, machine
 from fastgpt2.engine.engine import Engine
+from fastgpt2.engine.figure import Figure
+from fastgpt2.engine.kernels import choice
 from fastgpt2.engine.kernels.panels import Layout
 from fastgpt2.engine.loading import load_network
 from fastgpt2.engine.model import packing
@@ -28,8 +32,10 @@ from fastgpt2.engine.model.checkpoint import Checkpoint, weight_files
 from fastgpt2.engine.model.config import read_config
 from fastgpt2.engine.model.packing import PackedFile, Source, checksum, pack_in_cache, pack_in_memory, pack_path
 from fastgpt2.engine.model.weights import expected_shapes
+from fastgpt2.engine.network import step_times
 from fastgpt2.engine.network.gpt2 import GPT2
 from fastgpt2.engine.network.step import Segment
+from fastgpt2.engine.network.step_times import ROWS, rows_name
 from fastgpt2.errors import CheckpointError
 
 CASES = ["masks_misaligned", "float16", "bfloat16", "tied_with_head", "untied", "sharded", "masks_uint8", "odd_heads"]
@@ -136,7 +142,7 @@ def test_a_large_model_is_packed_on_its_first_load_and_measured_once(
     measured = json.loads((cache / "calibration.json").read_text())
     ((machine, known),) = measured.items()
     assert "numpy" in machine
-    assert known["width 20"] in (0, 16, 32, 64)
+    assert known["width 20"]["value"] in (0, 16, 32, 64)
     assert_right(folder, load(folder))
     assert path.stat() == before
     assert caplog.text.count("packed ") == 1
@@ -149,7 +155,7 @@ def test_what_a_worker_would_measure_is_measured_with_it(
 ) -> None:
     """A worker whose cache is a read-only volume needs these measurements there."""
     caplog.set_level(logging.INFO)
-    assert main(["pack", "demo", "--measure", "--threads", "1"]) == 0
+    assert main(["pack", "demo", "--measure-missing", "--threads", "1"]) == 0
     (path,) = packed_files(cache)
     assert capsys.readouterr().out == f"{path}\t{path.stat().st_size}\n"
     assert caplog.text.count("sequences at once pay on this machine") == 1
@@ -157,6 +163,58 @@ def test_what_a_worker_would_measure_is_measured_with_it(
     Engine.load("demo", threads=1)
     assert caplog.text.count("sequences at once pay on this machine") == 1
     assert (cache / "calibration.json").read_text() == before
+    assert main(["pack", "demo", "--measure-missing", "--threads", "1"]) == 0
+    assert (cache / "calibration.json").read_text() == before
+
+
+def test_all_of_it_is_measured_again_by_the_command(
+    cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it was, and although it is not old. Of a busy machine, that is said."""
+
+    def measure_again(spread: float) -> str:
+        monkeypatch.setattr(choice, "measure_fastest_width", lambda _kernel, _n_in: Figure(64, spread, 5))
+        assert main(["pack", "demo", "--measure", "--threads", "1", "--blas", "openblas"]) == 0
+        return capsys.readouterr().err
+
+    def rows(network: GPT2) -> dict[str, Figure]:
+        return {rows_name(network, n): Figure(1000 + n, 0.05, 5) for n in ROWS}
+
+    def values(figures: dict[str, Any]) -> dict[str, int]:
+        # But for the rows with the same bits, which are asked for of the widths that are taken.
+        return {name: fields["value"] for name, fields in figures.items() if " exact " not in name}
+
+    monkeypatch.setattr(step_times, "measure_slots", lambda _network, _most: Figure(32, 0.05, 5))
+    monkeypatch.setattr(step_times, "measure_rows", rows)
+    # What is found by bits is not judged by how busy this machine is.
+    monkeypatch.setattr(figure, "_LEAST_TELLING_SECONDS", math.inf)
+    assert "too busy" not in measure_again(0.05)
+    path = cache / "calibration.json"
+    ((cpu, known),) = json.loads(path.read_text()).items()
+    wrong = {name: {**fields, "value": fields["value"] // 4} for name, fields in known.items()}
+    path.write_text(json.dumps({cpu: wrong}))
+    told = measure_again(0.05)
+    assert "  width 224: 64 (spread 5%, 5 looks)\n" in told
+    ((_, again),) = json.loads(path.read_text()).items()
+    assert values(again) == values(known)
+    # A busy machine replaces what an old version has left, but not what a calm one has told.
+    path.write_text(json.dumps({cpu: {**wrong, "width 224": 16}}))
+    told = measure_again(3.0)
+    assert f"the machine was too busy for 2 of {len(known)} figures to be trusted (spread over 25%)" in told
+    assert ", 1 of which are those that a calm machine told before" in told
+    assert "  width 224: 64 (spread 300%, 5 looks)\n" in told
+    assert re.search(r"  width 896: 16 \(spread 5%, 5 looks, of \d{4}-\d\d-\d\d\)\n", told)
+    ((_, again),) = json.loads(path.read_text()).items()
+    assert values(again) == {**values(known), "width 896": 16}
+
+
+def test_of_a_small_model_nothing_is_measured(
+    cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "MIN_BYTES", 64 << 20)
+    assert main(["pack", "demo", "--measure", "--threads", "1"]) == 0
+    assert "demo: a small model, of which nothing is measured" in capsys.readouterr().err
+    assert not (cache / "calibration.json").exists()
 
 
 @pytest.mark.thorough

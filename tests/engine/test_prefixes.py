@@ -16,15 +16,18 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from redis import Redis
+from support.machines import TWO_PROCESSES, needs_helpers
 from support.running import GOLDEN, StartEndpoint, StartWorker, wait_until
 
 from fastgpt2 import Client, Engine
+from fastgpt2.engine.decoding.prompt_rows import PromptRows
 from fastgpt2.engine.decoding.records import GenerationRequest, GenerationResult
+from fastgpt2.engine.kernels.attention import BLOCK
 from fastgpt2.engine.model.config import GPT2Config, read_config
 from fastgpt2.engine.model.hub import DEMO_FOLDER
 from fastgpt2.engine.network.arena import PAGE, Arena
-from fastgpt2.engine.network.gpt2 import GPT2, PREFILL_ROWS_BESIDE
-from fastgpt2.engine.network.kv_cache import BLOCK, KVCache
+from fastgpt2.engine.network.gpt2 import GPT2
+from fastgpt2.engine.network.kv_cache import KVCache
 from fastgpt2.engine.network.prefixes import Prefixes, block_bytes
 from fastgpt2.engine.network.step import Segment
 from fastgpt2.errors import BadRequest, CheckpointError
@@ -44,7 +47,7 @@ def load(**options: Any) -> Engine:
     return Engine.load("demo", **{"max_batch": 4, "threads": 1, **options})
 
 
-@pytest.fixture(scope="module", params=["large", "small", pytest.param("two processes", marks=pytest.mark.processes)])
+@pytest.fixture(scope="module", params=["large", "small", TWO_PROCESSES])
 def keeping(request: pytest.FixtureRequest) -> Iterator[Engine]:
     """Load an engine that keeps all prefixes that come, or so few that most must go again."""
     memory = 9 * A_BLOCK if request.param == "small" else 1000 * A_BLOCK
@@ -208,8 +211,9 @@ def test_prompts_that_come_together(fresh: Engine) -> None:
     assert [result.usage.cached_tokens for result in results] == [32, 288]
 
 
-def test_known_rows_are_not_counted_as_rows(fresh: Engine) -> None:
-    """Beside a sequence that decodes, a prompt that is known takes one step."""
+def test_known_rows_are_not_counted_as_rows(fresh: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a sequence that decodes, a prompt that is known takes one step; and it counts as a short one."""
+    monkeypatch.setattr(fresh.decoder, "prompt_rows", PromptRows(64, 64))
     ids = some_ids(6, 400)
     assert cached(fresh, ids) == 0
     decoder = fresh.decoder
@@ -217,11 +221,11 @@ def test_known_rows_are_not_counted_as_rows(fresh: Engine) -> None:
     decoder.step()
     known, unknown = (
         decoder.admit(decoder.prepare(GenerationRequest(tuple(each), 5, ignore_eos=True)))
-        for each in (ids, some_ids(7, 400))
+        for each in (ids, some_ids(7, 300))
     )
     decoder.step()
     assert (len(known.token_ids), known.cached_tokens) == (1, 384)
-    assert len(unknown.pending) == 400 - (PREFILL_ROWS_BESIDE - 16)
+    assert len(unknown.pending) == 300 - (64 - 16)
     for sequence in (decoding, known, unknown):
         decoder.finish(sequence)
 
@@ -512,7 +516,7 @@ print("done")
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("threads", ["1", "2"])
+@pytest.mark.parametrize("threads", ["1", pytest.param("2", marks=needs_helpers)])
 def test_a_forked_copy_has_its_own(threads: str) -> None:
     done = subprocess.run([sys.executable, "-c", FORKED, threads], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -128,7 +128,7 @@ def test_chunks_and_company_change_nothing(engine: Engine, prompt_tokens: int, c
 
 
 def test_rows_with_logits_are_few_a_step(engine: Engine) -> None:
-    """By hand: a step reads at most 64 rows of scored prompts, in their order, and other prompts beside them."""
+    """By hand: a step reads at most 64 rows of scored prompts, the shortest first, and other prompts beside them."""
     decoder = engine.decoder
     scored = [admit(engine, [7] * n, 1, prompt_logprobs=0) for n in (100, 40)]
     plain = admit(engine, [7] * 200, 1)
@@ -136,8 +136,8 @@ def test_rows_with_logits_are_few_a_step(engine: Engine) -> None:
     while decoder.running:
         decoder.step()
         left.append([len(sequence.pending) for sequence in (*scored, plain) if not sequence.token_ids])
-    # 64 of the first, then its other 36 with 28 of the second; of the third what is left of 256, until some decode.
-    assert left[:3] == [[36, 40, 8], [12], []]
+    # All of the second and 24 of the first; of the third what is left of 256. Each ends with its first token.
+    assert left[:3] == [[76, 8], [12], []]
     assert [len(sequence.prompt_logprobs) for sequence in scored] == [100, 40]
 
 

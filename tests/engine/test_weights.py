@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import shutil
@@ -14,12 +13,13 @@ import pytest
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from support.machines import needs_helpers
 from support.running import GOLDEN
 
 from fastgpt2 import Engine
 from fastgpt2.cli import main
 from fastgpt2.engine import machine
-from fastgpt2.engine.kernels import compiled
+from fastgpt2.engine.kernels import machine_code, product
 from fastgpt2.engine.kernels.panels import compute_scales, narrow
 from fastgpt2.engine.loading import load_network
 from fastgpt2.engine.model.config import read_config
@@ -33,13 +33,8 @@ DEMO = Path(str(GOLDEN.parent.parent / "fastgpt2" / "models" / "demo"))
 IDS = [5, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9]
 
 
-# The code for a kind of weights is compiled once for all tests here.
-compile_once = functools.cache(compiled._compile)
-
-
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(compiled, "_compile", compile_once)
     monkeypatch.setenv("FASTGPT2_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -99,8 +94,13 @@ def rounded(kind: str, columns: Array) -> Array:
 
 @pytest.mark.parametrize("kind", ["bfloat16", "int8"])
 @pytest.mark.parametrize("name", ["odd_heads", "untied", "masks_misaligned"])
-def test_what_is_computed_is_float32_of_the_rounded_weights(tmp_path: Path, name: str, kind: str) -> None:
-    """The compact weights must give what a checkpoint of the rounded numbers gives in float32."""
+def test_what_is_computed_is_float32_of_the_rounded_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str
+) -> None:
+    """Compact weights that are widened must give what a checkpoint of the rounded numbers gives in float32.
+
+    Where the CPU has instructions for them, what they are multiplied with is rounded, too: the result is nearly that.
+    """
     source = GOLDEN / "checkpoints" / name
     folder = shutil.copytree(source, tmp_path / "model")
     tensors = load_file(source / "model.safetensors")
@@ -114,8 +114,14 @@ def test_what_is_computed_is_float32_of_the_rounded_weights(tmp_path: Path, name
     save_file(tensors, folder / "model.safetensors")
     vocabulary = read_config(folder).vocab_size
     ids = [i % vocabulary for i in IDS]
-    right, found = logits(load(folder, "float32"), ids), logits(load(source, kind), ids)
-    np.testing.assert_allclose(found, right, rtol=0, atol=1e-4 * float(np.abs(right).max()))
+    right = logits(load(folder, "float32"), ids)
+    largest = float(np.abs(right).max())
+    np.testing.assert_allclose(logits(load(source, kind), ids), right, rtol=0, atol=0.05 * largest)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(machine_code, "_loaded", {})
+    monkeypatch.setattr(product, "form_of", product.Widened)
+    found = logits(load(source, kind), ids)
+    np.testing.assert_allclose(found, right, rtol=0, atol=1e-4 * largest)
     # And the rounding is seen at all.
     assert float(np.abs(found - logits(load(source, "float32"), ids)).max()) > 1e-3 * float(np.abs(right).max())
 
@@ -129,7 +135,7 @@ def test_packed_once_beside_the_float32_file(
     folder = GOLDEN / "checkpoints" / "odd_heads"
     load(folder, "float32")
     load(folder, kind)
-    (compact,) = cache.glob(f"m-*-{kind}.v*.safetensors")
+    (compact,) = cache.glob(f"m-*-{kind}-lines.v*.safetensors")
     assert len(list(cache.glob("*.safetensors"))) == 2
     made = compact.stat()
     again = load(folder, kind)
@@ -174,6 +180,7 @@ def test_pack_makes_the_compact_file(capsys: pytest.CaptureFixture[str]) -> None
     assert "--weights: 'int4' is not one of float32, bfloat16, int8" in capsys.readouterr().err
 
 
+@needs_helpers
 @pytest.mark.processes
 @pytest.mark.parametrize("kind", ["bfloat16", "int8"])
 def test_processes_and_batches(kind: str) -> None:

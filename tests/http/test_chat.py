@@ -245,7 +245,7 @@ def test_a_model_without_a_template_is_a_404_that_names_the_other_route(
 def test_a_worker_without_a_template_says_the_same(turns: Turns, client: Client) -> None:
     job = client.enqueue(HELLO)
     turns.until(lambda: job.status() == "failed", "the job to fail")
-    with pytest.raises(NoChatTemplate, match=r"no chat template: continue prompts, as POST /v1/completions does"):
+    with pytest.raises(NoChatTemplate, match=r"no chat template: continue prompts \(by POST /v1/completions, or"):
         job.result(10)
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Page, expect
 from rq import Queue
 from rq.job import JobStatus
 from rq.results import Result
 from rq.serializers import JSONSerializer
-from support.browser import Tabs, chromium
+from support.browser import Tabs
 from support.running import StartEndpoint
 
 from fastgpt2 import Client
@@ -26,19 +26,6 @@ PROMPT = "A prompt that nobody sees"
 HOSTILE = "</pre><img src=x onerror=\"document.title='taken'\"> \u202eback\u202c \x1b[31m"
 PHONE: Any = {"viewport": {"width": 320, "height": 600}, "color_scheme": "dark"}
 DESK: Any = {"viewport": {"width": 1280, "height": 800}, "color_scheme": "light"}
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture
-def tabs(browser: Browser) -> Iterator[Tabs]:
-    tabs = Tabs(browser)
-    yield tabs
-    tabs.close()
 
 
 @pytest.fixture

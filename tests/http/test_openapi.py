@@ -20,10 +20,16 @@ from fastgpt2.system.up import System
 # What a schema cannot say: how many tokens a text has, and that an idempotency key belongs to one request. So what is
 # refused although the schema allows it is no failure. What is accepted although it does not, is.
 EXCLUDED = "positive_data_acceptance"
-# A job may fail, and may be given no time.
-CONFIGURATION = """
+SAME_BODY = ("/generate", "/generate_stream")
+# A job may fail, and may be given no time. All values of each field are tried on one of the two routes with the same
+# body; examples and drawn values on both.
+CONFIGURATION = f"""
 [checks.not_a_server_error]
 expected-statuses = ["2xx", "3xx", "4xx", 502, 503, 504]
+
+[[operations]]
+include-name = "POST {SAME_BODY[1]}"
+phases.coverage.enabled = false
 """
 
 
@@ -49,6 +55,8 @@ def operations() -> Iterator[tuple[str, str]]:
 def test_schemathesis_finds_no_fault(start_endpoint: StartEndpoint, start_worker: StartWorker, tmp_path: Path) -> None:
     start_worker(FASTGPT2_CHAT_TEMPLATE=str(GOLDEN / "chat_templates" / "human-and-assistant.jinja"))
     endpoint = start_endpoint("--timeout", "2")
+    bodies = [document()["paths"][path]["post"]["requestBody"]["content"] for path in SAME_BODY]
+    assert bodies[0] == bodies[1]
     (tmp_path / "schemathesis.toml").write_text(CONFIGURATION)
     done = subprocess.run(
         [

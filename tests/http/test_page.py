@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, Route, expect
-from support.browser import Tabs, chromium
+from playwright.sync_api import Page, Route, expect
+from support.browser import Tabs
 from support.running import GOLDEN, StartEndpoint, wait_until
 
 from fastgpt2 import Client, Engine, Job
@@ -41,20 +41,6 @@ SET_HIDDEN = """(hidden) => {
     Object.defineProperty(document, "hidden", { value: hidden, configurable: true });
     document.dispatchEvent(new Event("visibilitychange"));
 }"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """Run a browser for this module only: while playwright runs, `asyncio.run` refuses, as the thread has a loop."""
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture
-def tabs(browser: Browser) -> Iterator[Tabs]:
-    tabs = Tabs(browser)
-    yield tabs
-    tabs.close()
 
 
 @contextmanager

@@ -18,8 +18,8 @@ import pytest
 import trustme
 from axe_playwright_python.sync_playwright import Axe
 from openai import OpenAI
-from playwright.sync_api import Browser, Page, expect
-from support.browser import Tabs, chromium
+from playwright.sync_api import Page, expect
+from support.browser import Tabs
 from support.nginx import free_ports, require_nginx, running_nginx
 from support.running import GOLDEN, RunningEndpoint, wait_until
 
@@ -108,19 +108,6 @@ def start(stack: ExitStack, system: System, log: Path, *options: str, **more: st
     stack.callback(process.kill)
     wait_until(lambda: "endpoint on" in log.read_text(), "the endpoint to listen")
     return RunningEndpoint(process, log)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture
-def tabs(browser: Browser) -> Iterator[Tabs]:
-    tabs = Tabs(browser)
-    yield tabs
-    tabs.close()
 
 
 def try_box(page: Page) -> None:

@@ -281,7 +281,7 @@ class TestAlone:
                 assert (caught.value.code, caught.value.headers["retry-after"]) == (429, "1")
                 error = json.loads(caught.value.read())
                 assert error["error_type"] == "overloaded"
-                assert "1 jobs wait, the limit is 1" in error["error"]
+                assert "1 job waits, the limit is 1" in error["error"]
                 assert client.connection.llen("rq:queue:fastgpt2") == 1
             finally:
                 process.terminate()

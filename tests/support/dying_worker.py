@@ -15,7 +15,7 @@ from typing import Any
 from redis.connection import Connection
 
 from fastgpt2.cli import main
-from fastgpt2.engine.network.attention import Attention
+from fastgpt2.engine.network.step import Step
 from fastgpt2.worker import ledger
 from fastgpt2.worker.batch import Batch, End, EndKind
 from fastgpt2.worker.claims import Claims
@@ -90,11 +90,12 @@ def in_a_layer(generated: int) -> None:
 
     Batch.__init__ = init  # type: ignore[assignment,method-assign]
 
-    def far_enough(_self: Attention, layer: int) -> bool:
+    def far_enough(_self: Step) -> bool:
         decoding = known[0].decoding if known else []
-        return layer == 1 and any(len(s.token_ids) >= generated for job in decoding for s in job.sequences)
+        return any(len(s.token_ids) >= generated for job in decoding for s in job.sequences)
 
-    before(Attention, "run", far_enough)
+    # A step asks this when all layers have run and the logits have not.
+    before(Step, "rows_with_logits", far_enough)
 
 
 def poisoned(batch: Batch) -> bool:

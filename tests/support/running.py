@@ -29,13 +29,25 @@ WaitFor = Callable[..., None]
 StartWorker = Callable[..., subprocess.Popen[str]]
 
 
+@dataclass(frozen=True, slots=True)
+class SharedWorker:
+    """A worker that several tests have, one after the other."""
+
+    queue: str
+    process: subprocess.Popen[str]
+
+
 def wait_until(condition: Callable[[], object], what: str, seconds: float = 60.0) -> None:
-    """Poll a condition up to a deadline; fails the test with `what` when it passes."""
-    deadline = time.monotonic() + seconds
+    """Poll a condition up to a deadline; fails the test with `what` when it passes.
+
+    What takes longer is looked at less often: mostly a process starts, and the looks take its core from it.
+    """
+    began = time.monotonic()
     while not condition():
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - began
+        if waited > seconds:
             pytest.fail(f"waited {seconds} s for: {what}")
-        time.sleep(0.01)
+        time.sleep(0.01 if waited < 0.2 else 0.03)
 
 
 def has_ended(pid: int) -> bool:

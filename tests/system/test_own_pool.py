@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -194,8 +195,20 @@ class TestWhichPool:
         assert (run._values["kv_memory"], run._values["log_level"]) == (10**6, "WARNING")
         assert run._values["workers"] == 1, "no more than jobs at once"
 
-    @pytest.mark.parametrize(("options", "count"), [([], usable_cores()), (["--threads", "512"], 1)])
-    def test_workers_take_all_cores(self, options: list[str], count: int) -> None:
+    @pytest.mark.parametrize(
+        ("machine", "options", "count"),
+        [
+            ("x86_64", [], usable_cores()),
+            ("x86_64", ["--threads", "512"], 1),
+            # There a worker has one core, whatever was asked for.
+            ("aarch64", ["--threads", "512"], usable_cores()),
+        ],
+    )
+    def test_workers_take_all_cores(
+        self, monkeypatch: pytest.MonkeyPatch, machine: str, options: list[str], count: int
+    ) -> None:
+        monkeypatch.setattr(sys, "platform", "linux")
+        monkeypatch.setattr(platform, "machine", lambda: machine)
         run = pool_of_run(values_of("--model", "demo", *options))
         assert isinstance(run, OwnPool)
         assert run._values["workers"] == count

@@ -116,7 +116,7 @@ def test_a_second_signal_hurries_the_stop(start_up: StartUp, tmp_path: Path) -> 
         jobs = [client.enqueue("My name is", max_new_tokens=480, ignore_eos=True) for _ in range(8)]
         wait_until(lambda: all(job.status() == "started" for job in jobs), "the jobs to start")
     process.terminate()
-    wait_until(lambda: "a second signal gives them back" in log.read_text(), "the worker to be told")
+    wait_until(lambda: "a second signal gives back all" in log.read_text(), "the worker to be told")
     process.terminate()
     assert process.wait(60) == 0
     assert "8 jobs given back to the queue" in log.read_text()
@@ -133,7 +133,7 @@ def test_jobs_that_end_with_the_embedded_redis_are_told(start_up: StartUp) -> No
         wait_until(lambda: job.status() == "started", "the job to start")
         client.enqueue("My name is", priority="low")
     process.terminate()
-    wait_until(lambda: "a second signal gives them back" in log.read_text(), "the worker to be told")
+    wait_until(lambda: "a second signal gives back all" in log.read_text(), "the worker to be told")
     process.terminate()
     assert process.wait(60) == 0
     assert "2 jobs that had not been finished are gone with the embedded Redis; --redis-dir" in log.read_text()

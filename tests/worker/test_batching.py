@@ -24,11 +24,14 @@ from support.running import GOLDEN, StartWorker, wait_until
 from support.turns import Turns
 
 from fastgpt2 import Engine
+from fastgpt2.engine.decoding.prompt_rows import PromptRows
+from fastgpt2.engine.decoding.records import GenerationRequest
 from fastgpt2.protocol.connection import connect
 from fastgpt2.protocol.keys import PARTIAL_META, Priority, queue_of, stream_key
 from fastgpt2.protocol.scripts import execute
 from fastgpt2.system.redis_server import RedisServer
 from fastgpt2.worker import worker as generation_worker
+from fastgpt2.worker.batch import MOST_UNREAD, Batch
 from fastgpt2.worker.worker import GenerationWorker
 
 TASK = "fastgpt2.worker.tasks.generate"
@@ -147,6 +150,36 @@ def test_urgent_jobs_first_and_none_is_starved(turns: Turns, queue: Queue, redis
     assert names[:16] == [*["high"] * 3, "normal"] * 3 + ["high"] * 3 + ["low"]
     assert names[16:20] == ["high", "high", "high", "normal"]
     assert max(i for i, name in enumerate(names) if name == "high") < 24
+
+
+def test_of_claimed_prompts_the_urgent_and_the_short_ones_are_read_first(
+    turns: Turns, queue: Queue, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By hand: of 8 rows beside the job that decodes, the short normal prompt waits for the long urgent one's 20."""
+    monkeypatch.setattr(turns.worker.engine.decoder, "prompt_rows", PromptRows(8, 8))
+    urgent = Queue(queue_of(queue.name, "high"), connection=redis, serializer=JSONSerializer)
+    decoding = queue.enqueue(TASK, "a", max_new_tokens=60, ignore_eos=True)
+    turns.until(lambda: len(turns.worker.batch) and tokens_so_far(turns, decoding), "a job to decode")
+    of_queues = (queue, 20), (queue, 6), (urgent, 20)
+    jobs = [of.enqueue(TASK, [7] * tokens, max_new_tokens=30, ignore_eos=True) for of, tokens in of_queues]
+    turns.until(lambda: len(turns.worker.batch) == 4, "all to be claimed")
+    begun_in: list[int] = []
+    while len(begun_in) < 3:
+        begun_in += [n for n, job in enumerate(jobs) if n not in begun_in and tokens_so_far(turns, job)]
+        turns.take()
+    assert begun_in == [2, 1, 0]
+
+
+def test_no_more_jobs_are_claimed_while_prompts_keep_the_worker_busy(turns: Turns, queue: Queue) -> None:
+    long = [queue.enqueue(TASK, [7] * 400, max_new_tokens=2, ignore_eos=True) for _ in range(3)]
+    batch, decoder = turns.worker.batch, turns.worker.engine.decoder
+    seen = set[bool]()
+    while not finished(*long):
+        turns.take()
+        unread = sum(len(sequence.pending) for sequence in decoder.running if not sequence.token_ids)
+        assert batch.room() == (0 if unread > MOST_UNREAD else SLOTS - len(decoder.running))
+        seen.add(unread > MOST_UNREAD)
+    assert seen == {True, False}
 
 
 def test_an_idle_worker_takes_from_every_queue_at_once(
@@ -392,6 +425,36 @@ def test_what_does_not_fit_into_the_memory_waits(redis_server: RedisServer, queu
     assert {tuple(ids_of(job)[:100]) for job in jobs} == {tuple(ENTRY["ids"])}
     worker._claims.close()
     worker.sign_off()
+
+
+def test_as_many_jobs_are_taken_as_are_decoded_together_now(engine: Engine) -> None:
+    """How many pay is learnt while jobs run; those that run go on."""
+    batch, cache = Batch(engine), engine.decoder.model.cache
+    sequences = [engine.decoder.admit(engine.decoder.prepare(GenerationRequest("I"))) for _ in range(3)]
+    try:
+        cache.usable_slots = 2
+        assert batch.room() == 2
+        assert not cache.has_room(1), "three run"
+        engine.decoder.finish(sequences.pop())
+        assert not cache.has_room(1), "two run"
+        engine.decoder.finish(sequences.pop())
+        assert cache.has_room(1)
+    finally:
+        cache.usable_slots = SLOTS
+        for sequence in sequences:
+            engine.decoder.finish(sequence)
+
+
+def test_what_a_workers_steps_have_taught_is_kept_when_it_ends(
+    engine: Engine, redis_server: RedisServer, queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = GenerationWorker(engine, connect(redis_server.url), queue.name)
+    kept: list[int] = []
+    monkeypatch.setattr(engine.learnt_times, "keep", lambda: kept.append(worker.batch.steps))
+    queue.enqueue(TASK, ENTRY["prompt"], max_new_tokens=5)
+    assert worker.work(burst=True)
+    assert kept == [worker.batch.steps]
+    assert kept[0] >= 5
 
 
 def _bytes_of_a_sequence() -> int:

@@ -174,7 +174,7 @@ def test_killed_at_any_stage_nothing_is_lost(
 
 
 @pytest.mark.parametrize("stage", ["mid-decode", "before the commit"])
-@pytest.mark.parametrize(("texts", "slots"), [(1, "4"), (3, "4"), (3, "2")])
+@pytest.mark.parametrize(("texts", "slots"), [(1, "4"), (3, "2")])
 def test_killed_in_mid_text_a_drawn_text_goes_on_where_it_stopped(
     start_pool: StartPool, client: Client, engine: Engine, tmp_path: Path, stage: str, texts: int, slots: str
 ) -> None:

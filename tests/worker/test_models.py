@@ -349,6 +349,13 @@ def test_the_queues_of_one_priority_take_turns(claims: Claims, redis: Redis, que
     assert urgent[:6] == [names[0], names[1], names[2]] * 2
 
 
+def test_jobs_are_as_urgent_as_their_queue_whatever_its_model(claims: Claims, redis: Redis, queue_name: str) -> None:
+    names = queues_of(queue_name, ["a", "b"])
+    fill(redis, names, 1)
+    urgency = {queue.name: claims.urgency(queue) for queue, _ in claims.claim(9) or ()}
+    assert [urgency[name] for name in names] == [0, 0, 0, -1, -1, -1, -2, -2, -2]
+
+
 def test_an_empty_queue_gives_no_other_two_turns(claims: Claims, redis: Redis, queue_name: str) -> None:
     fill(redis, [queue_name, f"{queue_name}@b"], 20)
     taken = [queue.name for queue, _ in claims.claim(20) or ()]

@@ -142,30 +142,25 @@ def test_the_model_is_loaded_once(queue: Queue, start_worker: StartWorker, tmp_p
     assert not any("prompt 0" in line for line in lines), "prompts stay out of the log"
 
 
-@pytest.mark.parametrize(
-    ("enqueue", "reason"),
-    [
-        (lambda q: q.enqueue("os.system", "exit 1"), r"BadRequest: the job names the function 'os.system'"),
-        (lambda q: q.enqueue(TASK, "a", num_beams=4), "BadRequest: num_beams is refused"),
-        (lambda q: q.enqueue(TASK), "BadRequest: prompt is missing"),
-        (lambda q: q.enqueue(TASK, "the " * 5000), "PromptTooLong: prompt tokens .*, over the model's 512 positions"),
-        (
-            lambda q: q.enqueue(TASK, "a", max_new_tokens=10_000),
-            "PromptTooLong: prompt tokens 1 and max_new_tokens 10000 make 10001",
+def test_what_cannot_be_done_fails_with_a_sentence(queue: Queue, start_worker: StartWorker, tmp_path: Path) -> None:
+    """And the job that comes with them is served."""
+    refused = {
+        "BadRequest: the job names the function 'os.system'": queue.enqueue("os.system", "exit 1"),
+        "BadRequest: num_beams is refused": queue.enqueue(TASK, "a", num_beams=4),
+        "BadRequest: prompt is missing": queue.enqueue(TASK),
+        "PromptTooLong: prompt tokens .*, over the model's 512 positions": queue.enqueue(TASK, "the " * 5000),
+        "PromptTooLong: prompt tokens 1 and max_new_tokens 10000 make 10001": queue.enqueue(
+            TASK, "a", max_new_tokens=10_000
         ),
-        (lambda q: q.enqueue(TASK, "a\ud800"), "lone surrogate"),
-    ],
-)
-def test_what_cannot_be_done_fails_with_a_sentence(
-    queue: Queue, start_worker: StartWorker, enqueue: Any, reason: str, tmp_path: Path
-) -> None:
-    job = enqueue(queue)
+        "lone surrogate": queue.enqueue(TASK, "a\ud800"),
+    }
     after = queue.enqueue(TASK, ENTRY["prompt"], max_new_tokens=3, ignore_eos=True)
     start_worker()
-    recorded = failure(job)
-    assert "Traceback" not in recorded
-    assert len(recorded.strip().splitlines()) == 1
-    assert re.search(reason, recorded), recorded
+    for reason, job in refused.items():
+        recorded = failure(job)
+        assert "Traceback" not in recorded
+        assert len(recorded.strip().splitlines()) == 1
+        assert re.search(reason, recorded), recorded
     wait_for_status(after, "finished")
     assert value_of(after)["token_ids"] == ENTRY["ids"][:3]
     assert "Traceback" not in (tmp_path / "worker-0.log").read_text()
@@ -233,32 +228,33 @@ def test_prompts_are_logged_if_asked_for(queue: Queue, start_worker: StartWorker
     assert f'job {job.id}: "Once upon a\\ntime"' in (tmp_path / "worker-0.log").read_text()
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"created_at": "yesterday"},
-        {"status": "confused"},
-        {"timeout": "soon"},
-        {"result_ttl": "x"},
-        {"retry_intervals": "{"},
-        {"meta": "\x80"},
-        {"data": ""},
-        {"webhooks": "[{}]"},
-        {"dependency_ids": "["},
-    ],
-)
-def test_a_mangled_entry_ends_no_worker(
-    queue: Queue, redis: Redis, start_worker: StartWorker, fields: dict[str, str]
-) -> None:
-    mangled = queue.enqueue(TASK, ENTRY["prompt"], max_new_tokens=2)
-    for field, value in fields.items():
-        redis.hset(mangled.key, field, value)
-    after = queue.enqueue(TASK, ENTRY["prompt"], max_new_tokens=3, ignore_eos=True)
+MANGLED = {
+    "created_at": "yesterday",
+    "status": "confused",
+    "timeout": "soon",
+    "result_ttl": "x",
+    "retry_intervals": "{",
+    "meta": "\x80",
+    "data": "",
+    "webhooks": "[{}]",
+    "dependency_ids": "[",
+}
+
+
+def test_mangled_entries_end_no_worker(queue: Queue, redis: Redis, start_worker: StartWorker) -> None:
+    """Each is mangled in another field, and comes between two that are served."""
+    mangled, others = list[Job](), list[Job]()
+    for field, value in MANGLED.items():
+        mangled.append(queue.enqueue(TASK, ENTRY["prompt"], max_new_tokens=2))
+        redis.hset(mangled[-1].key, field, value)
+        others.append(queue.enqueue(TASK, ENTRY["prompt"], max_new_tokens=3, ignore_eos=True))
     process = start_worker()
-    wait_for_status(after, "finished")
+    for job in others:
+        wait_for_status(job, "finished")
     assert process.poll() is None
-    assert redis.hget(mangled.key, "status") in (b"failed", b"finished")
-    assert redis.exists(f"rq:results:{mangled.id}")
+    for field, job in zip(MANGLED, mangled, strict=True):
+        wait_until(lambda job=job: redis.exists(f"rq:results:{job.id}"), f"the end of that with {field}")  # type: ignore[misc]
+        assert redis.hget(job.key, "status") in (b"failed", b"finished"), field
     assert queue.intermediate_queue.get_job_ids() == []
 
 
@@ -272,9 +268,9 @@ def test_data_that_inflates_beyond_the_limit_is_refused(queue: Queue, redis: Red
     assert int(peak[1]) < 250_000
 
 
-def test_a_job_for_later_is_run(queue: Queue, start_worker: StartWorker) -> None:
+@pytest.mark.usefixtures("served")
+def test_a_job_for_later_is_run(queue: Queue) -> None:
     """RQ's own scheduler is a process of its own; here the worker does its work."""
-    start_worker()
     later = queue.enqueue_in(timedelta(seconds=1), TASK, ENTRY["prompt"], max_new_tokens=2)
     assert status(later) == "scheduled"
     again = queue.enqueue(TASK, "a", num_beams=4, retry=RQRetry(max=1, interval=1))
@@ -389,7 +385,7 @@ def test_a_second_signal_gives_the_job_back_to_the_front(
     wait_for_status(job, "started")
     process.terminate()
     log = tmp_path / "worker-0.log"
-    wait_until(lambda: "a second signal gives them back" in log.read_text(), "the worker to see the first signal")
+    wait_until(lambda: "a second signal gives back all" in log.read_text(), "the worker to see the first signal")
     process.terminate()
     assert process.wait(60) == 0
     assert queue.job_ids == [job.id, waiting.id]
@@ -433,8 +429,8 @@ def test_sigint_stops_an_idle_worker_at_once(queue: Queue, redis: Redis, start_w
     assert redis.scard(f"rq:workers:{queue.name}") == 0
 
 
-def test_a_stop_command_ends_a_running_job(queue: Queue, redis: Redis, start_worker: StartWorker) -> None:
-    start_worker()
+@pytest.mark.usefixtures("served")
+def test_a_stop_command_ends_a_running_job(queue: Queue, redis: Redis) -> None:
     job = queue.enqueue(TASK, ENTRY["prompt"], **LONG)
     wait_for_status(job, "started")
     send_stop_job_command(redis, job.id, serializer=JSONSerializer)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fastgpt2.api.client.enqueue import IdempotencyKey, JobPlan
 from fastgpt2.api.client.flow import Command, Flow
 from fastgpt2.errors import BadRequest, TokenLimitReached
+from fastgpt2.plurals import counted
 from fastgpt2.protocol.keys import account_jobs_key, account_key, usage_key
 from fastgpt2.protocol.scripts import Script
 
@@ -84,9 +85,10 @@ class Admission:
         verdict, jobs, tokens, debt = (float(one) for one in reply)
         self.room = Room(int(jobs), tokens)
         if verdict == 1:
+            token = f"the token {self.token}"
             raise TokenLimitReached(
-                f"{self.room.jobs} jobs of the token {self.token} wait or run, and the limit is {self._waiting}: try "
-                "again when one has ended"
+                f"{counted(self.room.jobs, f'job of {token} waits or runs', f'jobs of {token} wait or run')}, and the "
+                f"limit is {self._waiting}: try again when one has ended"
             )
         if verdict == 2:
             raise self._minute_error(debt)
@@ -97,12 +99,15 @@ class Admission:
         over = debt - self._per_minute
         if over < 0:
             return TokenLimitReached(
-                f"the jobs of the token {self.token} that wait or run may use up its {self._per_minute} tokens a "
-                "minute: try again when one has ended, or ask for fewer new tokens"
+                f"the jobs of the token {self.token} that wait or run may use up its "
+                f"{counted(self._per_minute, 'token')} a minute: try again when one has ended, or ask for "
+                "fewer new tokens"
             )
         seconds = max(1, math.ceil((over + 1) * 60 / self._per_minute))
         return TokenLimitReached(
-            f"the token {self.token} has used its {self._per_minute} tokens a minute: try again in {seconds} s", seconds
+            f"the token {self.token} has used its {counted(self._per_minute, 'token')} a minute: try again in "
+            f"{seconds} s",
+            seconds,
         )
 
     def release(self, job_ids: Sequence[str]) -> Flow[None]:

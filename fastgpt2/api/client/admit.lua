@@ -5,16 +5,16 @@
 -- A request is let in while there is any room, so that the limit is passed by one request at most, and what is used
 -- beyond is waited for. First all that workers have told since is taken into account, each end at its own moment.
 --
--- Workers tell of jobs that they ran. Those that ended otherwise (cancelled in the queue, expired, deleted) are found by
--- a look at some jobs each time, those first at which nobody has looked for longest; at many, before a refusal.
+-- Workers tell of jobs that they ran. Those that ended otherwise (cancelled in the queue, expired, deleted) are found
+-- by a look at some jobs each time, those first at which nobody has looked for longest; at many, before a refusal.
 --
--- KEYS: for each job, the hash kept of its idempotency key; none if the request has no such key. The account's are no keys: then a user of Redis would need
---       all these rights to jobs and queues too.
--- ARGV: 1 the account; 2 the jobs that have room, each with the moment when it was last looked at, in ms; 3 the stream of
---       what jobs have used; 4 how many jobs may wait or run, or 0; 5 how many tokens a minute may be used, or 0; 6 and
---       on: the ids of the jobs, each with how many tokens it may use.
--- Returns 0 if there is room, 1 if there are too many jobs, 2 if the minute's tokens are used up; the number of jobs that
---         have room now; how many tokens are used or reserved; how many are used. The latter two are texts.
+-- KEYS: for each job, the hash kept of its idempotency key; none if the request has no such key. The account's are no
+--       keys: then a user of Redis would need all these rights to jobs and queues too.
+-- ARGV: 1 the account; 2 the jobs that have room, each with the moment when it was last looked at, in ms; 3 the stream
+--       of what jobs have used; 4 how many jobs may wait or run, or 0; 5 how many tokens a minute may be used, or 0; 6
+--       and on: the ids of the jobs, each with how many tokens it may use.
+-- Returns 0 if there is room, 1 if there are too many jobs, 2 if the minute's tokens are used up; the number of jobs
+--         that have room now; how many tokens are used or reserved; how many are used. The latter two are texts.
 local time = redis.call("TIME")
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local stamp = string.format("%.0f", now)
@@ -97,8 +97,8 @@ if jobs > 0 then
     end
     if verdict == 0 then
         for _, i in ipairs(new) do
-            -- One that is there already is about to be requeued. Until it is, its status is that of an end, which must not
-            -- take its room away again: as if looked at in half a minute.
+            -- One that is there already is about to be requeued. Until it is, its status is that of an end, which must
+            -- not take its room away again: as if looked at in half a minute.
             give_back(ARGV[i])
             local there = type(redis.pcall("HGET", "$JOB_PREFIX" .. ARGV[i], "status")) == "string"
             redis.call("ZADD", jobs_key, there and string.format("%.0f", now + 30000) or stamp, ARGV[i])

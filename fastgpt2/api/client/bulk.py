@@ -34,6 +34,7 @@ from fastgpt2.engine.decoding.records import GenerationResult, list_stops
 from fastgpt2.errors import BadRequest, FastGPT2Error, ModelUnknown, NotDurable
 from fastgpt2.fields import refusal
 from fastgpt2.foreign_fields import refuse_unknown
+from fastgpt2.plurals import counted
 from fastgpt2.prompt_lists import iterate_prompts
 from fastgpt2.protocol.keys import job_key, results_key
 
@@ -251,7 +252,8 @@ class BulkRun:
         if time.monotonic() - self._unconfirmed_since > RECONNECT_SECONDS:
             raise NotDurable(
                 f"for {RECONNECT_SECONDS:g} s, what was enqueued has not become durable, so that the "
-                f"{len(self._readers)} jobs in flight are cancelled: {self._session.durability.what_is_missing(reply)}",
+                f"{counted(len(self._readers), 'job in flight is', 'jobs in flight are')} cancelled: "
+                f"{self._session.durability.what_is_missing(reply)}",
                 [reader.id for reader in self._readers.values()],
             )
 

@@ -1,14 +1,16 @@
 -- Cancel a job, as `rq.job.Job.cancel` does (status, queue, registries), but only one that has not ended, and let what
 -- is left of it expire. As it is one script, it cannot overwrite the end that a worker writes at the same moment. RQ
--- registers cancelled jobs for ever; here, some whose hash has expired are taken off on the way. Those who wait for jobs
--- of the queue hear of it by an entry in a stream; should this user lack the right to write one, they ask before long.
+-- registers cancelled jobs for ever; here, some whose hash has expired are taken off on the way. Those who wait for
+-- jobs of the queue hear of it by an entry in a stream; should this user lack the right to write one, they ask before
+-- long.
 --
 -- KEYS: 1 the job's hash. The totals are no key: then a user of Redis would need all rights to them, not only to count.
 -- ARGV: 1 the job's id; 2 for how many seconds to keep the job if it does not say; 3 the key of a pool's totals;
 --       4 and on: the plain queues of this pool. The cancellation of a job of another pool is not counted.
 -- Returns 1 if the job is cancelled, 0 if it had ended, -1 if there is no such job.
 -- include count
-local status, origin, ttl, limit = unpack(redis.call("HMGET", KEYS[1], "status", "origin", "result_ttl", "rate_limit_key"))
+local known = redis.call("HMGET", KEYS[1], "status", "origin", "result_ttl", "rate_limit_key")
+local status, origin, ttl, limit = unpack(known)
 if not status then
     return -1
 end
@@ -21,7 +23,8 @@ if ttl <= 0 then
 end
 redis.call("HSET", KEYS[1], "status", "canceled")
 redis.call("EXPIRE", KEYS[1], ttl)
--- A job with one of RQ's rate limits stays in its queue, where a worker finds it and frees its slot for those behind it.
+-- A job with one of RQ's rate limits stays in its queue, where a worker finds it and frees its slot for those behind
+-- it.
 if not limit then
     redis.call("LREM", "$QUEUE_PREFIX" .. origin, 0, ARGV[1])
 end

@@ -9,6 +9,7 @@ from fastgpt2 import settings
 from fastgpt2.api.client.flow import Command, Flow
 from fastgpt2.errors import NotDurable
 from fastgpt2.fields import refusal
+from fastgpt2.plurals import counted
 from fastgpt2.protocol.connection import without_password
 from fastgpt2.protocol.durability import DISK, MEMORY, REPLICA, confirming, count_confirmed, why_unfit
 
@@ -69,7 +70,7 @@ class Durability:
     def shortfall(self, job_ids: Sequence[str], reply: Any) -> NotDurable:
         """Return the error to raise where Redis has not confirmed in time."""
         shown = ", ".join(job_ids[:MOST_SHOWN]) + (" and more" if len(job_ids) > MOST_SHOWN else "")
-        jobs = f"{len(job_ids)} jobs are" if len(job_ids) > 1 else "1 job is"
+        jobs = counted(len(job_ids), "job is", "jobs are")
         return NotDurable(f"{jobs} enqueued and may run ({shown}), but {self.what_is_missing(reply)}", job_ids)
 
     def what_is_missing(self, reply: Any) -> str:

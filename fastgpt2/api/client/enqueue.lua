@@ -1,7 +1,8 @@
 -- Put a job into its queue, unless no worker serves the model that it names, the queue is full, or an earlier request
 -- with the same idempotency key asked for it.
--- The script may be repeated: a job that is there already was sent by the same client, which did not hear the answer. So
--- that WAIT and WAITAOF, which confirm what a connection has written, confirm that job too, something is written anyway.
+-- The script may be repeated: a job that is there already was sent by the same client, which did not hear the answer.
+-- So that WAIT and WAITAOF, which confirm what a connection has written, confirm that job too, something is written
+-- anyway.
 --
 -- KEYS: 1 the job's hash; 2 its queue; 3 the set of queues; 4 and on: the queues that count towards the limit, beside
 --       those of the models that the pool remembers; the last one: the hash kept of the idempotency key, or the job's

@@ -10,6 +10,7 @@ from fastgpt2.api.client.enqueue import JobPlan
 from fastgpt2.api.client.flow import Command, Flow, Pipeline
 from fastgpt2.engine.decoding.records import GenerationRequest
 from fastgpt2.errors import PromptTooLong
+from fastgpt2.plurals import counted
 from fastgpt2.protocol.keys import MODEL_FIELD, MODELS_FIELD, NAMED_ONLY_FIELD, workers_key
 from fastgpt2.protocol.untrusted import read_model_list, whole
 
@@ -20,7 +21,7 @@ _LIMIT_FIELDS = ("n_positions", "longest_token_bytes", MODEL_FIELD, MODELS_FIELD
 
 @dataclass(frozen=True, slots=True)
 class ModelLimit:
-    """What a model can take: so many positions, with no token of its tokenizer longer than so many bytes."""
+    """What a model can take: N positions, and no token of its tokenizer is longer than M bytes."""
 
     n_positions: int
     longest_token_bytes: int
@@ -90,13 +91,13 @@ class ModelLimits:
         if isinstance(request.prompt, str):
             size = len(request.prompt.encode())
             tokens = max(1, -(-size // limit.longest_token_bytes))
-            has, needs = f"{size} bytes, so at least {tokens} tokens", f"{tokens} or more"
+            has, needs = f"{counted(size, 'byte')}, so at least {counted(tokens, 'token')}", f"{tokens} or more"
         else:
             tokens = max(1, len(request.prompt))
-            has, needs = f"{tokens} tokens", str(tokens)
+            has, needs = counted(tokens, "token"), str(tokens)
         most = request.most_prompt_tokens(n_positions)
         if most is not None and tokens > most:
-            tokens, has, needs = most, f"{most} tokens that are kept", str(most)
+            tokens, has, needs = most, counted(most, "token that is kept", "tokens that are kept"), str(most)
         if tokens + request.least_room > n_positions:
             raise PromptTooLong(f"the prompt has {has}, over {request.describe_positions(n_positions)}: shorten it")
         room = n_positions - tokens

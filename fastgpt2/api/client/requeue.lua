@@ -1,14 +1,15 @@
--- Put a failed job back into its queue, as `rq.registry.FailedJobRegistry.requeue` does. As it is one script, two who ask
--- at the same moment requeue the job once. What an entry keeps of its failures (attempts, crashes, results) stays.
+-- Put a failed job back into its queue, as `rq.registry.FailedJobRegistry.requeue` does. As it is one script, two who
+-- ask at the same moment requeue the job once. What an entry keeps of its failures (attempts, crashes, results) stays.
 --
 -- KEYS: 1 the job's hash.
--- ARGV: 1 the job's id; 2 the time, as RQ writes it; 3 the time in seconds since 1970; 4 how many jobs may wait, or 0 for
---       no limit; 5 the key of the pool's totals, where a refusal is counted; 6 the key of the names of models that are
---       served; 7 the name of the token whose job it is from now on, or "" if that stays as it is; 8 and on: the plain
---       queues of the pool.
--- Returns {"requeued"}; {"limited", the key of RQ's rate limit, how many of its jobs may run}: the job waits for a slot;
---         {"missing"} if the pool has no such job; {"full", the number of waiting jobs}; {"unserved", the model,
---         the names that are served}; {"ended", status, its queue} for one that has ended, but is not among the failed ones; {"active", status}.
+-- ARGV: 1 the job's id; 2 the time, as RQ writes it; 3 the time in seconds since 1970; 4 how many jobs may wait, or 0
+--       for no limit; 5 the key of the pool's totals, where a refusal is counted; 6 the key of the names of models that
+--       are served; 7 the name of the token whose job it is from now on, or "" if that stays as it is; 8 and on: the
+--       plain queues of the pool.
+-- Returns {"requeued"}; {"limited", the key of RQ's rate limit, how many of its jobs may run}: the job waits for a
+--         slot; {"missing"} if the pool has no such job; {"full", the number of waiting jobs}; {"unserved", the model,
+--         the names that are served}; {"ended", status, its queue} for one that has ended, but is not among the failed
+--         ones; {"active", status}.
 -- include count
 -- include served_names
 local status, origin, ttl, limit, most = unpack(

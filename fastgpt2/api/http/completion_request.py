@@ -15,6 +15,7 @@ from fastgpt2.engine.decoding.records import TOKEN_IDS_SCHEMA, Logprobs, NewToke
 from fastgpt2.errors import BadRequest, FastGPT2Error
 from fastgpt2.fields import Field, fields_of, only, refusal
 from fastgpt2.foreign_fields import OPENAI_NAMES
+from fastgpt2.plurals import counted
 
 # OpenAI's own.
 DEFAULT_MAX_TOKENS = 16
@@ -69,8 +70,8 @@ class CompletionRequest(OpenAIRequest):
         OpenAIRequest.__post_init__(self)
         if len(self.prompt) * self.texts > MAX_TEXTS_OF_A_REQUEST:
             raise BadRequest(
-                f"prompt holds {len(self.prompt)} prompts, for {self.texts} texts each; the limit is "
-                f"{MAX_TEXTS_OF_A_REQUEST} texts a request: send more requests"
+                f"prompt holds {counted(len(self.prompt), 'prompt')}, for {counted(self.texts, 'text')} each; the "
+                f"limit is {MAX_TEXTS_OF_A_REQUEST} texts a request: send more requests"
             )
 
     @property

@@ -14,6 +14,7 @@ from typing import Any
 
 from fastgpt2.api.http.openapi import document
 from fastgpt2.api.page import docs
+from fastgpt2.plurals import counted
 
 Object = Mapping[str, Any]
 
@@ -77,14 +78,14 @@ def _operation(method: str, path: str, operation: Object, parameters: list[Objec
     if sent is not None:
         reference = sent["$ref"].rpartition("/")[2]
         fields = schemas[reference]
-        yield f"<h3>Body: {_type(sent)}</h3><details><summary>{len(fields['properties'])} fields</summary>"
+        yield f"<h3>Body: {_type(sent)}</h3><details><summary>{counted(len(fields['properties']), 'field')}</summary>"
         yield f"{_fields(fields, f'{reference}, the body of {method} {path}')}</details>"
     yield "<h3>Answers</h3>"
     answers = "".join(
         _row(status, _gives(answer), _prose(answer["description"])) for status, answer in operation["responses"].items()
     )
-    errors = len(operation["responses"]) - 1
-    yield f"<details><summary>{next(iter(operation['responses']))} <span>and {errors} errors</span></summary>"
+    errors = counted(len(operation["responses"]) - 1, "error")
+    yield f"<details><summary>{next(iter(operation['responses']))} <span>and {errors}</span></summary>"
     yield f"{_table(f'Answers of {method} {path}', ('Status', 'Gives', ''), answers)}</details></div>"
     if path not in _NOT_TRIED or method != "GET":
         yield from _form(method, path, operation, parameters)

@@ -14,6 +14,7 @@ from urllib.parse import unquote
 
 from fastgpt2.api.http.access import OPEN_ROUTES
 from fastgpt2.errors import FastGPT2Error, ServiceBusy
+from fastgpt2.plurals import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -110,7 +111,8 @@ class Crowd:
         if scope["type"] != "http" or (scope["method"], scope["path"]) in OPEN_ROUTES:
             await self._app(scope, receive, send)
         elif self._served >= self._most:
-            busy = ServiceBusy(f"this endpoint serves {self._most} requests at once, and no more: try again later")
+            most = counted(self._most, "request")
+            busy = ServiceBusy(f"this endpoint serves {most} at once, and no more: try again later")
             await self._refuse(busy, scope)(scope, receive, send)
         else:
             self._served += 1

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from fastgpt2 import settings
 from fastgpt2.errors import BadRequest
+from fastgpt2.plurals import counted
 from fastgpt2.process import HangUp
 from fastgpt2.protocol.keys import TOKEN_NAME
 
@@ -130,7 +131,7 @@ class Tokens:
             *(f"gone: {name}" for name in sorted(before - after)),
         ]
         self._listed = tuple(listed)
-        told = ", ".join([f"{len(listed)} token{'' if len(listed) == 1 else 's'}", *changed])
+        told = ", ".join([counted(len(listed), "token"), *changed])
         log.info("--token-file %s: read again, %s", self.file, told)
 
 

@@ -18,6 +18,7 @@ from fastgpt2.api.client.enqueue import SentJob
 from fastgpt2.api.client.flow import Command, Flow, Pause, Pipeline
 from fastgpt2.api.client.reader import JobReader, ReadLoop
 from fastgpt2.errors import FastGPT2Error
+from fastgpt2.plurals import counted
 from fastgpt2.protocol.keys import job_key, wake_key
 from fastgpt2.protocol.untrusted import is_of_entry
 
@@ -80,7 +81,7 @@ class Watch:
             except Exception as reason:
                 error = reason if isinstance(reason, FastGPT2Error) else FastGPT2Error("an unforeseen error")
                 if error is not reason:
-                    log.exception("unforeseen, while reading for %d jobs", len(self._readers))
+                    log.exception("unforeseen, while reading for %s", counted(len(self._readers), "job"))
                 for reader in list(self._readers):
                     reader.end(error)
             self._drop_ended()

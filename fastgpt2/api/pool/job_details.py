@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastgpt2 import errors
 from fastgpt2.errors import BadRequest, FastGPT2Error, JobStopped, JobTimedOut, ModelError, PoisonJob, PromptTooLong
+from fastgpt2.plurals import counted
 from fastgpt2.protocol.keys import (
     ATTEMPTS_FIELD,
     CRASHES_FIELD,
@@ -257,4 +258,4 @@ def _describe_message(message: Mapping[str, Any]) -> str:
 
 def shorten(value: str, most: int) -> str:
     """Return a text, of a long one its beginning and how much there is more."""
-    return value if len(value) <= most else f"{value[:most]}… ({len(value) - most} more characters)"
+    return value if len(value) <= most else f"{value[:most]}… ({counted(len(value) - most, 'more character')})"

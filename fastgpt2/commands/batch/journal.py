@@ -20,6 +20,7 @@ from typing import BinaryIO
 from fastgpt2.commands.batch.lines import Line
 from fastgpt2.commands.batch.records import REPLACES, Record, RecordForm, row_of
 from fastgpt2.errors import BadRequest, FastGPT2Error
+from fastgpt2.plurals import counted
 
 # The offset of a line that has no record.
 NOWHERE = (1 << 64) - 1
@@ -310,7 +311,7 @@ def append(file: BinaryIO, data: bytes, name: str, written: int) -> None:
     except OSError as reason:
         full = ": make room, and" if reason.errno in (errno.ENOSPC, errno.EDQUOT) else ";"
         raise FastGPT2Error(
-            f"{name}: {reason.strerror} after {written} results{full} the same command goes on from there"
+            f"{name}: {reason.strerror} after {counted(written, 'result')}{full} the same command goes on from there"
         ) from None
 
 

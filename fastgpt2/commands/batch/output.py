@@ -31,8 +31,8 @@ from fastgpt2.commands.batch.records import (
     row_of,
     to_table,
 )
-from fastgpt2.commands.batch.report import count
 from fastgpt2.errors import BadRequest, FastGPT2Error
+from fastgpt2.plurals import counted
 
 JOURNAL_ENDING = ".partial.jsonl"
 REMOVED_ENDING = ".removed.jsonl"
@@ -105,7 +105,7 @@ class StreamOutput:
     @property
     def where(self) -> str:
         """Return what has become of the results of a run that ends early."""
-        return f"{self.count} results have been written"
+        return f"{counted(self.count, 'result has', 'results have')} been written"
 
     def close(self) -> None:
         if self._file is not None:
@@ -234,9 +234,9 @@ class FileOutput:
         notes = []
         of_lines = "of lines that the input does not have any more"
         if moved:
-            notes.append(f"moved to {self.name}{REMOVED_ENDING}: {count(moved, 'result')} {of_lines}")
+            notes.append(f"moved to {self.name}{REMOVED_ENDING}: {counted(moved, 'result')} {of_lines}")
         if gone > moved:
-            notes.append(f"dropped: {count(gone - moved, 'error')} {of_lines}")
+            notes.append(f"dropped: {counted(gone - moved, 'error')} {of_lines}")
         return notes
 
     def _drop_journal(self) -> None:
@@ -249,7 +249,7 @@ class FileOutput:
         if self._path is None:
             return "nothing has been written: a table is written when all lines have ended"
         ending = JOURNAL_ENDING if self._beside is not None else ""
-        return f"{self.name}{ending} holds {self.count} results; the same command goes on from there"
+        return f"{self.name}{ending} holds {counted(self.count, 'result')}; the same command goes on from there"
 
     @property
     def count(self) -> int:

@@ -8,6 +8,8 @@ import time
 from collections import Counter
 from typing import Any
 
+from fastgpt2.plurals import counted
+
 # How often a run says how far it is where no bar can be shown.
 INTERVAL_SECONDS = 60.0
 _SHOWN_CHARACTERS = 500
@@ -67,7 +69,7 @@ class Report:
             self.errors[error[0]] += 1
         if self._bar is not None:
             rate = self._tokens / max(1e-3, time.monotonic() - self._began)
-            self._bar.set_postfix_str(f"{self.errors.total()} errors, {rate:.0f} tokens/s", refresh=False)
+            self._bar.set_postfix_str(f"{counted(self.errors.total(), 'error')}, {rate:.0f} tokens/s", refresh=False)
             self._bar.update()
 
     @property
@@ -87,9 +89,9 @@ class Report:
             self.say(self._progress())
 
     def _progress(self) -> str:
-        of = "" if self.total is None else f" of {self.total}"
+        lines = counted(self.done, "line") if self.total is None else f"{self.done} of {counted(self.total, 'line')}"
         seconds = time.monotonic() - self._began
-        text = f"{self.done}{of} lines, {count(self.errors.total(), 'error')}, {self._tokens / seconds:.0f} tokens/s"
+        text = f"{lines}, {counted(self.errors.total(), 'error')}, {self._tokens / seconds:.0f} tokens/s"
         new = self.done - self.kept
         if self.total is not None and new:
             text += f", {_duration(seconds / new * max(0, self.total - self.done))} left"
@@ -106,19 +108,19 @@ class Report:
         errors = self.errors.total()
         before = f" ({self.kept} of them from before)" if self.kept else ""
         lines = [
-            f"{count(self.done, 'line')} in {where}{before}: {count(self._results, 'result')}, "
-            f"{count(self._tokens, 'token')} in "
+            f"{counted(self.done, 'line')} in {where}{before}: {counted(self._results, 'result')}, "
+            f"{counted(self._tokens, 'token')} in "
             f"{_duration(seconds)}, {self._tokens / max(seconds, 1e-3):.0f} tokens/s"
         ]
         if errors:
             kinds = ", ".join(f"{times} {kind}" for kind, times in self.errors.most_common())
             again = "; --retry-errors tries them again" if is_continued else ""
-            lines.append(f"{errors} of {self.done} lines are errors: {kinds}{again}")
+            are = "is an error" if errors == 1 else "are errors"
+            lines.append(f"{errors} of {counted(self.done, 'line')} {are}: {kinds}{again}")
         if self.unfinished:
-            has = "has" if self.unfinished == 1 else "have"
             lines.append(
-                f"{count(self.unfinished, 'line')} {has} no result, as somebody cancelled or stopped the jobs, or they "
-                "were lost; the same command tries again"
+                f"{counted(self.unfinished, 'line has', 'lines have')} no result, as somebody cancelled or stopped the "
+                "jobs, or they were lost; the same command tries again"
             )
         return lines
 
@@ -129,11 +131,6 @@ class Report:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-
-
-def count(number: int, what: str) -> str:
-    """Return a number of things in words: "1 line", "2 lines"."""
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def one_line(text: str) -> str:

@@ -22,6 +22,7 @@ from fastgpt2.commands.batch.lines import (
 )
 from fastgpt2.commands.batch.records import rename_columns
 from fastgpt2.errors import BadRequest, FastGPT2Error
+from fastgpt2.plurals import counted
 
 # The columns that are taken for the prompt if none is named, the first of them that is there.
 USUAL_COLUMNS = ("prompt", "text")
@@ -133,7 +134,7 @@ class CSVReader:
     def _check(self, values: list[str]) -> None:
         if len(values) != len(self._names):
             raise BadRequest(
-                f"the row has {len(values)} values, the header {len(self._names)}; "
+                f"the row has {counted(len(values), 'value')}, the header {len(self._names)}; "
                 f"a value that holds {self._delimiter!r} must stand in quotes"
             )
         for name, value in zip(self._names, values, strict=True):

@@ -21,11 +21,13 @@ from fastgpt2.engine.decoding.chooser import new_chooser
 from fastgpt2.engine.decoding.drafter import Drafter
 from fastgpt2.engine.decoding.logprobs import logprob_of, token_logprob
 from fastgpt2.engine.decoding.prompt_reader import PromptReader
+from fastgpt2.engine.decoding.prompt_rows import PromptRows
 from fastgpt2.engine.decoding.records import FinishReason, GenerationRequest, TokenLogprob, random_seed
 from fastgpt2.engine.decoding.sampler import Scratch
 from fastgpt2.engine.decoding.sequence import Sequence, TokenizedPrompt
 from fastgpt2.engine.decoding.stop_strings import StopStrings
 from fastgpt2.engine.model.generation_config import GenerationConfig
+from fastgpt2.engine.network.batch_limit import BatchLimit
 from fastgpt2.engine.network.gpt2 import DEFAULT_MAX_ROWS, GPT2, PREFILL_ROWS_BESIDE
 from fastgpt2.engine.network.prefixes import Prefixes
 from fastgpt2.engine.network.step import Segment
@@ -41,8 +43,12 @@ Array = NDArray[np.float32]
 # The sequences that a step advances, each with what the step runs of it.
 Batch = list[tuple[Sequence, Segment]]
 
-# Rows of prompts that a step reads while no sequence decodes; while some do, PREFILL_ROWS_BESIDE.
+# Rows of prompts that a step reads while no sequence decodes; while some do, as many of them as `PromptRows` says.
 PREFILL_ROWS = DEFAULT_MAX_ROWS
+
+# Of prompts that wait, the shortest is read first, until this many rows of prompts that came later have gone before one
+# that came earlier: the rows of one step or two. Many more would make the slowest requests of a full pool slower.
+MOST_ROWS_AHEAD = 128
 
 # Rows of scored prompts that a step reads, all of which want logits. Logits are 200 KB a row of gpt2, and the memory
 # that a step has once used for them stays committed.
@@ -57,6 +63,11 @@ class Decoder:
         chat_template: what makes prompts of chats.
         prefixes: where keys and values of prompts are kept for others that begin alike; None to keep none.
         drafter: what guesses tokens; None to guess none.
+        limit: what sets how many slots are used, by what steps take; None to leave that as it is.
+
+    Attributes:
+        running: the sequences that have a slot, in the order in which they were admitted.
+        prompt_rows: how many rows of prompts a step reads beside sequences that decode.
     """
 
     def __init__(
@@ -67,11 +78,14 @@ class Decoder:
         prefixes: Prefixes | None = None,
         drafter: Drafter | None = None,
         chat_template: ChatTemplate | None = None,
+        limit: BatchLimit | None = None,
     ) -> None:
         self.model, self.tokenizer, self.generation, self.prefixes = model, tokenizer, generation, prefixes
         self.chat_template = chat_template or ChatTemplate({})
         self.drafter = drafter or Drafter(model)
+        self.limit = limit or BatchLimit(model, adapts=False)
         self._scratch = Scratch(model.config.vocab_size)
+        self.prompt_rows = PromptRows(PREFILL_ROWS_BESIDE, PREFILL_ROWS)
         self.running: list[Sequence] = []
 
     @cached_property
@@ -121,12 +135,13 @@ class Decoder:
         """Tell whether `admit` takes this prompt in now: there are a slot and memory for all that it can grow to."""
         return self.model.cache.has_room(prompt.positions)
 
-    def admit(self, prompt: TokenizedPrompt, index: int = 0) -> Sequence:
+    def admit(self, prompt: TokenizedPrompt, index: int = 0, urgency: int = 0) -> Sequence:
         """Take a text of a prompt in; it is decoded from the next step on. Raises IndexError without room.
 
         Args:
             prompt: there must be room for one text of it (`has_room`), and its grammar, if it has one, be compiled.
             index: which of the prompt's texts. The first is told of the prompt's log probabilities.
+            urgency: its prompt is read before those of a lower urgency.
 
         Raises:
             BadRequest: there is no such grammar.
@@ -155,6 +170,7 @@ class Decoder:
             stops=self._stop_strings(request, len(text)),
             admitted_at=perf_counter(),
             choice_index=choice_index,
+            urgency=urgency,
             chooser=new_chooser(
                 request, choice_index, prompt.ids, prompt.bad_words, matcher, end_ids, least, self._scratch
             ),
@@ -184,9 +200,9 @@ class Decoder:
     def step(self) -> list[Sequence]:
         """Advance every running sequence by a piece of its prompt, or by a token. Return those that finished.
 
-        A sequence that decodes gets a token, and one more for each guess that comes true. Beside these sequences,
-        `PREFILL_ROWS_BESIDE` rows of prompts are read, so that nobody waits long for the next token; `PREFILL_ROWS` if
-        none decodes. The prompt that came first is read first.
+        A sequence that decodes gets a token, and one more for each guess that comes true. Beside these sequences, as
+        many rows of prompts are read as `prompt_rows` says, so that nobody waits long for the next token;
+        `PREFILL_ROWS` if none decodes. The rows may be of several prompts (`_in_turn`).
 
         Raises:
             CheckpointError: the logits are not finite.
@@ -195,14 +211,20 @@ class Decoder:
         decoding = sorted((s for s in self.running if s.status == "decode"), key=attrgetter("slot"))
         prefills = self._plan_prefill(len(decoding))
         # Beside prompts, a step takes long enough for those that decode: nothing is drafted.
-        batch = [*self._plan_decode(decoding, draft=not prefills), *prefills]
+        if not prefills:
+            decoding = list(self.limit.take(decoding))
+        batch = [*self._plan_decode(decoding, draft=not prefills and not self.limit.is_looking), *prefills]
         if batch:
             started_at = perf_counter()
             logits = self.model.forward([segment for _, segment in batch])
             best = argmax(logits)
             now = perf_counter()
-            if not prefills:
+            if prefills:
+                rows = sum(len(segment.ids) for _, segment in prefills)
+                self.prompt_rows.note(len(decoding), rows, now - started_at)
+            else:
                 self.drafter.note_step(len(best), now - started_at)
+            self.limit.note(now - started_at)
             self._accept_rows(batch, logits, best, started_at, now)
         finished = [sequence for sequence, _ in batch if sequence.finished]
         # Those that generate nothing finish when what had to be read of their prompts has been read.
@@ -234,13 +256,11 @@ class Decoder:
         """Take the next pieces of prompts, as many rows as fit beside `decoding` sequences that decode."""
         rows, scored_rows = PREFILL_ROWS, SCORED_ROWS
         if decoding:
-            rows = min(PREFILL_ROWS_BESIDE, self.model.max_rows - decoding)
+            rows = min(self.prompt_rows.beside(decoding), self.model.max_rows - decoding)
         batch: Batch = []
-        for sequence in self.running:
+        for sequence in self._in_turn():
             if not rows:
                 break
-            if sequence.status != "prefill" or self._awaits_sibling(sequence):
-                continue
             self._reuse_prefix(sequence)
             ids = sequence.pending[: min(rows, scored_rows) if sequence.unscored else rows]
             if not ids:
@@ -253,7 +273,42 @@ class Decoder:
             else:
                 n_logits = 0 if sequence.pending else 1
             batch.append((sequence, Segment(sequence.slot, ids, n_logits)))
+        self._count_rows_ahead(batch)
         return batch
+
+    def _in_turn(self) -> list[Sequence]:
+        """Return the sequences whose prompts are to be read, in the order in which they are.
+
+        First those before which others have gone for long enough, in the order in which they came. Of the others, the
+        more urgent ones, and of these the ones of which the least is left to read: a short prompt that comes while a
+        long one is read does not wait for it, and costs it little.
+        """
+        waiting = [s for s in self.running if s.status == "prefill" and not self._awaits_sibling(s)]
+        if len(waiting) < 2:
+            return waiting
+        overdue = [sequence for sequence in waiting if sequence.rows_ahead >= MOST_ROWS_AHEAD]
+        others = [sequence for sequence in waiting if sequence.rows_ahead < MOST_ROWS_AHEAD]
+        return overdue + sorted(others, key=lambda sequence: (-sequence.urgency, self._unread(sequence)))
+
+    def _unread(self, sequence: Sequence) -> int:
+        """Return how many tokens of a prompt are to be run, if it is read now."""
+        left = len(sequence.pending)
+        if self.model.cache.lengths[sequence.slot] or sequence.unscored:
+            return left
+        if any(sibling.status == "decode" for sibling in self._siblings(sequence)):
+            return min(left, 1)
+        if self.prefixes is None or sequence.request.prompt_logprobs is not None:
+            return left
+        return left - self.prefixes.known(sequence.pending[:-1])
+
+    def _count_rows_ahead(self, batch: Batch) -> None:
+        """Note of each prompt that is not read yet how many rows of others that came later go before it now."""
+        rows = {sequence: len(segment.ids) for sequence, segment in batch}
+        later = 0
+        for sequence in reversed(self.running):
+            if sequence.status == "prefill" and sequence.pending:
+                sequence.rows_ahead += later
+            later += rows.get(sequence, 0)
 
     def _plan_decode(self, decoding: list[Sequence], draft: bool) -> Batch:
         """Take each sequence's last token, with `draft` and the guesses to verify behind it."""

@@ -14,7 +14,8 @@ to be slower by it than without guesses.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from time import perf_counter
 
@@ -22,6 +23,7 @@ from fastgpt2.engine.decoding.lookup import MOST_DRAFTS, Acceptance, Lookup, Rat
 from fastgpt2.engine.decoding.sequence import Sequence
 from fastgpt2.engine.network.gpt2 import GPT2
 from fastgpt2.engine.network.step import DRAFT_WEIGHTS, Segment
+from fastgpt2.engine.network.step_costs import StepCosts
 
 # A step may take this much longer for a sequence than what the sequence gains by it.
 TOLERANCE = 0.03
@@ -39,15 +41,14 @@ MOST_DRAFT_STEPS = 8
 # verifies, until one was seen.
 _PRIOR_RATE, _PRIOR_COST = 0.9, 0.35
 
-# What a row beside another costs, as a share of the first row, where nothing was measured.
-_ASSUMED_SHARE = 0.05
+# Where more guesses would pay if rows were cheap, every second one of some steps tries whether they are, with twice the
+# guesses and at least `_TRIAL_GUESSES`; the next such trial comes after twice the number of steps, within these bounds.
+# What was once measured as dear would else never be seen to be cheap.
+_TRIAL_STEPS, _TRIAL_GUESSES = 6, 3
+_LEAST_BETWEEN_TRIALS, _MOST_BETWEEN_TRIALS = 50, 3200
 
-# How much one step counts for what is known of its kind. A quicker one counts more, as a disturbance only ever adds.
-# One that takes `_DISTURBED` times as long as expected, or longer, was disturbed, and counts as that much.
-_WEIGHT, _WEIGHT_IF_QUICKER, _DISTURBED = 0.15, 0.4, 3.0
-
-# After this many steps, other numbers of rows tell more: something else may share the machine by then.
-_STALE_STEPS = 300
+# What a row costs if it is cheap, as a share of a step without it.
+_CHEAP_SHARE = 0.05
 
 
 class Drafter:
@@ -55,16 +56,20 @@ class Drafter:
 
     Args:
         most: look up this many guesses of each sequence that has any, 0 for none at all; None for as many as pay.
-        measured: what steps cost here, as `StepCosts` takes it.
+        costs: what steps cost here, with what was measured of it; None if nothing is known.
+
+    Attributes:
+        costs: the same, with what was learnt since.
     """
 
-    def __init__(self, model: GPT2, most: int | None = 0, measured: Mapping[int, float] | None = None) -> None:
+    def __init__(self, model: GPT2, most: int | None = 0, costs: StepCosts | None = None) -> None:
         self._model, self._most = model, most
-        self._costs, self._model_costs = StepCosts(measured), StepCosts()
+        self.costs, self._model_costs = costs or StepCosts(), StepCosts()
         # Of greedy texts, and of those whose tokens are chosen otherwise: their guesses come true less often.
         self._acceptances = Acceptance(), Acceptance()
         self._model_rates = Rate(_PRIOR_RATE), Rate(_PRIOR_RATE)
         self._by_model = False
+        self._steps, self._next_trial, self._between_trials = 0, _LEAST_BETWEEN_TRIALS, _LEAST_BETWEEN_TRIALS
 
     def warm_up(self) -> None:
         cache = self._model.cache
@@ -88,7 +93,7 @@ class Drafter:
             counts, gain = self._plan_lookups(sequences, room, rows)
             if self._model.can_draft:
                 rates = [self._model_rates[sequence.chooser is not None].value for sequence in sequences]
-                rate, cost = sum(rates) / len(rates), self._costs.seconds
+                rate, cost = sum(rates) / len(rates), self.costs.seconds
                 steps, model_gain = plan_model_drafts(len(sequences), rate, self._model_cost, cost)
                 if steps and model_gain > gain:
                     self._by_model = True
@@ -106,13 +111,29 @@ class Drafter:
         ]
         if not any(chances):
             return [0] * len(sequences), 1.0
-        return plan_drafts(chances, self._costs.seconds)
+        counts, gain = plan_drafts(chances, self.costs.seconds)
+        if self._steps >= self._next_trial:
+            return self._try_more(chances, counts), gain
+        return counts, gain
+
+    def _try_more(self, chances: Seq[Seq[float]], planned: list[int]) -> list[int]:
+        """Return the guesses of a trial of how dear rows are: those that would pay if rows were cheap."""
+        base = len(chances)
+        most = base + max(_TRIAL_GUESSES, 2 * sum(planned))
+        counts, _ = plan_drafts(chances, lambda rows: 1 + _CHEAP_SHARE * (rows - base) if rows <= most else math.inf)
+        if sum(counts) <= sum(planned):
+            return planned
+        is_plain = (self._steps - self._next_trial) % 2 == 1
+        if self._steps >= self._next_trial + _TRIAL_STEPS - 1:
+            self._next_trial = self._steps + self._between_trials
+            self._between_trials = min(2 * self._between_trials, _MOST_BETWEEN_TRIALS)
+        return planned if is_plain else counts
 
     def _acceptance(self, sequence: Sequence) -> Acceptance:
         return self._acceptances[sequence.chooser is not None]
 
     def _model_cost(self, rows: int) -> float:
-        return self._model_costs.seconds(rows) if self._model_costs.known else _PRIOR_COST * self._costs.seconds(rows)
+        return self._model_costs.seconds(rows) if self._model_costs.known else _PRIOR_COST * self.costs.seconds(rows)
 
     def _draft_by_model(self, sequences: Seq[Sequence], counts: Seq[int]) -> list[list[int]]:
         """Return what the draft model goes on with, one token a step, from the network's own keys and values."""
@@ -160,7 +181,8 @@ class Drafter:
 
     def note_step(self, rows: int, seconds: float) -> None:
         """Learn how long a step without prompts took."""
-        self._costs.note(rows, seconds)
+        self._steps += 1
+        self.costs.note(rows, seconds)
 
 
 def _fixed_counts(lookups: Seq[Lookup | None], room: Seq[int], most: int, rows: int) -> list[int]:
@@ -227,56 +249,3 @@ def plan_model_drafts(
         if gain > max(best_gain, LEAST_DRAFT_GAIN):
             best, best_gain = k, gain
     return best, best_gain
-
-
-class StepCosts:
-    """The seconds that a step takes by its number of rows, on this machine as it is now.
-
-    What was seen lately counts, as it is. What was not seen lately is derived from the nearest number of rows that was,
-    by how the two compared when the machine was measured.
-
-    Args:
-        measured: seconds by rows of some steps when nothing else ran, if that is known; only their ratios count.
-    """
-
-    def __init__(self, measured: Mapping[int, float] | None = None) -> None:
-        self._measured = dict(sorted((measured or {}).items()))
-        self._noted: dict[int, tuple[float, int]] = {}  # by rows: seconds, and the number of the step noted last
-        self._steps = 0
-
-    def note(self, rows: int, seconds: float) -> None:
-        self._steps += 1
-        expected, at = self._noted.get(rows, (0.0, -_STALE_STEPS))
-        if self._steps - at < _STALE_STEPS:
-            weight = _WEIGHT_IF_QUICKER if seconds < expected else _WEIGHT
-            seconds = expected + weight * (min(seconds, _DISTURBED * expected) - expected)
-        self._noted[rows] = seconds, self._steps
-
-    @property
-    def known(self) -> bool:
-        return bool(self._noted)
-
-    def seconds(self, rows: int) -> float:
-        """Return what a step of this many rows is expected to take, in seconds if any step has been noted."""
-        seconds, at = self._noted.get(rows, (0.0, -_STALE_STEPS))
-        if self._steps - at < _STALE_STEPS:
-            return seconds
-        lately = [other for other, (_, at) in self._noted.items() if self._steps - at < _STALE_STEPS]
-        if not lately:
-            return self._measured_cost(rows)
-        nearest = min(lately, key=lambda other: (abs(other - rows), other))
-        return self._noted[nearest][0] * self._measured_cost(rows) / self._measured_cost(nearest)
-
-    def _measured_cost(self, rows: int) -> float:
-        """Return the relative cost as it was measured: on straight lines between measurements, in proportion beyond."""
-        known = self._measured
-        if rows in known:
-            return known[rows]
-        below = max((n for n in known if n < rows), default=None)
-        above = min((n for n in known if n > rows), default=None)
-        if below is None:
-            return known[above] if above is not None else 1 + _ASSUMED_SHARE * (rows - 1)
-        if above is None:
-            return known[below] * rows / below
-        share = (rows - below) / (above - below)
-        return known[below] + share * (known[above] - known[below])

@@ -12,6 +12,7 @@ from fastgpt2.engine.decoding.chat_options import CHAT_FIELDS, ChatOptions, is_m
 from fastgpt2.engine.decoding.options import check_token_ids, token_ids_field
 from fastgpt2.errors import BadRequest, PromptTooLong
 from fastgpt2.fields import Field, check_fields, described, is_listed, items_of, plain, refusal, whole
+from fastgpt2.plurals import counted
 
 FinishReason = Literal["stop", "length", "cancelled", "timeout"]
 DEFAULT_MAX_NEW_TOKENS = 20
@@ -152,8 +153,8 @@ class GenerationRequest(ChatOptions):
         told = self.texts * (1 + (self.logprobs or 0))
         if self.logprobs is not None and told > MAX_LOGPROBS_OF_TEXTS:
             raise BadRequest(
-                f"logprobs is {self.logprobs} for {self.texts} texts, which makes {told} log probabilities a place; "
-                f"the limit is {MAX_LOGPROBS_OF_TEXTS}: ask for fewer likeliest tokens, or for fewer texts"
+                f"logprobs is {self.logprobs} for {counted(self.texts, 'text')}, which makes {told} log probabilities "
+                f"a place; the limit is {MAX_LOGPROBS_OF_TEXTS}: ask for fewer likeliest tokens, or for fewer texts"
             )
         guides = [name for name in ("choices", "regex", "json_schema") if getattr(self, name) not in ((), None)]
         if len(guides) > 1:
@@ -219,7 +220,7 @@ class GenerationRequest(ChatOptions):
         if left < self.least_room:
             raise PromptTooLong(
                 f"prompt tokens {prompt_tokens}, over {self.describe_positions(n_positions)}: "
-                f"shorten the prompt by at least {self.least_room - left} tokens"
+                f"shorten the prompt by at least {counted(self.least_room - left, 'token')}"
             )
         name, wanted = "max_new_tokens", self.max_new_tokens
         if wanted is None:
@@ -227,10 +228,10 @@ class GenerationRequest(ChatOptions):
         if wanted > left:
             total = prompt_tokens + wanted
             excess = total - n_positions
-            shorten = f", or shorten the prompt by {excess} tokens" if excess < prompt_tokens else ""
+            shorten = f", or shorten the prompt by {counted(excess, 'token')}" if excess < prompt_tokens else ""
             raise PromptTooLong(
                 f"prompt tokens {prompt_tokens} and {name} {wanted} make {total}, over the model's {n_positions} "
-                f"positions: ask for at most {left} new ones{shorten}"
+                f"positions: ask for at most {counted(left, 'new one')}{shorten}"
             )
         if self.max_new_tokens is not None:
             return self.max_new_tokens

@@ -83,6 +83,8 @@ class Sequence:
         finish_reason: None while it runs, and if it was dropped.
         stop_reason: as in `GenerationResult`.
         admitted_at, first_token_at, finished_at: seconds on the clock of `time.perf_counter`.
+        urgency: prompts of a lower one are read later.
+        rows_ahead: how many rows of prompts that came later were read while this one's waited.
         step_seconds: how long each step took that advanced it: those of its prompt, then those that gave tokens.
         lookup: from what its next tokens are guessed; None if they are not.
         chooser: takes the next token; None if that is the likeliest one, whatever came before.
@@ -104,6 +106,8 @@ class Sequence:
     stops: StopStrings | None
     admitted_at: float
     choice_index: int = 0
+    urgency: int = 0
+    rows_ahead: int = 0
     chooser: Chooser | None = None
     status: Status = "prefill"
     token_ids: list[int] = field(default_factory=list)

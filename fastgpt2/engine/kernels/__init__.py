@@ -1,9 +1,10 @@
-"""Rows times panels of weights: the product that everything else is made of; uses errors and machine."""
+"""What a step computes, on arrays: products, norms, attention, in NumPy and compiled; uses errors and machine."""
 
 from __future__ import annotations
 
-from fastgpt2.engine.kernels.kernel import Product
+from fastgpt2.engine.kernels.kernel import Kernel, Product
 from fastgpt2.engine.kernels.openblas import NumpyProduct
+from fastgpt2.engine.kernels.operations import Operations
 
 
 def make_product(name: str) -> Product:
@@ -20,3 +21,25 @@ def make_product(name: str) -> Product:
 
         return MKLProduct()
     return NumpyProduct()
+
+
+def keep_code(kernel: Kernel, activation: str, n_head: int, head_dim: int, n_positions: int) -> None:
+    """Compile what a model's steps take, and keep it beside the packed weights, for whoever cannot write there."""
+    if kernel.compiled:
+        from fastgpt2.engine.kernels.attention import BLOCK
+        from fastgpt2.engine.kernels.attention_compiled import HeadShape, load_attention_code
+        from fastgpt2.engine.kernels.compiled import CompiledOperations
+        from fastgpt2.engine.kernels.machine_code import keep_beside_weights
+
+        CompiledOperations(kernel, activation, 0.0, 1)
+        load_attention_code(HeadShape(head_dim, n_head, -(-n_positions // BLOCK) * BLOCK))
+        keep_beside_weights()
+
+
+def make_operations(kernel: Kernel, activation: str, epsilon: float, most_rows: int) -> Operations:
+    """Return the operations of a step, compiled if the kernel asks for that; see `Operations`."""
+    if kernel.compiled:
+        from fastgpt2.engine.kernels.compiled import CompiledOperations
+
+        return CompiledOperations(kernel, activation, epsilon, most_rows)
+    return Operations(kernel, activation, epsilon, most_rows)

@@ -1,8 +1,9 @@
 """The choice of what multiplies on this machine, and of the panels that it multiplies.
 
-Compact weights are always multiplied by compiled code. For float32 weights there are numpy's own BLAS, MKL and compiled
-code, of which the fastest is taken unless one is asked for. A large model's choices are measured once and kept; a small
-model's steps are over before they could be told apart.
+Where operations can be compiled, so are the products: they are the fastest at all numbers of rows, and the only ones
+whose bits do not depend on a row's neighbours on every CPU. Else there are numpy's own BLAS and MKL, of which the
+faster one is taken unless one is asked for. A large model's choices are measured once and kept; a small model's steps
+are over before they could be told apart.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastgpt2.engine.kernels import make_product
+from fastgpt2.engine.figure import Figure
+from fastgpt2.engine.kernels import machine_code, make_product
 from fastgpt2.engine.kernels.calibration import PLAIN, PLAIN_WIDTH, WIDTHS, is_worth_loading, measure_fastest_width
 from fastgpt2.engine.kernels.kernel import MAX_CHUNK, Kernel
 from fastgpt2.engine.kernels.openblas import NumpyProduct, identify_blas
 from fastgpt2.engine.kernels.panels import COMPILED_WIDTH, Layout
+from fastgpt2.engine.kernels.program import load_program_code
 from fastgpt2.engine.machine import Measurements, cache_folder, cpu_name, is_large, usable_cores
+from fastgpt2.errors import BadRequest
 
 if TYPE_CHECKING:
     from fastgpt2.engine.model.config import GPT2Config
@@ -38,41 +42,42 @@ def open_measurements(config: GPT2Config) -> Measurements:
 
 def choose_kernel(config: GPT2Config, measurements: Measurements, blas: str, weights: str) -> tuple[Kernel, Layout]:
     """Return what multiplies a model's weights, and the layout in which it does; raise BadRequest if not installed."""
-    if weights != "float32" or blas == "compiled":
-        return _compiled(measurements, weights)
-    kernel = Kernel(NumpyProduct(), measurements)
+    compiles = _can_compile()
+    if weights != "float32" or blas == "compiled" or (blas == "auto" and compiles):
+        name = "compiled" if weights == "float32" else f"{weights}-lines"
+        layout = Layout(name, lambda _n_in, _n_out: COMPILED_WIDTH, weights)
+        return Kernel(make_product(f"compiled-{weights}"), measurements, compiled=True), layout
+    kernel = Kernel(NumpyProduct(), measurements, compiled=compiles)
     layout = _choose_layout(config, kernel, measurements)
-    if blas == "mkl":
-        return Kernel(make_product("mkl"), measurements), layout
-    if blas == "openblas" or not is_large(config):
-        return kernel, layout
-    return _choose_fastest(config, measurements, layout)
+    if blas == "mkl" or (blas == "auto" and is_large(config) and _is_mkl_faster(config, measurements, layout)):
+        return Kernel(make_product("mkl"), measurements, compiled=compiles), layout
+    return kernel, layout
 
 
-def _compiled(measurements: Measurements, weights: str) -> tuple[Kernel, Layout]:
-    layout = Layout("compiled" if weights == "float32" else weights, lambda _n_in, _n_out: COMPILED_WIDTH, weights)
-    return Kernel(make_product(f"compiled-{weights}"), measurements), layout
+def _can_compile() -> bool:
+    """Tell whether operations can be compiled here."""
+    if not machine_code.is_installed():
+        return False
+    try:
+        load_program_code()
+    except BadRequest as reason:
+        log.warning("everything is computed without compiled code: %s", reason)
+        return False
+    return True
 
 
-def _choose_fastest(config: GPT2Config, measurements: Measurements, layout: Layout) -> tuple[Kernel, Layout]:
-    """Return the fastest kernel for float32 weights. Once it is known, no other is loaded."""
-    from fastgpt2.engine.kernels import compiled, mkl
+def _is_mkl_faster(config: GPT2Config, measurements: Measurements, layout: Layout) -> bool:
+    """Tell whether MKL is there and the faster one for float32 weights. Once that is known, no other is loaded."""
+    from fastgpt2.engine.kernels import mkl
 
     n_in, width = config.n_embd, layout.width(config.n_embd, config.n_inner)
-    widths = {"openblas": width, "mkl": width, "compiled-float32": COMPILED_WIDTH}
-    best, shape = "openblas", f"{n_in}x{width}"
 
-    def is_beaten_by(other: str) -> int:
-        usual, rival = ((Kernel(make_product(name), measurements), widths[name]) for name in (best, other))
-        return int(is_worth_loading(n_in, usual, rival))
+    def measure() -> Figure:
+        usual, rival = ((Kernel(make_product(name), measurements), width) for name in ("openblas", "mkl"))
+        return is_worth_loading(n_in, usual, rival)
 
-    key = f"mkl {mkl.version_key()} faster {shape}"
-    if mkl.is_installed() and measurements.find_or_measure(key, lambda: is_beaten_by("mkl")):
-        best = "mkl"
-    key = f"compiled faster than {best} {shape}"
-    if compiled.is_installed() and measurements.find_or_measure(key, lambda: is_beaten_by("compiled-float32")):
-        return _compiled(measurements, "float32")
-    return Kernel(make_product(best), measurements), layout
+    key = f"mkl {mkl.version_key()} faster {n_in}x{width}"
+    return mkl.is_installed() and bool(measurements.find_or_measure(key, measure))
 
 
 def _choose_layout(config: GPT2Config, kernel: Kernel, measurements: Measurements) -> Layout:

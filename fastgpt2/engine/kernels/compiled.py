@@ -1,28 +1,31 @@
-"""The product by float32 or compact weights, compiled for this CPU by LLVM; llvmlite, an extra, is imported here.
+"""The operations of a forward step, compiled for this CPU by LLVM; llvmlite, an extra, is imported late or not at all.
 
-NumPy has no product of float32 rows and weights of 8 or 16 bits, and not on every CPU a fast one of few rows. (Numba,
-which brings llvmlite along, takes 0.6 s to import instead of 0.15 s, and cannot use its cache in a folder that is
-read-only. The code of `llvm_ir.py` is compiled in 0.15 s at every start.)
+Each stands under the name that NumPy's form has in `operations.py`. Its instructions are written by the module that the
+operation is named after: `product.py`, `layer_norm.py`, `activation.py`, `attention_compiled.py`.
 """
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
-from functools import partial
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgpt2.engine.kernels.kernel import ArgumentCache
-from fastgpt2.engine.kernels.llvm_ir import Registers, write_module
-from fastgpt2.engine.kernels.panels import COMPILED_WIDTH, STORED_TYPES, Array
-from fastgpt2.errors import BadRequest
+from fastgpt2.engine.kernels.attention import AttentionArrays
+from fastgpt2.engine.kernels.attention_compiled import CompiledAttention
+from fastgpt2.engine.kernels.kernel import ArgumentCache, Kernel
+from fastgpt2.engine.kernels.machine_code import MachineCode, load_code
+from fastgpt2.engine.kernels.operations import Attention, Integers, LinearShare, Operations, Rows
+from fastgpt2.engine.kernels.panels import STORED_TYPES, Array, Panels
+from fastgpt2.engine.kernels.program import Call, Meeting, NativeCall, Program, arguments_of, load_program_code, meet
 
-# void multiply(x, x_stride, w, n, k, out, out_stride, rows), as `write_module` has it.
-_POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
-_SIGNATURE = (_POINTER, _INTEGER, _POINTER, _INTEGER, _INTEGER, _POINTER, _INTEGER, _INTEGER)
+if TYPE_CHECKING:
+    from fastgpt2.engine.kernels.instruction_set import InstructionSet
+    from fastgpt2.engine.kernels.ir import Module
+
+# What a packed row takes at most beside its own float32: scales and sums of groups, and the last word's filling.
+_MORE_PACKED_BYTES = 512
 
 
 class CompiledProduct:
@@ -30,7 +33,7 @@ class CompiledProduct:
 
     Args:
         weights: one of `STORED_TYPES`.
-        registers: to write the code for; None for those of this CPU.
+        code: of another instruction set than this CPU's best one.
 
     Raises:
         BadRequest: llvmlite is not installed, or is too old.
@@ -38,54 +41,117 @@ class CompiledProduct:
 
     exact = True
 
-    def __init__(self, weights: str, registers: Registers | None = None) -> None:
+    def __init__(self, weights: str, code: MachineCode | None = None) -> None:
         self.name = f"compiled-{weights}"
-        self._engine = _compile(weights, registers)  # it owns the machine code
-        self._multiply = ctypes.CFUNCTYPE(None, *_SIGNATURE)(self._engine.get_function_address("multiply"))
-        self._arguments = ArgumentCache(partial(_make_arguments, STORED_TYPES[weights].numpy))
+        self._weights, self._packed, self._zeros = weights, np.empty(0, np.uint8), np.zeros(0, np.float32)
+        self.code = code or load_code(f"product {weights}", lambda module, isa: _write_product(module, isa, weights))
+        self._calls = ArgumentCache(lambda x, panels, out: (self._call(x, panels, out),))
 
     def __call__(self, x: Array, panels: NDArray[Any], out: Array) -> None:
-        self._multiply(*self._arguments.get(x, panels, out))
+        """Compute as `Product` says, for the measuring of products; float32 weights only."""
+        self._calls.get(x, panels, out)[0]()
+
+    def _call(self, x: Array, panels: NDArray[Any], out: Array) -> NativeCall:
+        n, chunks, m, width = out.shape
+        rows, columns = chunks * m, n * width
+        flat = np.lib.stride_tricks.as_strided(out, (rows, columns), (out.strides[2], out.strides[3]))
+        flat_x = np.lib.stride_tricks.as_strided(x, (rows, x.shape[3]), (x.strides[2], x.strides[3]))
+        return self.linear(flat_x, LinearShare(Panels(panels, x.shape[3]), None, 0), flat, np.array([rows]))
+
+    def linear(self, x: Array, share: LinearShare, out: Array, rows: Rows) -> NativeCall:
+        """Return the call for rows @ weight + bias; raise ValueError if arrays do not lie as the code takes them to."""
+        panels, own = share.panels, out[:, share.columns()]
+        weights = panels.array
+        dtype = STORED_TYPES[self._weights].numpy
+        dense = weights.flags.c_contiguous and x.strides[1] == 4 and out.strides[1] == 4
+        fits = x.shape[1] >= panels.n_in and own.shape[1] == panels.columns
+        lines = -(-panels.n_in // panels.per_word)
+        if not (dense and fits and weights.dtype == dtype and weights.shape[2:] == (lines, 16 * panels.per_word)):
+            raise ValueError(f"not laid out for compiled code of {dtype}: {x.shape}, {weights.shape}, {out.shape}")
+        # With room for all rows that x may come to have: what is not used is not committed.
+        packed = self._room(x.shape[0] * (4 * panels.n_in + _MORE_PACKED_BYTES))
+        bias = self._zeros_of(panels.columns) if share.bias is None else share.bias
+        scales = bias if panels.scales is None else panels.scales
+        pack = arguments_of(x, x.strides[0], panels.n_in, rows, packed)
+        multiply = arguments_of(packed, panels.n_in, weights, len(weights), scales, bias, own, own.strides[0], rows)
+        operations = ((self.code.address("pack_rows"), pack), (self.code.address("multiply"), multiply))
+        return NativeCall(operations, (x, packed, weights, scales, bias, out, rows))
+
+    def _zeros_of(self, size: int) -> Array:
+        if self._zeros.size < size:
+            self._zeros = np.zeros(size, np.float32)
+        return self._zeros
+
+    def _room(self, size: int) -> NDArray[np.uint8]:
+        """Return memory for packed rows; one product at a time uses it."""
+        if self._packed.size < size:
+            self._packed = np.empty(size, np.uint8)
+        return self._packed
 
 
-def _make_arguments(dtype: np.dtype[Any], x: Array, panels: NDArray[Any], out: Array) -> tuple[int, ...]:
-    """Return the arrays' addresses and strides; raise ValueError if they do not lie as the code takes them to."""
-    n, chunks, m, width = out.shape
-    n_in = x.shape[3]
-    fits = x.shape == (1, chunks, m, n_in) and panels.shape == (n, 1, n_in, width) and width == COMPILED_WIDTH
-    # One chunk, or chunks whose rows lie as those of one would.
-    evenly = chunks == 1 or (x.strides[1] == m * x.strides[2] and out.strides[1] == m * out.strides[2])
-    dense = panels.flags.c_contiguous and x.strides[3] == 4 and out.strides[3] == 4
-    laid_out = not out.size or (evenly and dense and (n == 1 or out.strides[0] == 4 * COMPILED_WIDTH))
-    if not (fits and laid_out and panels.dtype == dtype):
-        raise ValueError(f"not laid out for compiled code of {dtype}: {x.shape}, {panels.shape}, {out.shape}")
-    rows = chunks * m
-    return (x.ctypes.data, x.strides[2], panels.ctypes.data, n, n_in, out.ctypes.data, out.strides[2], rows)
+def _write_product(module: Module, instructions: InstructionSet, weights: str) -> None:
+    from fastgpt2.engine.kernels.product import write_product
+
+    write_product(module, weights, instructions)
 
 
-def is_installed() -> bool:
-    """Tell whether llvmlite is there to import. Imports nothing."""
-    return importlib.util.find_spec("llvmlite") is not None
+class CompiledOperations(Operations):
+    """The operations of `Operations`, compiled, with products by any kernel.
+
+    Args:
+        kernel, activation, epsilon, most_rows: as for `Operations`.
+
+    Raises:
+        BadRequest: llvmlite is not installed, or cannot be used.
+    """
+
+    def __init__(self, kernel: Kernel, activation: str, epsilon: float, most_rows: int) -> None:
+        super().__init__(kernel, activation, epsilon, most_rows)
+        self._code = load_code(f"step {activation}", lambda module, _isa: _write_step(module, activation))
+        self._program_code = load_program_code()
+        self._product = kernel.product if isinstance(kernel.product, CompiledProduct) else None
+
+    def embed(
+        self, table: Panels | Array, wpe: Array, ids: Integers, positions: Integers, x: Array, rows: Rows
+    ) -> Call:
+        if self._product is None or not isinstance(table, Panels):
+            return super().embed(table, wpe, ids, positions, x, rows)
+        scales = wpe if table.scales is None else table.scales
+        arguments = arguments_of(ids, positions, rows, table.array, scales, wpe, x, x.strides[0], table.n_in)
+        keep = (ids, positions, rows, table, wpe, x)
+        return NativeCall([(self._product.code.address("embed"), arguments)], keep)
+
+    def layer_norm(self, x: Array, added: Array | None, weight: Array, bias: Array, out: Array, rows: Rows) -> Call:
+        n_embd, other = x.shape[1], x if added is None else added
+        arguments = arguments_of(
+            *(x, x.strides[0], other, other.strides[0], weight, bias, out, out.strides[0], rows, n_embd),
+            *(float(self._epsilon), 1.0 / n_embd),
+        )
+        name = "layer_norm" if added is None else "add_layer_norm"
+        return NativeCall([(self._code.address(name), arguments)], (x, other, weight, bias, out, rows))
+
+    def linear(self, x: Array, share: LinearShare, out: Array, rows: Rows) -> Call:
+        if self._product is None:
+            return super().linear(x, share, out, rows)
+        return self._product.linear(x, share, out, rows)
+
+    def activation(self, x: Array, rows: Rows) -> Call:
+        arguments = arguments_of(x, x.strides[0], rows, x.shape[1])
+        return NativeCall([(self._code.address("activation"), arguments)], (x, rows))
+
+    def attention(self, arrays: AttentionArrays, heads: tuple[int, int]) -> Attention:
+        return CompiledAttention(arrays, heads)
+
+    def meet(self, meeting: Meeting) -> Call:
+        return meet(self._program_code, meeting)
+
+    def program(self, calls: Iterable[Call]) -> Program:
+        return Program(calls, self._program_code)
 
 
-def _compile(weights: str, registers: Registers | None) -> Any:
-    try:
-        import llvmlite.binding as llvm
-    except ImportError as reason:
-        raise BadRequest(
-            f"compiled products of {weights} weights need llvmlite ({reason}): pip install 'fastgpt2[compact]'"
-        ) from None
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    features = llvm.get_host_cpu_features()
-    registers = registers or Registers.of({name for name, there in features.items() if there})
-    try:
-        parsed = llvm.parse_assembly(write_module(weights, registers))
-        parsed.verify()
-    except RuntimeError as reason:
-        raise BadRequest(f"this llvmlite cannot be used ({reason}): pip install -U 'fastgpt2[compact]'") from None
-    target = llvm.Target.from_default_triple()
-    machine = target.create_target_machine(llvm.get_host_cpu_name(), features.flatten(), opt=3, jit=True)
-    engine = llvm.create_mcjit_compiler(parsed, machine)
-    engine.finalize_object()
-    return engine
+def _write_step(module: Module, activation: str) -> None:
+    from fastgpt2.engine.kernels.activation import write_activation
+    from fastgpt2.engine.kernels.layer_norm import write_layer_norm
+
+    write_layer_norm(module)
+    write_activation(module, activation)

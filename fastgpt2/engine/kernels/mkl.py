@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import platform
 import site
 import sys
 from pathlib import Path
@@ -15,6 +16,9 @@ from numpy.typing import NDArray
 from fastgpt2.engine.kernels.kernel import ArgumentCache
 from fastgpt2.engine.kernels.panels import Array
 from fastgpt2.errors import BadRequest
+
+# Whether the extra brings MKL here: as `platform_machine` and `sys_platform` say in pyproject.toml.
+HAS_WHEELS = platform.machine() == "x86_64" and sys.platform == "linux"
 
 # Source: oneMKL's mkl_service.h and mkl_cblas.h.
 _SEQUENTIAL, _LP64 = 1, 0
@@ -34,7 +38,8 @@ class MKLProduct:
     def __init__(self) -> None:
         path = _find()
         if path is None:
-            raise BadRequest("MKL is not installed; pip install 'fastgpt2[mkl]', or choose another BLAS than mkl")
+            advice = "pip install 'fastgpt2[mkl]', or" if HAS_WHEELS else "PyPI has it for Linux on x86-64 only;"
+            raise BadRequest(f"MKL is not installed; {advice} choose another BLAS than mkl")
         try:
             library = ctypes.CDLL(path)
             self._multiply = library.cblas_sgemm_batch
@@ -92,6 +97,8 @@ def version_key() -> str:
 
 def _find() -> str | None:
     """Return the library's path: where pip puts it (the environment's `lib`), else where the system's loader looks."""
+    if platform.machine() not in ("x86_64", "AMD64", "i686"):
+        return None  # there is none, and to look where the loader looks starts programs
     for prefix in dict.fromkeys((sys.prefix, sys.base_prefix, site.getuserbase())):
         for path in sorted(Path(prefix, "lib").glob("libmkl_rt.so*"), reverse=True):
             return str(path)

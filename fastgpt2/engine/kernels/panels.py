@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
 
-# The width P of panels for compiled code. A row of such a panel is one or two registers wide on every CPU, and four
-# panels read side by side are four streams, which keep one core's share of the memory busy.
+# The width P of panels for compiled code: a line of such a panel is one cache line, one to four registers. Weights of
+# all kinds have a word of 32 bits in it for each column: one float32, two bfloat16 or four int8, of as many k.
 COMPILED_WIDTH = 16
+LINE_BYTES = 64
 
 # An int8 weight is a whole number of steps from zero: the column's largest magnitude is this many steps, up or down.
 LARGEST_INT8 = 127
@@ -34,18 +35,18 @@ class StoredType:
 
     safetensors: str
     numpy: np.dtype[Any]
-    llvm: str
 
     @property
-    def itemsize(self) -> int:
-        return self.numpy.itemsize
+    def per_word(self) -> int:
+        """Return how many numbers a word of 32 bits holds."""
+        return 4 // self.numpy.itemsize
 
 
 # By the names that the option `weights` takes.
 STORED_TYPES = {
-    "float32": StoredType("F32", np.dtype(np.float32), "float"),
-    "bfloat16": StoredType("BF16", np.dtype(np.uint16), "i16"),
-    "int8": StoredType("I8", np.dtype(np.int8), "i8"),
+    "float32": StoredType("F32", np.dtype(np.float32)),
+    "bfloat16": StoredType("BF16", np.dtype(np.uint16)),
+    "int8": StoredType("I8", np.dtype(np.int8)),
 }
 
 
@@ -66,38 +67,46 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Panels:
-    """A matrix of K rows as panels [n, 1, K, P]; the columns beyond the matrix's own are zero.
-
-    The axis of length 1 is where `np.matmul` broadcasts chunks of rows.
+    """A matrix of K rows and N columns as panels; the columns beyond the matrix's own are zero.
 
     Attributes:
-        array: float32, or the bits of bfloat16 as uint16, or int8.
+        array: [n, 1, K, P] of float32, or of compact weights [n, 1, lines, P * per_word] (`to_lines`). The axis of
+            length 1 is where `np.matmul` broadcasts chunks of rows.
+        n_in: K.
         scales: for int8, the factor by which each column is to be multiplied, [columns].
     """
 
     array: NDArray[Any]
+    n_in: int
     scales: Array | None = None
 
     @property
-    def n_in(self) -> int:  # K
-        return int(self.array.shape[2])
+    def per_word(self) -> int:
+        return 4 // self.array.itemsize
 
     @property
     def width(self) -> int:  # P
-        return int(self.array.shape[3])
+        return int(self.array.shape[3]) // self.per_word
 
     @property
     def columns(self) -> int:  # N, rounded up to whole panels
         return int(self.array.shape[0]) * self.width
 
-    def share(self, rank: int, size: int) -> tuple[int, int]:
-        """Return the first panel of process `rank` of `size` processes, and the one after its last."""
+    def share(self, rank: int, size: int) -> Panels:
+        """Return the panels of process `rank` of `size` processes."""
+        first, last = self.share_of_columns(rank, size)
+        array = self.array[first // self.width : last // self.width]
+        return Panels(array, self.n_in, None if self.scales is None else self.scales[first:last])
+
+    def share_of_columns(self, rank: int, size: int) -> tuple[int, int]:
+        """Return the first column of process `rank` of `size` processes, and the one after its last."""
         n = int(self.array.shape[0])
-        return n * rank // size, n * (rank + 1) // size
+        return n * rank // size * self.width, n * (rank + 1) // size * self.width
 
     def column(self, index: int) -> Array:  # [K]
         """Return one column as float32. In a token table, that is the embedding of token `index`."""
-        stored = self.array[index // self.width, 0, :, index % self.width]
+        at = index % self.width * self.per_word
+        stored = self.array[index // self.width, 0, :, at : at + self.per_word].reshape(-1)[: self.n_in]
         if stored.dtype == np.float32:
             return stored
         wide = widen(stored)
@@ -119,6 +128,19 @@ def to_panels(columns: NDArray[Any], width: int) -> NDArray[Any]:  # [K, N] -> [
     if whole < n:
         panels[whole, :, : n_out - whole * width] = columns[:, whole * width :]
     return panels
+
+
+def to_lines(panels: NDArray[Any]) -> NDArray[Any]:  # [n, K, P] -> [n, lines, P * per_word]
+    """Put numbers of compact weights that follow each other in a column side by side, in one word of 32 bits.
+
+    The last word of a column is filled up with zeros.
+    """
+    n, n_in, width = panels.shape
+    per_word = 4 // panels.itemsize
+    lines = -(-n_in // per_word)
+    whole = np.zeros((n, lines * per_word, width), panels.dtype)
+    whole[:, :n_in] = panels
+    return whole.reshape(n, lines, per_word, width).swapaxes(2, 3).reshape(n, lines, width * per_word)
 
 
 def compute_scales(columns: Array) -> Array:  # [K, N] -> [N]

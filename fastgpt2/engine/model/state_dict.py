@@ -31,6 +31,7 @@ from fastgpt2.engine.model.checkpoint import Checkpoint
 from fastgpt2.engine.model.config import GPT2Config
 from fastgpt2.engine.model.weights import HEAD, TABLE, expected_shapes
 from fastgpt2.errors import CheckpointError
+from fastgpt2.plurals import counted
 
 # What may stand at the beginning of a name, in any number and order: wrappers of a model, and the model's own parts.
 _PREFIXES = frozenset({"transformer", "model", "base_model", "pretrained_model"})
@@ -208,8 +209,8 @@ def _check_shape(
     fields = {TABLE: "vocab_size", HEAD: "vocab_size", "wpe.weight": "n_positions"}
     if name in fields and len(info.shape) == 2 and info.shape[1] == config.n_embd:
         raise CheckpointError(
-            f"{info.file}: tensor {stored!r} has {info.shape[0]} rows; config.json says {fields[name]} {expected[0]}. "
-            f"If the file is right, set {fields[name]} to {info.shape[0]} in config.json"
+            f"{info.file}: tensor {stored!r} has {counted(info.shape[0], 'row')}; config.json says {fields[name]} "
+            f"{expected[0]}. If the file is right, set {fields[name]} to {info.shape[0]} in config.json"
         )
     raise CheckpointError(
         f"{info.file}: tensor {stored!r} has the shape {list(info.shape)}; config.json implies {list(expected)}. They "

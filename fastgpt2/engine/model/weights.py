@@ -74,12 +74,12 @@ def view_weights(packed: Checkpoint, config: GPT2Config) -> Weights:
     def norm(name: str) -> LayerNorm:
         return LayerNorm(vector(f"{name}.weight"), vector(f"{name}.bias"))
 
-    def panels(name: str) -> Panels:
+    def panels(name: str, n_in: int) -> Panels:
         scales = scales_name(name)
-        return Panels(packed.view(name)[:, None], packed.float32(scales) if scales in packed.tensors else None)
+        return Panels(packed.view(name)[:, None], n_in, packed.float32(scales) if scales in packed.tensors else None)
 
-    def linear(name: str) -> Linear:
-        return Linear(panels(f"{name}.weight"), packed.float32(f"{name}.bias"))
+    def linear(name: str, n_in: int = config.n_embd) -> Linear:
+        return Linear(panels(f"{name}.weight", n_in), packed.float32(f"{name}.bias"))
 
     own_head = HEAD in packed.tensors
     return Weights(
@@ -92,12 +92,12 @@ def view_weights(packed: Checkpoint, config: GPT2Config) -> Weights:
                 attn_c_proj=linear(f"h.{i}.attn.c_proj"),
                 ln_2=norm(f"h.{i}.ln_2"),
                 c_fc=linear(f"h.{i}.mlp.c_fc"),
-                mlp_c_proj=linear(f"h.{i}.mlp.c_proj"),
+                mlp_c_proj=linear(f"h.{i}.mlp.c_proj", config.n_inner),
             )
             for i in range(config.n_layer)
         ),
         ln_f=norm("ln_f"),
-        lm_head=panels(HEAD if own_head else TABLE),
+        lm_head=panels(HEAD if own_head else TABLE, config.n_embd),
     )
 
 

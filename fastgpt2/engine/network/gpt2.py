@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastgpt2.engine.kernels.kernel import Kernel
+from fastgpt2.engine.kernels.machine_code import describe_for_helpers
 from fastgpt2.engine.kernels.openblas import identify_blas
 from fastgpt2.engine.kernels.panels import Array
 from fastgpt2.engine.model.config import GPT2Config
@@ -28,8 +29,8 @@ log = logging.getLogger("fastgpt2.engine")
 # Rows of a step, beside those of sequences that decode.
 DEFAULT_MAX_ROWS = 256
 
-# Rows of prompts in a step beside sequences that decode: they set how long a prompt keeps those waiting. A step of
-# gpt2 for eight took 2.8 times as long with 64 rows beside them, 4 times with 96, 5 times with 128 (two cores, AVX2).
+# Rows of prompts that there is room for in a step beside any number of sequences that decode. So many are read there
+# however long they take, more if there is time (`decoding/prompt_rows.py`).
 PREFILL_ROWS_BESIDE = 64
 
 # After an interrupted step the helpers are started anew; when they keep ending, that is given up.
@@ -83,7 +84,7 @@ class GPT2:
                 "set a smaller max_batch"
             ) from None
         self.cache = KVCache(self.config, self._shape.n_slots, self._arena, self._kv_memory)
-        self._alone = make_shards(self.config, self.sets, self.cache, self._arena, (0, 1), lambda: None)
+        self._alone = make_shards(self.config, self.sets, self.cache, self._arena, (0, 1), None)
         self._together: list[Shard] | None = None
         self._helpers: HelperProcesses | None = None
         self._barrier: Barrier | None = None
@@ -159,7 +160,7 @@ class GPT2:
             self._alone[step.weights].run(step)
             return
         if self._together is None:
-            self._together = make_shards(self.config, self.sets, self.cache, self._arena, (0, self.size), barrier.wait)
+            self._together = make_shards(self.config, self.sets, self.cache, self._arena, (0, self.size), barrier)
         # The helpers have been idle since this process came to the barrier last, or since a later moment.
         may_sleep = time.monotonic() - barrier.arrived_at > WAKE_AFTER_SECONDS
         barrier.begin(step)
@@ -214,12 +215,14 @@ class GPT2:
                 "weights": f"{files}/{weight_set.packed.fd}",
                 "product": weight_set.kernel.product.name,
                 "exact_chunks": weight_set.kernel.exact_chunks,
+                "compiled": weight_set.kernel.compiled,
             }
             for weight_set in self.sets
         ]
         config, shape = dataclasses.asdict(self.config), dataclasses.asdict(self._shape)
         state = f"{files}/{self._arena.fd}"
-        return {"config": config, "state": state, "sets": sets, "shape": shape, "parent": os.getpid()}
+        order = {"config": config, "state": state, "sets": sets, "shape": shape, "parent": os.getpid()}
+        return {**order, "code": describe_for_helpers()}
 
     def _dismiss_helpers(self) -> None:
         if self._helpers is not None:

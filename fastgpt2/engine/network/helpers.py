@@ -116,7 +116,7 @@ def main() -> None:
 
         log_events("helper")
     hold_to_one_thread()
-    from fastgpt2.engine.kernels import make_product
+    from fastgpt2.engine.kernels import machine_code, make_product
     from fastgpt2.engine.kernels.kernel import Kernel
     from fastgpt2.engine.model.packing import open_packed
     from fastgpt2.engine.model.weights import view_weights
@@ -126,6 +126,7 @@ def main() -> None:
     from fastgpt2.engine.network.transformer import Shape, WeightSet, make_shards, state_specs
 
     order = json.loads(_first_line())
+    machine_code.give(order["code"])
     parent, shape = order["parent"], Shape(**order["shape"])
 
     def check() -> None:
@@ -136,12 +137,13 @@ def main() -> None:
     sets = []
     for described in order["sets"]:
         packed = open_packed(_open_shared(described["weights"], os.O_RDONLY))
-        kernel = Kernel(make_product(described["product"]), None, described["exact_chunks"])
+        product = make_product(described["product"])
+        kernel = Kernel(product, None, described["exact_chunks"], described["compiled"])
         sets.append(WeightSet(packed, view_weights(packed.tensors, config), kernel))
     arena = Arena(state_specs(config, sets, shape), fd=_open_shared(order["state"], os.O_RDWR))
     share = order["rank"], shape.size
     barrier = Barrier(arena["control"], *share, check)
-    shards = make_shards(config, sets, KVCache(config, shape.n_slots, arena), arena, share, barrier.wait)
+    shards = make_shards(config, sets, KVCache(config, shape.n_slots, arena), arena, share, barrier)
     for weight_set in sets:
         weight_set.packed.tensors.populate()
     barrier.join()

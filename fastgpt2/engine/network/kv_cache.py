@@ -10,16 +10,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from fastgpt2.engine.kernels.attention import BLOCK, MOST_PADDING
 from fastgpt2.engine.model.config import GPT2Config
 from fastgpt2.engine.network.arena import PAGE, Arena, Spec
-
-# Positions in a block of keys, the width of a panel in the product of queries and keys. Wider blocks are faster in a
-# long sequence; in a short one they read more that is not filled yet.
-BLOCK = 32
-
-# A sequence is read at most this many positions beyond its own, where a longer neighbour is attended with it. In memory
-# that processes share, reading commits as writing does.
-MOST_PADDING = 2 * BLOCK
 
 
 class KVCache:
@@ -33,7 +26,8 @@ class KVCache:
             multiplied with them by the same kernel as with weights.
         values: float32 [n_slots, n_layer, n_head, blocks * BLOCK, head_dim].
         lengths: how many positions of each slot are filled.
-        usable_slots: how many of the slots are given out, the first ones.
+        usable_slots: how many of the slots are given out at most. It may change at any time, to at most `n_slots`: if
+            more are in use, no further one is given out until they are fewer.
     """
 
     def __init__(self, config: GPT2Config, n_slots: int, arena: Arena, bytes_limit: int | None = None) -> None:
@@ -65,8 +59,14 @@ class KVCache:
         }
 
     @property
+    def n_slots(self) -> int:
+        """Return how many slots there are, those that are not to be used included."""
+        return len(self.lengths)
+
+    @property
     def free_slots(self) -> int:
-        return len(self._free)
+        """Return how many slots may still be given out."""
+        return max(0, self.usable_slots - (self.n_slots - len(self._free)))
 
     @property
     def bytes_reserved(self) -> int:
@@ -74,20 +74,19 @@ class KVCache:
         return sum(self._reserved) + sum(self._committed[slot] for slot in self._free)
 
     def use_slots(self, n_slots: int) -> None:
-        """Give out only the first `n_slots` slots from now on; raise ValueError if a slot is in use.
+        """Give out only `n_slots` slots from now on; raise ValueError if a slot is in use.
 
         What slots keep committed goes back to the system.
         """
-        if len(self._free) < self.usable_slots:
+        if len(self._free) < self.n_slots:
             raise ValueError("slots are in use")
         for slot in self._free:
             self._give_back(slot)
         self.usable_slots = n_slots
-        self._free = list(range(n_slots))
 
     def has_room(self, positions: int | None = None) -> bool:
         """Tell whether `allot` would give a slot."""
-        return bool(self._free) and sum(self._reserved) + self._bytes_for(positions) <= self.bytes_limit
+        return self.free_slots > 0 and sum(self._reserved) + self._bytes_for(positions) <= self.bytes_limit
 
     def allot(self, positions: int | None = None) -> int:
         """Give out an empty slot, the lowest: neighbours are attended together. Raises IndexError without room.
@@ -96,7 +95,7 @@ class KVCache:
             positions: how many the sequence will fill at most; None for as many as there are.
         """
         if not self.has_room(positions):
-            taken = "the memory for keys and values is taken" if self._free else "no slot is free"
+            taken = "the memory for keys and values is taken" if self.free_slots else "no slot is free"
             raise IndexError(f"{taken}; ask `has_room` first")
         slot = min(self._free)
         self._free.remove(slot)

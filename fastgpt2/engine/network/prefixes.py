@@ -16,9 +16,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fastgpt2.engine.kernels.attention import BLOCK
 from fastgpt2.engine.model.config import GPT2Config
 from fastgpt2.engine.network.arena import PAGE, Arena
-from fastgpt2.engine.network.kv_cache import BLOCK, KVCache
+from fastgpt2.engine.network.kv_cache import KVCache
 from fastgpt2.errors import BadRequest, ModelError
 
 # By default, prefixes get one byte for this many bytes of keys and values, in addition to these.
@@ -85,6 +86,10 @@ class Prefixes:
         self._touch(chain)
         cache.lengths[slot] = len(chain) * BLOCK
         return len(chain) * BLOCK
+
+    def known(self, ids: Seq[int]) -> int:
+        """Return of how many of these tokens, from the first on, `copy_to` would fill a slot."""
+        return len(self._find(ids, len(ids) // BLOCK)) * BLOCK
 
     def keep(self, cache: KVCache, slot: int, ids: Seq[int]) -> None:
         """Keep what a slot holds of its sequence's tokens, in whole blocks, as far as it is not kept already.

@@ -112,16 +112,20 @@ class Barrier:
         control: the shared array, of `control_spec`.
         rank: 0 for the first process, which starts the steps.
         check: called now and then while waiting; raises an error when waiting is in vain.
+
+    Attributes:
+        count, own, others, arrived_at: how often processes have come, and when this one came last (`Meeting`).
     """
 
     def __init__(self, control: NDArray[np.int64], rank: int, size: int, check: Callable[[], None]) -> None:
         self._numbers = memoryview(control.data)
-        self._own_arrivals = STRIDE * (1 + rank)
-        self._others_arrivals = [STRIDE * (1 + other) for other in range(size) if other != rank]
+        self.count = np.zeros(1, np.int64)
+        self.own = _arrivals_of(control, rank)
+        self.others = [_arrivals_of(control, other) for other in range(size) if other != rank]
         self._joined = [STRIDE * (1 + size + other) for other in range(size)]
         self._description = STRIDE * (2 * size + 1)
         self._check, self._rank = check, rank
-        self._arrivals = self._step = 0
+        self._step = 0
         self.arrived_at = 0.0
 
     def join(self) -> None:
@@ -135,7 +139,7 @@ class Barrier:
     def begin(self, step: Step) -> None:
         """Start a step in every process; only the first process does."""
         numbers, at = step.to_numbers(), self._description
-        self._numbers[at] = self._arrivals
+        self._numbers[at] = int(self.count[0])
         self._numbers[at + 1] = len(numbers)
         for offset, number in enumerate(numbers, at + 2):
             self._numbers[offset] = number
@@ -150,28 +154,32 @@ class Barrier:
     def receive(self) -> Step:
         self._step = self._numbers[STEP]
         at = self._description
-        self._arrivals = self._numbers[at]
+        self.count[0] = self._numbers[at]
         return Step.from_numbers(self._numbers[at + 2 : at + 2 + self._numbers[at + 1]].tolist())
 
     def wait(self) -> None:
-        """Return when every process has come here; what `check` raises ends the waiting."""
-        numbers = self._numbers
-        self._arrivals += 1
-        self.arrived_at = time.monotonic()
-        numbers[self._own_arrivals] = arrivals = self._arrivals
-        for other in self._others_arrivals:
-            looks = 0
-            while numbers[other] < arrivals:
+        """Come, and return when every other process has come; what `check` raises ends the waiting."""
+        self.count += 1
+        self.own[0] = arrivals = self.count[0]
+        looks = 0
+        for other in self.others:
+            while other[0] < arrivals:
                 looks += 1
                 if looks > _LOOKS_BEFORE_SLEEP:
-                    self._wait_asleep(other)
+                    self.wait_asleep()
 
-    def _wait_asleep(self, other: int) -> None:
+    def wait_asleep(self) -> None:
         """Wait for a process that has lost its core to somebody else: a core left idle is one that it can come to."""
         checked_at = time.monotonic()
-        while self._numbers[other] < self._arrivals:
+        while any(other[0] < self.count[0] for other in self.others):
             time.sleep(_NAP_SECONDS)
             now = time.monotonic()
             if now - checked_at > _CHECK_SECONDS:
                 self._check()
                 checked_at = now
+
+
+def _arrivals_of(control: NDArray[np.int64], rank: int) -> NDArray[np.int64]:
+    """Return the number of a process that tells how often it has come to the barrier."""
+    at = STRIDE * (1 + rank)
+    return control[at : at + 1]

@@ -1,7 +1,8 @@
-"""Step times: how long steps take by their sequences and by their rows, measured once a machine.
+"""Step times: how long steps take by their sequences and by their rows, measured when a model is first loaded.
 
-They tell how many sequences a network decodes together, and what the rows of guesses cost (`decoding/drafter.py`).
-Small models are not measured: their steps are over before they could be told apart.
+They tell how many sequences a network decodes together, and what the rows of guesses cost. They are first guesses: the
+process learns from its own steps (`batch_limit.py`, `step_costs.py`), and `LearntTimes` writes down what it has learnt,
+for the next start. Small models are not measured: their steps are over before they could be told apart.
 """
 
 from __future__ import annotations
@@ -9,13 +10,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
-from time import perf_counter
+from time import monotonic
 
+from fastgpt2.engine.figure import Figure
+from fastgpt2.engine.kernels.attention import BLOCK
+from fastgpt2.engine.kernels.calibration import run_in_turn, spread_of
 from fastgpt2.engine.machine import Measurements, is_large, usable_memory
 from fastgpt2.engine.model.config import GPT2Config
+from fastgpt2.engine.network.batch_limit import BatchLimit, describe_steps, largest_that_pays
 from fastgpt2.engine.network.gpt2 import GPT2
-from fastgpt2.engine.network.kv_cache import BLOCK, sequence_bytes
+from fastgpt2.engine.network.kv_cache import sequence_bytes
 from fastgpt2.engine.network.step import Segment
+from fastgpt2.engine.network.step_costs import StepCosts
 
 log = logging.getLogger("fastgpt2.engine")
 
@@ -25,15 +31,15 @@ MOST_SLOTS = 32
 # Sequences of a small model, and where nothing can be measured.
 UNMEASURED_SLOTS = 16
 
-# A batch is worth its size if it gives this many times the tokens a second of the best smaller one.
-LEAST_BATCH_GAIN = 1.15
-
 # Tokens that each sequence holds at first while steps are timed.
 _CONTEXT = 64
-_REPEATS = 5
 
-# Rows of one sequence whose steps are timed, for `StepCosts`.
+# Rows of one sequence whose steps are timed, for `StepCosts`; and the most rows of which something may be learnt.
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16)
+MOST_ROWS = 64
+
+# What was learnt is written down this often at most.
+_KEEP_SECONDS = 30.0
 
 
 def slots_to_map(config: GPT2Config) -> int:
@@ -50,71 +56,133 @@ def slots_to_map(config: GPT2Config) -> int:
 
 
 def choose_slots(network: GPT2, measurements: Measurements) -> None:
-    """Have a network of `slots_to_map` slots use as many as pay, as was measured here before or is measured now."""
-    config, most = network.config, network.cache.usable_slots
-    if not is_large(config):
+    """Have a network of `slots_to_map` slots use as many as pay, as is known of this machine or is measured now.
+
+    What is known is a first guess, however old: the network's own steps correct it at no cost.
+    """
+    most = network.cache.usable_slots
+    if not is_large(network.config):
         return
-    suffix = _circumstances(network)
     # Where there was more memory, more was tried, and what paid there pays here as far as there is room.
     tried = [most << more for more in range(MOST_SLOTS.bit_length()) if most << more <= max(most, MOST_SLOTS)]
-    found = (measurements.find(f"batch of up to {upto}, {suffix}") for upto in tried)
-    known = next((sequences for sequences in found if sequences is not None), None)
-    if known is None:
-        room = network.cache.bytes_limit // sequence_bytes(config, _CONTEXT + 2 * BLOCK)
+    known = [measurements.find(slots_name(network, upto)) for upto in tried]
+    found = next((figure for figure in known if figure is not None and not figure.is_asked_for), None)
+    if found is None:
+        room = network.cache.bytes_limit // sequence_bytes(network.config, _CONTEXT + 2 * BLOCK)
         # A helper that has not joined, or memory for too few sequences, is no measure of the machine.
-        if room < most or not network.wait_until_ready():
-            network.cache.use_slots(min(most, UNMEASURED_SLOTS))
-            return
-        known = measurements.find_or_measure(f"batch of up to {most}, {suffix}", lambda: measure_slots(network, most))
-    network.cache.use_slots(max(1, min(most, known)))
+        if room >= most and network.wait_until_ready():
+            name = slots_name(network, most)
+            measured = measurements.find_or_measure_all([name], lambda: {name: measure_slots(network, most)})
+            found = measured.get(name)
+    slots = max(1, min(most, UNMEASURED_SLOTS if found is None else found))
+    network.cache.use_slots(1 << (slots.bit_length() - 1))
 
 
-def measure_slots(network: GPT2, most: int) -> int:
-    started = perf_counter()
-    slots = [network.cache.allot(_CONTEXT + _REPEATS + 2) for _ in range(most)]
+def measure_slots(network: GPT2, most: int) -> Figure:
+    """Return how many sequences pay, of 1, 2, 4 and so on up to `most`."""
+    sizes = [1 << i for i in range(most.bit_length())]
+    slots = [network.cache.allot(_CONTEXT + 2) for _ in range(most)]
     try:
-        steps = [Segment(slot, [0]) for slot in slots]
-        return largest_that_pays(lambda n: _step_microseconds(network, steps[:n]) / 1e6, most)
+        _fill(network, slots)
+        segments = [Segment(slot, [0]) for slot in slots]
+        runs = run_in_turn({size: _step(network, segments[:size]) for size in sizes})
     finally:
         for slot in slots:
             network.cache.release(slot)
-        log.debug("steps by sequences measured in %.0f ms", (perf_counter() - started) * 1e3)
-
-
-def largest_that_pays(step_seconds: Callable[[int], float], most: int) -> int:
-    """Return the largest power of two, up to `most`, whose batch is worth its size by `LEAST_BATCH_GAIN`.
-
-    Two may be no faster than one and eight faster by far: a BLAS has a kernel for one row, and another for many, whose
-    overhead two rows do not earn. So the search ends only when two sizes one after the other do not pay.
-    """
-    times = {1: step_seconds(1)}
-    best, n = 1, 2
-    while n <= most and n <= 4 * best:
-        times[n] = step_seconds(n)
-        if n / times[n] >= LEAST_BATCH_GAIN * best / times[best]:
-            best = n
-        n *= 2
-    steps = ", ".join(f"{rows}: {seconds * 1e3:.1f} ms" for rows, seconds in times.items())
-    log.info("%d sequences at once pay on this machine; a step takes, by sequences, %s", best, steps)
-    return best
+    times = {size: runs[size].least for size in sizes}
+    best = largest_that_pays(times.__getitem__, most)
+    log.info("%d sequences at once pay on this machine; %s", best, describe_steps(times))
+    return Figure(best, spread_of(runs.values()), len(runs[1].seconds))
 
 
 def row_costs(network: GPT2, measurements: Measurements, measure: bool) -> dict[int, float]:
     """Return the seconds of a step by rows of one sequence, measured now if need be and `measure`; {} if not known."""
     if not is_large(network.config):
         return {}
-    names = {rows: f"microseconds of {rows} rows, {_circumstances(network)}" for rows in ROWS}
-    if any(measurements.find(name) is None for name in names.values()):
+    names = [rows_name(network, rows) for rows in ROWS]
+    known = [measurements.find(name) for name in names]
+    if any(figure is None or figure.is_asked_for for figure in known):
         if not measure or not network.wait_until_ready():
             return {}
-        slot = network.cache.allot(_CONTEXT + max(ROWS))
-        try:
-            for rows, name in names.items():
-                step = [Segment(slot, [0] * rows, rows)]
-                measurements.find_or_measure(name, partial(_step_microseconds, network, step))
-        finally:
-            network.cache.release(slot)
-    return {rows: (measurements.find(name) or 0) / 1e6 for rows, name in names.items()}
+        if len(measurements.find_or_measure_all(names, lambda: measure_rows(network))) < len(names):
+            return {}
+    figures = {rows: measurements.find(rows_name(network, rows)) for rows in range(1, MOST_ROWS + 1)}
+    return {rows: microseconds / 1e6 for rows, microseconds in figures.items() if microseconds}
+
+
+def measure_rows(network: GPT2) -> dict[str, Figure]:
+    """Return the microseconds of a step of each of `ROWS`, by the name of the figure."""
+    slot = network.cache.allot(_CONTEXT + max(ROWS))
+    try:
+        _fill(network, [slot])
+        runs = run_in_turn({rows: _step(network, [Segment(slot, [0] * rows, rows)]) for rows in ROWS})
+    finally:
+        network.cache.release(slot)
+    return {
+        rows_name(network, rows): Figure(round(1e6 * of_rows.least), of_rows.spread, len(of_rows.seconds))
+        for rows, of_rows in runs.items()
+    }
+
+
+class LearntTimes:
+    """What a process has learnt from its own steps, on its way to the store.
+
+    Several workers of a machine write what each has learnt, the later over the earlier: all are first guesses of the
+    next start. Figures are not kept apart by what else the machine was doing. How sizes compare is learnt from steps
+    that followed each other, so a neighbour's load is in both, and what is left of it is learnt anew within seconds.
+
+    Args:
+        measurements: the store; None to keep nothing.
+    """
+
+    def __init__(self, network: GPT2, measurements: Measurements | None, limit: BatchLimit, costs: StepCosts) -> None:
+        self._network, self._measurements, self._limit, self._costs = network, measurements, limit, costs
+        self._next_at = monotonic() + _KEEP_SECONDS
+        self._kept: dict[str, int] = {}
+
+    def keep_if_due(self) -> None:
+        """Write down what was learnt, if that was not done lately."""
+        if monotonic() >= self._next_at:
+            self.keep()
+
+    def keep(self) -> None:
+        """Write down what was learnt, if there is anything new."""
+        self._next_at = monotonic() + _KEEP_SECONDS
+        if self._measurements is None:
+            return
+        for figures in (self._slots(), self._rows(self._measurements)):
+            new = {name: int(figure) for name, figure in figures.items()}
+            if not new.items() <= self._kept.items() and self._measurements.keep(figures):
+                self._kept.update(new)
+
+    def _slots(self) -> dict[str, Figure]:
+        finding = self._limit.finding
+        if finding is None:
+            return {}
+        name = slots_name(self._network, self._network.cache.n_slots)
+        return {name: Figure(finding.sequences, finding.spread, finding.looks)}
+
+    def _rows(self, measurements: Measurements) -> dict[str, Figure]:
+        """Return what rows cost. Those of which nothing was learnt keep how they compare with the others."""
+        found = {}
+        for rows, cost in self._costs.learnt().items():
+            name, microseconds = rows_name(self._network, rows), round(1e6 * cost.seconds)
+            known = measurements.find(name)
+            if cost.looks and rows <= MOST_ROWS:
+                found[name] = Figure(microseconds, cost.spread, cost.looks)
+            elif known is not None:
+                found[name] = Figure(microseconds, known.spread, known.looks, known.date)
+        return found
+
+
+def slots_name(network: GPT2, most: int) -> str:
+    """Return the name under which the store has how many of up to `most` sequences pay."""
+    return f"batch of up to {most}, {_circumstances(network)}"
+
+
+def rows_name(network: GPT2, rows: int) -> str:
+    """Return the name under which the store has the microseconds of a step of that many rows."""
+    return f"microseconds of {rows} rows, {_circumstances(network)}"
 
 
 def _circumstances(network: GPT2) -> str:
@@ -124,17 +192,21 @@ def _circumstances(network: GPT2) -> str:
     return f"{shape}, {network.size} processes, {network.product_name}"
 
 
-def _step_microseconds(network: GPT2, segments: list[Segment]) -> int:
-    """Return the least time of some steps of sequences that hold `_CONTEXT` tokens: a disturbance only ever adds."""
-    cache, least = network.cache, float("inf")
+def _fill(network: GPT2, slots: list[int]) -> None:
+    """Write slots as far as steps will read them, so that there is memory behind them."""
+    for slot in slots:
+        network.cache.keys[slot, :, : -(-_CONTEXT // BLOCK) + 1] = 0
+        network.cache.values[slot, :, :, : _CONTEXT + BLOCK] = 0
+
+
+def _step(network: GPT2, segments: list[Segment]) -> Callable[[], None]:
+    """Return a step of sequences that hold `_CONTEXT` tokens. The step has been run once, which prepares it."""
+    step = partial(_run_step, network, segments)
+    step()
+    return step
+
+
+def _run_step(network: GPT2, segments: list[Segment]) -> None:
     for segment in segments:
-        # Written, so that there is memory behind it to be read.
-        cache.keys[segment.slot, :, : -(-_CONTEXT // BLOCK) + 1] = 0
-        cache.values[segment.slot, :, :, : _CONTEXT + BLOCK] = 0
-    for _ in range(1 + _REPEATS):
-        for segment in segments:
-            cache.lengths[segment.slot] = _CONTEXT
-        started = perf_counter()
-        network.forward(segments)
-        least = min(least, perf_counter() - started)
-    return round(1e6 * least)
+        network.cache.lengths[segment.slot] = _CONTEXT
+    network.forward(segments)

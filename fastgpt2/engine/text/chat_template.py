@@ -33,7 +33,10 @@ _LIMITS = "1 s of computing or 256 MB"
 # The names of the template that is taken, and of the one that is taken where there are tools.
 _DEFAULT, _WITH_TOOLS = "default", "tool_use"
 
-_REMEDY = "continue prompts, as POST /v1/completions does, or load the model with --chat-template FILE"
+_REMEDY = (
+    "continue prompts (by POST /v1/completions, or on the command line without --chat), or load the model with "
+    "--chat-template FILE"
+)
 
 
 class ChatTemplate:
