@@ -93,7 +93,8 @@ def names(files: list[dict[str, Any]]) -> list[str]:
 
 
 def in_cache(cache: Path) -> set[str]:
-    return {path.name for path in cache.iterdir()}
+    """Return the names of the files; compiled code lies in a folder of its own."""
+    return {path.name for path in cache.iterdir() if path.is_file()}
 
 
 def flip_last_byte(path: Path, keep_time: bool) -> None:

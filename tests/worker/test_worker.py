@@ -442,7 +442,8 @@ def test_a_stop_command_ends_a_running_job(queue: Queue, redis: Redis) -> None:
 
 def test_a_job_over_its_time_fails_and_the_worker_goes_on(queue: Queue, start_worker: StartWorker) -> None:
     process = start_worker()
-    job = queue.enqueue(TASK, ENTRY["prompt"], job_timeout=1, **LONG)
+    # Many texts, so that it takes longer than to look whether it has started.
+    job = queue.enqueue(TASK, ENTRY["prompt"], job_timeout=1, n=16, temperature=1.0, **LONG)
     wait_for_status(job, "started")
     # The clock of a limit runs on while the process is held up.
     process.send_signal(signal.SIGSTOP)
