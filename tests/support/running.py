@@ -47,7 +47,7 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = 60.0
         waited = time.monotonic() - began
         if waited > seconds:
             pytest.fail(f"waited {seconds} s for: {what}")
-        time.sleep(0.01 if waited < 0.2 else 0.03)
+        time.sleep(0.01 if waited < 2.0 else 0.03)
 
 
 def has_ended(pid: int) -> bool:

@@ -400,8 +400,11 @@ def test_a_file_tells_probes_that_the_loop_turns(queue: Queue, start_worker: Sta
     alive.touch()
     os.utime(alive, (1, 1))
     process = start_worker(wait=False, FASTGPT2_ALIVE_FILE=str(alive))
-    wait_until(lambda: not alive.exists(), "the file that another worker left to be removed")
-    wait_until(alive.exists, "the file to be made")
+
+    def is_its_own() -> bool:
+        return alive.exists() and alive.stat().st_mtime > 1
+
+    wait_until(is_its_own, "the file that another worker left to be removed, and one to be made")
     for _ in range(2):  # an idle worker's, and a busy one's
         os.utime(alive, (1, 1))
         wait_until(lambda: alive.stat().st_mtime > 1, "the file to be touched", 60)
