@@ -95,10 +95,13 @@ class Operations:
         """
 
         def embed() -> None:
-            for row in range(rows[0]):
-                token_id = ids[row]
-                embedding = table.column(token_id) if isinstance(table, Panels) else table[token_id]
-                np.add(embedding, wpe[positions[row]], out=x[row])
+            n = int(rows[0])
+            if isinstance(table, Panels):
+                for row in range(n):
+                    x[row] = table.column(ids[row])
+            else:
+                np.take(table, ids[:n], axis=0, out=x[:n], mode="clip")
+            x[:n] += wpe[positions[:n]]
 
         return embed
 
