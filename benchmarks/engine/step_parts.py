@@ -31,6 +31,7 @@ from benchmarks.common import begin, heading, numbers, parse, parser, write
 from fastgpt2.bench import CONTEXT, Values, layout, layout_line, median, summary, table
 from fastgpt2.engine.decoding.records import GenerationRequest
 from fastgpt2.engine.engine import Engine
+from fastgpt2.engine.kernels.program import Program
 
 # In the order of the table; each is also the name of a part below.
 PARTS = ("products", "layer norm", "activation", "attention", "waiting", "embedding", "rest", "argmax", "decoder")
@@ -184,9 +185,8 @@ def parts_timed(engine: Engine) -> Iterator[dict[str, Any]]:
         watches.spent.update(logits=logits, network=perf_counter() - started)
         return logits
 
-    program = shard._operations.program
     shard._attention, shard._operations = watches.attention(shard._attention), watches
-    shard._layers, shard._logits = program(shard._write_layers()), program(shard._write_logits())
+    shard._layers, shard._logits = Program(shard._write_layers()), Program(shard._write_logits())
     if shard._meeting is not None:
         shard._last_meet = watches.meet(shard._meeting)
     model.forward = forward

@@ -34,7 +34,7 @@ from fastgpt2.engine.kernels.panels import (
     widen,
 )
 from fastgpt2.engine.kernels.product import SCALED_TOGETHER, write_product
-from fastgpt2.engine.kernels.program import NativeCall, Program, arguments_of, load_program_code, meet
+from fastgpt2.engine.kernels.program import NativeCall, Program, arguments_of, meet
 
 Array = NDArray[np.float32]
 Write = Callable[[Module, InstructionSet], None]
@@ -376,7 +376,7 @@ class Meeting:
     """A place where this process waits for itself: the other one comes when it is waited for asleep."""
 
     def __init__(self) -> None:
-        self.count, self.own, self.other = (np.zeros(1, np.int64) for _ in range(3))
+        self.count, self.own, self.other = (memoryview(np.zeros(1, np.int64).data) for _ in range(3))
         self.others, self.arrived_at, self.naps = [self.other], 0.0, 0
 
     def wait(self) -> None:
@@ -388,9 +388,9 @@ class Meeting:
 
 
 def test_a_program_goes_on_where_it_waited() -> None:
-    code, meeting, order = load_program_code(), Meeting(), list[str]()
-    both = meet(code, meeting)
-    program = Program([both, both, lambda: order.append(f"python after {meeting.own[0]}"), both], code)
+    meeting, order = Meeting(), list[str]()
+    both = meet(meeting)
+    program = Program([both, both, lambda: order.append(f"python after {meeting.own[0]}"), both])
     program.run()
     assert (meeting.naps, int(meeting.own[0]), order) == (3, 3, ["python after 2"])
     meeting.other[0] = 5  # it has come twice already

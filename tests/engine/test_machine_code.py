@@ -171,6 +171,16 @@ def test_another_cpu_llvm_or_source_has_other_code(folder: Path, monkeypatch: py
     assert len(list(folder.iterdir())) == 2
 
 
+def test_nothing_is_kept_where_the_cpu_is_not_known(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine_code, "_CPU_FILE", tmp_path / "none")
+    times = compiled_how_often(monkeypatch)
+    assert [double(1.0), double(2.0)] == [2.0, 4.0]
+    assert len(times) == 2
+    assert not folder.exists()
+
+
 def test_old_code_goes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine_code, "_MOST_FILES", 2)
     folder.mkdir(parents=True)

@@ -28,10 +28,12 @@ def keep_code(kernel: Kernel, activation: str, n_head: int, head_dim: int, n_pos
     if kernel.compiled:
         from fastgpt2.engine.kernels.attention import BLOCK
         from fastgpt2.engine.kernels.attention_compiled import HeadShape, load_attention_code
-        from fastgpt2.engine.kernels.compiled import CompiledOperations
+        from fastgpt2.engine.kernels.compiled import load_step_code
         from fastgpt2.engine.kernels.machine_code import keep_beside_weights
+        from fastgpt2.engine.kernels.program import load_program_code
 
-        CompiledOperations(kernel, activation, 0.0, 1)
+        load_program_code()
+        load_step_code(activation)
         load_attention_code(HeadShape(head_dim, n_head, -(-n_positions // BLOCK) * BLOCK))
         keep_beside_weights()
 

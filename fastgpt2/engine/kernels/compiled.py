@@ -6,7 +6,6 @@ operation is named after: `product.py`, `layer_norm.py`, `activation.py`, `atten
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from fastgpt2.engine.kernels.kernel import ArgumentCache, Kernel
 from fastgpt2.engine.kernels.machine_code import MachineCode, load_code
 from fastgpt2.engine.kernels.operations import Attention, Integers, LinearShare, Operations, Rows
 from fastgpt2.engine.kernels.panels import STORED_TYPES, Array, Panels
-from fastgpt2.engine.kernels.program import Call, Meeting, NativeCall, Program, arguments_of, load_program_code, meet
+from fastgpt2.engine.kernels.program import Call, Meeting, NativeCall, arguments_of, meet
 
 if TYPE_CHECKING:
     from fastgpt2.engine.kernels.instruction_set import InstructionSet
@@ -107,8 +106,7 @@ class CompiledOperations(Operations):
 
     def __init__(self, kernel: Kernel, activation: str, epsilon: float, most_rows: int) -> None:
         super().__init__(kernel, activation, epsilon, most_rows)
-        self._code = load_code(f"step {activation}", lambda module, _isa: _write_step(module, activation))
-        self._program_code = load_program_code()
+        self._code = load_step_code(activation)
         self._product = kernel.product if isinstance(kernel.product, CompiledProduct) else None
 
     def embed(
@@ -143,10 +141,12 @@ class CompiledOperations(Operations):
         return CompiledAttention(arrays, heads)
 
     def meet(self, meeting: Meeting) -> Call:
-        return meet(self._program_code, meeting)
+        return meet(meeting)
 
-    def program(self, calls: Iterable[Call]) -> Program:
-        return Program(calls, self._program_code)
+
+def load_step_code(activation: str) -> MachineCode:
+    """Return norms and an activation function. Raises BadRequest if llvmlite is not installed, or cannot be used."""
+    return load_code(f"step {activation}", lambda module, _instructions: _write_step(module, activation))
 
 
 def _write_step(module: Module, activation: str) -> None:

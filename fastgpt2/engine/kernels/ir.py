@@ -223,12 +223,12 @@ class Code:
             found.append(self.load_integer(argument) if kind == "n" else argument)
         return found
 
-    def end(self, status: int = 0) -> None:
-        """Return from the function, an operation with a status."""
+    def end(self) -> None:
+        """Return from the function, from an operation with 0: all is done."""
         if self._internal:
             self.builder.ret_void()
         else:
-            self.builder.ret(ir.Constant(INT, status))
+            self.builder.ret(ir.Constant(INT, 0))
 
     # Constants and types
 
@@ -246,11 +246,8 @@ class Code:
         if not isinstance(right, Value):
             number = float(right) if left.element == FLOAT else int(right)
             return left, self.constant(number, left.type)
-        if left.lanes != right.lanes:
-            return (
-                (left, self.repeat(right, left.lanes)) if right.lanes == 1 else (self.repeat(left, right.lanes), right)
-            )
-        return left, right
+        lanes = max(left.lanes, right.lanes)
+        return self.repeat(left, lanes), self.repeat(right, lanes)
 
     def constant_float(self, number: float) -> Value:
         return self.constant(float(number), FLOAT)
@@ -300,11 +297,11 @@ class Code:
     def store(self, value: Value, address: Value, align: int = 4) -> None:
         self.builder.store(value.llvm, address.llvm, align=align)
 
-    def prefetch(self, address: Value, level: int = 3) -> None:
-        """Ask for the cache line at an address, to be read soon; 3 for the first cache, 2 for the second."""
+    def prefetch(self, address: Value) -> None:
+        """Ask for the cache line at an address, which is to be read soon."""
         kind = ir.FunctionType(ir.VoidType(), (POINTER, WORD, WORD, WORD))
         function = self._declare("llvm.prefetch.p0", kind)
-        self.builder.call(function, (address.llvm, *(ir.Constant(WORD, number) for number in (0, level, 1))))
+        self.builder.call(function, (address.llvm, *(ir.Constant(WORD, number) for number in (0, 3, 1))))
 
     def load_shared(self, address: Value) -> Value:
         """Load an integer that another process stores. What is loaded after it was stored before (acquire)."""

@@ -50,6 +50,8 @@ _MAX_FILE_BYTES = 16 << 20
 # A file has some tens of KB; a model needs four of them.
 _MOST_FILES = 200
 
+_CPU_FILE = Path("/proc/cpuinfo")
+
 # What writes the operations of one unit, for an instruction set.
 Writer = Callable[["Module", "InstructionSet"], None]
 
@@ -128,7 +130,12 @@ def _map_kept(key: str) -> MachineCode | None:
 
 
 def _folders() -> list[Path]:
-    """Return the folders that code may be kept in: in the user's own cache, else beside the packed weights."""
+    """Return the folders that code may be kept in: in the user's own cache, else beside the packed weights.
+
+    There are none where the system does not tell what the CPU is: code for another one would end the process.
+    """
+    if not _CPU_FILE.exists():
+        return []
     found = []
     for find in (user_cache_folder, cache_folder):
         with contextlib.suppress(OSError):
@@ -238,6 +245,8 @@ def keep_beside_weights() -> None:
     """Keep all that this process has loaded beside the packed weights too: they may be all that a worker can see."""
     with contextlib.suppress(OSError, NotTrusted):
         folder = cache_folder() / "code"
+        if folder not in _folders():
+            return
         for key, code in _loaded.items():
             if code.fd is not None and not (folder / f"{key}{SUFFIX}").exists():
                 os.close(_write(folder, key, os.pread(code.fd, _MAX_FILE_BYTES, 0)))
@@ -340,11 +349,10 @@ def _surroundings() -> str:
 
 
 def _cpu() -> str:
-    """Return what the system tells of the CPU and its features."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return f"{platform.processor()} {os.getpid()}"  # not known well enough to keep code for it
+    """Return what the system tells of the CPU and its features, "" if nothing."""
+    if not _CPU_FILE.exists():
+        return ""
+    lines = _CPU_FILE.read_text().splitlines()
     told = ("vendor_id", "cpu family", "model", "stepping", "flags", "Features", "CPU implementer", "CPU part")
     return "\n".join(dict.fromkeys(line for line in lines if line.startswith(told)))
 

@@ -7,7 +7,7 @@ and the network does not know which of the two it calls. NumPy's form is the ref
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -18,7 +18,7 @@ from fastgpt2.engine.kernels.attention import BLOCK, AttentionArrays, NewTokens,
 from fastgpt2.engine.kernels.kernel import Kernel
 from fastgpt2.engine.kernels.layer_norm import layer_norm
 from fastgpt2.engine.kernels.panels import Array, Panels
-from fastgpt2.engine.kernels.program import Call, Meeting, Program
+from fastgpt2.engine.kernels.program import Call, Meeting
 
 # Rows that several functions pass over are taken in parts of this many numbers, with as many of scratch: both stay in
 # the second-level cache.
@@ -95,10 +95,13 @@ class Operations:
         """
 
         def embed() -> None:
-            for row in range(rows[0]):
-                token_id = ids[row]
-                embedding = table.column(token_id) if isinstance(table, Panels) else table[token_id]
-                np.add(embedding, wpe[positions[row]], out=x[row])
+            n = int(rows[0])
+            if isinstance(table, Panels):
+                for row in range(n):
+                    x[row] = table.column(ids[row])
+            else:
+                np.take(table, ids[:n], axis=0, out=x[:n], mode="clip")
+            x[:n] += wpe[positions[:n]]
 
         return embed
 
@@ -108,10 +111,11 @@ class Operations:
 
         def prepare(n: int) -> Call:
             parts = [(x[part], out[part], self._scale[part]) for part in _parts_in_cache(n, columns)]
+            total, more = x[:n], None if added is None else added[:n, :columns]
 
             def add_and_normalize() -> None:
-                if added is not None:
-                    np.add(x[:n], added[:n, :columns], out=x[:n])
+                if more is not None:
+                    np.add(total, more, out=total)
                 for part, normed, scale in parts:
                     layer_norm(part, weight, bias, epsilon, normed, scale)
 
@@ -164,9 +168,6 @@ class Operations:
     def meet(self, meeting: Meeting) -> Call:
         """Return the call that waits for the other processes."""
         return meeting.wait
-
-    def program(self, calls: Iterable[Call]) -> Program:
-        return Program(calls, None)
 
 
 class ByRows:

@@ -9,6 +9,7 @@ goes through it. Where processes meet, `arrive` tells the others, and `wait` loo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -36,12 +37,12 @@ class Meeting(Protocol):
         arrived_at: when it came last in a step, by `time.monotonic`.
     """
 
-    count: NDArray[np.int64]
-    own: NDArray[np.int64]
+    count: memoryview
+    own: memoryview
     arrived_at: float
 
     @property
-    def others(self) -> Sequence[NDArray[np.int64]]: ...
+    def others(self) -> Sequence[memoryview]: ...
 
     def wait(self) -> None:
         """Come, and return when every other process has come."""
@@ -89,19 +90,11 @@ class NativeCall:
 class Program:
     """Calls to be made in this order, as often as wanted."""
 
-    def __init__(self, calls: Iterable[Call], code: MachineCode | None) -> None:
+    def __init__(self, calls: Iterable[Call]) -> None:
         self._parts: list[Call] = []
-        native: list[NativeCall] = []
-        for call in calls:
-            if isinstance(call, NativeCall) and code is not None:
-                native.append(call)
-                continue
-            if native and code is not None:
-                self._parts.append(_Stretch(native, code))
-                native = []
-            self._parts.append(call)
-        if native and code is not None:
-            self._parts.append(_Stretch(native, code))
+        for is_native, group in groupby(calls, lambda call: isinstance(call, NativeCall)):
+            following: list[Any] = list(group)
+            self._parts += [_Stretch(following)] if is_native else following
 
     def run(self) -> None:
         for part in self._parts:
@@ -111,11 +104,11 @@ class Program:
 class _Stretch:
     """Compiled calls that follow each other."""
 
-    def __init__(self, calls: Sequence[NativeCall], code: MachineCode) -> None:
+    def __init__(self, calls: Sequence[NativeCall]) -> None:
         rows = [(address, arguments.ctypes.data) for call in calls for address, arguments in call.operations]
         self._table, self._keep = np.array(rows, np.int64), calls
         self._meeting = next((call.meeting for call in calls if call.meeting is not None), None)
-        self._run = caller(code.address("run"))
+        self._run = caller(load_program_code().address("run"))
         # The table, how many rows it has, and the row to go on from, which `run` changes.
         self._arguments = np.array([self._table.ctypes.data, len(rows), 0], np.int64)
         self._address = self._arguments.ctypes.data
@@ -127,13 +120,14 @@ class _Stretch:
             self._meeting.wait_asleep()
 
 
-def meet(code: MachineCode, meeting: Meeting) -> NativeCall:
+def meet(meeting: Meeting) -> NativeCall:
     """Return a call that comes to a meeting and waits for the others."""
-    addresses = np.array([other.ctypes.data for other in meeting.others], np.int64)
-    arrive = np.array([meeting.count.ctypes.data, meeting.own.ctypes.data], np.int64)
-    wait = np.array([meeting.count.ctypes.data, addresses.ctypes.data, len(addresses), LOOKS], np.int64)
+    code = load_program_code()
+    count, own = np.asarray(meeting.count), np.asarray(meeting.own)
+    others = arguments_of(*(np.asarray(other) for other in meeting.others))
+    arrive, wait = arguments_of(count, own), arguments_of(count, others, len(others), LOOKS)
     operations = ((code.address("arrive"), arrive), (code.address("wait"), wait))
-    return NativeCall(operations, (addresses, meeting), meeting)
+    return NativeCall(operations, (others, meeting), meeting)
 
 
 def load_program_code() -> MachineCode:

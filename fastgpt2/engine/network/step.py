@@ -119,9 +119,11 @@ class Barrier:
 
     def __init__(self, control: NDArray[np.int64], rank: int, size: int, check: Callable[[], None]) -> None:
         self._numbers = memoryview(control.data)
-        self.count = np.zeros(1, np.int64)
-        self.own = _arrivals_of(control, rank)
-        self.others = [_arrivals_of(control, other) for other in range(size) if other != rank]
+        self.count = memoryview(np.zeros(1, np.int64).data)
+        # How often each process has come to the barrier.
+        arrivals = [self._numbers[at : at + 1] for at in range(STRIDE, STRIDE * (1 + size), STRIDE)]
+        self.own = arrivals[rank]
+        self.others = [*arrivals[:rank], *arrivals[rank + 1 :]]
         self._joined = [STRIDE * (1 + size + other) for other in range(size)]
         self._description = STRIDE * (2 * size + 1)
         self._check, self._rank = check, rank
@@ -139,7 +141,7 @@ class Barrier:
     def begin(self, step: Step) -> None:
         """Start a step in every process; only the first process does."""
         numbers, at = step.to_numbers(), self._description
-        self._numbers[at] = int(self.count[0])
+        self._numbers[at] = self.count[0]
         self._numbers[at + 1] = len(numbers)
         for offset, number in enumerate(numbers, at + 2):
             self._numbers[offset] = number
@@ -159,8 +161,8 @@ class Barrier:
 
     def wait(self) -> None:
         """Come, and return when every other process has come; what `check` raises ends the waiting."""
-        self.count += 1
-        self.own[0] = arrivals = self.count[0]
+        arrivals = self.count[0] + 1
+        self.count[0] = self.own[0] = arrivals
         looks = 0
         for other in self.others:
             while other[0] < arrivals:
@@ -177,9 +179,3 @@ class Barrier:
             if now - checked_at > _CHECK_SECONDS:
                 self._check()
                 checked_at = now
-
-
-def _arrivals_of(control: NDArray[np.int64], rank: int) -> NDArray[np.int64]:
-    """Return the number of a process that tells how often it has come to the barrier."""
-    at = STRIDE * (1 + rank)
-    return control[at : at + 1]

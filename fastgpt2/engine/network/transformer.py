@@ -22,7 +22,7 @@ from fastgpt2.engine.kernels.attention import AttentionArrays, NewTokens
 from fastgpt2.engine.kernels.kernel import Kernel
 from fastgpt2.engine.kernels.operations import LinearShare
 from fastgpt2.engine.kernels.panels import Array
-from fastgpt2.engine.kernels.program import Call, Meeting
+from fastgpt2.engine.kernels.program import Call, Meeting, Program
 from fastgpt2.engine.model.config import GPT2Config
 from fastgpt2.engine.model.packing import PackedFile
 from fastgpt2.engine.model.weights import Linear, Weights
@@ -128,7 +128,7 @@ class Shard:
         self._linears = [[_share_of(linear, share) for linear in block.linears] for block in weights.blocks]
         first, _ = weights.lm_head.share_of_columns(*share)
         self._head = LinearShare(weights.lm_head.share(*share), None, first)
-        self._layers, self._logits = operations.program(self._write_layers()), operations.program(self._write_logits())
+        self._layers, self._logits = Program(self._write_layers()), Program(self._write_logits())
         self._last_meet = operations.meet(meeting) if meeting is not None else None
 
     @property
