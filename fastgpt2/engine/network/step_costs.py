@@ -114,11 +114,15 @@ class StepCosts:
         return self._noted[nearest][0] * self._relative_cost(rows) / self._relative_cost(nearest)
 
     def learnt(self) -> dict[int, LearntCost]:
-        """Return what is known of each number of rows that was measured or compared; {} if nothing was compared.
+        """Return what is known of each number of rows that was measured or compared.
 
         All seconds are of the machine as it was at the last step, so that they can be compared.
+
+        Returns:
+            {} if nothing was compared; or if nothing was measured, as what others measure later could not be compared
+            with it.
         """
-        if self._last is None or not self._learnt:
+        if self._last is None or not (self._learnt and self._measured):
             return {}
         scale = self.seconds(self._last[0]) / self._relative_cost(self._last[0])
         found = {}
