@@ -117,8 +117,7 @@ def _tell_figures(engine: Engine, began: float) -> None:
     for name, figure in figures.items():
         print(f"  {name}: {figure.describe()}", file=sys.stderr)
     kept = sum(figure.date < began for figure in figures.values())
-    doubtful = sum(figure.is_doubtful for figure in figures.values()) + kept
-    if doubtful:
+    if doubtful := sum(figure.is_doubtful or figure.date < began for figure in figures.values()):
         earlier = f", {kept} of which are those that a calm machine told before" if kept else ""
         print(
             f"the machine was too busy for {doubtful} of {len(figures)} figures to be trusted (spread over "

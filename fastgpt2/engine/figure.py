@@ -8,9 +8,11 @@ needs it measures it again (`machine.Measurements`). Nothing heavy is imported.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self
+
+from fastgpt2.plurals import counted
 
 # A figure whose looks lie further apart than this was measured on a machine that had other work. On one that has none
 # they lie 0.02 to 0.1 apart.
@@ -27,9 +29,6 @@ _MAX_SPREAD = 1000.0
 _MAX_DATE_CHARACTERS = 40
 # Further ahead than this is the date of a clock that was wrong.
 _MOST_AHEAD_SECONDS = 3600.0
-
-# A shorter measurement does not tell how busy the machine was.
-_LEAST_TELLING_SECONDS = 0.1
 
 # Figures of before this moment are measured again; see `measuring_again`.
 _measured_again_at = 0.0
@@ -87,9 +86,8 @@ class Figure(int):
     def describe(self) -> str:
         """Return the number, its spread and its looks as text: "64 (spread 4%, 5 looks)"."""
         spread = "spread not known" if self.spread is None else f"spread {self.spread:.0%}"
-        looks = f"{self.looks} look{'' if self.looks == 1 else 's'}"
         day = f", of {_date_text(self.date)[:10]}" if self.tried_at > self.date else ""
-        return f"{int(self)} ({spread}, {looks}{day})"
+        return f"{int(self)} ({spread}, {counted(self.looks, 'look')}{day})"
 
     def as_json(self) -> dict[str, Any]:
         fields: dict[str, Any] = {"value": int(self), "looks": self.looks, "date": _date_text(self.date)}
@@ -147,17 +145,6 @@ def measuring_again() -> Iterator[float]:
         yield _measured_again_at
     finally:
         _measured_again_at = 0.0
-
-
-def measured(measure: Callable[[], int]) -> Figure:
-    """Return what a measurement finds, with the share of its time that it waited for a processor as the spread."""
-    began, cpu_began = time.perf_counter(), time.thread_time()
-    found = measure()
-    if isinstance(found, Figure):
-        return found
-    seconds, cpu_seconds = time.perf_counter() - began, time.thread_time() - cpu_began
-    is_telling = seconds > _LEAST_TELLING_SECONDS
-    return Figure(found, seconds / max(cpu_seconds, seconds / _MAX_SPREAD) - 1 if is_telling else None)
 
 
 def better_of(known: Mapping[str, Figure], found: Mapping[str, Figure]) -> dict[str, Figure]:

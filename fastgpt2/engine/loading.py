@@ -153,7 +153,7 @@ def load_decoder(model: str, options: LoadOptions) -> LoadedModel:
     measurements, most_drafts = open_measurements(config), options.most_drafts
     if options.max_batch is None:
         choose_slots(network, measurements)
-    costs = StepCosts(row_costs(network, measurements, options.max_batch is None) if most_drafts is None else None)
+    costs = StepCosts(row_costs(network, measurements, options.max_batch is None and most_drafts is None))
     limit = BatchLimit(network, adapts=options.max_batch is None and is_large(config))
     drafter = Drafter(network, most_drafts, costs)
     decoder = Decoder(network, tokenizer, generation, prefixes, drafter, chat_template, limit)

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastgpt2.engine.figure import Figure, better_of, measured
+from fastgpt2.engine.figure import Figure, better_of
 from fastgpt2.engine.trust import NotTrusted, check_folder, create_file, make_folder, open_trusted
 
 if TYPE_CHECKING:
@@ -296,16 +296,12 @@ class Measurements:
         """Return the figures that were measured at that moment or later, in vain or not, by name."""
         return {name: figure for name, figure in sorted(self._figures.items()) if figure.looked_at >= date}
 
-    def find_or_measure(self, name: str, measure: Callable[[], int]) -> int:
-        """Return the figure of that name, measuring and keeping it if there is none that is believed.
-
-        Args:
-            measure: returns a `Figure`, or a number; how busy the machine was is then told by the processor's time.
-        """
-        found = self.find_or_measure_all([name], lambda: {name: measured(measure)})
+    def find_or_measure(self, name: str, measure: Callable[[], Figure]) -> Figure:
+        """Return the figure of that name, measuring and keeping it if there is none that is believed."""
+        found = self.find_or_measure_all([name], lambda: {name: measure()})
         if name not in found:
             # Another process measures for longer than that. What is found beside it is for this process alone.
-            found = {name: measured(measure)}
+            found = {name: measure()}
             self._figures.update(found)
         return found[name]
 

@@ -114,17 +114,21 @@ def test_a_smaller_model_guesses_as_far_as_it_pays() -> None:
     assert plan_model_drafts(16, 0.9, lambda _rows: 0.01, lambda _rows: 1.0)[0] == 2
 
 
-def drafted_counts(steps: int, step_seconds: Callable[[int], float]) -> list[int]:
+def drafted_counts(steps: int, step_seconds: Callable[[int], float], guessable: range | None = None) -> list[int]:
     """Return how many guesses are verified in each step of a lone sequence that turns in circles.
 
     By what was measured, rows are dear: two take twice as long as one, and so on. What they take is `step_seconds`.
+
+    Args:
+        guessable: the steps in which there is anything to guess; None for all.
     """
     engine = Engine.load("demo", max_batch=1, drafts="off")
     drafter = Drafter(engine.decoder.model, None, StepCosts({rows: float(rows) for rows in (1, 2, 4, 8, 16)}))
     (sequence,) = generate(engine, [GenerationRequest("I", max_new_tokens=1)])
-    sequence.max_new_tokens, sequence.lookup = 2 * steps, Lookup([5] * 12)
+    sequence.max_new_tokens, lookup = 2 * steps, Lookup([5] * 12)
     counts = []
-    for _ in range(steps):
+    for step in range(steps):
+        sequence.lookup = lookup if guessable is None or step in guessable else None
         (guesses,) = drafter.draft([sequence], 32)
         counts.append(len(guesses))
         drafter.note_step(1 + len(guesses), step_seconds(1 + len(guesses)))
@@ -136,6 +140,15 @@ def test_rows_that_were_measured_as_dear_are_tried_now_and_then() -> None:
     assert not any(counts[:50]), "by what was measured, no guess pays"
     assert any(counts[50:60]), "but that is looked at"
     assert sum(map(bool, counts[60:])) > 0.97 * len(counts[60:]), "and corrected"
+
+
+@pytest.mark.parametrize("first", [0, 5])
+def test_rows_are_tried_also_where_there_is_seldom_anything_to_guess(first: int) -> None:
+    counts = drafted_counts(1000, lambda _rows: 0.010, guessable := range(first, 1000, 10))
+    tried = [bool(counts[step]) for step in guessable]
+    assert not any(tried[:5])
+    assert sum(tried[5:11]) >= 3, "three of six that had guesses, though many others lie between"
+    assert all(tried[12:])
 
 
 def test_where_rows_are_dear_indeed_trials_become_rare() -> None:

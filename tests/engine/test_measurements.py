@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,13 +13,13 @@ from typing import Any
 import pytest
 
 from fastgpt2.engine import figure
-from fastgpt2.engine.figure import TRUSTED_SPREAD, Figure
+from fastgpt2.engine.figure import Figure
 from fastgpt2.engine.machine import MEASUREMENTS_FILE, MEASUREMENTS_LOCK, Measurements, locked
 
 CALM, BUSY = 0.04, 1.5
 
 
-def never() -> int:
+def never() -> Figure:
     raise AssertionError("measured again")
 
 
@@ -53,8 +52,8 @@ def test_a_figure_is_kept_with_its_spread_its_looks_and_its_date(tmp_path: Path)
 
 
 def test_what_was_measured_is_kept_by_machine(tmp_path: Path) -> None:
-    assert Measurements(tmp_path, "a").find_or_measure("x", lambda: 1) == 1
-    assert Measurements(tmp_path, "b").find_or_measure("x", lambda: 2) == 2
+    assert Measurements(tmp_path, "a").find_or_measure("x", finds(1)) == 1
+    assert Measurements(tmp_path, "b").find_or_measure("x", finds(2)) == 2
     assert Measurements(tmp_path, "a").find_or_measure("x", never) == 1
     assert Measurements(tmp_path, "b").find_or_measure("x", never) == 2
     kept = json.loads((tmp_path / MEASUREMENTS_FILE).read_text())
@@ -65,14 +64,8 @@ def test_what_was_measured_is_kept_by_machine(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     measurements = Measurements(tmp_path / "file" / "cache", "a")
-    assert measurements.find_or_measure("x", lambda: 1) == 1
-    assert measurements.find_or_measure("x", lambda: 2) == 1
-
-
-def test_a_plain_number_is_kept_too(tmp_path: Path) -> None:
-    assert Measurements(tmp_path, "a").find_or_measure("x", lambda: 7) == 7
-    assert read(tmp_path)["x"]["value"] == 7
-    assert Measurements(tmp_path, "a").find_or_measure("x", never) == 7
+    assert measurements.find_or_measure("x", finds(1)) == 1
+    assert measurements.find_or_measure("x", finds(2)) == 1
 
 
 @pytest.mark.parametrize(
@@ -224,31 +217,24 @@ def test_the_file_does_not_grow_beyond_what_is_read(tmp_path: Path) -> None:
 def test_a_measurement_may_ask_for_others(tmp_path: Path) -> None:
     measurements = Measurements(tmp_path, "a")
 
-    def outer() -> int:
-        return 10 * measurements.find_or_measure("inner", finds(2))
+    def outer() -> Figure:
+        return Figure(10 * measurements.find_or_measure("inner", finds(2)), CALM)
 
     assert measurements.find_or_measure("outer", outer) == 20
     assert Measurements(tmp_path, "a").find("inner") == 2
 
 
-def test_how_busy_the_machine_was_shows_in_a_plain_number_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    wall, cpu = iter([0.0, 3.0]), iter([0.0, 1.0])
-    monkeypatch.setattr(time, "perf_counter", lambda: next(wall))
-    monkeypatch.setattr(time, "thread_time", lambda: next(cpu))
-    assert figure.measured(lambda: 5).spread == pytest.approx(2.0)
-    assert TRUSTED_SPREAD < 2.0
-
-
 MEASURER = """
 import logging, sys
 from pathlib import Path
+from fastgpt2.engine.figure import Figure
 from fastgpt2.engine.machine import Measurements
 
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
 
 def measure():
     print("measuring", flush=True)
-    return int(sys.stdin.readline())
+    return Figure(int(sys.stdin.readline()))
 
 print("found", Measurements(Path(sys.argv[1]), "a").find_or_measure("x", measure), flush=True)
 """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import re
 import shutil
@@ -12,6 +11,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from safetensors.numpy import load_file
 from support.running import GOLDEN
 
 from fastgpt2.cli import main
+from fastgpt2.commands.pack import _tell_figures
 from fastgpt2.engine import figure, machine
 from fastgpt2.engine.engine import Engine
 from fastgpt2.engine.figure import Figure
@@ -30,6 +31,7 @@ from fastgpt2.engine.loading import load_network
 from fastgpt2.engine.model import packing
 from fastgpt2.engine.model.checkpoint import Checkpoint, weight_files
 from fastgpt2.engine.model.config import read_config
+from fastgpt2.engine.model.hub import DEMO_FOLDER
 from fastgpt2.engine.model.packing import PackedFile, Source, checksum, pack_in_cache, pack_in_memory, pack_path
 from fastgpt2.engine.model.weights import expected_shapes
 from fastgpt2.engine.network import step_times
@@ -186,8 +188,6 @@ def test_all_of_it_is_measured_again_by_the_command(
 
     monkeypatch.setattr(step_times, "measure_slots", lambda _network, _most: Figure(32, 0.05, 5))
     monkeypatch.setattr(step_times, "measure_rows", rows)
-    # What is found by bits is not judged by how busy this machine is.
-    monkeypatch.setattr(figure, "_LEAST_TELLING_SECONDS", math.inf)
     assert "too busy" not in measure_again(0.05)
     path = cache / "calibration.json"
     ((cpu, known),) = json.loads(path.read_text()).items()
@@ -206,6 +206,18 @@ def test_all_of_it_is_measured_again_by_the_command(
     assert re.search(r"  width 896: 16 \(spread 5%, 5 looks, of \d{4}-\d\d-\d\d\)\n", told)
     ((_, again),) = json.loads(path.read_text()).items()
     assert values(again) == {**values(known), "width 896": 16}
+
+
+def test_a_figure_that_stays_and_is_doubtful_is_counted_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """It stays with one that it belongs together with, which a calm machine told."""
+    engine: Any = SimpleNamespace(model="demo", config=read_config(DEMO_FOLDER))
+    known = {"x": Figure(1, 0.05, 5, date=1e9), "y": Figure(2, 3.0, 5, date=1e9)}
+    assert choice.open_measurements(engine.config).keep(known)
+    with figure.measuring_again() as began:
+        found = {name: Figure(9, 3.0, 5) for name in known}
+        assert choice.open_measurements(engine.config).find_or_measure_all(known, lambda: found) == known
+        _tell_figures(engine, began)
+    assert "the machine was too busy for 2 of 2 figures to be trusted" in capsys.readouterr().err
 
 
 def test_of_a_small_model_nothing_is_measured(

@@ -68,6 +68,31 @@ def test_disturbed_steps_do_not_mislead() -> None:
         assert costs.seconds(rows) == pytest.approx(took, rel=0.15)
 
 
+def test_what_is_not_seen_for_a_while_still_compares_with_the_rest() -> None:
+    """By hand: while a text grows, each step takes 0.2% longer than the one before. The next text begins anew."""
+    costs = StepCosts(BUSY)
+    for _ in range(12):
+        for rows, took in TRUE.items():
+            costs.note(rows, took)
+    for _ in range(300):
+        for i in range(21):  # the last step of a text and the first of the next one are of one size
+            rows = (1, 2)[i % 2]
+            costs.note(rows, TRUE[rows] * (1 + 0.002 * i))
+    learnt = costs.learnt()
+    for rows, took in TRUE.items():
+        assert learnt[rows].seconds / learnt[1].seconds == pytest.approx(took / TRUE[1], rel=0.03)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nor_does_chance_lead_away_what_is_seen(seed: int) -> None:
+    dice, costs = random.Random(seed), StepCosts(TRUE)
+    for i in range(10_000):
+        rows = dice.choice(list(TRUE) if i < 100 else (1, 2, 4))
+        costs.note(rows, TRUE[rows] * (dice.uniform(1, 3) if dice.random() < 0.25 else 1.0))
+    learnt = costs.learnt()
+    assert learnt[16].seconds / learnt[1].seconds == pytest.approx(TRUE[16] / TRUE[1], rel=0.15)
+
+
 def test_what_was_not_compared_goes_with_its_neighbour() -> None:
     costs = StepCosts({1: 10.0, 2: 20.0, 8: 80.0, 16: 160.0})
     for _ in range(10):

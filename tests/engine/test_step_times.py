@@ -216,6 +216,29 @@ def test_a_worker_finds_its_way_back_from_what_a_busy_machine_told(busy: Path, m
         assert fixed.max_batch == 8, "what somebody has set stays"
 
 
+@pytest.mark.parametrize("drafts", ["off", 2])
+def test_figures_of_rows_are_written_all_together_or_not_at_all(
+    busy: Path, monkeypatch: pytest.MonkeyPatch, drafts: str | int
+) -> None:
+    """Who does not reckon with rows learns what they take all the same, of the sizes of its batches alone."""
+    SimulatedMachine(monkeypatch)
+    engine = load(drafts=drafts)
+    engine.generate(PROMPTS, max_new_tokens=24, ignore_eos=True)
+    engine.learnt_times.keep()
+    kept = figures(busy)
+    rows = [kept[rows_name(engine.decoder.model, size)] for size in (1, 2, 32)]
+    assert rows == pytest.approx([1e6 * SimulatedMachine.step_seconds(size) for size in (1, 2, 32)], rel=0.05)
+    # Where nobody has measured them, there is nothing to compare them with.
+    monkeypatch.setenv("FASTGPT2_CACHE", str(busy / "another"))
+    monkeypatch.setattr(step_times, "measure_slots", lambda _network, _most: Figure(8, 0.03, 5))
+    engine = load(drafts=drafts)
+    engine.generate(PROMPTS, max_new_tokens=24, ignore_eos=True)
+    engine.learnt_times.keep()
+    kept = figures(busy / "another")
+    assert [value > 8 for name, value in kept.items() if name.startswith("batch of up to 32")] == [True]
+    assert not [name for name in kept if name.startswith("microseconds")]
+
+
 def test_nothing_new_is_not_written_again(busy: Path) -> None:
     engine = load()
     before = (busy / MEASUREMENTS_FILE).stat()

@@ -16,6 +16,7 @@ import pytest
 from support.running import GOLDEN
 
 from fastgpt2.engine import machine, trust
+from fastgpt2.engine.figure import Figure
 from fastgpt2.engine.loading import load_network, pack_model
 from fastgpt2.engine.machine import MEASUREMENTS_FILE, Measurements
 from fastgpt2.engine.model.config import read_config
@@ -237,20 +238,20 @@ def test_measurements_are_kept_where_a_process_of_the_same_number_died(cache: Pa
     """In a container most processes have the number of those before them."""
     make_folder(cache)
     (cache / MEASUREMENTS_FILE).with_suffix(f".{os.getpid()}.tmp").write_text("{")
-    Measurements(cache, "here").find_or_measure("width", lambda: 64)
+    Measurements(cache, "here").find_or_measure("width", lambda: Figure(64))
     assert Measurements(cache, "here").find("width") == 64
 
 
 def test_measurements_that_others_could_have_written_do_not_count(
     cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    Measurements(cache, "here").find_or_measure("width", lambda: 64)
+    Measurements(cache, "here").find_or_measure("width", lambda: Figure(64))
     assert Measurements(cache, "here").find("width") == 64
     path = cache / MEASUREMENTS_FILE
     path.chmod(0o666)
     assert Measurements(cache, "here").find("width") is None
     assert f"{path}: not trusted, since everybody may write it (mode 0666): chmod go-w {path}" in caplog.text
-    assert Measurements(cache, "here").find_or_measure("width", lambda: 32) == 32
+    assert Measurements(cache, "here").find_or_measure("width", lambda: Figure(32)) == 32
     assert path.stat().st_mode & 0o022 == 0
     cache.chmod(0o777)
     assert Measurements(cache, "here").find("width") is None

@@ -41,9 +41,9 @@ MOST_DRAFT_STEPS = 8
 # verifies, until one was seen.
 _PRIOR_RATE, _PRIOR_COST = 0.9, 0.35
 
-# Where more guesses would pay if rows were cheap, every second one of some steps tries whether they are, with twice the
-# guesses and at least `_TRIAL_GUESSES`; the next such trial comes after twice the number of steps, within these bounds.
-# What was once measured as dear would else never be seen to be cheap.
+# Of the steps in which more guesses would pay if rows were cheap, a trial takes this many. Every second one tries
+# whether rows are, with twice the guesses and at least `_TRIAL_GUESSES`. The next trial comes after twice the number of
+# steps, within these bounds. What was once measured as dear would else never be seen to be cheap.
 _TRIAL_STEPS, _TRIAL_GUESSES = 6, 3
 _LEAST_BETWEEN_TRIALS, _MOST_BETWEEN_TRIALS = 50, 3200
 
@@ -70,6 +70,7 @@ class Drafter:
         self._model_rates = Rate(_PRIOR_RATE), Rate(_PRIOR_RATE)
         self._by_model = False
         self._steps, self._next_trial, self._between_trials = 0, _LEAST_BETWEEN_TRIALS, _LEAST_BETWEEN_TRIALS
+        self._trial_steps = 0
 
     def warm_up(self) -> None:
         cache = self._model.cache
@@ -123,9 +124,10 @@ class Drafter:
         counts, _ = plan_drafts(chances, lambda rows: 1 + _CHEAP_SHARE * (rows - base) if rows <= most else math.inf)
         if sum(counts) <= sum(planned):
             return planned
-        is_plain = (self._steps - self._next_trial) % 2 == 1
-        if self._steps >= self._next_trial + _TRIAL_STEPS - 1:
-            self._next_trial = self._steps + self._between_trials
+        self._trial_steps += 1
+        is_plain = self._trial_steps % 2 == 0
+        if self._trial_steps == _TRIAL_STEPS:
+            self._next_trial, self._trial_steps = self._steps + self._between_trials, 0
             self._between_trials = min(2 * self._between_trials, _MOST_BETWEEN_TRIALS)
         return planned if is_plain else counts
 

@@ -41,9 +41,6 @@ _BYTES_TRIED = 32 << 20
 # Each piece of work is run this often: more often on a busy machine, less often where that takes longer.
 _LEAST_ROUNDS, _ROUNDS, _MOST_ROUNDS, _MOST_SECONDS = 3, 5, 12, 2.0
 
-# Of a spread beyond this nothing more is told by its size.
-_MAX_SPREAD = 100.0
-
 # Times within this factor differ by chance.
 _AS_GOOD = 1.1
 
@@ -77,7 +74,7 @@ class Runs:
         second slice of time, all runs take twice as long, and none lies apart from the others.
         """
         least = min(self.least, self._least_cpu)
-        return min(_MAX_SPREAD, median(self.seconds) / max(least, 1e-9) - 1)
+        return median(self.seconds) / max(least, 1e-9) - 1
 
 
 def run_in_turn(works: Mapping[Key, Callable[[], object]]) -> dict[Key, Runs]:

@@ -160,8 +160,7 @@ class Kernel:
     def _find(self, name: str, measure: Callable[[], int]) -> int:
         if name not in self.exact_chunks:
             # Bits do not depend on what else the machine does.
-            figure = self._measurements.find_or_measure(name, lambda: Figure(measure(), spread=0.0))
-            self.exact_chunks[name] = int(figure)
+            self.exact_chunks[name] = self._measurements.find_or_measure(name, lambda: Figure(measure(), spread=0.0))
         return self.exact_chunks[name]
 
 

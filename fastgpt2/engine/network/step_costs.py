@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
+from math import sqrt
 from statistics import median
 from typing import NamedTuple
 
@@ -51,10 +52,11 @@ class StepCosts:
     def __init__(self, measured: Mapping[int, float] | None = None) -> None:
         self._measured = {rows: seconds for rows, seconds in sorted((measured or {}).items()) if seconds > 0}
         self._noted: dict[int, tuple[float, int]] = {}  # by rows: seconds, and the number of the step noted last
-        # By rows: how many times as long steps took as was measured, all in one unit that is of no account; and the
-        # middle of these.
+        # By rows: how many times as long steps took as was measured, all in one unit that is of no account; the middle
+        # of these; and the numbers of rows of which there are enough of them.
         self._comparisons: dict[int, deque[float]] = {}
         self._factors: dict[int, float] = {}
+        self._learnt: set[int] = set()
         self._last: tuple[int, float] | None = None
         self._steps = 0
 
@@ -76,7 +78,25 @@ class StepCosts:
         unit = other_seconds / (self._measured_cost(other) * self._factors.get(other, 1.0))
         comparisons = self._comparisons.setdefault(rows, deque(maxlen=_MOST_COMPARISONS))
         comparisons.append(seconds / (self._measured_cost(rows) * unit))
-        self._factors[rows] = median(comparisons)
+        before, self._factors[rows] = self._factors.get(rows, 1.0), median(comparisons)
+        if rows in self._learnt and other in self._learnt:
+            self._share_out((rows, other), before / self._factors[rows])
+        elif len(comparisons) >= _LEAST_COMPARISONS:
+            self._learnt.add(rows)
+
+    def _share_out(self, pair: tuple[int, int], change: float) -> None:
+        """Put half of the change of one of two factors on each of them, so that their product stays.
+
+        Each factor is found by that of the step before. So all factors of what is seen would move together, step by
+        step and without end: because the later one of two steps takes longer while texts grow, or by chance. And those
+        of what is not seen for a while would stay behind, and compare with nothing any more.
+        """
+        half = sqrt(change)
+        for rows in pair:
+            comparisons = self._comparisons[rows]
+            self._factors[rows] *= half
+            for i in range(len(comparisons)):
+                comparisons[i] *= half
 
     @property
     def known(self) -> bool:
@@ -94,32 +114,31 @@ class StepCosts:
         return self._noted[nearest][0] * self._relative_cost(rows) / self._relative_cost(nearest)
 
     def learnt(self) -> dict[int, LearntCost]:
-        """Return what is known of each number of rows that was measured or compared; {} if nothing was compared.
+        """Return what is known of each number of rows that was measured or compared.
 
         All seconds are of the machine as it was at the last step, so that they can be compared.
+
+        Returns:
+            {} if nothing was compared; or if nothing was measured, as what others measure later could not be compared
+            with it.
         """
-        learnt = self._learnt_rows()
-        if self._last is None or not learnt:
+        if self._last is None or not (self._learnt and self._measured):
             return {}
         scale = self.seconds(self._last[0]) / self._relative_cost(self._last[0])
         found = {}
-        for rows in sorted({*learnt, *self._measured}):
+        for rows in sorted(self._learnt.union(self._measured)):
             comparisons, middle = self._comparisons.get(rows, ()), self._factors.get(rows, 1.0)
             spread = median(abs(one - middle) for one in comparisons) / middle if comparisons else 0.0
-            looks = len(comparisons) if rows in learnt else 0
+            looks = len(comparisons) if rows in self._learnt else 0
             found[rows] = LearntCost(scale * self._relative_cost(rows), spread, looks)
         return found
 
-    def _learnt_rows(self) -> list[int]:
-        return [rows for rows, found in self._comparisons.items() if len(found) >= _LEAST_COMPARISONS]
-
     def _relative_cost(self, rows: int) -> float:
         """Return the cost as it was measured, corrected by what was learnt of the nearest number of rows."""
-        learnt = self._learnt_rows()
-        if not learnt:
-            return self._measured_cost(rows)
-        nearest = min(learnt, key=lambda other: (abs(other - rows), other))
-        return self._measured_cost(rows) * self._factors[nearest]
+        if rows in self._learnt:
+            return self._measured_cost(rows) * self._factors[rows]
+        nearest = min(self._learnt, key=lambda other: (abs(other - rows), other), default=None)
+        return self._measured_cost(rows) * (self._factors[nearest] if nearest is not None else 1.0)
 
     def _measured_cost(self, rows: int) -> float:
         """Return the relative cost as it was measured: on straight lines between measurements, in proportion beyond."""
