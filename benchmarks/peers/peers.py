@@ -40,6 +40,7 @@ from benchmarks.common import (
     numbers,
     parse,
     parser,
+    pieces,
     progress,
     ratio,
     run_json,
@@ -174,13 +175,8 @@ def measure(model: str, asked: argparse.Namespace, workdir: Path) -> Values:
 
 def prompts(ids: list[int], count: int, long: int, seed: int) -> Values:
     """Return prompts that begin at places of a text, the same ones for the same seed."""
-    places = random.Random(seed)
-
-    def cut(tokens: int) -> list[int]:
-        at = places.randrange(len(ids) - tokens)
-        return ids[at : at + tokens]
-
-    return {"prompts": [cut(PROMPT) for _ in range(count)], "long": cut(long)}
+    *short, longest = pieces(ids, [PROMPT] * count + [long], random.Random(seed))
+    return {"prompts": short, "long": longest}
 
 
 def converted(folder: Path, asked: argparse.Namespace, workdir: Path) -> tuple[dict[str, Path], dict[str, str]]:

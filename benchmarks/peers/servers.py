@@ -36,11 +36,13 @@ from benchmarks.common import (
     Failed,
     begin,
     environment,
+    even_lengths,
     heading,
     in_turns,
     medians,
     parse,
     parser,
+    pieces,
     wait_until,
     write,
 )
@@ -130,10 +132,7 @@ def measure(model: str, asked: argparse.Namespace) -> Values:
 def prompts(ids: list[int], count: int, shortest: int, longest: int, seed: int) -> Prompts:
     """Return prompts with lengths spread evenly between two bounds, in an order and at places that a seed draws."""
     dice = random.Random(seed)
-    lengths = [shortest + (longest - shortest) * i // max(1, count - 1) for i in range(count)]
-    dice.shuffle(lengths)
-    places = [dice.randrange(len(ids) - length) for length in lengths]
-    return [ids[at : at + length] for at, length in zip(places, lengths, strict=True)]
+    return pieces(ids, even_lengths(count, shortest, longest, dice), dice)
 
 
 def turn_of_ours(model: str, weights: str, loads: dict[str, Prompts], asked: argparse.Namespace) -> Values:

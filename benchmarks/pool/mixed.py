@@ -37,11 +37,13 @@ from benchmarks.common import (
     Child,
     Failed,
     begin,
+    even_lengths,
     heading,
     in_turns,
     medians,
     parse,
     parser,
+    pieces,
     progress,
     ratio,
     write,
@@ -121,16 +123,9 @@ def make_prompts(folder: Path, asked: argparse.Namespace) -> tuple[list[list[int
     dice, positions = random.Random(SEED), read_config(folder).n_positions
     ids = Tokenizer.from_folder(folder).encode(HELD_OUT_TEXT.read_text("utf-8"))
     longest = min(asked.longest, positions - asked.tokens)
-    shortest, last = min(asked.shortest, longest), asked.requests - 1
-    lengths = [round(shortest + (longest - shortest) * i / last) for i in range(asked.requests)]
-    dice.shuffle(lengths)
-
-    def cut(length: int) -> list[int]:
-        at = dice.randrange(len(ids) - length)
-        return ids[at : at + length]
-
+    lengths = even_lengths(asked.requests, min(asked.shortest, longest), longest, dice)
     long = min(asked.long, positions - 1)
-    return [cut(length) for length in lengths], [cut(long) for _ in range(asked.long_requests)]
+    return pieces(ids, lengths, dice), pieces(ids, [long] * asked.long_requests, dice)
 
 
 def figures(streams: list[Stream], tokens: int) -> Values:
