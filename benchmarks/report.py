@@ -29,19 +29,16 @@ from benchmarks.engine import guided, sampling
 from benchmarks.engine.step_parts import allocation_rows
 from benchmarks.peers import page as peers_page
 from benchmarks.pool import mixed
-from benchmarks.tables import markdown, slug, spread, yes_no
+from benchmarks.tables import COLORS, Draw, markdown, slug, spread, yes_no
 from fastgpt2.bench import Values, machine_line
 
 DOCS = HERE.parent / "docs"
-COLORS = ("#1b6ca8", "#e07b39", "#4f9d69", "#8a5a9e", "#c23b4b", "#7f7f7f")
 # Between these two lines README.md shows the newest table of peers, and docs/performance.md that of each kind.
 PEERS_BEGIN = "<!-- made by benchmarks/report.py from the results of peers/peers.py: do not edit -->"
 PEERS_END = "<!-- end -->"
 # When all of a step between two products came to be compiled: older figures of these are of slower code.
 ENGINE_CHANGED = "2026-11-30"
 OF_THE_ENGINE = ("engine", "drafts", "sampling", "guided", "profile", "prefixes", "pool", "peers")
-# Draws a picture, given its name, its title and what fills it, and returns the Markdown that shows it.
-Draw = Callable[[str, str, Callable[[Any], None]], str]
 
 
 def main() -> None:
@@ -66,7 +63,7 @@ def main() -> None:
             path.unlink()  # of a result that is no more
     print(f"{page}: {len(found)} results")
     if capacity:  # a page of its own, for whoever plans a pool
-        (asked.docs / "capacity.md").write_text(capacity_page.page(newest(capacity), markdown), "utf-8")
+        (asked.docs / "capacity.md").write_text(capacity_page.page(newest(capacity)), "utf-8")
     if peers := [result for _, result in found if result["benchmark"] == "peers"]:
         put_table(asked.docs.parent / "README.md", peers_page.short_table(newest(peers)))
         tables = [line for result in peers for line in (*peers_page.short_table(result), "")]
@@ -437,7 +434,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[str, Values, Draw], list[str]]]] =
     "memory": ("Memory by workers", "engine/memory.py", memory_lines),
     "prefixes": ("Prompts that begin alike", "engine/prefixes.py", prefixes_lines),
     "pool": ("Many jobs at once", "pool/pool.py", pool_lines),
-    "mixed": ("Prompts of mixed lengths", "pool/mixed.py", lambda _, entry, __: mixed.lines(entry, markdown)),
+    "mixed": ("Prompts of mixed lengths", "pool/mixed.py", mixed.section),
     "endpoint": ("The endpoint", "endpoint/endpoint.py", endpoint_lines),
 }
 

@@ -49,6 +49,7 @@ from benchmarks.common import (
     write,
 )
 from benchmarks.endpoint.streams import Stream, read_all
+from benchmarks.tables import Draw, markdown
 from fastgpt2 import settings
 from fastgpt2.bench import Values, let_helpers_sleep, quantile, table
 from fastgpt2.engine.model.config import read_config
@@ -200,8 +201,8 @@ def tables(entry: Values) -> tuple[list[list[str]], list[list[str]]]:
     return rows, times
 
 
-def lines(entry: Values, markdown: Callable[[list[str], list[list[str]]], list[str]]) -> list[str]:
-    """Return the lines of the page of results about one model; `markdown` makes those of a table."""
+def section(_name: str, entry: Values, _draw: Draw) -> list[str]:
+    """Return the lines of the page of results about one model."""
     rows, times = tables(entry)
     about = f"{entry['weights']} weights, up to {entry['max_batch']} jobs at once."
     return [about, "", *markdown(["", ""], rows), "", *markdown(["of the mixed prompts", "ms"], times), ""]
