@@ -209,7 +209,7 @@ def convert(name: str, peer: Peer, folder: Path, asked: argparse.Namespace, work
     out = workdir / f"{folder.resolve().name}.{program}-{peer.form}"
     if not out.exists():
         progress(f"converting {folder.name} for {name}")
-        beside = Path(asked.peer_python).parents[2] / "export" / "bin" / "python"
+        beside = Path(asked.peer_python).absolute().parents[2] / "export" / "bin" / "python"
         python = (asked.export_python or beside) if program == "openvino" else asked.peer_python
         if not Path(python).exists():
             raise Failed(f"{python} does not exist; --export-python names the one that has optimum-intel")

@@ -216,7 +216,11 @@ def answers(port: int, loads: dict[str, Prompts], asked: argparse.Namespace) -> 
 
 
 def send(port: int, wanted: Prompts, asked: argparse.Namespace) -> list[float]:
-    """Have clients send requests, each client one after the other; return the seconds of each."""
+    """Have clients send requests, each client one after the other; return the seconds of each.
+
+    Raises:
+        Failed: an answer was another one than was asked for.
+    """
 
     def request(prompt: list[int]) -> float:
         body = {"prompt": prompt, "max_tokens": asked.tokens, "temperature": 0, "ignore_eos": True}
@@ -224,7 +228,8 @@ def send(port: int, wanted: Prompts, asked: argparse.Namespace) -> list[float]:
         with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=600)) as connection:
             connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
             answer = json.loads(connection.getresponse().read())
-        assert answer["usage"]["completion_tokens"] == asked.tokens, answer
+        if answer.get("usage", {}).get("completion_tokens") != asked.tokens:
+            raise Failed(f"no answer of {asked.tokens} tokens: {json.dumps(answer)[:500]}")
         return time.perf_counter() - began
 
     with ThreadPoolExecutor(asked.clients) as clients:
