@@ -1,6 +1,6 @@
 # docker build -t fastgpt2 .                            numpy's OpenBLAS
 # docker build -t fastgpt2:mkl --build-arg BLAS=mkl .   Intel's MKL beside it; fastgpt2 takes the faster of the two
-# docker build -t fastgpt2:compact --build-arg COMPACT=yes .   LLVM beside it, for weights of fewer bits
+# docker build -t fastgpt2:compact --build-arg COMPACT=yes .   LLVM beside it: compiled steps, weights of fewer bits
 # docker build -t fastgpt2:otel --build-arg OTEL=yes .  OpenTelemetry beside it, for traces
 ARG PYTHON_TAG=3.11.14-slim-bookworm
 

@@ -1,4 +1,4 @@
-"""The tools of the benchmark scripts: options, turns, child processes, and results as files.
+"""The tools of the benchmark scripts: options, prompts, turns, child processes, and results as files.
 
 All scripts measure in the same way. The things compared take turns within one run, in rounds, and each round begins
 with another of them, so that whatever slows the machine down for a while slows all of them. Scripts report medians and
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -77,6 +78,19 @@ def parse(
 def numbers(text: str) -> list[int]:
     """Return the numbers of an option such as "1,8,16"."""
     return [int(part) for part in text.split(",")]
+
+
+def even_lengths(count: int, shortest: int, longest: int, dice: random.Random) -> list[int]:
+    """Return lengths spread evenly from the shortest to the longest, in an order that `dice` draws."""
+    lengths = [round(shortest + (longest - shortest) * i / max(1, count - 1)) for i in range(count)]
+    dice.shuffle(lengths)
+    return lengths
+
+
+def pieces(ids: Sequence[int], lengths: Sequence[int], dice: random.Random) -> list[list[int]]:
+    """Return pieces of a text of these lengths, from places that `dice` draws."""
+    places = [dice.randrange(len(ids) - length) for length in lengths]
+    return [list(ids[at : at + length]) for at, length in zip(places, lengths, strict=True)]
 
 
 def begin(name: str, options: argparse.Namespace) -> Values:

@@ -29,19 +29,16 @@ from benchmarks.engine import guided, sampling
 from benchmarks.engine.step_parts import allocation_rows
 from benchmarks.peers import page as peers_page
 from benchmarks.pool import mixed
-from benchmarks.tables import markdown, slug, spread, yes_no
+from benchmarks.tables import COLORS, Draw, markdown, slug, spread, yes_no
 from fastgpt2.bench import Values, machine_line
 
 DOCS = HERE.parent / "docs"
-COLORS = ("#1b6ca8", "#e07b39", "#4f9d69", "#8a5a9e", "#c23b4b", "#7f7f7f")
 # Between these two lines README.md shows the newest table of peers, and docs/performance.md that of each kind.
 PEERS_BEGIN = "<!-- made by benchmarks/report.py from the results of peers/peers.py: do not edit -->"
 PEERS_END = "<!-- end -->"
-# When all of a step between two products came to be compiled: older figures of these are of slower code.
+# When all of a step came to be compiled: older figures of these are of slower code.
 ENGINE_CHANGED = "2026-11-30"
-OF_THE_ENGINE = ("engine", "drafts", "sampling", "guided", "profile", "prefixes", "pool", "peers")
-# Draws a picture, given its name, its title and what fills it, and returns the Markdown that shows it.
-Draw = Callable[[str, str, Callable[[Any], None]], str]
+OF_THE_ENGINE = ("engine", "drafts", "sampling", "guided", "profile", "cold_start", "prefixes", "pool", "peers")
 
 
 def main() -> None:
@@ -66,16 +63,23 @@ def main() -> None:
             path.unlink()  # of a result that is no more
     print(f"{page}: {len(found)} results")
     if capacity:  # a page of its own, for whoever plans a pool
-        (asked.docs / "capacity.md").write_text(capacity_page.page(newest(capacity), markdown), "utf-8")
+        (asked.docs / "capacity.md").write_text(capacity_page.page(newest(capacity)), "utf-8")
     if peers := [result for _, result in found if result["benchmark"] == "peers"]:
         put_table(asked.docs.parent / "README.md", peers_page.short_table(newest(peers)))
-        tables = [line for result in peers for line in (*peers_page.short_table(result), "")]
+        tables = [line for result in peers for line in (*peers_page.short_table(result), "", *age_lines(result))]
         put_table(asked.docs / "performance.md", tables[:-1])
 
 
 def newest(results: Sequence[Values]) -> Values:
     """Return the result that was measured last."""
     return max(results, key=lambda result: str(result["machine"]["date"]))
+
+
+def age_lines(result: Values) -> list[str]:
+    """Return the lines that say that a result is of an older engine, [] if it is not."""
+    if result["benchmark"] not in OF_THE_ENGINE or result["machine"]["date"] >= ENGINE_CHANGED:
+        return []
+    return [f"Measured before {ENGINE_CHANGED}, since when steps are faster.", ""]
 
 
 def put_table(path: Path, lines: Sequence[str]) -> None:
@@ -118,8 +122,7 @@ def results_page(found: Sequence[tuple[str, Values]], draw: Draw) -> str:
             lines += [f"Instructions of this CPU that matter here: {', '.join(facts['instructions'])}.", ""]
         if result["options"].get("note"):
             lines += [result["options"]["note"], ""]
-        if benchmark in OF_THE_ENGINE and facts["date"] < ENGINE_CHANGED:
-            lines += [f"Measured before {ENGINE_CHANGED}: what lies between two products is faster since.", ""]
+        lines += age_lines(result)
         for entry in result["models"]:
             entry["model"] = Path(entry["model"]).name
             name = f"{kind}-{stem}-{slug(entry['model'])}"
@@ -437,7 +440,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[str, Values, Draw], list[str]]]] =
     "memory": ("Memory by workers", "engine/memory.py", memory_lines),
     "prefixes": ("Prompts that begin alike", "engine/prefixes.py", prefixes_lines),
     "pool": ("Many jobs at once", "pool/pool.py", pool_lines),
-    "mixed": ("Prompts of mixed lengths", "pool/mixed.py", lambda _, entry, __: mixed.lines(entry, markdown)),
+    "mixed": ("Prompts of mixed lengths", "pool/mixed.py", mixed.section),
     "endpoint": ("The endpoint", "endpoint/endpoint.py", endpoint_lines),
 }
 

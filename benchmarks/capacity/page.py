@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from benchmarks.capacity.plan import KEPT_SECONDS, LENGTHS, SHARE, WORKERS, coefficients, host_bytes, planned
+from benchmarks.tables import markdown
 from fastgpt2.bench import Values, machine_line
 
 TITLE = """# Capacity: what one Redis bears, and how to plan a thousand workers
@@ -252,12 +253,8 @@ def plan_sections(result: Values, entry: Values) -> Iterator[Section]:
     )
 
 
-def page(result: Values, markdown: Callable[[Sequence[str], Sequence[Sequence[str]]], list[str]]) -> str:
-    """Return the page.
-
-    Args:
-        markdown: makes the lines of a table from headers and rows.
-    """
+def page(result: Values) -> str:
+    """Return the page."""
     note = result["options"].get("note") or ""
     lines = [TITLE, "", textwrap.fill(f"{HEAD} {machine_line(result['machine'])}. {note}", 120), "", FORMULA]
     for section in sections(result):

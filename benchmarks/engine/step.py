@@ -4,7 +4,7 @@
     python benchmarks/engine/step.py --model gpt2 --plain
     python benchmarks/engine/step.py --model gpt2 --model gpt2-medium --blas openblas --blas mkl
     python benchmarks/engine/step.py --model gpt2 --blas openblas --blas compiled --weights bfloat16 --weights int8
-    OPENBLAS_CORETYPE=Haswell python benchmarks/engine/step.py --plain     # what a CPU without AVX-512 would give
+    OPENBLAS_CORETYPE=Haswell python benchmarks/engine/step.py --blas openblas    # OpenBLAS on a CPU without AVX-512
 
 One process holds an engine for each --blas and for each kind of compact --weights (engines of one kind map the same
 file). In each round it measures, in turn:

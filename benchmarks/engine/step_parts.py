@@ -4,10 +4,11 @@
     python benchmarks/engine/step_parts.py --model gpt2
 
 Time: the parts of `Decoder.step`, with sequences that really decode, timed one by one in the first of the engine's
-processes (the others do equal shares of the same work). `products` are those with the weights. `waiting` is the wait
-for the other processes. `argmax` is timed separately, on the same logits. `decoder` is what the step does besides the
-network and argmax: tokens, text, stop rules. `rest` is what is left of the network: Python, views, residuals, biases,
-writing the step down for the other processes. Timing the parts takes time itself, so a step without it is shown too.
+processes (the others do equal shares of the same work). `products` are those with the weights, biases included; `layer
+norm` includes the residuals. `waiting` is the wait for the other processes. `argmax` is timed separately, on the same
+logits. `decoder` is what the step does besides the network and argmax: tokens, text, stop rules. `rest` is what is left
+of the network: Python, and writing the step down for the other processes. A compiled step is one call without these
+stopwatches, and timing the parts takes time itself; so a step without them is shown too.
 
 Allocation: tracemalloc, to which numpy reports its arrays, gives the bytes held after some steps that were not held
 before them, and the most that was in use during a step beyond what was held before it.
@@ -167,8 +168,11 @@ class Stopwatches:
 
     def attention(self, attention: Any) -> Any:
         """Return the attention of a shard, timed."""
-        calls = lambda layer: self.watched("attention", attention.call(layer))  # noqa: E731
-        return SimpleNamespace(exact=attention.exact, prepare=self.watched("attention", attention.prepare), call=calls)
+        return SimpleNamespace(
+            exact=attention.exact,
+            prepare=self.watched("attention", attention.prepare),
+            call=lambda layer: self.watched("attention", attention.call(layer)),
+        )
 
 
 @contextmanager

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.common import KINDS, kind_of
 from benchmarks.peers import servers
 from benchmarks.peers.peers import PEERS, is_compact
-from benchmarks.tables import markdown, spread
+from benchmarks.tables import COLORS, Draw, markdown, spread
 from fastgpt2.bench import Values
 
 # What people call them, where that is not their name in `peers.py`.
@@ -21,8 +21,6 @@ OURS = {
     "fastgpt2-int8": "int8",
 }
 WHOLE = {"float32": "Computed in float32", "compact": "Computed with fewer bits"}
-COLORS = ("#1b6ca8", "#e07b39", "#4f9d69", "#8a5a9e", "#c23b4b", "#7f7f7f")
-Draw = Callable[[str, str, Callable[[Any], None]], str]
 
 
 def section(name: str, entry: Values, draw: Draw) -> list[str]:

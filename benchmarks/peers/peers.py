@@ -40,6 +40,7 @@ from benchmarks.common import (
     numbers,
     parse,
     parser,
+    pieces,
     progress,
     ratio,
     run_json,
@@ -174,13 +175,8 @@ def measure(model: str, asked: argparse.Namespace, workdir: Path) -> Values:
 
 def prompts(ids: list[int], count: int, long: int, seed: int) -> Values:
     """Return prompts that begin at places of a text, the same ones for the same seed."""
-    places = random.Random(seed)
-
-    def cut(tokens: int) -> list[int]:
-        at = places.randrange(len(ids) - tokens)
-        return ids[at : at + tokens]
-
-    return {"prompts": [cut(PROMPT) for _ in range(count)], "long": cut(long)}
+    *short, longest = pieces(ids, [PROMPT] * count + [long], random.Random(seed))
+    return {"prompts": short, "long": longest}
 
 
 def converted(folder: Path, asked: argparse.Namespace, workdir: Path) -> tuple[dict[str, Path], dict[str, str]]:
@@ -213,7 +209,7 @@ def convert(name: str, peer: Peer, folder: Path, asked: argparse.Namespace, work
     out = workdir / f"{folder.resolve().name}.{program}-{peer.form}"
     if not out.exists():
         progress(f"converting {folder.name} for {name}")
-        beside = Path(asked.peer_python).parents[2] / "export" / "bin" / "python"
+        beside = Path(asked.peer_python).absolute().parents[2] / "export" / "bin" / "python"
         python = (asked.export_python or beside) if program == "openvino" else asked.peer_python
         if not Path(python).exists():
             raise Failed(f"{python} does not exist; --export-python names the one that has optimum-intel")

@@ -37,16 +37,19 @@ from benchmarks.common import (
     Child,
     Failed,
     begin,
+    even_lengths,
     heading,
     in_turns,
     medians,
     parse,
     parser,
+    pieces,
     progress,
     ratio,
     write,
 )
 from benchmarks.endpoint.streams import Stream, read_all
+from benchmarks.tables import Draw, markdown
 from fastgpt2 import settings
 from fastgpt2.bench import Values, let_helpers_sleep, quantile, table
 from fastgpt2.engine.model.config import read_config
@@ -121,16 +124,9 @@ def make_prompts(folder: Path, asked: argparse.Namespace) -> tuple[list[list[int
     dice, positions = random.Random(SEED), read_config(folder).n_positions
     ids = Tokenizer.from_folder(folder).encode(HELD_OUT_TEXT.read_text("utf-8"))
     longest = min(asked.longest, positions - asked.tokens)
-    shortest, last = min(asked.shortest, longest), asked.requests - 1
-    lengths = [round(shortest + (longest - shortest) * i / last) for i in range(asked.requests)]
-    dice.shuffle(lengths)
-
-    def cut(length: int) -> list[int]:
-        at = dice.randrange(len(ids) - length)
-        return ids[at : at + length]
-
+    lengths = even_lengths(asked.requests, min(asked.shortest, longest), longest, dice)
     long = min(asked.long, positions - 1)
-    return [cut(length) for length in lengths], [cut(long) for _ in range(asked.long_requests)]
+    return pieces(ids, lengths, dice), pieces(ids, [long] * asked.long_requests, dice)
 
 
 def figures(streams: list[Stream], tokens: int) -> Values:
@@ -205,8 +201,8 @@ def tables(entry: Values) -> tuple[list[list[str]], list[list[str]]]:
     return rows, times
 
 
-def lines(entry: Values, markdown: Callable[[list[str], list[list[str]]], list[str]]) -> list[str]:
-    """Return the lines of the page of results about one model; `markdown` makes those of a table."""
+def section(_name: str, entry: Values, _draw: Draw) -> list[str]:
+    """Return the lines of the page of results about one model."""
     rows, times = tables(entry)
     about = f"{entry['weights']} weights, up to {entry['max_batch']} jobs at once."
     return [about, "", *markdown(["", ""], rows), "", *markdown(["of the mixed prompts", "ms"], times), ""]

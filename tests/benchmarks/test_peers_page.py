@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.common import kind_of
 from benchmarks.peers.page import short_table
 from benchmarks.peers.peers import best
-from benchmarks.report import PEERS_BEGIN, PEERS_END, put_table
+from benchmarks.report import ENGINE_CHANGED, PEERS_BEGIN, PEERS_END, age_lines, put_table
 
 # Two rounds, in which a program with as many seconds in one is slower in the other.
 SECONDS = {
@@ -98,3 +98,12 @@ def test_a_machine_is_of_a_kind_by_its_instructions_or_by_its_blas() -> None:
     assert kind("openblas-Nehalem") == "other"
     assert kind("openblas-neoversen1", "asimd", "asimddp", system="Linux 6.1 aarch64") == "arm"
     assert kind("accelerate", system="Darwin 24.1 arm64") == "arm"
+
+
+def test_figures_of_an_older_engine_say_so() -> None:
+    def lines(benchmark: str, date: str) -> list[str]:
+        return age_lines({"benchmark": benchmark, "machine": {"date": f"{date} 09:00 UTC"}})
+
+    assert lines("peers", "2026-11-25") == [f"Measured before {ENGINE_CHANGED}, since when steps are faster.", ""]
+    assert lines("peers", ENGINE_CHANGED) == []
+    assert lines("endpoint", "2026-11-25") == []

@@ -136,6 +136,23 @@ def test_code_is_kept_beside_the_weights_if_there_is_no_cache_of_the_users_own(
     assert not folder.exists()
 
 
+def test_a_cache_from_which_nothing_may_be_run_is_passed_over(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As in a container whose only place to write is a tmpfs without the right to run what is there (noexec).
+    original = machine_code._map
+
+    def map_unless_in_folder(fd: int) -> machine_code.MachineCode:
+        if any(os.path.samestat(os.fstat(fd), file.stat()) for file in folder.iterdir()):
+            os.close(fd)
+            raise PermissionError("noexec")
+        return original(fd)
+
+    monkeypatch.setattr(machine_code, "_map", map_unless_in_folder)
+    times = compiled_how_often(monkeypatch)
+    assert [double(1.5), double(2.0)] == [3.0, 4.0]
+    assert len(times) == 1
+    assert len(list((folder.parents[2] / "explicit" / "code").iterdir())) == 1
+
+
 def test_without_any_cache_it_is_compiled_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nowhere = tmp_path / "nowhere"
     nowhere.write_text("no folder")

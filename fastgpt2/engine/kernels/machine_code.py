@@ -202,9 +202,7 @@ def _compile_and_keep(unit: str, key: str, write: Writer) -> MachineCode:
     compiler = Compiler()
     data = compiler.compile(write)
     try:
-        content = _to_file(link(data), compiler.instructions.name)
-        fd = _keep(key, content)
-        code = _map(fd)
+        code = _keep(key, _to_file(link(data), compiler.instructions.name))
     except (NotLinkable, OSError, ValueError) as reason:
         log.debug("compiled code stays in LLVM's memory: %s", reason)
         code = compiler.load(data)
@@ -212,17 +210,17 @@ def _compile_and_keep(unit: str, key: str, write: Writer) -> MachineCode:
     return code
 
 
-def _keep(key: str, content: bytes) -> int:
-    """Return a descriptor of a file with this content: in a cache if that can be, else in memory."""
+def _keep(key: str, content: bytes) -> MachineCode:
+    """Return the code of a file with this content: in a cache that it can be run from, else in memory."""
     for folder in _folders():
         try:
-            return _write(folder, key, content)
+            return _map(_write(folder, key, content))
         except (OSError, NotTrusted) as reason:
             log.debug("compiled code is not kept in %s: %s", folder, reason)
     fd = anonymous_file("fastgpt2-code")
     with os.fdopen(os.dup(fd), "wb") as file:
         file.write(content)
-    return fd
+    return _map(fd)
 
 
 def _write(folder: Path, key: str, content: bytes) -> int:
