@@ -15,7 +15,7 @@ import pytest
 from redis import Redis
 from rq import Queue
 from rq.serializers import JSONSerializer
-from support.running import GOLDEN, RunningEndpoint, SharedWorker, StartEndpoint, StartWorker, wait_until
+from support.running import GOLDEN, HOLDABLE, RunningEndpoint, SharedWorker, StartEndpoint, StartWorker, wait_until
 from support.turns import Turns, take_turns
 
 from fastgpt2 import Client, Engine, settings
@@ -23,6 +23,7 @@ from fastgpt2.engine.kernels import program
 from fastgpt2.engine.network import step
 from fastgpt2.protocol.connection import connect
 from fastgpt2.protocol.keys import leases_key, queues_of
+from fastgpt2.system import up
 from fastgpt2.system.redis_server import RedisServer
 from fastgpt2.system.up import System
 
@@ -206,11 +207,11 @@ def turns(engine: Engine, redis_server: RedisServer, queue_name: str) -> Iterato
 
 
 def run_worker(url: str, queue: str, log: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
-    """Start `fastgpt2 worker` as a process, its log in a file."""
+    """Start `fastgpt2 worker` as a process, its log in a file; a test may hold it."""
     own = {"FASTGPT2_REDIS_URL": url, "FASTGPT2_QUEUE": queue, "FASTGPT2_MODEL": "demo", "FASTGPT2_THREADS": "1"}
     with log.open("w") as out:
         return subprocess.Popen(
-            [sys.executable, "-m", "fastgpt2", "worker"],
+            [*HOLDABLE, "worker"],
             env={**os.environ, **own, **environment},
             stdout=out,
             stderr=out,
@@ -300,8 +301,11 @@ def system() -> Iterator[System]:
     values = settings.of_system(
         model="demo", workers="2", port="0", redis_port="0", log_level="warning", chat_template=template
     )
-    with System(values) as running:
-        yield running
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(up, "COMMAND", HOLDABLE)
+        with System(values) as running:
+            patch.undo()
+            yield running
 
 
 @pytest.fixture(scope="module")

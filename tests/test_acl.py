@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from rq import Queue, RateLimit
 from rq.command import send_stop_job_command
 from rq.serializers import JSONSerializer
 from support.redis_process import OpenRedis
-from support.running import GOLDEN, wait_until
+from support.running import GOLDEN, HOLDABLE, jobs_held, wait_until
 
 from fastgpt2 import Client
 from fastgpt2.api.pool.job_list import read_latest, read_prompts
@@ -81,7 +80,7 @@ def system(server: GuardedRedis, tmp_path_factory: pytest.TempPathFactory) -> It
     for name, log in logs.items():
         own = {"FASTGPT2_REDIS_URL": server.url_of(users[name]), "FASTGPT2_MODEL": "demo", "FASTGPT2_MAX_BATCH": "4"}
         with log.open("w") as out:
-            command = [sys.executable, "-m", "fastgpt2", name, *options[name]]
+            command = [*HOLDABLE, name, *options[name]]
             processes.append(subprocess.Popen(command, env={**os.environ, **own}, stdout=out, stderr=out))
     wait_until(lambda: "is ready" in logs["pool"].read_text(), "the worker to be ready")
     wait_until(lambda: "endpoint on" in logs["api"].read_text(), "the endpoint to listen")
@@ -139,11 +138,12 @@ def test_a_client_and_a_worker_can_do_their_part(server: GuardedRedis, admin: Re
         assert len(list(client.map([e["prompt"] for e in ENTRIES], max_new_tokens=3))) == len(ENTRIES)
         refused = client.enqueue("a", max_new_tokens=3, logprobs=2, echo=True)
         assert refused.result(timeout=20).logprobs is not None
-        long = client.enqueue(entry["prompt"], max_new_tokens=480, ignore_eos=True)
-        wait_until(lambda: long.status() == "started", "the job to start")
-        assert long.cancel()
-        with pytest.raises(JobCancelled):
-            long.result(timeout=20)
+        with jobs_held():
+            long = client.enqueue(entry["prompt"], max_new_tokens=480, ignore_eos=True)
+            wait_until(lambda: long.status() == "started", "the job to start")
+            assert long.cancel()
+            with pytest.raises(JobCancelled):
+                long.result(timeout=20)
     # What RQ's own users do, whose rights are their own affair; the worker's part of it is what is looked at.
     rq = admin_queue(admin)
     first = rq.enqueue(TASK, entry["prompt"], max_new_tokens=5)
@@ -151,14 +151,15 @@ def test_a_client_and_a_worker_can_do_their_part(server: GuardedRedis, admin: Re
     strayed = rq.enqueue(TASK, entry["prompt"], max_new_tokens=5, model="nobody's")
     failing = rq.enqueue(TASK, entry["prompt"], num_beams=4)
     limited = [rq.enqueue(TASK, "Once", max_new_tokens=2, rate_limit=RateLimit("limit", 1)) for _ in range(2)]
-    endless = rq.enqueue(TASK, entry["prompt"], max_new_tokens=480, ignore_eos=True)
     wait_until(lambda: limited[1].get_status().value == "finished", "the job that waited for a slot to finish")
     wait_until(lambda: after.get_status().value == "finished", "the dependent job to finish")
     wait_until(lambda: strayed.get_status().value == "failed", "the job of a model that nobody serves to fail")
     wait_until(lambda: failing.get_status().value == "failed", "the refused job to fail")
-    if endless.get_status().value == "started":
+    with jobs_held():
+        endless = rq.enqueue(TASK, entry["prompt"], max_new_tokens=480, ignore_eos=True)
+        wait_until(lambda: endless.get_status().value == "started", "the long job to start")
         send_stop_job_command(admin, endless.id, serializer=JSONSerializer)
-    wait_until(lambda: endless.get_status().value in ("stopped", "finished"), "the long job to stop")
+        wait_until(lambda: endless.get_status().value == "stopped", "the long job to stop")
 
 
 @pytest.mark.usefixtures("nothing_denied")
@@ -171,12 +172,13 @@ def test_a_worker_that_dies_and_one_that_is_told_to_stop(
         (key,) = admin.smembers("rq:workers")
         pid: Any = admin.hget(key, "pid")
         with Client(server.url_of("client")) as client:
-            jobs = [client.enqueue(ENTRIES[0]["prompt"], max_new_tokens=400, ignore_eos=True) for _ in range(3)]
-            wait_until(lambda jobs=jobs: all(job.status() == "started" for job in jobs), "the jobs to start")  # type: ignore[misc]
-            os.kill(int(pid), signum)
+            with jobs_held():
+                jobs = [client.enqueue(ENTRIES[0]["prompt"], max_new_tokens=400, ignore_eos=True) for _ in range(3)]
+                wait_until(lambda jobs=jobs: all(job.status() == "started" for job in jobs), "the jobs to start")  # type: ignore[misc]
+                os.kill(int(pid), signum)
+                wait_until(lambda said=said: said in log.read_text(), said)  # type: ignore[misc]
             for job in jobs:
                 assert job.result(timeout=30).usage.completion_tokens == 400
-        wait_until(lambda said=said: said in log.read_text(), said)  # type: ignore[misc]
         wait_until(lambda key=key: admin.smembers("rq:workers") not in ({key}, set()), "the next worker")  # type: ignore[misc]
 
 
@@ -196,17 +198,18 @@ def test_the_endpoint_and_a_monitor_can_do_their_part(
     completion = json.dumps({"prompt": ENTRIES[0]["prompt"], "max_tokens": 200, "stream": True}).encode()
     for _ in range(2):
         request = urllib.request.Request(f"{url}/v1/completions", completion, {"idempotency-key": "once"})
-        with (
-            opener.open(urllib.request.Request(f"{url}/v1/completions", completion), timeout=20) as first,
-            opener.open(request, timeout=20) as second,
-        ):
+        with jobs_held():
+            first = opener.open(urllib.request.Request(f"{url}/v1/completions", completion), timeout=20)
+            second = opener.open(request, timeout=20)
+        with first, second:
             assert first.read().endswith(b"data: [DONE]\n\n")
             assert second.read().endswith(b"data: [DONE]\n\n")
     job = json.dumps({"prompt": ENTRIES[0]["prompt"], "max_new_tokens": 480}).encode()
-    with opener.open(urllib.request.Request(f"{url}/v1/jobs", job), timeout=20) as answer:
-        job_url = f"{url}/v1/jobs/{json.loads(answer.read())['id']}"
-    with opener.open(urllib.request.Request(job_url, method="DELETE"), timeout=20) as answer:
-        assert json.loads(answer.read())["status"] == "canceled"
+    with jobs_held():
+        with opener.open(urllib.request.Request(f"{url}/v1/jobs", job), timeout=20) as answer:
+            job_url = f"{url}/v1/jobs/{json.loads(answer.read())['id']}"
+        with opener.open(urllib.request.Request(job_url, method="DELETE"), timeout=20) as answer:
+            assert json.loads(answer.read())["status"] == "canceled"
     failing = admin_queue(admin).enqueue(TASK, ENTRIES[0]["prompt"], num_beams=4, rate_limit=RateLimit("again", 1))
     wait_until(lambda: failing.get_status().value == "failed", "the refused job to fail")
     for again in (job_url, f"{url}/v1/jobs/{failing.id}"):

@@ -17,7 +17,7 @@ import pytest
 from playwright.sync_api import expect
 from redis import Redis
 from support.browser import Tabs, chromium
-from support.running import GOLDEN, StartEndpoint, StartWorker, wait_until
+from support.running import GOLDEN, StartEndpoint, StartWorker, jobs_held, wait_until
 
 from fastgpt2 import Client, Engine
 from fastgpt2.engine.decoding.lookup import Lookup
@@ -179,14 +179,15 @@ def test_all_the_way(
 def test_of_a_job_that_is_cut_short(redis: Redis, client: Client, queue_name: str, start_worker: StartWorker) -> None:
     start_worker(FASTGPT2_DRAFTS="4")
     one = ENTRIES[SOME[0]]
-    job = client.enqueue(one["prompt"], max_new_tokens=480, ignore_eos=True, stream=True)
-    pieces = job.stream(60)
-    text = ""
-    while len(text) < 100:
-        text += next(pieces).text
-    assert job.cancel()
-    with pytest.raises(JobCancelled) as caught:
-        job.result(60)
+    with jobs_held():
+        job = client.enqueue(one["prompt"], max_new_tokens=480, ignore_eos=True, stream=True)
+        pieces = job.stream(60)
+        text = ""
+        while len(text) < 100:
+            text += next(pieces).text
+        assert job.cancel()
+        with pytest.raises(JobCancelled) as caught:
+            job.result(60)
     partial = caught.value.partial
     assert partial is not None
     assert adds_up(partial)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from redis import Redis
 from starlette.responses import StreamingResponse
-from support.running import GOLDEN, StartWorker, wait_until
+from support.running import GOLDEN, StartWorker, jobs_held, wait_until
 
 from fastgpt2 import AsyncClient, Client, GenerationRequest, GenerationResult
 from fastgpt2.api.client.async_client import AsyncJob, AsyncTextStream
@@ -153,7 +153,8 @@ def test_cancel(use: Use) -> None:
             await job.result(30)
         assert caught.value.partial is not None
 
-    use(body)
+    with jobs_held():
+        use(body)
 
 
 def test_scripts_that_redis_does_not_know_are_sent_once_more(use: Use, client: Client, redis: Redis) -> None:
@@ -182,9 +183,10 @@ def test_stream(use: Use) -> None:
         again = [piece async for piece in stream.job.stream()]
         assert "".join(map(str, again)) == ENTRY["text"]
 
-        async with await client.stream(ENTRY["prompt"], max_new_tokens=480, ignore_eos=True) as broken_off:
-            assert ENTRY["text"].startswith(str(await anext(broken_off)))
-        assert await broken_off.job.status() == "canceled"
+        with jobs_held():
+            async with await client.stream(ENTRY["prompt"], max_new_tokens=480, ignore_eos=True) as broken_off:
+                assert ENTRY["text"].startswith(str(await anext(broken_off)))
+            assert await broken_off.job.status() == "canceled"
 
     use(body)
 
@@ -248,7 +250,8 @@ def test_map_ended_early_cancels(use: Use, client: Client, redis: Redis, start_w
                 assert len(result.token_ids) == 1
                 break
 
-    use(body)
+    with jobs_held():
+        use(body)
     assert redis.llen(f"rq:queue:{client.queue_name}") == 0
     assert 19 <= redis.zcard(f"rq:canceled:{client.queue_name}") <= 20
 

@@ -21,7 +21,7 @@ from rq.exceptions import NoSuchJobError
 from rq.job import Job as RQJob
 from rq.job import JobStatus
 from rq.serializers import JSONSerializer
-from support.running import GOLDEN, StartWorker, run_out_of_time, wait_until
+from support.running import GOLDEN, StartWorker, jobs_held, run_out_of_time, wait_until
 
 from fastgpt2 import Client, Job, settings
 from fastgpt2.api.client.enqueue import enqueue_command, plan_job
@@ -278,12 +278,13 @@ class TestCancel:
     @pytest.mark.usefixtures("served")
     def test_a_job_that_runs(self, client: Client, redis: Redis) -> None:
         """The worker ends the job and keeps what was generated; its other jobs go on."""
-        job = client.enqueue(ENTRY["prompt"], max_new_tokens=480, ignore_eos=True, result_ttl=50)
-        other = client.enqueue(ENTRY["prompt"], max_new_tokens=100, ignore_eos=True)
-        wait_until(lambda: job.status() == "started", "the job to start")
-        assert job.cancel()
-        with pytest.raises(JobCancelled, match=f"job {job.id} was cancelled") as caught:
-            job.result(timeout=30)
+        with jobs_held():
+            job = client.enqueue(ENTRY["prompt"], max_new_tokens=480, ignore_eos=True, result_ttl=50)
+            other = client.enqueue(ENTRY["prompt"], max_new_tokens=100, ignore_eos=True)
+            wait_until(lambda: job.status() == "started", "the job to start")
+            assert job.cancel()
+            with pytest.raises(JobCancelled, match=f"job {job.id} was cancelled") as caught:
+                job.result(timeout=30)
         kept = caught.value.partial
         assert kept is not None
         assert kept.finish_reason == "cancelled"
@@ -345,15 +346,13 @@ class TestCancel:
 def test_a_job_whose_time_is_up(client: Client) -> None:
     jobs: list[Job] = []
 
-    def attempt(seconds: float) -> JobTimedOut | None:
+    def attempt(seconds: float) -> JobTimedOut:
         jobs.append(client.enqueue(ENTRY["prompt"], max_new_tokens=480, ignore_eos=True, timeout=seconds))
-        try:
-            jobs[-1].result(timeout=30)
-        except JobTimedOut as error:
-            return error
-        return None
+        with pytest.raises(JobTimedOut) as caught:
+            jobs[-1].result(timeout=60)
+        return caught.value
 
-    error = run_out_of_time(client, ENTRY["prompt"], attempt)
+    error = run_out_of_time(attempt)
     assert f"job {jobs[-1].id} ran out of time" in str(error)
     kept = error.partial
     assert kept is not None
@@ -366,11 +365,12 @@ def test_a_job_whose_time_is_up(client: Client) -> None:
 
 @pytest.mark.usefixtures("served")
 def test_a_job_that_rq_stops(client: Client, redis: Redis) -> None:
-    job = client.enqueue(ENTRY["prompt"], max_new_tokens=480, ignore_eos=True)
-    wait_until(lambda: job.status() == "started", "the job to start")
-    send_stop_job_command(redis, job.id, JSONSerializer)
-    with pytest.raises(JobFailed, match="was stopped") as caught:
-        job.result(timeout=30)
+    with jobs_held():
+        job = client.enqueue(ENTRY["prompt"], max_new_tokens=480, ignore_eos=True)
+        wait_until(lambda: job.status() == "started", "the job to start")
+        send_stop_job_command(redis, job.id, JSONSerializer)
+        with pytest.raises(JobFailed, match="was stopped") as caught:
+            job.result(timeout=30)
     assert caught.value.kind == "JobStopped"
     assert caught.value.partial is not None
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from redis import Redis
-from support.running import GOLDEN, StartWorker, run_out_of_time, wait_until
+from support.running import GOLDEN, StartWorker, jobs_held, run_out_of_time, wait_until
 
 from fastgpt2 import Client, GenerationRequest, GenerationResult
 from fastgpt2.errors import BadRequest, JobCancelled, JobTimedOut, PromptTooLong, QueueUnavailable
@@ -47,7 +47,10 @@ def test_as_completed_tells_the_number(client: Client) -> None:
         GenerationRequest(entry["prompt"], 100 if n == 0 else 5, ignore_eos=True)
         for n, entry in enumerate(ENTRIES[:12])
     ]
-    found = list(client.as_completed(requests, in_flight=4))
+    with jobs_held():
+        results = client.as_completed(requests, in_flight=4)
+        found = [next(results)]
+    found += results
     assert sorted(number for number, _ in found) == list(range(12))
     assert found[0][0] != 0
     for number, result in found:
@@ -81,9 +84,10 @@ def test_prompts_are_read_as_there_is_room(client: Client, redis: Redis, start_w
 def test_closed_early_it_cancels_what_is_in_flight(client: Client, redis: Redis, start_worker: StartWorker) -> None:
     start_worker()
     requests = (GenerationRequest("a", 1 if n == 0 else 480, ignore_eos=True) for n in count())
-    for number, _ in client.as_completed(requests, in_flight=40):
-        assert number == 0
-        break
+    with jobs_held():
+        for number, _ in client.as_completed(requests, in_flight=40):
+            assert number == 0
+            break
     cancelled = redis.zcard(f"rq:canceled:{client.queue_name}")
     assert 39 <= cancelled <= 40
     assert waiting(redis, client) == []
@@ -95,11 +99,12 @@ class TestErrors:
         self, client: Client, redis: Redis, start_worker: StartWorker
     ) -> None:
         start_worker()
-        prompts: list[Any] = ["a", "the " * 600, *(GenerationRequest("b", 480, ignore_eos=True) for _ in range(20))]
-        results = client.map(prompts, in_flight=22)
-        assert next(results).text
-        with pytest.raises(PromptTooLong, match="over the model's 512 positions"):
-            next(results)
+        short, long = GenerationRequest("a", 2), GenerationRequest("b", 480, ignore_eos=True)
+        with jobs_held():
+            results = client.map([short, "the " * 600, *[long] * 20], in_flight=22)
+            assert next(results).text
+            with pytest.raises(PromptTooLong, match="over the model's 512 positions"):
+                next(results)
         assert next(results, None) is None
         assert waiting(redis, client) == []
         assert redis.zcard(f"rq:canceled:{client.queue_name}") == 20
@@ -107,17 +112,18 @@ class TestErrors:
     @pytest.mark.usefixtures("served")
     def test_or_all_are_given_in_their_places(self, client: Client) -> None:
         strange: Any = 3.5
-        long = GenerationRequest("b", 480, ignore_eos=True)
-        prompts = ["a", strange, "the " * 600, "x" * 500_000, long, [1, 2]]
+        short, long = GenerationRequest((1, 2), 1), GenerationRequest("b", 480, ignore_eos=True)
+        prompts = [short, strange, "the " * 600, "x" * 500_000, short, long]
         results: list[Any] = []
 
-        def attempt(seconds: float) -> JobTimedOut | None:
+        def attempt(seconds: float) -> JobTimedOut:
             results[:] = client.map(prompts, return_exceptions=True, timeout=seconds)
-            return results[4] if isinstance(results[4], JobTimedOut) else None
+            assert isinstance(results[5], JobTimedOut)
+            return results[5]
 
-        run_out_of_time(client, "b", attempt)
+        run_out_of_time(attempt)
         assert [type(result) for result in results] == [
-            GenerationResult, BadRequest, PromptTooLong, PromptTooLong, JobTimedOut, GenerationResult,
+            GenerationResult, BadRequest, PromptTooLong, PromptTooLong, GenerationResult, JobTimedOut,
         ]  # fmt: skip
 
     def test_wrong_options(self, client: Client, redis: Redis) -> None:
@@ -136,7 +142,7 @@ class TestErrors:
         """A cancellation writes no result that the client could wait for."""
         found: list[Any] = []
         reader = threading.Thread(
-            target=lambda: found.extend(client.map(["a", "b"], return_exceptions=True, max_new_tokens=2))
+            target=lambda: found.extend(client.map(["a", [1, 2]], return_exceptions=True, max_new_tokens=2))
         )
         reader.start()
         wait_until(lambda: len(waiting(redis, client)) == 2, "the jobs to be in the queue")

@@ -17,7 +17,7 @@ from rq import Queue
 from rq.job import Job
 from rq.registry import FailedJobRegistry
 from rq.results import Result
-from support.running import StartEndpoint, StartWorker, run, wait_until
+from support.running import StartEndpoint, StartWorker, jobs_held, run, wait_until
 
 from fastgpt2 import Client
 from fastgpt2.api.client.outcome import return_value
@@ -88,13 +88,13 @@ def test_one_that_is_cut_short_keeps_what_there_is(
     start_worker()
     with pytest.raises(JobTimedOut):
         client.result(job.id, timeout=60)
-    running = pickling.enqueue(TASK, "a", meta={"mine": ("kept", 1)}, stream=True, **LONG)
-    client.enqueue("a", **LONG)  # they share the steps, so that there is time
-    with web.stream("GET", f"/v1/jobs/{running.id}/stream") as answer:
-        lines = answer.iter_lines()
-        next(line for line in lines if line.startswith("data: "))
-        assert web.delete(f"/v1/jobs/{running.id}").json()["cancelled"]
-        rest = list(lines)
+    with jobs_held():
+        running = pickling.enqueue(TASK, "a", meta={"mine": ("kept", 1)}, stream=True, **LONG)
+        with web.stream("GET", f"/v1/jobs/{running.id}/stream") as answer:
+            lines = answer.iter_lines()
+            next(line for line in lines if line.startswith("data: "))
+            assert web.delete(f"/v1/jobs/{running.id}").json()["cancelled"]
+            rest = list(lines)
     assert any("job_cancelled" in line for line in rest)
     with pytest.raises(JobCancelled) as caught:
         client.result(running.id, timeout=60)

@@ -13,7 +13,7 @@ import pytest
 from redis import Redis
 from rq import Queue, Retry
 from rq.serializers import JSONSerializer
-from support.running import GOLDEN, StartWorker
+from support.running import GOLDEN, StartWorker, jobs_held
 from support.stock_worker import run_by_stock
 
 from fastgpt2 import Client, GenerationResult, Piece, TokenLogprob
@@ -229,16 +229,13 @@ def test_a_killed_worker(client: Client, redis: Redis, start_worker: StartWorker
     """The job is put back; another attempt's tokens go on where the first one's stopped."""
     queue = Queue(client.queue_name, connection=redis, serializer=JSONSerializer)
     first = start_worker()
-    job = queue.enqueue(
-        "fastgpt2.worker.tasks.generate",
-        kwargs={"prompt": ENTRY["prompt"], "max_new_tokens": 480, "ignore_eos": True, "stream": True, "logprobs": 1},
-        retry=Retry(max=3),
-        description="generate",
-    )
-    stream = client.job(job.id).stream(timeout=60)
-    pieces = [next(stream)]
-    first.kill()
-    first.wait()
+    fields = {"prompt": ENTRY["prompt"], "max_new_tokens": 480, "ignore_eos": True, "stream": True, "logprobs": 1}
+    with jobs_held():
+        job = queue.enqueue("fastgpt2.worker.tasks.generate", kwargs=fields, retry=Retry(max=3), description="generate")
+        stream = client.job(job.id).stream(timeout=60)
+        pieces = [next(stream)]
+        first.kill()
+        first.wait()
     queue.started_job_registry.cleanup(timestamp=time.time() + 10**6)
     assert job.get_status() == "queued"
     redis.xadd(stream_key(job.id), piece_to_entry(pieces[0]))

@@ -14,7 +14,7 @@ from redis import Redis
 from rq import Queue, Retry
 from rq.serializers import JSONSerializer
 from starlette.responses import StreamingResponse
-from support.running import GOLDEN, StartWorker, run_out_of_time, wait_until
+from support.running import GOLDEN, StartWorker, jobs_held, run_out_of_time, wait_until
 
 from fastgpt2 import AsyncClient, Client, Piece
 from fastgpt2.api.client.reader import Assembly
@@ -109,7 +109,7 @@ def test_the_text_comes_in_pieces(client: Client) -> None:
 
 @pytest.mark.usefixtures("served")
 def test_the_first_piece_comes_before_the_last_token(client: Client) -> None:
-    with client.stream(ENTRY["prompt"], max_new_tokens=480, ignore_eos=True) as stream:
+    with jobs_held(), client.stream(ENTRY["prompt"], max_new_tokens=480, ignore_eos=True) as stream:
         first = next(stream)
         assert ENTRY["text"].startswith(first.text)
         assert stream.job.status() == "started"
@@ -222,9 +222,10 @@ def test_what_replaces_text_is_an_error_unless_asked_for(
 class TestEarlyEnds:
     @pytest.mark.usefixtures("served")
     def test_closed_early_it_cancels_its_own_job(self, client: Client) -> None:
-        stream = client.stream(ENTRY["prompt"], max_new_tokens=480, ignore_eos=True)
-        next(stream)
-        stream.close()
+        with jobs_held():
+            stream = client.stream(ENTRY["prompt"], max_new_tokens=480, ignore_eos=True)
+            next(stream)
+            stream.close()
         assert stream.job.status() == "canceled"
 
     def test_leaving_the_loop_does_too(self, client: Client, redis: Redis) -> None:
@@ -253,11 +254,12 @@ class TestEarlyEnds:
 class TestErrors:
     @pytest.mark.usefixtures("served")
     def test_a_job_cancelled_elsewhere(self, client: Client) -> None:
-        stream = client.stream(ENTRY["prompt"], max_new_tokens=480, ignore_eos=True)
-        pieces = [next(stream)]
-        client.cancel(stream.job.id)
-        with pytest.raises(JobCancelled) as caught:
-            pieces.extend(stream)
+        with jobs_held():
+            stream = client.stream(ENTRY["prompt"], max_new_tokens=480, ignore_eos=True)
+            pieces = [next(stream)]
+            client.cancel(stream.job.id)
+            with pytest.raises(JobCancelled) as caught:
+                pieces.extend(stream)
         assert caught.value.partial is not None
         assert caught.value.partial.text.startswith(held(pieces))
         assert list(stream) == [], "it has ended"
@@ -265,14 +267,12 @@ class TestErrors:
     @pytest.mark.usefixtures("served")
     def test_time_is_up(self, client: Client) -> None:
 
-        def attempt(seconds: float) -> JobTimedOut | None:
-            try:
+        def attempt(seconds: float) -> JobTimedOut:
+            with pytest.raises(JobTimedOut) as caught:
                 list(client.stream(ENTRY["prompt"], max_new_tokens=480, ignore_eos=True, timeout=seconds))
-            except JobTimedOut as error:
-                return error
-            return None
+            return caught.value
 
-        assert run_out_of_time(client, ENTRY["prompt"], attempt).partial is not None
+        assert run_out_of_time(attempt).partial is not None
 
     def test_a_refusal(self, client: Client, start_worker: StartWorker) -> None:
         stream = client.stream("the " * 600)
@@ -291,16 +291,17 @@ def test_a_killed_worker(client: Client, redis: Redis, start_worker: StartWorker
     """RQ's own clean-up puts the job back; the text goes on where it stood, and comes out once."""
     queue = Queue(client.queue_name, connection=redis, serializer=JSONSerializer)
     first = start_worker()
-    stock = queue.enqueue(
-        "fastgpt2.worker.tasks.generate",
-        kwargs={"prompt": ENTRY["prompt"], "max_new_tokens": 480, "ignore_eos": True, "stream": True},
-        retry=Retry(max=3),
-        description="generate",
-    )
-    stream = client.job(stock.id).stream(timeout=60)
-    pieces = [next(stream)]
-    first.kill()
-    first.wait()
+    with jobs_held():
+        stock = queue.enqueue(
+            "fastgpt2.worker.tasks.generate",
+            kwargs={"prompt": ENTRY["prompt"], "max_new_tokens": 480, "ignore_eos": True, "stream": True},
+            retry=Retry(max=3),
+            description="generate",
+        )
+        stream = client.job(stock.id).stream(timeout=60)
+        pieces = [next(stream)]
+        first.kill()
+        first.wait()
     queue.started_job_registry.cleanup(timestamp=time.time() + 10**6)
     assert stock.get_status() == "queued"
     # A piece that a dead worker may have written once more.

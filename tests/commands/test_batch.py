@@ -23,7 +23,7 @@ from rq.job import Job as RQJob
 from rq.serializers import JSONSerializer
 from support.finishing import abandon, finish, queued
 from support.forgetful import ForgetfulRedis, finish_all, wait_for_queue
-from support.running import GOLDEN, StartWorker, wait_until
+from support.running import GOLDEN, StartWorker, jobs_held, wait_until
 
 from fastgpt2 import Client
 from fastgpt2.commands.batch.lines import MAX_LINE_BYTES, LineReader
@@ -84,6 +84,12 @@ def write_prompts(path: Path, entries: list[dict[str, Any]] = LINES) -> None:
     path.write_text("".join(entry["prompt"] + "\n" for entry in entries), "utf-8")
 
 
+def write_requests(path: Path, entries: list[dict[str, Any]], short: int) -> None:
+    """Write an object a line; those after so many short ones are long enough to be held."""
+    asked = [{"prompt": entry["prompt"], "max_new_tokens": 4 if n < short else 100} for n, entry in enumerate(entries)]
+    path.write_text("".join(json.dumps(one) + "\n" for one in asked), "utf-8")
+
+
 @pytest.mark.usefixtures("served")
 def test_a_prompt_a_line(tmp_path: Path, batch: Any) -> None:
     write_prompts(tmp_path / "in.txt")
@@ -112,7 +118,7 @@ def test_an_object_a_line(tmp_path: Path, batch: Any) -> None:
         {"prompt": second["prompt"], "max_new_tokens": 7, "id": "seven"},
         {"prompt": second["prompt_ids"], "id": 3, "logprobs": 1, "prompt_logprobs": 0},
         {"prompt": second["prompt"], "stop": second["text"][8:12], "max_new_tokens": 50, "echo": True},
-        {"prompt": second["prompt"], "max_new_tokens": 480, "timeout": 0.1, "id": "late"},
+        {"prompt": second["prompt"], "max_new_tokens": 480, "timeout": 1e-6, "id": "late"},
     ]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))  # and no end to the last line
     status, _, err = batch("in.jsonl", "-o", "out.jsonl", *FEW)
@@ -248,36 +254,41 @@ class TestBrokenOff:
     def test_killed_and_taken_up(self, tmp_path: Path, start: Start, batch: Any) -> None:
         """The process is killed with -9, again and again: every line is there once."""
         prompts = LINES * 3
-        write_prompts(tmp_path / "in.txt", prompts)
+        write_requests(tmp_path / "in.jsonl", prompts, 110 + 16)
         out = tmp_path / "out.jsonl"
-        for enough in (20, 60, 110):
-            process = start("in.txt", "-o", "out.jsonl", "--in-flight", "16", *FEW)
-            wait_until(partial(has_lines, out, enough), "some results")
-            process.kill()
-            process.communicate()
+        with jobs_held():
+            for enough in (20, 60, 110):
+                process = start("in.jsonl", "-o", "out.jsonl", "--in-flight", "16", *FEW)
+                wait_until(partial(has_lines, out, enough), "some results")
+                process.kill()
+                process.communicate()
         before = out.read_bytes()
         assert before.count(b"\n") < len(prompts)
-        assert batch("in.txt", "-o", "out.jsonl", *FEW)[0] == 0
+        assert batch("in.jsonl", "-o", "out.jsonl", *FEW)[0] == 0
         assert out.read_bytes().startswith(before[: before.rindex(b"\n") + 1])
         results = results_in(out)
         assert [result["index"] for result in results] == list(range(len(prompts)))
         assert [entry["text"].startswith(r["text"]) for entry, r in zip(prompts, results, strict=True)] == (
             [True] * len(prompts)
         )
-        assert batch("in.txt", "-o", "out.jsonl", *FEW)[0] == 0, "nothing is left to do"
+        assert batch("in.jsonl", "-o", "out.jsonl", *FEW)[0] == 0, "nothing is left to do"
         assert results_in(out) == results
 
-    @pytest.mark.usefixtures("served")
-    def test_a_table_whose_run_is_killed(self, tmp_path: Path, start: Start, batch: Any) -> None:
-        """Its results stand beside the output until all are there."""
+    def test_a_table_whose_run_is_killed(
+        self, tmp_path: Path, start: Start, batch: Any, start_worker: StartWorker
+    ) -> None:
+        """Its results stand beside the output until all are there: the first worker ends after some."""
+        worker = start_worker(FASTGPT2_MAX_JOBS="10", FASTGPT2_MAX_BATCH="2")
         rows = [["id", "prompt"], *([str(n), entry["prompt"]] for n, entry in enumerate(LINES))]
         with (tmp_path / "in.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(rows)
         process = start("in.csv", "-o", "out.csv", "--in-flight", "8", *FEW)
         wait_until(partial(has_lines, tmp_path / "out.csv.partial.jsonl", 10), "some results")
+        assert worker.wait(60) == 0
         process.kill()
         process.communicate()
         assert not (tmp_path / "out.csv").exists()
+        start_worker(wait=False)
         status, _, err = batch("in.csv", "-o", "out.csv", *FEW)
         kept = re.search(r"\((\d+) of them from before\)", err)
         assert kept is not None
@@ -370,20 +381,21 @@ class TestBrokenOff:
         batch: Any,
         signum: int,
     ) -> None:
-        write_prompts(tmp_path / "in.txt", LINES * 20)
+        write_requests(tmp_path / "in.jsonl", LINES * 2, 5 + 30)
         out = tmp_path / "out.jsonl"
-        process = start("in.txt", "-o", "out.jsonl", "--in-flight", "30", *FEW)
-        wait_until(partial(has_lines, out, 5), "some results")
-        process.send_signal(signum)
-        _, err = process.communicate(timeout=30)
+        with jobs_held():
+            process = start("in.jsonl", "-o", "out.jsonl", "--in-flight", "30", *FEW)
+            wait_until(partial(has_lines, out, 5), "some results")
+            process.send_signal(signum)
+            _, err = process.communicate(timeout=30)
         assert process.returncode == 130
         done = len(results_in(out))
         assert f"interrupted: out.jsonl holds {done} results; the same command goes on from there" in err
         assert "Traceback" not in err
         assert redis.llen(f"rq:queue:{client.queue_name}-low") == 0, "what was in flight has been cancelled"
         wait_until(lambda: not redis.zcard(f"rq:wip:{client.queue_name}"), "the worker to have let go")
-        write_prompts(tmp_path / "in.txt", (LINES * 20)[: done + 3])
-        assert batch("in.txt", "-o", "out.jsonl", *FEW)[0] == 0
+        write_requests(tmp_path / "in.jsonl", (LINES * 2)[: done + 3], 5 + 30)
+        assert batch("in.jsonl", "-o", "out.jsonl", *FEW)[0] == 0
         assert len(results_in(out)) == done + 3
 
 

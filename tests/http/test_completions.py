@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx2 as httpx
 import pytest
-from support.running import GOLDEN, hang_up, wait_until
+from support.running import GOLDEN, hang_up, jobs_held, wait_until
 
 from fastgpt2 import Client, Engine
 from fastgpt2.protocol.keys import queue_of, registry_key
@@ -427,13 +427,14 @@ def count(queue: Client, state: str) -> int:
 def test_who_hangs_up_cancels_his_jobs(url: str, queue: Client, stream: bool) -> None:
     body = {**LONG, "stream": stream, "prompt": ["a", "b"], "max_tokens": 511 - 5}
     canceled = count(queue, "canceled")
-    if stream:
-        with httpx.stream("POST", f"{url}/completions", json=body, trust_env=False) as answer:
-            assert next(answer.iter_lines()).startswith("data: ")
-    else:
-        hang_up(url, "/v1/completions", body, lambda: count(queue, "started") > 0)
-    wait_until(lambda: count(queue, "canceled") == canceled + 2, "both jobs to be cancelled")
-    wait_until(lambda: count(queue, "started") == 0, "the workers to let go of them")
+    with jobs_held():
+        if stream:
+            with httpx.stream("POST", f"{url}/completions", json=body, trust_env=False) as answer:
+                assert next(answer.iter_lines()).startswith("data: ")
+        else:
+            hang_up(url, "/v1/completions", body, lambda: count(queue, "started") > 0)
+        wait_until(lambda: count(queue, "canceled") == canceled + 2, "both jobs to be cancelled")
+        wait_until(lambda: count(queue, "started") == 0, "the workers to let go of them")
 
 
 def test_a_job_that_is_cancelled_by_others(url: str) -> None:
@@ -445,8 +446,9 @@ def test_a_job_that_is_cancelled_by_others(url: str) -> None:
             assert httpx.delete(f"{url}/jobs/{job_id}", trust_env=False).json()["cancelled"] is True
             errors.extend(line for line in answer.iter_lines() if "error" in line or "DONE" in line)
 
-    asker = threading.Thread(target=ask)
-    asker.start()
-    asker.join(60)
+    with jobs_held():
+        asker = threading.Thread(target=ask)
+        asker.start()
+        asker.join(60)
     assert errors[-1] == "data: [DONE]"
     assert json.loads(errors[0].removeprefix("data: "))["error"]["code"] == "job_cancelled"

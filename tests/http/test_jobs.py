@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import httpx2 as httpx
 import pytest
-from support.running import wait_until
+from support.running import jobs_held, wait_until
 
 from fastgpt2 import Client, Engine
 from fastgpt2.system.up import System
@@ -67,11 +67,12 @@ def test_a_job_is_left_behind_and_asked_for_later(web: httpx.Client, engine: Eng
 
 
 def test_waiting_is_over_in_time(web: httpx.Client) -> None:
-    job_id = created(web, **LONG)
-    job = web.get(f"/v1/jobs/{job_id}", params={"wait": 0.05}).json()
-    assert job["status"] in ("queued", "started")
-    assert (job["result"], job["error"]) == (None, None)
-    web.delete(f"/v1/jobs/{job_id}")
+    with jobs_held():
+        job_id = created(web, **LONG)
+        job = web.get(f"/v1/jobs/{job_id}", params={"wait": 0.05}).json()
+        assert job["status"] in ("queued", "started")
+        assert (job["result"], job["error"]) == (None, None)
+        web.delete(f"/v1/jobs/{job_id}")
 
 
 def test_its_text_as_it_comes_and_from_where_it_was_left(web: httpx.Client, engine: Engine) -> None:
@@ -126,16 +127,18 @@ def test_several_texts_as_they_come_and_from_where_they_were_left(web: httpx.Cli
 
 
 def test_hanging_up_on_it_does_not_end_it(web: httpx.Client) -> None:
-    job_id = created(web, **LONG, stream=True)
-    with web.stream("GET", f"/v1/jobs/{job_id}/stream") as answer:
-        assert answer.headers["x-job-id"] == job_id
-        next(answer.iter_lines())
+    with jobs_held():
+        job_id = created(web, **LONG, stream=True)
+        with web.stream("GET", f"/v1/jobs/{job_id}/stream") as answer:
+            assert answer.headers["x-job-id"] == job_id
+            next(answer.iter_lines())
     assert web.get(f"/v1/jobs/{job_id}", params={"wait": 30}).json()["status"] == "finished"
 
 
 def test_it_is_cancelled(web: httpx.Client) -> None:
-    job_id = created(web, **LONG)
-    answer = web.delete(f"/v1/jobs/{job_id}").json()
+    with jobs_held():
+        job_id = created(web, **LONG)
+        answer = web.delete(f"/v1/jobs/{job_id}").json()
     assert (answer["cancelled"], answer["status"]) == (True, "canceled")
     job = web.get(f"/v1/jobs/{job_id}", params={"wait": 30}).json()
     assert (job["status"], job["error"]["code"]) == ("canceled", "job_cancelled")
@@ -145,15 +148,16 @@ def test_it_is_cancelled(web: httpx.Client) -> None:
 
 
 def test_cancelled_while_it_is_followed(web: httpx.Client) -> None:
-    job_id = created(web, **LONG, stream=True)
     lines: list[str] = []
-    with web.stream("GET", f"/v1/jobs/{job_id}/stream") as answer:
-        canceller = threading.Thread(target=lambda: web.delete(f"/v1/jobs/{job_id}"))
-        for line in answer.iter_lines():
-            if not lines:
-                canceller.start()
-            lines.append(line)
-    canceller.join(30)
+    with jobs_held():
+        job_id = created(web, **LONG, stream=True)
+        with web.stream("GET", f"/v1/jobs/{job_id}/stream") as answer:
+            canceller = threading.Thread(target=lambda: web.delete(f"/v1/jobs/{job_id}"))
+            for line in answer.iter_lines():
+                if not lines:
+                    canceller.start()
+                lines.append(line)
+        canceller.join(30)
     name, _, data = read_events("\n".join(lines))[-1]
     assert (name, data["error"]["code"]) == ("error", "job_cancelled")
     assert data["result"]["finish_reason"] == "cancelled"
@@ -165,7 +169,7 @@ def test_a_job_that_fails_says_why(web: httpx.Client) -> None:
     assert (job["status"], job["error"]["code"]) == ("failed", "context_length_exceeded")
     assert (job["result"], job["error"]["type"]) == (None, "invalid_request_error")
     assert web.get(f"/v1/jobs/{job_id}/stream").status_code == 400
-    late = created(web, **LONG, timeout=0.05)
+    late = created(web, **LONG, timeout=1e-6)
     job = web.get(f"/v1/jobs/{late}", params={"wait": 30}).json()
     assert (job["status"], job["error"]["code"]) == ("failed", "job_timed_out")
 
@@ -251,11 +255,12 @@ def test_the_latest_jobs(web: httpx.Client) -> None:
     assert (job["status"], job["finish_reason"], job["completion_tokens"]) == ("finished", "length", 3)
     assert job["prompt_tokens"] > 0
     assert "prompt" not in job, "nobody has said that prompts may be shown"
-    running = created(web, **LONG)
-    wait_until(lambda: listed()[0]["id"] == running, "the running one to be listed first", 60)
-    (first,) = listed(1)
-    assert first.keys() == job.keys()
-    web.delete(f"/v1/jobs/{running}")
+    with jobs_held():
+        running = created(web, **LONG)
+        wait_until(lambda: listed()[0]["id"] == running, "the running one to be listed first", 60)
+        (first,) = listed(1)
+        assert first.keys() == job.keys()
+        web.delete(f"/v1/jobs/{running}")
 
 
 def test_once_however_often_it_is_asked(web: httpx.Client, queue: Client) -> None:

@@ -6,7 +6,6 @@ import base64
 import hashlib
 import json
 import re
-import signal
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, Route, expect
 from support.browser import Tabs
-from support.running import GOLDEN, StartEndpoint, wait_until
+from support.running import GOLDEN, StartEndpoint, jobs_held, wait_until
 
 from fastgpt2 import Client, Engine, Job
 from fastgpt2.api.page import page as made_page
@@ -44,12 +43,12 @@ SET_HIDDEN = """(hidden) => {
 
 
 @contextmanager
-def load(system: System, count: int = 48) -> Iterator[list[Job]]:
-    """Enqueue long jobs, which keep both workers busy for as long as the test needs."""
-    with Client(system.redis_url) as client:
-        jobs = [
-            client.enqueue("a", max_new_tokens=480, ignore_eos=True, priority="low", stream=True) for _ in range(count)
-        ]
+def running_jobs(system: System) -> Iterator[list[Job]]:
+    """Have some jobs run that do not end within the context, and are cancelled then."""
+    long: dict[str, Any] = {"max_new_tokens": 480, "ignore_eos": True, "priority": "low", "stream": True}
+    with jobs_held(), Client(system.redis_url) as client:
+        jobs = [client.enqueue("a", **long) for _ in range(4)]
+        wait_until(lambda: all(job.status() == "started" for job in jobs), "the jobs to start")
         try:
             yield jobs
         finally:
@@ -78,19 +77,6 @@ def waiting_jobs(system: System, count: int) -> Iterator[None]:
     finally:
         enough.set()
         filler.join()
-
-
-@contextmanager
-def pause_workers(system: System) -> Iterator[None]:
-    """Pause the workers for a while that is shorter than their leases."""
-    workers = [child for child in system.pool.children if child.is_worker]
-    for worker in workers:
-        worker.signal(signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for worker in workers:
-            worker.signal(signal.SIGCONT)
 
 
 def own_endpoint(system: System) -> dict[str, str]:
@@ -240,7 +226,7 @@ class TestPrompt:
         expect_workers(page)
         page.get_by_role("textbox", name="Prompt").fill("a")
         page.get_by_label("At most").fill("480")
-        with load(system, 16):
+        with jobs_held():
             with page.expect_response("**/v1/completions") as answered:
                 page.get_by_role("button", name="Generate").click()
             expect(page.locator("#answer")).to_have_text(re.compile(r"^a.{3,}", re.DOTALL))
@@ -258,7 +244,7 @@ class TestPrompt:
         page = tabs.open(system.http_url)
         page.get_by_role("textbox", name="Prompt").fill("a")
         page.get_by_label("At most").fill("480")
-        with load(system, 16):
+        with jobs_held():
             with page.expect_response("**/v1/completions") as answered:
                 page.get_by_role("button", name="Generate").click()
             job_id = answered.value.headers["x-job-id"]
@@ -330,17 +316,15 @@ class TestFigures:
 
     def test_a_job_is_cancelled_from_the_table(self, system: System, tabs: Tabs) -> None:
         page = tabs.open(system.http_url)
-        with load(system, 4) as jobs:
-            wait_until(lambda: jobs[2].status() == "started", "the job to start")
-            with pause_workers(system):  # or it might end before somebody has pressed the button
-                button = page.get_by_role("button", name=f"Cancel job {jobs[2].id[:8]}")
-                button.focus()
-                page.keyboard.press("Enter")
-                row = page.locator("#jobs tbody tr", has=page.locator(f"[title='{jobs[2].id}']"))
-                expect(row).to_contain_text("cancelled")
-                expect(button).to_be_hidden()
-                expect(page.get_by_role("group", name="Latest jobs"), "the focus is not lost").to_be_focused()
-                expect(page.get_by_role("status").first).to_have_text(f"Job {jobs[2].id[:8]} is cancelled")
+        with running_jobs(system) as jobs:
+            button = page.get_by_role("button", name=f"Cancel job {jobs[2].id[:8]}")
+            button.focus()
+            page.keyboard.press("Enter")
+            row = page.locator("#jobs tbody tr", has=page.locator(f"[title='{jobs[2].id}']"))
+            expect(row).to_contain_text("cancelled")
+            expect(button).to_be_hidden()
+            expect(page.get_by_role("group", name="Latest jobs"), "the focus is not lost").to_be_focused()
+            expect(page.get_by_role("status").first).to_have_text(f"Job {jobs[2].id[:8]} is cancelled")
             with pytest.raises(JobCancelled):
                 jobs[2].result(timeout=20)
 
@@ -437,10 +421,10 @@ class TestLook:
     def test_axe_finds_nothing(self, system: System, tabs: Tabs, scheme: str) -> None:
         page = tabs.open(system.http_url, color_scheme=scheme)
         expect_workers(page)
-        with load(system, 16):
-            page.get_by_role("textbox", name="Prompt").fill("a")
-            page.get_by_role("button", name="Generate").click()
-            expect_end(page, "tokens/s")
+        page.get_by_role("textbox", name="Prompt").fill("a")
+        page.get_by_role("button", name="Generate").click()
+        expect_end(page, "tokens/s")
+        with running_jobs(system):
             expect(page.locator("#jobs button:visible").first).to_be_visible()
             page.evaluate(SET_HIDDEN, True)  # so that all of it stays as it is
         expect_no_violations(page)
@@ -451,7 +435,7 @@ class TestLook:
         page.get_by_role("textbox", name="Prompt").fill("x" * 300)
         page.get_by_role("button", name="Generate").click()
         expect_end(page, "tokens/s")
-        with load(system):
+        with running_jobs(system):
             expect(page.locator("#jobs button:visible").first).to_be_visible()
             assert page.evaluate("document.scrollingElement.scrollWidth <= innerWidth")
             # The tables scroll sideways, each for itself, and by keyboard too.
@@ -479,7 +463,7 @@ class TestLook:
         expect_workers(page)
         page.get_by_role("textbox", name="Prompt").fill("a")
         page.get_by_label("At most").fill("480")
-        with load(system, 16):
+        with jobs_held():
             page.get_by_role("button", name="Generate").click()
             expect(page.locator("#answer.coming")).to_be_visible()
             assert page.evaluate("document.getAnimations().length") == 0

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.running import GOLDEN, wait_until
+from support.running import GOLDEN, jobs_held, wait_until
 
 from fastgpt2 import Client
 from fastgpt2.api.http.requests import MAX_BODY_BYTES
@@ -89,7 +89,7 @@ def test_the_fields_of_a_job(system: System) -> None:
 
 
 def test_time_is_up(system: System) -> None:
-    parameters = {"max_new_tokens": 480, "ignore_eos": True, "timeout": 0.05}
+    parameters = {"max_new_tokens": 480, "ignore_eos": True, "timeout": 1e-6}
     status, _, answer = call(f"{system.http_url}/", {"inputs": "a", "parameters": parameters})
     assert (status, answer["error_type"]) == (504, "incomplete_generation")
 
@@ -121,19 +121,21 @@ def test_status_tells_queue_jobs_and_workers(system: System) -> None:
         # These are more jobs than two workers decode at once.
         room = sum(worker["max_batch"] for worker in before["workers"])
         low: dict[str, Any] = {"priority": "low", "max_new_tokens": 480, "ignore_eos": True}
-        jobs = [client.enqueue("a", **low) for _ in range(room + 5)]
-        wait_until(lambda: call(f"{system.http_url}/status")[2]["jobs"]["started"] == room, "both workers to be full")
-        during = call(f"{system.http_url}/status")[2]
-        assert during["queue"]["depth"] == during["jobs"]["queued"] == during["queue"]["by_priority"]["low"] == 5
-        assert {w["state"] for w in during["workers"]} == {"busy"}
-        for worker in during["workers"]:
-            assert worker["in_hand"] == worker["max_batch"] == len(worker["jobs"])
-            assert set(worker["jobs"]) <= {job.id for job in jobs}
-        for job in jobs:
-            job.cancel()
-        for job in jobs:
-            with pytest.raises(JobCancelled):
-                job.result(timeout=30)
+        with jobs_held():
+            jobs = [client.enqueue("a", **low) for _ in range(room + 5)]
+            status_url = f"{system.http_url}/status"
+            wait_until(lambda: call(status_url)[2]["jobs"]["started"] == room, "both workers to be full")
+            during = call(status_url)[2]
+            assert during["queue"]["depth"] == during["jobs"]["queued"] == during["queue"]["by_priority"]["low"] == 5
+            assert {w["state"] for w in during["workers"]} == {"busy"}
+            for worker in during["workers"]:
+                assert worker["in_hand"] == worker["max_batch"] == len(worker["jobs"])
+                assert set(worker["jobs"]) <= {job.id for job in jobs}
+            for job in jobs:
+                job.cancel()
+            for job in jobs:
+                with pytest.raises(JobCancelled):
+                    job.result(timeout=30)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 from rq import Queue
 from rq.serializers import JSONSerializer
 from support.otlp_receiver import OTLPReceiver, ReceivedSpan, otlp_receiver
-from support.running import hang_up, wait_until
+from support.running import HOLDABLE, hang_up, jobs_held, wait_until
 
 from fastgpt2 import Client
 from fastgpt2.protocol.messages import TASK
@@ -62,7 +61,7 @@ class Monitored:
         self.processes = []
         for program, more in own.items():
             with (folder / program).open("w") as log:
-                command = [sys.executable, "-m", "fastgpt2", program]
+                command = [*HOLDABLE, program]
                 environment = {**os.environ, **variables, **more}
                 self.processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
         wait_until(lambda: self.find("api", "endpoint on") and self.find("worker", "is ready"), "both to be ready")
@@ -223,11 +222,13 @@ def test_a_client_that_leaves_is_a_499(monitored: Monitored) -> None:
     def is_served() -> bool:
         return monitored.samples()["fastgpt2_http_requests_in_flight",] == 2
 
-    hang_up(monitored.url, "/generate", body, is_served, **AUTHORIZATION, **{"x-request-id": "left-1"})
-    wait_until(lambda: monitored.find("api", "left-1"), "the request to have ended")
-    with monitored.http.stream("POST", "/generate_stream", json=body, headers={"x-request-id": "left-2"}) as answer:
-        assert next(answer.iter_lines())
-    wait_until(lambda: monitored.find("api", "left-2"), "the stream to have ended")
+    with jobs_held():
+        hang_up(monitored.url, "/generate", body, is_served, **AUTHORIZATION, **{"x-request-id": "left-1"})
+        wait_until(lambda: monitored.find("api", "left-1"), "the request to have ended")
+        headers = {"x-request-id": "left-2"}
+        with monitored.http.stream("POST", "/generate_stream", json=body, headers=headers) as answer:
+            assert next(answer.iter_lines())
+        wait_until(lambda: monitored.find("api", "left-2"), "the stream to have ended")
     for path, request_id in (("/generate", "left-1"), ("/generate_stream", "left-2")):
         (event,) = monitored.find("api", request_id)
         assert (event["status"], event["route"]) == (499, path)

@@ -1,6 +1,6 @@
-"""`fastgpt2 worker`, but it kills itself with SIGKILL at a stage of a job: python dying_worker.py STAGE [MARKER].
+"""`fastgpt2 worker`, but it kills itself with SIGKILL at a stage of a job: -m support.dying_worker STAGE [MARKER].
 
-With a MARKER, a file, only the first process does, and makes it; without one, each does.
+With a MARKER, a file, only the first process does, and makes it; without one, each does. A test can hold it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from fastgpt2.worker import ledger
 from fastgpt2.worker.batch import Batch, End, EndKind
 from fastgpt2.worker.claims import Claims
 from fastgpt2.worker.ledger import Ledger
+from support.holding import let_batches_be_held
 
 POISON = "the poisoned well"
 MARKER = sys.argv[2] if len(sys.argv) > 2 else ""
@@ -139,6 +140,7 @@ def out_of_memory() -> None:
 STAGES["out of memory"] = out_of_memory
 
 if __name__ == "__main__":
+    let_batches_be_held()
     STAGES[sys.argv[1]]()
     sys.argv = ["fastgpt2", "worker"]
     sys.exit(main())

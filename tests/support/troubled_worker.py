@@ -1,6 +1,6 @@
-"""`fastgpt2 worker` in trouble, which does not wait for long: python troubled_worker.py TROUBLE.
+"""`fastgpt2 worker` in trouble, which does not wait for long: python -m support.troubled_worker TROUBLE.
 
-Redis counts as away after a second, and a worker that is to stop tries for a second to tell it.
+Redis counts as away after a second, and a worker that is to stop tries for a second to tell it. A test can hold it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from fastgpt2.cli import main
 from fastgpt2.protocol import connection
 from fastgpt2.worker import worker
 from fastgpt2.worker.liveness import Lease
+from support.holding import let_batches_be_held
 
 
 def no_lease_thread() -> None:
@@ -27,6 +28,7 @@ TROUBLES: dict[str, Callable[[], None]] = {
 if __name__ == "__main__":
     connection._OPTIONS["socket_timeout"] = connection._OPTIONS["socket_connect_timeout"] = 1.0
     worker.LAST_TRIES_SECONDS = 1.0
+    let_batches_be_held()
     TROUBLES[sys.argv[1]]()
     sys.argv = ["fastgpt2", "worker"]
     sys.exit(main())

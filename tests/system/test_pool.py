@@ -19,7 +19,7 @@ from redis import Redis
 from rq import Queue, Worker
 from rq.command import send_shutdown_command
 from support.redis_process import OpenRedis
-from support.running import has_ended, wait_until
+from support.running import HOLDABLE, has_ended, jobs_held, wait_until
 
 from fastgpt2 import Client
 from fastgpt2.engine.model.hub import DEMO_FOLDER
@@ -293,7 +293,7 @@ def start_pool(redis_server: RedisServer, queue_name: str, tmp_path: Path) -> It
         path = tmp_path / f"pool-{len(started)}.log"
         with path.open("w") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "fastgpt2", "pool", *options],
+                [*HOLDABLE, "pool", *options],
                 env={
                     **os.environ,
                     "FASTGPT2_REDIS_URL": redis_server.url,
@@ -332,9 +332,11 @@ def test_a_pool_serves_and_a_signal_drains_it(
 ) -> None:
     process, log = start_pool("--workers", "2")
     pids = wait_for_workers(redis, queue_name, 2)
-    running = client.enqueue("My name is", max_new_tokens=450, ignore_eos=True)
-    wait_until(lambda: running.status() == "started", "the job to start")
-    process.send_signal(signum)
+    with jobs_held():
+        running = client.enqueue("My name is", max_new_tokens=450, ignore_eos=True)
+        wait_until(lambda: running.status() == "started", "the job to start")
+        process.send_signal(signum)
+        wait_until(lambda: "is told to stop: finishing 1 job" in log.read_text(), "the worker to be told")
     assert process.wait(60) == 0
     assert all(map(has_ended, pids))
     assert running.result(timeout=30).usage.completion_tokens == 450
@@ -351,12 +353,14 @@ def test_a_second_signal_gives_the_jobs_back(
 ) -> None:
     process, log = start_pool("--workers", "1", "--max-batch", "8", "--drain-timeout", "1000")
     wait_for_workers(redis, queue_name, 1)
-    jobs = [client.enqueue("My name is", max_new_tokens=500, ignore_eos=True) for _ in range(8)]
-    wait_until(lambda: all(job.status() == "started" for job in jobs), "the jobs to start")
-    process.terminate()
-    wait_until(lambda: "finishing 8 jobs within 1000 s; a second signal gives back all" in log.read_text(), "SIGTERM")
-    process.terminate()
-    assert process.wait(60) == 0
+    with jobs_held():
+        jobs = [client.enqueue("My name is", max_new_tokens=500, ignore_eos=True) for _ in range(8)]
+        wait_until(lambda: all(job.status() == "started" for job in jobs), "the jobs to start")
+        process.terminate()
+        said = "finishing 8 jobs within 1000 s; a second signal gives back all"
+        wait_until(lambda: said in log.read_text(), "SIGTERM")
+        process.terminate()
+        assert process.wait(60) == 0
     assert {job.status() for job in jobs} == {"queued"}, log.read_text()
 
 
@@ -365,10 +369,11 @@ def test_a_drain_that_takes_too_long_gives_the_jobs_back(
 ) -> None:
     process, log = start_pool("--workers", "1", "--drain-timeout", "0.05")
     wait_for_workers(redis, queue_name, 1)
-    jobs = [client.enqueue("My name is", max_new_tokens=500, ignore_eos=True) for _ in range(4)]
-    wait_until(lambda: any(job.status() == "started" for job in jobs), "a job to start")
-    process.terminate()
-    assert process.wait(60) == 0
+    with jobs_held():
+        jobs = [client.enqueue("My name is", max_new_tokens=500, ignore_eos=True) for _ in range(4)]
+        wait_until(lambda: any(job.status() == "started" for job in jobs), "a job to start")
+        process.terminate()
+        assert process.wait(60) == 0
     assert {job.status() for job in jobs} == {"queued"}, log.read_text()
 
 
@@ -448,17 +453,18 @@ def test_a_stop_without_redis_warns_of_no_jobs_that_were_never_taken(start_pool:
         busy, busy_log = start_pool("--workers", "1", FASTGPT2_REDIS_URL=server.url, FASTGPT2_QUEUE="busy")
         wait_for_workers(connection, queue_name, 2)
         wait_for_workers(connection, "busy", 1)
-        with Client(server.url, "busy") as client:
-            job = client.enqueue("My name is", max_new_tokens=500, ignore_eos=True, n=100, temperature=1.0)
-            wait_until(lambda: job.status() == "started", "the job to start")
-        connection.close()
-        os.kill(server.pid, signal.SIGKILL)
-        wait_until(lambda: "Redis cannot be used" in busy_log.read_text(), "the worker to miss Redis")
-        for process in (idle, busy):
-            process.terminate()
-        wait_until(lambda: "a second signal gives back all" in busy_log.read_text(), "the worker to be told")
-        busy.terminate()
-        assert (idle.wait(60), busy.wait(60)) == (0, 0)
+        with jobs_held():
+            with Client(server.url, "busy") as client:
+                job = client.enqueue("My name is", max_new_tokens=500, ignore_eos=True)
+                wait_until(lambda: job.status() == "started", "the job to start")
+            connection.close()
+            os.kill(server.pid, signal.SIGKILL)
+            wait_until(lambda: "Redis cannot be used" in busy_log.read_text(), "the worker to miss Redis")
+            for process in (idle, busy):
+                process.terminate()
+            wait_until(lambda: "a second signal gives back all" in busy_log.read_text(), "the worker to be told")
+            busy.terminate()
+            assert (idle.wait(60), busy.wait(60)) == (0, 0)
     text = idle_log.read_text()
     assert text.count("could not sign off") == 2
     assert not re.search(r"\b(WARNING|ERROR) .*\bjobs?\b", text), text

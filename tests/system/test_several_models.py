@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,7 @@ from playwright.sync_api import expect
 from prometheus_client.parser import text_string_to_metric_families as parse
 from support.browser import Tabs, chromium
 from support.models import that_says
-from support.running import GOLDEN, run, wait_until
+from support.running import GOLDEN, HOLDABLE, jobs_held, run, wait_until
 
 from fastgpt2 import Client, Engine, settings
 from fastgpt2.errors import ModelUnknown
@@ -260,7 +259,7 @@ def start_pool(server: RedisServer, queue: str, log: Path, *options: str) -> sub
     """Start `fastgpt2 pool` with a worker, its output in a file."""
     words = ["--redis-url", server.url, "--queue", queue, "--workers", "1", "--threads", "1", *options]
     with log.open("wb") as out:
-        return subprocess.Popen([sys.executable, "-m", "fastgpt2", "pool", *words], stdout=out, stderr=out)
+        return subprocess.Popen([*HOLDABLE, "pool", *words], stdout=out, stderr=out)
 
 
 def test_rolling_from_one_model_to_the_next_loses_nothing(
@@ -325,13 +324,17 @@ def test_a_pool_that_stops_tells_what_waits_for_its_models(
     connection = connect(redis_server.url)
     try:
         wait_until(lambda: connection.scard(workers_key(queue_name)), "the worker")
-        with Client(redis_server.url, queue_name) as client:
-            for _ in range(3):
-                client.enqueue("a", model="demo", max_new_tokens=500, ignore_eos=True)
+        with jobs_held():
+            with Client(redis_server.url, queue_name) as client:
+                jobs = [client.enqueue("a", model="demo", max_new_tokens=500, ignore_eos=True) for _ in range(3)]
+                wait_until(lambda: jobs[0].status() == "started", "the first job to start")
+            process.terminate()
+            said = "a second signal gives back all"
+            wait_until(lambda: said in (tmp_path / "log").read_text(), "the worker to be told")
+            process.terminate()
+            assert process.wait(60) == 0
     finally:
-        process.terminate()
-        process.terminate()
-        assert process.wait(60) == 0
-    said = (tmp_path / "log").read_text()
-    assert "jobs wait for the model demo, which no worker serves any more" in said
+        process.kill()
+        process.wait()
+    assert "3 jobs wait for the model demo, which no worker serves any more" in (tmp_path / "log").read_text()
     connection.close()

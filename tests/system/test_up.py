@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from redis.exceptions import ResponseError
 from support.redis_process import OpenRedis
-from support.running import has_ended, run, wait_until
+from support.running import HOLDABLE, has_ended, jobs_held, run, wait_until
 
 from fastgpt2 import Client
 from fastgpt2.cli import main
@@ -39,19 +39,7 @@ def start_up(tmp_path: Path) -> Iterator[StartUp]:
         path = tmp_path / f"up-{len(started)}.log"
         with path.open("w") as log:
             process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "fastgpt2",
-                    "up",
-                    "--model",
-                    "demo",
-                    "--port",
-                    "0",
-                    "--redis-port",
-                    "0",
-                    *options,
-                ],
+                [*HOLDABLE, "up", "--model", "demo", "--port", "0", "--redis-port", "0", *options],
                 # What a killed system leaves behind is then removed with the test's folder.
                 env={**os.environ, "TMPDIR": str(tmp_path), **environment},
                 stdout=log,
@@ -95,11 +83,13 @@ def test_up_serves_and_stops_cleanly(start_up: StartUp, signum: int) -> None:
     redis_url, _ = ready(process, log)
     pids = descendants(process.pid)
     assert len(pids) == 4, "Redis, two workers, the endpoint"
-    with Client(redis_url) as client:
-        assert client.enqueue("My name is", max_new_tokens=3).result(timeout=30).text
-        running = client.enqueue("My name is", max_new_tokens=450, ignore_eos=True)
-        wait_until(lambda: running.status() == "started", "the job to start")
-    process.send_signal(signum)
+    with jobs_held():
+        with Client(redis_url) as client:
+            assert client.enqueue("My name is", max_new_tokens=3).result(timeout=30).text
+            running = client.enqueue("My name is", max_new_tokens=450, ignore_eos=True)
+            wait_until(lambda: running.status() == "started", "the job to start")
+        process.send_signal(signum)
+        wait_until(lambda: "is told to stop: finishing 1 job" in log.read_text(), "the worker to be told")
     assert process.wait(60) == 0
     assert all(map(has_ended, pids))
     text = log.read_text()
@@ -112,13 +102,14 @@ def test_a_second_signal_hurries_the_stop(start_up: StartUp, tmp_path: Path) -> 
     folder = tmp_path / "redis"
     process, log = start_up("--workers", "1", "--max-batch", "8", "--redis-dir", str(folder))
     redis_url, _ = ready(process, log)
-    with Client(redis_url) as client:
-        jobs = [client.enqueue("My name is", max_new_tokens=480, ignore_eos=True) for _ in range(8)]
-        wait_until(lambda: all(job.status() == "started" for job in jobs), "the jobs to start")
-    process.terminate()
-    wait_until(lambda: "a second signal gives back all" in log.read_text(), "the worker to be told")
-    process.terminate()
-    assert process.wait(60) == 0
+    with jobs_held():
+        with Client(redis_url) as client:
+            jobs = [client.enqueue("My name is", max_new_tokens=480, ignore_eos=True) for _ in range(8)]
+            wait_until(lambda: all(job.status() == "started" for job in jobs), "the jobs to start")
+        process.terminate()
+        wait_until(lambda: "a second signal gives back all" in log.read_text(), "the worker to be told")
+        process.terminate()
+        assert process.wait(60) == 0
     assert "8 jobs given back to the queue" in log.read_text()
     with RedisServer(folder=folder) as again, Client(again.url) as client:
         assert {client.job(job.id).status() for job in jobs} == {"queued"}
@@ -128,14 +119,15 @@ def test_jobs_that_end_with_the_embedded_redis_are_told(start_up: StartUp) -> No
     """What a hurried worker gives back to a queue that ends with its Redis, and what waited there."""
     process, log = start_up("--workers", "1", "--max-batch", "1")
     redis_url, _ = ready(process, log)
-    with Client(redis_url) as client:
-        job = client.enqueue("My name is", max_new_tokens=500, ignore_eos=True, n=100, temperature=1.0)
-        wait_until(lambda: job.status() == "started", "the job to start")
-        client.enqueue("My name is", priority="low")
-    process.terminate()
-    wait_until(lambda: "a second signal gives back all" in log.read_text(), "the worker to be told")
-    process.terminate()
-    assert process.wait(60) == 0
+    with jobs_held():
+        with Client(redis_url) as client:
+            job = client.enqueue("My name is", max_new_tokens=500, ignore_eos=True)
+            wait_until(lambda: job.status() == "started", "the job to start")
+            client.enqueue("My name is", priority="low")
+        process.terminate()
+        wait_until(lambda: "a second signal gives back all" in log.read_text(), "the worker to be told")
+        process.terminate()
+        assert process.wait(60) == 0
     assert "2 jobs that had not been finished are gone with the embedded Redis; --redis-dir" in log.read_text()
 
 

@@ -20,7 +20,7 @@ from rq.job import Dependency, Job
 from rq.results import Result
 from rq.serializers import JSONSerializer
 from support.dying_worker import POISON
-from support.running import GOLDEN, StartWorker, wait_until
+from support.running import GOLDEN, StartWorker, jobs_held, wait_until
 
 from fastgpt2 import Client, Engine, Piece
 from fastgpt2.errors import JobFailed, PoisonJob
@@ -32,7 +32,6 @@ from fastgpt2.worker.reaper import BackgroundReaper, Reaper
 
 TASK = "fastgpt2.worker.tasks.generate"
 ENTRIES: list[dict[str, Any]] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"]
-DYING = str(Path(__file__).parent.parent / "support" / "dying_worker.py")
 
 StartPool = Callable[..., Pool]
 
@@ -57,9 +56,10 @@ def start_pool(
             "FASTGPT2_MODEL": "demo",
             "FASTGPT2_THREADS": "1",
             "FASTGPT2_MAX_BATCH": "4",
+            "PYTHONPATH": str(Path(__file__).parent.parent),
             **environment,
         }
-        command = [sys.executable, DYING, stage, *([str(tmp_path / "died")] if once else [])]
+        command = [sys.executable, "-m", "support.dying_worker", stage, *([str(tmp_path / "died")] if once else [])]
         pool = Pool([Child("worker 1", command, own, is_worker=True)])
 
         def note_recovery(identity: str, had_jobs: bool, finished: int) -> None:
@@ -204,14 +204,15 @@ def test_killed_while_giving_back_nothing_is_lost(
     start_pool: StartPool, redis: Redis, queue_name: str, tmp_path: Path, stage: str
 ) -> None:
     pool = start_pool(stage)
-    jobs = [enqueue(redis, queue_name, entry, 100) for entry in ENTRIES[:4]]
-    wait_supervising(pool, lambda: all(status(job) == "started" for job in jobs), "the jobs to start")
 
     def hurried_to_death() -> bool:
         pool.children[0].signal(signal.SIGTERM)  # the second one has it give back; one sent at once is the same one
         return (tmp_path / "died").exists()
 
-    wait_supervising(pool, hurried_to_death, "the worker to die")
+    with jobs_held():
+        jobs = [enqueue(redis, queue_name, entry, 100) for entry in ENTRIES[:4]]
+        wait_supervising(pool, lambda: all(status(job) == "started" for job in jobs), "the jobs to start")
+        wait_supervising(pool, hurried_to_death, "the worker to die")
     wait_supervising(pool, lambda: all(status(job) == "finished" for job in jobs), "all to finish")
     for job, entry in zip(jobs, ENTRIES, strict=False):
         finished_once(job, entry["ids"][:100])
@@ -269,14 +270,15 @@ def test_a_silent_worker_loses_its_jobs_once_its_lease_is_over_and_comes_too_lat
 ) -> None:
     """Nobody supervises here: one worker is killed, one is stopped and wakes up again, and a third one finds out."""
     first = start_worker(FASTGPT2_MAX_BATCH="2", FASTGPT2_NAME="killed")
-    jobs = [enqueue(redis, queue_name, entry, 100, stream=True) for entry in ENTRIES[:2]]
-    wait_until(lambda: all(status(job) == "started" for job in jobs), "the first worker to take two")
-    os.kill(first.pid, signal.SIGSTOP)
-    second = start_worker(FASTGPT2_MAX_BATCH="2", FASTGPT2_NAME="stopped")
-    more = [enqueue(redis, queue_name, entry, 100, stream=True) for entry in ENTRIES[2:4]]
-    wait_until(lambda: all(status(job) == "started" for job in more), "the second worker to take two")
-    os.kill(second.pid, signal.SIGSTOP)
-    os.kill(first.pid, signal.SIGKILL)
+    with jobs_held():
+        jobs = [enqueue(redis, queue_name, entry, 100, stream=True) for entry in ENTRIES[:2]]
+        wait_until(lambda: all(status(job) == "started" for job in jobs), "the first worker to take two")
+        os.kill(first.pid, signal.SIGSTOP)
+        second = start_worker(FASTGPT2_MAX_BATCH="2", FASTGPT2_NAME="stopped")
+        more = [enqueue(redis, queue_name, entry, 100, stream=True) for entry in ENTRIES[2:4]]
+        wait_until(lambda: all(status(job) == "started" for job in more), "the second worker to take two")
+        os.kill(second.pid, signal.SIGSTOP)
+        os.kill(first.pid, signal.SIGKILL)
     leases: Any = redis.zrange(leases_key(queue_name), 0, -1, withscores=True)
     assert {name for name, _ in leases} == {b"killed", b"stopped"}
     everything = [*jobs, *more]

@@ -28,7 +28,7 @@ from redis.exceptions import TimeoutError as NoAnswer
 from rq import Queue
 from rq.job import Job
 from support.redis_process import OpenRedis
-from support.running import GOLDEN, has_ended, wait_until
+from support.running import GOLDEN, HOLDABLE, has_ended, jobs_held, wait_until
 from support.turns import Turns
 
 from fastgpt2 import Client
@@ -251,9 +251,7 @@ def server(tmp_path: Path) -> Iterator[OpenRedis]:
 def start(server: OpenRedis, log: Path, **environment: str) -> subprocess.Popen[str]:
     own = {"FASTGPT2_REDIS_URL": server.url, "FASTGPT2_MODEL": "demo", "FASTGPT2_THREADS": "1", **environment}
     with log.open("w") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "fastgpt2", "worker"], env={**os.environ, **own}, stderr=out, text=True
-        )
+        process = subprocess.Popen([*HOLDABLE, "worker"], env={**os.environ, **own}, stderr=out, text=True)
     wait_until(lambda: "is ready" in log.read_text(), "the worker to be ready")
     return process
 
@@ -264,13 +262,15 @@ def test_two_signals_end_a_worker_at_once_whose_redis_is_away(server: OpenRedis,
     """It has jobs that run, jobs that have ended, and none of it can be told to anybody."""
     process = start(server, tmp_path / "worker.log", FASTGPT2_MAX_BATCH="2", FASTGPT2_DRAIN_TIMEOUT="3600")
     try:
-        with Client(server.url) as client:
-            start_long_jobs(client, 3)
-        os.kill(server.pid, signal.SIGSTOP if how == "hangs" else signal.SIGKILL)
-        process.send_signal(signal.SIGTERM)
-        wait_until(lambda: "is told to stop" in (tmp_path / "worker.log").read_text(), "the first signal to be heard")
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 0
+        with jobs_held():
+            with Client(server.url) as client:
+                start_long_jobs(client, 3)
+            os.kill(server.pid, signal.SIGSTOP if how == "hangs" else signal.SIGKILL)
+            process.send_signal(signal.SIGTERM)
+            said = "is told to stop"
+            wait_until(lambda: said in (tmp_path / "worker.log").read_text(), "the first signal to be heard")
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=60) == 0
     finally:
         process.kill()
         process.wait()
@@ -283,7 +283,7 @@ def test_a_worker_ends_by_itself_without_supervisor_and_redis(server: OpenRedis,
     """Both are gone at once, while it runs jobs: it waits for neither."""
     code = (
         "import os, subprocess, sys; os.environ['FASTGPT2_SUPERVISOR_PID'] = str(os.getpid()); "
-        "p = subprocess.Popen([sys.executable, '-m', 'fastgpt2', 'worker']); print(p.pid, flush=True); p.wait()"
+        f"p = subprocess.Popen({[*HOLDABLE, 'worker']}); print(p.pid, flush=True); p.wait()"
     )
     own = {"FASTGPT2_REDIS_URL": server.url, "FASTGPT2_MODEL": "demo", "FASTGPT2_DRAIN_TIMEOUT": "1"}
     log = tmp_path / "worker.log"
@@ -293,17 +293,17 @@ def test_a_worker_ends_by_itself_without_supervisor_and_redis(server: OpenRedis,
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())
     wait_until(lambda: "is ready" in log.read_text(), "the worker to be ready")
-    with Client(server.url) as client:
-        start_long_jobs(client, 1)
-    os.kill(server.pid, signal.SIGKILL)
-    parent.kill()
-    parent.wait()
-    wait_until(lambda: "has stopped" in log.read_text(), "the worker to end")
-    wait_until(lambda: has_ended(pid), "its process to end")
+    with jobs_held():
+        with Client(server.url) as client:
+            start_long_jobs(client, 1)
+        os.kill(server.pid, signal.SIGKILL)
+        parent.kill()
+        parent.wait()
+        wait_until(lambda: "has stopped" in log.read_text(), "the worker to end")
+        wait_until(lambda: has_ended(pid), "its process to end")
 
 
 def start_long_jobs(client: Client, count: int) -> None:
-    """Have jobs run that take longer than the test does, on any machine: each is of many texts."""
-    fields: Any = {"max_new_tokens": 480, "ignore_eos": True, "n": 100, "temperature": 1.0}
-    jobs = [client.enqueue(ENTRY["prompt"], **fields) for _ in range(count)]
+    """Have jobs run that are long enough to be held."""
+    jobs = [client.enqueue(ENTRY["prompt"], max_new_tokens=480, ignore_eos=True) for _ in range(count)]
     wait_until(lambda: jobs[0].status() == "started", "a job to start")

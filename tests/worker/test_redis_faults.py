@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.redis_process import OpenRedis, config_set
-from support.running import GOLDEN, wait_until
+from support.running import GOLDEN, HOLDABLE, jobs_held, wait_until
 
 from fastgpt2 import AsyncClient, Client
 from fastgpt2.errors import QueueUnavailable
@@ -42,9 +43,7 @@ def start(server: OpenRedis, tmp_path: Path) -> Iterator[Start]:
         log = tmp_path / f"worker-{len(started)}.log"
         own = {"FASTGPT2_REDIS_URL": server.url, "FASTGPT2_MODEL": "demo", "FASTGPT2_MAX_BATCH": "4", **environment}
         with log.open("w") as out:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "fastgpt2", "worker"], env={**os.environ, **own}, stderr=out
-            )
+            process = subprocess.Popen([*HOLDABLE, "worker"], env={**os.environ, **own}, stderr=out)
         started.append(process)
         wait_until(lambda: "is ready" in log.read_text(), "the worker to be ready")
         return process, log
@@ -131,8 +130,10 @@ def test_asyncio_clients_too(server: OpenRedis) -> None:
 def test_a_redis_that_hangs_costs_no_job(server: OpenRedis, start: Start, seconds: float) -> None:
     process, log = start()
     with Client(server.url) as client:
-        jobs = enqueue_long(client)
-        with server.stopped():
+        with ExitStack() as fault:
+            with jobs_held():
+                jobs = enqueue_long(client)
+                fault.enter_context(server.stopped())
             time.sleep(seconds)  # it is the fault itself
         all_right(jobs, 60)
         assert {client.connection.hget(f"rq:job:{job.id}", "fastgpt2_attempts") for job in jobs} == {b"1"}
@@ -143,8 +144,9 @@ def test_a_redis_that_hangs_costs_no_job(server: OpenRedis, start: Start, second
 def test_a_full_redis_is_waited_for_and_clients_are_told(server: OpenRedis, start: Start) -> None:
     process, log = start()
     with Client(server.url) as client, server.administered() as admin:
-        jobs = enqueue_long(client)
-        config_set(admin, "maxmemory", 1)
+        with jobs_held():
+            jobs = enqueue_long(client)
+            config_set(admin, "maxmemory", 1)
         wait_until(lambda: "the end of job" in log.read_text(), "the worker to say that it cannot write")
         with pytest.raises(QueueUnavailable, match="its memory is full: raise maxmemory"):
             client.enqueue("a")
@@ -161,8 +163,9 @@ def test_a_redis_that_became_a_replica_is_waited_for_and_clients_are_told(server
     """Make it a replica of a server that is away, so that nothing is copied over what there is."""
     process, log = start()
     with Client(server.url) as client, server.administered() as admin:
-        jobs = enqueue_long(client)
-        admin.replicaof("127.0.0.1", "1")
+        with jobs_held():
+            jobs = enqueue_long(client)
+            admin.replicaof("127.0.0.1", "1")
         wait_until(lambda: "the end of job" in log.read_text(), "the worker to say that it cannot write")
         with pytest.raises(QueueUnavailable, match="it is a replica: name the primary"):
             client.enqueue("a")
@@ -175,11 +178,12 @@ def test_a_redis_that_became_a_replica_is_waited_for_and_clients_are_told(server
 def test_redis_is_killed_mid_everything_and_comes_back(server: OpenRedis, start: Start) -> None:
     start()
     with Client(server.url) as client:
-        waiting = [client.enqueue(entry["prompt"], max_new_tokens=100, ignore_eos=True) for entry in ENTRIES[4:8]]
-        jobs = enqueue_long(client)
-        stream = client.enqueue(ENTRIES[0]["prompt"], max_new_tokens=100, ignore_eos=True, stream=True)
-        os.kill(server.pid, 9)
-        wait_until(lambda: server.poll() is not None, "Redis to die")
+        with jobs_held():
+            jobs = enqueue_long(client)
+            waiting = [client.enqueue(entry["prompt"], max_new_tokens=100, ignore_eos=True) for entry in ENTRIES[4:8]]
+            stream = client.enqueue(ENTRIES[0]["prompt"], max_new_tokens=100, ignore_eos=True, stream=True)
+            os.kill(server.pid, 9)
+            wait_until(lambda: server.poll() is not None, "Redis to die")
         server.start()
         all_right(jobs)
         for job, entry in zip(waiting, ENTRIES[4:8], strict=True):

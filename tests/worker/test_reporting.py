@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from rq import Queue, Retry
 from rq.command import send_stop_job_command
 from rq.serializers import JSONSerializer
 from support.redis_process import OpenRedis
-from support.running import GOLDEN, StartWorker, wait_until
+from support.running import GOLDEN, HOLDABLE, StartWorker, jobs_held, wait_until
 
 from fastgpt2 import Client, Engine
 from fastgpt2.errors import BadRequest, JobCancelled, JobFailed, JobTimedOut, PromptTooLong, QueueFull
@@ -34,7 +33,7 @@ TASK = "fastgpt2.worker.tasks.generate"
 ENTRIES: list[dict[str, Any]] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"]
 ENTRY = ENTRIES[1]
 N_PROMPT = len(ENTRY["prompt_ids"])
-ENDLESS: dict[str, Any] = {"max_new_tokens": 480, "ignore_eos": True}
+LONG: dict[str, Any] = {"max_new_tokens": 480, "ignore_eos": True}
 
 
 def totals(redis: Redis, queue: str) -> dict[str, float]:
@@ -162,19 +161,20 @@ def test_every_way_to_end(redis: Redis, client: Client, queue_name: str, start_w
     redis.hset("rq:job:odd-" + queue_name, "created_at", "yesterday")
     redis.rpush(f"rq:queue:{queue_name}", "odd-" + queue_name)
     wait_for_ends(redis, queue_name, 5)
-    running = client.enqueue(ENTRY["prompt"], **ENDLESS)
-    waiting = client.enqueue(ENTRY["prompt"], **ENDLESS)
-    wait_until(lambda: running.status() == "started", "the job to start")
-    assert waiting.cancel()
-    assert not waiting.cancel()
-    assert running.cancel()
-    with pytest.raises(JobCancelled):
-        running.result(20)
-    stopped = client.enqueue(ENTRY["prompt"], **ENDLESS)
-    wait_until(lambda: stopped.status() == "started", "the job to start")
-    send_stop_job_command(redis, stopped.id, serializer=JSONSerializer)
-    with pytest.raises(JobFailed):
-        stopped.result(20)
+    with jobs_held():
+        running = client.enqueue(ENTRY["prompt"], **LONG)
+        waiting = client.enqueue(ENTRY["prompt"], **LONG)
+        wait_until(lambda: running.status() == "started", "the job to start")
+        assert waiting.cancel()
+        assert not waiting.cancel()
+        assert running.cancel()
+        with pytest.raises(JobCancelled):
+            running.result(20)
+        stopped = client.enqueue(ENTRY["prompt"], **LONG)
+        wait_until(lambda: stopped.status() == "started", "the job to start")
+        send_stop_job_command(redis, stopped.id, serializer=JSONSerializer)
+        with pytest.raises(JobFailed):
+            stopped.result(20)
     assert wait_for_ends(redis, queue_name, 8) == {
         "failed:bad_request": 2, "failed:prompt_too_long": 1, "failed:timeout": 1, "failed:malformed": 1,
         "canceled:on_request": 2, "stopped:on_request": 1,
@@ -252,7 +252,10 @@ def test_everything_expires(redis: Redis, client: Client, queue_name: str, start
 def test_what_a_worker_says_of_itself(redis: Redis, client: Client, queue_name: str, start_worker: StartWorker) -> None:
     process = start_worker(FASTGPT2_MAX_BATCH="2", FASTGPT2_RESTARTS="3", FASTGPT2_NAME=f"w-{queue_name}")
     key = f"rq:worker:w-{queue_name}"
-    for job in [client.enqueue(ENTRY["prompt"], **ENDLESS) for _ in range(2)]:
+    with jobs_held():
+        jobs = [client.enqueue(ENTRY["prompt"], **LONG) for _ in range(2)]
+        wait_until(lambda: all(job.status() == "started" for job in jobs), "both to run together")
+    for job in jobs:
         job.result(60)
     wait_until(lambda: float(redis.hget(key, "tokens_per_second") or 0) > 0, "the pace to be told", 60)
     fields: Any = redis.hgetall(key)
@@ -336,7 +339,8 @@ def test_what_stands_there_disturbs_no_worker(
     start_worker()
     for _ in range(2):
         assert client.enqueue("a", max_new_tokens=2).result(20).usage.completion_tokens == 2
-    assert client.enqueue("a", priority="low", **ENDLESS).cancel()
+    with jobs_held():
+        assert client.enqueue("a", priority="low", **LONG).cancel()
     if kind in ("text in a field", "huge"):
         # The one that was cancelled may have begun before.
         wait_until(lambda: int(redis.hget(key, "generated_tokens") or 0) >= 4, "the other fields to be counted")
@@ -348,14 +352,15 @@ def test_a_redis_that_is_started_again_loses_nothing_that_was_not_told(tmp_path:
         own = {"FASTGPT2_REDIS_URL": server.url, "FASTGPT2_MODEL": "demo", "FASTGPT2_MAX_BATCH": "4"}
         log = tmp_path / "worker.log"
         with log.open("w") as out:
-            command = [sys.executable, "-m", "fastgpt2", "worker"]
+            command = [*HOLDABLE, "worker"]
             worker = subprocess.Popen(command, env={**os.environ, **own}, stderr=out)
         try:
             wait_until(lambda: "is ready" in log.read_text(), "the worker to be ready")
             with Client(server.url) as client, server.administered() as admin:
-                jobs = [client.enqueue(entry["prompt"], **ENDLESS) for entry in ENTRIES[:4]]
-                wait_until(lambda: all(job.status() == "started" for job in jobs), "the jobs to start")
-                server.stop()
+                with jobs_held():
+                    jobs = [client.enqueue(entry["prompt"], **LONG) for entry in ENTRIES[:4]]
+                    wait_until(lambda: all(job.status() == "started" for job in jobs), "the jobs to start")
+                    server.stop()
                 # They are decoded to their ends meanwhile.
                 wait_until(lambda: "cannot be used" in log.read_text(), "the worker to notice")
                 server.start()
@@ -383,7 +388,7 @@ def pool(
 
     def start(**environment: str) -> subprocess.Popen[bytes]:
         own = {"FASTGPT2_REDIS_URL": redis_server.url, "FASTGPT2_QUEUE": queue_name, "FASTGPT2_MODEL": "demo"}
-        command = [sys.executable, "-m", "fastgpt2", "pool", "--workers", "1"]
+        command = [*HOLDABLE, "pool", "--workers", "1"]
         with (tmp_path / "pool.log").open("w") as out:
             started.append(subprocess.Popen(command, env={**os.environ, **own, **environment}, stdout=out, stderr=out))
         return started[-1]
@@ -398,11 +403,12 @@ def test_a_worker_that_is_killed_counts_a_recovery_and_a_restart(
     redis: Redis, client: Client, queue_name: str, pool: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
     pool()
-    jobs = [client.enqueue(entry["prompt"], **ENDLESS) for entry in ENTRIES[:2]]
-    wait_until(lambda: all(job.status() == "started" for job in jobs), "the jobs to start")
-    (key,) = redis.smembers(f"rq:workers:{queue_name}")
-    pid: Any = redis.hget(key, "pid")
-    os.kill(int(pid), signal.SIGKILL)
+    with jobs_held():
+        jobs = [client.enqueue(entry["prompt"], **LONG) for entry in ENTRIES[:2]]
+        wait_until(lambda: all(job.status() == "started" for job in jobs), "the jobs to start")
+        (key,) = redis.smembers(f"rq:workers:{queue_name}")
+        pid: Any = redis.hget(key, "pid")
+        os.kill(int(pid), signal.SIGKILL)
     for job in jobs:
         assert job.result(30).usage.completion_tokens == 480
     assert wait_for_ends(redis, queue_name, 2) == {"finished:length": 2}

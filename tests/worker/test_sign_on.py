@@ -16,7 +16,7 @@ from rq.command import send_shutdown_command
 from rq.utils import now as utc_now
 from support.cutting_proxy import CuttingProxy
 from support.redis_process import OpenRedis
-from support.running import StartWorker, wait_until
+from support.running import StartWorker, jobs_held, wait_until
 
 from fastgpt2 import Client, Engine
 from fastgpt2.errors import BadRequest
@@ -257,10 +257,11 @@ class TestNames:
     ) -> None:
         """Its process is known to be gone. The job that it ran runs again. Who loses the name ends, and says so."""
         first = start_worker(FASTGPT2_NAME="w1")
-        job = client.enqueue("My name is", max_new_tokens=400, ignore_eos=True, n=10, temperature=1.0)
-        wait_until(lambda: job.status() == "started", "the job to start")
-        first.kill()
-        first.wait()
+        with jobs_held():
+            job = client.enqueue("My name is", max_new_tokens=400, ignore_eos=True)
+            wait_until(lambda: job.status() == "started", "the job to start")
+            first.kill()
+            first.wait()
         second = start_worker(wait=False, FASTGPT2_NAME="w1")
         assert job.result(timeout=60).usage.completion_tokens == 400
         assert redis.hget(f"rq:job:{job.id}", CRASHES_FIELD) == b"1"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from redis import Redis
 from support.redis_process import OpenRedis
-from support.running import wait_until
+from support.running import jobs_held, wait_until
 
 from fastgpt2 import Client, Engine
 from fastgpt2.protocol.connection import connect
@@ -24,7 +24,7 @@ from fastgpt2.worker.worker import GenerationWorker
 
 pytestmark = pytest.mark.processes
 
-TROUBLED = Path(__file__).parent.parent / "support" / "troubled_worker.py"
+TESTS = str(Path(__file__).parent.parent)
 
 
 class Started:
@@ -32,11 +32,11 @@ class Started:
 
     def __init__(self, log: Path, trouble: str, url: str) -> None:
         self.log = log
-        environment = {**os.environ, "FASTGPT2_REDIS_URL": url, "FASTGPT2_MODEL": "demo", "FASTGPT2_THREADS": "1"}
+        own = {"FASTGPT2_REDIS_URL": url, "FASTGPT2_MODEL": "demo", "FASTGPT2_THREADS": "1", "PYTHONPATH": TESTS}
         with log.open("w") as out:
             self.process = subprocess.Popen(
-                [sys.executable, str(TROUBLED), trouble],
-                env={**environment, "FASTGPT2_DRAIN_TIMEOUT": "0.2"},
+                [sys.executable, "-m", "support.troubled_worker", trouble],
+                env={**os.environ, **own, "FASTGPT2_DRAIN_TIMEOUT": "0.2"},
                 stderr=out,
             )
 
@@ -65,9 +65,9 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 
 def with_a_job(url: str) -> None:
-    """Let the one worker there run a job that takes longer than the test: it is of many texts."""
+    """Let the one worker there run a job that is long enough to be held."""
     with Client(url) as client:
-        job = client.enqueue("My name is", max_new_tokens=500, ignore_eos=True, n=100, temperature=1.0)
+        job = client.enqueue("My name is", max_new_tokens=500, ignore_eos=True)
         wait_until(lambda: job.status() == "started", "the job to start")
 
 
@@ -83,13 +83,14 @@ def test_sigterm_ends_a_worker_in_every_state(start: Start, redis_server: RedisS
         running.wait_for("is ready")
         unleased.wait_for("is ready")
         signing_on.wait_for("Redis cannot be used")
-        with_a_job(hanging.url)
-        with hanging.stopped():
-            others = [signing_on, running, unleased]
-            for each in others:
-                each.process.terminate()
-            for each in others:
-                assert each.process.wait(60) == 0, each.log.read_text()
+        with jobs_held():
+            with_a_job(hanging.url)
+            with hanging.stopped():
+                others = [signing_on, running, unleased]
+                for each in others:
+                    each.process.terminate()
+                for each in others:
+                    assert each.process.wait(60) == 0, each.log.read_text()
         assert loading.process.wait(60) in (0, -signal.SIGTERM)
     assert "could not be written" in running.log.read_text()
 

@@ -30,7 +30,7 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 from rq.utils import as_text
 from support.redis_process import OpenRedis
-from support.running import GOLDEN, wait_until
+from support.running import GOLDEN, HOLDABLE, jobs_held, wait_until
 
 from fastgpt2 import Client
 from fastgpt2.errors import BadRequest, JobCancelled
@@ -42,8 +42,8 @@ LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
 TASK = "fastgpt2.worker.tasks.generate"
 ENTRY: dict[str, Any] = json.loads((GOLDEN / "demo_continuations.json").read_text("utf-8"))["continuations"][0]
 QUEUE = "strange"
-# A job that runs until it is cancelled, on any machine: it is of many texts.
-ENDLESS = {"max_new_tokens": 480, "n": 100, "temperature": 1.0}
+# Long enough to be held.
+LONG_JOB = {"max_new_tokens": 480}
 IDS_OF_AN_OLDER_RQ = [
     "user:42",
     "a.b",
@@ -76,9 +76,7 @@ class Bench:
         own = {"FASTGPT2_REDIS_URL": self.server.url, "FASTGPT2_QUEUE": QUEUE, "FASTGPT2_MODEL": "demo"}
         more = {"FASTGPT2_MAX_BATCH": "4", "FASTGPT2_THREADS": "1"}
         with self.log.open("a") as out:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "fastgpt2", "worker"], env={**os.environ, **own, **more}, stderr=out, text=True
-            )
+            process = subprocess.Popen([*HOLDABLE, "worker"], env={**os.environ, **own, **more}, stderr=out, text=True)
         # The executions of a worker have a name that is longer.
         wait_until(lambda: self.redis.keys("rq:worker:*.*.*[^s]"), "the worker to register")
         (key,) = self.redis.keys("rq:worker:*.*.*[^s]")
@@ -171,11 +169,12 @@ def test_an_id_forges_no_line_of_the_log(bench: Bench) -> None:
 
 @pytest.mark.parametrize("job_id", ["user:42:long", "a b\n:c"])
 def test_a_job_with_an_id_of_an_older_rq_is_cancelled_while_it_runs(bench: Bench, job_id: str) -> None:
-    bench.put(job_id, bench.fields(**ENDLESS))
-    wait_until(lambda: bench.redis.hget(f"rq:job:{job_id}", "status") == b"started", "the job to start")
-    assert bench.client.cancel(job_id)
-    with pytest.raises(JobCancelled):
-        bench.client.result(job_id, timeout=60)
+    with jobs_held():
+        bench.put(job_id, bench.fields(**LONG_JOB))
+        wait_until(lambda: bench.redis.hget(f"rq:job:{job_id}", "status") == b"started", "the job to start")
+        assert bench.client.cancel(job_id)
+        with pytest.raises(JobCancelled):
+            bench.client.result(job_id, timeout=60)
     bench.lets_go()
     assert bench.redis.zcard(f"rq:wip:{QUEUE}") == 0
 
@@ -366,13 +365,14 @@ def test_a_shared_key_of_another_kind_fails_no_job(bench: Bench, pattern: str) -
         write(bench.redis, key, kind)
         bench.answers()
         running = uuid.uuid4().hex
-        bench.put(running, bench.fields(**ENDLESS))
-        wait_until(lambda: bench.client.status(running) == "started", "the job to start")
-        bench.redis.hset(f"rq:job:{running}", "status", "canceled")
-        with suppress(ResponseError):
-            bench.redis.zadd(f"rq:canceled:{QUEUE}", {running: time.time() + 60})
-        with pytest.raises(JobCancelled):
-            bench.client.result(running, timeout=60)
+        with jobs_held():
+            bench.put(running, bench.fields(**LONG_JOB))
+            wait_until(lambda: bench.client.status(running) == "started", "the job to start")
+            bench.redis.hset(f"rq:job:{running}", "status", "canceled")
+            with suppress(ResponseError):
+                bench.redis.zadd(f"rq:canceled:{QUEUE}", {running: time.time() + 60})
+            with pytest.raises(JobCancelled):
+                bench.client.result(running, timeout=60)
         bench.put("refused", bench.fields(unknown_option=1))
         with pytest.raises(BadRequest, match="unknown_option"):
             bench.client.result("refused", timeout=60)
