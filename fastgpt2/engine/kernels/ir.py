@@ -297,11 +297,13 @@ class Code:
     def store(self, value: Value, address: Value, align: int = 4) -> None:
         self.builder.store(value.llvm, address.llvm, align=align)
 
-    def prefetch(self, address: Value) -> None:
-        """Ask for the cache line at an address, which is to be read soon."""
+    def prefetch(self, address: Value, second: bool = False) -> None:
+        """Ask for the cache line at an address, which is to be read soon: in the first cache, or in the second one."""
         kind = ir.FunctionType(ir.VoidType(), (POINTER, WORD, WORD, WORD))
         function = self._declare("llvm.prefetch.p0", kind)
-        self.builder.call(function, (address.llvm, *(ir.Constant(WORD, number) for number in (0, 3, 1))))
+        self.builder.call(
+            function, (address.llvm, *(ir.Constant(WORD, number) for number in (0, 2 if second else 3, 1)))
+        )
 
     def load_shared(self, address: Value) -> Value:
         """Load an integer that another process stores. What is loaded after it was stored before (acquire)."""
