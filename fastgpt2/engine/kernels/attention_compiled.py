@@ -289,9 +289,9 @@ def _write_scores(
 
 
 def _write_prefetch(code: Code, address: Value, floats: int) -> None:
-    """Ask for what is read soon, in the second cache: the first one has fewer requests on the way than memory takes."""
+    """Ask for what is read soon."""
     for at in range(0, 4 * floats, LINE_BYTES):
-        code.prefetch(address + at, second=True)
+        code.prefetch(address + at)
 
 
 def _write_softmax(code: Code, scores: Value, blocks: Value) -> Value:

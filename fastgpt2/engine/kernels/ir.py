@@ -297,13 +297,14 @@ class Code:
     def store(self, value: Value, address: Value, align: int = 4) -> None:
         self.builder.store(value.llvm, address.llvm, align=align)
 
-    def prefetch(self, address: Value, second: bool = False) -> None:
-        """Ask for the cache line at an address, which is to be read soon: in the first cache, or in the second one."""
+    def prefetch(self, address: Value) -> None:
+        """Ask for the cache line at an address, which is to be read soon, to come into the second cache.
+
+        The first cache has too few requests on the way at a time for what memory gives.
+        """
         kind = ir.FunctionType(ir.VoidType(), (POINTER, WORD, WORD, WORD))
         function = self._declare("llvm.prefetch.p0", kind)
-        self.builder.call(
-            function, (address.llvm, *(ir.Constant(WORD, number) for number in (0, 2 if second else 3, 1)))
-        )
+        self.builder.call(function, (address.llvm, *(ir.Constant(WORD, number) for number in (0, 2, 1))))
 
     def load_shared(self, address: Value) -> Value:
         """Load an integer that another process stores. What is loaded after it was stored before (acquire)."""
