@@ -190,7 +190,7 @@ def parts_timed(engine: Engine) -> Iterator[dict[str, Any]]:
         return logits
 
     shard._attention, shard._operations = watches.attention(shard._attention), watches
-    shard._layers, shard._logits = Program(shard._write_layers()), Program(shard._write_logits())
+    shard._all_rows, shard._wanted_rows = Program(shard._write_all_rows()), Program(shard._write_wanted_rows())
     if shard._meeting is not None:
         shard._last_meet = watches.meet(shard._meeting)
     model.forward = forward

@@ -139,4 +139,4 @@ def _prepare(kernel: Kernel, width: int, flat: Array, n_in: int, rows: int) -> C
     chunks, m = kernel.row_chunks(n_in, width).split(rows)
     x = np.full((1, chunks, m, n_in), 0.5, np.float32)
     out = np.empty((chunks, m, n, width), np.float32).transpose(2, 0, 1, 3)
-    return lambda: kernel.product(x, panels, out)
+    return lambda: kernel.blas(x, panels, out)

@@ -6,17 +6,17 @@ operation is named after: `product.py`, `layer_norm.py`, `activation.py`, `atten
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastgpt2.engine.kernels.attention import AttentionArrays
 from fastgpt2.engine.kernels.attention_compiled import CompiledAttention
-from fastgpt2.engine.kernels.kernel import ArgumentCache, Kernel
+from fastgpt2.engine.kernels.kernel import Kernel
 from fastgpt2.engine.kernels.machine_code import MachineCode, load_code
 from fastgpt2.engine.kernels.operations import Attention, Integers, LinearShare, Operations, Rows
-from fastgpt2.engine.kernels.panels import STORED_TYPES, Array, Panels
+from fastgpt2.engine.kernels.panels import COMPILED_WIDTH, STORED_TYPES, Array, Panels
 from fastgpt2.engine.kernels.program import Call, Meeting, NativeCall, arguments_of, meet
 
 if TYPE_CHECKING:
@@ -44,18 +44,6 @@ class CompiledProduct:
         self.name = f"compiled-{weights}"
         self._weights, self._packed, self._zeros = weights, np.empty(0, np.uint8), np.zeros(0, np.float32)
         self.code = code or load_code(f"product {weights}", lambda module, isa: _write_product(module, isa, weights))
-        self._calls = ArgumentCache(lambda x, panels, out: (self._call(x, panels, out),))
-
-    def __call__(self, x: Array, panels: NDArray[Any], out: Array) -> None:
-        """Compute as `Product` says, for the measuring of products; float32 weights only."""
-        self._calls.get(x, panels, out)[0]()
-
-    def _call(self, x: Array, panels: NDArray[Any], out: Array) -> NativeCall:
-        n, chunks, m, width = out.shape
-        rows, columns = chunks * m, n * width
-        flat = np.lib.stride_tricks.as_strided(out, (rows, columns), (out.strides[2], out.strides[3]))
-        flat_x = np.lib.stride_tricks.as_strided(x, (rows, x.shape[3]), (x.strides[2], x.strides[3]))
-        return self.linear(flat_x, LinearShare(Panels(panels, x.shape[3]), None, 0), flat, np.array([rows]))
 
     def linear(self, x: Array, share: LinearShare, out: Array, rows: Rows) -> NativeCall:
         """Return the call for rows @ weight + bias; raise ValueError if arrays do not lie as the code takes them to."""
@@ -64,8 +52,8 @@ class CompiledProduct:
         dtype = STORED_TYPES[self._weights].numpy
         dense = weights.flags.c_contiguous and x.strides[1] == 4 and out.strides[1] == 4
         fits = x.shape[1] >= panels.n_in and own.shape[1] == panels.columns
-        lines = -(-panels.n_in // panels.per_word)
-        if not (dense and fits and weights.dtype == dtype and weights.shape[2:] == (lines, 16 * panels.per_word)):
+        lines = -(-panels.n_in // panels.per_word), COMPILED_WIDTH * panels.per_word
+        if not (dense and fits and weights.dtype == dtype and weights.shape[2:] == lines):
             raise ValueError(f"not laid out for compiled code of {dtype}: {x.shape}, {weights.shape}, {out.shape}")
         # With room for all rows that x may come to have: what is not used is not committed.
         packed = self._room(x.shape[0] * (4 * panels.n_in + _MORE_PACKED_BYTES))

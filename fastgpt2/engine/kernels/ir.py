@@ -298,10 +298,13 @@ class Code:
         self.builder.store(value.llvm, address.llvm, align=align)
 
     def prefetch(self, address: Value) -> None:
-        """Ask for the cache line at an address, which is to be read soon."""
+        """Ask for the cache line at an address, which is to be read soon, to come into the second cache.
+
+        The first cache has too few requests on the way at a time for what memory gives.
+        """
         kind = ir.FunctionType(ir.VoidType(), (POINTER, WORD, WORD, WORD))
         function = self._declare("llvm.prefetch.p0", kind)
-        self.builder.call(function, (address.llvm, *(ir.Constant(WORD, number) for number in (0, 3, 1))))
+        self.builder.call(function, (address.llvm, *(ir.Constant(WORD, number) for number in (0, 2, 1))))
 
     def load_shared(self, address: Value) -> Value:
         """Load an integer that another process stores. What is loaded after it was stored before (acquire)."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,13 +42,9 @@ _ALL_LENGTHS = 9
 # Longer lengths are tried at about this many, at steps that are odd, so that all remainders come up.
 _LONG_LENGTHS = 12
 
-# Calls whose arguments are remembered; beyond that, remembering begins anew. A batch makes the same calls at every step
-# for as long as it keeps its size.
-_MAX_REMEMBERED_CALLS = 4096
-
 
 class Product(Protocol):
-    """Multiplies chunks of rows by panels, on the calling thread, with the GIL released.
+    """What multiplies: a BLAS, or compiled code (`compiled.py`), which is called as an operation.
 
     Attributes:
         name: for logs, for the keys of measurements, and for `make_product` in another process.
@@ -58,8 +54,13 @@ class Product(Protocol):
     name: str
     exact: bool
 
+
+@runtime_checkable
+class BlasProduct(Product, Protocol):
+    """Multiplies chunks of rows by panels, on the calling thread, with the GIL released."""
+
     def __call__(self, x: Array, panels: NDArray[Any], out: Array) -> None:
-        """Compute out[n, c] = x[0, c] @ panels[n, 0]. Panels of int8 are taken as the whole numbers that they hold.
+        """Compute out[n, c] = x[0, c] @ panels[n, 0].
 
         Args:
             x: [1, C, m, K], C chunks of m rows.
@@ -68,24 +69,6 @@ class Product(Protocol):
 
         All three must live as long as the product: it may remember their addresses.
         """
-
-
-class ArgumentCache:
-    """The arguments of calls of a foreign function, worked out once by `make` for each x, panels and out that recur."""
-
-    def __init__(self, make: Callable[[Array, NDArray[Any], Array], tuple[Any, ...]]) -> None:
-        self._make = make
-        # The arrays are kept beside the arguments, so that no other array can come to have their ids.
-        self._remembered: dict[tuple[int, int, int], tuple[tuple[Any, ...], Array, NDArray[Any], Array]] = {}
-
-    def get(self, x: Array, panels: NDArray[Any], out: Array) -> tuple[Any, ...]:
-        key = (id(x), id(panels), id(out))
-        entry = self._remembered.get(key)
-        if entry is None:
-            if len(self._remembered) >= _MAX_REMEMBERED_CALLS:
-                self._remembered.clear()
-            entry = self._remembered[key] = (self._make(x, panels, out), x, panels, out)
-        return entry[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,11 +118,18 @@ class Kernel:
         self.exact_chunks = exact_chunks or {}
         self._measurements = measurements or Measurements(None, "")
 
+    @property
+    def blas(self) -> BlasProduct:
+        """Return the product of a BLAS; raise TypeError if products are compiled."""
+        if not isinstance(self.product, BlasProduct):
+            raise TypeError(f"{self.product.name} has its calls made by CompiledOperations")
+        return self.product
+
     def row_chunks(self, n_in: int, width: int) -> RowChunks:
         """Return the chunks for a product by panels of weights, n_in by width."""
         if self.product.exact:
             return RowChunks(None, 1, exact=True)
-        return _chunks_of(self._largest_exact_chunk(self.product, n_in, width))
+        return _chunks_of(self._largest_exact_chunk(self.blas, n_in, width))
 
     def attention_row_chunks(self, positions: int, head_dim: int, block: int) -> RowChunks:
         """Return the chunks for queries by keys and probabilities by values, always multiplied by numpy's own BLAS.
@@ -153,7 +143,7 @@ class Kernel:
         padded = self._find(name, lambda: find_largest_exact_padded_chunk(product, positions, head_dim))
         return _chunks_of(min(padded, self._largest_exact_chunk(product, head_dim, block)))
 
-    def _largest_exact_chunk(self, product: Product, n_in: int, width: int) -> int:
+    def _largest_exact_chunk(self, product: BlasProduct, n_in: int, width: int) -> int:
         name = f"{product.name} exact {n_in}x{width}"
         return self._find(name, lambda: find_largest_exact_chunk(product, n_in, width))
 
@@ -168,7 +158,7 @@ def _chunks_of(most: int) -> RowChunks:
     return RowChunks(most, 2, exact=True) if most >= MIN_CHUNK else RowChunks(None, 1, exact=False)
 
 
-def find_largest_exact_chunk(product: Product, n_in: int, width: int) -> int:
+def find_largest_exact_chunk(product: BlasProduct, n_in: int, width: int) -> int:
     """Return the most rows, up to `MAX_CHUNK`, that all have the bits that each has beside one other; 0 if none do."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((MAX_CHUNK + 1, n_in), np.float32)
@@ -177,7 +167,7 @@ def find_largest_exact_chunk(product: Product, n_in: int, width: int) -> int:
     return _count_agreeing(product, x, panel, pairs, MAX_CHUNK)
 
 
-def find_largest_exact_padded_chunk(product: Product, positions: int, width: int) -> int:
+def find_largest_exact_padded_chunk(product: BlasProduct, positions: int, width: int) -> int:
     """Return the same for rows of every length up to `positions`, followed by zeros; 0 if zeros change any row's bits.
 
     A row's bits are those that it has beside one other and without zeros.
@@ -208,7 +198,7 @@ def _lengths_to_try(positions: int) -> list[int]:
     return sorted({length for length in lengths if length <= positions}, reverse=True)
 
 
-def _count_agreeing(product: Product, x: Array, panel: Array, expected: Array, most: int) -> int:
+def _count_agreeing(product: BlasProduct, x: Array, panel: Array, expected: Array, most: int) -> int:
     """Return the most of the first rows that, multiplied together, all have the bits expected; 0 if two have not."""
     largest = 0
     for m in range(2, most + 1):
@@ -218,7 +208,7 @@ def _count_agreeing(product: Product, x: Array, panel: Array, expected: Array, m
     return largest
 
 
-def _multiply(product: Product, x: Array, panel: Array) -> Array:
+def _multiply(product: BlasProduct, x: Array, panel: Array) -> Array:
     """Return x @ panel, of one chunk of rows and one panel."""
     out: Array = np.empty((len(x), panel.shape[1]), np.float32)
     product(x[None, None], panel[None, None], out[None, None])

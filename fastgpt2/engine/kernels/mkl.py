@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgpt2.engine.kernels.kernel import ArgumentCache
 from fastgpt2.engine.kernels.panels import Array
 from fastgpt2.errors import BadRequest
 
@@ -23,6 +22,11 @@ HAS_WHEELS = platform.machine() == "x86_64" and sys.platform == "linux"
 # Source: oneMKL's mkl_service.h and mkl_cblas.h.
 _SEQUENTIAL, _LP64 = 1, 0
 _ROW_MAJOR, _NO_TRANSPOSE = 101, 111
+
+
+# Calls whose arguments are remembered; beyond that, remembering begins anew. A batch makes the same calls at every step
+# for as long as it keeps its size.
+_MAX_REMEMBERED_CALLS = 4096
 
 
 class MKLProduct:
@@ -48,12 +52,19 @@ class MKLProduct:
         library.MKL_Set_Threading_Layer(_SEQUENTIAL)
         library.MKL_Set_Interface_Layer(_LP64)
         self._multiply.restype = None
-        self._arguments = ArgumentCache(_make_arguments)
+        # By the ids of x, panels and out, which are kept beside the arguments, so that no other array can come to have
+        # their ids.
+        self._remembered: dict[tuple[int, int, int], tuple[tuple[Any, ...], Array, NDArray[Any], Array]] = {}
 
     def __call__(self, x: Array, panels: NDArray[Any], out: Array) -> None:
-        arguments = self._arguments.get(x, panels, out)
-        if arguments:
-            self._multiply(*arguments)
+        key = (id(x), id(panels), id(out))
+        entry = self._remembered.get(key)
+        if entry is None:
+            if len(self._remembered) >= _MAX_REMEMBERED_CALLS:
+                self._remembered.clear()
+            entry = self._remembered[key] = (_make_arguments(x, panels, out), x, panels, out)
+        if entry[0]:
+            self._multiply(*entry[0])
 
 
 def _make_arguments(x: Array, panels: Array, out: Array) -> tuple[Any, ...]:

@@ -125,7 +125,7 @@ class Operations:
 
     def linear(self, x: Array, share: LinearShare, out: Array, rows: Rows) -> Call:
         """Set the share's columns of `out` to rows of x @ weight + bias. Further rows may be read and written."""
-        panels, product, bias = share.panels, self._kernel.product, share.bias
+        panels, product, bias = share.panels, self._kernel.blas, share.bias
         row_chunks = self._kernel.row_chunks(panels.n_in, panels.width)
 
         def prepare(n: int) -> Call:

@@ -39,15 +39,11 @@ from fastgpt2.engine.kernels.ir import (
 )
 from fastgpt2.engine.kernels.panels import COMPILED_WIDTH, LINE_BYTES, STORED_TYPES
 
-# Rows and panels of a tile, at most. Each size of tile is a function of its own.
+# Rows and panels of a tile, at most. Each size of tile is a function of its own. Few rows leave the multipliers time,
+# and more panels are more streams from memory. From `_MANY_ROWS` rows on, two panels keep the multipliers busy, and
+# leave room in the second cache for the two that are asked for meanwhile.
 MAX_TILE_ROWS, MAX_TILE_PANELS = 12, 8
-# Two parts of at most this many rows, as a batch of 16 has them, leave room for the sums of more panels.
-_FEW_ROWS = 8
-
-# What the next tile reads is asked for if this one reads at most this many panels side by side: a core that reads few
-# streams does not ask for the next ones by itself. Measured on a core with AVX-512: int8 gains up to a third by it, and
-# loses 6% with eight panels; bfloat16 gains with two and loses with four; float32 loses.
-_PREFETCHED_PANELS = {"float32": 0, "bfloat16": 2, "int8": 4}
+_MANY_ROWS, _PANELS_OF_MANY_ROWS = 6, 2
 
 # Numbers of a row that share a scale when they are rounded to int8: 8 lines of weights. One number that is far larger
 # than the others makes the rounding of these coarse, and of no others. With one number in 224 forty times as large, and
@@ -79,7 +75,8 @@ class Form(ABC):
 
     def panels(self, rows: int) -> int:
         """Return the panels of a tile of `rows` rows: sums enough to keep the multipliers busy, and several streams."""
-        return max(1, min(MAX_TILE_PANELS, self.sums // (rows * self.vectors)))
+        most = MAX_TILE_PANELS if rows < _MANY_ROWS else _PANELS_OF_MANY_ROWS
+        return max(1, min(most, self.sums // (rows * self.vectors)))
 
     def lines(self, k: Value) -> Value:
         return (k + (self.per_word - 1)) // self.per_word
@@ -99,12 +96,17 @@ class Form(ABC):
     def begin_sums(self, code: Code, rows: int, panels: int) -> list[Value]:
         return [code.floats(0.0, self.lanes)] * (rows * panels * self.vectors)
 
-    def prefetch(self, code: Code, panels: Sequence[Value], at: Value, lines: Value) -> None:
-        """Ask for what the next tile will read, if the tile reads few panels side by side."""
-        if len(panels) <= _PREFETCHED_PANELS[self.weights]:
-            ahead = lines * (LINE_BYTES * len(panels))
-            for panel in panels:
-                code.prefetch(panel + at + ahead)
+    def prefetch(self, code: Code, panels: Sequence[Value], at: Value, lines: Value, rows: int) -> None:
+        """Ask for what the tile of the next panels will read.
+
+        Measured on cores with AVX-512: one row gains 6 to 10% by it, eight rows and more 5 to 18%. Two to five rows by
+        float32 weights lose 8%: their many streams take all that memory gives as they are.
+        """
+        if self.weights == "float32" and rows > 1 and len(panels) > _PANELS_OF_MANY_ROWS:
+            return
+        ahead = lines * (LINE_BYTES * len(panels))
+        for panel in panels:
+            code.prefetch(panel + at + ahead)
 
     def load_lines(self, code: Code, panels: Sequence[Value], at: Value) -> list[Value]:
         """Load the words of a line of each panel, as vectors of integers."""
@@ -142,7 +144,7 @@ class Widened(Form):
         columns = len(panels) * self.vectors
         with code.loop(0, lines, 1, self.begin_sums(code, rows, len(panels))) as line:
             at = line.index * LINE_BYTES
-            self.prefetch(code, panels, at, lines)
+            self.prefetch(code, panels, at, lines, rows)
             places = [panel + at + 4 * self.lanes * i for panel in panels for i in range(self.vectors)]
             packed = x + line.index * (4 * rows * self.per_word)
             numbers = [packed + 4 * i for i in range(self.per_word * rows)]
@@ -216,7 +218,7 @@ class BFloat16Dots(Form):
         halves = vector(BFLOAT, 2 * self.lanes)
         with code.loop(0, lines, 1, self.begin_sums(code, rows, len(panels))) as line:
             at = line.index * LINE_BYTES
-            self.prefetch(code, panels, at, lines)
+            self.prefetch(code, panels, at, lines, rows)
             weights = [code.bitcast(words, halves) for words in self.load_lines(code, panels, at)]
             place = x + line.index * (4 * rows)
             for row in range(rows):
@@ -288,7 +290,7 @@ class Int8Dots(Form):
                 starts += [code.repeat(start, self.lanes)] * (len(panels) * self.vectors)
             with code.loop(begin, end, 1, starts) as line:
                 at = line.index * LINE_BYTES
-                self.prefetch(code, panels, at, lines)
+                self.prefetch(code, panels, at, lines, rows)
                 stored = self.load_lines(code, panels, at)
                 weights = [words ^ -0x7F7F7F80 if self.unsigned else words for words in stored]
                 place = words_of_group + (line.index - begin) * (4 * rows)
@@ -338,7 +340,6 @@ def write_product(module: Module, weights: str, instructions: InstructionSet) ->
     form = form_of(weights, instructions)
     most = form.most_rows
     sizes = {(rows, panels) for rows in range(1, most + 1) for panels in (1, form.panels(rows), form.panels(most))}
-    sizes |= {(rows, form.panels(_FEW_ROWS)) for rows in range(1, min(most, _FEW_ROWS) + 1)}
     tiles = {(rows, panels): _write_tile(module, form, rows, panels) for rows, panels in sorted(sizes)}
     strips = {rows: _write_strip(module, rows, form.panels(rows), tiles) for rows in range(1, most + 1)}
     _write_pack(module, form)
@@ -409,11 +410,8 @@ def _write_multiply(module: Module, form: Form, tiles: dict[tuple[int, int], Cod
     inner = [x, w, n, form.lines(k), scales, bias, out, out_stride]
     for count in code.choose(rows, range(1, most + 1)):
         code.call(strips[count], *inner)
-    packed_bytes, few = form.packed_bytes(k), min(most, _FEW_ROWS)
-    with code.when((rows > most) & (rows <= 2 * few)):
-        _write_panels(code, form, tiles, form.panels(few), inner, rows, packed_bytes)
-    with code.when(rows > max(most, 2 * few)):
-        _write_panels(code, form, tiles, form.panels(most), inner, rows, packed_bytes)
+    with code.when(rows > most):
+        _write_panels(code, form, tiles, form.panels(most), inner, rows, form.packed_bytes(k))
     code.end()
 
 

@@ -172,7 +172,7 @@ class BatchLimit:
 
 
 def _sizes(sequences: int) -> list[int]:
-    """Return the sizes to compare: all of so many sequences, less up to three, a half and a quarter of them."""
+    """Return the sizes to compare: all N sequences, or up to three fewer, a half and a quarter of them."""
     least = max(1, sequences >> 2)
     return [size for size in (least, 2 * least, 4 * least) if size <= sequences]
 

@@ -29,8 +29,8 @@ log = logging.getLogger("fastgpt2.engine")
 # Rows of a step, beside those of sequences that decode.
 DEFAULT_MAX_ROWS = 256
 
-# Rows of prompts that there is room for in a step beside any number of sequences that decode. So many are read there
-# however long they take, more if there is time (`decoding/prompt_rows.py`).
+# Rows of prompts that there is room for in a step beside any number of sequences that decode. They are read however
+# long they take, and more than these if there is time (`decoding/prompt_rows.py`).
 PREFILL_ROWS_BESIDE = 64
 
 # After an interrupted step the helpers are started anew; when they keep ending, that is given up.

@@ -3,7 +3,7 @@
 Each process of a team carries out its shard of the step: of every matrix some panels of columns, of the attention some
 heads. The processes meet wherever one needs what another has computed; all of that lies in buffers that they share.
 What is cheap, layer norms and residuals, every process computes for itself. A shard is a list of operations
-(`kernels/operations.py`), made once: `_write_layers` is the table of contents.
+(`kernels/operations.py`), made once: `_write_all_rows` is the table of contents.
 
 Sources of the arithmetic: Radford et al. 2019; `transformers/models/gpt2/modeling_gpt2.py` and
 `transformers/activations.py`.
@@ -20,7 +20,7 @@ import numpy as np
 from fastgpt2.engine.kernels import make_operations
 from fastgpt2.engine.kernels.attention import AttentionArrays, NewTokens
 from fastgpt2.engine.kernels.kernel import Kernel
-from fastgpt2.engine.kernels.operations import LinearShare
+from fastgpt2.engine.kernels.operations import LinearShare, Rows
 from fastgpt2.engine.kernels.panels import Array
 from fastgpt2.engine.kernels.program import Call, Meeting, Program
 from fastgpt2.engine.model.config import GPT2Config
@@ -114,7 +114,10 @@ class Shard:
         weights = weight_set.weights
         self._config, self._weights, self._buffers, self._meeting = config, weights, buffers, meeting
         most_rows = buffers["qkv"].shape[0]
-        self._x, self._normed, self._last = (np.zeros((most_rows, config.n_embd), np.float32) for _ in range(3))
+        # Of all rows, and of those that logits are wanted of.
+        self._x, self._wanted_x, self._wanted_attended, self._normed = (
+            np.zeros((most_rows, config.n_embd), np.float32) for _ in range(4)
+        )
         self._ids, self._positions = np.zeros(most_rows, np.int64), np.zeros(most_rows, np.int64)
         # How many rows a step has, and how many of them logits are wanted of.
         self._rows, self._wanted = np.zeros(1, np.int64), np.zeros(1, np.int64)
@@ -128,7 +131,7 @@ class Shard:
         self._linears = [[_share_of(linear, share) for linear in block.linears] for block in weights.blocks]
         first, _ = weights.lm_head.share_of_columns(*share)
         self._head = LinearShare(weights.lm_head.share(*share), None, first)
-        self._layers, self._logits = Program(self._write_layers()), Program(self._write_logits())
+        self._all_rows, self._wanted_rows = Program(self._write_all_rows()), Program(self._write_wanted_rows())
         self._last_meet = operations.meet(meeting) if meeting is not None else None
 
     @property
@@ -148,44 +151,58 @@ class Shard:
         self._rows[0] = rows = len(ids)
         self._ids[:rows], self._positions[:rows] = ids, positions
         self._attention.prepare(tokens)
-        self._layers.run()
+        self._all_rows.run()
         if wanted := step.rows_with_logits():
-            last, added = self._last[: len(wanted)], self._buffers["reduced"][wanted, : self._config.n_embd]
-            np.add(self._x[wanted], added, out=last)
-            self._wanted[0] = len(wanted)
-            self._logits.run()
+            self._wanted[0] = count = len(wanted)
+            for array, chosen in ((self._x, self._wanted_x), (self._buffers["attended"], self._wanted_attended)):
+                np.take(array, wanted, axis=0, out=chosen[:count], mode="clip")
+            self._wanted_rows.run()
         if self._meeting is not None and self._last_meet is not None:
             self._meeting.arrived_at = time.monotonic()
             self._last_meet()
 
-    def _write_layers(self) -> Iterator[Call]:
-        """Yield the operations of all layers. What the last one adds to the rows is still to be added."""
-        do, b, rows, x, normed = self._operations, self._buffers, self._rows, self._x, self._normed
-        table = self._weights.lm_head if self._weights.wte is None else self._weights.wte
-        yield do.embed(table, self._weights.wpe, self._ids, self._positions, x, rows)
-        added = None
-        for layer, (block, linears) in enumerate(zip(self._weights.blocks, self._linears, strict=True)):
-            c_attn, attn_c_proj, c_fc, mlp_c_proj = linears
-            yield do.layer_norm(x, added, block.ln_1.weight, block.ln_1.bias, normed, rows)
-            yield do.linear(normed, c_attn, b["qkv"], rows)
-            yield from self._meet()
-            yield self._attention.call(layer)
-            yield from self._meet()
-            yield do.linear(b["attended"], attn_c_proj, b["projected"], rows)
-            yield from self._meet()
-            yield do.layer_norm(x, b["projected"], block.ln_2.weight, block.ln_2.bias, normed, rows)
-            yield do.linear(normed, c_fc, b["inner"], rows)
-            yield do.activation(b["inner"][:, c_fc.columns()], rows)
-            yield from self._meet()
-            yield do.linear(b["inner"], mlp_c_proj, b["reduced"], rows)
-            yield from self._meet()
-            added = b["reduced"]
+    def _write_all_rows(self) -> Iterator[Call]:
+        """Yield the operations of all rows: all layers up to the attention of the last one.
 
-    def _write_logits(self) -> Iterator[Call]:
-        """Yield the operations that make logits of the rows that are wanted."""
+        Of what follows there, only rows that logits are wanted of are read. Of a prompt that is the last row.
+        """
+        table = self._weights.lm_head if self._weights.wte is None else self._weights.wte
+        yield self._operations.embed(table, self._weights.wpe, self._ids, self._positions, self._x, self._rows)
+        added = None
+        for layer in range(self._config.n_layer):
+            if layer > 0:
+                yield from self._write_projections(layer - 1, self._x, self._buffers["attended"], self._rows)
+                added = self._buffers["reduced"]
+            yield from self._write_attention(layer, added)
+
+    def _write_wanted_rows(self) -> Iterator[Call]:
+        """Yield the operations of rows that logits are wanted of: what follows the attention of the last layer."""
         do, ln_f, wanted = self._operations, self._weights.ln_f, self._wanted
-        yield do.layer_norm(self._last, None, ln_f.weight, ln_f.bias, self._normed, wanted)
+        yield from self._write_projections(self._config.n_layer - 1, self._wanted_x, self._wanted_attended, wanted)
+        yield do.layer_norm(self._wanted_x, self._buffers["reduced"], ln_f.weight, ln_f.bias, self._normed, wanted)
         yield do.linear(self._normed, self._head, self._buffers["logits"], wanted)
+
+    def _write_attention(self, layer: int, added: Array | None) -> Iterator[Call]:
+        """Yield a layer's operations up to its attention, all rows of it. What is still to be added to x is, first."""
+        do, b, ln_1 = self._operations, self._buffers, self._weights.blocks[layer].ln_1
+        yield do.layer_norm(self._x, added, ln_1.weight, ln_1.bias, self._normed, self._rows)
+        yield do.linear(self._normed, self._linears[layer][0], b["qkv"], self._rows)
+        yield from self._meet()
+        yield self._attention.call(layer)
+        yield from self._meet()
+
+    def _write_projections(self, layer: int, x: Array, attended: Array, rows: Rows) -> Iterator[Call]:
+        """Yield a layer's operations from its attention on. What "reduced" has then is still to be added to x."""
+        do, b, ln_2 = self._operations, self._buffers, self._weights.blocks[layer].ln_2
+        _, attn_c_proj, c_fc, mlp_c_proj = self._linears[layer]
+        yield do.linear(attended, attn_c_proj, b["projected"], rows)
+        yield from self._meet()
+        yield do.layer_norm(x, b["projected"], ln_2.weight, ln_2.bias, self._normed, rows)
+        yield do.linear(self._normed, c_fc, b["inner"], rows)
+        yield do.activation(b["inner"][:, c_fc.columns()], rows)
+        yield from self._meet()
+        yield do.linear(b["inner"], mlp_c_proj, b["reduced"], rows)
+        yield from self._meet()
 
     def _meet(self) -> Iterator[Call]:
         if self._meeting is not None:
