@@ -156,8 +156,8 @@ class Stopwatches:
     def layer_norm(self, *arguments: Any) -> Any:
         return self.watched("layer norm", self._operations.layer_norm(*arguments))
 
-    def linear(self, x: Any, share: Any, out: Any, rows: Any) -> Any:
-        call = self._operations.linear(x, share, out, rows)
+    def linear(self, x: Any, share: Any, out: Any, rows: Any, then: Any) -> Any:
+        call = self._operations.linear(x, share, out, rows, then)
         return self.watched("products", call, share.panels.array.nbytes)
 
     def activation(self, *arguments: Any) -> Any:

@@ -45,10 +45,12 @@ class CompiledProduct:
         self._weights, self._packed, self._zeros = weights, np.empty(0, np.uint8), np.zeros(0, np.float32)
         self.code = code or load_code(f"product {weights}", lambda module, isa: _write_product(module, isa, weights))
 
-    def linear(self, x: Array, share: LinearShare, out: Array, rows: Rows) -> NativeCall:
+    def linear(
+        self, x: Array, share: LinearShare, out: Array, rows: Rows, then: LinearShare | None = None
+    ) -> NativeCall:
         """Return the call for rows @ weight + bias; raise ValueError if arrays do not lie as the code takes them to."""
         panels, own = share.panels, out[:, share.columns()]
-        weights = panels.array
+        weights, following = panels.array, (then or share).panels.array
         dtype = STORED_TYPES[self._weights].numpy
         dense = weights.flags.c_contiguous and x.strides[1] == 4 and out.strides[1] == 4
         fits = x.shape[1] >= panels.n_in and own.shape[1] == panels.columns
@@ -60,9 +62,11 @@ class CompiledProduct:
         bias = self._zeros_of(panels.columns) if share.bias is None else share.bias
         scales = bias if panels.scales is None else panels.scales
         pack = arguments_of(x, x.strides[0], panels.n_in, rows, packed)
-        multiply = arguments_of(packed, panels.n_in, weights, len(weights), scales, bias, own, own.strides[0], rows)
+        multiply = arguments_of(
+            *(packed, panels.n_in, weights, len(weights), following, scales, bias, own, own.strides[0], rows)
+        )
         operations = ((self.code.address("pack_rows"), pack), (self.code.address("multiply"), multiply))
-        return NativeCall(operations, (x, packed, weights, scales, bias, out, rows))
+        return NativeCall(operations, (x, packed, weights, following, scales, bias, out, rows))
 
     def _zeros_of(self, size: int) -> Array:
         if self._zeros.size < size:
@@ -116,10 +120,10 @@ class CompiledOperations(Operations):
         name = "layer_norm" if added is None else "add_layer_norm"
         return NativeCall([(self._code.address(name), arguments)], (x, other, weight, bias, out, rows))
 
-    def linear(self, x: Array, share: LinearShare, out: Array, rows: Rows) -> Call:
+    def linear(self, x: Array, share: LinearShare, out: Array, rows: Rows, then: LinearShare | None = None) -> Call:
         if self._product is None:
             return super().linear(x, share, out, rows)
-        return self._product.linear(x, share, out, rows)
+        return self._product.linear(x, share, out, rows, then)
 
     def activation(self, x: Array, rows: Rows) -> Call:
         arguments = arguments_of(x, x.strides[0], rows, x.shape[1])

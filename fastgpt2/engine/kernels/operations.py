@@ -123,8 +123,19 @@ class Operations:
 
         return ByRows(rows, prepare)
 
-    def linear(self, x: Array, share: LinearShare, out: Array, rows: Rows) -> Call:
-        """Set the share's columns of `out` to rows of x @ weight + bias. Further rows may be read and written."""
+    def linear(
+        self,
+        x: Array,
+        share: LinearShare,
+        out: Array,
+        rows: Rows,
+        then: LinearShare | None = None,  # noqa: ARG002  (a BLAS asks for nothing ahead)
+    ) -> Call:
+        """Set the share's columns of `out` to rows of x @ weight + bias. Further rows may be read and written.
+
+        Args:
+            then: what is multiplied next, whose weights are asked for meanwhile.
+        """
         panels, product, bias = share.panels, self._kernel.blas, share.bias
         row_chunks = self._kernel.row_chunks(panels.n_in, panels.width)
 

@@ -33,7 +33,6 @@ from fastgpt2.engine.kernels.ir import (
     Code,
     Loop,
     Module,
-    Operand,
     Value,
     vector,
 )
@@ -90,23 +89,29 @@ class Form(ABC):
         """Write how one row is packed: its words go `rows` words apart."""
 
     @abstractmethod
-    def sum_lines(self, code: Code, x: Value, panels: Sequence[Value], lines: Value, rows: int) -> list[Value]:
-        """Write how a tile goes through all lines; return the sums, by row, panel and vector."""
+    def sum_lines(
+        self, code: Code, x: Value, panels: Sequence[Value], lines: Value, ahead: Value, rows: int
+    ) -> list[Value]:
+        """Write how a tile goes through all lines; return the sums, by row, panel and vector.
+
+        Args:
+            ahead: the panels that are multiplied next, which are asked for meanwhile.
+        """
 
     def begin_sums(self, code: Code, rows: int, panels: int) -> list[Value]:
         return [code.floats(0.0, self.lanes)] * (rows * panels * self.vectors)
 
-    def prefetch(self, code: Code, panels: Sequence[Value], at: Value, lines: Value, rows: int) -> None:
-        """Ask for what the tile of the next panels will read.
+    def prefetch(self, code: Code, ahead: Value, at: Value, lines: Value, rows: int, panels: int) -> None:
+        """Ask for a line of each of the panels that the next tile will read.
 
         Measured on cores with AVX-512: one row gains 6 to 10% by it, eight rows and more 5 to 18%. Two to five rows by
         float32 weights lose 8%: their many streams take all that memory gives as they are.
         """
-        if self.weights == "float32" and rows > 1 and len(panels) > _PANELS_OF_MANY_ROWS:
+        if self.weights == "float32" and rows > 1 and panels > _PANELS_OF_MANY_ROWS:
             return
-        ahead = lines * (LINE_BYTES * len(panels))
-        for panel in panels:
-            code.prefetch(panel + at + ahead)
+        for _ in range(panels):
+            code.prefetch(ahead + at)
+            ahead = ahead + lines * LINE_BYTES
 
     def load_lines(self, code: Code, panels: Sequence[Value], at: Value) -> list[Value]:
         """Load the words of a line of each panel, as vectors of integers."""
@@ -140,11 +145,13 @@ class Widened(Form):
         with code.loop(one.index, whole) as none:
             code.store(code.constant(0.0, FLOAT), out + none.index * step)
 
-    def sum_lines(self, code: Code, x: Value, panels: Sequence[Value], lines: Value, rows: int) -> list[Value]:
+    def sum_lines(
+        self, code: Code, x: Value, panels: Sequence[Value], lines: Value, ahead: Value, rows: int
+    ) -> list[Value]:
         columns = len(panels) * self.vectors
         with code.loop(0, lines, 1, self.begin_sums(code, rows, len(panels))) as line:
             at = line.index * LINE_BYTES
-            self.prefetch(code, panels, at, lines, rows)
+            self.prefetch(code, ahead, at, lines, rows, len(panels))
             places = [panel + at + 4 * self.lanes * i for panel in panels for i in range(self.vectors)]
             packed = x + line.index * (4 * rows * self.per_word)
             numbers = [packed + 4 * i for i in range(self.per_word * rows)]
@@ -214,11 +221,13 @@ class BFloat16Dots(Form):
         rounded = code.builder.fptrunc(numbers.llvm, vector(BFLOAT, numbers.lanes))
         return Value(code, code.builder.bitcast(rounded, vector(WORD, numbers.lanes // 2)))
 
-    def sum_lines(self, code: Code, x: Value, panels: Sequence[Value], lines: Value, rows: int) -> list[Value]:
+    def sum_lines(
+        self, code: Code, x: Value, panels: Sequence[Value], lines: Value, ahead: Value, rows: int
+    ) -> list[Value]:
         halves = vector(BFLOAT, 2 * self.lanes)
         with code.loop(0, lines, 1, self.begin_sums(code, rows, len(panels))) as line:
             at = line.index * LINE_BYTES
-            self.prefetch(code, panels, at, lines, rows)
+            self.prefetch(code, ahead, at, lines, rows, len(panels))
             weights = [code.bitcast(words, halves) for words in self.load_lines(code, panels, at)]
             place = x + line.index * (4 * rows)
             for row in range(rows):
@@ -275,7 +284,9 @@ class Int8Dots(Form):
         code.store(total * -128, out + rows * (4 * _GROUP_LINES))
         code.store(scale, out + rows * (4 * _GROUP_LINES + 4))
 
-    def sum_lines(self, code: Code, x: Value, panels: Sequence[Value], lines: Value, rows: int) -> list[Value]:
+    def sum_lines(
+        self, code: Code, x: Value, panels: Sequence[Value], lines: Value, ahead: Value, rows: int
+    ) -> list[Value]:
         groups = (lines + (_GROUP_LINES - 1)) // _GROUP_LINES
         first = self.begin_sums(code, rows, len(panels))
         bytes_ = vector(BYTE, 4 * self.lanes)
@@ -290,7 +301,7 @@ class Int8Dots(Form):
                 starts += [code.repeat(start, self.lanes)] * (len(panels) * self.vectors)
             with code.loop(begin, end, 1, starts) as line:
                 at = line.index * LINE_BYTES
-                self.prefetch(code, panels, at, lines, rows)
+                self.prefetch(code, ahead, at, lines, rows, len(panels))
                 stored = self.load_lines(code, panels, at)
                 weights = [words ^ -0x7F7F7F80 if self.unsigned else words for words in stored]
                 place = words_of_group + (line.index - begin) * (4 * rows)
@@ -319,9 +330,9 @@ def form_of(weights: str, instructions: InstructionSet) -> Form:
     return BFloat16Dots(weights, instructions, dot) if weights == "bfloat16" else Int8Dots(weights, instructions, dot)
 
 
-# Parameters of the functions within: packed rows, panels and how many, lines in each, scales, biases, the result and
-# the bytes from one of its rows to the next.
-_INNER = "ppiipppi"
+# Parameters of the functions within: packed rows, panels and how many, lines in each, the panels that are multiplied
+# next, scales, biases, the result and the bytes from one of its rows to the next.
+_INNER = "ppiippppi"
 
 
 def write_product(module: Module, weights: str, instructions: InstructionSet) -> None:
@@ -331,7 +342,7 @@ def write_product(module: Module, weights: str, instructions: InstructionSet) ->
 
     pack_rows(x, x_stride, k, rows, packed) packs rows for `multiply`, part by part.
 
-    multiply(packed, k, w, n, scales, bias, out, out_stride, rows):
+    multiply(packed, k, w, n, then, scales, bias, out, out_stride, rows), then the weights that are multiplied next:
     out[r, c] = scales[c] * (sum over k of x[r, k] * w[c // 16, k, c % 16]) + bias[c], without scales unless the weights
     are int8.
 
@@ -350,11 +361,11 @@ def write_product(module: Module, weights: str, instructions: InstructionSet) ->
 def _write_tile(module: Module, form: Form, rows: int, panels: int) -> Code:
     """Write the function that multiplies some rows by some panels that follow each other."""
     code = module.function(f"tile_{rows}_{panels}", _INNER)
-    x, w, _, lines, scales, bias, out, out_stride = code.parameters
+    x, w, _, lines, ahead, scales, bias, out, out_stride = code.parameters
     places = [w]
     for _ in range(1, panels):
         places.append(places[-1] + lines * LINE_BYTES)
-    sums = form.sum_lines(code, x, places, lines, rows)
+    sums = form.sum_lines(code, x, places, lines, ahead, rows)
     columns = panels * form.vectors
     for column in range(columns):
         at = 4 * form.lanes * column
@@ -374,18 +385,19 @@ def _write_strip(module: Module, rows: int, panels: int, tiles: dict[tuple[int, 
     code = module.function(f"strip_{rows}", _INNER)
     _, _, n, *_ = code.parameters
     with code.loop(0, n, panels) as several:
-        _call_at_panel(code, tiles[rows, panels], code.parameters, several.index)
+        _call_at_panel(code, tiles[rows, panels], code.parameters, several)
     with code.loop(several.index, n) as single:
-        _call_at_panel(code, tiles[rows, 1], code.parameters, single.index)
+        _call_at_panel(code, tiles[rows, 1], code.parameters, single)
     code.end()
     return code
 
 
-def _call_at_panel(code: Code, tile: Code, parameters: Sequence[Value], panel: Operand) -> None:
-    x, w, n, lines, scales, bias, out, out_stride = parameters
-    columns = code.value(panel) * (4 * COMPILED_WIDTH)
-    w = w + code.value(panel) * lines * LINE_BYTES
-    code.call(tile, x, w, n, lines, scales + columns, bias + columns, out + columns, out_stride)
+def _call_at_panel(code: Code, tile: Code, parameters: Sequence[Value], panel: Loop) -> None:
+    x, w, n, lines, then, scales, bias, out, out_stride = parameters
+    columns = panel.index * (4 * COMPILED_WIDTH)
+    ahead = code.where(panel.following < n, w + panel.following * lines * LINE_BYTES, then)
+    w = w + panel.index * lines * LINE_BYTES
+    code.call(tile, x, w, n, lines, ahead, scales + columns, bias + columns, out + columns, out_stride)
 
 
 def _write_pack(module: Module, form: Form) -> None:
@@ -405,9 +417,9 @@ def _write_pack(module: Module, form: Form) -> None:
 def _write_multiply(module: Module, form: Form, tiles: dict[tuple[int, int], Code], strips: dict[int, Code]) -> None:
     """Write the function for all rows by all panels: few rows are one strip, more go in equal parts."""
     code = module.operation("multiply")
-    x, k, w, n, scales, bias, out, out_stride, rows = code.arguments("pipipppin")
+    x, k, w, n, then, scales, bias, out, out_stride, rows = code.arguments("pipippppin")
     most = form.most_rows
-    inner = [x, w, n, form.lines(k), scales, bias, out, out_stride]
+    inner = [x, w, n, form.lines(k), then, scales, bias, out, out_stride]
     for count in code.choose(rows, range(1, most + 1)):
         code.call(strips[count], *inner)
     with code.when(rows > most):
@@ -427,9 +439,9 @@ def _write_panels(
     """Write the loop for all panels, some at a time, so that each is read from memory once."""
     n = inner[2]
     with code.loop(0, n, panels) as several:
-        _write_parts(code, form, tiles, panels, inner, several.index, rows, packed_bytes)
+        _write_parts(code, form, tiles, panels, inner, several, rows, packed_bytes)
     with code.loop(several.index, n) as single:
-        _write_parts(code, form, tiles, 1, inner, single.index, rows, packed_bytes)
+        _write_parts(code, form, tiles, 1, inner, single, rows, packed_bytes)
 
 
 def _write_parts(
@@ -438,17 +450,17 @@ def _write_parts(
     tiles: dict[tuple[int, int], Code],
     panels: int,
     inner: Sequence[Value],
-    panel: Value,
+    panel: Loop,
     rows: Value,
     packed_bytes: Value,
 ) -> None:
     """Write the loop for all rows by some panels, a part of the rows in each round."""
-    x, w, n, lines, scales, bias, out, out_stride = inner
+    x, w, n, lines, then, scales, bias, out, out_stride = inner
     parts = (rows + (form.most_rows - 1)) // form.most_rows
     with code.loop(0, parts) as part:
         first = rows * part.index // parts
         count = rows * (part.index + 1) // parts - first
-        here = [x + first * packed_bytes, w, n, lines, scales, bias, out + first * out_stride, out_stride]
+        here = [x + first * packed_bytes, w, n, lines, then, scales, bias, out + first * out_stride, out_stride]
         sizes = [size for size in range(1, form.most_rows + 1) if (size, panels) in tiles]
         for size in code.choose(count, sizes):
             _call_at_panel(code, tiles[size, panels], here, panel)

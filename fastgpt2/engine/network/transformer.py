@@ -180,13 +180,14 @@ class Shard:
         do, ln_f, wanted = self._operations, self._weights.ln_f, self._wanted
         yield from self._write_projections(self._config.n_layer - 1, self._wanted_x, self._wanted_attended, wanted)
         yield do.layer_norm(self._wanted_x, self._buffers["reduced"], ln_f.weight, ln_f.bias, self._normed, wanted)
-        yield do.linear(self._normed, self._head, self._buffers["logits"], wanted)
+        yield do.linear(self._normed, self._head, self._buffers["logits"], wanted, then=self._linears[0][0])
 
     def _write_attention(self, layer: int, added: Array | None) -> Iterator[Call]:
         """Yield a layer's operations up to its attention, all rows of it. What is still to be added to x is, first."""
         do, b, ln_1 = self._operations, self._buffers, self._weights.blocks[layer].ln_1
+        c_attn, attn_c_proj, *_ = self._linears[layer]
         yield do.layer_norm(self._x, added, ln_1.weight, ln_1.bias, self._normed, self._rows)
-        yield do.linear(self._normed, self._linears[layer][0], b["qkv"], self._rows)
+        yield do.linear(self._normed, c_attn, b["qkv"], self._rows, then=attn_c_proj)
         yield from self._meet()
         yield self._attention.call(layer)
         yield from self._meet()
@@ -195,13 +196,14 @@ class Shard:
         """Yield a layer's operations from its attention on. What "reduced" has then is still to be added to x."""
         do, b, ln_2 = self._operations, self._buffers, self._weights.blocks[layer].ln_2
         _, attn_c_proj, c_fc, mlp_c_proj = self._linears[layer]
-        yield do.linear(attended, attn_c_proj, b["projected"], rows)
+        then = self._linears[layer + 1][0] if layer + 1 < self._config.n_layer else self._head
+        yield do.linear(attended, attn_c_proj, b["projected"], rows, then=c_fc)
         yield from self._meet()
         yield do.layer_norm(x, b["projected"], ln_2.weight, ln_2.bias, self._normed, rows)
-        yield do.linear(self._normed, c_fc, b["inner"], rows)
+        yield do.linear(self._normed, c_fc, b["inner"], rows, then=mlp_c_proj)
         yield do.activation(b["inner"][:, c_fc.columns()], rows)
         yield from self._meet()
-        yield do.linear(b["inner"], mlp_c_proj, b["reduced"], rows)
+        yield do.linear(b["inner"], mlp_c_proj, b["reduced"], rows, then=then)
         yield from self._meet()
 
     def _meet(self) -> Iterator[Call]:
