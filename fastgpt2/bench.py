@@ -158,6 +158,7 @@ class Timed:
 
     def decode(self, rows: int, steps: int = 5, context: int = CONTEXT) -> list[float]:
         """Return the seconds of each of `steps` steps of `rows` sequences, a new token each, after one not counted."""
+        from fastgpt2.engine.decoding.decoder import argmax
         from fastgpt2.engine.network.step import Segment
 
         seconds = []
@@ -166,12 +167,13 @@ class Timed:
             for slot in self._slots[:rows]:
                 self.model.cache.lengths[slot] = min(context, self._room)
             started = time.perf_counter()
-            self.model.forward(segments).argmax(axis=-1)
+            argmax(self.model.forward(segments))
             seconds.append(time.perf_counter() - started)
         return seconds[1:]
 
     def read(self, index: int, tokens: int) -> float:
         """Return the seconds of a prompt of `tokens` tokens up to its first new one; sequence `index` holds it then."""
+        from fastgpt2.engine.decoding.decoder import argmax
         from fastgpt2.engine.network.step import Segment
 
         started, slot = time.perf_counter(), self._slots[index]
@@ -179,7 +181,7 @@ class Timed:
         for at in range(0, tokens, self.model.max_rows):
             stop = min(at + self.model.max_rows, tokens)
             ids = [i % self.model.config.vocab_size for i in range(at, stop)]  # any will do
-            self.model.forward([Segment(slot, ids, int(stop == tokens))]).argmax(axis=-1)
+            argmax(self.model.forward([Segment(slot, ids, int(stop == tokens))]))
         return time.perf_counter() - started
 
 

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from support.running import GOLDEN
 
 from fastgpt2.engine.kernels import mkl
+from fastgpt2.engine.kernels.operations import Operations
+from fastgpt2.engine.kernels.program import Call
 from fastgpt2.engine.loading import load_network
 from fastgpt2.engine.model.config import read_config
 from fastgpt2.engine.network.gpt2 import GPT2
@@ -105,3 +107,38 @@ def test_a_step_of_too_many_tokens_is_refused() -> None:
     model = load("prefixed")
     with pytest.raises(ValueError, match="257 tokens in a step; this network takes 256"):
         model.forward([Segment(0, [1] * 257)])
+
+
+def test_behind_the_last_attention_only_rows_are_computed_that_logits_are_wanted_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows_of_products = list[int]()
+    linear = Operations.linear
+
+    def counted(operations: Operations, x: Any, share: Any, out: Any, rows: Any, then: Any = None) -> Call:
+        call = linear(operations, x, share, out, rows, then)
+
+        def count() -> None:
+            rows_of_products.append(int(rows[0]))
+            call()
+
+        return count
+
+    monkeypatch.setattr(Operations, "linear", counted)
+    ids, logits = golden("odd_heads")
+    network = load("odd_heads", n_slots=3)
+    # Of each layer four products, and the one that makes logits.
+    products = 4 * network.config.n_layer + 1
+    whole, n = network.forward([Segment(0, ids, len(ids))]).copy(), len(ids)
+    assert rows_of_products == [n] * products
+
+    rows_of_products.clear()
+    last = network.forward([Segment(1, ids, 1)])
+    assert rows_of_products == [n] * (products - 4) + [1] * 4
+    assert_close(last, logits[-1:])
+    assert_close(last, whole[-1:])
+
+    rows_of_products.clear()
+    network.forward([Segment(2, ids[:-1], 0)])
+    assert rows_of_products == [n - 1] * (products - 4), "in the midst of a prompt"
+    assert_close(network.forward([Segment(2, ids[-1:])]), logits[-1:])

@@ -50,9 +50,14 @@ class HeadShape(NamedTuple):
         return self.positions + 48
 
     @property
+    def panel_bytes(self) -> int:
+        """Return the bytes of a block of one head's keys, or of its values."""
+        return self.dim * BLOCK * 4
+
+    @property
     def key_block_bytes(self) -> int:
         """Return the bytes of a block of keys of all heads, and so from a block to the next."""
-        return self.heads * self.dim * BLOCK * 4
+        return self.heads * self.panel_bytes
 
     @property
     def value_head_bytes(self) -> int:
@@ -140,7 +145,7 @@ def write_attention(module: Module, instructions: InstructionSet, shape: HeadSha
         slot_keys, slot_values = keys + slot * key_slot, values + slot * value_slot
         queries, contexts = q + row * stride, out + row * out_stride
         with code.loop(first, last) as head:
-            at, here = row * stride + head.index * head_bytes, head.index * (shape.dim * BLOCK * 4)
+            at, here = row * stride + head.index * head_bytes, head.index * shape.panel_bytes
             code.call(
                 append,
                 *(k + at, v + at, stride, slot_keys + here, slot_values + head.index * shape.value_head_bytes),
@@ -149,7 +154,7 @@ def write_attention(module: Module, instructions: InstructionSet, shape: HeadSha
         with code.when(count < 2):
             # The keys of the next sequence; of the last one, its own.
             next_slot = code.load_integer(numbers + code.where(sequence.following < n, code.value(32), code.value(0)))
-            at, here = first * head_bytes, first * (shape.dim * BLOCK * 4)
+            at, here = first * head_bytes, first * shape.panel_bytes
             code.call(
                 attend_row,
                 *(queries + at, slot_keys + here, slot_values + first * shape.value_head_bytes, contexts + at),
@@ -157,7 +162,7 @@ def write_attention(module: Module, instructions: InstructionSet, shape: HeadSha
             )
         with code.when(count > 1), code.loop(first, last) as head:
             here = head.index * head_bytes
-            own_keys = slot_keys + head.index * (shape.dim * BLOCK * 4)
+            own_keys = slot_keys + head.index * shape.panel_bytes
             own_values = slot_values + head.index * shape.value_head_bytes
             done: Value | int = 0
             for rows in sizes:
@@ -196,7 +201,7 @@ def _write_row(module: Module, shape: HeadShape) -> Code:
     """
     code = module.function("attend_row", _ROW)
     q, keys, values, out, following, seen, heads, scratch, scale = code.parameters
-    dim, panel_bytes, stride = shape.dim, 4 * shape.dim * BLOCK, 4 * shape.score_stride
+    dim, panel_bytes, stride = shape.dim, shape.panel_bytes, 4 * shape.score_stride
     blocks = (seen + (BLOCK - 1)) // BLOCK
     queries, scores = scratch, scratch + heads * (4 * dim)
     for offset, lanes in code.each(heads * dim, module.lanes):
@@ -289,7 +294,7 @@ def _write_scores(
 
 
 def _write_prefetch(code: Code, address: Value, floats: int) -> None:
-    """Ask for what is read soon."""
+    """Write how floats are asked for that are read soon."""
     for at in range(0, 4 * floats, LINE_BYTES):
         code.prefetch(address + at)
 

@@ -54,8 +54,8 @@ class CompiledProduct:
         dtype = STORED_TYPES[self._weights].numpy
         dense = weights.flags.c_contiguous and x.strides[1] == 4 and out.strides[1] == 4
         fits = x.shape[1] >= panels.n_in and own.shape[1] == panels.columns
-        lines = -(-panels.n_in // panels.per_word), COMPILED_WIDTH * panels.per_word
-        if not (dense and fits and weights.dtype == dtype and weights.shape[2:] == lines):
+        panel_shape = -(-panels.n_in // panels.per_word), COMPILED_WIDTH * panels.per_word
+        if not (dense and fits and weights.dtype == dtype and weights.shape[2:] == panel_shape):
             raise ValueError(f"not laid out for compiled code of {dtype}: {x.shape}, {weights.shape}, {out.shape}")
         # With room for all rows that x may come to have: what is not used is not committed.
         packed = self._room(x.shape[0] * (4 * panels.n_in + _MORE_PACKED_BYTES))

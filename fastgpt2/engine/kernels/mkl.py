@@ -23,7 +23,6 @@ HAS_WHEELS = platform.machine() == "x86_64" and sys.platform == "linux"
 _SEQUENTIAL, _LP64 = 1, 0
 _ROW_MAJOR, _NO_TRANSPOSE = 101, 111
 
-
 # Calls whose arguments are remembered; beyond that, remembering begins anew. A batch makes the same calls at every step
 # for as long as it keeps its size.
 _MAX_REMEMBERED_CALLS = 4096

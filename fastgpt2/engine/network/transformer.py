@@ -154,6 +154,7 @@ class Shard:
         self._all_rows.run()
         if wanted := step.rows_with_logits():
             self._wanted[0] = count = len(wanted)
+            # mode: with another one, NumPy would write into a copy first.
             for array, chosen in ((self._x, self._wanted_x), (self._buffers["attended"], self._wanted_attended)):
                 np.take(array, wanted, axis=0, out=chosen[:count], mode="clip")
             self._wanted_rows.run()
@@ -164,7 +165,7 @@ class Shard:
     def _write_all_rows(self) -> Iterator[Call]:
         """Yield the operations of all rows: all layers up to the attention of the last one.
 
-        Of what follows there, only rows that logits are wanted of are read. Of a prompt that is the last row.
+        What follows that attention is read of those rows alone that logits are wanted of: of a prompt, of its last one.
         """
         table = self._weights.lm_head if self._weights.wte is None else self._weights.wte
         yield self._operations.embed(table, self._weights.wpe, self._ids, self._positions, self._x, self._rows)
@@ -183,7 +184,7 @@ class Shard:
         yield do.linear(self._normed, self._head, self._buffers["logits"], wanted, then=self._linears[0][0])
 
     def _write_attention(self, layer: int, added: Array | None) -> Iterator[Call]:
-        """Yield a layer's operations up to its attention, all rows of it. What is still to be added to x is, first."""
+        """Yield a layer's operations up to its attention, for all rows; `added` is added to x before."""
         do, b, ln_1 = self._operations, self._buffers, self._weights.blocks[layer].ln_1
         c_attn, attn_c_proj, *_ = self._linears[layer]
         yield do.layer_norm(self._x, added, ln_1.weight, ln_1.bias, self._normed, self._rows)
@@ -193,7 +194,7 @@ class Shard:
         yield from self._meet()
 
     def _write_projections(self, layer: int, x: Array, attended: Array, rows: Rows) -> Iterator[Call]:
-        """Yield a layer's operations from its attention on. What "reduced" has then is still to be added to x."""
+        """Yield a layer's operations behind its attention. What "reduced" has then is still to be added to x."""
         do, b, ln_2 = self._operations, self._buffers, self._weights.blocks[layer].ln_2
         _, attn_c_proj, c_fc, mlp_c_proj = self._linears[layer]
         then = self._linears[layer + 1][0] if layer + 1 < self._config.n_layer else self._head
